@@ -1,0 +1,98 @@
+// gram: G = J J^T on the CPU, read once from the tensors where autograd left them.
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+#include <vector>
+
+#include "fastmtl/parallel.h"
+#include "fastmtl/row_table.h"
+#include "fastmtl/slices.h"
+#include "register.h"
+
+namespace fastmtl {
+namespace {
+
+using c10::BFloat16;
+using c10::Half;
+
+constexpr int64_t kMaxRows = 128;
+
+struct GramJob {
+  const RowTable& rows;
+  std::vector<Segment> segments;
+  int64_t chunk;  // Elements of each row taken at a time; all rows' chunks fit the cache together.
+  bool converts;  // Whether some row is not of the type its sums are taken in.
+};
+
+}  // namespace
+}  // namespace fastmtl
+
+#define FASTMTL_KERNELS "gram_kernels.h"
+#include "fastmtl/for_each_isa.h"
+
+namespace fastmtl {
+namespace {
+
+int64_t chunk_length(int64_t num_rows) {
+  static const int64_t cache_floats = getenv("CF") ? atol(getenv("CF")) : 16384;
+  return std::clamp<int64_t>(cache_floats / num_rows / 64 * 64, 256, 2048);
+}
+
+Tensor gram(const TensorList& flat, int64_t num_rows, const std::optional<std::vector<int64_t>>& groups) {
+  STD_TORCH_CHECK(num_rows <= kMaxRows, "rows must hold at most 128 rows");
+  RowTable rows(flat, num_rows);
+  int64_t num_groups = 0;
+  const std::vector<int64_t> group = group_of_each(groups, rows.width(), &num_groups);
+
+  GramJob job{rows, {}, chunk_length(num_rows), false};
+  for (int64_t k = 0; k < rows.width(); ++k) {
+    if (!rows.parameter(k).present) continue;
+    const DType sum_dtype = rows.parameter(k).dtype == DType::f64 ? DType::f64 : DType::f32;
+    for (int64_t t = 0; t < num_rows; ++t) {
+      rows.match(t, k);
+      job.converts |= rows.row(t, k).tensor != nullptr && rows.row(t, k).dtype != sum_dtype;
+    }
+    job.segments.push_back({k, rows.parameter(k).numel, group[k]});
+  }
+  std::stable_sort(job.segments.begin(), job.segments.end(),
+                   [](const Segment& a, const Segment& b) { return a.group < b.group; });
+
+  constexpr int64_t min_slice_elements = 32768;
+  const std::vector<Slice> slices = cut(job.segments, min_slice_elements / num_rows);
+  const int64_t pairs = num_rows * (num_rows + 1) / 2;
+  std::vector<double> upper(slices.size() * pairs);
+  run_parallel(static_cast<int64_t>(slices.size()),
+               [&](int64_t s) { FASTMTL_DISPATCH(gram_slice, job, slices[s], upper.data() + s * pairs); });
+
+  std::vector<int64_t> sizes{num_rows, num_rows};
+  std::vector<int64_t> strides{num_rows, 1};
+  if (groups.has_value()) {
+    sizes.insert(sizes.begin(), num_groups);
+    strides.insert(strides.begin(), num_rows * num_rows);
+  }
+  Tensor result = empty_strided(sizes, strides, DType::f64);
+  auto* matrices = static_cast<double*>(result.mutable_data_ptr());
+  std::fill_n(matrices, num_groups * num_rows * num_rows, 0.0);
+  for (size_t s = 0; s < slices.size(); ++s) {
+    double* matrix = matrices + slices[s].group * num_rows * num_rows;
+    const double* pair = upper.data() + static_cast<int64_t>(s) * pairs;
+    for (int64_t i = 0; i < num_rows; ++i) {
+      for (int64_t j = i; j < num_rows; ++j) matrix[i * num_rows + j] += *pair++;
+    }
+  }
+  for (int64_t g = 0; g < num_groups; ++g) {
+    double* matrix = matrices + g * num_rows * num_rows;
+    for (int64_t i = 0; i < num_rows; ++i) {
+      for (int64_t j = 0; j < i; ++j) matrix[i * num_rows + j] = matrix[j * num_rows + i];
+    }
+  }
+  return result;
+}
+
+FASTMTL_CPU_KERNEL(gram, gram);
+
+}  // namespace
+}  // namespace fastmtl

@@ -1,0 +1,290 @@
+// fastmtl._host: facts about this machine that need no tensor, for `fastmtl doctor` and the benchmarks.
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <barrier>
+#include <chrono>
+#include <cstdint>
+#include <cstring>
+#include <fstream>
+#include <functional>
+#include <memory>
+#include <new>
+#include <numeric>
+#include <set>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "fastmtl/cpu_features.h"
+
+#if FASTMTL_X86
+#include <immintrin.h>
+#endif
+
+#ifndef FASTMTL_BUILD_FLAGS
+#define FASTMTL_BUILD_FLAGS ""
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+using fastmtl::Isa;
+
+constexpr std::size_t kLine = 64;
+constexpr std::size_t kFloatsPerLine = kLine / sizeof(float);
+// A core has only so many outstanding misses per stream its prefetcher follows; several streams come closer to the
+// memory's own rate on some machines and less close on others, so both counts are measured.
+constexpr std::size_t kManyStreams = 4;
+
+volatile float sink;
+
+struct AlignedFree {
+  void operator()(float* pointer) const { ::operator delete[](pointer, std::align_val_t{kLine}); }
+};
+using Buffer = std::unique_ptr<float[], AlignedFree>;
+
+// Plain pages, as torch allocates tensors: the ceiling measured is the one the kernels can reach.
+Buffer allocate(std::size_t lines) {
+  return Buffer(static_cast<float*>(::operator new[](lines * kLine, std::align_val_t{kLine})));
+}
+
+using Sum = float (*)(const float*, std::size_t);
+
+float sum_portable(const float* data, std::size_t lines) {
+  float total[kFloatsPerLine] = {};
+  for (std::size_t i = 0; i < lines; ++i) {
+    for (std::size_t j = 0; j < kFloatsPerLine; ++j) total[j] += data[i * kFloatsPerLine + j];
+  }
+  float all = 0;
+  for (const float value : total) all += value;
+  return all;
+}
+
+using Copy = void (*)(float*, const float*, std::size_t);
+
+void copy_memcpy(float* out, const float* in, std::size_t lines) { std::memcpy(out, in, lines * kLine); }
+
+#if FASTMTL_X86
+
+template <std::size_t streams>
+FASTMTL_TARGET_AVX2 float sum_avx2(const float* data, std::size_t lines) {
+  constexpr std::size_t width = 8;
+  const std::size_t stride = lines / streams * kFloatsPerLine;
+  __m256 total[2 * streams];
+  for (auto& value : total) value = _mm256_setzero_ps();
+  for (std::size_t i = 0; i < stride; i += 2 * width) {
+#pragma GCC unroll 8
+    for (std::size_t s = 0; s < streams; ++s) {
+      const float* at = data + s * stride + i;
+      total[2 * s] = _mm256_add_ps(total[2 * s], _mm256_load_ps(at));
+      total[2 * s + 1] = _mm256_add_ps(total[2 * s + 1], _mm256_load_ps(at + width));
+    }
+  }
+  for (std::size_t s = 1; s < 2 * streams; ++s) total[0] = _mm256_add_ps(total[0], total[s]);
+  alignas(32) float all[width];
+  _mm256_store_ps(all, total[0]);
+  return std::accumulate(all, all + width, 0.0f);
+}
+
+template <std::size_t streams>
+FASTMTL_TARGET_AVX512 float sum_avx512(const float* data, std::size_t lines) {
+  constexpr std::size_t width = 16;
+  const std::size_t stride = lines / streams * kFloatsPerLine;
+  __m512 total[2 * streams];
+  for (auto& value : total) value = _mm512_setzero_ps();
+  for (std::size_t i = 0; i < stride; i += 2 * width) {
+#pragma GCC unroll 8
+    for (std::size_t s = 0; s < streams; ++s) {
+      const float* at = data + s * stride + i;
+      total[2 * s] = _mm512_add_ps(total[2 * s], _mm512_load_ps(at));
+      total[2 * s + 1] = _mm512_add_ps(total[2 * s + 1], _mm512_load_ps(at + width));
+    }
+  }
+  for (std::size_t s = 1; s < 2 * streams; ++s) total[0] = _mm512_add_ps(total[0], total[s]);
+  alignas(64) float all[width];
+  _mm512_store_ps(all, total[0]);
+  return std::accumulate(all, all + width, 0.0f);
+}
+
+FASTMTL_TARGET_AVX2 void copy_streaming_avx2(float* out, const float* in, std::size_t lines) {
+  for (std::size_t i = 0; i < lines * kFloatsPerLine; i += kFloatsPerLine) {
+    _mm256_stream_ps(out + i, _mm256_load_ps(in + i));
+    _mm256_stream_ps(out + i + 8, _mm256_load_ps(in + i + 8));
+  }
+  _mm_sfence();
+}
+
+FASTMTL_TARGET_AVX512 void copy_streaming_avx512(float* out, const float* in, std::size_t lines) {
+  for (std::size_t i = 0; i < lines * kFloatsPerLine; i += kFloatsPerLine) {
+    _mm512_stream_ps(out + i, _mm512_load_ps(in + i));
+  }
+  _mm_sfence();
+}
+
+#endif
+
+std::vector<Sum> sums(Isa isa) {
+#if FASTMTL_X86
+  if (isa == Isa::avx512) return {sum_avx512<1>, sum_avx512<kManyStreams>, sum_avx2<1>, sum_avx2<kManyStreams>};
+  if (isa == Isa::avx2) return {sum_avx2<1>, sum_avx2<kManyStreams>};
+#endif
+  (void)isa;
+  return {sum_portable};
+}
+
+std::vector<Copy> copies(Isa isa) {
+#if FASTMTL_X86
+  if (isa == Isa::avx512) return {copy_memcpy, copy_streaming_avx512, copy_streaming_avx2};
+  if (isa == Isa::avx2) return {copy_memcpy, copy_streaming_avx2};
+#endif
+  (void)isa;
+  return {copy_memcpy};
+}
+
+// Runs every variant in turn, all threads at once on their own part, until the time is over; returns the median
+// seconds of the fastest variant. `touch(thread)` runs first so that each thread's pages are near it.
+double fastest_median(int threads, double seconds, std::size_t variants, const std::function<void(int)>& touch,
+                      const std::function<void(std::size_t, int)>& work) {
+  using Clock = std::chrono::steady_clock;
+  constexpr std::size_t min_passes = 5;
+  std::vector<std::vector<double>> taken(variants);
+  std::barrier gate(threads);
+  bool done = false;
+  auto body = [&](int thread) {
+    touch(thread);
+    for (std::size_t v = 0; v < variants; ++v) work(v, thread);
+    const auto start = Clock::now();
+    while (true) {
+      for (std::size_t v = 0; v < variants; ++v) {
+        gate.arrive_and_wait();
+        const auto before = Clock::now();
+        work(v, thread);
+        gate.arrive_and_wait();
+        if (thread == 0) taken[v].push_back(std::chrono::duration<double>(Clock::now() - before).count());
+      }
+      if (thread == 0) {
+        const double elapsed = std::chrono::duration<double>(Clock::now() - start).count();
+        done = elapsed >= seconds && taken[0].size() >= min_passes;
+      }
+      gate.arrive_and_wait();
+      if (done) return;
+    }
+  };
+  std::vector<std::jthread> others;
+  for (int thread = 1; thread < threads; ++thread) others.emplace_back(body, thread);
+  body(0);
+  others.clear();
+  double best = 0;
+  for (auto& times : taken) {
+    std::nth_element(times.begin(), times.begin() + times.size() / 2, times.end());
+    const double median = times[times.size() / 2];
+    if (best == 0 || median < best) best = median;
+  }
+  return best;
+}
+
+// Size in bytes of the file's number with its K or M suffix, as the kernel writes cache sizes; 0 if there is none.
+std::int64_t read_size(const std::string& path) {
+  std::ifstream file(path);
+  std::int64_t number = 0;
+  char suffix = ' ';
+  if (!(file >> number)) return 0;
+  file >> suffix;
+  return number * (suffix == 'K' ? 1024 : suffix == 'M' ? 1024 * 1024 : 1);
+}
+
+// Last-level cache of the whole machine, over all its instances; 0 where the system does not say.
+std::int64_t last_level_cache() {
+  const int cpus = static_cast<int>(std::thread::hardware_concurrency());
+  std::set<std::string> seen;
+  std::int64_t total = 0;
+  for (int cpu = 0; cpu < cpus; ++cpu) {
+    const std::string base = "/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/cache/index";
+    for (int index = 9; index >= 0; --index) {
+      const std::string folder = base + std::to_string(index);
+      const std::int64_t size = read_size(folder + "/size");
+      if (size == 0) continue;
+      std::string sharers;
+      std::ifstream(folder + "/shared_cpu_list") >> sharers;
+      if (seen.insert(sharers).second) total += size;
+      break;
+    }
+  }
+  return total;
+}
+
+constexpr std::int64_t kAssumedCache = std::int64_t{32} << 20;
+
+struct Plan {
+  std::size_t lines;  // per thread
+  int threads;
+};
+
+Plan plan(std::int64_t bytes, int threads, double seconds) {
+  if (bytes < 0) throw std::invalid_argument("bytes must be 0 (8 times the last-level cache) or more.");
+  if (threads < 0) throw std::invalid_argument("threads must be 0 (one per core) or more.");
+  if (!(seconds >= 0)) throw std::invalid_argument("seconds must be 0 or more.");
+  if (threads == 0) threads = std::max(1u, std::thread::hardware_concurrency());
+  if (bytes == 0) {
+    const std::int64_t cache = last_level_cache();
+    bytes = 8 * (cache > 0 ? cache : kAssumedCache);
+  }
+  constexpr std::size_t block = 2 * kManyStreams;  // every variant then walks all lines of its part
+  const std::size_t share = static_cast<std::size_t>(bytes) / kLine / threads;
+  return {std::max(block, share / block * block), threads};
+}
+
+double read_bandwidth(std::int64_t bytes, int threads, double seconds) {
+  const Plan p = plan(bytes, threads, seconds);
+  const std::size_t part = p.lines * kFloatsPerLine;
+  Buffer data = allocate(p.lines * p.threads);
+  const auto variants = sums(fastmtl::isa());
+  const double taken = fastest_median(
+      p.threads, seconds, variants.size(), [&](int thread) { std::fill_n(data.get() + thread * part, part, 1.0f); },
+      [&](std::size_t v, int thread) { sink = variants[v](data.get() + thread * part, p.lines); });
+  return static_cast<double>(p.lines * p.threads * kLine) / taken;
+}
+
+double copy_bandwidth(std::int64_t bytes, int threads, double seconds) {
+  const Plan p = plan(bytes, threads, seconds);
+  const std::size_t part = p.lines * kFloatsPerLine;
+  Buffer in = allocate(p.lines * p.threads);
+  Buffer out = allocate(p.lines * p.threads);
+  const auto variants = copies(fastmtl::isa());
+  const double taken = fastest_median(
+      p.threads, seconds, variants.size(),
+      [&](int thread) {
+        std::fill_n(in.get() + thread * part, part, 1.0f);
+        std::fill_n(out.get() + thread * part, part, 0.0f);
+      },
+      [&](std::size_t v, int thread) { variants[v](out.get() + thread * part, in.get() + thread * part, p.lines); });
+  return 2.0 * static_cast<double>(p.lines * p.threads * kLine) / taken;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_host, m) {
+  m.doc() = "Facts about this machine: memory bandwidth, caches, instruction set, and how fastmtl was compiled.";
+  m.def("read_bandwidth", &read_bandwidth, py::arg("bytes") = 0, py::arg("threads") = 0, py::arg("seconds") = 0.25,
+        py::call_guard<py::gil_scoped_release>(),
+        "Bytes read per second by all threads together; bytes=0 takes 8 times the last-level cache, threads=0 all.");
+  m.def("copy_bandwidth", &copy_bandwidth, py::arg("bytes") = 0, py::arg("threads") = 0, py::arg("seconds") = 0.25,
+        py::call_guard<py::gil_scoped_release>(),
+        "Bytes read plus bytes written per second, copying `bytes` with all threads together.");
+  m.def("isa", [] { return fastmtl::isa_name(fastmtl::isa()); }, "Instruction set the CPU kernels use.");
+  m.def(
+      "supported_isa", [] { return fastmtl::isa_name(fastmtl::supported_isa()); },
+      "Best instruction set this CPU supports.");
+  m.def("last_level_cache", &last_level_cache, "Bytes of last-level cache in the machine; 0 if unknown.");
+  m.def("build_flags", [] { return FASTMTL_BUILD_FLAGS; }, "Compiler flags the extensions were built with.");
+#if defined(__clang__)
+  m.attr("compiler") = "clang " __clang_version__;
+#elif defined(__GNUC__)
+  m.attr("compiler") = "gcc " __VERSION__;
+#else
+  m.attr("compiler") = "unknown";
+#endif
+}

@@ -1,0 +1,75 @@
+// Cuts K tensors, seen as one long vector per group, into slices of about equal length. A slice is what one thread takes at
+// a time; where the cuts fall depends on the sizes alone, never on the number of threads, and so do all rounding errors.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+namespace fastmtl {
+
+// One tensor of the vector.
+struct Segment {
+  int64_t index;   // Which of the K tensors.
+  int64_t length;  // Elements.
+  int64_t group;
+};
+
+// `length` elements from element `offset` of segment number `segment` on, running through as many segments as needed.
+struct Slice {
+  int64_t segment;
+  int64_t offset;
+  int64_t length;
+  int64_t group;
+};
+
+// Cuts inside a segment fall on multiples of this many elements, so that slices start on whole cache lines.
+constexpr int64_t kSliceAlignment = 1024;
+constexpr int64_t kMaxSlices = 128;
+
+// `segments` must be sorted by group. A group gives at least one slice if it has an element; all groups together give at
+// most kMaxSlices plus their number, and no slice but the last of a group is shorter than `min_length`.
+inline std::vector<Slice> cut(const std::vector<Segment>& segments, int64_t min_length) {
+  int64_t total = 0;
+  for (const Segment& segment : segments) total += segment.length;
+  const int64_t even = (total + kMaxSlices - 1) / kMaxSlices;
+  const int64_t target = std::max<int64_t>({min_length, even, 1});
+  const int64_t aligned = (target + kSliceAlignment - 1) / kSliceAlignment * kSliceAlignment;
+
+  std::vector<Slice> slices;
+  const auto count = static_cast<int64_t>(segments.size());
+  for (int64_t s = 0; s < count; ++s) {
+    int64_t offset = 0;
+    while (offset < segments[s].length) {
+      const bool open = !slices.empty() && slices.back().group == segments[s].group && slices.back().length < aligned;
+      if (!open) slices.push_back({s, offset, 0, segments[s].group});
+      Slice& slice = slices.back();
+      const int64_t left = segments[s].length - offset;
+      const int64_t room = (aligned - slice.length + kSliceAlignment - 1) / kSliceAlignment * kSliceAlignment;
+      const int64_t taken = std::min(left, room);
+      slice.length += taken;
+      offset += taken;
+    }
+  }
+  return slices;
+}
+
+// Calls visit(tensor, begin, length) for each piece of a slice, in order; no piece crosses a tensor or exceeds `max_length`.
+template <class Visit>
+void for_each_chunk(const std::vector<Segment>& segments, const Slice& slice, int64_t max_length, Visit visit) {
+  int64_t segment = slice.segment;
+  int64_t offset = slice.offset;
+  int64_t left = slice.length;
+  while (left > 0) {
+    const int64_t length = std::min({left, max_length, segments[segment].length - offset});
+    if (length > 0) visit(segments[segment].index, offset, length);
+    left -= length;
+    offset += length;
+    if (offset == segments[segment].length) {
+      ++segment;
+      offset = 0;
+    }
+  }
+}
+
+}  // namespace fastmtl

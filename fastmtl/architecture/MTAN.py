@@ -1,0 +1,83 @@
+"""Multi-task attention network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fastmtl.architecture.attention import AttentionEncoder, Stages
+from fastmtl.architecture.base import AbsArchitecture
+from fastmtl.errors import UsageError
+
+__all__ = ["MTAN"]
+
+
+class MTAN(AbsArchitecture):
+    """Multi-Task Attention Network: a shared encoder of stages, and soft attention over its features for each task.
+
+    The encoder is a ResNet of ``fastmtl.model``, any ``fastmtl.model.StagedEncoder``, or a module that holds a ResNet as
+    ``resnet_network``. Module names and ``state_dict`` keys are LibMTL's.
+
+    Source: Liu, Johns and Davison, "End-To-End Multi-Task Learning With Attention", CVPR 2019.
+
+    Raises:
+        UsageError: The encoder is not made of stages.
+    """
+
+    def __init__(
+        self,
+        task_name: list[str],
+        encoder_class: Callable[[], nn.Module],
+        decoders: nn.ModuleDict,
+        rep_grad: bool,
+        multi_input: bool,
+        device: torch.device,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(task_name, encoder_class, decoders, rep_grad, multi_input, device, **kwargs)
+        encoder = encoder_class()
+        inner = getattr(encoder, "resnet_network", encoder)
+        stages = Stages.of(inner)
+        if stages is None:
+            raise UsageError(
+                f"MTAN needs an encoder made of stages (a fastmtl.model ResNet, a StagedEncoder, or a module with a "
+                f"resnet_network), got {type(encoder).__name__}."
+            )
+        maps = any(isinstance(module, nn.Conv2d) for module in inner.modules())
+        attention = AttentionEncoder(stages, task_name, maps)
+        if inner is encoder:
+            self.encoder: nn.Module = attention
+        else:
+            encoder.resnet_network = attention
+            self.encoder = encoder
+
+    @property
+    def attention(self) -> AttentionEncoder:
+        """The attention network: the encoder itself, or the ``resnet_network`` inside it."""
+        return cast(AttentionEncoder, getattr(self.encoder, "resnet_network", self.encoder))
+
+    @property
+    def splits(self) -> bool:
+        """Whether the encoder is the attention network itself: the layers of a wrapper are shared, but come after it."""
+        return self.encoder is self.attention
+
+    def trunk(self, inputs: Tensor, task_name: str | None = None) -> tuple[Tensor, ...]:
+        """Return the shared features of every stage; with a wrapped ResNet, what the wrapper returns."""
+        if self.splits:
+            return self.attention.trunk(inputs)
+        self.attention.forward_task = task_name
+        return super().trunk(inputs, task_name)
+
+    def branch(self, features: tuple[Tensor, ...], task: str) -> Tensor:
+        """Return the attended features of ``task``."""
+        return self.attention.attend(features, task) if self.splits else super().branch(features, task)
+
+    def get_share_params(self) -> Iterable[nn.Parameter]:
+        """Return the encoder's parameters without the attention; a wrapper's own layers count as shared."""
+        attention = self.attention
+        shared = [*attention.shared_conv.parameters(), *attention.shared_layer.parameters()]
+        inner = {id(param) for param in attention.parameters()}
+        return shared + [param for param in self.encoder.parameters() if id(param) not in inner]

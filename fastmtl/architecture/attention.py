@@ -1,0 +1,161 @@
+"""The attention modules of MTAN, over an encoder made of stages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["AttentionEncoder", "Stages"]
+
+
+class Stages:
+    """The parts of a staged encoder that MTAN needs.
+
+    Attributes:
+        stem: What comes before the first stage.
+        pairs: Per stage its two halves; the features between them feed the attention, those after them are attended.
+        dims: Channels of each stage's output.
+        expansion: Bottleneck factor: attention modules are ``dims // expansion`` wide inside.
+    """
+
+    def __init__(self, stem: nn.Module, stages: Sequence[nn.Module], dims: Sequence[int], expansion: int = 1) -> None:
+        self.stem = stem
+        self.pairs = [self._halve(stage) for stage in stages]
+        self.dims = list(dims)
+        self.expansion = expansion
+
+    @staticmethod
+    def _halve(stage: nn.Module) -> tuple[nn.Module, nn.Module]:
+        if isinstance(stage, nn.Sequential) and len(stage) > 1:
+            return stage[:-1], stage[-1]
+        return stage, nn.Identity()
+
+    @classmethod
+    def of(cls, encoder: nn.Module) -> Stages | None:
+        """Return the stages of a ResNet or of a ``fastmtl.model.StagedEncoder``, or None if it has none."""
+        if all(hasattr(encoder, name) for name in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer4")):
+            stem = nn.Sequential(*(getattr(encoder, name) for name in ("conv1", "bn1", "relu", "maxpool")))
+            expansion = 4 if encoder.feature_dim == 2048 else 1
+            layers = [getattr(encoder, f"layer{i}") for i in range(1, 5)]
+            return cls(stem, layers, [64 * 2**i * expansion for i in range(4)], expansion)
+        if all(hasattr(encoder, name) for name in ("stem", "stages", "stage_dims")):
+            stages = list(cast(nn.ModuleList, encoder.stages))
+            return cls(cast(nn.Module, encoder.stem), stages, cast(list[int], encoder.stage_dims))
+        return None
+
+
+def _pointwise(dim_in: int, dim_out: int, maps: bool, bias: bool = True) -> nn.Module:
+    return nn.Conv2d(dim_in, dim_out, 1, bias=bias) if maps else nn.Linear(dim_in, dim_out, bias=bias)
+
+
+def _norm(dim: int, maps: bool) -> nn.Module:
+    return nn.BatchNorm2d(dim) if maps else nn.BatchNorm1d(dim)
+
+
+def _mask(dim_in: int, dim_mid: int, dim_out: int, maps: bool) -> nn.Sequential:
+    return nn.Sequential(
+        _pointwise(dim_in, dim_mid, maps),
+        _norm(dim_mid, maps),
+        nn.ReLU(inplace=True),
+        _pointwise(dim_mid, dim_out, maps),
+        _norm(dim_out, maps),
+        nn.Sigmoid(),
+    )
+
+
+class _VectorBlock(nn.Module):
+    """What a residual block is for feature maps, for feature vectors."""
+
+    def __init__(self, dim_in: int, dim_out: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(dim_in, dim_out), nn.BatchNorm1d(dim_out), nn.ReLU(inplace=True))
+        self.skip = nn.Linear(dim_in, dim_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.body(x) + self.skip(x))
+
+
+def _lift(dim_in: int, dim_out: int, expansion: int, maps: bool) -> nn.Module:
+    """Carry attended features to the next stage's width."""
+    if not maps:
+        return _VectorBlock(dim_in, dim_out)
+    from fastmtl.model.resnet import BasicBlock, Bottleneck
+
+    downsample = nn.Sequential(_pointwise(dim_in, dim_out, maps, bias=False), _norm(dim_out, maps))
+    block = BasicBlock if expansion == 1 else Bottleneck
+    return cast(nn.Module, block(dim_in, dim_out // expansion, downsample=downsample))
+
+
+class AttentionEncoder(nn.Module):
+    """A staged encoder with one soft attention branch per task.
+
+    In stage i a task's mask is computed from the features between the stage's halves and the task's own features of stage
+    i - 1; it multiplies the stage's output. ``trunk`` is the encoder alone, so all tasks share one pass through it.
+
+    Args:
+        stages: The encoder's parts.
+        task_name: The task names, in order.
+        maps: The features are maps (B, C, H, W); otherwise vectors (B, C).
+    """
+
+    def __init__(self, stages: Stages, task_name: list[str], maps: bool) -> None:
+        super().__init__()
+        self.task_name = task_name
+        self.forward_task: str | None = None
+        self.maps = maps
+        dims, expansion = stages.dims, stages.expansion
+        self.shared_conv = stages.stem
+        self.shared_layer = nn.ModuleDict({str(i): nn.ModuleList(pair) for i, pair in enumerate(stages.pairs)})
+        self.encoder_att = nn.ModuleDict(
+            {
+                str(i): nn.ModuleList(
+                    _mask(dim if i == 0 else 2 * dim, max(dim // expansion, 1), dim, maps) for _ in task_name
+                )
+                for i, dim in enumerate(dims)
+            }
+        )
+        self.encoder_block_att = nn.ModuleList(
+            _lift(dim, after, expansion, maps) for dim, after in zip(dims, dims[1:], strict=False)
+        )
+
+    def trunk(self, inputs: Tensor) -> tuple[Tensor, ...]:
+        """Return (middle, output) of every stage, flattened: 2 x stages tensors."""
+        features = []
+        x = self.shared_conv(inputs)
+        for pair in self.shared_layer.values():
+            first, second = cast(nn.ModuleList, pair)
+            middle = first(x)
+            x = second(middle)
+            features += [middle, x]
+        return tuple(features)
+
+    def attend(self, features: tuple[Tensor, ...], task: str) -> Tensor:
+        """Return the attended features of the last stage for ``task``."""
+        index = self.task_name.index(task)
+        attended: Tensor | None = None
+        for i, (masks, middle, output) in enumerate(
+            zip(self.encoder_att.values(), features[::2], features[1::2], strict=True)
+        ):
+            mask_input = middle if attended is None else torch.cat([middle, self._fit(attended, middle)], dim=1)
+            attended = cast(nn.ModuleList, masks)[index](mask_input) * output
+            if i < len(self.encoder_block_att):
+                attended = self.encoder_block_att[i](attended)
+        assert attended is not None
+        return attended
+
+    def _fit(self, attended: Tensor, like: Tensor) -> Tensor:
+        """Pool maps down to the next stage's size; equal to a 2 x 2 max pooling where the sizes halve."""
+        if not self.maps or attended.shape[-2:] == like.shape[-2:]:
+            return attended
+        return F.adaptive_max_pool2d(attended, like.shape[-2:])
+
+    def forward(self, inputs: Tensor) -> list[Tensor] | Tensor:
+        """Return the attended features of all tasks, or of ``forward_task`` alone if that is set."""
+        features = self.trunk(inputs)
+        if self.forward_task is not None:
+            return self.attend(features, self.forward_task)
+        return [self.attend(features, task) for task in self.task_name]

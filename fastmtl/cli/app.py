@@ -1,0 +1,141 @@
+"""The commands: what they are called, what they take, and where their work is done."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import typer
+from typer.core import TyperGroup
+from typing_extensions import override
+
+from fastmtl.cli.spelling import Command
+
+__all__ = ["app"]
+
+_TRAIN_HELP = """Train a multi-task model.
+
+Settings come from the YAML file of [bold]--config[/bold], and flags win over it. All results go to one folder, the run
+directory, under [bold]runs/[/bold]. The same run again: [bold]fastmtl train --config RUN/config.yaml[/bold]
+"""
+
+
+class _Commands(TyperGroup):
+    """Gives `train` its options only when it is called: they are made from classes that need torch to import."""
+
+    @override
+    def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:  # type: ignore[override]
+        if args and args[0] == "train":
+            self.commands["train"] = _train_command()
+        return super().resolve_command(ctx, args)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="A fast trainer for multi-task learning on PyTorch.",
+    epilog="With [bold]--traceback[/bold], or FASTMTL_TRACEBACK=1, an error shows where it was raised.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+_data = typer.Typer(help="What data sets there are.", no_args_is_help=True)
+_bench = typer.Typer(help="Benchmarks of the kernels.", no_args_is_help=True)
+app.add_typer(_data, name="data")
+app.add_typer(_bench, name="bench")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from fastmtl import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command("train", help=_TRAIN_HELP.partition("\n")[0])
+def _train_stub() -> None:
+    raise AssertionError("replaced by _train_command before it is called")
+
+
+def _train_command() -> Any:
+    """Return the whole `train` command, with an option for every setting and hyper-parameter."""
+    from fastmtl.cli.options import hyper_options, train_parameters
+    from fastmtl.cli.train import train
+
+    def run(**values: Any) -> None:
+        train(**values)
+
+    own = {
+        "config": ("YAML file with any of the settings below.", "FILE"),
+        "run_dir": (r"Run directory to make. [dim]\[runs/<data set>-<arch>-<weighting>-<time>][/dim]", "DIR"),
+        "resume": ("Go on with the run in this directory; --epochs may be raised.", "RUN"),
+    }
+    parameters = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[
+                Path | None,
+                typer.Option("--" + name.replace("_", "-"), help=text, metavar=metavar, rich_help_panel="Run"),
+            ],
+        )
+        for name, (text, metavar) in own.items()
+    ]
+    parameters += train_parameters()
+    _give_signature(run, parameters)
+
+    class TrainCommand(Command):
+        optional_values: ClassVar = {"--compile": "on"}
+        list_options: ClassVar = frozenset(each.option for each in hyper_options().values() if each.spec.many)
+
+    alone = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+    alone.command("train", cls=TrainCommand, help=_TRAIN_HELP)(run)
+    return typer.main.get_command(alone)
+
+
+def _give_signature(function: Callable[..., None], parameters: list[inspect.Parameter]) -> None:
+    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    function.__annotations__ = {each.name: each.annotation for each in parameters}
+
+
+@app.command("eval", cls=Command)
+def _eval(
+    run: Annotated[Path, typer.Argument(help="Run directory.", metavar="RUN")],
+    checkpoint: Annotated[str, typer.Option(help="best, last, or the path of a checkpoint.")] = "best",
+    split: Annotated[str, typer.Option(help="test or val.")] = "test",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; the run's own if not given.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Evaluate a checkpoint of a run."""
+    from fastmtl.cli.evaluate import evaluate
+
+    evaluate(run, checkpoint=checkpoint, split=split, device=device, as_json=as_json)
+
+
+@app.command("doctor", cls=Command)
+def _doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False) -> None:
+    """Show versions, devices, the backend each op would use and why, and the memory bandwidth."""
+    from fastmtl.cli.listing import doctor
+
+    doctor(as_json=as_json)
+
+
+@_data.command("list", cls=Command)
+def _data_list(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False) -> None:
+    """List the data sets."""
+    from fastmtl.cli.listing import list_data
+
+    list_data(as_json=as_json)

@@ -1,0 +1,42 @@
+"""What a run prints before it begins, in the form LibMTL's users know."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastmtl.data import DataBundle
+from fastmtl.trainer.config import TrainConfig
+from fastmtl.trainer.run_directory import RunDirectory
+
+__all__ = ["print_banner"]
+
+
+def print_banner(config: TrainConfig, bundle: DataBundle, run: RunDirectory) -> None:
+    """Print the configuration of a run, by part."""
+    rows = ", ".join(f"{count:,} {split}" for split, count in bundle.rows.items())
+    parts: dict[str, dict[str, Any]] = {
+        "General": {
+            "Mode": "train",
+            "Weighting": config.weighting,
+            "Architecture": config.arch,
+            "Rep_Grad": config.rep_grad,
+            "Multi_Input": config.multi_input,
+            "Seed": config.seed,
+            "Run Directory": run.path,
+            "Load Path": config.load_path,
+            "Device": config.device or "auto",
+            "Compile": config.compile,
+        },
+        "Data": {"Data Set": f"{bundle.name} ({rows})", "Encoder": bundle.encoder, "Batch Size": config.batch_size},
+        config.weighting: config.weight_args,
+        config.arch: config.arch_args,
+        "Optimizer": config.optim_param,
+        "Scheduler": config.scheduler_param or {},
+    }
+    print("=" * 40)
+    for title, entries in parts.items():
+        if entries:
+            print(f"{title} Configuration:")
+        for name, value in entries.items():
+            print(f"\t{name}: {value}")
+    print("=" * 40)

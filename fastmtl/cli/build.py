@@ -1,0 +1,88 @@
+"""From a configuration to a trainer and its data."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from fastmtl import data
+from fastmtl.data import DataBundle
+from fastmtl.errors import UsageError
+from fastmtl.trainer import Trainer
+from fastmtl.trainer.config import TrainConfig
+from fastmtl.trainer.logger import Logger
+from fastmtl.utils import set_random_seed
+
+__all__ = ["build_trainer", "load_data"]
+
+
+def load_data(config: TrainConfig) -> tuple[TrainConfig, DataBundle]:
+    """Seed the random numbers, load the data set and return it with the configuration it completes.
+
+    Raises:
+        UsageError: No such data set, folder or encoder, or a data set of the other kind than `multi_input` says.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    set_random_seed(config.seed)
+    bundle = data.load(
+        config.dataset,
+        batch_size=config.batch_size,
+        test_batch_size=config.test_batch_size,
+        seed=config.seed,
+        path=config.dataset_path,
+        n_train=config.train_size,
+        encoder=config.encoder,
+        pin_memory=torch.cuda.is_available() and config.device != "cpu",
+    )
+    if config.multi_input not in (None, bundle.multi_input):
+        inputs = "inputs for each task" if bundle.multi_input else "inputs that the tasks share"
+        raise UsageError(f"multi_input is {config.multi_input}, but the data set {bundle.name} has {inputs}.")
+    complete = replace(
+        config,
+        dataset=bundle.name,
+        encoder=bundle.encoder,
+        multi_input=bundle.multi_input,
+        train_size=bundle.rows["train"],
+    )
+    return complete, bundle
+
+
+def build_trainer(
+    config: TrainConfig,
+    bundle: DataBundle,
+    *,
+    save_path: Path | None = None,
+    resume: Path | None = None,
+    logger: list[Logger] | Logger | None = None,
+) -> Trainer:
+    """Return the trainer of a complete configuration (as `load_data` gives it).
+
+    Raises:
+        UsageError: The parts do not fit together.
+        BackendError: The device is not there.
+        CheckpointError: The checkpoint is missing or of another model.
+    """
+    return Trainer(
+        task_dict=bundle.task_dict,
+        weighting=config.weighting,
+        architecture=config.arch,
+        encoder_class=bundle.encoder_class,
+        decoders=bundle.decoders(),
+        rep_grad=config.rep_grad,
+        multi_input=bundle.multi_input,
+        optim_param=config.optim_param,
+        scheduler_param=config.scheduler_param,
+        save_path=None if save_path is None else str(save_path),
+        load_path=config.load_path,
+        device=config.device,
+        compile=config.compile,
+        logger=logger,
+        resume=None if resume is None else str(resume),
+        log_every=config.log_every,
+        limit_batches=config.limit_batches,
+        weight_args=config.weight_args,
+        arch_args=config.arch_args,
+    )

@@ -1,0 +1,72 @@
+"""Runs a command line and turns what goes wrong into one sentence and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+import typer
+
+from fastmtl.cli.app import app
+from fastmtl.errors import FastmtlError
+
+__all__ = ["FAILED", "INTERRUPTED", "USAGE", "main"]
+
+FAILED = 1
+USAGE = 2
+INTERRUPTED = 130
+
+# Unknown options, missing arguments and the like all derive from the base of BadParameter.
+_COMMAND_LINE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the `fastmtl` command.
+
+    Args:
+        arguments: The command line without the program's name; ``sys.argv`` if not given.
+
+    Returns:
+        The exit code: 0, 1 for an unforeseen failure, 2 for bad input, 130 after Ctrl-C.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    # Taken out here so that it may stand anywhere and covers errors in the command line itself.
+    shown_in_full = "--traceback" in words or os.environ.get("FASTMTL_TRACEBACK", "") == "1"
+    words = [word for word in words if word != "--traceback"]
+    try:
+        code = app(args=words, prog_name="fastmtl", standalone_mode=False)
+    except FastmtlError as error:
+        return _report(error, str(error), USAGE, shown_in_full)
+    except _COMMAND_LINE_ERROR as error:
+        return _report(error, _sentence(error), USAGE, shown_in_full)
+    except (KeyboardInterrupt, typer.Abort):
+        return _say("interrupted.", INTERRUPTED)
+    except BrokenPipeError:
+        # Whoever read the output, such as `head`, has had enough; nothing is left to flush to at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except Exception as error:
+        first_line = next(iter(str(error).strip().splitlines()), "")
+        text = f"{type(error).__name__}: {first_line} (--traceback shows where)"
+        return _report(error, text, FAILED, shown_in_full)
+    return code if isinstance(code, int) else 0
+
+
+def _report(error: BaseException, sentence: str, code: int, shown_in_full: bool) -> int:
+    if shown_in_full:
+        traceback.print_exception(error)
+    # Without a sentence, the command line was incomplete and the help has been shown.
+    return _say(f"error: {sentence}", code) if sentence else code
+
+
+def _say(text: str, code: int) -> int:
+    print(text, file=sys.stderr)
+    return code
+
+
+def _sentence(error: Exception) -> str:
+    describe = getattr(error, "format_message", None)
+    text = " ".join(str(describe() if describe is not None else error).split())
+    return text if text.endswith((".", "?")) or not text else f"{text}."

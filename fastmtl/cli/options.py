@@ -1,0 +1,113 @@
+"""The options of `fastmtl train`, made from `TrainConfig` and the hyper-parameter tables of the strategies."""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Annotated, Any
+
+import typer
+
+from fastmtl.architecture import ARCHITECTURES
+from fastmtl.hyper import Hyper
+from fastmtl.trainer.config import TrainConfig
+from fastmtl.weighting import WEIGHTINGS
+
+__all__ = ["HyperOption", "hyper_options", "split_values", "train_parameters"]
+
+_PREFIX = "hyper_"
+_NAMES: dict[str, Collection[str]] = {"arch": ARCHITECTURES, "weighting": WEIGHTINGS}
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class HyperOption:
+    """A hyper-parameter on the command line.
+
+    Attributes:
+        name: As its classes declare it.
+        owners: Names of the classes that have it, in order.
+        spec: As the first of them declares it.
+    """
+
+    name: str
+    owners: tuple[str, ...]
+    spec: Hyper
+
+    @property
+    def option(self) -> str:
+        """The long option, ``"--mgda-gn"``."""
+        return "--" + self.name.lower().replace("_", "-")
+
+
+def hyper_options() -> dict[str, HyperOption]:
+    """Return the hyper-parameters of all architectures and weightings, by name."""
+    found: dict[str, HyperOption] = {}
+    for classes in (WEIGHTINGS, ARCHITECTURES):
+        for owner, cls in classes.items():
+            for name, spec in cls.hyper.items():
+                earlier = found.get(name)
+                owners = (*earlier.owners, owner) if earlier else (owner,)
+                found[name] = HyperOption(name=name, owners=owners, spec=earlier.spec if earlier else spec)
+    return found
+
+
+def train_parameters() -> Iterator[inspect.Parameter]:
+    """Yield the parameters of the command: one per setting of `TrainConfig`, then one per hyper-parameter.
+
+    All default to None, which means that neither the flag nor its negation was given.
+    """
+    kinds = typing.get_type_hints(TrainConfig)
+    for each in fields(TrainConfig):
+        if each.name in ("weight_args", "arch_args"):
+            continue
+        option = "--" + each.name.replace("_", "-")
+        kind = kinds[each.name]
+        text, metavar = each.metadata["help"], None
+        if each.metadata["choices"]:
+            metavar = "|".join(each.metadata["choices"])
+        if each.name in _NAMES:
+            text, metavar = f"{text} {', '.join(_NAMES[each.name])}.", "NAME"
+        if each.name == "compile":
+            kind, metavar = str, "[on|auto|off]"
+        yield _parameter(each.name, option, kind, f"{text}{_default(each.default)}", each.metadata["panel"], metavar)
+    for hyper in hyper_options().values():
+        yield _hyper_parameter(hyper)
+
+
+def split_values(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the settings and the hyper-parameters among the command's values, without those that were not given."""
+    given = {name: value for name, value in values.items() if value is not None}
+    hyper = {name.removeprefix(_PREFIX): value for name, value in given.items() if name.startswith(_PREFIX)}
+    return {name: value for name, value in given.items() if not name.startswith(_PREFIX)}, hyper
+
+
+def _hyper_parameter(hyper: HyperOption) -> inspect.Parameter:
+    spec, metavar = hyper.spec, None
+    kind: Any = str if spec.many else spec.type
+    text = spec.help
+    if spec.choices:
+        metavar = "|".join(map(str, spec.choices))
+    if spec.many:
+        metavar = f"{spec.type.__name__.upper()}..."
+    if len(hyper.owners) > 1:
+        text += f" Also of {', '.join(hyper.owners[1:])}."
+    panel = f"Hyper-parameters of {hyper.owners[0]}"
+    return _parameter(_PREFIX + hyper.name, hyper.option, kind, f"{text}{_default(spec.default)}", panel, metavar)
+
+
+def _parameter(name: str, option: str, kind: Any, text: str, panel: str, metavar: str | None) -> inspect.Parameter:
+    members = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    declared = f"{option}/--no-{option[2:]}" if bool in members else option
+    about = typer.Option(declared, help=text, rich_help_panel=panel, show_default=False, metavar=metavar)
+    annotation = Annotated[members[0] | None, about]  # type: ignore[valid-type]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _default(value: Any) -> str:
+    if value is None or value is False or value == "":
+        return ""
+    shown = "on" if value is True else value
+    return f" [dim]\\[{shown}][/dim]"

@@ -1,0 +1,129 @@
+"""`fastmtl train`: one run, from the command line to the run directory."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from fastmtl.cli.banner import print_banner
+from fastmtl.cli.build import build_trainer, load_data
+from fastmtl.cli.options import split_values
+from fastmtl.data import DataBundle
+from fastmtl.errors import CheckpointError, FastmtlError, UsageError
+from fastmtl.trainer.config import TrainConfig, read_config
+from fastmtl.trainer.jsonl import JsonlLogger
+from fastmtl.trainer.logger import Logger
+from fastmtl.trainer.plot import PlotLogger
+from fastmtl.trainer.progress import ProgressLogger
+from fastmtl.trainer.run_directory import RunDirectory, Tee, write_atomically
+from fastmtl.trainer.tensorboard import TensorBoardLogger
+
+__all__ = ["train"]
+
+# What may differ when a run goes on; everything else decides what has been learned so far.
+_CHANGEABLE = ("epochs", "device", "compile", "threads", "log_every", "tensorboard", "plot")
+
+
+def train(*, config: Path | None, run_dir: Path | None, resume: Path | None, **values: Any) -> None:
+    """Run the command.
+
+    Args:
+        config: YAML file with settings.
+        run_dir: Run directory to make; named after the run if None.
+        resume: Run directory to go on with.
+        values: Settings and hyper-parameters given as flags, None where not given.
+
+    Raises:
+        FastmtlError: Anything about the run cannot be as asked.
+        typer.Exit: Ctrl-C, with exit code 130.
+    """
+    settings, hyper = split_values(values)
+    if resume is not None:
+        if config is not None or run_dir is not None:
+            raise UsageError("--resume goes on with a run as it is configured: leave out --config and --run-dir.")
+        run = RunDirectory.open(resume)
+        complete, bundle = load_data(_config_to_resume(run, settings, hyper))
+        _train_in(run, complete, bundle, resume=run.last)
+        return
+    asked = read_config(config, **settings) if config is not None else TrainConfig(**settings)
+    complete, bundle = load_data(asked.with_hyper(hyper))
+    if run_dir is not None:
+        run = RunDirectory.create(run_dir)
+    else:
+        run = RunDirectory.create_named(bundle.name, complete.arch, complete.weighting, datetime.now())
+    _train_in(run, complete, bundle, resume=None)
+
+
+def _config_to_resume(run: RunDirectory, settings: Mapping[str, Any], hyper: Mapping[str, Any]) -> TrainConfig:
+    if not run.last.exists():
+        raise CheckpointError(f"{run.path} has no {run.last.name} to go on from: it ended before its first checkpoint.")
+    before = read_config(run.config).resolved()
+    after = replace(before, **settings).with_hyper(hyper)
+    for each in fields(TrainConfig):
+        if each.name not in _CHANGEABLE and getattr(before, each.name) != getattr(after, each.name):
+            raise UsageError(
+                f"{each.name} cannot change when a run goes on, only {', '.join(_CHANGEABLE)} can: for a new run like "
+                f"this one give --config {run.config} in place of --resume."
+            )
+    return after
+
+
+def _train_in(run: RunDirectory, config: TrainConfig, bundle: DataBundle, resume: Path | None) -> None:
+    with Tee.recording(run.log):
+        progress = ProgressLogger()
+        try:
+            print_banner(config, bundle, run)
+            trainer = build_trainer(
+                config, bundle, save_path=run.path, resume=resume, logger=[*_file_loggers(config, run), progress]
+            )
+            write_atomically(run.config, config.as_yaml())
+            trainer.train(
+                bundle.train,
+                bundle.test,
+                config.epochs,
+                val_dataloaders=bundle.val if config.validate else None,
+            )
+        except KeyboardInterrupt:
+            progress.close()
+            _say_how_to_go_on(run)
+            raise typer.Exit(130) from None
+        except Exception as error:
+            progress.close()
+            _keep_what_matters(run, error)
+            raise
+        print(f"Run directory: {run.path}")
+        print(f"Evaluate it: fastmtl eval {run.path}")
+
+
+def _file_loggers(config: TrainConfig, run: RunDirectory) -> list[Logger]:
+    loggers: list[Logger] = [JsonlLogger(run.metrics)]
+    if config.tensorboard:
+        loggers.append(TensorBoardLogger(run.tensorboard))
+    if config.plot:
+        loggers.append(PlotLogger(run.curves, run.metrics))
+    return loggers
+
+
+def _say_how_to_go_on(run: RunDirectory) -> None:
+    if run.last.exists():
+        print(
+            f"interrupted: the state is in {run.last}; go on with `fastmtl train --resume {run.path}`", file=sys.stderr
+        )
+    else:
+        print(f"interrupted before the first checkpoint: {run.path} has nothing to go on from", file=sys.stderr)
+
+
+def _keep_what_matters(run: RunDirectory, error: Exception) -> None:
+    """Put the error into the log; a run that never began leaves nothing, so that the next try may take its name."""
+    if isinstance(error, FastmtlError) and not run.config.exists():
+        run.discard()
+        return
+    with run.log.open("a", encoding="utf-8") as log:
+        traceback.print_exception(error, file=log)

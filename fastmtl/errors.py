@@ -1,0 +1,25 @@
+"""Errors a user can act on. Each message is one sentence: the argument, what was got, what is allowed."""
+
+from __future__ import annotations
+
+__all__ = ["BackendError", "CheckpointError", "FastmtlError", "NonFiniteError", "UsageError"]
+
+
+class FastmtlError(Exception):
+    """Base of all errors raised on purpose; the command line prints them without a traceback."""
+
+
+class UsageError(FastmtlError, ValueError):
+    """An argument, configuration or data set cannot be used as given."""
+
+
+class BackendError(FastmtlError, RuntimeError):
+    """A forced backend or device is not available."""
+
+
+class CheckpointError(FastmtlError, RuntimeError):
+    """A checkpoint is missing, damaged or belongs to another model."""
+
+
+class NonFiniteError(FastmtlError, FloatingPointError):
+    """A loss or a gradient became NaN or infinite during training."""

@@ -1,0 +1,110 @@
+"""Losses of tasks: a pure ``compute_loss`` and a running mean for the log.
+
+Example::
+
+    class HuberLoss(AbsLoss):
+        def compute_loss(self, pred, gt):
+            return torch.nn.functional.huber_loss(pred, gt)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastmtl.errors import UsageError
+from fastmtl.running import RunningMean
+
+__all__ = ["AbsLoss", "CELoss", "KLDivLoss", "L1Loss", "MSELoss"]
+
+
+class AbsLoss:
+    """Base of all losses: override ``compute_loss`` and nothing else.
+
+    ``compute_loss`` is pure and may run inside ``torch.compile``. ``accumulate`` is called outside of it, once per batch.
+
+    Attributes:
+        record: Empty unless a subclass overrides ``_update_loss`` and appends its losses here, as floats.
+        bs: The batch sizes that belong to ``record``.
+    """
+
+    def __init__(self) -> None:
+        self.record: list[float] = []
+        self.bs: list[int] = []
+        self._running = RunningMean()
+
+    def compute_loss(self, pred: Any, gt: Any) -> Tensor:
+        """Return the loss of one batch, a scalar averaged over the batch.
+
+        Args:
+            pred: What the task's decoder gave, ``(batch, ...)``.
+            gt: The labels, ``(batch, ...)``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define compute_loss(pred, gt)")
+
+    def accumulate(self, loss: Tensor, batch_size: int) -> None:
+        """Add the loss of one batch to the running mean, weighted by ``batch_size``; never waits for the device.
+
+        Raises:
+            UsageError: ``loss`` is not a scalar.
+        """
+        if loss.numel() != 1:
+            raise UsageError(
+                f"compute_loss of {type(self).__name__} must return a scalar tensor, got shape {tuple(loss.shape)}."
+            )
+        self._running.add(loss, batch_size)
+
+    def _update_loss(self, pred: Any, gt: Any) -> Tensor:
+        loss = self.compute_loss(pred, gt)
+        self.accumulate(loss, pred.size()[0])
+        return loss
+
+    def _average_loss(self) -> float:
+        if self.record:
+            return sum(loss * size for loss, size in zip(self.record, self.bs, strict=True)) / sum(self.bs)
+        if self._running.empty:
+            raise UsageError(f"{type(self).__name__} has no batch to average: is the data loader empty?")
+        return self._running.value()
+
+    def _reinit(self) -> None:
+        self.record = []
+        self.bs = []
+        self._running.reset()
+
+
+class CELoss(AbsLoss):
+    """Cross-entropy of logits ``(batch, classes, ...)`` and class indices ``(batch, ...)``, averaged over all entries."""
+
+    def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
+        """Return the mean cross-entropy."""
+        return F.cross_entropy(pred, gt)
+
+
+class KLDivLoss(AbsLoss):
+    """Kullback-Leibler divergence of log-probabilities and probabilities, averaged over all entries.
+
+    This is ``torch.nn.KLDivLoss()`` as LibMTL uses it: the mean is over entries, not over the batch.
+    """
+
+    def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
+        """Return the mean of ``gt * (log gt - pred)``."""
+        # reduction="mean" gives the same number with a warning in every step.
+        return F.kl_div(pred, gt, reduction="none").mean()
+
+
+class L1Loss(AbsLoss):
+    """Mean absolute error."""
+
+    def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
+        """Return the mean of ``|pred - gt|``."""
+        return F.l1_loss(pred, gt)
+
+
+class MSELoss(AbsLoss):
+    """Mean squared error."""
+
+    def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
+        """Return the mean of ``(pred - gt)^2``."""
+        return F.mse_loss(pred, gt)

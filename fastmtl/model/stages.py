@@ -1,0 +1,91 @@
+"""Encoders made of stages, so that an architecture can attach something to each stage.
+
+MTAN and its kind need to know where an encoder can be cut. A ResNet says so with its layers; any other encoder says so
+by being a :class:`StagedEncoder`::
+
+    stem    = nn.Linear(20, 64)
+    stages  = [nn.Sequential(nn.Linear(64, 64), nn.ReLU()), nn.Sequential(nn.Linear(64, 32), nn.ReLU())]
+    encoder = StagedEncoder(stem, stages, stage_dims=[64, 32])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor, nn
+
+from fastmtl.errors import UsageError
+
+__all__ = ["ConvEncoder", "MLPEncoder", "StagedEncoder"]
+
+
+class StagedEncoder(nn.Module):
+    """An encoder that runs ``stem`` and then its ``stages`` in turn.
+
+    Images flow as ``(batch, channels, h, w)``, vectors as ``(batch, channels)``: the number of dimensions must stay the
+    same from the stem's output to the end. A stage may shrink h and w.
+
+    Args:
+        stem: What comes before the first stage; ``nn.Identity()`` if nothing does.
+        stages: The stages, at least one. MTAN looks into a stage that is an ``nn.Sequential`` before its last part, which
+            must therefore not work in place.
+        stage_dims: Channels of each stage's output.
+
+    Attributes:
+        feature_dim: Channels of the last stage's output.
+    """
+
+    def __init__(self, stem: nn.Module, stages: Iterable[nn.Module], stage_dims: Sequence[int]) -> None:
+        super().__init__()
+        self.stem = stem
+        self.stages = nn.ModuleList(stages)
+        self.stage_dims = list(stage_dims)
+        if not self.stages or len(self.stages) != len(self.stage_dims):
+            raise UsageError(
+                f"StagedEncoder needs at least one stage and one entry of stage_dims per stage, "
+                f"got {len(self.stages)} stages and stage_dims={self.stage_dims}."
+            )
+        self.feature_dim = self.stage_dims[-1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the last stage's output."""
+        x = self.stem(x)
+        for stage in self.stages:
+            x = stage(x)
+        return x
+
+
+def _conv(inputs: int, outputs: int, *, stride: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, kernel_size=3, stride=stride, padding=1, bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(),
+    )
+
+
+class ConvEncoder(StagedEncoder):
+    """A small image encoder of convolution, batch norm and ReLU; each stage after the first halves h and w.
+
+    Args:
+        channels: Channels of the input.
+        stage_dims: Channels of each stage's output.
+    """
+
+    def __init__(self, channels: int = 3, stage_dims: Sequence[int] = (32, 64, 128)) -> None:
+        dims = [channels, *stage_dims]
+        stages = [_conv(a, b, stride=1 if k == 0 else 2) for k, (a, b) in enumerate(zip(dims, dims[1:], strict=False))]
+        super().__init__(nn.Identity(), stages, stage_dims)
+
+
+class MLPEncoder(StagedEncoder):
+    """An encoder of vectors ``(batch, inputs)``: one linear layer with ReLU per stage.
+
+    Args:
+        inputs: Size of an input vector.
+        stage_dims: Size of each stage's output.
+    """
+
+    def __init__(self, inputs: int, stage_dims: Sequence[int] = (256, 256, 128)) -> None:
+        dims = [inputs, *stage_dims]
+        stages = [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in zip(dims, dims[1:], strict=False)]
+        super().__init__(nn.Identity(), stages, stage_dims)

@@ -1,0 +1,37 @@
+"""Names in any case, and the nearest valid one when a name is unknown."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import TypeVar
+
+from fastmtl.errors import UsageError
+
+__all__ = ["resolve_name"]
+
+T = TypeVar("T")
+
+
+def _key(name: str) -> str:
+    return name.lower().replace("-", "_")
+
+
+def resolve_name(name: str, choices: Mapping[str, T], what: str) -> T:
+    """Return ``choices[name]``, ignoring case and ``-`` against ``_``.
+
+    Args:
+        name: What the user wrote.
+        choices: The valid names.
+        what: What is named, for the message (``"weighting"``).
+
+    Raises:
+        UsageError: The name is unknown; the message gives the nearest valid name and all of them.
+    """
+    by_key = {_key(choice): value for choice, value in choices.items()}
+    if _key(name) in by_key:
+        return by_key[_key(name)]
+    near = difflib.get_close_matches(_key(name), list(by_key), n=1, cutoff=0.5)
+    spelled = {_key(choice): choice for choice in choices}
+    hint = f" Did you mean {spelled[near[0]]!r}?" if near else ""
+    raise UsageError(f"Unknown {what} {name!r}.{hint} Known: {', '.join(choices)}.")

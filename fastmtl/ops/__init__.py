@@ -1,0 +1,13 @@
+"""Operators on lists of task gradients and on their Gram matrix.
+
+Every op runs on the fastest backend there is for its device: C++ (``cpp``), CUDA C++ (``cuda``), Triton (``triton``) or plain
+torch (``reference``). ``FASTMTL_BACKEND`` forces one.
+"""
+
+from __future__ import annotations
+
+from fastmtl.ops._registry import backend_report, implementation
+from fastmtl.ops.combine import combine, combine_
+from fastmtl.ops.gram import gram
+
+__all__ = ["backend_report", "combine", "combine_", "gram", "implementation"]

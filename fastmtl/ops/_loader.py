@@ -1,0 +1,150 @@
+"""Loads the compiled backends on first use and decides which one serves a device.
+
+Nothing here runs at import. A backend that cannot be had is remembered with its cause.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib
+import json
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastmtl import env
+from fastmtl.errors import BackendError
+
+__all__ = ["BACKENDS", "PREFERENCE", "kernel", "prospect", "settle"]
+
+BACKENDS = ("reference", "cpp", "triton", "cuda")
+PREFERENCE = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+_SHARED_OBJECT = {"cpp": "_C.abi3.so", "cuda": "_CUDA.abi3.so"}
+_KEY = {"cpp": "CPU", "cuda": "CUDA", "triton": "CUDA"}
+
+_log = logging.getLogger("fastmtl")
+_lock = threading.RLock()
+_settled: set[tuple[str, str]] = set()
+_said: set[str] = set()
+_triton_library: list[torch.library.Library] = []
+
+
+@functools.cache
+def _library(backend: str) -> ctypes.CDLL | str:
+    """Return the loaded shared object of a backend, or why there is none."""
+    path = _PACKAGE / _SHARED_OBJECT[backend]
+    if not path.is_file():
+        return f"{path.name} was not built{_build_reason(path.name.split('.')[0])}"
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        return f"{path.name} was built for another torch or system and cannot be loaded: {error}"
+    return library
+
+
+def _build_reason(extension: str) -> str:
+    try:
+        record = json.loads((_PACKAGE / "_build.json").read_text())
+        return f": {record['missing'][f'fastmtl.{extension}']}"
+    except (OSError, ValueError, KeyError):
+        return ""
+
+
+@functools.cache
+def _find(op: str, backend: str) -> Callable[..., Any] | str:
+    """Return one backend's kernel of an op, or why there is none."""
+    if backend == "triton":
+        try:
+            return getattr(importlib.import_module(f"fastmtl.kernels.{op}"), op)
+        except ModuleNotFoundError as error:
+            if error.name == f"fastmtl.kernels.{op}":
+                return f"{op} has no Triton kernel"
+            return f"Triton cannot be imported ({error}; pip install triton)"
+    library = _library(backend)
+    if isinstance(library, str):
+        return library
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastmtl_{backend}::{op}", _KEY[backend]):
+        return f"{_SHARED_OBJECT[backend]} has no kernel for {op}"
+    return getattr(getattr(torch.ops, f"fastmtl_{backend}"), op).default
+
+
+@functools.cache
+def _register(backend: str) -> None:
+    """Make a loaded shared object's kernels the ones of the namespace ``fastmtl``."""
+    library = _library(backend)
+    assert isinstance(library, ctypes.CDLL)
+    library.fastmtl_register_default()
+
+
+def _choose(op: str, device: str) -> tuple[str, list[str]]:
+    """Return the backend for an op on a device under ``FASTMTL_BACKEND``, and why better ones are absent.
+
+    Raises:
+        BackendError: The forced backend cannot serve it.
+    """
+    choice = env.read("FASTMTL_BACKEND")
+    if choice == "reference":
+        return choice, []
+    if choice != "auto" and choice not in PREFERENCE.get(device, ()):
+        raise BackendError(f"FASTMTL_BACKEND={choice} cannot serve {op} on {device}: it has no kernels for this device.")
+    absent = []
+    for backend in PREFERENCE.get(device, ()) if choice == "auto" else (choice,):
+        found = _find(op, backend)
+        if not isinstance(found, str):
+            return backend, absent
+        if choice == backend:
+            raise BackendError(f"FASTMTL_BACKEND={choice} cannot serve {op} on {device}: {found}.")
+        absent.append(f"{backend}: {found}")
+    return "reference", absent or [f"there are no kernels for {device}"]
+
+
+def settle(op: str, device: str) -> bool:
+    """Register the chosen backend's kernel of an op for a device; whether there is one now that was not before.
+
+    Raises:
+        BackendError: ``FASTMTL_BACKEND`` forces a backend that cannot serve this call.
+    """
+    if (op, device) in _settled:
+        return False
+    with _lock:
+        backend, absent = _choose(op, device)
+        _settled.add((op, device))
+        if backend == "triton":
+            library = torch.library.Library("fastmtl", "IMPL")
+            library.impl(op, _find(op, backend), _KEY[backend])
+            _triton_library.append(library)
+        elif backend != "reference":
+            _register(backend)
+        reason = "; ".join(absent)
+        if backend == "reference" and absent and reason not in _said:
+            _said.add(reason)
+            _log.warning("Plain torch operators are used in place of compiled kernels on %s (%s).", device, reason)
+    return backend != "reference"
+
+
+def kernel(op: str, backend: str) -> Callable[..., Any]:
+    """Return a compiled backend's kernel of an op.
+
+    Raises:
+        BackendError: It cannot be had; the message says why.
+    """
+    found = _find(op, backend)
+    if isinstance(found, str):
+        raise BackendError(f"The {backend} backend of {op} is not available: {found}.")
+    return found
+
+
+def prospect(op: str, device: str) -> dict[str, str]:
+    """Return the backend an op would use on a device, and why better ones are absent."""
+    try:
+        backend, absent = _choose(op, device)
+    except BackendError as error:
+        backend, absent = "none", [str(error)]
+    return {"backend": backend, "absent": "; ".join(absent)}

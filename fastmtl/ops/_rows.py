@@ -1,0 +1,119 @@
+"""Rows: T lists of K gradients, as every op over a Jacobian takes them.
+
+A row is the gradient of one task, kept as the list of tensors autograd returned. Ops see all rows as one flat task-major
+list (row t, tensor k at ``t * K + k``); None stands for a zero gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from fastmtl.errors import UsageError
+
+__all__ = ["MAX_ROWS", "Rows", "check_groups", "check_rows", "columns", "device_of", "flatten", "shared_strides"]
+
+Rows = Tensor | Sequence[Sequence[Tensor | None]]
+Flat = Sequence[Tensor | None]
+
+MAX_ROWS = 128
+FLOAT_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def flatten(rows: Rows) -> tuple[list[Tensor | None], int]:
+    """Return the rows as one flat list, and their number T.
+
+    Raises:
+        UsageError: No rows, more than 128, or rows of different length.
+    """
+    if isinstance(rows, Tensor):
+        if rows.dim() != 2:
+            raise UsageError(f"rows as one tensor must have the shape (T, P), got {tuple(rows.shape)}.")
+        rows = [[row] for row in rows.unbind(0)]
+    if not 1 <= len(rows) <= MAX_ROWS:
+        raise UsageError(f"rows must hold 1 to {MAX_ROWS} rows, got {len(rows)}.")
+    width = len(rows[0])
+    flat: list[Tensor | None] = []
+    for number, row in enumerate(rows):
+        if len(row) != width:
+            raise UsageError(f"rows must have the same number of tensors, got {width} in row 0 and {len(row)} in row {number}.")
+        flat.extend(row)
+    return flat, len(rows)
+
+
+def columns(flat: Flat, num_rows: int) -> Iterator[list[tuple[int, Tensor]]]:
+    """Yield, for each of the K parameters, the rows that have a gradient of it, as (t, tensor)."""
+    width = len(flat) // num_rows
+    for k in range(width):
+        yield [(t, row) for t in range(num_rows) if (row := flat[t * width + k]) is not None]
+
+
+def device_of(flat: Flat) -> torch.device:
+    """Return the device of the first tensor, the CPU if there is none."""
+    return next((row.device for row in flat if row is not None), torch.device("cpu"))
+
+
+def check_rows(flat: Flat, num_rows: int) -> None:
+    """Refuse rows that no backend takes.
+
+    Raises:
+        UsageError: Wrong number, shape, dtype, layout or device of a tensor.
+    """
+    if num_rows < 1 or len(flat) % num_rows:
+        raise UsageError(f"rows must hold the same number of tensors in each of {num_rows} rows, got {len(flat)} in all.")
+    device = device_of(flat)
+    for k, column in enumerate(columns(flat, num_rows)):
+        for t, row in column:
+            name = f"rows[{t}][{k}]"
+            first_row, first = column[0]
+            if row.layout != torch.strided:
+                raise UsageError(f"{name} must be a dense tensor, got layout {row.layout}.")
+            if row.dtype not in FLOAT_TYPES:
+                raise UsageError(f"{name} must be float32, float64, bfloat16 or float16, got {row.dtype}.")
+            if row.device != device:
+                raise UsageError(f"{name} must be on {device} as the other rows, got {row.device}.")
+            if row.shape != first.shape:
+                raise UsageError(
+                    f"{name} must have the shape {tuple(first.shape)} of rows[{first_row}][{k}], got {tuple(row.shape)}."
+                )
+
+
+def check_groups(groups: Sequence[int] | None, width: int) -> int:
+    """Return the number of groups L; 1 if ``groups`` is None.
+
+    Raises:
+        UsageError: Not one group of at least 0 for each of the ``width`` parameters.
+    """
+    if groups is None:
+        return 1
+    if len(groups) != width:
+        raise UsageError(f"groups must name one group for each of the {width} tensors of a row, got {len(groups)}.")
+    if any(group < 0 for group in groups):
+        raise UsageError(f"groups must be at least 0, got {min(groups)}.")
+    return max(groups, default=-1) + 1
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one block of memory, each once, in some order of the dimensions."""
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def shared_strides(column: Sequence[Tensor]) -> tuple[int, ...]:
+    """Return the strides of the dense layout all tensors share, or of the contiguous one.
+
+    Args:
+        column: Tensors of one shape, at least one.
+    """
+    first = column[0]
+    moving = [d for d, n in enumerate(first.shape) if n != 1]
+    alike = all(row.stride(d) == first.stride(d) for row in column[1:] for d in moving)
+    if alike and first.numel() and _is_dense(first):
+        return first.stride()
+    return torch.empty(first.shape, device="meta").stride()

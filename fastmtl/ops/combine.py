@@ -1,0 +1,236 @@
+"""Weighted sums of the task gradients, w^T J, without ever building J."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from fastmtl.errors import UsageError
+from fastmtl.ops._registry import declare
+from fastmtl.ops._rows import Rows, check_groups, check_rows, columns, device_of, flatten, shared_strides
+
+__all__ = ["combine", "combine_"]
+
+
+def _check_weights(weights: Tensor, num_rows: int, num_groups: int | None, many: bool) -> None:
+    if not weights.is_floating_point():
+        raise UsageError(f"weights must be floating point, got {weights.dtype}.")
+    if num_groups is not None:
+        allowed, fits = f"({num_groups}, {num_rows})", weights.shape == (num_groups, num_rows)
+    else:
+        allowed = f"({num_rows},)" + (f" or (M, {num_rows})" if many else "")
+        fits = 1 <= weights.dim() <= 1 + many and weights.shape[-1] == num_rows
+    if not fits:
+        raise UsageError(f"weights must have the shape {allowed}, got {tuple(weights.shape)}.")
+
+
+def _check(rows: Sequence[Tensor | None], num_rows: int, weights: Tensor, groups: Sequence[int] | None, many: bool) -> None:
+    check_rows(rows, num_rows)
+    num_groups = check_groups(groups, len(rows) // num_rows)
+    _check_weights(weights, num_rows, None if groups is None else num_groups, many)
+
+
+def _check_out(out: Sequence[Tensor], rows: Sequence[Tensor | None], num_rows: int) -> None:
+    width = len(rows) // num_rows
+    if len(out) != width:
+        raise UsageError(f"out must hold one tensor for each of the {width} tensors of a row, got {len(out)}.")
+    device = device_of(rows)
+    for k, (target, column) in enumerate(zip(out, columns(rows, num_rows), strict=True)):
+        if not target.is_floating_point() or target.layout != torch.strided:
+            raise UsageError(f"out[{k}] must be a dense floating-point tensor, got {target.dtype}, {target.layout}.")
+        for _, row in column[:1]:
+            if target.shape != row.shape or target.device != device:
+                raise UsageError(
+                    f"out[{k}] must have shape {tuple(row.shape)} on {device} as its rows, "
+                    f"got {tuple(target.shape)} on {target.device}."
+                )
+        if target.numel() > 1 and any(s == 0 and n > 1 for s, n in zip(target.stride(), target.shape, strict=True)):
+            raise UsageError(f"out[{k}] must not be expanded: several of its elements share one place in memory.")
+
+
+def _results(
+    rows: Sequence[Tensor | None], num_rows: int, weights: Tensor, groups: Sequence[int] | None
+) -> Iterator[tuple[Tensor, Tensor, list[tuple[int, Tensor]]]]:
+    """Yield an empty result, its (T,) weights and its rows, for every result and every parameter that has a row."""
+    per_result = weights[None] if weights.dim() == 1 or groups is not None else weights
+    for one in per_result:
+        for k, column in enumerate(columns(rows, num_rows)):
+            if column:
+                tensors = [row for _, row in column]
+                dtype = tensors[0].dtype
+                for row in tensors:
+                    dtype = torch.promote_types(dtype, row.dtype)
+                empty = torch.empty_strided(
+                    tensors[0].shape, shared_strides(tensors), dtype=dtype, device=tensors[0].device
+                )
+                yield empty, one if groups is None else one[groups[k]], column
+
+
+def _weighted_sum(weights: Tensor, column: list[tuple[int, Tensor]], dtype: torch.dtype) -> Tensor:
+    """Return the sum in ``dtype`` without the rows of weight zero."""
+    weights = weights.to(column[0][1].device, dtype)
+    total = torch.zeros(column[0][1].shape, dtype=dtype, device=column[0][1].device)
+    for t, row in column:
+        total += torch.where(weights[t] == 0, 0.0, row.to(dtype) * weights[t])
+    return total
+
+
+def _sum_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def _reference(
+    rows: list[Tensor | None], num_rows: int, weights: Tensor, groups: list[int] | None = None
+) -> list[Tensor]:
+    _check(rows, num_rows, weights, groups, many=True)
+    results = []
+    for result, row_weights, column in _results(rows, num_rows, weights, groups):
+        results.append(result.copy_(_weighted_sum(row_weights, column, _sum_dtype(result.dtype))))
+    return results
+
+
+def _fake(rows: list[Tensor | None], num_rows: int, weights: Tensor, groups: list[int] | None = None) -> list[Tensor]:
+    _check(rows, num_rows, weights, groups, many=True)
+    return [result for result, _, _ in _results(rows, num_rows, weights, groups)]
+
+
+def _reference_(
+    out: list[Tensor],
+    rows: list[Tensor | None],
+    num_rows: int,
+    weights: Tensor,
+    groups: list[int] | None = None,
+    accumulate: bool = False,
+) -> None:
+    _check(rows, num_rows, weights, groups, many=False)
+    _check_out(out, rows, num_rows)
+    totals = []
+    for k, (target, column) in enumerate(zip(out, columns(rows, num_rows), strict=True)):
+        dtype = _sum_dtype(target.dtype, *(row.dtype for _, row in column))
+        total = torch.zeros_like(target, dtype=dtype)
+        if column:
+            total = _weighted_sum(weights if groups is None else weights[groups[k]], column, dtype)
+        totals.append(total + target if accumulate else total)
+    # All sums are taken before the first write: out may be one of the rows.
+    for target, total in zip(out, totals, strict=True):
+        target.copy_(total)
+
+
+def _fake_(
+    out: list[Tensor],
+    rows: list[Tensor | None],
+    num_rows: int,
+    weights: Tensor,
+    groups: list[int] | None = None,
+    accumulate: bool = False,
+) -> None:
+    _check(rows, num_rows, weights, groups, many=False)
+    _check_out(out, rows, num_rows)
+
+
+_combine = declare(
+    "combine",
+    "(Tensor?[] rows, int num_rows, Tensor weights, int[]? groups=None) -> Tensor[]",
+    reference=_reference,
+    fake=_fake,
+)
+_combine_ = declare(
+    "combine_",
+    "(Tensor(a!)[] out, Tensor?[] rows, int num_rows, Tensor weights, int[]? groups=None, bool accumulate=False) -> ()",
+    reference=_reference_,
+    fake=_fake_,
+)
+
+
+def combine(
+    rows: Rows, weights: Tensor, groups: Sequence[int] | None = None
+) -> list[Tensor | None] | list[list[Tensor | None]]:
+    """Return sum_t w_t row_t, one new tensor per parameter.
+
+    The sum is taken in float32, in float64 if a row of the parameter is float64; the result has the promoted dtype of the
+    rows, and their memory layout if they share a dense one. A row whose weight is exactly 0 is not read, so what it holds,
+    NaN included, does not matter.
+
+    Args:
+        rows: T lists of K gradients or a (T, P) tensor, which counts as K = 1; see :func:`fastmtl.ops.gram`.
+        weights: (T,) for one sum, (M, T) for M sums that share one pass over the rows; with groups (L, T).
+        groups: For each of the K tensors the row of ``weights`` that applies to it.
+
+    Returns:
+        K tensors, or M lists of K for (M, T) weights. A parameter that is None in all rows stays None.
+
+    Raises:
+        UsageError: ``rows``, ``weights`` or ``groups`` do not fit together.
+        BackendError: ``FASTMTL_BACKEND`` names a backend that cannot serve these tensors.
+
+    Example:
+        >>> rows = [[torch.tensor([1.0, 2.0])], [torch.tensor([3.0, -1.0])]]
+        >>> combine(rows, torch.tensor([0.5, 0.5]))
+        [tensor([2.0000, 0.5000])]
+    """
+    flat, num_rows = flatten(rows)
+    width = len(flat) // num_rows
+    try:
+        sums = _combine(flat, num_rows, weights, groups)
+    except RuntimeError:
+        _check(flat, num_rows, weights, groups, many=True)
+        raise
+    for k in range(width):
+        if flat[k] is None and all(row is None for row in flat[k::width]):
+            return _with_missing(sums, flat, num_rows, weights, groups)
+    if weights.dim() == 1 or groups is not None:
+        return cast(list[Tensor | None], sums)
+    return [sums[m * width : (m + 1) * width] for m in range(len(weights))]
+
+
+def _with_missing(
+    sums: list[Tensor], flat: list[Tensor | None], num_rows: int, weights: Tensor, groups: Sequence[int] | None
+) -> list[Tensor | None] | list[list[Tensor | None]]:
+    """Put None where a parameter has no row."""
+    remaining = iter(sums)
+    present = [bool(column) for column in columns(flat, num_rows)]
+    if weights.dim() == 1 or groups is not None:
+        return [next(remaining) if there else None for there in present]
+    return [[next(remaining) if there else None for there in present] for _ in range(len(weights))]
+
+
+def combine_(
+    out: Sequence[Tensor],
+    rows: Rows,
+    weights: Tensor,
+    groups: Sequence[int] | None = None,
+    accumulate: bool = False,
+) -> None:
+    """Write sum_t w_t row_t into given tensors, or add it to them.
+
+    Args:
+        out: K tensors of the shapes of the rows, of any float dtype and strides. One may be a row itself (the very same
+            memory); two of them must not overlap.
+        rows: T lists of K gradients, or a (T, P) tensor with one (P,) ``out``; see :func:`fastmtl.ops.gram`.
+        weights: (T,) or, with groups, (L, T). A row whose weight is exactly 0 is not read.
+        groups: For each of the K tensors the row of ``weights`` that applies to it.
+        accumulate: Add to what is there instead of overwriting it. Where a parameter is None in all rows, ``out`` becomes
+            zero without ``accumulate`` and stays as it is with it.
+
+    Raises:
+        UsageError: ``out``, ``rows``, ``weights`` or ``groups`` do not fit together.
+        BackendError: ``FASTMTL_BACKEND`` names a backend that cannot serve these tensors.
+
+    Example:
+        >>> out = [torch.zeros(2)]
+        >>> combine_(out, [[torch.tensor([1.0, 2.0])], [torch.tensor([3.0, -1.0])]], torch.tensor([1.0, 1.0]))
+        >>> out
+        [tensor([4., 1.])]
+    """
+    flat, num_rows = flatten(rows)
+    try:
+        _combine_(out, flat, num_rows, weights, groups, accumulate)
+    except RuntimeError:
+        _check(flat, num_rows, weights, groups, many=False)
+        _check_out(out, flat, num_rows)
+        raise
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(out)

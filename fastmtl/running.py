@@ -1,0 +1,52 @@
+"""A weighted mean kept on the device and read once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["RunningMean"]
+
+
+class RunningMean:
+    """Weighted mean of scalars, ``sum_i w_i v_i / sum_i w_i``, accumulated where the values are.
+
+    ``add`` never waits for the device; only ``value`` does. Sums are float64, or float32 where the device has no
+    float64. The first value decides the device.
+    """
+
+    def __init__(self) -> None:
+        self._total: Tensor | None = None
+        self._weight = 0.0
+
+    def add(self, value: Tensor, weight: float) -> None:
+        """Add one value, a tensor with one element, of this weight."""
+        self._add(value, weight, weight)
+
+    def add_sum(self, total: Tensor, weight: float) -> None:
+        """Add the sum of values whose weights sum to ``weight``."""
+        self._add(total, 1, weight)
+
+    def _add(self, value: Tensor, factor: float, weight: float) -> None:
+        value = value.detach().reshape(())
+        if self._total is None:
+            dtype = torch.float32 if value.device.type == "mps" else torch.float64
+            self._total = torch.zeros((), dtype=dtype, device=value.device)
+        self._total = self._total.add(value, alpha=factor)
+        self._weight += weight
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was added since the last ``reset``."""
+        return self._weight == 0
+
+    def value(self) -> float:
+        """The mean; waits for the device. Raises ``ZeroDivisionError`` when empty."""
+        if self._total is None or self.empty:
+            raise ZeroDivisionError("the mean of no values")
+        return self._total.item() / self._weight
+
+    def reset(self) -> None:
+        """Forget everything, the device included."""
+        self._total = None
+        self._weight = 0.0

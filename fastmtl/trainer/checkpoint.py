@@ -1,0 +1,91 @@
+"""Checkpoints: written atomically, read safely, refused with a sentence when they do not fit."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fastmtl.errors import CheckpointError
+
+__all__ = ["load_model_state", "read_checkpoint", "rng_state", "save_atomically", "set_rng_state"]
+
+
+def save_atomically(content: Any, path: Path) -> None:
+    """Write ``content`` with ``torch.save`` so that ``path`` holds the old or the new file, never a part of one."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as cause:
+        part.unlink(missing_ok=True)
+        raise CheckpointError(f"The checkpoint {path} cannot be written: {cause.strerror or cause}.") from cause
+
+
+def read_checkpoint(path: Path, device: torch.device) -> Any:
+    """Return what ``torch.save`` wrote to ``path``, tensors and plain values only.
+
+    Raises:
+        CheckpointError: The file is missing or is no checkpoint.
+    """
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"There is no checkpoint {path}.") from None
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as cause:
+        first = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
+        raise CheckpointError(f"{path} is not a checkpoint that can be read: {first}") from cause
+
+
+def load_model_state(model: nn.Module, state: Any, path: Path) -> None:
+    """Load a ``state_dict`` whose keys and shapes are those of ``model``.
+
+    Raises:
+        CheckpointError: They are not; the message names the first differences.
+    """
+    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise CheckpointError(f"{path} does not hold the parameters of a model.")
+    own = model.state_dict()
+    differences = [f"{key} is missing" for key in own if key not in state]
+    differences += [f"{key} is not in the model" for key in state if key not in own]
+    differences += [
+        f"{key} has shape {tuple(state[key].shape)} in place of {tuple(value.shape)}"
+        for key, value in own.items()
+        if key in state and state[key].shape != value.shape
+    ]
+    if differences:
+        more = f" and {len(differences) - 2} more differences" if len(differences) > 2 else ""
+        raise CheckpointError(f"The checkpoint {path} is of another model: {'; '.join(differences[:2])}{more}.")
+    model.load_state_dict(dict(state))
+
+
+def rng_state() -> dict[str, Any]:
+    """Return the state of Python's, numpy's and torch's random generators in plain values."""
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": [kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+    }
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Undo what happened to the random generators since ``rng_state``."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.cpu().numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all([each.cpu() for each in state["cuda"]])

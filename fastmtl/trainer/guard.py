@@ -1,0 +1,63 @@
+"""Non-finite losses and gradients: noticed on the device, reported when the device is read anyway."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmtl.errors import NonFiniteError
+
+__all__ = ["FiniteGuard"]
+
+
+class FiniteGuard:
+    """Remembers the first training step with a NaN or infinite loss or gradient, without a host sync.
+
+    Attributes:
+        found_inf: Scalar float tensor, 1 from that step on. Optimizers leave the parameters alone while it is 1, so what
+            is saved afterwards is still finite.
+
+    Args:
+        device: Where losses live.
+        task_name: The task names.
+    """
+
+    def __init__(self, device: torch.device, task_name: list[str]) -> None:
+        self.task_name = task_name
+        self.found_inf = torch.zeros((), device=device)
+        self._step = torch.zeros((), dtype=torch.int64, device=device)
+        self._first = torch.zeros((), dtype=torch.int64, device=device)
+        self._bad = torch.zeros(2, len(task_name), dtype=torch.bool, device=device)
+
+    def start(self, step: int) -> None:
+        """Count training steps from ``step``."""
+        self._step.fill_(step)
+
+    def watch(self, losses: Tensor, gram: Tensor | None) -> None:
+        """Look at the losses (T,) and, from the diagonal of the Gram matrix (T, T), at the gradients of one step."""
+        bad = ~torch.stack([losses, losses if gram is None else gram.diagonal().to(losses.dtype)]).isfinite()
+        fresh = bad.any() & (self.found_inf == 0)
+        self._first.copy_(torch.where(fresh, self._step, self._first))
+        self._bad.copy_(torch.where(fresh, bad, self._bad))
+        self.found_inf.copy_(torch.maximum(self.found_inf, bad.any().to(self.found_inf.dtype)))
+        self._step.add_(1)
+
+    def check(self, last_checkpoint: str | None) -> None:
+        """Raise if any step so far was not finite; this reads the device.
+
+        Args:
+            last_checkpoint: What to go back to, for the message.
+
+        Raises:
+            NonFiniteError: Names the step, the tasks and the checkpoint.
+        """
+        if self.found_inf.item() == 0:
+            return
+        bad_loss, bad_gradient = self._bad.tolist()
+        what = "loss" if any(bad_loss) else "gradient"
+        tasks = [task for task, bad in zip(self.task_name, bad_loss if any(bad_loss) else bad_gradient, strict=True) if bad]
+        where = "no checkpoint was written" if last_checkpoint is None else f"the last checkpoint is {last_checkpoint}"
+        raise NonFiniteError(
+            f"The {what} of {', '.join(tasks)} became NaN or infinite in training step {self._first.item()}; parameters were "
+            f"not updated from there on, {where}."
+        )

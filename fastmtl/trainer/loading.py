@@ -1,0 +1,88 @@
+"""Batches from the loaders of one input for all tasks, or of one for each task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+import torch
+
+from fastmtl.errors import UsageError
+
+__all__ = ["check_loaders", "count_batches", "eval_batches", "to_device", "train_batches"]
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Move tensors, or containers of them, to ``device`` without waiting."""
+    if hasattr(value, "to"):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, Mapping):
+        return {key: to_device(each, device) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(to_device(each, device) for each in value)
+    return value
+
+
+def check_loaders(loaders: Any, tasks: list[str], multi_input: bool, what: str) -> None:
+    """Refuse loaders that are empty or do not fit the tasks.
+
+    Raises:
+        UsageError: Says which loader and why.
+    """
+    if not multi_input:
+        if isinstance(loaders, Mapping):
+            raise UsageError(f"{what} must be one loader when multi_input is False, got a dictionary.")
+        if len(loaders) == 0:
+            raise UsageError(f"{what} is empty: the data set has no rows, or fewer than one batch with drop_last.")
+        return
+    if not isinstance(loaders, Mapping):
+        raise UsageError(f"{what} must be a dictionary of loaders by task when multi_input is True, got {type(loaders).__name__}.")
+    for task in tasks:
+        if task not in loaders:
+            raise UsageError(f"{what} has no loader for the task {task!r}, only for {', '.join(map(str, loaders))}.")
+        if len(loaders[task]) == 0:
+            raise UsageError(
+                f"{what} is empty for the task {task!r}: the data set has no rows, or fewer than one batch with drop_last."
+            )
+
+
+def count_batches(loaders: Any, multi_input: bool, limit: int | None) -> int:
+    """Return the number of training steps in an epoch: the longest loader's."""
+    count = max(len(loader) for loader in loaders.values()) if multi_input else len(loaders)
+    return count if limit is None else min(count, limit)
+
+
+def train_batches(loaders: Any, tasks: list[str], multi_input: bool, count: int) -> Iterator[tuple[Any, Any]]:
+    """Yield ``count`` batches of inputs and labels; a loader that runs out starts again."""
+    if not multi_input:
+        for inputs, labels in islice(_endless(loaders), count):
+            yield inputs, _checked(labels, tasks)
+        return
+    streams = {task: _endless(loaders[task]) for task in tasks}
+    for _ in range(count):
+        batch = {task: next(stream) for task, stream in streams.items()}
+        yield {task: each[0] for task, each in batch.items()}, {task: each[1] for task, each in batch.items()}
+
+
+def eval_batches(loaders: Any, tasks: list[str], multi_input: bool, limit: int | None) -> Iterator[tuple[str | None, Any, Any]]:
+    """Yield (task or None, inputs, labels) of every batch once."""
+    if not multi_input:
+        for inputs, labels in islice(loaders, limit):
+            yield None, inputs, _checked(labels, tasks)
+        return
+    for task in tasks:
+        for inputs, labels in islice(loaders[task], limit):
+            yield task, inputs, labels
+
+
+def _endless(loader: Any) -> Iterator[Any]:
+    while True:
+        yield from loader
+
+
+def _checked(labels: Any, tasks: list[str]) -> Any:
+    missing = [task for task in tasks if task not in labels]
+    if missing:
+        raise UsageError(f"A batch has no labels for the task {missing[0]!r}, only for {', '.join(map(str, labels))}.")
+    return labels

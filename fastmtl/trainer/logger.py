@@ -1,0 +1,225 @@
+"""What a training run tells the outside: the `Logger` base class and the records it is given.
+
+The trainer keeps losses, weights and Gram matrices on the device and hands them over a log interval at a time, so a
+logger never makes the device wait inside a step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from typing_extensions import override
+
+from fastmtl.errors import UsageError
+
+__all__ = ["Logger", "LoggerList", "RunInfo", "StepRecords", "as_logger", "pair_names"]
+
+
+@dataclass(kw_only=True, slots=True)
+class RunInfo:
+    """What is known before the first step.
+
+    Attributes:
+        task_names: The tasks, in the order of every array's task axis.
+        metric_names: The metrics of each task, in the order `Logger.on_epoch` gives their values.
+        epochs: Epochs the run will have when it is done.
+        batches_per_epoch: Training steps in one epoch.
+        weighting: Name of the weighting strategy.
+        architecture: Name of the architecture.
+        device: Where the model trains.
+        start_epoch: First epoch of this process; not 0 when a run goes on.
+        start_batch: First batch within that epoch.
+        save_path: Where checkpoints go, or None.
+    """
+
+    task_names: list[str]
+    metric_names: dict[str, list[str]]
+    epochs: int
+    batches_per_epoch: int
+    weighting: str
+    architecture: str
+    device: str
+    start_epoch: int
+    start_batch: int
+    save_path: Path | None
+
+    @property
+    def start_step(self) -> int:
+        """Global index of the first step of this process."""
+        return self.start_epoch * self.batches_per_epoch + self.start_batch
+
+
+@dataclass(kw_only=True, slots=True)
+class StepRecords:
+    """The n training steps since the last log, as numpy arrays read from the device in one transfer.
+
+    Attributes:
+        epoch: Epoch these steps belong to.
+        first_step: Global index of the first of them (row 0), counted from 0 over all epochs.
+        losses: (n, T) task losses.
+        weights: (n, T) task weights the strategy used, or None where it has none.
+        gram: (n, T, T) inner products of the task gradients, or None where the strategy needs none.
+        seconds: Wall time the n steps took.
+    """
+
+    epoch: int
+    first_step: int
+    losses: np.ndarray
+    weights: np.ndarray | None
+    gram: np.ndarray | None
+    seconds: float
+
+    @property
+    def count(self) -> int:
+        """Number of steps n."""
+        return len(self.losses)
+
+    @property
+    def steps_per_second(self) -> float:
+        """Steps per second of wall time; NaN when no time was measured."""
+        return self.count / self.seconds if self.seconds > 0 else math.nan
+
+    @property
+    def norms(self) -> np.ndarray | None:
+        """(n, T) gradient norms, sqrt(G_tt)."""
+        if self.gram is None:
+            return None
+        return np.sqrt(np.diagonal(self.gram, axis1=1, axis2=2))
+
+    @property
+    def cosines(self) -> np.ndarray | None:
+        """(n, T(T-1)/2) cosines G_ij / sqrt(G_ii G_jj) of the pairs i < j; NaN where a gradient is zero."""
+        norms = self.norms
+        if self.gram is None or norms is None:
+            return None
+        i, j = np.triu_indices(self.gram.shape[-1], k=1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            # Two divisions, as the product of two small norms may underflow.
+            cosines = self.gram[:, i, j] / norms[:, i] / norms[:, j]
+        return np.where(np.isfinite(cosines), np.clip(cosines, -1.0, 1.0), np.nan)
+
+    def means(self, task_names: Sequence[str]) -> dict[str, dict[str, float]]:
+        """Means over the n steps, NaN left out: ``{"loss": {task: mean}, "weight": ..., "norm": ..., "cosine": ...}``.
+
+        Cosines are named by pair (`pair_names`); what the strategy does not have is absent.
+        """
+        columns = {
+            "loss": (list(task_names), self.losses),
+            "weight": (list(task_names), self.weights),
+            "norm": (list(task_names), self.norms),
+            "cosine": (pair_names(task_names), self.cosines),
+        }
+        return {
+            key: dict(zip(names, _column_means(values), strict=True))
+            for key, (names, values) in columns.items()
+            if values is not None
+        }
+
+
+def pair_names(task_names: Sequence[str]) -> list[str]:
+    """Names ``"a:b"`` of the pairs i < j, in the order of `StepRecords.cosines`."""
+    return [f"{a}:{b}" for i, a in enumerate(task_names) for b in task_names[i + 1 :]]
+
+
+def _column_means(rows: np.ndarray) -> list[float]:
+    known = ~np.isnan(rows)
+    counts = known.sum(axis=0)
+    sums = np.where(known, rows, 0.0).sum(axis=0)
+    return [float(total / count) if count else math.nan for total, count in zip(sums, counts, strict=True)]
+
+
+class Logger:
+    """Base of all loggers. Every method does nothing; override those you need."""
+
+    def on_start(self, info: RunInfo) -> None:
+        """Training is about to begin or go on."""
+
+    def on_steps(self, records: StepRecords) -> None:
+        """A log interval is over, or the epoch is; `records` has at least one step."""
+
+    def on_epoch(
+        self, epoch: int, mode: str, losses: dict[str, float], metrics: dict[str, list[float]], seconds: float
+    ) -> None:
+        """One pass over a data split is over.
+
+        Args:
+            epoch: Epoch, counted from 0.
+            mode: ``"train"``, ``"val"`` or ``"test"``.
+            losses: Mean loss of each task over the pass.
+            metrics: Metrics of each task, in the order of `RunInfo.metric_names`.
+            seconds: Wall time of the pass.
+        """
+
+    def on_compile(self, message: str) -> None:
+        """Compilation begins or ends.
+
+        Args:
+            message: One line. ``"compiling trunk"`` begins; anything that does not start with ``compiling``, such as
+                ``"compiled trunk in 12.3 s"``, ends what was begun.
+        """
+
+    def on_checkpoint(self, path: Path, kind: str) -> None:
+        """A checkpoint is whole on disk; `kind` is ``"best"`` or ``"last"``."""
+
+    def on_end(self, best_epoch: int, best_result: dict[str, list[float]]) -> None:
+        """Training is over or was interrupted; the best epoch so far and its metrics."""
+
+
+class LoggerList(Logger):
+    """Passes every call to each of several loggers, in order."""
+
+    def __init__(self, loggers: Sequence[Logger]) -> None:
+        self.loggers = list(loggers)
+
+    @override
+    def on_start(self, info: RunInfo) -> None:
+        for logger in self.loggers:
+            logger.on_start(info)
+
+    @override
+    def on_steps(self, records: StepRecords) -> None:
+        for logger in self.loggers:
+            logger.on_steps(records)
+
+    @override
+    def on_epoch(
+        self, epoch: int, mode: str, losses: dict[str, float], metrics: dict[str, list[float]], seconds: float
+    ) -> None:
+        for logger in self.loggers:
+            logger.on_epoch(epoch, mode, losses, metrics, seconds)
+
+    @override
+    def on_compile(self, message: str) -> None:
+        for logger in self.loggers:
+            logger.on_compile(message)
+
+    @override
+    def on_checkpoint(self, path: Path, kind: str) -> None:
+        for logger in self.loggers:
+            logger.on_checkpoint(path, kind)
+
+    @override
+    def on_end(self, best_epoch: int, best_result: dict[str, list[float]]) -> None:
+        for logger in self.loggers:
+            logger.on_end(best_epoch, best_result)
+
+
+def as_logger(logger: Logger | Sequence[Logger] | None) -> Logger:
+    """Return one logger for what a user may pass as ``logger=``.
+
+    Raises:
+        UsageError: Something that is no `Logger` was passed.
+    """
+    if logger is None:
+        return Logger()
+    if isinstance(logger, Logger):
+        return logger
+    loggers = list(logger) if isinstance(logger, Sequence) else [logger]
+    for each in loggers:
+        if not isinstance(each, Logger):
+            raise UsageError(f"logger must be a Logger, a list of them or None, got {type(each).__name__}.")
+    return LoggerList(loggers)

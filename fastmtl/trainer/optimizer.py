@@ -1,0 +1,102 @@
+"""Optimizers and schedulers by LibMTL's names, and an update that can be masked on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import lr_scheduler
+
+from fastmtl.errors import UsageError
+from fastmtl.names import resolve_name
+
+__all__ = ["OPTIMIZERS", "SCHEDULERS", "MaskedOptimizer", "make_optimizer", "make_scheduler"]
+
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "adagrad": torch.optim.Adagrad,
+    "rmsprop": torch.optim.RMSprop,
+}
+SCHEDULERS: dict[str, Any] = {
+    "exp": lr_scheduler.ExponentialLR,
+    "step": lr_scheduler.StepLR,
+    "cos": lr_scheduler.CosineAnnealingLR,
+    "reduce": lr_scheduler.ReduceLROnPlateau,
+}
+_FUSED = ("sgd", "adam", "adamw", "adagrad")
+
+
+def make_optimizer(model: nn.Module, optim_param: Mapping[str, Any], device: torch.device) -> torch.optim.Optimizer:
+    """Return the optimizer that ``{"optim": name, ...}`` describes, over all parameters; fused where torch has that.
+
+    Raises:
+        UsageError: No or an unknown name, or an argument the optimizer does not take.
+    """
+    args = {key: value for key, value in optim_param.items() if key != "optim"}
+    name = _name_of(optim_param, "optim", "optim_param")
+    kind = resolve_name(name, OPTIMIZERS, "optimizer")
+    params = list(model.parameters())
+    fused = (
+        kind in [OPTIMIZERS[each] for each in _FUSED]
+        and device.type in ("cpu", "cuda")
+        and not (kind is torch.optim.Adagrad and device.type != "cpu")
+        and not args.keys() & {"fused", "foreach", "differentiable", "capturable"}
+    )
+    try:
+        return kind(params, **(args | ({"fused": True} if fused else {})))
+    except (TypeError, ValueError) as cause:
+        raise UsageError(f"optim_param {dict(optim_param)} cannot be used: {cause}.") from cause
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, scheduler_param: Mapping[str, Any] | None) -> Any:
+    """Return the scheduler that ``{"scheduler": name, ...}`` describes, or None.
+
+    Raises:
+        UsageError: An unknown name, or arguments the scheduler does not take.
+    """
+    if scheduler_param is None:
+        return None
+    args = {key: value for key, value in scheduler_param.items() if key != "scheduler"}
+    kind = resolve_name(_name_of(scheduler_param, "scheduler", "scheduler_param"), SCHEDULERS, "scheduler")
+    try:
+        return kind(optimizer, **args)
+    except (TypeError, ValueError) as cause:
+        raise UsageError(f"scheduler_param {dict(scheduler_param)} cannot be used: {cause}.") from cause
+
+
+def _name_of(param: Mapping[str, Any], key: str, what: str) -> str:
+    if key not in param:
+        raise UsageError(f"{what} must name the {key} as {{{key!r}: ...}}, got {dict(param)}.")
+    return str(param[key])
+
+
+class MaskedOptimizer:
+    """Runs an optimizer so that nothing changes while a device flag is 1, without reading the flag.
+
+    Fused optimizers look at the flag themselves, as they do for gradient scalers; the others are undone.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, found_inf: Tensor) -> None:
+        self.optimizer = optimizer
+        self.found_inf = found_inf
+        self.fused = bool(optimizer.defaults.get("fused"))
+        if self.fused:
+            optimizer.grad_scale = None  # type: ignore[attr-defined]
+            optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update the parameters from their gradients unless the flag is 1."""
+        if self.fused:
+            self.optimizer.step()
+            return
+        params = [param for group in self.optimizer.param_groups for param in group["params"] if param.grad is not None]
+        before = [param.clone() for param in params]
+        self.optimizer.step()
+        masked = self.found_inf != 0
+        for param, old in zip(params, before, strict=True):
+            param.copy_(torch.where(masked, old, param))

@@ -1,0 +1,405 @@
+"""The trainer: LibMTL's constructor, methods and log lines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fastmtl.architecture import ARCHITECTURES, AbsArchitecture
+from fastmtl.errors import BackendError, CheckpointError, UsageError
+from fastmtl.hyper import fill_hyper
+from fastmtl.names import resolve_name
+from fastmtl.trainer.checkpoint import load_model_state, read_checkpoint, rng_state, save_atomically, set_rng_state
+from fastmtl.trainer.guard import FiniteGuard
+from fastmtl.trainer.interrupt import DeferredInterrupt
+from fastmtl.trainer.loading import check_loaders, count_batches, eval_batches, to_device, train_batches
+from fastmtl.trainer.logger import Logger, RunInfo, as_logger
+from fastmtl.trainer.meter import PerformanceMeter
+from fastmtl.trainer.optimizer import make_optimizer, make_scheduler
+from fastmtl.trainer.problem import Problem
+from fastmtl.trainer.records import StepBuffer
+from fastmtl.trainer.step import TrainingStep
+from fastmtl.utils import count_parameters
+from fastmtl.weighting import WEIGHTINGS, AbsWeighting
+
+__all__ = ["Trainer"]
+
+
+class Trainer(nn.Module):
+    """Trains one network on several tasks.
+
+    Args:
+        task_dict: For each task a dictionary with ``metrics`` (names), ``metrics_fn`` (an ``AbsMetric``), ``loss_fn`` (an
+            ``AbsLoss``) and ``weight`` (for each metric 1 if higher is better, else 0).
+        weighting: A strategy of ``fastmtl.weighting``, as a class or by name in any case.
+        architecture: An architecture of ``fastmtl.architecture``, as a class or by name in any case.
+        encoder_class: Called without arguments, returns the encoder.
+        decoders: One module per task.
+        rep_grad: Balance the gradients of the representation instead of the shared parameters.
+        multi_input: Every task has its own inputs, and its own loader.
+        optim_param: ``{"optim": "sgd" | "adam" | "adamw" | "adagrad" | "rmsprop", ...}`` with the optimizer's arguments.
+        scheduler_param: ``{"scheduler": "step" | "cos" | "exp" | "reduce", ...}`` with the scheduler's arguments, or None.
+        save_path: Folder for ``best.pt`` (the ``state_dict`` of the best epoch) and ``last.pt`` (everything, to go on from).
+        load_path: A ``best.pt``, or the folder it is in, to start from.
+        device: Where to train; the first GPU if there is one, else the CPU.
+        compile: Compile the forward and backward passes with ``torch.compile``.
+        logger: A `Logger`, or several.
+        resume: A ``last.pt`` to go on from.
+        log_every: Steps between two reads of the device for the loggers.
+        limit_batches: Steps per pass at most.
+        kwargs: ``weight_args`` and ``arch_args``, the hyper-parameters of strategy and architecture.
+
+    Raises:
+        UsageError: An argument cannot be used as given.
+        BackendError: The device is not there.
+        CheckpointError: A checkpoint is missing or of another model.
+
+    Example::
+
+        trainer = Trainer(task_dict, "MGDA", "HPS", Encoder, decoders, rep_grad=False, multi_input=False,
+                          optim_param={"optim": "adam", "lr": 1e-3}, scheduler_param=None)
+        trainer.train(train_loader, test_loader, epochs=10)
+    """
+
+    def __init__(
+        self,
+        task_dict: dict[str, dict[str, Any]],
+        weighting: str | type[AbsWeighting],
+        architecture: str | type[AbsArchitecture],
+        encoder_class: Callable[[], nn.Module],
+        decoders: nn.ModuleDict | Mapping[str, nn.Module],
+        rep_grad: bool,
+        multi_input: bool,
+        optim_param: Mapping[str, Any],
+        scheduler_param: Mapping[str, Any] | None,
+        save_path: str | None = None,
+        load_path: str | None = None,
+        *,
+        device: str | torch.device | None = None,
+        compile: bool = False,
+        logger: Logger | Sequence[Logger] | None = None,
+        resume: str | None = None,
+        log_every: int = 50,
+        limit_batches: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        self.device = _find_device(device)
+        self.task_dict = task_dict
+        self.task_name = _check_tasks(task_dict, decoders)
+        self.task_num = len(self.task_name)
+        self.rep_grad = rep_grad
+        self.multi_input = multi_input
+        self.scheduler_param = scheduler_param
+        self.save_path = None if save_path is None else Path(save_path)
+        self.load_path = load_path
+        self.log_every = log_every
+        self.limit_batches = limit_batches
+        self.logger = as_logger(logger)
+        self.kwargs = {"weight_args": {}, "arch_args": {}} | kwargs
+        self.batch_weight: np.ndarray = np.zeros((self.task_num, 0, 0))
+
+        self._prepare_model(weighting, architecture, encoder_class, decoders)
+        self._prepare_optimizer(optim_param, scheduler_param)
+        self.meter = PerformanceMeter(task_dict)
+        self.meter.display_format()
+        self._guard = FiniteGuard(self.device, self.task_name)
+        problem = Problem(self.model, self.meter.losses, self.process_preds)
+        self.step = TrainingStep(
+            problem, self.optimizer, self._guard, compile, self.logger.on_compile, self.kwargs["weight_args"]
+        )
+        self._start: dict[str, Any] = {"epoch": 0, "batch": 0}
+        if resume is not None:
+            self._resume(Path(resume))
+
+    def _prepare_model(
+        self,
+        weighting: str | type[AbsWeighting],
+        architecture: str | type[AbsArchitecture],
+        encoder_class: Callable[[], nn.Module],
+        decoders: nn.ModuleDict | Mapping[str, nn.Module],
+    ) -> None:
+        rule = resolve_name(weighting, WEIGHTINGS, "weighting") if isinstance(weighting, str) else weighting
+        network = resolve_name(architecture, ARCHITECTURES, "architecture") if isinstance(architecture, str) else architecture
+        self.weighting = rule.__name__
+        self.architecture = network.__name__
+        # A class of the user's that declares no table takes whatever it is given.
+        if rule.hyper or rule in WEIGHTINGS.values():
+            self.kwargs["weight_args"] = fill_hyper(self.weighting, rule.hyper, self.kwargs["weight_args"])
+        if network.hyper or network in ARCHITECTURES.values():
+            self.kwargs["arch_args"] = fill_hyper(self.architecture, network.hyper, self.kwargs["arch_args"])
+        # One class of both, as in LibMTL: strategies written for it find the network in ``self``.
+        model_class = type("MTLModel", (network, rule), {})
+        modules = decoders if isinstance(decoders, nn.ModuleDict) else nn.ModuleDict(decoders)
+        self.model = model_class(
+            task_name=self.task_name,
+            encoder_class=encoder_class,
+            decoders=modules,
+            rep_grad=self.rep_grad,
+            multi_input=self.multi_input,
+            device=self.device,
+            **self.kwargs["arch_args"],
+        )
+        self.model.init_param()
+        self.model.to(self.device)
+        if rule.needs == "losses" and rule.backward is AbsWeighting.backward:
+            # Only the losses count, so the graph stays in one piece: cut at the representation, the encoder would get
+            # no gradient.
+            self.model.rep_grad = False
+        if self.load_path is not None:
+            path = Path(self.load_path)
+            path = path / "best.pt" if path.is_dir() else path
+            load_model_state(self.model, read_checkpoint(path, self.device), path)
+            print(f"Load Model from - {path}")
+        count_parameters(self.model)
+
+    def _prepare_optimizer(self, optim_param: Mapping[str, Any], scheduler_param: Mapping[str, Any] | None) -> None:
+        self.optimizer = make_optimizer(self.model, optim_param, self.device)
+        self.scheduler = make_scheduler(self.optimizer, scheduler_param)
+
+    def process_preds(self, preds: Any, task_name: str | None = None) -> Any:
+        """Change the predictions before losses and metrics see them; override it, it does nothing here.
+
+        Args:
+            preds: Predictions by task, or, if multi-input, the prediction of ``task_name``.
+            task_name: The task, if multi-input.
+        """
+        return preds
+
+    def train(  # type: ignore[override]
+        self,
+        train_dataloaders: Any = True,
+        test_dataloaders: Any = None,
+        epochs: int = 1,
+        val_dataloaders: Any = None,
+        return_weight: bool = False,
+    ) -> Any:
+        """Train for ``epochs`` epochs, testing after each.
+
+        Args:
+            train_dataloaders: A loader of (inputs, labels by task), or, if multi-input, a dictionary of loaders of
+                (inputs, labels) by task.
+            test_dataloaders: The same, of test data.
+            epochs: Passes over the training data.
+            val_dataloaders: The same, of validation data, which then chooses the best epoch.
+            return_weight: Return the task weights of all steps.
+
+        Returns:
+            ``(T, epochs, steps)`` task weights if ``return_weight``, else None.
+
+        Raises:
+            UsageError: A loader is empty or does not fit the tasks.
+            NonFiniteError: A loss or gradient became NaN or infinite.
+        """
+        if isinstance(train_dataloaders, bool):
+            return super().train(train_dataloaders)
+        given = {"train_dataloaders": train_dataloaders, "test_dataloaders": test_dataloaders}
+        if val_dataloaders is not None:
+            given["val_dataloaders"] = val_dataloaders
+        for what, loaders in given.items():
+            check_loaders(loaders, self.task_name, self.multi_input, what)
+        self.meter.has_val = val_dataloaders is not None
+        steps = count_batches(train_dataloaders, self.multi_input, self.limit_batches)
+        self.batch_weight = np.zeros((self.task_num, epochs, steps))
+        self.model.train_loss_buffer = np.zeros((self.task_num, epochs))
+        self.model.epochs = epochs
+        self.logger.on_start(self._run_info(epochs, steps))
+        try:
+            with DeferredInterrupt() as interrupt:
+                for epoch in range(self._start["epoch"], epochs):
+                    self._train_epoch(train_dataloaders, epoch, steps, interrupt)
+                    self._evaluate_epoch(val_dataloaders, test_dataloaders, epoch)
+                    interrupt.check()
+        finally:
+            self.logger.on_end(self.meter.best_result["epoch"], self.meter.best_result["result"] or {})
+        self.meter.display_best_result()
+        return self.batch_weight if return_weight else None
+
+    def _train_epoch(self, loaders: Any, epoch: int, steps: int, interrupt: DeferredInterrupt) -> None:
+        model = self.model
+        model.epoch = epoch
+        model.train()
+        skip, epoch_rng = self._start["batch"], rng_state()
+        if skip:
+            epoch_rng = self._start["epoch_rng"]
+            set_rng_state(epoch_rng)
+        batches = train_batches(loaders, self.task_name, self.multi_input, steps)
+        for _ in range(skip):
+            next(batches)
+        if skip:
+            set_rng_state(self._start["rng"])
+        self._guard.start(epoch * steps + skip)
+        self.meter.begin()
+        buffer = StepBuffer()
+        for batch, (inputs, labels) in enumerate(batches, start=skip):
+            labels = to_device(labels, self.device)
+            losses, preds = self.step(to_device(inputs, self.device), labels, buffer)
+            self.meter.update(losses, preds, labels)
+            if len(buffer) == self.log_every or batch + 1 == steps:
+                self._log(buffer, epoch, epoch * steps + batch + 1)
+            try:
+                interrupt.check()
+            except KeyboardInterrupt:
+                self._save_last(epoch, batch + 1, epoch_rng)
+                raise
+        self._start = {"epoch": epoch + 1, "batch": 0}
+        self.meter.end()
+        self._report("train", epoch)
+        model.train_loss_buffer[:, epoch] = self.meter.loss_item
+
+    def _log(self, buffer: StepBuffer, epoch: int, next_step: int) -> None:
+        records = buffer.flush(epoch, next_step)
+        if records.weights is not None:
+            first = records.first_step - epoch * self.batch_weight.shape[2]
+            self.batch_weight[:, epoch, first : first + records.count] = records.weights.T
+        self.logger.on_steps(records)
+        self._guard.check(self._last_checkpoint())
+
+    def _evaluate_epoch(self, val: Any, test: Any, epoch: int) -> None:
+        if val is not None:
+            self._evaluate(val, "val", epoch)
+        self._evaluate(test, "test", epoch)
+        if self.scheduler is not None:
+            if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+                self.scheduler.step(self.meter.improvement)
+            else:
+                self.scheduler.step()
+        if self.save_path is not None:
+            self._guard.check(self._last_checkpoint())
+            if self.meter.best_result["epoch"] == epoch:
+                best = self.save_path / "best.pt"
+                save_atomically(self.model.state_dict(), best)
+                print(f"Save Model {epoch} to {best}")
+                self.logger.on_checkpoint(best, "best")
+            self._save_last(epoch + 1, 0, None)
+
+    def test(
+        self, test_dataloaders: Any, epoch: int | None = None, mode: str = "test", return_improvement: bool = False
+    ) -> float | None:
+        """Evaluate on a data split and print the scores; they stay in ``meter.results`` and ``meter.loss_item``.
+
+        Args:
+            test_dataloaders: As in :meth:`train`.
+            epoch: The current epoch, if within training.
+            mode: ``"test"`` or ``"val"``.
+            return_improvement: Return the improvement over the first epoch, or over the baseline.
+        """
+        check_loaders(test_dataloaders, self.task_name, self.multi_input, f"{mode}_dataloaders")
+        self._evaluate(test_dataloaders, mode, epoch)
+        return self.meter.improvement if return_improvement else None
+
+    @torch.no_grad()
+    def _evaluate(self, loaders: Any, mode: str, epoch: int | None) -> None:
+        self.model.eval()
+        self.meter.begin()
+        for task, inputs, labels in eval_batches(loaders, self.task_name, self.multi_input, self.limit_batches):
+            inputs, labels = to_device(inputs, self.device), to_device(labels, self.device)
+            problem = self.step.problem
+            if task is None:
+                losses, preds = problem.whole(inputs, labels)
+                self.meter.update(dict(zip(self.task_name, losses, strict=True)), preds, labels)
+            else:
+                loss, pred = problem.single(inputs, labels, task)
+                self.meter.update({task: loss}, {task: pred}, {task: labels})
+        self.meter.end()
+        self._report(mode, epoch)
+
+    def _report(self, mode: str, epoch: int | None) -> None:
+        self.meter.display(mode, epoch)
+        losses = dict(zip(self.task_name, map(float, self.meter.loss_item), strict=True))
+        self.logger.on_epoch(epoch or 0, mode, losses, self.meter.results, self.meter.seconds)
+
+    def _run_info(self, epochs: int, steps: int) -> RunInfo:
+        return RunInfo(
+            task_names=self.task_name,
+            metric_names={task: list(self.task_dict[task]["metrics"]) for task in self.task_name},
+            epochs=epochs,
+            batches_per_epoch=steps,
+            weighting=self.weighting,
+            architecture=self.architecture,
+            device=str(self.device),
+            start_epoch=self._start["epoch"],
+            start_batch=self._start["batch"],
+            save_path=self.save_path,
+        )
+
+    def _last_checkpoint(self) -> str | None:
+        if self.save_path is None or not (self.save_path / "last.pt").exists():
+            return None
+        return str(self.save_path / "last.pt")
+
+    def _save_last(self, epoch: int, batch: int, epoch_rng: dict[str, Any] | None) -> None:
+        """Write everything that is needed to go on with batch ``batch`` of epoch ``epoch``."""
+        if self.save_path is None:
+            return
+        self._guard.check(self._last_checkpoint())
+        path = self.save_path / "last.pt"
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "base_result": self.meter.base_result,
+            "best_result": self.meter.best_result,
+            "epoch": epoch,
+            "batch": batch,
+            "rng": rng_state(),
+            "epoch_rng": epoch_rng,
+            "names": [self.weighting, self.architecture, self.task_name],
+        }
+        save_atomically(state, path)
+        self.logger.on_checkpoint(path, "last")
+
+    def _resume(self, path: Path) -> None:
+        state = read_checkpoint(path, self.device)
+        if not isinstance(state, dict) or "names" not in state:
+            raise CheckpointError(f"{path} is not a last.pt: to start from the weights of a best.pt, use load_path.")
+        names = [self.weighting, self.architecture, self.task_name]
+        if list(state["names"]) != names:
+            raise CheckpointError(f"The checkpoint {path} is of {state['names']}, this run is of {names}.")
+        load_model_state(self.model, state["model"], path)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None and state["scheduler"] is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        self.meter.base_result = state["base_result"]
+        self.meter.best_result = state["best_result"]
+        self._start = {key: state[key] for key in ("epoch", "batch", "rng", "epoch_rng")}
+        set_rng_state(state["rng"])
+
+
+def _find_device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise UsageError(f"device must be cpu, cuda, cuda:<index> or mps, got {device!r}.") from None
+    if found.type == "cuda":
+        if not torch.cuda.is_available():
+            raise BackendError(f"device is {device}, but torch {torch.__version__} finds no CUDA GPU here; use --device cpu.")
+        if found.index is not None and found.index >= torch.cuda.device_count():
+            raise BackendError(f"device is {device}, but there are only {torch.cuda.device_count()} CUDA GPUs.")
+    if found.type == "mps" and not torch.backends.mps.is_available():
+        raise BackendError(f"device is {device}, but torch {torch.__version__} finds no MPS device here; use --device cpu.")
+    return found
+
+
+def _check_tasks(task_dict: dict[str, dict[str, Any]], decoders: Mapping[str, nn.Module] | nn.ModuleDict) -> list[str]:
+    if not task_dict:
+        raise UsageError("task_dict has no tasks.")
+    for task, info in task_dict.items():
+        for key in ("metrics", "metrics_fn", "loss_fn", "weight"):
+            if key not in info:
+                raise UsageError(f"task_dict[{task!r}] has no {key!r}.")
+        if len(info["metrics"]) != len(info["weight"]):
+            raise UsageError(
+                f"task_dict[{task!r}] needs one weight per metric, got {len(info['metrics'])} metrics and "
+                f"{len(info['weight'])} weights."
+            )
+        if task not in decoders:
+            raise UsageError(f"decoders has no module for the task {task!r}.")
+    return list(task_dict)

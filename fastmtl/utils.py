@@ -1,0 +1,92 @@
+"""Seeds, devices, parameter counts and the improvement over a baseline."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from fastmtl.errors import UsageError
+
+__all__ = ["count_improvement", "count_parameters", "get_root_dir", "set_device", "set_random_seed"]
+
+
+def get_root_dir() -> str:
+    """Return the folder that holds the ``fastmtl`` package."""
+    return os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def set_random_seed(seed: int = 0) -> None:
+    """Seed Python, numpy and torch on all devices, and make cuDNN choose deterministic algorithms."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+
+
+def set_device(gpu_id: str | int = "0") -> None:
+    """Let this process see only the named GPUs (``"0"``, ``"0,1"``); to be called before CUDA is first used.
+
+    Raises:
+        UsageError: CUDA is in use already with other GPUs visible, so the choice would have no effect.
+    """
+    gpu_id = str(gpu_id)
+    if torch.cuda.is_initialized() and os.environ.get("CUDA_VISIBLE_DEVICES") != gpu_id:
+        raise UsageError(f"set_device({gpu_id!r}) comes too late: CUDA is in use already; call it before any CUDA work.")
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpu_id
+
+
+def count_parameters(model: nn.Module) -> None:
+    """Print the number of all, of the trainable and of the other parameters of ``model``."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    print("=" * 40)
+    print("Total Params:", trainable + frozen)
+    print("Trainable Params:", trainable)
+    print("Non-trainable Params:", frozen)
+
+
+def count_improvement(
+    base_result: Mapping[str, Sequence[float]],
+    new_result: Mapping[str, Sequence[float]],
+    weight: Mapping[str, Sequence[int]],
+) -> float:
+    r"""Return the relative improvement of ``new_result`` over ``base_result``, as a fraction (0.01 is one percent).
+
+    .. math::
+        \Delta_p = \frac1T \sum_t \frac1{M_t} \sum_m (-1)^{w_{tm}} \frac{B_{tm} - N_{tm}}{|B_{tm}|}
+
+    A baseline score of exactly 0 has no relative change: there the plain difference counts (divided by 1 in place of 0).
+
+    Args:
+        base_result: Task name to the scores B of the baseline, one per metric.
+        new_result: Task name to the scores N, same structure.
+        weight: Task name to 1 (higher is better) or 0 (lower is better) per metric, same structure.
+
+    Raises:
+        UsageError: The three do not have the same tasks and numbers of metrics.
+
+    Example::
+
+        count_improvement({"A": [96, 98], "B": [0.2]}, {"A": [93, 99], "B": [0.5]}, {"A": [1, 0], "B": [1]})
+    """
+    if not base_result:
+        raise UsageError("base_result has no tasks.")
+    improvements = []
+    for task, base_scores in base_result.items():
+        if task not in new_result or task not in weight:
+            raise UsageError(f"new_result and weight must have the tasks of base_result, task {task!r} is missing.")
+        base, new, higher = (np.asarray(x, dtype=float) for x in (base_scores, new_result[task], weight[task]))
+        if not base.shape == new.shape == higher.shape or base.size == 0:
+            raise UsageError(
+                f"Task {task!r} needs equally many base results, new results and weights, at least one, "
+                f"got {base.size}, {new.size} and {higher.size}."
+            )
+        scale = np.where(base == 0, 1.0, np.abs(base))
+        improvements.append((np.where(higher == 1, new - base, base - new) / scale).mean())
+    return float(np.mean(improvements))

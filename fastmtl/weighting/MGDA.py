@@ -1,0 +1,60 @@
+"""Multiple gradient descent algorithm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmtl import ops
+from fastmtl.hyper import Hyper
+from fastmtl.weighting.base import AbsWeighting, Weights
+
+__all__ = ["MGDA"]
+
+
+class MGDA(AbsWeighting):
+    """Multiple Gradient Descent Algorithm: the shortest vector in the convex hull of the task gradients.
+
+    With g_t divided by n_t, ``w = argmin ||sum_t w_t g_t / n_t||`` over the simplex. The update is the minimiser itself,
+    ``sum_t w_t g_t / n_t``; with ``rep_grad`` it is ``sum_t w_t g_t``, as in LibMTL.
+
+    Source: Sener and Koltun, "Multi-Task Learning as Multi-Objective Optimization", NeurIPS 2018.
+    """
+
+    needs = "gram"
+    hyper = {  # noqa: RUF012
+        "mgda_gn": Hyper(
+            type=str,
+            default="none",
+            choices=("none", "l2", "loss", "loss+"),
+            help="What each task's gradient is divided by: nothing, its norm, the loss, or loss times norm.",
+        )
+    }
+
+    def weigh(self, losses: Tensor, gram: Tensor | None, *, mgda_gn: str = "none", **hyper: Any) -> Weights:
+        """Return the min-norm weights.
+
+        Args:
+            losses: (T,).
+            gram: (T, T).
+            mgda_gn: The normalisation of the gradients.
+            hyper: Unused.
+        """
+        assert gram is not None
+        if mgda_gn == "none":
+            return Weights(shared=ops.min_norm(gram))
+        scale = self._scale(losses.to(gram.dtype), gram.diagonal(), mgda_gn)
+        weights = ops.min_norm(scale[:, None] * gram * scale)
+        return Weights(shared=weights if self.rep_grad else weights * scale, logged=weights)
+
+    @staticmethod
+    def _scale(losses: Tensor, squared_norms: Tensor, mgda_gn: str) -> Tensor:
+        """Return 1 / n_t, and 0 for a task whose n_t is 0: its gradient vanishes in every direction."""
+        size = torch.ones_like(squared_norms)
+        if mgda_gn in ("l2", "loss+"):
+            size = squared_norms.sqrt()
+        if mgda_gn in ("loss", "loss+"):
+            size = size * losses
+        return torch.where(size == 0, torch.zeros_like(size), 1 / size)
