@@ -30,7 +30,7 @@ $(BUILT): $(TORCH) $(PACKAGE)
 	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable .
 	@touch $@
 
-$(DEV): $(BUILT)
+$(DEV): constraints.txt pyproject.toml | $(BUILT)
 	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	@touch $@
 

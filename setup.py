@@ -23,10 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-TORCH_TARGET = "0x020b000000000000"  # 2.11, the oldest torch whose stable ABI the kernels use
+OLDEST_TORCH = (2, 11)
+TORCH_TARGET = "0x{:02x}{:02x}000000000000".format(*OLDEST_TORCH)
 PACKAGE_DIRS = {"fastmtl.kernels": "kernels", "fastmtl.benchmarks": "benchmarks"}
 
 
@@ -71,8 +73,10 @@ def find_torch() -> Torch | None:
         if not (root / "include" / "torch" / "csrc" / "stable" / "library.h").is_file():
             continue
         facts = dict(re.findall(r"^(__version__|cuda)\b[^=]*= *(.+)$", (root / "version.py").read_text(), re.MULTILINE))
+        torch_version = facts["__version__"].strip("'\"")
         cuda = facts.get("cuda", "None").strip("'\"")
-        return Torch(root, facts["__version__"].strip("'\""), None if cuda == "None" else cuda)
+        if tuple(map(int, torch_version.split(".")[:2])) >= OLDEST_TORCH:
+            return Torch(root, torch_version, None if cuda == "None" else cuda)
     return None
 
 
@@ -118,11 +122,7 @@ def get_build_parameters(torch: Torch | None, pybind11: str | None) -> list[Exte
         ),
         Extension(
             "fastmtl._C",
-            sources=[
-                p
-                for p in ["csrc/register.cpp", "csrc/gram.cpp", "csrc/combine.cpp", "csrc/min_norm.cpp"]
-                if (ROOT / p).is_file()
-            ],
+            sources=["csrc/register.cpp", "csrc/gram.cpp", "csrc/combine.cpp", "csrc/min_norm.cpp"],
             depends=headers,
             include_dirs=["csrc/include", "csrc", *torch_include],
             define_macros=stable_abi,
@@ -147,41 +147,49 @@ def get_build_parameters(torch: Torch | None, pybind11: str | None) -> list[Exte
     ]
 
 
+def switch_of(extension: Extension) -> str:
+    """Return the variable that decides whether this extension is built."""
+    return "FASTMTL_BUILD_CUDA" if extension.name == "fastmtl._CUDA" else "FASTMTL_BUILD_CPP"
+
+
+class Build(build):
+    """Build into an empty folder: what an earlier build left there would go into the wheel."""
+
+    def run(self) -> None:
+        """Build everything."""
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
 class BuildExtensions(build_ext):
     """Compile the extensions in parallel, keep their objects between builds, and say what was left out and why."""
 
     def build_extensions(self) -> None:
         """Build what can be built; raise where a build was asked for and failed."""
-        record: dict[str, object] = {"python": sys.version.split()[0], "built": {}, "missing": {}}
         self.torch = find_torch()
         self.compiler_command = find_compiler()
-        record["torch"] = self.torch.version if self.torch else None
-        extensions = get_build_parameters(self.torch, pybind11_include())
-        for extension in extensions:
+        built: dict[str, str] = {}
+        missing: dict[str, str] = {}
+        for extension in self.extensions:
             target = Path(self.get_ext_fullpath(extension.name))
             try:
                 self.check(extension)
                 self.build_one(extension, target)
-                record["built"][extension.name] = " ".join(extension.extra_compile_args)
+                built[extension.name] = " ".join(extension.extra_compile_args)
             except BuildError as error:
                 target.unlink(missing_ok=True)
-                record["missing"][extension.name] = str(error)
-                if self.must(extension):
+                missing[extension.name] = str(error)
+                if wish(switch_of(extension)) is True:
                     raise SystemExit(f"fastmtl: {extension.name} was asked for but cannot be built: {error}") from error
-        without = record["missing"].get("fastmtl._C")
-        if without:
-            print(f"fastmtl: installing without the C++ kernels, plain torch operators take their place: {without}")
-        self.write_record(record)
-
-    def must(self, extension: Extension) -> bool:
-        """Whether a failure of this extension is fatal."""
-        return wish("FASTMTL_BUILD_CUDA" if extension.name == "fastmtl._CUDA" else "FASTMTL_BUILD_CPP") is True
+        if "fastmtl._C" in missing:
+            reason = missing["fastmtl._C"]
+            print(f"fastmtl: installing without the C++ kernels, plain torch operators take their place: {reason}")
+        torch = self.torch.version if self.torch else None
+        self.write_record({"torch": torch, "python": sys.version.split()[0], "built": built, "missing": missing})
 
     def check(self, extension: Extension) -> None:
         """Raise BuildError where this extension is not wanted or lacks a tool."""
-        switch = "FASTMTL_BUILD_CUDA" if extension.name == "fastmtl._CUDA" else "FASTMTL_BUILD_CPP"
-        if not extension.sources:
-            raise BuildError("no sources yet")
+        switch = switch_of(extension)
         if wish(switch) is False:
             raise BuildError(f"{switch}=0 was set")
         if sys.platform not in ("linux", "darwin"):
@@ -193,7 +201,8 @@ class BuildExtensions(build_ext):
                 raise BuildError("pybind11 is not installed")
         elif self.torch is None:
             raise BuildError(
-                "torch 2.11 or newer must be installed first (then: pip install --no-deps --force-reinstall .)"
+                "the build found no torch 2.11 or newer; with torch installed, "
+                "pip install --no-build-isolation --no-deps --force-reinstall . adds them"
             )
         if extension.name == "fastmtl._CUDA":
             if shutil.which("nvcc") is None:
@@ -267,7 +276,10 @@ class BuildExtensions(build_ext):
 
 def run(command: list[str]) -> None:
     """Run one tool; its first error line becomes the BuildError, its whole output goes to the build's log."""
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace")
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace")
+    except OSError as error:
+        raise BuildError(f"{command[0]} cannot be run: {error.strerror}") from error
     if done.stdout or done.stderr:
         print(done.stdout + done.stderr, file=sys.stderr)
     if done.returncode != 0:
@@ -289,5 +301,5 @@ if __name__ == "__main__":
         packages=packages(),
         package_dir=PACKAGE_DIRS,
         ext_modules=get_build_parameters(find_torch(), pybind11_include()),
-        cmdclass={"build_ext": BuildExtensions},
+        cmdclass={"build": Build, "build_ext": BuildExtensions},
     )

@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
+#include <numeric>
 #include <type_traits>
 #include <vector>
 
@@ -37,8 +39,8 @@ namespace fastmtl {
 namespace {
 
 int64_t chunk_length(int64_t num_rows) {
-  static const int64_t cache_floats = getenv("CF") ? atol(getenv("CF")) : 16384;
-  return std::clamp<int64_t>(cache_floats / num_rows / 64 * 64, 256, 2048);
+  constexpr int64_t cache_floats = 32768;
+  return std::clamp<int64_t>(cache_floats / num_rows / 512 * 512, 512, 2048);
 }
 
 Tensor gram(const TensorList& flat, int64_t num_rows, const std::optional<std::vector<int64_t>>& groups) {

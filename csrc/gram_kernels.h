@@ -1,27 +1,30 @@
 // The Gram matrix of one slice. Compiled once per instruction set, inside that set's namespace: no include guard.
+//
+// A slice is taken in chunks, of which all rows fit the second-level cache, and a chunk in strips, of which eight rows fit
+// the first-level one. Rows are multiplied four by four, so that 16 sums and 8 operands stay in registers. Float32 sums last
+// for one chunk and are then added up in float64.
 
-// Rows are taken four at a time: 16 sums and 8 operands stay in registers.
 constexpr int64_t kBlock = 4;
+constexpr int64_t kMaxBlocks = kMaxRows / kBlock;
+constexpr int64_t kStrip = 512;
 constexpr int64_t kSumLanes = kLanes<double>;
+// Products a lane adds up one by one before the sum is put aside. Short runs keep the error of equal entries, such as those of
+// an expanded gradient, near that of pairwise summation.
+constexpr int64_t kRun = 16;
 
-// The present rows of a piece of one parameter, and where their sums go.
+// The present rows of a chunk of one parameter.
 template <class Storage>
-struct Piece {
+struct Chunk {
   const Storage* rows[kMaxRows];
-  int64_t task[kMaxRows];          // Of each row.
-  double* sums[kMaxRows];          // Of each row with task 0, of which only those with its own and later tasks exist.
-  bool narrow[kMaxRows / kBlock];  // Of each block of rows: whether float32 sums are good enough.
+  int64_t task[kMaxRows];  // Of each row.
   int64_t count = 0;
   int64_t length;
-  int64_t ahead = 0;  // Rows whose next piece has been asked for.
-
-  double* sum(int64_t i, int64_t j) const { return sums[i] + task[j] * kSumLanes; }
 };
 
-// Lane sums of the products of R rows with C rows, in memory.
-template <class Acc, int R, int C>
-struct Products {
-  alignas(kVectorBytes) Acc lanes[R][C][kLanes<Acc>];
+// Lane sums of the products of four rows with four rows.
+template <class Acc>
+struct alignas(kVectorBytes) Tile {
+  Acc lanes[kBlock][kBlock][kLanes<Acc>];
 };
 
 template <class Acc, class Storage>
@@ -29,40 +32,23 @@ inline void pad(const Storage* from, int64_t length, Storage (&to)[kLanes<Acc>])
   for (int64_t i = 0; i < kLanes<Acc>; ++i) to[i] = i < length ? from[i] : Storage{};
 }
 
-// result[r][c] = a[r] * b[c] summed over the piece; on the diagonal (a = b) only c >= r is taken. Meanwhile the next piece of a
-// few rows is called into the second-level cache, so that memory works while the arithmetic does.
+// tile[r][c] += a[r] * b[c] over elements [begin, end); on the diagonal (a = b) only c >= r is taken.
 template <class Acc, int R, int C, bool diagonal, class Storage>
-inline __attribute__((always_inline)) void multiply(Piece<Storage>& piece, int64_t i, int64_t j,
-                                                    Products<Acc, R, C>& result) {
+void multiply(const Storage* const* rows_a, const Storage* const* rows_b, int64_t begin, int64_t end, Tile<Acc>& tile,
+                     const Storage* const* rows_ahead) {
   constexpr int64_t width = kLanes<Acc>;
-  constexpr int slots = diagonal ? R : 2;
-  const int64_t blocks = (piece.count + kBlock - 1) / kBlock;
-  const int64_t tiles = blocks * (blocks + 1) / 2;
-  static const int64_t pf = getenv("PF") ? atol(getenv("PF")) : 1;
-  const int64_t wanted = pf ? (piece.count + tiles - 1) / tiles : 0;
-  const Storage* ahead[slots];
-  for (int slot = 0; slot < slots; ++slot) {
-    const bool useful = slot < wanted && piece.ahead < piece.count;
-    ahead[slot] = useful ? piece.rows[piece.ahead++] + piece.length : piece.rows[i];
-  }
-
   const Storage* a[R];
   const Storage* b[C];
 #pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) a[r] = piece.rows[i + r];
+  for (int r = 0; r < R; ++r) a[r] = rows_a[r];
 #pragma GCC unroll 4
-  for (int c = 0; c < C; ++c) b[c] = piece.rows[j + c];
+  for (int c = 0; c < C; ++c) b[c] = rows_b[c];
 
-  Vec<Acc> sum[R][C];
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) sum[r][c] = Vec<Acc>{};
-  }
-  int64_t at = 0;
-  int64_t left = piece.length;
+  const Storage* ahead[4] = {rows_ahead[0], rows_ahead[1], rows_ahead[2], rows_ahead[3]};
   Storage padded_a[R][width];
   Storage padded_b[C][width];
+  int64_t at = begin;
+  int64_t left = end - begin;
   while (left > 0) {
     if (left < width) {
 #pragma GCC unroll 4
@@ -78,9 +64,16 @@ inline __attribute__((always_inline)) void multiply(Piece<Storage>& piece, int64
       at = 0;
       left = width;
     }
-    do {
+    Vec<Acc> sum[R][C];
 #pragma GCC unroll 4
-      for (int slot = 0; slot < slots; ++slot) __builtin_prefetch(ahead[slot] + at, 0, 2);
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) sum[r][c] = Vec<Acc>{};
+    }
+    const int64_t run = std::min(left / width, kRun) * width;
+    for (const int64_t stop = at + run; at < stop; at += width) {
+#pragma GCC unroll 4
+      for (int q = 0; q < 4; ++q) __builtin_prefetch(ahead[q] + at, 0, 2);
       Vec<Acc> x[R];
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) x[r] = load<Acc>(a[r] + at);
@@ -92,23 +85,71 @@ inline __attribute__((always_inline)) void multiply(Piece<Storage>& piece, int64
           if (!diagonal || c >= r) sum[r][c] = fma(x[r], y, sum[r][c]);
         }
       }
-      at += width;
-      left -= width;
-    } while (left >= width);
-  }
+    }
+    left -= run;
 #pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) {
+    for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) store(result.lanes[r][c], sum[r][c]);
+      for (int c = diagonal ? r : 0; c < C; ++c) {
+        Acc* lanes = tile.lanes[r][c];
+        store(lanes, load<Acc>(lanes) + sum[r][c]);
+      }
+    }
   }
 }
 
-// Adds the lanes of one sum to kSumLanes running sums in float64.
-template <class Acc>
-inline void add_lanes(double* to, const Acc* lanes) {
-  Vec<double> total = load<double>(to);
-  for (int64_t part = 0; part < kLanes<Acc>; part += kSumLanes) total += load<double>(lanes + part);
-  store(to, total);
+// Multiplies the blocks of rows that start at i and j >= i; only the last block of a chunk has fewer than four rows.
+template <class Acc, class Storage>
+void multiply_blocks(const Chunk<Storage>& chunk, int64_t i, int64_t j, int64_t begin, int64_t end, Tile<Acc>& tile,
+                     const Storage* const* rows_ahead) {
+  const Storage* const* a = chunk.rows + i;
+  const Storage* const* b = chunk.rows + j;
+  switch (std::min(kBlock, chunk.count - j)) {
+    case 1:
+      return i == j ? multiply<Acc, 1, 1, true>(a, b, begin, end, tile, rows_ahead) : multiply<Acc, 4, 1, false>(a, b, begin, end, tile, rows_ahead);
+    case 2:
+      return i == j ? multiply<Acc, 2, 2, true>(a, b, begin, end, tile, rows_ahead) : multiply<Acc, 4, 2, false>(a, b, begin, end, tile, rows_ahead);
+    case 3:
+      return i == j ? multiply<Acc, 3, 3, true>(a, b, begin, end, tile, rows_ahead) : multiply<Acc, 4, 3, false>(a, b, begin, end, tile, rows_ahead);
+    default:
+      return i == j ? multiply<Acc, 4, 4, true>(a, b, begin, end, tile, rows_ahead) : multiply<Acc, 4, 4, false>(a, b, begin, end, tile, rows_ahead);
+  }
+}
+
+// Calls visit(i, j, number) for all pairs of blocks with i <= j, in one fixed order.
+template <class Visit>
+inline void for_each_tile(int64_t count, Visit visit) {
+  int64_t number = 0;
+  for (int64_t j = 0; j < count; j += kBlock) {
+    for (int64_t i = j; i >= 0; i -= kBlock) visit(i, j, number++);
+  }
+}
+
+// The running sums of a slice: for each pair of tasks a few lanes in float64.
+struct Sums {
+  explicit Sums(int64_t num_tasks) : num_tasks(num_tasks), lanes(num_tasks * (num_tasks + 1) / 2 * kSumLanes, 0.0) {}
+
+  // Of tasks i <= j; pairs are in the order of the upper triangle's rows.
+  double* of(int64_t i, int64_t j) { return lanes.data() + (i * (2 * num_tasks - i - 1) / 2 + j) * kSumLanes; }
+
+  int64_t num_tasks;
+  std::vector<double> lanes;
+};
+
+template <class Acc, class Storage>
+void add_tile(const Tile<Acc>& tile, const Chunk<Storage>& chunk, int64_t i, int64_t j, Sums& sums) {
+  const int64_t height = std::min(kBlock, chunk.count - i);
+  const int64_t width = std::min(kBlock, chunk.count - j);
+  for (int64_t r = 0; r < height; ++r) {
+    double* first = sums.of(chunk.task[i + r], 0);
+    for (int64_t c = i == j ? r : 0; c < width; ++c) {
+      double* to = first + chunk.task[j + c] * kSumLanes;
+      Vec<double> total = load<double>(to);
+      const Acc* lanes = tile.lanes[r][c];
+      for (int64_t part = 0; part < kLanes<Acc>; part += kSumLanes) total += load<double>(lanes + part);
+      store(to, total);
+    }
+  }
 }
 
 // Whether float32 sums of this row's squares can be trusted: not near overflow, and not so small that its products went
@@ -122,104 +163,77 @@ inline bool trusted(const float* squares, const float* row, int64_t length) {
   return total == 0 && std::all_of(row, row + length, [](float value) { return value == 0; });
 }
 
-template <class Acc, int R, class Storage>
-bool diagonal_tile(Piece<Storage>& piece, int64_t i) {
-  Products<Acc, R, R> products;
-  multiply<Acc, R, R, true>(piece, i, i, products);
-  if constexpr (std::is_same_v<Acc, float>) {
-    for (int r = 0; r < R; ++r) {
-      if (!trusted(products.lanes[r][r], piece.rows[i + r], piece.length)) return false;
-    }
-  }
-  for (int r = 0; r < R; ++r) {
-    for (int c = r; c < R; ++c) add_lanes(piece.sum(i + r, i + c), products.lanes[r][c]);
-  }
-  return true;
+inline void add_products(const Chunk<double>& chunk, Sums& sums, Tile<float>*) {
+  for_each_tile(chunk.count, [&](int64_t i, int64_t j, int64_t) {
+    Tile<double> tile{};
+    multiply_blocks(chunk, i, j, 0, chunk.length, tile, chunk.rows + i);
+    add_tile(tile, chunk, i, j, sums);
+  });
 }
 
-template <class Acc, int R, int C, class Storage>
-void tile(Piece<Storage>& piece, int64_t i, int64_t j) {
-  Products<Acc, R, C> products;
-  multiply<Acc, R, C, false>(piece, i, j, products);
-  for (int r = 0; r < R; ++r) {
-    for (int c = 0; c < C; ++c) add_lanes(piece.sum(i + r, j + c), products.lanes[r][c]);
+// Sums the products in float32, and again in float64 those of rows whose squares leave float32's range.
+inline void add_products(const Chunk<float>& chunk, Sums& sums, Tile<float>* tiles) {
+  for_each_tile(chunk.count, [&](int64_t, int64_t, int64_t number) { tiles[number] = {}; });
+  const int64_t nb = (chunk.count + 3) / 4, num_tiles = nb * (nb + 1) / 2;
+  for (int64_t begin = 0; begin < chunk.length; begin += kStrip) {
+    const int64_t end = std::min(begin + kStrip, chunk.length);
+    for_each_tile(chunk.count, [&](int64_t i, int64_t j, int64_t number) {
+      const float* ahead[4];
+      for (int q = 0; q < 4; ++q) {
+        int64_t row = number * chunk.count / num_tiles + q;
+        ahead[q] = row < (number + 1) * chunk.count / num_tiles ? chunk.rows[row] + kStrip : chunk.rows[i];
+      }
+      multiply_blocks(chunk, i, j, begin, end, tiles[number], ahead);
+    });
   }
-}
-
-template <class Acc, class Storage>
-bool diagonal_block(Piece<Storage>& piece, int64_t i) {
-  switch (std::min(kBlock, piece.count - i)) {
-    case 1:
-      return diagonal_tile<Acc, 1>(piece, i);
-    case 2:
-      return diagonal_tile<Acc, 2>(piece, i);
-    case 3:
-      return diagonal_tile<Acc, 3>(piece, i);
-    default:
-      return diagonal_tile<Acc, 4>(piece, i);
-  }
-}
-
-template <class Acc, class Storage>
-void block(Piece<Storage>& piece, int64_t i, int64_t j) {
-  switch (std::min(kBlock, piece.count - j)) {
-    case 1:
-      return tile<Acc, 4, 1>(piece, i, j);
-    case 2:
-      return tile<Acc, 4, 2>(piece, i, j);
-    case 3:
-      return tile<Acc, 4, 3>(piece, i, j);
-    default:
-      return tile<Acc, 4, 4>(piece, i, j);
-  }
-}
-
-template <class Storage>
-void add_products(Piece<Storage>& piece) {
-  for (int64_t i = 0; i < piece.count; i += kBlock) {
-    bool& narrow = piece.narrow[i / kBlock];
-    narrow = std::is_same_v<Storage, float> && diagonal_block<Storage>(piece, i);
-    if (!narrow) diagonal_block<double>(piece, i);
-    for (int64_t j = 0; j < i; j += kBlock) {
-      if (narrow && piece.narrow[j / kBlock]) {
-        block<Storage>(piece, j, i);
-      } else {
-        block<double>(piece, j, i);
+  bool narrow[kMaxBlocks];
+  for_each_tile(chunk.count, [&](int64_t i, int64_t j, int64_t number) {
+    if (i == j) {
+      narrow[i / kBlock] = true;
+      for (int64_t r = 0; r < std::min(kBlock, chunk.count - i); ++r) {
+        narrow[i / kBlock] &= trusted(tiles[number].lanes[r][r], chunk.rows[i + r], chunk.length);
       }
     }
-  }
+    if (narrow[i / kBlock] && narrow[j / kBlock]) {
+      add_tile(tiles[number], chunk, i, j, sums);
+    } else {
+      Tile<double> wide{};
+      multiply_blocks(chunk, i, j, 0, chunk.length, wide, chunk.rows + i);
+      add_tile(wide, chunk, i, j, sums);
+    }
+  });
 }
 
 template <class Acc>
-void add_chunk(const RowTable& rows, int64_t k, int64_t begin, int64_t length, double* sums, Acc* scratch) {
-  Piece<Acc> piece;
-  piece.length = length;
+void add_chunk(const RowTable& rows, int64_t k, int64_t begin, int64_t length, Acc* scratch, Tile<float>* tiles,
+               Sums& sums) {
+  Chunk<Acc> chunk;
+  chunk.length = length;
   for (int64_t t = 0; t < rows.num_rows(); ++t) {
     const Row& row = rows.row(t, k);
     if (row.tensor == nullptr) continue;
-    piece.rows[piece.count] = as(row.data, row.dtype, begin, length, scratch + piece.count * length);
-    piece.sums[piece.count] = sums + t * (2 * rows.num_rows() - t - 1) / 2 * kSumLanes;
-    piece.task[piece.count++] = t;
+    chunk.rows[chunk.count] = as(row.data, row.dtype, begin, length, scratch + chunk.count * length);
+    chunk.task[chunk.count++] = t;
   }
-  add_products(piece);
+  add_products(chunk, sums, tiles);
 }
 
 // Writes the upper triangle of the slice's Gram matrix, row by row.
 inline void gram_slice(const GramJob& job, const Slice& slice, double* upper) {
   const int64_t num_rows = job.rows.num_rows();
-  const int64_t pairs = num_rows * (num_rows + 1) / 2;
-  std::vector<double> sums(pairs * kSumLanes, 0.0);
-  std::vector<double> scratch(job.converts ? num_rows * job.chunk : 0);
+  const int64_t blocks = (num_rows + kBlock - 1) / kBlock;
+  const auto scratch = std::make_unique_for_overwrite<double[]>(job.converts ? num_rows * job.chunk : 0);
+  const auto tiles = std::make_unique_for_overwrite<Tile<float>[]>(blocks * (blocks + 1) / 2);
+  Sums sums(num_rows);
   for_each_chunk(job.segments, slice, job.chunk, [&](int64_t k, int64_t begin, int64_t length) {
     if (job.rows.parameter(k).dtype == DType::f64) {
-      add_chunk(job.rows, k, begin, length, sums.data(), scratch.data());
+      add_chunk(job.rows, k, begin, length, scratch.get(), tiles.get(), sums);
     } else {
-      add_chunk(job.rows, k, begin, length, sums.data(), reinterpret_cast<float*>(scratch.data()));
+      add_chunk(job.rows, k, begin, length, reinterpret_cast<float*>(scratch.get()), tiles.get(), sums);
     }
   });
-  for (int64_t pair = 0; pair < pairs; ++pair) {
-    double total = 0;
-    for (int64_t lane = 0; lane < kSumLanes; ++lane) total += sums[pair * kSumLanes + lane];
-    upper[pair] = total;
+  for (size_t pair = 0; pair < sums.lanes.size() / kSumLanes; ++pair) {
+    const double* lanes = sums.lanes.data() + pair * kSumLanes;
+    upper[pair] = std::accumulate(lanes, lanes + kSumLanes, 0.0);
   }
 }

@@ -76,7 +76,8 @@ def build_trainer(
         optim_param=config.optim_param,
         scheduler_param=config.scheduler_param,
         save_path=None if save_path is None else str(save_path),
-        load_path=config.load_path,
+        # The state of a run to go on with holds the parameters too.
+        load_path=None if resume is not None else config.load_path,
         device=config.device,
         compile=config.compile,
         logger=logger,

@@ -122,8 +122,9 @@ def _say_how_to_go_on(run: RunDirectory) -> None:
 
 def _keep_what_matters(run: RunDirectory, error: Exception) -> None:
     """Put the error into the log; a run that never began leaves nothing, so that the next try may take its name."""
-    if isinstance(error, FastmtlError) and not run.config.exists():
+    foreseen = isinstance(error, FastmtlError)
+    if foreseen and not run.config.exists():
         run.discard()
         return
     with run.log.open("a", encoding="utf-8") as log:
-        traceback.print_exception(error, file=log)
+        log.write(f"error: {error}\n" if foreseen else "".join(traceback.format_exception(error)))

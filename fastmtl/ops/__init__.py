@@ -9,5 +9,6 @@ from __future__ import annotations
 from fastmtl.ops._registry import backend_report, implementation
 from fastmtl.ops.combine import combine, combine_
 from fastmtl.ops.gram import gram
+from fastmtl.ops.min_norm import min_norm
 
-__all__ = ["backend_report", "combine", "combine_", "gram", "implementation"]
+__all__ = ["backend_report", "combine", "combine_", "gram", "implementation", "min_norm"]

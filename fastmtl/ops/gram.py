@@ -29,6 +29,8 @@ def _reference(rows: list[Tensor | None], num_rows: int, groups: list[int] | Non
             present = torch.tensor([t for t, _ in column], device=device)
             jacobian = torch.stack([row.reshape(-1).to(dtype) for _, row in column])
             result[groups[k] if groups else 0, present[:, None], present] += jacobian @ jacobian.T
+    # A matrix product is not symmetric to the last bit, a Gram matrix is.
+    result = result.triu() + result.triu(1).mT
     return result[0] if groups is None else result
 
 

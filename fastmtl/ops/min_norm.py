@@ -107,12 +107,12 @@ def min_norm(gram: Tensor, warm_start: Tensor | None = None) -> Tensor:
 
         (G w)_i >= (1 - 1e-6) w^T G w - 1e-12 s_i,   s_i = sqrt(G_ii) sum_j w_j sqrt(G_jj):
 
-    along the combined gradient no task's loss falls more slowly than by its squared length. The bound holds for a G that is
-    positive semidefinite up to float64 rounding, whatever the scales of its rows; a coarser G is solved to its own
-    rounding. Rows of length zero share the weight equally. A NaN or infinity in G makes all weights NaN.
+    along the combined gradient no task's loss falls more slowly than by its squared length. The bound holds for a G
+    that is positive semidefinite up to float64 rounding, whatever the scales of its rows; a coarser G is solved to its
+    own rounding. Rows of length zero share the weight equally. A NaN or infinity in G makes all weights NaN.
 
-    The kernels run in float64 without waiting for the device and always end after a bounded number of steps. Where several
-    minimisers exist (linearly dependent gradients), one of them is returned, the same each time.
+    The kernels run in float64 without waiting for the device and always end after a bounded number of steps. Where
+    several minimisers exist (linearly dependent gradients), one of them is returned, the same each time.
 
     Args:
         gram: (T, T) symmetric Gram matrix of the gradients, as :func:`fastmtl.ops.gram` returns it; converted to

@@ -131,8 +131,8 @@ class TrainConfig:
         weight_args, arch_args = dict(config.weight_args), dict(config.arch_args)
         for name, value in values.items():
             if name not in weighting.hyper and name not in arch.hyper:
-                tables = {**WEIGHTINGS, **ARCHITECTURES}
-                owners = [owner for owner, cls in tables.items() if name in cls.hyper]
+                owners = [each for each in WEIGHTINGS if name in WEIGHTINGS[each].hyper]
+                owners += [each for each in ARCHITECTURES if name in ARCHITECTURES[each].hyper]
                 raise UsageError(
                     f"{name} is a hyper-parameter of {' and '.join(owners) or 'nothing'}, but the weighting is "
                     f"{config.weighting} and the architecture {config.arch}."

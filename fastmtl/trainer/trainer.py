@@ -23,11 +23,14 @@ from fastmtl.trainer.meter import PerformanceMeter
 from fastmtl.trainer.optimizer import make_optimizer, make_scheduler
 from fastmtl.trainer.problem import Problem
 from fastmtl.trainer.records import StepBuffer
+from fastmtl.trainer.regions import CompileReport, measure_compiled
 from fastmtl.trainer.step import TrainingStep
 from fastmtl.utils import count_parameters
 from fastmtl.weighting import WEIGHTINGS, AbsWeighting
 
 __all__ = ["Trainer"]
+
+_BEGINNING: Mapping[str, Any] = {"epoch": 0, "batch": 0, "train_losses": []}
 
 
 class Trainer(nn.Module):
@@ -113,7 +116,9 @@ class Trainer(nn.Module):
         self.step = TrainingStep(
             problem, self.optimizer, self._guard, compile, self.logger.on_compile, self.kwargs["weight_args"]
         )
-        self._start: dict[str, Any] = {"epoch": 0, "batch": 0}
+        self.compile_report: CompileReport | None = None
+        self._steps_done = 0
+        self._start = _BEGINNING
         if resume is not None:
             self._resume(Path(resume))
 
@@ -207,12 +212,18 @@ class Trainer(nn.Module):
         steps = count_batches(train_dataloaders, self.multi_input, self.limit_batches)
         self.batch_weight = np.zeros((self.task_num, epochs, steps))
         self.model.train_loss_buffer = np.zeros((self.task_num, epochs))
-        self.model.epochs = epochs
         self.logger.on_start(self._run_info(epochs, steps))
+        # Where a checkpoint left off; a further call begins anew, from the parameters of now.
+        start, self._start = self._start, _BEGINNING
+        known = np.array(start["train_losses"]).reshape(self.task_num, -1)[:, :epochs]
+        self.model.train_loss_buffer[:, : known.shape[1]] = known
+        self.model.epochs = epochs
         try:
             with DeferredInterrupt() as interrupt:
-                for epoch in range(self._start["epoch"], epochs):
-                    self._train_epoch(train_dataloaders, epoch, steps, interrupt)
+                for epoch in range(start["epoch"], epochs):
+                    if start["batch"] < steps:
+                        self._train_epoch(train_dataloaders, epoch, steps, start, interrupt)
+                    start = _BEGINNING
                     self._evaluate_epoch(val_dataloaders, test_dataloaders, epoch)
                     interrupt.check()
         finally:
@@ -220,25 +231,27 @@ class Trainer(nn.Module):
         self.meter.display_best_result()
         return self.batch_weight if return_weight else None
 
-    def _train_epoch(self, loaders: Any, epoch: int, steps: int, interrupt: DeferredInterrupt) -> None:
+    def _train_epoch(
+        self, loaders: Any, epoch: int, steps: int, start: Mapping[str, Any], interrupt: DeferredInterrupt
+    ) -> None:
         model = self.model
         model.epoch = epoch
         model.train()
-        skip, epoch_rng = self._start["batch"], rng_state()
+        skip, epoch_rng = start["batch"], rng_state()
         if skip:
-            epoch_rng = self._start["epoch_rng"]
+            epoch_rng = start["epoch_rng"]
             set_rng_state(epoch_rng)
         batches = train_batches(loaders, self.task_name, self.multi_input, steps)
         for _ in range(skip):
             next(batches)
         if skip:
-            set_rng_state(self._start["rng"])
+            set_rng_state(start["rng"])
         self._guard.start(epoch * steps + skip)
         self.meter.begin()
         buffer = StepBuffer()
         for batch, (inputs, labels) in enumerate(batches, start=skip):
             labels = to_device(labels, self.device)
-            losses, preds = self.step(to_device(inputs, self.device), labels, buffer)
+            losses, preds = self._run_step(to_device(inputs, self.device), labels, buffer)
             self.meter.update(losses, preds, labels)
             if len(buffer) == self.log_every or batch + 1 == steps:
                 self._log(buffer, epoch, epoch * steps + batch + 1)
@@ -247,10 +260,20 @@ class Trainer(nn.Module):
             except KeyboardInterrupt:
                 self._save_last(epoch, batch + 1, epoch_rng)
                 raise
-        self._start = {"epoch": epoch + 1, "batch": 0}
         self.meter.end()
         self._report("train", epoch)
         model.train_loss_buffer[:, epoch] = self.meter.loss_item
+
+    def _run_step(self, inputs: Any, labels: Any, buffer: StepBuffer) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Run one step; the third compiled one also tells how much of it was compiled."""
+        self._steps_done += 1
+        if not self.step.regions.compiled or self._steps_done != 3:
+            return self.step(inputs, labels, buffer)
+        results: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        report = measure_compiled(lambda: results.append(self.step(inputs, labels, buffer)), self.step.regions)
+        self.compile_report = report
+        self.logger.on_compile(str(report))
+        return results[0]
 
     def _log(self, buffer: StepBuffer, epoch: int, next_step: int) -> None:
         records = buffer.flush(epoch, next_step)
@@ -345,6 +368,7 @@ class Trainer(nn.Module):
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "base_result": self.meter.base_result,
             "best_result": self.meter.best_result,
+            "train_losses": self.model.train_loss_buffer.tolist(),
             "epoch": epoch,
             "batch": batch,
             "rng": rng_state(),
@@ -367,7 +391,7 @@ class Trainer(nn.Module):
             self.scheduler.load_state_dict(state["scheduler"])
         self.meter.base_result = state["base_result"]
         self.meter.best_result = state["best_result"]
-        self._start = {key: state[key] for key in ("epoch", "batch", "rng", "epoch_rng")}
+        self._start = {key: state[key] for key in ("epoch", "batch", "rng", "epoch_rng", "train_losses")}
         set_rng_state(state["rng"])
 
 

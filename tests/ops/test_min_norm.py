@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastmtl.errors import BackendError, UsageError
-from fastmtl.ops import implementation
-from fastmtl.ops.min_norm import min_norm
+from fastmtl.errors import UsageError
+from fastmtl.ops import implementation, min_norm
+from tests.ops.rows import backend_kernel
 from tests.ops.zoo import Case, poisoned, zoo
 
 Solver = Callable[..., Tensor]
@@ -25,10 +25,7 @@ Wide = np.longdouble
 
 @pytest.fixture(params=DEVICES, scope="module")
 def solver(request: pytest.FixtureRequest) -> Solver:
-    try:
-        kernel = implementation("min_norm", request.param)
-    except BackendError as error:
-        pytest.skip(str(error))
+    kernel = backend_kernel("min_norm", request.param)
     device = DEVICES[request.param]
 
     def solve(gram: Tensor, warm_start: Tensor | None = None) -> Tensor:
@@ -64,6 +61,7 @@ def norm(case: Case, weights: Tensor) -> float:
     return float((weights @ case.jacobian).norm())
 
 
+@pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("case", params(zoo()))
 def test_bound(solver: Solver, case: Case) -> None:
     check_bound(case.gram, solver(case.gram))
@@ -81,14 +79,14 @@ def test_bound_fuzz(solver: Solver, data: st.DataObject) -> None:
     check_bound(gram, solver(gram))
 
 
-@pytest.mark.parametrize("case", params(zoo((2, 3, 16, 40))))
+@pytest.mark.parametrize("case", params(zoo((3, 16))))
 def test_matches_reference_norm(solver: Solver, case: Case) -> None:
     reference = implementation("min_norm", "reference")
     tolerance = 1e-6 * float(case.jacobian.norm(dim=1).max())
     assert norm(case, solver(case.gram)) == pytest.approx(norm(case, reference(case.gram)), rel=1e-6, abs=tolerance)
 
 
-@pytest.mark.parametrize("case", params(zoo((2, 3, 16, 40))))
+@pytest.mark.parametrize("case", params(zoo((3, 16))))
 def test_permutation_equivariant(solver: Solver, case: Case) -> None:
     order = torch.randperm(len(case.jacobian), generator=torch.Generator().manual_seed(0))
     permuted = Case(case.name, case.jacobian[order])
@@ -114,7 +112,7 @@ def test_scaling_invariant(solver: Solver, size: int, scale: float) -> None:
     torch.testing.assert_close(solver(scale * gram), solver(gram), rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("case", params(zoo((2, 5, 40))))
+@pytest.mark.parametrize("case", params(zoo((2, 40))))
 def test_non_conflicting(solver: Solver, case: Case) -> None:
     update = solver(case.gram) @ case.jacobian
     slack = 1e-6 * case.jacobian.norm(dim=1) * case.jacobian.norm(dim=1).max()
@@ -163,7 +161,7 @@ def test_non_finite_gives_nan(solver: Solver, case: Case) -> None:
     assert solver(case.gram).isnan().all()
 
 
-@pytest.mark.parametrize("case", params(zoo((1, 3, 16))))
+@pytest.mark.parametrize("case", params(zoo((1, 8))))
 def test_warm_start_keeps_the_bound(solver: Solver, case: Case) -> None:
     size = len(case.gram)
     cold = solver(case.gram)
@@ -216,7 +214,7 @@ def test_gram_must_be_square(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex128])
 def test_gram_must_be_floats(dtype: torch.dtype) -> None:
-    with pytest.raises(UsageError, match="gram must be a .* matrix of floats"):
+    with pytest.raises(UsageError, match=r"gram must be a .* matrix of floats"):
         min_norm(torch.eye(3).to(dtype))
 
 

@@ -29,6 +29,8 @@ def test_cosines_and_norms_come_from_the_gram_matrix_at_any_scale(scale: float) 
     expected = [
         np.sum(rows[:, i] * rows[:, j], axis=1) / norms[:, i] / norms[:, j] for i, j in [(0, 1), (0, 2), (1, 2)]
     ]
+    assert records.norms is not None
+    assert records.cosines is not None
     np.testing.assert_allclose(records.norms, scale * norms, rtol=1e-12)
     np.testing.assert_allclose(records.cosines, np.stack(expected, axis=1), rtol=1e-9)
 

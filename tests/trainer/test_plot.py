@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pytest
@@ -15,7 +16,15 @@ from fastmtl.trainer.logger import Logger, LoggerList, RunInfo
 from fastmtl.trainer.plot import PlotLogger, draw
 from tests.trainer.runs import play, run_info, step_records
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 pytest.importorskip("matplotlib")
+
+
+def _data(axis: Axes, line: int, which: Literal["x", "y"]) -> np.ndarray:
+    drawn = axis.lines[line]
+    return np.asarray(drawn.get_xdata() if which == "x" else drawn.get_ydata(), dtype=float)
 
 
 def _titles(logger: PlotLogger) -> list[str]:
@@ -38,11 +47,11 @@ def test_picture_is_a_png_with_a_labelled_panel_for_each_thing(tmp_path: Path) -
     assert [axis.get_xlabel() for axis in figure.axes] == ["Step", "Step", "Step", "Epoch"]
     losses, weights, cosines, accuracy = figure.axes
     assert (len(losses.lines), len(weights.lines)) == (2, 2)
-    np.testing.assert_array_equal(losses.lines[1].get_xdata(), np.arange(1, 21))
-    np.testing.assert_allclose(losses.lines[1].get_ydata(), np.arange(20) + 1)
-    np.testing.assert_allclose(cosines.lines[0].get_ydata(), 0.5)
+    np.testing.assert_array_equal(_data(losses, 1, "x"), np.arange(1, 21))
+    np.testing.assert_allclose(_data(losses, 1, "y"), np.arange(20) + 1)
+    np.testing.assert_allclose(_data(cosines, 0, "y"), 0.5)
     assert len(accuracy.lines) == 4
-    np.testing.assert_allclose(accuracy.lines[-1].get_ydata(), [0.5, 0.6])
+    np.testing.assert_allclose(_data(accuracy, -1, "y"), [0.5, 0.6])
 
 
 def test_picture_leaves_out_what_the_strategy_does_not_have(tmp_path: Path) -> None:

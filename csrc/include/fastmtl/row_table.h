@@ -148,6 +148,15 @@ class RowTable {
   const Parameter& parameter(int64_t k) const { return parameters_[k]; }
   const Row& row(int64_t t, int64_t k) const { return rows_[k * num_rows_ + t]; }
 
+  // Sets the sizes of a parameter no row has, and checks those of one that some row has.
+  void set_shape(int64_t k, const Shape& shape) {
+    Parameter& parameter = parameters_[k];
+    STD_TORCH_CHECK(!parameter.present || shape.same_sizes(parameter.shape), "out must have the shapes of the rows");
+    parameter.shape = shape;
+    parameter.sizes.assign(shape.sizes, shape.sizes + shape.dim);
+    parameter.numel = shape.numel();
+  }
+
   // Asks for another layout of parameter k: that of a given tensor of the same sizes.
   void set_layout(int64_t k, const int64_t* strides) {
     Parameter& parameter = parameters_[k];

@@ -1,0 +1,224 @@
+// combine, combine_: weighted sums of the rows on the CPU, each row read at most once per pass and never concatenated.
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <type_traits>
+#include <vector>
+
+#include "fastmtl/parallel.h"
+#include "fastmtl/row_table.h"
+#include "fastmtl/slices.h"
+#include "register.h"
+
+namespace fastmtl {
+namespace {
+
+using c10::BFloat16;
+using c10::Half;
+
+constexpr int64_t kMaxRows = 128;
+
+// Where one result of one parameter goes.
+struct Target {
+  void* data = nullptr;
+  DType dtype = DType::f32;
+};
+
+struct CombineJob {
+  RowTable rows;
+  std::vector<int64_t> group;
+  std::vector<double> weights;  // (M, T) or (L, T).
+  int64_t num_results;          // M; 1 with groups.
+  bool accumulate = false;
+  std::vector<Target> targets{};  // (M, K)
+  std::vector<Segment> segments{};
+  std::vector<bool> sums_in_double{};  // Of each parameter.
+  int64_t chunk = 0;
+  bool converts = false;  // Whether some tensor is not of the type its sum is taken in.
+  bool streams = false;   // Whether results go past the caches.
+
+  const double* weights_of(int64_t m, int64_t k) const {
+    return weights.data() + (num_results > 1 ? m : group[k]) * rows.num_rows();
+  }
+  Target& target(int64_t m, int64_t k) { return targets[m * rows.width() + k]; }
+  const Target& target(int64_t m, int64_t k) const { return targets[m * rows.width() + k]; }
+  bool reads(int64_t t, int64_t k) const {
+    if (rows.row(t, k).tensor == nullptr) return false;
+    for (int64_t m = 0; m < num_results; ++m) {
+      if (weights_of(m, k)[t] != 0) return true;
+    }
+    return false;
+  }
+};
+
+}  // namespace
+}  // namespace fastmtl
+
+#define FASTMTL_KERNELS "combine_kernels.h"
+#include "fastmtl/for_each_isa.h"
+
+namespace fastmtl {
+namespace {
+
+template <class Scalar>
+std::vector<double> gather(const Tensor& matrix, const Shape& shape) {
+  const auto* values = static_cast<const Scalar*>(matrix.const_data_ptr());
+  const bool many = shape.dim == 2;
+  const int64_t height = many ? shape.sizes[0] : 1;
+  const int64_t down = many ? shape.strides[0] : 0;
+  std::vector<double> gathered;
+  gathered.reserve(shape.numel());
+  for (int64_t i = 0; i < height; ++i) {
+    for (int64_t j = 0; j < shape.sizes[many]; ++j) gathered.push_back(values[i * down + j * shape.strides[many]]);
+  }
+  return gathered;
+}
+
+// The weights, one- or two-dimensional, in float64 and row by row.
+std::vector<double> read_weights(const Tensor& weights) {
+  const Shape shape(weights);
+  switch (dtype_of(weights)) {
+    case DType::f64:
+      return gather<double>(weights, shape);
+    case DType::f32:
+      return gather<float>(weights, shape);
+    case DType::bf16:
+      return gather<BFloat16>(weights, shape);
+    default:
+      return gather<Half>(weights, shape);
+  }
+}
+
+CombineJob make_job(const TensorList& flat, int64_t num_rows, const Tensor& weights,
+                    const std::optional<std::vector<int64_t>>& groups) {
+  STD_TORCH_CHECK(num_rows <= kMaxRows, "rows must hold at most 128 rows");
+  RowTable rows(flat, num_rows);
+  int64_t num_groups = 0;
+  std::vector<int64_t> group = group_of_each(groups, rows.width(), &num_groups);
+  const Shape shape(weights);
+  const bool fits = shape.dim >= 1 && shape.dim <= 2 && shape.sizes[shape.dim - 1] == num_rows;
+  STD_TORCH_CHECK(fits && (!groups.has_value() || (shape.dim == 2 && shape.sizes[0] == num_groups)),
+                  "weights must have the shape (T,), (M, T) or, with groups, (L, T)");
+  const int64_t num_results = groups.has_value() || shape.dim == 1 ? 1 : shape.sizes[0];
+  return {std::move(rows), std::move(group), read_weights(weights), num_results};
+}
+
+// Fills all targets, whose memory has the layout of their parameter.
+void run(CombineJob& job) {
+  constexpr int64_t cache_floats = 16384;
+  constexpr int64_t min_slice_elements = 32768;
+  constexpr int64_t streamed_bytes = int64_t{4} << 20;
+  const int64_t num_rows = job.rows.num_rows();
+  int64_t bytes = 0;
+  for (int64_t k = 0; k < job.rows.width(); ++k) {
+    DType widest = job.target(0, k).dtype;
+    bool mixed = false;
+    for (int64_t t = 0; t < num_rows; ++t) {
+      if (!job.reads(t, k)) continue;
+      job.rows.match(t, k);
+      mixed |= job.rows.row(t, k).dtype != widest;
+      widest = promote(widest, job.rows.row(t, k).dtype);
+    }
+    job.sums_in_double.push_back(widest == DType::f64);
+    job.converts |= mixed || widest == DType::bf16 || widest == DType::f16;
+    if (job.target(0, k).data != nullptr) job.segments.push_back({k, job.rows.parameter(k).numel, 0});
+    bytes += job.rows.parameter(k).numel * 4 * job.num_results;
+  }
+  job.chunk = std::clamp<int64_t>(cache_floats / num_rows / 64 * 64, 512, 4096);
+  job.streams = bytes >= streamed_bytes;
+  const std::vector<Slice> slices = cut(job.segments, min_slice_elements / num_rows);
+  run_parallel(static_cast<int64_t>(slices.size()), [&](int64_t s) { FASTMTL_DISPATCH(combine_slice, job, slices[s]); });
+}
+
+std::vector<Tensor> combine(const TensorList& flat, int64_t num_rows, const Tensor& weights,
+                            const std::optional<std::vector<int64_t>>& groups) {
+  CombineJob job = make_job(flat, num_rows, weights, groups);
+  std::vector<Tensor> results;
+  job.targets.resize(job.num_results * job.rows.width());
+  for (int64_t m = 0; m < job.num_results; ++m) {
+    for (int64_t k = 0; k < job.rows.width(); ++k) {
+      const Parameter& parameter = job.rows.parameter(k);
+      if (!parameter.present) continue;
+      results.push_back(empty_strided(parameter.sizes, parameter.strides, parameter.dtype));
+      job.target(m, k) = {results.back().mutable_data_ptr(), parameter.dtype};
+    }
+  }
+  run(job);
+  return results;
+}
+
+struct Block {
+  uintptr_t begin;
+  uintptr_t end;
+  int64_t index;
+};
+
+Block block_of(const Target& target, int64_t numel, int64_t index) {
+  const int64_t item = target.dtype == DType::f64 ? 8 : target.dtype == DType::f32 ? 4 : 2;
+  const auto begin = reinterpret_cast<uintptr_t>(target.data);
+  return {begin, begin + static_cast<uintptr_t>(numel * item), index};
+}
+
+// Copies the rows that a write to some target would change before they are read. A row may be the very memory of its own
+// target: there every element is read before it is written.
+void part_rows_from_targets(CombineJob& job) {
+  std::vector<Block> outs;
+  for (int64_t k = 0; k < job.rows.width(); ++k) {
+    const Block out = block_of(job.target(0, k), job.rows.parameter(k).numel, k);
+    if (out.begin != out.end) outs.push_back(out);
+  }
+  std::sort(outs.begin(), outs.end(), [](const Block& a, const Block& b) { return a.begin < b.begin; });
+  for (size_t i = 1; i < outs.size(); ++i) {
+    STD_TORCH_CHECK(outs[i - 1].end <= outs[i].begin, "out[", outs[i - 1].index, "] and out[", outs[i].index,
+                    "] must not overlap in memory");
+  }
+  for (int64_t k = 0; k < job.rows.width(); ++k) {
+    for (int64_t t = 0; t < job.rows.num_rows(); ++t) {
+      const Row& row = job.rows.row(t, k);
+      if (!job.reads(t, k) || !row.matches) continue;
+      const Block read = block_of({const_cast<void*>(row.data), row.dtype}, job.rows.parameter(k).numel, k);
+      auto out = std::upper_bound(outs.begin(), outs.end(), read.begin,
+                                  [](uintptr_t begin, const Block& block) { return begin < block.end; });
+      if (out == outs.end() || out->begin >= read.end) continue;
+      const bool itself = out->index == k && out->begin == read.begin && out->end == read.end;
+      if (!itself) job.rows.copy(t, k);
+    }
+  }
+}
+
+void combine_(const std::vector<Tensor>& out, const TensorList& flat, int64_t num_rows, const Tensor& weights,
+              const std::optional<std::vector<int64_t>>& groups, bool accumulate) {
+  CombineJob job = make_job(flat, num_rows, weights, groups);
+  STD_TORCH_CHECK(static_cast<int64_t>(out.size()) == job.rows.width(), "out must hold one tensor for each of a row's");
+  STD_TORCH_CHECK(job.num_results == 1, "weights must have the shape (T,) or, with groups, (L, T)");
+  job.accumulate = accumulate;
+  job.targets.resize(out.size());
+  std::vector<std::pair<int64_t, Tensor>> detours;
+  for (int64_t k = 0; k < job.rows.width(); ++k) {
+    const Shape shape(out[k]);
+    job.rows.set_shape(k, shape);
+    Tensor target = out[k];
+    if (!shape.dense()) {
+      target = empty_strided(job.rows.parameter(k).sizes, contiguous_strides(shape), dtype_of(out[k]));
+      if (accumulate) torch::stable::copy_(target, out[k]);
+      detours.emplace_back(k, target);
+    }
+    job.rows.set_layout(k, Shape(target).strides);
+    job.target(0, k) = {target.mutable_data_ptr(), dtype_of(target)};
+  }
+  part_rows_from_targets(job);
+  run(job);
+  for (auto& [k, result] : detours) {
+    Tensor given = out[k];
+    torch::stable::copy_(given, result);
+  }
+}
+
+FASTMTL_CPU_KERNEL(combine, combine);
+FASTMTL_CPU_KERNEL(combine_, combine_);
+
+}  // namespace
+}  // namespace fastmtl

@@ -1,0 +1,177 @@
+"""One configuration behind command line and YAML: what it accepts, fills in, refuses and writes."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fastmtl.errors import UsageError
+from fastmtl.trainer.config import TrainConfig, read_config
+
+
+def _file(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "wanted"),
+    [
+        # YAML 1.1 reads a number like 1e-4, without a point, as text.
+        ("lr", "1e-4", 1e-4),
+        ("lr", 1, 1.0),
+        ("epochs", "7", 7),
+        ("epochs", 7.0, 7),
+        ("rep_grad", "yes", True),
+        ("compile", True, True),
+        ("compile", "on", True),
+        ("compile", "OFF", False),
+        ("compile", "Auto", "auto"),
+        ("optim", "SGD", "sgd"),
+        ("scheduler", None, None),
+        ("train_size", None, None),
+        ("train_size", "100", 100),
+    ],
+)
+def test_values_come_out_in_the_type_of_their_setting(name: str, given: Any, wanted: Any) -> None:
+    value = getattr(TrainConfig(**{name: given}), name)
+    assert value == wanted
+    assert type(value) is type(wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("epochs", "ten", "epochs must be a whole number, got 'ten'"),
+        ("epochs", 2.5, "epochs must be a whole number, got 2.5"),
+        ("epochs", True, "epochs must be a whole number, got True"),
+        ("train_size", True, "train_size must be a whole number"),
+        ("epochs", float("inf"), "epochs must be a whole number"),
+        ("epochs", 0, "epochs must be at least 1, got 0"),
+        ("lr", 0, "lr must be above 0, got 0.0"),
+        ("lr", float("nan"), "lr must be above 0, got nan"),
+        ("lr", [1], "lr must be a number"),
+        ("rep_grad", "perhaps", "rep_grad must be true or false"),
+        ("compile", "sometimes", "compile must be true, false or auto, got 'sometimes'"),
+        ("optim", "sdg", "Did you mean 'sgd'?"),
+        ("weight_args", "l2", "weight_args must be `key: value` pairs"),
+        ("dataset", None, "dataset must be text"),
+    ],
+)
+def test_bad_values_are_refused_by_name(name: str, given: Any, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        TrainConfig(**{name: given})
+    assert message in str(caught.value)
+
+
+def test_resolved_spells_names_and_fills_hyper_parameters() -> None:
+    config = TrainConfig(arch="mtan", weighting="mgda").resolved()
+    assert (config.arch, config.weighting) == ("MTAN", "MGDA")
+    assert config.weight_args == {"mgda_gn": "none"}
+    assert TrainConfig(weighting="mgda", weight_args={"MGDA-GN": "l2"}).resolved().weight_args == {"mgda_gn": "l2"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"arch": "mtann"}, "Unknown architecture 'mtann'. Did you mean 'MTAN'?"),
+        ({"weighting": "mgd"}, "Unknown weighting 'mgd'. Did you mean 'MGDA'?"),
+        ({"weighting": "mgda", "weight_args": {"mgda_gm": "l2"}}, "Did you mean 'mgda_gn'?"),
+        ({"weighting": "mgda", "weight_args": {"mgda_gn": "l3"}}, "must be one of none, l2, loss, loss+"),
+        ({"weighting": "ew", "weight_args": {"mgda_gn": "l2"}}, "EW has no hyper-parameters"),
+    ],
+)
+def test_resolved_refuses_unknown_names(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        TrainConfig(**settings).resolved()
+    assert message in str(caught.value)
+
+
+def test_hyper_parameters_find_their_owner() -> None:
+    assert TrainConfig(weighting="mgda").with_hyper({"mgda_gn": "loss"}).weight_args == {"mgda_gn": "loss"}
+    with pytest.raises(UsageError, match="mgda_gn is a hyper-parameter of MGDA, but the weighting is EW"):
+        TrainConfig().with_hyper({"mgda_gn": "loss"})
+
+
+def test_yaml_reads_back_to_an_equal_configuration(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "weighting": "mgda",
+        "weight_args": {"mgda_gn": "none"},
+        "compile": "auto",
+        "lr": 3e-5,
+        "device": "cpu",
+    }
+    for config in (TrainConfig(), TrainConfig(**settings).resolved()):
+        assert read_config(_file(tmp_path, config.as_yaml())) == config
+
+
+def test_configuration_file_names_every_setting() -> None:
+    assert list(yaml.safe_load(TrainConfig().as_yaml())) == [each.name for each in fields(TrainConfig)]
+
+
+def test_overrides_win_over_the_file(tmp_path: Path) -> None:
+    path = _file(tmp_path, "arch: mtan\nepochs: 3\n")
+    config = read_config(path, epochs=5)
+    assert (config.arch, config.epochs, config.lr) == ("mtan", 5, TrainConfig().lr)
+
+
+def test_another_weighting_leaves_the_hyper_parameters_of_the_first(tmp_path: Path) -> None:
+    path = _file(tmp_path, "weighting: MGDA\nweight_args: {mgda_gn: l2}\n")
+    assert read_config(path, weighting="ew").resolved().weight_args == {}
+    assert read_config(path, weighting="mgda").resolved().weight_args == {"mgda_gn": "l2"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("archh: mtan\n", "Did you mean 'arch'?"),
+        ("- arch\n", "must hold `key: value` lines"),
+        ("arch: [mtan\n", "is not valid YAML"),
+        ("\x00", "is not valid YAML"),
+    ],
+)
+def test_bad_files_are_one_sentence(tmp_path: Path, text: str, message: str) -> None:
+    path = _file(tmp_path, text)
+    with pytest.raises(UsageError) as caught:
+        read_config(path)
+    assert message in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="There is no configuration file"):
+        read_config(tmp_path / "no.yaml")
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_config(tmp_path)
+
+
+def test_empty_file_means_the_defaults(tmp_path: Path) -> None:
+    assert read_config(_file(tmp_path, "# nothing yet\n")) == TrainConfig()
+
+
+def test_scheduler_and_optimizer_take_only_what_is_theirs() -> None:
+    config = TrainConfig(optim="adam", scheduler="cos", epochs=9)
+    assert "momentum" not in config.optim_param
+    assert config.scheduler_param == {"scheduler": "cos", "T_max": 9, "eta_min": 0.0}
+    assert TrainConfig(optim="sgd").optim_param["momentum"] == TrainConfig().momentum
+    assert TrainConfig().scheduler_param is None
+
+
+@pytest.mark.parametrize("scheduler", ["step", "exp", "cos", "reduce"])
+@pytest.mark.parametrize("optim", ["adam", "adamw", "sgd", "adagrad", "rmsprop"])
+def test_every_optimizer_and_scheduler_can_be_made(optim: str, scheduler: str) -> None:
+    import torch
+
+    from fastmtl.trainer.optimizer import make_optimizer, make_scheduler
+
+    config = TrainConfig(optim=optim, scheduler=scheduler)
+    assert config.scheduler_param is not None
+    optimizer = make_optimizer(torch.nn.Linear(2, 2), config.optim_param, torch.device("cpu"))
+    assert optimizer.param_groups[0]["lr"] == config.lr
+    assert make_scheduler(optimizer, config.scheduler_param) is not None

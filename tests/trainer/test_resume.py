@@ -1,0 +1,76 @@
+"""Going on with a run gives the run that was never interrupted."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastmtl.trainer.logger import Logger, StepRecords
+from tests.trainer.toy import flat, loaders, make_trainer
+
+OPTIONS: dict[str, Any] = {
+    "optim_param": {"optim": "adam", "lr": 1e-2},
+    "scheduler_param": {"scheduler": "exp", "gamma": 0.9},
+    "log_every": 1,
+}
+
+
+class InterruptAt(Logger):
+    """Sends Ctrl-C to this process after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_steps(self, records: StepRecords) -> None:
+        if records.first_step == self.step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def _uninterrupted(epochs: int) -> torch.Tensor:
+    trainer = make_trainer(**OPTIONS)
+    torch.manual_seed(5)
+    trainer.train(loaders(shuffle=True), loaders(), epochs)
+    return flat(trainer.model.parameters())
+
+
+def test_after_an_epoch(tmp_path: Path) -> None:
+    first = make_trainer(save_path=str(tmp_path), **OPTIONS)
+    torch.manual_seed(5)
+    first.train(loaders(shuffle=True), loaders(), 2)
+    second = make_trainer(resume=str(tmp_path / "last.pt"), **OPTIONS)
+    second.train(loaders(shuffle=True), loaders(), 4)
+    assert torch.equal(flat(second.model.parameters()), _uninterrupted(4))
+    assert second.meter.base_result == first.meter.base_result
+
+
+@pytest.mark.parametrize("step", [1, 3, 5])
+def test_after_ctrl_c_in_mid_epoch(step: int, tmp_path: Path) -> None:
+    first = make_trainer(save_path=str(tmp_path), logger=InterruptAt(step), **OPTIONS)
+    torch.manual_seed(5)
+    with pytest.raises(KeyboardInterrupt):
+        first.train(loaders(shuffle=True), loaders(), 3)
+    torch.manual_seed(1234)
+    second = make_trainer(resume=str(tmp_path / "last.pt"), **OPTIONS)
+    second.train(loaders(shuffle=True), loaders(), 3)
+    assert torch.equal(flat(second.model.parameters()), _uninterrupted(3))
+
+
+def test_files_are_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer(save_path=str(tmp_path), **OPTIONS)
+    trainer.train(loaders(), loaders(), 1)
+    before = (tmp_path / "last.pt").read_bytes()
+
+    def full_disk(*args: Any) -> None:
+        args[1].write(b"half a file")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(RuntimeError, match="cannot be written: No space left on device"):
+        trainer.train(loaders(), loaders(), 2)
+    assert (tmp_path / "last.pt").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pt", "last.pt"]

@@ -1,0 +1,253 @@
+"""A training step: right gradients on every route, and nothing read on the host."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastmtl import Trainer
+from fastmtl.architecture import HPS
+from fastmtl.ops import combine, gram, min_norm
+from fastmtl.trainer.records import StepBuffer
+from fastmtl.trainer.routes import RepRoute, SplitRoute, SumRoute, WholeRoute
+from fastmtl.weighting import AbsWeighting
+from tests.trainer.toy import flat, loaders, make_trainer
+
+
+class NoHostReads(TorchDispatchMode):
+    """Fails on anything that reads a tensor's values on the host."""
+
+    FORBIDDEN = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::item")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.name().split(".")[0] not in self.FORBIDDEN, f"{func} reads a tensor on the host"
+        return func(*args, **(kwargs or {}))
+
+
+class OnePiece(HPS):
+    """An architecture in LibMTL's way: its forward is not made of trunk and branch."""
+
+    def forward(self, inputs: Tensor, task_name: str | None = None) -> dict[str, Tensor]:
+        rep = self.encoder(inputs)
+        tasks = self.task_name if task_name is None else [task_name]
+        return {t: self.decoders[t](self._prepare_rep(rep, t, not self.multi_input)) for t in tasks}
+
+
+def _batch(multi_input: bool = False, count: int = 2) -> tuple[Any, Any]:
+    if not multi_input:
+        return next(iter(loaders(count)))
+    batches = {task: next(iter(loader)) for task, loader in loaders(count, multi_input=True).items()}
+    return {t: b[0] for t, b in batches.items()}, {t: b[1] for t, b in batches.items()}
+
+
+def _task_gradients(trainer: Trainer, inputs: Any, labels: Any) -> tuple[list[list[Tensor]], list[Tensor | None]]:
+    """The rows and the sum of the task-specific gradients, by one plain backward pass per task."""
+    problem = trainer.step.problem
+    rows = []
+    for task in problem.tasks:
+        if trainer.multi_input:
+            loss, _ = problem.single(inputs[task], labels[task], task)
+        else:
+            loss = problem.whole(inputs, labels)[0][problem.tasks.index(task)]
+        rows.append(torch.autograd.grad(loss, [*problem.shared_params, *problem.own_params], allow_unused=True))
+    shared = len(problem.shared_params)
+    own = []
+    for column in zip(*(row[shared:] for row in rows), strict=True):
+        found = [grad for grad in column if grad is not None]
+        own.append(torch.stack(found).sum(0) if found else None)
+    return [list(row[:shared]) for row in rows], own
+
+
+@pytest.mark.parametrize(
+    ("architecture", "multi_input", "route"),
+    [
+        ("HPS", False, SplitRoute),
+        ("MTAN", False, SplitRoute),
+        (OnePiece, False, WholeRoute),
+        ("HPS", True, WholeRoute),
+        ("MTAN", True, WholeRoute),
+        (OnePiece, True, WholeRoute),
+    ],
+)
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_mgda_update_is_the_min_norm_combination(architecture: Any, multi_input: bool, route: type, count: int) -> None:
+    trainer = make_trainer("MGDA", architecture, count, multi_input=multi_input, optim_param={"optim": "sgd", "lr": 0.0})
+    inputs, labels = _batch(multi_input, count)
+    assert type(trainer.step.route) is route
+    rows, own = _task_gradients(trainer, inputs, labels)
+    expected = combine(rows, min_norm(gram(rows)))
+    trainer.step(inputs, labels, StepBuffer())
+    for param, want in zip(trainer.step.problem.shared_params, expected, strict=True):
+        torch.testing.assert_close(param.grad, want)
+    for param, want in zip(trainer.step.problem.own_params, own, strict=True):
+        assert (param.grad is None) == (want is None)
+        if want is not None:
+            torch.testing.assert_close(param.grad, want)
+
+
+@pytest.mark.parametrize("rep_grad", [False, True])
+@pytest.mark.parametrize("multi_input", [False, True])
+@pytest.mark.parametrize("architecture", ["HPS", "MTAN", OnePiece])
+def test_ew_update_is_the_sum_of_gradients(architecture: Any, multi_input: bool, rep_grad: bool) -> None:
+    trainer = make_trainer(
+        "EW", architecture, multi_input=multi_input, rep_grad=rep_grad, optim_param={"optim": "sgd", "lr": 0.0}
+    )
+    inputs, labels = _batch(multi_input)
+    assert type(trainer.step.route) is SumRoute
+    rows, _ = _task_gradients(trainer, inputs, labels)
+    trainer.step(inputs, labels, StepBuffer())
+    for k, param in enumerate(trainer.step.problem.shared_params):
+        torch.testing.assert_close(param.grad, rows[0][k] + rows[1][k])
+    assert all(param.grad.abs().sum() > 0 for param in trainer.step.problem.shared_params)
+
+
+@pytest.mark.parametrize("multi_input", [False, True])
+@pytest.mark.parametrize("architecture", ["HPS", "MTAN", OnePiece])
+def test_rep_grad_weights_the_representation_gradients(architecture: Any, multi_input: bool) -> None:
+    options = dict(multi_input=multi_input, optim_param={"optim": "sgd", "lr": 0.0})
+    trainer = make_trainer("MGDA", architecture, rep_grad=True, **options)
+    assert isinstance(trainer.step.route, RepRoute)
+    inputs, labels = _batch(multi_input)
+    buffer = StepBuffer()
+    trainer.step(inputs, labels, buffer)
+    records = buffer.flush(0, 1)
+    assert records.weights is not None
+    weights = torch.from_numpy(records.weights[0]).float()
+    plain = make_trainer("MGDA", architecture, **options)
+    plain.model.load_state_dict(trainer.model.state_dict())
+    rows, own = _task_gradients(plain, inputs, labels)
+    # The weights come from the representations, the update is the same combination of the parameters' gradients.
+    for k, param in enumerate(trainer.step.problem.shared_params):
+        torch.testing.assert_close(param.grad, weights[0] * rows[0][k] + weights[1] * rows[1][k])
+    decoders = {id(param) for param in trainer.model.decoders.parameters()}
+    for param, want in zip(trainer.step.problem.own_params, own, strict=True):
+        if id(param) in decoders:
+            torch.testing.assert_close(param.grad, want)
+
+
+def test_rep_grad_refuses_representations_of_different_size() -> None:
+    class Uneven(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 8), nn.Linear(6, 5)
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            return [self.first(x), self.second(x)]
+
+    decoders = nn.ModuleDict({"task0": nn.Linear(8, 3), "task1": nn.Linear(5, 1)})
+    trainer = make_trainer(encoder_class=Uneven, decoders=decoders, rep_grad=True)
+    with pytest.raises(ValueError, match=r"representations of one size.*task0: \(8, 8\), task1: \(8, 5\)"):
+        trainer.step(*_batch(), StepBuffer())
+
+
+@pytest.mark.parametrize("gn", ["none", "l2", "loss", "loss+"])
+def test_mgda_normalisations(gn: str) -> None:
+    trainer = make_trainer(optim_param={"optim": "sgd", "lr": 0.0}, weight_args={"mgda_gn": gn})
+    inputs, labels = _batch()
+    rows, _ = _task_gradients(trainer, inputs, labels)
+    losses = [loss.item() for loss in trainer.step.problem.whole(inputs, labels)[0]]
+    sizes = []
+    for row, loss in zip(rows, losses, strict=True):
+        norm = flat(row).norm().item()
+        sizes.append({"none": 1.0, "l2": norm, "loss": loss, "loss+": loss * norm}[gn])
+    scaled = [[grad / size for grad in row] for row, size in zip(rows, sizes, strict=True)]
+    expected = combine(scaled, min_norm(gram(scaled)))
+    trainer.step(inputs, labels, StepBuffer())
+    for param, want in zip(trainer.step.problem.shared_params, expected, strict=True):
+        torch.testing.assert_close(param.grad, want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("weighting", ["EW", "MGDA"])
+@pytest.mark.parametrize("rep_grad", [False, True])
+@pytest.mark.parametrize("multi_input", [False, True])
+@pytest.mark.parametrize("optim", ["sgd", "adam", "adamw", "adagrad", "rmsprop"])
+def test_a_step_reads_nothing_on_the_host(weighting: str, rep_grad: bool, multi_input: bool, optim: str) -> None:
+    trainer = make_trainer(
+        weighting, rep_grad=rep_grad, multi_input=multi_input, optim_param={"optim": optim, "lr": 1e-3}
+    )
+    inputs, labels = _batch(multi_input)
+    buffer = StepBuffer()
+    trainer.step(inputs, labels, buffer)
+    with NoHostReads():
+        losses, preds = trainer.step(inputs, labels, buffer)
+        trainer.meter.update(losses, preds, labels)
+    assert len(buffer) == 2
+
+
+def test_no_host_reads_fails_on_item() -> None:
+    with NoHostReads(), pytest.raises(AssertionError, match="reads a tensor"):
+        torch.ones(()).item()
+
+
+def test_frozen_and_unused_parameters() -> None:
+    class Partly(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused, self.frozen = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 8)
+            self.frozen.requires_grad_(False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.frozen(self.used(x))
+
+    trainer = make_trainer(encoder_class=Partly)
+    trainer.step(*_batch(), StepBuffer())
+    encoder: Any = trainer.model.encoder
+    assert encoder.used.weight.grad is not None
+    assert encoder.unused.weight.grad is None
+    assert encoder.frozen.weight.grad is None
+
+
+class LibMTLStyle(AbsWeighting):
+    """The weighting of LibMTL's manual, chapter 9: it overrides backward."""
+
+    def backward(self, losses: Tensor, **kwargs: Any) -> np.ndarray:
+        grads = self._get_grads(losses, mode="backward")
+        if self.rep_grad:
+            per_grads, grads = grads
+        weights = torch.full((self.task_num,), kwargs["size"]).to(self.device)
+        if self.rep_grad:
+            self._backward_new_grads(weights, per_grads=per_grads)
+        else:
+            self._backward_new_grads(weights, grads=grads)
+        return weights.cpu().numpy()
+
+
+@pytest.mark.parametrize("rep_grad", [False, True])
+@pytest.mark.parametrize("multi_input", [False, True])
+def test_a_strategy_written_for_libmtl(rep_grad: bool, multi_input: bool) -> None:
+    options: dict[str, Any] = dict(
+        rep_grad=rep_grad, multi_input=multi_input, optim_param={"optim": "sgd", "lr": 0.0}, weight_args={"size": 0.5}
+    )
+    trainer = make_trainer(LibMTLStyle, **options)
+    inputs, labels = _batch(multi_input)
+    plain = make_trainer("EW", multi_input=multi_input)
+    rows, own = _task_gradients(plain, inputs, labels)
+    buffer = StepBuffer()
+    trainer.step(inputs, labels, buffer)
+    for k, param in enumerate(trainer.step.problem.shared_params):
+        torch.testing.assert_close(param.grad, 0.5 * (rows[0][k] + rows[1][k]))
+    for param, want in zip(trainer.step.problem.own_params, own, strict=True):
+        torch.testing.assert_close(param.grad, want)
+    records = buffer.flush(0, 1)
+    assert records.weights is not None
+    np.testing.assert_allclose(records.weights, [[0.5, 0.5]])
+
+
+@pytest.mark.parametrize("weighting", ["EW", "MGDA"])
+@pytest.mark.parametrize("rep_grad", [False, True])
+def test_backward_called_as_libmtl_does(weighting: str, rep_grad: bool) -> None:
+    """A loop of the user's own, around the model alone."""
+    inputs, labels = _batch()
+    stepped = make_trainer(weighting, rep_grad=rep_grad, optim_param={"optim": "sgd", "lr": 0.0})
+    stepped.step(inputs, labels, StepBuffer())
+    trainer = make_trainer(weighting, rep_grad=rep_grad)
+    losses, _ = trainer.step.problem.whole(inputs, labels)
+    weights = trainer.model.backward(torch.stack(list(losses)), **trainer.kwargs["weight_args"])
+    assert weights.shape == (2,)
+    for got, want in zip(trainer.model.parameters(), stepped.model.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, want.grad)

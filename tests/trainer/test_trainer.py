@@ -1,0 +1,213 @@
+"""The trainer as a user meets it: constructor, log lines, errors."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fastmtl import Trainer
+from fastmtl.errors import BackendError, CheckpointError, NonFiniteError, UsageError
+from fastmtl.trainer.logger import Logger, RunInfo, StepRecords
+from tests.trainer.toy import flat, loaders, make_trainer, task_dict
+
+
+class Recorder(Logger):
+    """Keeps every call."""
+
+    def __init__(self) -> None:
+        self.info: RunInfo | None = None
+        self.steps: list[StepRecords] = []
+        self.epochs: list[tuple[int, str]] = []
+        self.checkpoints: list[str] = []
+        self.ended = 0
+
+    def on_start(self, info: RunInfo) -> None:
+        self.info = info
+
+    def on_steps(self, records: StepRecords) -> None:
+        self.steps.append(records)
+
+    def on_epoch(self, epoch: int, mode: str, losses: Any, metrics: Any, seconds: float) -> None:
+        self.epochs.append((epoch, mode))
+
+    def on_checkpoint(self, path: Any, kind: str) -> None:
+        self.checkpoints.append(kind)
+
+    def on_end(self, best_epoch: int, best_result: Any) -> None:
+        self.ended += 1
+
+
+def test_log_lines_are_those_of_libmtl(capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = make_trainer()
+    trainer.train(loaders(), loaders(seed=1), 2, val_dataloaders=loaders(seed=2))
+    lines = capsys.readouterr().out.splitlines()
+    assert "LOG FORMAT | task0_LOSS Acc | task1_LOSS L1 | TIME" in lines
+    number = r"-?\d+\.\d{4}"
+    scores = rf"{number} {number} \| {number} {number} \| Time: {number}"
+    epochs = [line for line in lines if line.startswith("Epoch:")]
+    assert len(epochs) == 2
+    assert re.fullmatch(rf"Epoch: 0001 \| TRAIN: {scores} \| VAL: {scores} \| TEST: {scores}", epochs[1])
+    assert any(line.startswith("Best Result: Epoch ") for line in lines)
+    assert any(line.startswith("Total Params: ") for line in lines)
+
+
+@pytest.mark.parametrize("multi_input", [False, True])
+@pytest.mark.parametrize("weighting", ["ew", "mgda"])
+def test_training_lowers_the_losses(weighting: str, multi_input: bool) -> None:
+    trainer = make_trainer(weighting, multi_input=multi_input, optim_param={"optim": "adam", "lr": 1e-2})
+    trainer.train(loaders(multi_input=multi_input, rows=96), loaders(multi_input=multi_input, rows=96), 15)
+    history = trainer.model.train_loss_buffer
+    assert (history[:, -1] < 0.7 * history[:, 0]).all()
+
+
+def test_loggers_see_every_step_once() -> None:
+    recorder = Recorder()
+    trainer = make_trainer(logger=recorder, log_every=2)
+    weights = trainer.train(loaders(), loaders(), 2, return_weight=True)
+    assert recorder.info is not None
+    assert recorder.info.batches_per_epoch == 3
+    assert [(r.first_step, r.count, r.epoch) for r in recorder.steps] == [(0, 2, 0), (2, 1, 0), (3, 2, 1), (5, 1, 1)]
+    assert recorder.epochs == [(0, "train"), (0, "test"), (1, "train"), (1, "test")]
+    assert recorder.ended == 1
+    seen = np.concatenate([r.weights for r in recorder.steps if r.weights is not None])
+    np.testing.assert_array_equal(weights.transpose(1, 2, 0).reshape(6, 2), seen)
+    np.testing.assert_allclose(weights.sum(0), 1)
+    assert all(r.gram is not None and r.gram.shape[1:] == (2, 2) for r in recorder.steps)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        {"scheduler": "step", "step_size": 1, "gamma": 0.1},
+        {"scheduler": "exp", "gamma": 0.1},
+        {"scheduler": "cos", "T_max": 2},
+        {"scheduler": "reduce", "mode": "max", "patience": 0, "factor": 0.1, "threshold": 1e9, "threshold_mode": "abs"},
+    ],
+    ids=lambda each: each["scheduler"],
+)
+def test_schedulers(scheduler: dict[str, Any]) -> None:
+    trainer = make_trainer(scheduler_param=scheduler)
+    trainer.train(loaders(), loaders(), 2)
+    assert trainer.optimizer.param_groups[0]["lr"] < 0.05
+
+
+def test_process_preds_is_called() -> None:
+    class Negated(Trainer):
+        def process_preds(self, preds: Any, task_name: str | None = None) -> Any:
+            return {task: -pred for task, pred in preds.items()}
+
+    plain = make_trainer("EW")
+    negated = Negated(
+        task_dict(),
+        "EW",
+        "HPS",
+        lambda: plain.model.encoder,
+        plain.model.decoders,
+        False,
+        False,
+        {"optim": "sgd", "lr": 0.1},
+        None,
+        device="cpu",
+    )
+    negated.test(loaders())
+    plain.test(loaders())
+    assert negated.meter.results["task0"] != plain.meter.results["task0"]
+
+
+def test_names_in_any_case_and_classes() -> None:
+    from fastmtl.architecture import MTAN
+    from fastmtl.weighting import EW
+
+    assert make_trainer("mgda", "mtan").architecture == "MTAN"
+    assert make_trainer(EW, MTAN).weighting == "EW"
+    with pytest.raises(UsageError, match=r"Unknown weighting 'mgad'\. Did you mean 'MGDA'\?"):
+        make_trainer("mgad")
+    with pytest.raises(UsageError, match=r"Unknown architecture 'MTN'\. Did you mean 'MTAN'\?"):
+        make_trainer("EW", "MTN")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decoders": nn.ModuleDict({"task0": nn.Linear(8, 3)})}, "no module for the task 'task1'"),
+        ({"optim_param": {"optim": "sdg", "lr": 1.0}}, "Did you mean 'sgd'"),
+        ({"optim_param": {"lr": 1.0}}, "must name the optim"),
+        ({"optim_param": {"optim": "sgd", "lr": -1.0}}, "Invalid learning rate"),
+        ({"optim_param": {"optim": "sgd", "speed": 1.0}}, "speed"),
+        ({"scheduler_param": {"scheduler": "stop"}}, "Unknown scheduler 'stop'"),
+        ({"scheduler_param": {"scheduler": "step", "step": 3}}, "scheduler_param"),
+        ({"weight_args": {"mgda_gn": "l3"}}, "must be one of none, l2, loss, loss"),
+        ({"weight_args": {"mgda_g": "l2"}}, "Did you mean 'mgda_gn'"),
+        ({"device": "gpu"}, "device must be cpu, cuda"),
+    ],
+)
+def test_bad_arguments_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        make_trainer(**options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_without_cuda() -> None:
+    with pytest.raises(BackendError, match="finds no CUDA GPU here; use --device cpu"):
+        make_trainer(device="cuda")
+
+
+def test_mtan_needs_stages() -> None:
+    with pytest.raises(UsageError, match="MTAN needs an encoder made of stages.*got Linear"):
+        make_trainer("EW", "MTAN", encoder_class=lambda: nn.Linear(6, 8))
+
+
+def test_loaders_that_do_not_fit() -> None:
+    trainer = make_trainer()
+    with pytest.raises(UsageError, match="train_dataloaders is empty"):
+        trainer.train(loaders(rows=0), loaders(), 1)
+    with pytest.raises(UsageError, match="test_dataloaders is empty"):
+        trainer.train(loaders(), loaders(rows=0), 1)
+    with pytest.raises(UsageError, match="must be one loader when multi_input is False"):
+        trainer.train(loaders(multi_input=True), loaders(), 1)
+    with pytest.raises(UsageError, match="no labels for the task 'task1'"):
+        trainer.train(loaders(count=1), loaders(), 1)
+    multi = make_trainer(multi_input=True)
+    with pytest.raises(UsageError, match="dictionary of loaders"):
+        multi.train(loaders(), loaders(), 1)
+    with pytest.raises(UsageError, match="no loader for the task 'task1'"):
+        multi.train(loaders(count=1, multi_input=True), loaders(multi_input=True), 1)
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adam", "rmsprop"])
+@pytest.mark.parametrize("weighting", ["EW", "MGDA"])
+def test_nan_loss_is_reported_and_parameters_stay_finite(optim: str, weighting: str, tmp_path: Any) -> None:
+    trainer = make_trainer(
+        weighting, optim_param={"optim": optim, "lr": 1e-2}, save_path=str(tmp_path), log_every=10, limit_batches=5
+    )
+    data = loaders(rows=48, batch=8)
+    trainer.train(data, loaders(), 1)
+    saved = (tmp_path / "last.pt").read_bytes()
+    data.dataset.labels["task1"][20] = float("nan")
+    again = make_trainer(
+        weighting, optim_param={"optim": optim, "lr": 1e-2}, save_path=str(tmp_path), log_every=10, limit_batches=5
+    )
+    with pytest.raises(NonFiniteError, match=r"loss of task1 became NaN or infinite in training step 2;.*last\.pt"):
+        again.train(data, loaders(), 1)
+    assert flat(again.model.parameters()).isfinite().all()
+    assert (tmp_path / "last.pt").read_bytes() == saved
+
+
+def test_checkpoint_of_another_model(tmp_path: Any) -> None:
+    make_trainer(save_path=str(tmp_path)).train(loaders(), loaders(), 1)
+    with pytest.raises(CheckpointError, match=r"best\.pt is of another model: .*task2.* is missing"):
+        make_trainer(count=3, load_path=str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"is of \['MGDA', 'HPS'"):
+        make_trainer("EW", resume=str(tmp_path / "last.pt"))
+    with pytest.raises(CheckpointError, match="is not a last.pt"):
+        make_trainer(resume=str(tmp_path / "best.pt"))
+    with pytest.raises(CheckpointError, match="There is no checkpoint"):
+        make_trainer(load_path=str(tmp_path / "none.pt"))
+    (tmp_path / "torn.pt").write_bytes((tmp_path / "best.pt").read_bytes()[:100])
+    with pytest.raises(CheckpointError, match="is not a checkpoint that can be read"):
+        make_trainer(load_path=str(tmp_path / "torn.pt"))

@@ -1,0 +1,79 @@
+"""A small training problem: two or more tasks on vectors, exact and quick."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from fastmtl import Trainer
+from fastmtl.loss import CELoss, MSELoss
+from fastmtl.metrics import AccMetric, L1Metric
+from fastmtl.model import MLPEncoder
+
+__all__ = ["encoder", "loaders", "make_trainer", "task_dict"]
+
+
+def encoder() -> nn.Module:
+    return MLPEncoder(6, [8, 8])
+
+
+def task_dict(count: int = 2) -> dict[str, dict[str, Any]]:
+    """Classification and regression in turn."""
+    found = {}
+    for index in range(count):
+        kind: dict[str, Any] = {"metrics": ["Acc"], "metrics_fn": AccMetric(), "loss_fn": CELoss(), "weight": [1]}
+        if index % 2:
+            kind = {"metrics": ["L1"], "metrics_fn": L1Metric(), "loss_fn": MSELoss(), "weight": [0]}
+        found[f"task{index}"] = kind
+    return found
+
+
+class _Labelled(TensorDataset):
+    def __init__(self, count: int, rows: int, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.x = torch.randn(rows, 6, generator=generator)
+        mix = torch.randn(6, 3, generator=torch.Generator().manual_seed(99))
+        self.labels = {
+            f"task{t}": (self.x @ mix)[:, :1].clone() if t % 2 else (self.x @ mix).argmax(1) for t in range(count)
+        }
+        super().__init__(self.x)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.x[index], {task: label[index] for task, label in self.labels.items()}
+
+
+class _OneTask(TensorDataset):
+    def __init__(self, whole: _Labelled, task: str) -> None:
+        super().__init__(whole.x, whole.labels[task])
+
+
+def loaders(count: int = 2, rows: int = 24, batch: int = 8, multi_input: bool = False, shuffle: bool = False, seed: int = 0) -> Any:
+    """A loader, or one for each task; their rows differ if multi-input."""
+    if not multi_input:
+        return DataLoader(_Labelled(count, rows, seed), batch_size=batch, shuffle=shuffle)
+    return {
+        f"task{t}": DataLoader(_OneTask(_Labelled(count, rows, seed + t), f"task{t}"), batch_size=batch, shuffle=shuffle)
+        for t in range(count)
+    }
+
+
+def make_trainer(weighting: Any = "MGDA", architecture: Any = "HPS", count: int = 2, **options: Any) -> Trainer:
+    torch.manual_seed(0)
+    given = dict(
+        encoder_class=encoder,
+        decoders=nn.ModuleDict({f"task{t}": nn.Linear(8, 1 if t % 2 else 3) for t in range(count)}),
+        rep_grad=False,
+        multi_input=False,
+        optim_param={"optim": "sgd", "lr": 0.05, "momentum": 0.9},
+        scheduler_param=None,
+        device="cpu",
+    )
+    given.update(options)
+    return Trainer(task_dict(count), weighting, architecture, **given)
+
+
+def flat(params: Any) -> Tensor:
+    return torch.cat([param.detach().flatten() for param in params])
