@@ -193,7 +193,7 @@ void combine_(const std::vector<Tensor>& out, const TensorList& flat, int64_t nu
               const std::optional<std::vector<int64_t>>& groups, bool accumulate) {
   CombineJob job = make_job(flat, num_rows, weights, groups);
   STD_TORCH_CHECK(static_cast<int64_t>(out.size()) == job.rows.width(), "out must hold one tensor for each of a row's");
-  STD_TORCH_CHECK(job.num_results == 1, "weights must have the shape (T,) or, with groups, (L, T)");
+  STD_TORCH_CHECK((Shape(weights).dim == 2) == groups.has_value(), "weights must be (T,) or, with groups, (L, T)");
   job.accumulate = accumulate;
   job.targets.resize(out.size());
   std::vector<std::pair<int64_t, Tensor>> detours;

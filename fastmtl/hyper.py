@@ -41,10 +41,13 @@ def fill_hyper(owner: str, declared: Mapping[str, Hyper], given: Mapping[str, An
     Raises:
         UsageError: An unknown name, or a value outside ``choices``.
     """
-    for name, value in given.items():
-        spec = resolve_name(name, {n: declared[n] for n in declared}, f"hyper-parameter of {owner}") if declared else None
-        if spec is None:
-            raise UsageError(f"{owner} has no hyper-parameters, got {name!r}.")
-        if spec.choices is not None and value not in spec.choices:
-            raise UsageError(f"{name} of {owner} must be one of {', '.join(map(str, spec.choices))}, got {value!r}.")
-    return {name: given.get(name, spec.default) for name, spec in declared.items()}
+    filled = {name: spec.default for name, spec in declared.items()}
+    for given_name, value in given.items():
+        if not declared:
+            raise UsageError(f"{owner} has no hyper-parameters, got {given_name!r}.")
+        name = resolve_name(given_name, {each: each for each in declared}, f"hyper-parameter of {owner}")
+        choices = declared[name].choices
+        if choices is not None and value not in choices:
+            raise UsageError(f"{name} of {owner} must be one of {', '.join(map(str, choices))}, got {value!r}.")
+        filled[name] = value
+    return filled

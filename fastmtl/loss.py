@@ -23,7 +23,8 @@ __all__ = ["AbsLoss", "CELoss", "KLDivLoss", "L1Loss", "MSELoss"]
 class AbsLoss:
     """Base of all losses: override ``compute_loss`` and nothing else.
 
-    ``compute_loss`` is pure and may run inside ``torch.compile``. ``accumulate`` is called outside of it, once per batch.
+    ``compute_loss`` is pure and may run inside ``torch.compile``. ``accumulate`` is called outside of it, once per
+    batch.
 
     Attributes:
         record: Empty unless a subclass overrides ``_update_loss`` and appends its losses here, as floats.
@@ -75,7 +76,7 @@ class AbsLoss:
 
 
 class CELoss(AbsLoss):
-    """Cross-entropy of logits ``(batch, classes, ...)`` and class indices ``(batch, ...)``, averaged over all entries."""
+    """Cross-entropy of logits ``(batch, classes, ...)`` and class indices ``(batch, ...)``, averaged over entries."""
 
     def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
         """Return the mean cross-entropy."""

@@ -37,7 +37,9 @@ def set_device(gpu_id: str | int = "0") -> None:
     """
     gpu_id = str(gpu_id)
     if torch.cuda.is_initialized() and os.environ.get("CUDA_VISIBLE_DEVICES") != gpu_id:
-        raise UsageError(f"set_device({gpu_id!r}) comes too late: CUDA is in use already; call it before any CUDA work.")
+        raise UsageError(
+            f"set_device({gpu_id!r}) comes too late: CUDA is in use already; call it before any CUDA work."
+        )
     os.environ["CUDA_VISIBLE_DEVICES"] = gpu_id
 
 
@@ -61,7 +63,8 @@ def count_improvement(
     .. math::
         \Delta_p = \frac1T \sum_t \frac1{M_t} \sum_m (-1)^{w_{tm}} \frac{B_{tm} - N_{tm}}{|B_{tm}|}
 
-    A baseline score of exactly 0 has no relative change: there the plain difference counts (divided by 1 in place of 0).
+    A baseline score of exactly 0 has no relative change: there the plain difference counts (divided by 1 in place of
+    0).
 
     Args:
         base_result: Task name to the scores B of the baseline, one per metric.

@@ -18,8 +18,8 @@ __all__ = ["MTAN"]
 class MTAN(AbsArchitecture):
     """Multi-Task Attention Network: a shared encoder of stages, and soft attention over its features for each task.
 
-    The encoder is a ResNet of ``fastmtl.model``, any ``fastmtl.model.StagedEncoder``, or a module that holds a ResNet as
-    ``resnet_network``. Module names and ``state_dict`` keys are LibMTL's.
+    The encoder is a ResNet of ``fastmtl.model``, any ``fastmtl.model.StagedEncoder``, or a module that holds a ResNet
+    as ``resnet_network``. Module names and ``state_dict`` keys are LibMTL's.
 
     Source: Liu, Johns and Davison, "End-To-End Multi-Task Learning With Attention", CVPR 2019.
 
@@ -49,7 +49,7 @@ class MTAN(AbsArchitecture):
         maps = any(isinstance(module, nn.Conv2d) for module in inner.modules())
         attention = AttentionEncoder(stages, task_name, maps)
         if inner is encoder:
-            self.encoder: nn.Module = attention
+            self.encoder = attention
         else:
             encoder.resnet_network = attention
             self.encoder = encoder
@@ -61,7 +61,7 @@ class MTAN(AbsArchitecture):
 
     @property
     def splits(self) -> bool:
-        """Whether the encoder is the attention network itself: the layers of a wrapper are shared, but come after it."""
+        """Whether the encoder is the attention network itself; the layers of a wrapper are shared, but come after."""
         return self.encoder is self.attention
 
     def trunk(self, inputs: Tensor, task_name: str | None = None) -> tuple[Tensor, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import cast
 
@@ -93,8 +94,9 @@ def _lift(dim_in: int, dim_out: int, expansion: int, maps: bool) -> nn.Module:
 class AttentionEncoder(nn.Module):
     """A staged encoder with one soft attention branch per task.
 
-    In stage i a task's mask is computed from the features between the stage's halves and the task's own features of stage
-    i - 1; it multiplies the stage's output. ``trunk`` is the encoder alone, so all tasks share one pass through it.
+    In stage i a task's mask is computed from the features between the stage's halves and the task's own features of
+    stage i - 1; it multiplies the stage's output. ``trunk`` is the encoder alone, so all tasks share one pass through
+    it.
 
     Args:
         stages: The encoder's parts.
@@ -119,7 +121,7 @@ class AttentionEncoder(nn.Module):
             }
         )
         self.encoder_block_att = nn.ModuleList(
-            _lift(dim, after, expansion, maps) for dim, after in zip(dims, dims[1:], strict=False)
+            _lift(dim, after, expansion, maps) for dim, after in itertools.pairwise(dims)
         )
 
     def trunk(self, inputs: Tensor) -> tuple[Tensor, ...]:

@@ -16,10 +16,11 @@ __all__ = ["AbsArchitecture"]
 class AbsArchitecture(nn.Module):
     """Base of all architectures; the same contract as LibMTL's class of that name.
 
-    A prediction is ``decoders[task](branch(trunk(inputs), task))``. ``trunk`` holds shared parameters only and runs once
-    for all tasks; ``branch`` and the decoder are what one task adds. Splitting the network there is what lets the trainer
-    differentiate the heads once and pull one cotangent per task through the trunk. A subclass gives ``trunk`` and
-    ``branch``, or, as in LibMTL, overrides ``forward`` as a whole, which is then differentiated as a whole.
+    A prediction is ``decoders[task](branch(trunk(inputs), task))``. ``trunk`` holds shared parameters only and runs
+    once for all tasks; ``branch`` and the decoder are what one task adds. Splitting the network there is what lets
+    the trainer differentiate the heads once and pull one cotangent per task through the trunk. A subclass gives
+    ``trunk`` and ``branch``, or, as in LibMTL, overrides ``forward`` as a whole, which is then differentiated as a
+    whole.
 
     Args:
         task_name: The T task names, in order.
@@ -32,6 +33,8 @@ class AbsArchitecture(nn.Module):
     """
 
     hyper: ClassVar[Mapping[str, Hyper]] = {}
+
+    encoder: nn.Module
 
     def __init__(
         self,

@@ -42,9 +42,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _data = typer.Typer(help="What data sets there are.", no_args_is_help=True)
-_bench = typer.Typer(help="Benchmarks of the kernels.", no_args_is_help=True)
 app.add_typer(_data, name="data")
-app.add_typer(_bench, name="bench")
 
 
 def _show_version(wanted: bool) -> None:

@@ -79,7 +79,7 @@ def build_trainer(
         # The state of a run to go on with holds the parameters too.
         load_path=None if resume is not None else config.load_path,
         device=config.device,
-        compile=config.compile,
+        compile="auto" if config.compile == "auto" else bool(config.compile),
         logger=logger,
         resume=None if resume is None else str(resume),
         log_every=config.log_every,

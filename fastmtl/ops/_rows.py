@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastmtl.errors import UsageError
 
-__all__ = ["MAX_ROWS", "Rows", "check_groups", "check_rows", "columns", "device_of", "flatten", "shared_strides"]
+__all__ = ["MAX_ROWS", "Rows", "check_groups", "check_rows", "columns", "device_of", "flatten", "is_dense", "shared_strides"]
 
 Rows = Tensor | Sequence[Sequence[Tensor | None]]
 Flat = Sequence[Tensor | None]
@@ -95,7 +95,7 @@ def check_groups(groups: Sequence[int] | None, width: int) -> int:
     return max(groups, default=-1) + 1
 
 
-def _is_dense(tensor: Tensor) -> bool:
+def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill one block of memory, each once, in some order of the dimensions."""
     expected = 1
     for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
@@ -114,6 +114,6 @@ def shared_strides(column: Sequence[Tensor]) -> tuple[int, ...]:
     first = column[0]
     moving = [d for d, n in enumerate(first.shape) if n != 1]
     alike = all(row.stride(d) == first.stride(d) for row in column[1:] for d in moving)
-    if alike and first.numel() and _is_dense(first):
+    if alike and first.numel() and is_dense(first):
         return first.stride()
     return torch.empty(first.shape, device="meta").stride()

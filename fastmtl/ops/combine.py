@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import cast
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from fastmtl.errors import UsageError
 from fastmtl.ops._registry import declare
-from fastmtl.ops._rows import Rows, check_groups, check_rows, columns, device_of, flatten, shared_strides
+from fastmtl.ops._rows import Rows, check_groups, check_rows, columns, device_of, flatten, is_dense, shared_strides
 
 __all__ = ["combine", "combine_"]
 
@@ -49,6 +50,17 @@ def _check_out(out: Sequence[Tensor], rows: Sequence[Tensor | None], num_rows: i
                 )
         if target.numel() > 1 and any(s == 0 and n > 1 for s, n in zip(target.stride(), target.shape, strict=True)):
             raise UsageError(f"out[{k}] must not be expanded: several of its elements share one place in memory.")
+
+
+def _check_apart(out: Sequence[Tensor]) -> None:
+    blocks = sorted(
+        (target.data_ptr(), target.data_ptr() + target.numel() * target.element_size(), k)
+        for k, target in enumerate(out)
+        if target.numel() and is_dense(target)
+    )
+    for (_, end, k), (begin, _, other) in itertools.pairwise(blocks):
+        if begin < end:
+            raise UsageError(f"out[{k}] and out[{other}] must not overlap in memory.")
 
 
 def _results(
@@ -107,6 +119,7 @@ def _reference_(
 ) -> None:
     _check(rows, num_rows, weights, groups, many=False)
     _check_out(out, rows, num_rows)
+    _check_apart(out)
     totals = []
     for k, (target, column) in enumerate(zip(out, columns(rows, num_rows), strict=True)):
         dtype = _sum_dtype(target.dtype, *(row.dtype for _, row in column))
@@ -231,6 +244,7 @@ def combine_(
     except RuntimeError:
         _check(flat, num_rows, weights, groups, many=False)
         _check_out(out, flat, num_rows)
+        _check_apart(out)
         raise
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(out)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,19 +69,20 @@ def load_model_state(model: nn.Module, state: Any, path: Path) -> None:
     model.load_state_dict(dict(state))
 
 
-def rng_state() -> dict[str, Any]:
-    """Return the state of Python's, numpy's and torch's random generators in plain values."""
+def rng_state(generators: Sequence[torch.Generator] = ()) -> dict[str, Any]:
+    """Return the state of Python's, numpy's and torch's random generators, and of further ones, in plain values."""
     kind, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
         "numpy": [kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "generators": [generator.get_state() for generator in generators],
     }
 
 
-def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Undo what happened to the random generators since ``rng_state``."""
+def set_rng_state(state: Mapping[str, Any], generators: Sequence[torch.Generator] = ()) -> None:
+    """Undo what happened to the random generators since ``rng_state``, called with as many further ones."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     kind, keys, *rest = state["numpy"]
@@ -89,3 +90,5 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"]:
         torch.cuda.set_rng_state_all([each.cpu() for each in state["cuda"]])
+    for generator, saved in zip(generators, state["generators"], strict=False):
+        generator.set_state(saved.cpu())

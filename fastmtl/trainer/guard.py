@@ -14,8 +14,8 @@ class FiniteGuard:
     """Remembers the first training step with a NaN or infinite loss or gradient, without a host sync.
 
     Attributes:
-        found_inf: Scalar float tensor, 1 from that step on. Optimizers leave the parameters alone while it is 1, so what
-            is saved afterwards is still finite.
+        found_inf: Scalar float tensor, 1 from that step on. Optimizers leave the parameters alone while it is 1, so
+            what is saved afterwards is still finite.
 
     Args:
         device: Where losses live.
@@ -55,9 +55,11 @@ class FiniteGuard:
             return
         bad_loss, bad_gradient = self._bad.tolist()
         what = "loss" if any(bad_loss) else "gradient"
-        tasks = [task for task, bad in zip(self.task_name, bad_loss if any(bad_loss) else bad_gradient, strict=True) if bad]
+        tasks = [
+            task for task, bad in zip(self.task_name, bad_loss if any(bad_loss) else bad_gradient, strict=True) if bad
+        ]
         where = "no checkpoint was written" if last_checkpoint is None else f"the last checkpoint is {last_checkpoint}"
         raise NonFiniteError(
-            f"The {what} of {', '.join(tasks)} became NaN or infinite in training step {self._first.item()}; parameters were "
-            f"not updated from there on, {where}."
+            f"The {what} of {', '.join(tasks)} became NaN or infinite in training step {self._first.item()}; "
+            f"parameters were not updated from there on, {where}."
         )

@@ -10,7 +10,7 @@ import torch
 
 from fastmtl.errors import UsageError
 
-__all__ = ["check_loaders", "count_batches", "eval_batches", "to_device", "train_batches"]
+__all__ = ["check_loaders", "count_batches", "eval_batches", "generators", "to_device", "train_batches"]
 
 
 def to_device(value: Any, device: torch.device) -> Any:
@@ -37,14 +37,28 @@ def check_loaders(loaders: Any, tasks: list[str], multi_input: bool, what: str) 
             raise UsageError(f"{what} is empty: the data set has no rows, or fewer than one batch with drop_last.")
         return
     if not isinstance(loaders, Mapping):
-        raise UsageError(f"{what} must be a dictionary of loaders by task when multi_input is True, got {type(loaders).__name__}.")
+        raise UsageError(
+            f"{what} must be a dictionary of loaders by task when multi_input is True, got {type(loaders).__name__}."
+        )
     for task in tasks:
         if task not in loaders:
             raise UsageError(f"{what} has no loader for the task {task!r}, only for {', '.join(map(str, loaders))}.")
         if len(loaders[task]) == 0:
             raise UsageError(
-                f"{what} is empty for the task {task!r}: the data set has no rows, or fewer than one batch with drop_last."
+                f"{what} is empty for the task {task!r}: the data set has no rows, or fewer than one batch with "
+                "drop_last."
             )
+
+
+def generators(loaders: Any, multi_input: bool) -> list[torch.Generator]:
+    """Return the random generators the loaders have of their own, which draw the order of the rows."""
+    found: list[torch.Generator] = []
+    for loader in loaders.values() if multi_input else [loaders]:
+        for owner in (loader, getattr(loader, "sampler", None)):
+            generator = getattr(owner, "generator", None)
+            if isinstance(generator, torch.Generator) and not any(generator is each for each in found):
+                found.append(generator)
+    return found
 
 
 def count_batches(loaders: Any, multi_input: bool, limit: int | None) -> int:
@@ -65,7 +79,9 @@ def train_batches(loaders: Any, tasks: list[str], multi_input: bool, count: int)
         yield {task: each[0] for task, each in batch.items()}, {task: each[1] for task, each in batch.items()}
 
 
-def eval_batches(loaders: Any, tasks: list[str], multi_input: bool, limit: int | None) -> Iterator[tuple[str | None, Any, Any]]:
+def eval_batches(
+    loaders: Any, tasks: list[str], multi_input: bool, limit: int | None
+) -> Iterator[tuple[str | None, Any, Any]]:
     """Yield (task or None, inputs, labels) of every batch once."""
     if not multi_input:
         for inputs, labels in islice(loaders, limit):

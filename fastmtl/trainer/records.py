@@ -60,7 +60,12 @@ class StepBuffer:
         if self._grams:
             gram = values.reshape(count, tasks, tasks)
         records = StepRecords(
-            epoch=epoch, first_step=next_step - count, losses=losses, weights=weights, gram=gram, seconds=now - self._since
+            epoch=epoch,
+            first_step=next_step - count,
+            losses=losses,
+            weights=weights,
+            gram=gram,
+            seconds=now - self._since,
         )
         self._clear()
         return records

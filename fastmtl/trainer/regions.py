@@ -21,8 +21,8 @@ _NAMES = ("trunk", "heads", "reps", "decode", "whole", "single", "single_rep", "
 class Regions:
     """The functions of a `Problem`, each compiled on its own if asked for.
 
-    The network is cut where its graph forks: a compiled backward pass computes all its gradients at once, so one graph for
-    trunk and heads would run every head once per task.
+    The network is cut where its graph forks: a compiled backward pass computes all its gradients at once, so one
+    graph for trunk and heads would run every head once per task.
 
     Args:
         problem: The functions.
@@ -85,7 +85,7 @@ def _configure_backwards() -> None:
 
     functorch_config.donated_buffer = False
     # From torch 2.12 on a setting belongs to the thread that made it, and the backward pass has threads of its own.
-    entry = getattr(functorch_config, "_config", {}).get("donated_buffer")
+    entry: Any = getattr(functorch_config, "_config", {}).get("donated_buffer")
     if hasattr(entry, "default"):
         entry.default = False
     # Backward graphs are compiled with the forward ones, so that progress is told where time is spent.

@@ -94,13 +94,15 @@ class SumRoute(Route):
         losses, preds = forward(self.problem, self.regions, inputs, labels)
 
         def apply(weights: Tensor) -> None:
-            torch.autograd.backward(losses, [weight.to(loss.dtype) for weight, loss in zip(weights, losses, strict=True)])
+            torch.autograd.backward(
+                losses, [weight.to(loss.dtype) for weight, loss in zip(weights, losses, strict=True)]
+            )
 
         return Pass(losses=_stack(losses), preds=preds, rows=None, apply=apply)
 
 
 class SplitRoute(Route):
-    """One batch for all tasks and a network that splits: heads once for all tasks, then one VJP per task through the trunk."""
+    """One batch for all tasks, a network that splits: heads once for all tasks, one VJP per task through the trunk."""
 
     def __call__(self, inputs: Any, labels: Any) -> Pass:
         """Run the forward pass and all VJPs."""
@@ -133,14 +135,16 @@ class WholeRoute(Route):
 
 
 class RepRoute(Route):
-    """``rep_grad``: the rows are gradients of the representations, and one VJP carries their weighted sum to the parameters."""
+    """``rep_grad``: the rows are gradients of the representations; one VJP carries their sum to the parameters."""
 
     def __call__(self, inputs: Any, labels: Any) -> Pass:
         """Run the forward pass and the backward pass of the heads."""
         problem = self.problem
         reps, losses, preds, cuts = self._represent(inputs, labels)
         grads = _vjp(losses, [None] * len(losses), [*cuts, *problem.own_params], retain=False)
-        cotangents = [grad if grad is not None else torch.zeros_like(cut) for grad, cut in zip(grads, cuts, strict=False)]
+        cotangents = [
+            grad if grad is not None else torch.zeros_like(cut) for grad, cut in zip(grads, cuts, strict=False)
+        ]
         self._set_own(grads[len(cuts) :])
         rows: list[list[Tensor | None]] = [[c.reshape(len(c), -1).sum(0)] for c in cotangents]
         if len({row[0].numel() for row in rows if row[0] is not None}) > 1:
@@ -157,7 +161,7 @@ class RepRoute(Route):
         return Pass(losses=_stack(losses), preds=preds, rows=rows, apply=apply)
 
     def _represent(self, inputs: Any, labels: Any) -> tuple[Features, Sequence[Tensor], dict[str, Any], list[Tensor]]:
-        """Return the representations, the losses, the predictions, and the cut representations the losses start from."""
+        """Return the representations, losses, predictions, and the cut representations the losses start from."""
         problem, tasks = self.problem, self.problem.tasks
         if problem.model.multi_input:
             reps = tuple(self.regions.single_rep(inputs[task], task) for task in tasks)
@@ -203,8 +207,8 @@ def choose_route(problem: Problem, regions: Regions, needs_gradients: bool) -> R
             return RepRoute(problem, regions)
         if regions.compiled:
             raise UsageError(
-                f"rep_grad cannot be compiled for {type(model).__mro__[1].__name__}, whose forward is one piece: give it "
-                "trunk and branch, or leave compile off."
+                f"rep_grad cannot be compiled for {type(model).__mro__[1].__name__}, whose forward is one piece: "
+                "give it trunk and branch, or leave compile off."
             )
         return ForwardRepRoute(problem, regions)
     return SplitRoute(problem, regions) if model.splits and not model.multi_input else WholeRoute(problem, regions)
@@ -237,7 +241,9 @@ def _vjp(
 
     An output that is no loss and has no cotangent takes no part.
     """
-    pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad and (c is not None or not o.dim())]
+    pairs = [
+        (o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad and (c is not None or not o.dim())
+    ]
     if not pairs or not inputs:
         return [None] * len(inputs)
     return list(

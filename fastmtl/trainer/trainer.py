@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from fastmtl.names import resolve_name
 from fastmtl.trainer.checkpoint import load_model_state, read_checkpoint, rng_state, save_atomically, set_rng_state
 from fastmtl.trainer.guard import FiniteGuard
 from fastmtl.trainer.interrupt import DeferredInterrupt
-from fastmtl.trainer.loading import check_loaders, count_batches, eval_batches, to_device, train_batches
+from fastmtl.trainer.loading import check_loaders, count_batches, eval_batches, generators, to_device, train_batches
 from fastmtl.trainer.logger import Logger, RunInfo, as_logger
 from fastmtl.trainer.meter import PerformanceMeter
 from fastmtl.trainer.optimizer import make_optimizer, make_scheduler
@@ -37,20 +37,24 @@ class Trainer(nn.Module):
     """Trains one network on several tasks.
 
     Args:
-        task_dict: For each task a dictionary with ``metrics`` (names), ``metrics_fn`` (an ``AbsMetric``), ``loss_fn`` (an
-            ``AbsLoss``) and ``weight`` (for each metric 1 if higher is better, else 0).
+        task_dict: For each task a dictionary with ``metrics`` (names), ``metrics_fn`` (an ``AbsMetric``), ``loss_fn``
+            (an ``AbsLoss``) and ``weight`` (for each metric 1 if higher is better, else 0).
         weighting: A strategy of ``fastmtl.weighting``, as a class or by name in any case.
         architecture: An architecture of ``fastmtl.architecture``, as a class or by name in any case.
         encoder_class: Called without arguments, returns the encoder.
         decoders: One module per task.
         rep_grad: Balance the gradients of the representation instead of the shared parameters.
         multi_input: Every task has its own inputs, and its own loader.
-        optim_param: ``{"optim": "sgd" | "adam" | "adamw" | "adagrad" | "rmsprop", ...}`` with the optimizer's arguments.
-        scheduler_param: ``{"scheduler": "step" | "cos" | "exp" | "reduce", ...}`` with the scheduler's arguments, or None.
-        save_path: Folder for ``best.pt`` (the ``state_dict`` of the best epoch) and ``last.pt`` (everything, to go on from).
+        optim_param: ``{"optim": "sgd" | "adam" | "adamw" | "adagrad" | "rmsprop", ...}`` with the optimizer's
+            arguments.
+        scheduler_param: ``{"scheduler": "step" | "cos" | "exp" | "reduce", ...}`` with the scheduler's arguments, or
+            None.
+        save_path: Folder for ``best.pt`` (the ``state_dict`` of the best epoch) and ``last.pt`` (everything, to go on
+            from).
         load_path: A ``best.pt``, or the folder it is in, to start from.
         device: Where to train; the first GPU if there is one, else the CPU.
-        compile: Compile the forward and backward passes with ``torch.compile``.
+        compile: Compile the forward and backward passes with ``torch.compile``. ``"auto"`` trains the first steps
+            both ways, keeps the faster and says which.
         logger: A `Logger`, or several.
         resume: A ``last.pt`` to go on from.
         log_every: Steps between two reads of the device for the loggers.
@@ -84,7 +88,7 @@ class Trainer(nn.Module):
         load_path: str | None = None,
         *,
         device: str | torch.device | None = None,
-        compile: bool = False,
+        compile: bool | Literal["auto"] = False,
         logger: Logger | Sequence[Logger] | None = None,
         resume: str | None = None,
         log_every: int = 50,
@@ -117,7 +121,7 @@ class Trainer(nn.Module):
             problem, self.optimizer, self._guard, compile, self.logger.on_compile, self.kwargs["weight_args"]
         )
         self.compile_report: CompileReport | None = None
-        self._steps_done = 0
+        self._generators: list[torch.Generator] = []
         self._start = _BEGINNING
         if resume is not None:
             self._resume(Path(resume))
@@ -130,7 +134,9 @@ class Trainer(nn.Module):
         decoders: nn.ModuleDict | Mapping[str, nn.Module],
     ) -> None:
         rule = resolve_name(weighting, WEIGHTINGS, "weighting") if isinstance(weighting, str) else weighting
-        network = resolve_name(architecture, ARCHITECTURES, "architecture") if isinstance(architecture, str) else architecture
+        network = (
+            resolve_name(architecture, ARCHITECTURES, "architecture") if isinstance(architecture, str) else architecture
+        )
         self.weighting = rule.__name__
         self.architecture = network.__name__
         # A class of the user's that declares no table takes whatever it is given.
@@ -176,7 +182,7 @@ class Trainer(nn.Module):
         """
         return preds
 
-    def train(  # type: ignore[override]
+    def train(
         self,
         train_dataloaders: Any = True,
         test_dataloaders: Any = None,
@@ -215,6 +221,9 @@ class Trainer(nn.Module):
         self.logger.on_start(self._run_info(epochs, steps))
         # Where a checkpoint left off; a further call begins anew, from the parameters of now.
         start, self._start = self._start, _BEGINNING
+        self._generators = generators(train_dataloaders, self.multi_input)
+        if "rng" in start:
+            set_rng_state(start["rng"], self._generators)
         known = np.array(start["train_losses"]).reshape(self.task_num, -1)[:, :epochs]
         self.model.train_loss_buffer[:, : known.shape[1]] = known
         self.model.epochs = epochs
@@ -237,15 +246,15 @@ class Trainer(nn.Module):
         model = self.model
         model.epoch = epoch
         model.train()
-        skip, epoch_rng = start["batch"], rng_state()
+        skip, epoch_rng = start["batch"], rng_state(self._generators)
         if skip:
             epoch_rng = start["epoch_rng"]
-            set_rng_state(epoch_rng)
+            set_rng_state(epoch_rng, self._generators)
         batches = train_batches(loaders, self.task_name, self.multi_input, steps)
         for _ in range(skip):
             next(batches)
         if skip:
-            set_rng_state(start["rng"])
+            set_rng_state(start["rng"], self._generators)
         self._guard.start(epoch * steps + skip)
         self.meter.begin()
         buffer = StepBuffer()
@@ -258,6 +267,8 @@ class Trainer(nn.Module):
             try:
                 interrupt.check()
             except KeyboardInterrupt:
+                if len(buffer):
+                    self._log(buffer, epoch, epoch * steps + batch + 1)
                 self._save_last(epoch, batch + 1, epoch_rng)
                 raise
         self.meter.end()
@@ -265,12 +276,11 @@ class Trainer(nn.Module):
         model.train_loss_buffer[:, epoch] = self.meter.loss_item
 
     def _run_step(self, inputs: Any, labels: Any, buffer: StepBuffer) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Run one step; the third compiled one also tells how much of it was compiled."""
-        self._steps_done += 1
-        if not self.step.regions.compiled or self._steps_done != 3:
+        """Run one step; once, when it is compiled and warm, also tell how much of it was."""
+        if not self.step.compiled or self.compile_report is not None or self.step.warmth < 2:
             return self.step(inputs, labels, buffer)
         results: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        report = measure_compiled(lambda: results.append(self.step(inputs, labels, buffer)), self.step.regions)
+        report = measure_compiled(lambda: results.append(self.step(inputs, labels, buffer)), self.step.route.regions)
         self.compile_report = report
         self.logger.on_compile(str(report))
         return results[0]
@@ -289,7 +299,7 @@ class Trainer(nn.Module):
         self._evaluate(test, "test", epoch)
         if self.scheduler is not None:
             if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-                self.scheduler.step(self.meter.improvement)
+                self.scheduler.step(self.meter.improvement or 0.0)
             else:
                 self.scheduler.step()
         if self.save_path is not None:
@@ -371,7 +381,7 @@ class Trainer(nn.Module):
             "train_losses": self.model.train_loss_buffer.tolist(),
             "epoch": epoch,
             "batch": batch,
-            "rng": rng_state(),
+            "rng": rng_state(self._generators),
             "epoch_rng": epoch_rng,
             "names": [self.weighting, self.architecture, self.task_name],
         }
@@ -392,7 +402,6 @@ class Trainer(nn.Module):
         self.meter.base_result = state["base_result"]
         self.meter.best_result = state["best_result"]
         self._start = {key: state[key] for key in ("epoch", "batch", "rng", "epoch_rng", "train_losses")}
-        set_rng_state(state["rng"])
 
 
 def _find_device(device: str | torch.device | None) -> torch.device:
@@ -404,11 +413,15 @@ def _find_device(device: str | torch.device | None) -> torch.device:
         raise UsageError(f"device must be cpu, cuda, cuda:<index> or mps, got {device!r}.") from None
     if found.type == "cuda":
         if not torch.cuda.is_available():
-            raise BackendError(f"device is {device}, but torch {torch.__version__} finds no CUDA GPU here; use --device cpu.")
+            raise BackendError(
+                f"device is {device}, but torch {torch.__version__} finds no CUDA GPU here; use --device cpu."
+            )
         if found.index is not None and found.index >= torch.cuda.device_count():
             raise BackendError(f"device is {device}, but there are only {torch.cuda.device_count()} CUDA GPUs.")
     if found.type == "mps" and not torch.backends.mps.is_available():
-        raise BackendError(f"device is {device}, but torch {torch.__version__} finds no MPS device here; use --device cpu.")
+        raise BackendError(
+            f"device is {device}, but torch {torch.__version__} finds no MPS device here; use --device cpu."
+        )
     return found
 
 

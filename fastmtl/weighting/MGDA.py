@@ -17,8 +17,8 @@ __all__ = ["MGDA"]
 class MGDA(AbsWeighting):
     """Multiple Gradient Descent Algorithm: the shortest vector in the convex hull of the task gradients.
 
-    With g_t divided by n_t, ``w = argmin ||sum_t w_t g_t / n_t||`` over the simplex. The update is the minimiser itself,
-    ``sum_t w_t g_t / n_t``; with ``rep_grad`` it is ``sum_t w_t g_t``, as in LibMTL.
+    With g_t divided by n_t, ``w = argmin ||sum_t w_t g_t / n_t||`` over the simplex. The update is the minimiser
+    itself, ``sum_t w_t g_t / n_t``; with ``rep_grad`` it is ``sum_t w_t g_t``, as in LibMTL.
 
     Source: Sener and Koltun, "Multi-Task Learning as Multi-Objective Optimization", NeurIPS 2018.
     """

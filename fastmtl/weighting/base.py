@@ -35,8 +35,8 @@ class Weights:
 class AbsWeighting(nn.Module):
     """Base of all strategies, mixed into the model class behind an architecture.
 
-    A strategy says what it ``needs`` and overrides :meth:`weigh`, which runs no backward pass and never reads a tensor on the
-    host. A strategy written for LibMTL overrides ``backward`` instead and uses ``_get_grads`` and
+    A strategy says what it ``needs`` and overrides :meth:`weigh`, which runs no backward pass and never reads a
+    tensor on the host. A strategy written for LibMTL overrides ``backward`` instead and uses ``_get_grads`` and
     ``_backward_new_grads``.
 
     Attributes:
@@ -66,8 +66,8 @@ class AbsWeighting(nn.Module):
 
         Args:
             losses: (T,) detached losses.
-            gram: (T, T) float64 Gram matrix of the task gradients if ``needs`` is ``"gram"``, else None. With ``rep_grad`` the
-                gradients are those of the representation, summed over the batch.
+            gram: (T, T) float64 Gram matrix of the task gradients if ``needs`` is ``"gram"``, else None. With
+                ``rep_grad`` the gradients are those of the representation, summed over the batch.
             hyper: The hyper-parameters.
         """
         raise NotImplementedError(f"{type(self).__name__} overrides neither weigh nor backward.")
@@ -83,8 +83,8 @@ class AbsWeighting(nn.Module):
     def backward(self, losses: Tensor, **kwargs: Any) -> np.ndarray | None:
         """Fill ``.grad`` of all parameters from (T,) losses that still carry their graph; return the weights.
 
-        The trainer does not come here for a strategy with :meth:`weigh`; it is for loops that call the model as LibMTL's
-        trainer does.
+        The trainer does not come here for a strategy with :meth:`weigh`; it is for loops that call the model as
+        LibMTL's trainer does.
         """
         from fastmtl import ops
 
@@ -122,7 +122,8 @@ class AbsWeighting(nn.Module):
 
         Args:
             losses: (T,) losses with their graph.
-            mode: ``"backward"`` also accumulates the gradients of the task-specific parameters; ``"autograd"`` does not.
+            mode: ``"backward"`` also accumulates the gradients of the task-specific parameters; ``"autograd"`` does
+                not.
             rep_grad: Differentiate with respect to the representations.
         """
         if mode not in ("backward", "autograd"):
@@ -141,7 +142,9 @@ class AbsWeighting(nn.Module):
             else:
                 params = list(self.get_share_params())
                 found = torch.autograd.grad(losses[index], params, retain_graph=True, allow_unused=True)
-                parts = [p.new_zeros(p.numel()) if g is None else g.flatten() for p, g in zip(params, found, strict=True)]
+                parts = [
+                    p.new_zeros(p.numel()) if g is None else g.flatten() for p, g in zip(params, found, strict=True)
+                ]
                 grads.append(torch.cat(parts))
         same_rep = rep_grad and isinstance(self.rep, Tensor)
         return torch.stack(grads) if same_rep or not rep_grad else grads

@@ -115,7 +115,7 @@ def test_help_is_exit_code_0(line: str, capsys: pytest.CaptureFixture[str]) -> N
     assert "Usage: fastmtl" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("line", ["", "data", "bench"])
+@pytest.mark.parametrize("line", ["", "data"])
 def test_incomplete_command_shows_help(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(line.split()) == 2
     shown = capsys.readouterr()

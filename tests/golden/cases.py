@@ -65,7 +65,9 @@ class Golden:
     def state(self, prefix: str) -> dict[str, torch.Tensor]:
         """Return the state_dict recorded as ``before``, ``state.<step>`` or ``after``."""
         start = prefix + "."
-        return {key[len(start) :]: torch.from_numpy(value) for key, value in self.arrays.items() if key.startswith(start)}
+        return {
+            key[len(start) :]: torch.from_numpy(value) for key, value in self.arrays.items() if key.startswith(start)
+        }
 
     @property
     def steps(self) -> int:

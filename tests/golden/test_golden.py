@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.golden.cases import Golden, close
 
 from fastmtl.trainer.records import StepBuffer
+from tests.golden.cases import Golden, close
 
 PATHS = sorted(Path(__file__).parent.glob("*.npz"))
 
@@ -19,7 +19,7 @@ def golden(request: pytest.FixtureRequest) -> Golden:
 
 
 def _detached_encoder(golden: Golden) -> bool:
-    """LibMTL cuts the graph at the representation although a loss-only strategy never closes it: the encoder stays as it is.
+    """Whether LibMTL cuts the graph at the representation for a strategy that never closes it: the encoder stays.
 
     fastmtl trains the encoder there, so only the decoders can agree, and only from one recorded state to the next.
     """
@@ -39,7 +39,9 @@ def test_replays_to_the_end(golden: Golden) -> None:
     weights = trainer.train(loaders, loaders, golden.meta["epochs"], return_weight=True)
     before, after, got = golden.state("before"), golden.state("after"), trainer.model.state_dict()
     assert all(close(got[key], after[key], before[key]) for key in after)
-    assert torch.allclose(torch.from_numpy(weights), torch.from_numpy(golden.arrays["batch_weight"]).double(), atol=2e-3)
+    assert torch.allclose(
+        torch.from_numpy(weights), torch.from_numpy(golden.arrays["batch_weight"]).double(), atol=2e-3
+    )
 
 
 def test_replays_step_by_step(golden: Golden) -> None:

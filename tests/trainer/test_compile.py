@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl.model import ConvEncoder
+from fastmtl.trainer.logger import Logger
 from fastmtl.trainer.records import StepBuffer
 from fastmtl.trainer.regions import measure_compiled
 from tests.trainer.test_step import OnePiece
@@ -21,12 +22,12 @@ def _conv_trainer(architecture: Any, compile: bool, weighting: str = "MGDA", **o
     def decoder() -> nn.Module:
         return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 3))
 
-    given: dict[str, Any] = dict(
-        encoder_class=lambda: ConvEncoder(3, (8, 12)),
-        decoders=nn.ModuleDict({"task0": decoder(), "task1": decoder(), "task2": decoder()}),
-        optim_param={"optim": "sgd", "lr": 0.0},
-        compile=compile,
-    )
+    given: dict[str, Any] = {
+        "encoder_class": lambda: ConvEncoder(3, (8, 12)),
+        "decoders": nn.ModuleDict({"task0": decoder(), "task1": decoder(), "task2": decoder()}),
+        "optim_param": {"optim": "sgd", "lr": 0.0},
+        "compile": compile,
+    }
     given.update(options)
     trainer = make_trainer(weighting, architecture, 3, **given)
     trainer.step.problem.losses["task1"] = trainer.step.problem.losses["task0"].__class__()
@@ -68,7 +69,7 @@ def test_forward_and_gradients_run_in_compiled_code(options: dict[str, Any]) -> 
     torch.compiler.reset()
     messages: list[str] = []
     trainer = _conv_trainer("MTAN", True, **options)
-    for region in vars(trainer.step.regions).values():
+    for region in vars(trainer.step.route.regions).values():
         if hasattr(region, "on_compile"):
             region.on_compile = messages.append
     images, labels = _images()
@@ -76,7 +77,7 @@ def test_forward_and_gradients_run_in_compiled_code(options: dict[str, Any]) -> 
     trainer.step(images, labels, buffer)
     assert messages[0].startswith("compiling ")
     assert messages[1].startswith("compiled ")
-    report = measure_compiled(lambda: trainer.step(images, labels, buffer), trainer.step.regions)
+    report = measure_compiled(lambda: trainer.step(images, labels, buffer), trainer.step.route.regions)
     assert report.graph_breaks == 0
     assert report.recompiles == 0
     assert 0.0 < report.share <= 1.0
@@ -112,9 +113,15 @@ import torch
 import torch._functorch.config as config
 from tests.trainer import test_compile
 from fastmtl.trainer import regions
+configure = regions._configure_backwards
+def configure_but_donate():
+    configure()
+    config.donated_buffer = True
+    entry = getattr(config, "_config", {{}}).get("donated_buffer")
+    if hasattr(entry, "default"):
+        entry.default = True
 if {donate}:
-    regions._configure_backwards = lambda: None
-    assert config.donated_buffer
+    regions._configure_backwards = configure_but_donate
 eager = test_compile._conv_trainer("HPS", False)
 compiled = test_compile._conv_trainer("HPS", True)
 compiled.model.load_state_dict(eager.model.state_dict())
@@ -150,3 +157,20 @@ def test_the_trainer_reports_what_was_compiled() -> None:
 def test_rep_grad_of_a_network_in_one_piece_cannot_be_compiled() -> None:
     with pytest.raises(ValueError, match="rep_grad cannot be compiled for OnePiece"):
         make_trainer("MGDA", OnePiece, rep_grad=True, compile=True)
+
+
+@pytest.mark.slow
+def test_auto_tries_both_and_says_which() -> None:
+    torch.compiler.reset()
+    messages: list[str] = []
+
+    class Listener(Logger):
+        def on_compile(self, message: str) -> None:
+            messages.append(message)
+
+    trainer = make_trainer(compile="auto", logger=Listener())
+    trainer.train(loaders(rows=8 * 16), loaders(), 1)
+    verdicts = [message for message in messages if message.startswith("a step takes eager ")]
+    assert len(verdicts) == 1
+    assert verdicts[0].endswith(f"going on {'compiled' if trainer.step.compiled else 'eager'}")
+    assert trainer.step.trial is None

@@ -48,6 +48,22 @@ def test_after_an_epoch(tmp_path: Path) -> None:
     assert second.meter.base_result == first.meter.base_result
 
 
+@pytest.mark.parametrize("multi_input", [False, True])
+def test_loaders_with_generators_of_their_own(multi_input: bool, tmp_path: Path) -> None:
+    def data() -> Any:
+        return loaders(shuffle=True, multi_input=multi_input, generator=torch.Generator().manual_seed(7))
+
+    options = OPTIONS | {"multi_input": multi_input}
+    whole = make_trainer(**options)
+    whole.train(data(), loaders(multi_input=multi_input), 3)
+    first = make_trainer(save_path=str(tmp_path), logger=InterruptAt(4), **options)
+    with pytest.raises(KeyboardInterrupt):
+        first.train(data(), loaders(multi_input=multi_input), 3)
+    second = make_trainer(resume=str(tmp_path / "last.pt"), **options)
+    second.train(data(), loaders(multi_input=multi_input), 3)
+    assert torch.equal(flat(second.model.parameters()), flat(whole.model.parameters()))
+
+
 @pytest.mark.parametrize("step", [1, 3, 5])
 def test_after_ctrl_c_in_mid_epoch(step: int, tmp_path: Path) -> None:
     first = make_trainer(save_path=str(tmp_path), logger=InterruptAt(step), **OPTIONS)

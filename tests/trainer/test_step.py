@@ -76,7 +76,9 @@ def _task_gradients(trainer: Trainer, inputs: Any, labels: Any) -> tuple[list[li
 )
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_mgda_update_is_the_min_norm_combination(architecture: Any, multi_input: bool, route: type, count: int) -> None:
-    trainer = make_trainer("MGDA", architecture, count, multi_input=multi_input, optim_param={"optim": "sgd", "lr": 0.0})
+    trainer = make_trainer(
+        "MGDA", architecture, count, multi_input=multi_input, optim_param={"optim": "sgd", "lr": 0.0}
+    )
     inputs, labels = _batch(multi_input, count)
     assert type(trainer.step.route) is route
     rows, own = _task_gradients(trainer, inputs, labels)
@@ -109,7 +111,7 @@ def test_ew_update_is_the_sum_of_gradients(architecture: Any, multi_input: bool,
 @pytest.mark.parametrize("multi_input", [False, True])
 @pytest.mark.parametrize("architecture", ["HPS", "MTAN", OnePiece])
 def test_rep_grad_weights_the_representation_gradients(architecture: Any, multi_input: bool) -> None:
-    options = dict(multi_input=multi_input, optim_param={"optim": "sgd", "lr": 0.0})
+    options = {"multi_input": multi_input, "optim_param": {"optim": "sgd", "lr": 0.0}}
     trainer = make_trainer("MGDA", architecture, rep_grad=True, **options)
     assert isinstance(trainer.step.route, RepRoute)
     inputs, labels = _batch(multi_input)
@@ -220,9 +222,12 @@ class LibMTLStyle(AbsWeighting):
 @pytest.mark.parametrize("rep_grad", [False, True])
 @pytest.mark.parametrize("multi_input", [False, True])
 def test_a_strategy_written_for_libmtl(rep_grad: bool, multi_input: bool) -> None:
-    options: dict[str, Any] = dict(
-        rep_grad=rep_grad, multi_input=multi_input, optim_param={"optim": "sgd", "lr": 0.0}, weight_args={"size": 0.5}
-    )
+    options: dict[str, Any] = {
+        "rep_grad": rep_grad,
+        "multi_input": multi_input,
+        "optim_param": {"optim": "sgd", "lr": 0.0},
+        "weight_args": {"size": 0.5},
+    }
     trainer = make_trainer(LibMTLStyle, **options)
     inputs, labels = _batch(multi_input)
     plain = make_trainer("EW", multi_input=multi_input)

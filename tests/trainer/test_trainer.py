@@ -158,7 +158,7 @@ def test_cuda_without_cuda() -> None:
 
 
 def test_mtan_needs_stages() -> None:
-    with pytest.raises(UsageError, match="MTAN needs an encoder made of stages.*got Linear"):
+    with pytest.raises(UsageError, match=r"MTAN needs an encoder made of stages.*got Linear"):
         make_trainer("EW", "MTAN", encoder_class=lambda: nn.Linear(6, 8))
 
 
@@ -204,7 +204,7 @@ def test_checkpoint_of_another_model(tmp_path: Any) -> None:
         make_trainer(count=3, load_path=str(tmp_path))
     with pytest.raises(CheckpointError, match=r"is of \['MGDA', 'HPS'"):
         make_trainer("EW", resume=str(tmp_path / "last.pt"))
-    with pytest.raises(CheckpointError, match="is not a last.pt"):
+    with pytest.raises(CheckpointError, match=r"is not a last\.pt"):
         make_trainer(resume=str(tmp_path / "best.pt"))
     with pytest.raises(CheckpointError, match="There is no checkpoint"):
         make_trainer(load_path=str(tmp_path / "none.pt"))

@@ -50,27 +50,36 @@ class _OneTask(TensorDataset):
         super().__init__(whole.x, whole.labels[task])
 
 
-def loaders(count: int = 2, rows: int = 24, batch: int = 8, multi_input: bool = False, shuffle: bool = False, seed: int = 0) -> Any:
+def loaders(
+    count: int = 2,
+    rows: int = 24,
+    batch: int = 8,
+    *,
+    multi_input: bool = False,
+    shuffle: bool = False,
+    seed: int = 0,
+    generator: torch.Generator | None = None,
+) -> Any:
     """A loader, or one for each task; their rows differ if multi-input."""
+    options: dict[str, Any] = {"batch_size": batch, "shuffle": shuffle and rows > 0, "generator": generator}
     if not multi_input:
-        return DataLoader(_Labelled(count, rows, seed), batch_size=batch, shuffle=shuffle)
+        return DataLoader(_Labelled(count, rows, seed), **options)
     return {
-        f"task{t}": DataLoader(_OneTask(_Labelled(count, rows, seed + t), f"task{t}"), batch_size=batch, shuffle=shuffle)
-        for t in range(count)
+        f"task{t}": DataLoader(_OneTask(_Labelled(count, rows, seed + t), f"task{t}"), **options) for t in range(count)
     }
 
 
 def make_trainer(weighting: Any = "MGDA", architecture: Any = "HPS", count: int = 2, **options: Any) -> Trainer:
     torch.manual_seed(0)
-    given = dict(
-        encoder_class=encoder,
-        decoders=nn.ModuleDict({f"task{t}": nn.Linear(8, 1 if t % 2 else 3) for t in range(count)}),
-        rep_grad=False,
-        multi_input=False,
-        optim_param={"optim": "sgd", "lr": 0.05, "momentum": 0.9},
-        scheduler_param=None,
-        device="cpu",
-    )
+    given = {
+        "encoder_class": encoder,
+        "decoders": nn.ModuleDict({f"task{t}": nn.Linear(8, 1 if t % 2 else 3) for t in range(count)}),
+        "rep_grad": False,
+        "multi_input": False,
+        "optim_param": {"optim": "sgd", "lr": 0.05, "momentum": 0.9},
+        "scheduler_param": None,
+        "device": "cpu",
+    }
     given.update(options)
     return Trainer(task_dict(count), weighting, architecture, **given)
 

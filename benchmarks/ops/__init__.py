@@ -1,0 +1,1 @@
+"""One module per op; each has `cases(device, quick)`."""

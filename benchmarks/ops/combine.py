@@ -1,0 +1,55 @@
+"""combine and combine_: against `w @ J` on a concatenated J."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from fastmtl import ops
+from fastmtl.benchmarks.registry import Case, Variant
+from fastmtl.benchmarks.shapes import resnet18, rows_of, size_of
+
+__all__ = ["cases"]
+
+
+def _case(num_rows: int, device: torch.device, dtype: torch.dtype) -> Case:
+    shapes = resnet18()
+    rows = rows_of(shapes, num_rows, device, dtype)
+    jacobian = torch.stack([torch.cat([t.flatten() for t in row]) for row in rows])
+    weights = torch.rand(num_rows, generator=torch.Generator().manual_seed(1)).double().to(device)
+    narrow = weights.to(dtype)
+    out = [torch.empty_like(t) for t in rows[0]]
+    want = sum(w * row.double() for w, row in zip(weights, jacobian, strict=True))
+    scale = sum(w * row.double().abs() for w, row in zip(weights, jacobian, strict=True))
+
+    def error(got: Tensor | Sequence[Tensor]) -> float:
+        flat = got if isinstance(got, Tensor) else torch.cat([t.flatten() for t in got])
+        return float(((flat.double() - want).abs() / scale).nan_to_num(0.0).max())
+
+    def in_place() -> list[Tensor]:
+        ops.combine_(out, rows, weights)
+        return out
+
+    allowed = 4 * torch.finfo(dtype).eps
+    return Case(
+        name=f"ResNet-18, T={num_rows}",
+        dtype=str(dtype).removeprefix("torch."),
+        variants={
+            "fastmtl": Variant(call=lambda: ops.combine(rows, weights), allowed=allowed),
+            "fastmtl in place": Variant(call=in_place, allowed=allowed),
+            "torch w @ J": Variant(call=lambda: narrow @ jacobian, allowed=num_rows * allowed),
+        },
+        error=error,
+        bytes=size_of(shapes) * (num_rows + 1) * dtype.itemsize,
+        bound="copy",
+    )
+
+
+def cases(device: torch.device, quick: bool) -> Iterator[Case]:
+    """Yield the cases."""
+    for num_rows in (3,) if quick else (2, 3, 8, 16):
+        yield _case(num_rows, device, torch.float32)
+    if not quick:
+        yield _case(3, device, torch.bfloat16)

@@ -1,0 +1,51 @@
+"""gram: against `J @ J.T` on a concatenated J, with and without the concatenation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fastmtl import ops
+from fastmtl.benchmarks.registry import Case, Variant
+from fastmtl.benchmarks.shapes import resnet18, rows_of, size_of
+
+__all__ = ["cases"]
+
+
+def _case(num_rows: int, device: torch.device, dtype: torch.dtype) -> Case:
+    shapes = resnet18()
+    rows = rows_of(shapes, num_rows, device, dtype)
+    jacobian = torch.stack([torch.cat([t.flatten() for t in row]) for row in rows])
+    want = ops.implementation("gram", "reference")([t for row in rows for t in row], num_rows)
+    scale = want.diagonal().sqrt()
+
+    def error(got: Tensor) -> float:
+        return float(((got.double() - want) / scale[:, None] / scale).abs().max())
+
+    def concatenate() -> Tensor:
+        return torch.stack([torch.cat([t.flatten() for t in row]) for row in rows])
+
+    eps = torch.finfo(torch.float32).eps
+    torch_error = max(error(jacobian @ jacobian.T), 1e-2)
+    return Case(
+        name=f"ResNet-18, T={num_rows}",
+        dtype=str(dtype).removeprefix("torch."),
+        variants={
+            "fastmtl": Variant(call=lambda: ops.gram(rows), allowed=4 * eps),
+            "torch J @ J.T": Variant(call=lambda: jacobian @ jacobian.T, allowed=torch_error),
+            "torch cat, J @ J.T": Variant(call=lambda: (j := concatenate()) @ j.T, allowed=torch_error),
+        },
+        error=error,
+        bytes=size_of(shapes) * num_rows * dtype.itemsize,
+        bound="read",
+    )
+
+
+def cases(device: torch.device, quick: bool) -> Iterator[Case]:
+    """Yield the cases."""
+    for num_rows in (3,) if quick else (2, 3, 8, 16):
+        yield _case(num_rows, device, torch.float32)
+    if not quick:
+        yield _case(3, device, torch.bfloat16)

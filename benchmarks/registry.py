@@ -1,0 +1,55 @@
+"""What a benchmark of an op is, and the table of them: one module in `benchmarks/ops` per op, with the op's name."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+__all__ = ["BENCHES", "Case", "Variant", "cases_of"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """One way to compute a case.
+
+    Attributes:
+        call: Computes the result; what it needs is prepared before.
+        allowed: Greatest error, as measured by the case, at which its speed counts.
+    """
+
+    call: Callable[[], Any]
+    allowed: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One shape of one op.
+
+    Attributes:
+        name: The shape in words, such as ``"ResNet-18, T=3"``.
+        dtype: Dtype of the inputs.
+        variants: The ways to compute it; ``"fastmtl"`` is ours.
+        error: Error of a result against float64.
+        bytes: Bytes that must move; 0 where memory is not the limit.
+        bound: The bandwidth ``bytes`` is compared with.
+    """
+
+    name: str
+    dtype: str
+    variants: Mapping[str, Variant]
+    error: Callable[[Any], float]
+    bytes: int = 0
+    bound: Literal["read", "copy", ""] = ""
+
+
+BENCHES = ("gram", "combine", "min_norm")
+
+
+def cases_of(op: str, device: torch.device, quick: bool) -> Iterator[Case]:
+    """Yield the cases of an op, each with inputs made when it is reached."""
+    module = importlib.import_module(f"fastmtl.benchmarks.ops.{op}")
+    yield from module.cases(device, quick)

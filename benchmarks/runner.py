@@ -1,0 +1,124 @@
+"""Runs benchmarks: checks every variant, times the green ones in alternating order, writes rows."""
+
+from __future__ import annotations
+
+import csv
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastmtl.benchmarks.machine import bandwidth, facts, wait_for
+from fastmtl.benchmarks.registry import BENCHES, Case, cases_of
+from fastmtl.errors import UsageError
+from fastmtl.names import resolve_name
+
+__all__ = ["run_kernels"]
+
+Row = dict[str, Any]
+
+_SHORTEST_SAMPLE = 1e-3
+
+
+def _sample(call: Callable[[], Any], repeats: int, device: torch.device) -> float:
+    """Return seconds per call."""
+    wait_for(device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    wait_for(device)
+    return (time.perf_counter() - start) / repeats
+
+
+def _time(calls: dict[str, Callable[[], Any]], device: torch.device, seconds: float) -> dict[str, list[float]]:
+    """Return samples of all calls, taken in turn and in an order that alternates from round to round."""
+    repeats = {name: max(1, round(_SHORTEST_SAMPLE / _sample(call, 1, device))) for name, call in calls.items()}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    order = list(calls)
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(samples[order[0]]) < 5:
+        for name in order:
+            samples[name].append(_sample(calls[name], repeats[name], device))
+        order.reverse()
+    return samples
+
+
+def _rows_of(op: str, case: Case, device: torch.device, seconds: float) -> list[Row]:
+    errors = {name: case.error(variant.call()) for name, variant in case.variants.items()}
+    green = {name: v.call for name, v in case.variants.items() if errors[name] <= v.allowed}
+    before = bandwidth(device) if case.bound else {}
+    samples = _time(green, device, seconds) if green else {}
+    after = bandwidth(device) if case.bound else {}
+    limit = max(before[case.bound], after[case.bound]) if case.bound else 0.0
+    rows = []
+    for name, variant in case.variants.items():
+        row: Row = {
+            "op": op,
+            "case": case.name,
+            "dtype": case.dtype,
+            "variant": name,
+            "error": errors[name],
+            "allowed_error": variant.allowed,
+        }
+        if name in samples:
+            deciles = statistics.quantiles(samples[name], n=10)
+            row |= {"p20_us": deciles[1] * 1e6, "median_us": deciles[4] * 1e6, "p80_us": deciles[7] * 1e6}
+            if case.bound:
+                rate = case.bytes / deciles[4]
+                row |= {"bytes": case.bytes, "bytes_per_s": rate, "bound": case.bound}
+                row |= {"bound_bytes_per_s": limit, "share_of_bound": rate / limit}
+        rows.append(row)
+    return rows
+
+
+def _line(row: Row) -> str:
+    head = f"{row['op']:9} {row['case']:16} {row['dtype']:9} {row['variant']:20}"
+    if "median_us" not in row:
+        return f"{head} WRONG: error {row['error']:.1e}, allowed {row['allowed_error']:.1e}; not timed"
+    line = f"{head} {row['median_us']:11.1f} us  ({row['p20_us']:.1f} .. {row['p80_us']:.1f})"
+    if "share_of_bound" in row:
+        line += f"  {row['bytes_per_s'] / 1e9:6.1f} GB/s, {row['share_of_bound']:4.0%} of {row['bound']}"
+    return line
+
+
+def run_kernels(
+    ops: Sequence[str] | None = None,
+    device: torch.device | str = "cpu",
+    csv_path: Path | None = None,
+    quick: bool = False,
+) -> list[Row]:
+    """Benchmark ops and return one row per op, case and variant; print them as they come.
+
+    A variant whose result is wrong gets no time. ``share_of_bound`` compares with the bandwidth measured around the case.
+
+    Args:
+        ops: Names of ops; all if None.
+        device: Where to run.
+        csv_path: File to write the rows to.
+        quick: Few cases and little time.
+
+    Raises:
+        UsageError: An unknown op, or a device that is not there.
+    """
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"device is {device}, but torch finds no CUDA device here; use cpu.")
+    names = [resolve_name(name, {known: known for known in BENCHES}, "op") for name in ops or BENCHES]
+    known_facts = facts(device)
+    print("  ".join(f"{key} {value}" for key, value in known_facts.items()))
+    rows = []
+    for op in names:
+        for case in cases_of(op, device, quick):
+            for row in _rows_of(op, case, device, seconds=0.5 if quick else 3.0):
+                print(_line(row), flush=True)
+                rows.append(row | known_facts)
+    if csv_path is not None:
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        with csv_path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+    return rows
