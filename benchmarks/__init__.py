@@ -1,4 +1,4 @@
-"""Benchmarks of the ops: correct first, then timed against baselines and the machine's memory bandwidth in the same run."""
+"""Benchmarks of the ops: correct first, then timed beside baselines and the memory bandwidth of the same run."""
 
 from __future__ import annotations
 

@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 
 import torch
-
 from fastmtl.benchmarks.registry import BENCHES
 from fastmtl.benchmarks.runner import run_kernels
 

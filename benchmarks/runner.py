@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from fastmtl.benchmarks.machine import bandwidth, facts, wait_for
 from fastmtl.benchmarks.registry import BENCHES, Case, cases_of
+
 from fastmtl.errors import UsageError
 from fastmtl.names import resolve_name
 
@@ -92,7 +92,7 @@ def run_kernels(
 ) -> list[Row]:
     """Benchmark ops and return one row per op, case and variant; print them as they come.
 
-    A variant whose result is wrong gets no time. ``share_of_bound`` compares with the bandwidth measured around the case.
+    A variant whose result is wrong gets no time. ``share_of_bound`` is of the bandwidth measured around the case.
 
     Args:
         ops: Names of ops; all if None.

@@ -29,7 +29,9 @@ def size_of(shapes: list[tuple[int, ...]]) -> int:
     return sum(math.prod(shape) for shape in shapes)
 
 
-def rows_of(shapes: list[tuple[int, ...]], num_rows: int, device: torch.device, dtype: torch.dtype) -> list[list[Tensor]]:
+def rows_of(
+    shapes: list[tuple[int, ...]], num_rows: int, device: torch.device, dtype: torch.dtype
+) -> list[list[Tensor]]:
     """Return ``num_rows`` rows of normal gradients, each tensor with memory of its own."""
     generator = torch.Generator(device).manual_seed(0)
     return [

@@ -19,7 +19,7 @@ namespace {
 using c10::BFloat16;
 using c10::Half;
 
-constexpr int64_t kMaxRows = 128;
+constexpr int64_t kMaxChunk = 4096;
 
 // Where one result of one parameter goes.
 struct Target {
@@ -94,7 +94,6 @@ std::vector<double> read_weights(const Tensor& weights) {
 
 CombineJob make_job(const TensorList& flat, int64_t num_rows, const Tensor& weights,
                     const std::optional<std::vector<int64_t>>& groups) {
-  STD_TORCH_CHECK(num_rows <= kMaxRows, "rows must hold at most 128 rows");
   RowTable rows(flat, num_rows);
   int64_t num_groups = 0;
   std::vector<int64_t> group = group_of_each(groups, rows.width(), &num_groups);
@@ -108,9 +107,9 @@ CombineJob make_job(const TensorList& flat, int64_t num_rows, const Tensor& weig
 
 // Fills all targets, whose memory has the layout of their parameter.
 void run(CombineJob& job) {
-  constexpr int64_t cache_floats = 16384;
+  constexpr int64_t cache_floats = 65536;
   constexpr int64_t min_slice_elements = 32768;
-  constexpr int64_t streamed_bytes = int64_t{4} << 20;
+  constexpr int64_t streamed_bytes = int64_t{8} << 20;
   const int64_t num_rows = job.rows.num_rows();
   int64_t bytes = 0;
   for (int64_t k = 0; k < job.rows.width(); ++k) {
@@ -127,10 +126,11 @@ void run(CombineJob& job) {
     if (job.target(0, k).data != nullptr) job.segments.push_back({k, job.rows.parameter(k).numel, 0});
     bytes += job.rows.parameter(k).numel * 4 * job.num_results;
   }
-  job.chunk = std::clamp<int64_t>(cache_floats / num_rows / 64 * 64, 512, 4096);
+  job.chunk = std::clamp<int64_t>(cache_floats / num_rows / 64 * 64, 512, kMaxChunk);
   job.streams = bytes >= streamed_bytes;
   const std::vector<Slice> slices = cut(job.segments, min_slice_elements / num_rows);
-  run_parallel(static_cast<int64_t>(slices.size()), [&](int64_t s) { FASTMTL_DISPATCH(combine_slice, job, slices[s]); });
+  run_parallel(static_cast<int64_t>(slices.size()),
+               [&](int64_t s) { FASTMTL_DISPATCH(combine_slice, job, slices[s]); });
 }
 
 std::vector<Tensor> combine(const TensorList& flat, int64_t num_rows, const Tensor& weights,
@@ -162,8 +162,8 @@ Block block_of(const Target& target, int64_t numel, int64_t index) {
   return {begin, begin + static_cast<uintptr_t>(numel * item), index};
 }
 
-// Copies the rows that a write to some target would change before they are read. A row may be the very memory of its own
-// target: there every element is read before it is written.
+// Copies the rows that a write to some target would change before they are read. A row may be the very memory of its
+// own target: there every element is read before it is written.
 void part_rows_from_targets(CombineJob& job) {
   std::vector<Block> outs;
   for (int64_t k = 0; k < job.rows.width(); ++k) {

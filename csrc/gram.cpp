@@ -20,12 +20,10 @@ namespace {
 using c10::BFloat16;
 using c10::Half;
 
-constexpr int64_t kMaxRows = 128;
-
 struct GramJob {
   const RowTable& rows;
   std::vector<Segment> segments;
-  int64_t chunk;  // Elements of each row taken at a time; all rows' chunks fit the cache together.
+  int64_t chunk;  // Elements of each row taken at a time.
   bool converts;  // Whether some row is not of the type its sums are taken in.
 };
 
@@ -38,18 +36,17 @@ struct GramJob {
 namespace fastmtl {
 namespace {
 
-int64_t chunk_length(int64_t num_rows) {
-  constexpr int64_t cache_floats = 32768;
-  return std::clamp<int64_t>(cache_floats / num_rows / 512 * 512, 512, 2048);
+int64_t chunk_length(int64_t num_rows, bool converts) {
+  const int64_t cache_floats = converts ? 32768 : 131072;
+  return std::clamp<int64_t>(cache_floats / num_rows / 512 * 512, 512, 8192);
 }
 
 Tensor gram(const TensorList& flat, int64_t num_rows, const std::optional<std::vector<int64_t>>& groups) {
-  STD_TORCH_CHECK(num_rows <= kMaxRows, "rows must hold at most 128 rows");
   RowTable rows(flat, num_rows);
   int64_t num_groups = 0;
   const std::vector<int64_t> group = group_of_each(groups, rows.width(), &num_groups);
 
-  GramJob job{rows, {}, chunk_length(num_rows), false};
+  GramJob job{rows, {}, 0, false};
   for (int64_t k = 0; k < rows.width(); ++k) {
     if (!rows.parameter(k).present) continue;
     const DType sum_dtype = rows.parameter(k).dtype == DType::f64 ? DType::f64 : DType::f32;
@@ -59,6 +56,7 @@ Tensor gram(const TensorList& flat, int64_t num_rows, const std::optional<std::v
     }
     job.segments.push_back({k, rows.parameter(k).numel, group[k]});
   }
+  job.chunk = chunk_length(num_rows, job.converts);
   std::stable_sort(job.segments.begin(), job.segments.end(),
                    [](const Segment& a, const Segment& b) { return a.group < b.group; });
 

@@ -1,15 +1,19 @@
 // The Gram matrix of one slice. Compiled once per instruction set, inside that set's namespace: no include guard.
 //
-// A slice is taken in chunks, of which all rows fit the second-level cache, and a chunk in strips, of which eight rows fit
-// the first-level one. Rows are multiplied four by four, so that 16 sums and 8 operands stay in registers. Float32 sums last
-// for one chunk and are then added up in float64.
+// A slice is taken in chunks of up to 8192 elements of every row, for which float32 sums last before they are added up
+// in float64, and a chunk in strips, which stay in the caches while all pairs of rows are multiplied. Rows are
+// multiplied four by four, so that 16 sums and 8 operands stay in registers.
 
 constexpr int64_t kBlock = 4;
 constexpr int64_t kMaxBlocks = kMaxRows / kBlock;
 constexpr int64_t kStrip = 512;
+// How far ahead of a strip rows are called into the second-level cache, in elements.
+constexpr int64_t kAhead = kStrip + kStrip / 2;
+// Rows each pair of blocks calls ahead at most: with two blocks, eight rows are shared by three pairs.
+constexpr int kCalls = 3;
 constexpr int64_t kSumLanes = kLanes<double>;
-// Products a lane adds up one by one before the sum is put aside. Short runs keep the error of equal entries, such as those of
-// an expanded gradient, near that of pairwise summation.
+// Products a lane adds up one by one before the sum is put aside. Short runs keep the error of equal entries, such as
+// those of an expanded gradient, near that of pairwise summation.
 constexpr int64_t kRun = 16;
 
 // The present rows of a chunk of one parameter.
@@ -32,10 +36,11 @@ inline void pad(const Storage* from, int64_t length, Storage (&to)[kLanes<Acc>])
   for (int64_t i = 0; i < kLanes<Acc>; ++i) to[i] = i < length ? from[i] : Storage{};
 }
 
-// tile[r][c] += a[r] * b[c] over elements [begin, end); on the diagonal (a = b) only c >= r is taken.
-template <class Acc, int R, int C, bool diagonal, class Storage>
+// tile[r][c] += a[r] * b[c] over elements [begin, end); on the diagonal (a = b) only c >= r is taken. Meanwhile `calls`
+// other rows are called into the cache, for memory to work while the arithmetic does.
+template <class Acc, int R, int C, bool diagonal, int calls, class Storage>
 void multiply(const Storage* const* rows_a, const Storage* const* rows_b, int64_t begin, int64_t end, Tile<Acc>& tile,
-                     const Storage* const* rows_ahead) {
+              const Storage* const* ahead) {
   constexpr int64_t width = kLanes<Acc>;
   const Storage* a[R];
   const Storage* b[C];
@@ -44,7 +49,6 @@ void multiply(const Storage* const* rows_a, const Storage* const* rows_b, int64_
 #pragma GCC unroll 4
   for (int c = 0; c < C; ++c) b[c] = rows_b[c];
 
-  const Storage* ahead[4] = {rows_ahead[0], rows_ahead[1], rows_ahead[2], rows_ahead[3]};
   Storage padded_a[R][width];
   Storage padded_b[C][width];
   int64_t at = begin;
@@ -73,7 +77,7 @@ void multiply(const Storage* const* rows_a, const Storage* const* rows_b, int64_
     const int64_t run = std::min(left / width, kRun) * width;
     for (const int64_t stop = at + run; at < stop; at += width) {
 #pragma GCC unroll 4
-      for (int q = 0; q < 4; ++q) __builtin_prefetch(ahead[q] + at, 0, 2);
+      for (int call = 0; call < calls; ++call) __builtin_prefetch(ahead[call] + at, 0, 2);
       Vec<Acc> x[R];
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) x[r] = load<Acc>(a[r] + at);
@@ -99,20 +103,24 @@ void multiply(const Storage* const* rows_a, const Storage* const* rows_b, int64_
 }
 
 // Multiplies the blocks of rows that start at i and j >= i; only the last block of a chunk has fewer than four rows.
-template <class Acc, class Storage>
+template <class Acc, int calls, class Storage>
 void multiply_blocks(const Chunk<Storage>& chunk, int64_t i, int64_t j, int64_t begin, int64_t end, Tile<Acc>& tile,
-                     const Storage* const* rows_ahead) {
+                     const Storage* const* ahead) {
   const Storage* const* a = chunk.rows + i;
   const Storage* const* b = chunk.rows + j;
+  const auto with = [&]<int C>(std::integral_constant<int, C>) {
+    return i == j ? multiply<Acc, C, C, true, calls>(a, b, begin, end, tile, ahead)
+                  : multiply<Acc, 4, C, false, calls>(a, b, begin, end, tile, ahead);
+  };
   switch (std::min(kBlock, chunk.count - j)) {
     case 1:
-      return i == j ? multiply<Acc, 1, 1, true>(a, b, begin, end, tile, rows_ahead) : multiply<Acc, 4, 1, false>(a, b, begin, end, tile, rows_ahead);
+      return with(std::integral_constant<int, 1>{});
     case 2:
-      return i == j ? multiply<Acc, 2, 2, true>(a, b, begin, end, tile, rows_ahead) : multiply<Acc, 4, 2, false>(a, b, begin, end, tile, rows_ahead);
+      return with(std::integral_constant<int, 2>{});
     case 3:
-      return i == j ? multiply<Acc, 3, 3, true>(a, b, begin, end, tile, rows_ahead) : multiply<Acc, 4, 3, false>(a, b, begin, end, tile, rows_ahead);
+      return with(std::integral_constant<int, 3>{});
     default:
-      return i == j ? multiply<Acc, 4, 4, true>(a, b, begin, end, tile, rows_ahead) : multiply<Acc, 4, 4, false>(a, b, begin, end, tile, rows_ahead);
+      return with(std::integral_constant<int, 4>{});
   }
 }
 
@@ -152,6 +160,14 @@ void add_tile(const Tile<Acc>& tile, const Chunk<Storage>& chunk, int64_t i, int
   }
 }
 
+// The products of two blocks over the whole chunk, summed in float64.
+template <class Storage>
+void add_wide(const Chunk<Storage>& chunk, int64_t i, int64_t j, Sums& sums) {
+  Tile<double> tile{};
+  multiply_blocks<double, 0>(chunk, i, j, 0, chunk.length, tile, static_cast<const Storage* const*>(nullptr));
+  add_tile(tile, chunk, i, j, sums);
+}
+
 // Whether float32 sums of this row's squares can be trusted: not near overflow, and not so small that its products went
 // below the smallest normal number.
 inline bool trusted(const float* squares, const float* row, int64_t length) {
@@ -164,27 +180,34 @@ inline bool trusted(const float* squares, const float* row, int64_t length) {
 }
 
 inline void add_products(const Chunk<double>& chunk, Sums& sums, Tile<float>*) {
-  for_each_tile(chunk.count, [&](int64_t i, int64_t j, int64_t) {
-    Tile<double> tile{};
-    multiply_blocks(chunk, i, j, 0, chunk.length, tile, chunk.rows + i);
-    add_tile(tile, chunk, i, j, sums);
+  for_each_tile(chunk.count, [&](int64_t i, int64_t j, int64_t) { add_wide(chunk, i, j, sums); });
+}
+
+// Multiplies all pairs of blocks of one strip. Each pair calls its share of the rows ahead.
+inline void multiply_strip(const Chunk<float>& chunk, int64_t begin, int64_t end, Tile<float>* tiles) {
+  const int64_t blocks = (chunk.count + kBlock - 1) / kBlock;
+  const int64_t pairs = blocks * (blocks + 1) / 2;
+  for_each_tile(chunk.count, [&](int64_t i, int64_t j, int64_t number) {
+    const int64_t first = number * chunk.count / pairs;
+    const int64_t last = (number + 1) * chunk.count / pairs;
+    const float* ahead[kCalls];
+    for (int64_t call = 0; call < kCalls; ++call) {
+      ahead[call] = first + call < last ? chunk.rows[first + call] + kAhead : chunk.rows[i];
+    }
+    multiply_blocks<float, kCalls>(chunk, i, j, begin, end, tiles[number], ahead);
   });
 }
 
 // Sums the products in float32, and again in float64 those of rows whose squares leave float32's range.
 inline void add_products(const Chunk<float>& chunk, Sums& sums, Tile<float>* tiles) {
   for_each_tile(chunk.count, [&](int64_t, int64_t, int64_t number) { tiles[number] = {}; });
-  const int64_t nb = (chunk.count + 3) / 4, num_tiles = nb * (nb + 1) / 2;
-  for (int64_t begin = 0; begin < chunk.length; begin += kStrip) {
-    const int64_t end = std::min(begin + kStrip, chunk.length);
-    for_each_tile(chunk.count, [&](int64_t i, int64_t j, int64_t number) {
-      const float* ahead[4];
-      for (int q = 0; q < 4; ++q) {
-        int64_t row = number * chunk.count / num_tiles + q;
-        ahead[q] = row < (number + 1) * chunk.count / num_tiles ? chunk.rows[row] + kStrip : chunk.rows[i];
-      }
-      multiply_blocks(chunk, i, j, begin, end, tiles[number], ahead);
-    });
+  if (chunk.count <= kBlock) {
+    // Each element is used once and the processor itself sees so few streams coming.
+    multiply_blocks<float, 0>(chunk, 0, 0, 0, chunk.length, tiles[0], chunk.rows);
+  } else {
+    for (int64_t begin = 0; begin < chunk.length; begin += kStrip) {
+      multiply_strip(chunk, begin, std::min(begin + kStrip, chunk.length), tiles);
+    }
   }
   bool narrow[kMaxBlocks];
   for_each_tile(chunk.count, [&](int64_t i, int64_t j, int64_t number) {
@@ -197,9 +220,7 @@ inline void add_products(const Chunk<float>& chunk, Sums& sums, Tile<float>* til
     if (narrow[i / kBlock] && narrow[j / kBlock]) {
       add_tile(tiles[number], chunk, i, j, sums);
     } else {
-      Tile<double> wide{};
-      multiply_blocks(chunk, i, j, 0, chunk.length, wide, chunk.rows + i);
-      add_tile(wide, chunk, i, j, sums);
+      add_wide(chunk, i, j, sums);
     }
   });
 }

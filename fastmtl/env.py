@@ -35,6 +35,11 @@ VARIABLES: Mapping[str, Variable] = {
         options=("auto", "reference", "cpp", "triton", "cuda"),
         meaning="Backend of all ops; auto takes the fastest one there is, any other choice raises if it cannot be met.",
     ),
+    "FASTMTL_TRACEBACK": Variable(
+        default="0",
+        options=("0", "1"),
+        meaning="The command prints the traceback of an error, as with --traceback.",
+    ),
     "FASTMTL_ISA": Variable(
         default="auto",
         options=("auto", "avx512", "avx2", "portable"),

@@ -130,7 +130,6 @@ def test_environment_variables_are_documented() -> None:
         "FASTMTL_BUILD_CUDA",
         "FASTMTL_LIBMTL",
         "FASTMTL_TEST_LARGE",
-        "FASTMTL_TRACEBACK",
         "MAX_JOBS",
     }
     named = set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from fastmtl.benchmarks.registry import Case, Variant
+from fastmtl.benchmarks.shapes import resnet18, rows_of, size_of
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl.benchmarks.registry import Case, Variant
-from fastmtl.benchmarks.shapes import resnet18, rows_of, size_of
 
 __all__ = ["cases"]
 

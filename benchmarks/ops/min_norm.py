@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
+from fastmtl.benchmarks.registry import Case, Variant
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl.benchmarks.registry import Case, Variant
 
 __all__ = ["cases"]
 
@@ -68,12 +69,10 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
                 name=f"{make.__name__[1:]} T={size}",
                 dtype="float64",
                 variants={
-                    "fastmtl": Variant(call=lambda gram=gram: ops.min_norm(gram), allowed=_BOUND),
-                    "reference": Variant(call=lambda gram=gram: reference(gram), allowed=_BOUND),
+                    "fastmtl": Variant(call=partial(ops.min_norm, gram), allowed=_BOUND),
+                    "reference": Variant(call=partial(reference, gram), allowed=_BOUND),
                     # It stops far from the minimum; its error says how far.
-                    f"Frank-Wolfe x {_ITERATIONS}": Variant(
-                        call=lambda gram=gram: _frank_wolfe(gram), allowed=float("inf")
-                    ),
+                    f"Frank-Wolfe x {_ITERATIONS}": Variant(call=partial(_frank_wolfe, gram), allowed=float("inf")),
                 },
                 error=_excess(gram),
             )

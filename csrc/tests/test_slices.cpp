@@ -36,7 +36,8 @@ void check_cover(const std::vector<Segment>& segments, int64_t min_length, int64
       skip_finished();
       check(segment < segments.size() && segments[segment].index == index, "chunks follow the order of the segments");
       check(begin == offset, "chunks leave no gap");
-      check(length > 0 && length <= chunk && begin + length <= segments[segment].length, "chunks stay in their segment");
+      check(length > 0 && length <= chunk && begin + length <= segments[segment].length,
+            "chunks stay in their segment");
       check(segments[segment].group == slice.group, "a slice belongs to one group");
       offset += length;
       walked += length;

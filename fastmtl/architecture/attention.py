@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import cast
 
@@ -31,7 +30,8 @@ class Stages:
 
     @staticmethod
     def _halve(stage: nn.Module) -> tuple[nn.Module, nn.Module]:
-        if isinstance(stage, nn.Sequential) and len(stage) > 1:
+        # A last part that works in place would overwrite the features between the halves.
+        if isinstance(stage, nn.Sequential) and len(stage) > 1 and not getattr(stage[-1], "inplace", False):
             return stage[:-1], stage[-1]
         return stage, nn.Identity()
 
@@ -112,17 +112,14 @@ class AttentionEncoder(nn.Module):
         dims, expansion = stages.dims, stages.expansion
         self.shared_conv = stages.stem
         self.shared_layer = nn.ModuleDict({str(i): nn.ModuleList(pair) for i, pair in enumerate(stages.pairs)})
-        self.encoder_att = nn.ModuleDict(
-            {
-                str(i): nn.ModuleList(
-                    _mask(dim if i == 0 else 2 * dim, max(dim // expansion, 1), dim, maps) for _ in task_name
-                )
-                for i, dim in enumerate(dims)
-            }
-        )
-        self.encoder_block_att = nn.ModuleList(
-            _lift(dim, after, expansion, maps) for dim, after in itertools.pairwise(dims)
-        )
+        self.encoder_att = nn.ModuleDict()
+        self.encoder_block_att = nn.ModuleList()
+        # Stage by stage, as LibMTL does, so that a seed gives its initial weights.
+        for i, dim in enumerate(dims):
+            inputs, width = (dim if i == 0 else 2 * dim), max(dim // expansion, 1)
+            self.encoder_att[str(i)] = nn.ModuleList(_mask(inputs, width, dim, maps) for _ in task_name)
+            if i + 1 < len(dims):
+                self.encoder_block_att.append(_lift(dim, dims[i + 1], expansion, maps))
 
     def trunk(self, inputs: Tensor) -> tuple[Tensor, ...]:
         """Return (middle, output) of every stage, flattened: 2 x stages tensors."""

@@ -43,6 +43,8 @@ app = typer.Typer(
 )
 _data = typer.Typer(help="What data sets there are.", no_args_is_help=True)
 app.add_typer(_data, name="data")
+_bench = typer.Typer(help="Measure the operators, each behind a correctness gate.", no_args_is_help=True)
+app.add_typer(_bench, name="bench")
 
 
 def _show_version(wanted: bool) -> None:
@@ -137,3 +139,27 @@ def _data_list(as_json: Annotated[bool, typer.Option("--json", help="Print JSON 
     from fastmtl.cli.listing import list_data
 
     list_data(as_json=as_json)
+
+
+@_bench.command("kernels", cls=Command)
+def _bench_kernels(
+    op: Annotated[
+        list[str] | None, typer.Option(help="Operator to measure; may be repeated, all if not given.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")] = "cpu",
+    csv: Annotated[Path | None, typer.Option(help="File to write the rows to.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Few cases and little time.")] = False,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; PyTorch's choice if not given.")] = None,
+) -> None:
+    """Time each operator against its baselines and the memory bandwidth; a wrong result gets no time."""
+    from fastmtl.cli.listing import bench_kernels
+
+    bench_kernels(op, device=device, csv_path=csv, quick=quick, threads=threads)
+
+
+@_bench.command("list", cls=Command)
+def _bench_list() -> None:
+    """List the operators that can be measured."""
+    from fastmtl.cli.listing import list_benches
+
+    list_benches()

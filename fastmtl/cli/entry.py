@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import typer
 
+from fastmtl import env
 from fastmtl.cli.app import app
 from fastmtl.errors import FastmtlError
 
@@ -33,9 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     # Taken out here so that it may stand anywhere and covers errors in the command line itself.
-    shown_in_full = "--traceback" in words or os.environ.get("FASTMTL_TRACEBACK", "") == "1"
+    shown_in_full = "--traceback" in words
     words = [word for word in words if word != "--traceback"]
     try:
+        shown_in_full |= env.read("FASTMTL_TRACEBACK") == "1"
         code = app(args=words, prog_name="fastmtl", standalone_mode=False)
     except FastmtlError as error:
         return _report(error, str(error), USAGE, shown_in_full)

@@ -1,13 +1,16 @@
-"""`fastmtl data list` and `fastmtl doctor`: what there is, as text or JSON."""
+"""`fastmtl data list`, `fastmtl doctor` and `fastmtl bench`: what there is, and how fast."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from pathlib import Path
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["doctor", "list_data"]
+__all__ = ["bench_kernels", "doctor", "list_benches", "list_data"]
 
 
 def list_data(*, as_json: bool) -> None:
@@ -34,3 +37,30 @@ def doctor(*, as_json: bool) -> None:
 
     facts = report()
     print(json.dumps(facts) if as_json else render(facts))
+
+
+def bench_kernels(
+    ops: Sequence[str] | None, *, device: str, csv_path: Path | None, quick: bool, threads: int | None
+) -> None:
+    """Run the operator benchmarks; exit code 1 if a kernel of ours is wrong.
+
+    Raises:
+        UsageError: An unknown operator or device.
+        typer.Exit: A correctness gate is red.
+    """
+    import torch
+
+    from fastmtl.benchmarks.runner import run_kernels
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    rows = run_kernels(ops, device, csv_path, quick)
+    if any(row["variant"] == "fastmtl" and row["error"] > row["allowed_error"] for row in rows):
+        raise typer.Exit(1)
+
+
+def list_benches() -> None:
+    """Print the operators that have a benchmark."""
+    from fastmtl.benchmarks.registry import BENCHES
+
+    print("\n".join(BENCHES))

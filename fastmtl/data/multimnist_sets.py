@@ -81,7 +81,7 @@ register(
     [
         DatasetInfo(
             name="multimnist",
-            description="Two overlaid digits per 28 x 28 image; name the left and the right one.",
+            description="Two overlaid digits per 32 x 32 image; name the left and the right one.",
             multi_input=False,
             load_splits=_shared_images,
             **_COMMON,

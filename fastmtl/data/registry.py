@@ -57,7 +57,7 @@ class LoaderOptions:
                 raise UsageError(f"{name} must be at least 1, got {value}.")
         if self.n_train is not None and self.n_train < self.batch_size:
             raise UsageError(
-                f"n_train must be at least batch_size ({self.batch_size}), or there is no whole batch, got {self.n_train}."
+                f"n_train must be at least batch_size ({self.batch_size}) to give a whole batch, got {self.n_train}."
             )
 
 

@@ -20,8 +20,8 @@ Labels = Tensor | dict[str, Tensor]
 class GreyImages(Dataset[tuple[Tensor, Labels]]):
     """Grey images kept as bytes, given out normalised and repeated to three channels.
 
-    A batch is one vectorised fetch: ``__getitems__`` returns ``(images, labels)`` already batched, so the loader must not
-    collate (``batch_loader`` sees to that).
+    A batch is one vectorised fetch: ``__getitems__`` returns ``(images, labels)`` already batched, so the loader must
+    not collate (``batch_loader`` sees to that).
 
     Args:
         images: ``(n, h, w)`` uint8.
@@ -83,7 +83,8 @@ def batch_loader(
 ) -> DataLoader[Any]:
     """Return a loader over a data set whose ``__getitems__`` returns whole batches.
 
-    With ``shuffle`` the order is drawn from ``seed`` and a last incomplete batch is dropped; without, all rows come in order.
+    With ``shuffle`` the order is drawn from ``seed`` and a last incomplete batch is dropped; without, all rows come in
+    order.
 
     Raises:
         UsageError: ``batch_size`` is below 1, or no whole batch can be had.

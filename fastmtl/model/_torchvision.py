@@ -43,9 +43,9 @@ def _define_missing_schemas() -> None:
 def import_torchvision() -> ModuleType:
     """Return the torchvision module, importable also where its compiled operators cannot be loaded.
 
-    The wheel on PyPI is linked against CUDA; beside a CPU torch its operators stay unknown and its import fails. The models
-    and transforms are plain Python and work all the same, once the schemas that its import asks for exist. Where the
-    operators do load, nothing is defined here.
+    The wheel on PyPI is linked against CUDA; beside a CPU torch its operators stay unknown and its import fails. The
+    models and transforms are plain Python and work all the same, once the schemas that its import asks for exist.
+    Where the operators do load, nothing is defined here.
 
     Raises:
         BackendError: torchvision is not installed.

@@ -34,10 +34,10 @@ __all__ = [
 ]
 
 
-class ResNet(_resnet.ResNet):  # type: ignore[misc, name-defined]
+class ResNet(_resnet.ResNet):  # type: ignore[name-defined]
     """Encoder ``(batch, 3, h, w)`` to ``(batch, feature_dim, h / 32, w / 32)``, rounded up.
 
-    The parts ``conv1``, ``bn1``, ``relu``, ``maxpool``, ``layer1`` .. ``layer4`` and their state_dict keys are LibMTL's,
+    The parts ``conv1``, ``bn1``, ``relu``, ``maxpool``, ``layer1`` .. ``layer4`` and the state_dict keys are LibMTL's,
     and a seed gives LibMTL's initial weights.
 
     Args:
@@ -121,9 +121,9 @@ def resnet152(pretrained: bool = False, progress: bool = True, **kwargs: Any) ->
 
 
 def resnext50_32x4d(pretrained: bool = False, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNeXt-50 32x4d (Xie et al., `Aggregated Residual Transformations <https://arxiv.org/abs/1611.05431>`_), 2048 features.
+    """ResNeXt-50 32x4d, 2048 features; arguments as :func:`resnet18`.
 
-    Arguments as :func:`resnet18`.
+    Source: Xie et al., `Aggregated Residual Transformations <https://arxiv.org/abs/1611.05431>`_.
     """
     kwargs |= {"groups": 32, "width_per_group": 4}
     return _build("resnext50_32x4d", Bottleneck, [3, 4, 6, 3], pretrained, progress, **kwargs)
@@ -136,9 +136,9 @@ def resnext101_32x8d(pretrained: bool = False, progress: bool = True, **kwargs: 
 
 
 def wide_resnet50_2(pretrained: bool = False, progress: bool = True, **kwargs: Any) -> ResNet:
-    """Wide ResNet-50-2 (Zagoruyko, Komodakis, `Wide Residual Networks <https://arxiv.org/abs/1605.07146>`_), 2048 features.
+    """Wide ResNet-50-2, 2048 features; arguments as :func:`resnet18`.
 
-    Arguments as :func:`resnet18`.
+    Source: Zagoruyko and Komodakis, `Wide Residual Networks <https://arxiv.org/abs/1605.07146>`_.
     """
     kwargs |= {"width_per_group": 128}
     return _build("wide_resnet50_2", Bottleneck, [3, 4, 6, 3], pretrained, progress, **kwargs)

@@ -11,6 +11,7 @@ by being a :class:`StagedEncoder`::
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 from torch import Tensor, nn
 
@@ -27,8 +28,8 @@ class StagedEncoder(nn.Module):
 
     Args:
         stem: What comes before the first stage; ``nn.Identity()`` if nothing does.
-        stages: The stages, at least one. MTAN looks into a stage that is an ``nn.Sequential`` before its last part, which
-            must therefore not work in place.
+        stages: The stages, at least one. Where a stage is an ``nn.Sequential``, MTAN takes features from just before
+            its last part, which must therefore not work in place.
         stage_dims: Channels of each stage's output.
 
     Attributes:
@@ -73,7 +74,7 @@ class ConvEncoder(StagedEncoder):
 
     def __init__(self, channels: int = 3, stage_dims: Sequence[int] = (32, 64, 128)) -> None:
         dims = [channels, *stage_dims]
-        stages = [_conv(a, b, stride=1 if k == 0 else 2) for k, (a, b) in enumerate(zip(dims, dims[1:], strict=False))]
+        stages = [_conv(a, b, stride=1 if k == 0 else 2) for k, (a, b) in enumerate(pairwise(dims))]
         super().__init__(nn.Identity(), stages, stage_dims)
 
 
@@ -87,5 +88,5 @@ class MLPEncoder(StagedEncoder):
 
     def __init__(self, inputs: int, stage_dims: Sequence[int] = (256, 256, 128)) -> None:
         dims = [inputs, *stage_dims]
-        stages = [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in zip(dims, dims[1:], strict=False)]
+        stages = [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in pairwise(dims)]
         super().__init__(nn.Identity(), stages, stage_dims)

@@ -1,7 +1,7 @@
 """Operators on lists of task gradients and on their Gram matrix.
 
-Every op runs on the fastest backend there is for its device: C++ (``cpp``), CUDA C++ (``cuda``), Triton (``triton``) or plain
-torch (``reference``). ``FASTMTL_BACKEND`` forces one.
+Every op runs on the fastest backend there is for its device: C++ (``cpp``), CUDA C++ (``cuda``), Triton (``triton``) or
+plain torch (``reference``). ``FASTMTL_BACKEND`` forces one.
 """
 
 from __future__ import annotations

@@ -42,11 +42,11 @@ def _library(backend: str) -> ctypes.CDLL | str:
     path = _PACKAGE / _SHARED_OBJECT[backend]
     if not path.is_file():
         return f"{path.name} was not built{_build_reason(path.name.split('.')[0])}"
+    env.read("FASTMTL_ISA")  # The kernels read it too, but cannot complain.
     try:
-        library = ctypes.CDLL(str(path))
+        return ctypes.CDLL(str(path))
     except OSError as error:
         return f"{path.name} was built for another torch or system and cannot be loaded: {error}"
-    return library
 
 
 def _build_reason(extension: str) -> str:
@@ -93,8 +93,10 @@ def _choose(op: str, device: str) -> tuple[str, list[str]]:
     if choice == "reference":
         return choice, []
     if choice != "auto" and choice not in PREFERENCE.get(device, ()):
-        raise BackendError(f"FASTMTL_BACKEND={choice} cannot serve {op} on {device}: it has no kernels for this device.")
-    absent = []
+        raise BackendError(
+            f"FASTMTL_BACKEND={choice} cannot serve {op} on {device}: it has no kernels for this device."
+        )
+    absent: list[str] = []
     for backend in PREFERENCE.get(device, ()) if choice == "auto" else (choice,):
         found = _find(op, backend)
         if not isinstance(found, str):

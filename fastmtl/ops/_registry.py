@@ -1,6 +1,6 @@
 """The dispatcher as backend registry: one schema per op, a reference for every device, kernels by name.
 
-Each op lives in the namespace ``fastmtl``, whose kernel of last resort is the pure-torch reference. That kernel is also what
+Each op lives in the namespace ``fastmtl``, whose kernel of last resort is the pure-torch reference. That kernel also
 loads the compiled backends: the first call on a device lands there, registers the better kernels and dispatches again.
 The same schema in ``fastmtl_cpp`` and ``fastmtl_cuda`` reaches one backend by name.
 """
@@ -34,9 +34,7 @@ class Op:
 OPS: dict[str, Op] = {}
 
 
-def declare(
-    name: str, schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any]
-) -> Callable[..., Any]:
+def declare(name: str, schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """Declare an op and return it.
 
     Args:
@@ -93,6 +91,4 @@ def backend_report() -> list[dict[str, str]]:
 
     Each entry has the keys ``op``, ``device``, ``backend`` and ``absent`` (empty if nothing better is absent).
     """
-    return [
-        {"op": op, "device": device, **_loader.prospect(op, device)} for op in OPS for device in _loader.PREFERENCE
-    ]
+    return [{"op": op, "device": device, **_loader.prospect(op, device)} for op in OPS for device in _loader.PREFERENCE]

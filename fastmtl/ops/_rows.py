@@ -1,7 +1,7 @@
 """Rows: T lists of K gradients, as every op over a Jacobian takes them.
 
-A row is the gradient of one task, kept as the list of tensors autograd returned. Ops see all rows as one flat task-major
-list (row t, tensor k at ``t * K + k``); None stands for a zero gradient.
+A row is the gradient of one task, kept as the list of tensors autograd returned. Ops see all rows as one flat
+task-major list (row t, tensor k at ``t * K + k``); None stands for a zero gradient.
 """
 
 from __future__ import annotations
@@ -13,7 +13,17 @@ from torch import Tensor
 
 from fastmtl.errors import UsageError
 
-__all__ = ["MAX_ROWS", "Rows", "check_groups", "check_rows", "columns", "device_of", "flatten", "is_dense", "shared_strides"]
+__all__ = [
+    "MAX_ROWS",
+    "Rows",
+    "check_groups",
+    "check_rows",
+    "columns",
+    "device_of",
+    "flatten",
+    "is_dense",
+    "shared_strides",
+]
 
 Rows = Tensor | Sequence[Sequence[Tensor | None]]
 Flat = Sequence[Tensor | None]
@@ -38,7 +48,9 @@ def flatten(rows: Rows) -> tuple[list[Tensor | None], int]:
     flat: list[Tensor | None] = []
     for number, row in enumerate(rows):
         if len(row) != width:
-            raise UsageError(f"rows must have the same number of tensors, got {width} in row 0 and {len(row)} in row {number}.")
+            raise UsageError(
+                f"rows must have the same number of tensors, got {width} in row 0 and {len(row)} in row {number}."
+            )
         flat.extend(row)
     return flat, len(rows)
 
@@ -62,7 +74,9 @@ def check_rows(flat: Flat, num_rows: int) -> None:
         UsageError: Wrong number, shape, dtype, layout or device of a tensor.
     """
     if num_rows < 1 or len(flat) % num_rows:
-        raise UsageError(f"rows must hold the same number of tensors in each of {num_rows} rows, got {len(flat)} in all.")
+        raise UsageError(
+            f"rows must hold the same number of tensors in each of {num_rows} rows, got {len(flat)} in all."
+        )
     device = device_of(flat)
     for k, column in enumerate(columns(flat, num_rows)):
         for t, row in column:
@@ -76,7 +90,7 @@ def check_rows(flat: Flat, num_rows: int) -> None:
                 raise UsageError(f"{name} must be on {device} as the other rows, got {row.device}.")
             if row.shape != first.shape:
                 raise UsageError(
-                    f"{name} must have the shape {tuple(first.shape)} of rows[{first_row}][{k}], got {tuple(row.shape)}."
+                    f"{name} must have shape {tuple(first.shape)} as rows[{first_row}][{k}], got {tuple(row.shape)}."
                 )
 
 

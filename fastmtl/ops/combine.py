@@ -28,7 +28,9 @@ def _check_weights(weights: Tensor, num_rows: int, num_groups: int | None, many:
         raise UsageError(f"weights must have the shape {allowed}, got {tuple(weights.shape)}.")
 
 
-def _check(rows: Sequence[Tensor | None], num_rows: int, weights: Tensor, groups: Sequence[int] | None, many: bool) -> None:
+def _check(
+    rows: Sequence[Tensor | None], num_rows: int, weights: Tensor, groups: Sequence[int] | None, many: bool
+) -> None:
     check_rows(rows, num_rows)
     num_groups = check_groups(groups, len(rows) // num_rows)
     _check_weights(weights, num_rows, None if groups is None else num_groups, many)
@@ -163,9 +165,10 @@ def combine(
 ) -> list[Tensor | None] | list[list[Tensor | None]]:
     """Return sum_t w_t row_t, one new tensor per parameter.
 
-    The sum is taken in float32, in float64 if a row of the parameter is float64; the result has the promoted dtype of the
-    rows, and their memory layout if they share a dense one. A row whose weight is exactly 0 is not read, so what it holds,
-    NaN included, does not matter.
+    The sum is taken in float32, in float64 if a row of the parameter is float64; the result has the promoted dtype of
+    the rows, and their memory layout if they share a dense one. A row whose weight is exactly 0 is not read, so what it
+    holds, NaN included, does not matter. In a training loop :func:`combine_` is faster: large new tensors cost the
+    system more than the sums.
 
     Args:
         rows: T lists of K gradients or a (T, P) tensor, which counts as K = 1; see :func:`fastmtl.ops.gram`.
@@ -225,8 +228,8 @@ def combine_(
         rows: T lists of K gradients, or a (T, P) tensor with one (P,) ``out``; see :func:`fastmtl.ops.gram`.
         weights: (T,) or, with groups, (L, T). A row whose weight is exactly 0 is not read.
         groups: For each of the K tensors the row of ``weights`` that applies to it.
-        accumulate: Add to what is there instead of overwriting it. Where a parameter is None in all rows, ``out`` becomes
-            zero without ``accumulate`` and stays as it is with it.
+        accumulate: Add to what is there instead of overwriting it. Where a parameter is None in all rows, ``out``
+            becomes zero without ``accumulate`` and stays as it is with it.
 
     Raises:
         UsageError: ``out``, ``rows``, ``weights`` or ``groups`` do not fit together.

@@ -50,14 +50,14 @@ _gram = declare(
 def gram(rows: Rows, groups: Sequence[int] | None = None) -> Tensor:
     """Return the Gram matrix G_ij = <row_i, row_j> of T gradients.
 
-    The rows are read once, where they lie. Products are summed in float32 lanes within short chunks and in float64 across
-    them (float64 throughout for float64 rows), so float32 rows with entries within 1e-19 .. 1e19 in size are safe. A NaN or
-    infinity in row i shows in row and column i.
+    The rows are read once, where they lie. Products are summed in float32 within short chunks and in float64 across
+    them (float64 throughout for float64 rows); where float32's range is too small for the squares of a chunk, in
+    float64 too. A NaN or infinity in row i shows in row and column i.
 
     Args:
-        rows: T lists (1 to 128) of the K gradients of one task each, as :func:`torch.autograd.grad` returns them, or a (T, P)
-            tensor. Tensor k has the same shape in all rows; dtype (float32, float64, bfloat16, float16) and strides may
-            differ. None is a zero gradient.
+        rows: T lists (1 to 128) of the K gradients of one task each, as :func:`torch.autograd.grad` returns them, or a
+            (T, P) tensor. Tensor k has the same shape in all rows; dtype (float32, float64, bfloat16, float16) and
+            strides may differ. None is a zero gradient.
         groups: For each of the K tensors the group it belongs to, 0 .. L-1; each group gets a matrix of its own.
 
     Returns:

@@ -24,12 +24,10 @@ class Weights:
     Attributes:
         shared: The update of the shared parameters is ``sum_t shared_t g_t``, g_t the gradient of task t's loss.
         logged: What is reported as the task weights; ``shared`` unless given.
-        heads: Loss weights of the task-specific parameters; 1 unless given.
     """
 
     shared: Tensor
     logged: Tensor | None = None
-    heads: Tensor | None = None
 
 
 class AbsWeighting(nn.Module):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastmtl.cli import main
 
@@ -115,12 +116,37 @@ def test_help_is_exit_code_0(line: str, capsys: pytest.CaptureFixture[str]) -> N
     assert "Usage: fastmtl" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("line", ["", "data"])
+@pytest.mark.parametrize("line", ["", "data", "bench"])
 def test_incomplete_command_shows_help(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(line.split()) == 2
     shown = capsys.readouterr()
     assert "Usage: fastmtl" in shown.out + shown.err
     assert "error" not in shown.err
+
+
+def test_bench_list_names_the_operators(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "list"]) == 0
+    assert capsys.readouterr().out.split() == ["gram", "combine", "min_norm"]
+
+
+def test_bench_refuses_an_unknown_operator(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "kernels", "--op", "gran"]) == 2
+    assert "Unknown op 'gran'. Did you mean 'gram'?" in capsys.readouterr().err
+
+
+def test_bench_fails_on_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from fastmtl.benchmarks import runner
+    from fastmtl.benchmarks.registry import Case, Variant
+
+    def wrong(op: str, device: torch.device, quick: bool) -> list[Case]:
+        variants = {"fastmtl": Variant(call=lambda: torch.ones(()), allowed=1e-6)}
+        return [Case(name="small", dtype="float32", variants=variants, error=float)]
+
+    monkeypatch.setattr(runner, "cases_of", wrong)
+    assert main(["bench", "kernels", "--op", "gram", "--quick"]) == 1
+    shown = capsys.readouterr()
+    assert "WRONG: error 1.0e+00" in shown.out, shown.err
+    assert " us " not in shown.out
 
 
 def test_data_list_names_the_data_sets(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,5 @@
-// Element conversions between the dtypes of rows and the type sums are taken in. Included by a kernel header inside a namespace,
-// once per instruction set: no include guard.
+// Element conversions between the dtypes of rows and the type sums are taken in. Included by a kernel header inside a
+// namespace, once per instruction set: no include guard.
 
 template <class To, class From>
 inline void convert(To* to, const From* from, int64_t length) {

@@ -9,8 +9,8 @@
 
 namespace fastmtl {
 
-// Calls body(i) once for each i in [0, count). Threads take the next index when they are done with one, so a thread that
-// the system interrupts does not hold up the rest. `body` must not throw.
+// Calls body(i) once for each i in [0, count). Threads take the next index when they are done with one, so a thread
+// that the system interrupts does not hold up the rest. `body` must not throw.
 template <class Body>
 void run_parallel(int64_t count, const Body& body) {
   const int64_t threads = std::min<int64_t>(count, torch::stable::get_num_threads());

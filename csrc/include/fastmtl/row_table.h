@@ -1,4 +1,5 @@
-// The rows of an op: T x K tensors from the dispatcher, brought to memory that kernels can walk with one pointer per row.
+// The rows of an op: T x K tensors from the dispatcher, brought to memory that kernels can walk with one pointer per
+// row.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -14,6 +15,8 @@ namespace fastmtl {
 
 using torch::stable::Tensor;
 using TensorList = std::vector<std::optional<Tensor>>;
+
+constexpr int64_t kMaxRows = 128;
 
 enum class DType : uint8_t { f32, f64, bf16, f16 };
 
@@ -71,9 +74,7 @@ struct Shape {
 
   int64_t numel() const { return std::accumulate(sizes, sizes + dim, int64_t{1}, std::multiplies<>()); }
 
-  bool same_sizes(const Shape& other) const {
-    return dim == other.dim && std::equal(sizes, sizes + dim, other.sizes);
-  }
+  bool same_sizes(const Shape& other) const { return dim == other.dim && std::equal(sizes, sizes + dim, other.sizes); }
 
   // Whether the elements lie in the same order and distance; the stride of a dimension of one element says nothing.
   bool same_strides(const int64_t* other) const {
@@ -124,19 +125,20 @@ struct Row {
 
 // What the rows of one parameter have in common.
 struct Parameter {
-  Shape shape;                   // Of the first row there is; strides are those below.
+  Shape shape;  // Of the first row there is; strides are those below.
   std::vector<int64_t> sizes;
   std::vector<int64_t> strides;  // The dense layout all rows share, else the contiguous one.
   int64_t numel = 0;
-  DType dtype = DType::f32;      // Promoted over the rows.
-  bool present = false;          // Whether any row has it.
+  DType dtype = DType::f32;  // Promoted over the rows.
+  bool present = false;      // Whether any row has it.
 };
 
 class RowTable {
  public:
   // `flat` is task-major and must outlive the table.
   RowTable(const TensorList& flat, int64_t num_rows) : num_rows_(num_rows) {
-    STD_TORCH_CHECK(num_rows > 0 && flat.size() % num_rows == 0, "rows must have the same number of tensors each");
+    STD_TORCH_CHECK(num_rows >= 1 && num_rows <= kMaxRows, "there must be 1 to 128 rows");
+    STD_TORCH_CHECK(flat.size() % num_rows == 0, "rows must have the same number of tensors each");
     const auto width = static_cast<int64_t>(flat.size()) / num_rows;
     parameters_.resize(width);
     rows_.resize(flat.size());

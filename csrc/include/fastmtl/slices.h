@@ -1,5 +1,6 @@
-// Cuts K tensors, seen as one long vector per group, into slices of about equal length. A slice is what one thread takes at
-// a time; where the cuts fall depends on the sizes alone, never on the number of threads, and so do all rounding errors.
+// Cuts K tensors, seen as one long vector per group, into slices of about equal length. A slice is what one thread
+// takes at a time; where the cuts fall depends on the sizes alone, never on the number of threads, and so do all
+// rounding errors.
 #pragma once
 
 #include <algorithm>
@@ -27,8 +28,8 @@ struct Slice {
 constexpr int64_t kSliceAlignment = 1024;
 constexpr int64_t kMaxSlices = 128;
 
-// `segments` must be sorted by group. A group gives at least one slice if it has an element; all groups together give at
-// most kMaxSlices plus their number, and no slice but the last of a group is shorter than `min_length`.
+// `segments` must be sorted by group. A group gives at least one slice if it has an element; all groups together give
+// at most kMaxSlices plus their number, and no slice but the last of a group is shorter than `min_length`.
 inline std::vector<Slice> cut(const std::vector<Segment>& segments, int64_t min_length) {
   int64_t total = 0;
   for (const Segment& segment : segments) total += segment.length;
@@ -54,7 +55,8 @@ inline std::vector<Slice> cut(const std::vector<Segment>& segments, int64_t min_
   return slices;
 }
 
-// Calls visit(tensor, begin, length) for each piece of a slice, in order; no piece crosses a tensor or exceeds `max_length`.
+// Calls visit(tensor, begin, length) for each piece of a slice, in order; no piece crosses a tensor or exceeds
+// `max_length`.
 template <class Visit>
 void for_each_chunk(const std::vector<Segment>& segments, const Slice& slice, int64_t max_length, Visit visit) {
   int64_t segment = slice.segment;

@@ -1,5 +1,5 @@
-// One vector register of float or double, in compiler vector extensions. Included by for_each_isa.h inside a namespace, once per
-// instruction set: no include guard.
+// One vector register of float or double, in compiler vector extensions. Included by for_each_isa.h inside a namespace,
+// once per instruction set: no include guard.
 
 constexpr int64_t kVectorBytes = FASTMTL_VECTOR_BYTES;
 

@@ -1,0 +1,49 @@
+"""torchvision can be imported whatever torch it was built for, and only what is missing is defined."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastmtl.errors import BackendError
+from fastmtl.model import _torchvision
+
+
+def _run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_in_a_fresh_process() -> None:
+    out = _run(
+        "from fastmtl.model._torchvision import import_torchvision\n"
+        "torchvision = import_torchvision()\n"
+        "assert import_torchvision() is torchvision\n"
+        "import torch\n"
+        "print(torchvision.models.resnet18(num_classes=3)(torch.zeros(2, 3, 32, 32)).shape)"
+    )
+    assert out.strip() == "torch.Size([2, 3])"
+
+
+def test_importing_the_package_leaves_torchvision_alone() -> None:
+    assert _run("import sys, fastmtl.model, fastmtl.data; print('torchvision' in sys.modules)").strip() == "False"
+
+
+def test_schemas_that_exist_are_not_defined_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    _torchvision.import_torchvision()
+
+    def refuse(*args: object) -> None:
+        raise AssertionError("defined a schema that exists")
+
+    monkeypatch.setattr(torch.library.Library, "define", refuse)
+    _torchvision._define_missing_schemas()
+
+
+def test_without_torchvision_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_torchvision, "find_spec", lambda name: None)
+    with pytest.raises(BackendError, match="pip install torchvision"):
+        _torchvision.import_torchvision()

@@ -1,0 +1,113 @@
+"""Losses: the weighted mean LibMTL computes, without waiting for the device."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastmtl.errors import UsageError
+from fastmtl.loss import AbsLoss, CELoss, KLDivLoss, L1Loss, MSELoss
+from tests.host_reads import NoHostRead
+
+
+class Scaled(AbsLoss):
+    """As a user of LibMTL writes it."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
+        return self.scale * (pred - gt).pow(2).mean()
+
+
+def _batches(seed: int) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.randn(n, 3, generator=generator), torch.randn(n, 3, generator=generator)) for n in (7, 4, 1)]
+
+
+def test_the_guard_of_these_tests_works() -> None:
+    with pytest.raises(AssertionError, match="read on the host"), NoHostRead():
+        torch.ones(()).item()
+
+
+@pytest.mark.parametrize("loss", [MSELoss(), L1Loss(), Scaled(0.5)], ids=lambda loss: type(loss).__name__)
+def test_average_is_weighted_by_batch_size(loss: AbsLoss) -> None:
+    batches = _batches(0)
+    for _ in range(2):
+        with NoHostRead():
+            values = [loss._update_loss(pred.requires_grad_(), gt) for pred, gt in batches]
+        assert all(value.requires_grad for value in values)
+        record = np.array([value.item() for value in values])
+        assert loss._average_loss() == pytest.approx((record * [7, 4, 1]).sum() / 12, rel=1e-12)
+        loss._reinit()
+
+
+def test_values_are_torch_losses() -> None:
+    pred, gt = _batches(1)[0]
+    classes = torch.tensor([0, 2, 1, 1, 0, 2, 2])
+    assert torch.equal(CELoss().compute_loss(pred, classes), F.cross_entropy(pred, classes))
+    assert torch.equal(L1Loss().compute_loss(pred, gt), (pred - gt).abs().mean())
+    assert torch.equal(MSELoss().compute_loss(pred, gt), (pred - gt).square().mean())
+    p, q = gt.softmax(1), pred.log_softmax(1)
+    torch.testing.assert_close(KLDivLoss().compute_loss(q, p), (p * (p.log() - q)).mean())
+
+
+def test_long_sums_keep_their_digits() -> None:
+    loss = MSELoss()
+    for _ in range(20_000):
+        loss.accumulate(torch.tensor(0.1), 1)
+    assert loss._average_loss() == pytest.approx(float(np.float32(0.1)), rel=1e-12)
+
+
+def test_accumulating_does_not_keep_the_graph() -> None:
+    loss = MSELoss()
+    loss.accumulate(torch.ones(1, requires_grad=True).sum(), 3)
+    assert loss._running._total is not None
+    assert not loss._running._total.requires_grad
+
+
+def test_nothing_to_average_is_an_error() -> None:
+    loss = CELoss()
+    with pytest.raises(UsageError, match=r"CELoss.*empty"):
+        loss._average_loss()
+    loss.accumulate(torch.tensor(1.0), 2)
+    loss._reinit()
+    with pytest.raises(UsageError, match="empty"):
+        loss._average_loss()
+
+
+def test_a_loss_that_is_no_scalar_is_an_error() -> None:
+    class PerRow(AbsLoss):
+        def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
+            return (pred - gt).abs().mean(1)
+
+    with pytest.raises(UsageError, match=r"PerRow.*\(4,\)"):
+        PerRow()._update_loss(torch.ones(4, 2), torch.ones(4, 2))
+
+
+def test_a_subclass_that_keeps_its_own_record_is_averaged() -> None:
+    class Recording(MSELoss):
+        def _update_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
+            loss = self.compute_loss(pred, gt)
+            self.record.append(loss.item())
+            self.bs.append(len(pred))
+            return loss
+
+    loss, plain = Recording(), MSELoss()
+    for pred, gt in _batches(2):
+        loss._update_loss(pred, gt)
+        plain._update_loss(pred, gt)
+    assert loss._average_loss() == pytest.approx(plain._average_loss(), rel=1e-12)
+    loss._reinit()
+    assert loss.record == []
+
+
+def test_compute_loss_compiles_whole() -> None:
+    loss = Scaled(3.0)
+    pred, gt = _batches(3)[0]
+    compiled = torch.compile(loss.compute_loss, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(pred, gt), loss.compute_loss(pred, gt))

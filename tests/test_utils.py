@@ -1,0 +1,86 @@
+"""Seeds, devices, counts and the improvement over a baseline."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fastmtl
+from fastmtl.errors import UsageError
+from fastmtl.utils import count_improvement, count_parameters, get_root_dir, set_device, set_random_seed
+
+
+def _draw() -> tuple[float, float, float]:
+    return random.random(), float(np.random.rand()), torch.rand(()).item()
+
+
+def test_a_seed_fixes_all_three_generators() -> None:
+    set_random_seed(5)
+    first = _draw()
+    set_random_seed(5)
+    assert _draw() == first
+    set_random_seed(6)
+    assert all(a != b for a, b in zip(_draw(), first, strict=True))
+
+
+def test_root_holds_the_package() -> None:
+    assert Path(get_root_dir(), "fastmtl", "__init__.py").samefile(fastmtl.__file__)
+
+
+def test_set_device_chooses_what_is_visible(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    set_device("1")
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
+
+
+def test_set_device_after_cuda_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    set_device("0")
+    with pytest.raises(UsageError, match="too late"):
+        set_device("1")
+
+
+def test_parameters_are_counted_and_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    model[1].requires_grad_(False)
+    count_parameters(model)
+    assert capsys.readouterr().out == (
+        "=" * 40 + "\nTotal Params: 26\nTrainable Params: 16\nNon-trainable Params: 10\n"
+    )
+
+
+def test_improvement_of_the_documented_example() -> None:
+    improvement = count_improvement({"A": [96, 98], "B": [0.2]}, {"A": [93, 99], "B": [0.5]}, {"A": [1, 0], "B": [1]})
+    assert improvement == pytest.approx((((93 - 96) / 96 + (98 - 99) / 98) / 2 + (0.5 - 0.2) / 0.2) / 2)
+
+
+def test_better_is_positive_whatever_the_sign_of_the_baseline() -> None:
+    assert count_improvement({"a": [-0.5]}, {"a": [-0.25]}, {"a": [1]}) == pytest.approx(0.5)
+    assert count_improvement({"a": [-0.5]}, {"a": [-0.25]}, {"a": [0]}) == pytest.approx(-0.5)
+
+
+def test_a_baseline_of_zero_counts_the_difference() -> None:
+    assert count_improvement({"a": [0.0]}, {"a": [0.3]}, {"a": [1]}) == pytest.approx(0.3)
+    assert count_improvement({"a": [0.0]}, {"a": [0.0]}, {"a": [0]}) == 0
+
+
+@pytest.mark.parametrize(
+    ("new", "weight", "message"),
+    [({"b": [1]}, {"a": [1]}, "'a' is missing"), ({"a": [1, 2]}, {"a": [1]}, "equally many")],
+)
+def test_results_must_match(new: dict[str, list[float]], weight: dict[str, list[int]], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        count_improvement({"a": [1.0]}, new, weight)
+
+
+def test_no_tasks_is_an_error() -> None:
+    with pytest.raises(UsageError, match="no tasks"):
+        count_improvement({}, {}, {})
