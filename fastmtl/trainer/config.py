@@ -62,7 +62,7 @@ class TrainConfig:
         default_factory=dict, metadata=_about("Model", "Hyper-parameters of the architecture.")
     )
 
-    epochs: int = _setting(4, "Optimisation", "Passes over the training data.")
+    epochs: int = _setting(1, "Optimisation", "Passes over the training data.")
     optim: str = _setting("adam", "Optimisation", "Optimizer.", tuple(OPTIMIZERS))
     lr: float = _setting(1e-3, "Optimisation", "Learning rate.")
     weight_decay: float = _setting(1e-5, "Optimisation", "Weight decay.")
