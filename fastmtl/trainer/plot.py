@@ -25,8 +25,8 @@ __all__ = ["PlotLogger", "draw"]
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#5D4A1F")
 _PAIR_COLORS = ("#3B4CC0", "#B40426", "#2E8B57", "#8A5FBF", "#C47F17", "#4A9DB5")
 _MODES: dict[str, dict[str, Any]] = {
-    "train": {"linestyle": "--", "alpha": 0.6},
-    "val": {"linestyle": ":"},
+    "train": {"linestyle": "--", "alpha": 0.6, "marker": "."},
+    "val": {"linestyle": ":", "marker": "."},
     "test": {"linestyle": "-", "marker": "o", "markersize": 4},
 }
 _METRIC_PANELS = 3
@@ -224,6 +224,7 @@ def _draw_metric(axis: Axes, history: History, name: str, colors: Sequence[Any])
     axis.set_xlabel("Epoch")
     axis.set_ylabel(name)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.set_xlim(0.5, max((epoch for _, epoch in history.results), default=0) + 1.5)
     axis.legend(
         [Line2D([], [], color="#555555", **_MODES[mode]) for mode in modes],
         modes,
