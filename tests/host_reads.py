@@ -10,9 +10,11 @@ __all__ = ["NoHostRead"]
 
 
 class NoHostRead(TorchDispatchMode):
-    """Raises where a value would be read on the host."""
+    """Raises where a value, or the number of nonzero ones, would be read on the host."""
+
+    READS = ("_local_scalar_dense", "nonzero", "aten.item")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if "_local_scalar_dense" in str(func):
+        if any(name in str(func) for name in self.READS):
             raise AssertionError("a value was read on the host")
         return func(*args, **(kwargs or {}))

@@ -77,7 +77,7 @@ class TrainConfig:
     seed: int = _setting(0, "Optimisation", "Seed of every random number.")
 
     device: str | None = _setting(None, "Machine", "cpu, cuda, cuda:1, mps; the best there is if not given.")
-    compile: bool | str = _setting(False, "Machine", "Compile the step; auto compiles only where it is known to pay.")
+    compile: bool | str = _setting(False, "Machine", "Compile the step; auto tries both and keeps the faster.")
     threads: int | None = _setting(None, "Machine", "CPU threads; PyTorch's choice if not given.")
 
     validate: bool = _setting(True, "Logging", "Choose best.pt by the validation split, not by the test split.")
