@@ -43,6 +43,7 @@ class Regions:
         self.compiled = compiled
         if compiled:
             _configure_backwards()
+            _allow_a_graph_per_task(len(problem.tasks))
         for name in _NAMES:
             function = getattr(problem, name)
             setattr(self, name, _Region(name, function, on_compile) if compiled else function)
@@ -56,6 +57,7 @@ class _Region:
         self.on_compile = on_compile
         self.graphs = 0
         self.first_graphs = 0
+        self.first_calls: set[str | None] = set()
         self.function = torch.compile(function, backend=self._backend)
 
     def _backend(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
@@ -65,13 +67,17 @@ class _Region:
         return compile_fx(graph, inputs, **(_cpu_options() if all(map(_on_cpu, inputs)) else {}))
 
     def __call__(self, *args: Any) -> Any:
-        if self.first_graphs:
+        # With inputs of its own, each task is a graph of its own; the task's name is the last argument then.
+        task = args[-1] if isinstance(args[-1], str) else None
+        if task in self.first_calls:
             return self.function(*args)
-        start = time.perf_counter()
-        self.on_compile(f"compiling {self.name}")
+        start, before = time.perf_counter(), self.graphs
+        what = self.name if task is None else f"{self.name} of {task}"
+        self.on_compile(f"compiling {what}")
         result = self.function(*args)
-        self.first_graphs = self.graphs
-        self.on_compile(f"compiled {self.name} in {time.perf_counter() - start:.1f} s")
+        self.first_calls.add(task)
+        self.first_graphs += self.graphs - before
+        self.on_compile(f"compiled {what} in {time.perf_counter() - start:.1f} s")
         return result
 
 
@@ -114,6 +120,13 @@ def _configure_backwards() -> None:
     # Backward graphs are compiled with the forward ones, so that progress is told where time is spent.
     if hasattr(functorch_config, "force_non_lazy_backward_lowering"):
         functorch_config.force_non_lazy_backward_lowering = True
+
+
+def _allow_a_graph_per_task(tasks: int) -> None:
+    """Keep torch from going on eagerly, with a warning only, when many tasks share one function."""
+    import torch._dynamo.config as dynamo_config
+
+    dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, 4 * tasks)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -160,6 +173,6 @@ def measure_compiled(step: Callable[[], Any], regions: Regions) -> CompileReport
     return CompileReport(
         share=compiled / total if total else 0.0,
         regions=[region.name for region in used],
-        graph_breaks=sum(region.first_graphs - 1 for region in used),
+        graph_breaks=sum(region.first_graphs - len(region.first_calls) for region in used),
         recompiles=sum(region.graphs - region.first_graphs for region in used),
     )

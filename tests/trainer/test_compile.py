@@ -177,3 +177,16 @@ def test_auto_tries_both_and_says_which() -> None:
     assert len(verdicts) == 1
     assert verdicts[0].endswith(f"going on {'compiled' if trainer.step.compiled else 'eager'}")
     assert trainer.step.trial is None
+
+
+@pytest.mark.slow
+def test_many_tasks_with_inputs_of_their_own_stay_compiled() -> None:
+    torch.compiler.reset()
+    count = 10
+    trainer = make_trainer("EW", count=count, multi_input=True, compile=True)
+    batches = {task: next(iter(loader)) for task, loader in loaders(count, multi_input=True).items()}
+    inputs, labels = ({task: batch[i] for task, batch in batches.items()} for i in (0, 1))
+    trainer.step(inputs, labels, StepBuffer())
+    report = measure_compiled(lambda: trainer.step(inputs, labels, StepBuffer()), trainer.step.route.regions)
+    assert (report.graph_breaks, report.recompiles) == (0, 0)
+    assert trainer.step.route.regions.single.graphs == count
