@@ -5,14 +5,16 @@ from __future__ import annotations
 import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 import fastmtl
 
-__all__ = ["bandwidth", "facts", "wait_for"]
+__all__ = ["Probes", "facts", "probes", "wait_for"]
 
 _PROBE_ELEMENTS = 64 << 20
 
@@ -59,32 +61,35 @@ def facts(device: torch.device) -> dict[str, str | int]:
     }
 
 
-def _fastest(call: Callable[[], object], device: torch.device) -> float:
-    taken = []
-    for _ in range(3):
-        wait_for(device)
-        start = time.perf_counter()
-        call()
-        wait_for(device)
-        taken.append(time.perf_counter() - start)
-    return min(taken)
+@dataclass(frozen=True, slots=True)
+class Probes:
+    """Ways to measure the bytes per second of reading and of copying (read plus written), a pass a call."""
+
+    read: Sequence[Callable[[], float]]
+    copy: Sequence[Callable[[], float]]
 
 
-def bandwidth(device: torch.device) -> dict[str, float]:
-    """Return bytes per second of reading and of copying (read plus written), with as many threads as torch uses.
-
-    The best of torch's own sum and copy and, on the CPU, of the probes in ``fastmtl._host``.
-    """
+def probes(device: torch.device) -> Probes:
+    """Return torch's own sum and copy and, on the CPU, the loops in ``fastmtl._host``, with torch's threads."""
     source = torch.ones(_PROBE_ELEMENTS, device=device)
     target = torch.empty_like(source)
-    read = source.nbytes / _fastest(source.sum, device)
-    copy = 2 * source.nbytes / _fastest(lambda: target.copy_(source), device)
+    read: list[Callable[[], float]] = [lambda: source.nbytes / _seconds(source.sum, device)]
+    copy: list[Callable[[], float]] = [lambda: 2 * source.nbytes / _seconds(lambda: target.copy_(source), device)]
     if device.type == "cpu":
         try:
             from fastmtl import _host
         except ImportError:
-            return {"read": read, "copy": copy}
-        threads = torch.get_num_threads()
-        read = max(read, _host.read_bandwidth(threads=threads, seconds=0.1))
-        copy = max(copy, _host.copy_bandwidth(threads=threads, seconds=0.1))
-    return {"read": read, "copy": copy}
+            pass
+        else:
+            memory = _host.Memory(threads=torch.get_num_threads())
+            read += [partial(memory.read, way) for way in range(memory.read_ways)]
+            copy += [partial(memory.copy, way) for way in range(memory.copy_ways)]
+    return Probes(read, copy)
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    wait_for(device)
+    start = time.perf_counter()
+    call()
+    wait_for(device)
+    return time.perf_counter() - start

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -34,16 +34,16 @@ class Case:
         dtype: Dtype of the inputs.
         variants: The ways to compute it; ``"fastmtl"`` is ours.
         error: Error of a result against float64.
-        bytes: Bytes that must move; 0 where memory is not the limit.
-        bound: The bandwidth ``bytes`` is compared with.
+        bytes_read: Bytes that must be read; 0 where memory is not the limit.
+        bytes_written: Bytes that must be written.
     """
 
     name: str
     dtype: str
     variants: Mapping[str, Variant]
     error: Callable[[Any], float]
-    bytes: int = 0
-    bound: Literal["read", "copy", ""] = ""
+    bytes_read: int = 0
+    bytes_written: int = 0
 
 
 BENCHES = ("gram", "combine", "min_norm")

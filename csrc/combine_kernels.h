@@ -2,7 +2,7 @@
 // include guard.
 
 // Rows walked side by side; more would be more streams than the processor follows well.
-constexpr int64_t kGroup = 8;
+constexpr int64_t kGroup = 16;
 // Vectors of one row taken in a step, and how far ahead rows are called into the second-level cache, in elements.
 constexpr int64_t kStep = 4;
 constexpr int64_t kAhead = 512;
@@ -20,7 +20,7 @@ inline __attribute__((always_inline)) void sum_vectors(const Acc* const* rows, c
 #pragma GCC unroll 4
   for (int64_t v = 0; v < vectors; ++v, at += kLanes<Acc>) {
     Vec<Acc> sum = start != nullptr ? load<Acc>(start + at) : Vec<Acc>{};
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int t = 0; t < count; ++t) sum = fma(weights[t], load<Acc>(rows[t] + at), sum);
     if constexpr (streams) {
       stream(out + at, sum);
@@ -55,7 +55,7 @@ void sum_group(const Term<Acc>* terms, const Acc* start, Acc* out, int64_t lengt
     sum_scalars(terms, count, start, out, 0, at);
   }
   for (; at + kStep * width <= length; at += kStep * width) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int t = 0; t < count; ++t) {
 #pragma GCC unroll 4
       for (int64_t v = 0; v < kStep; ++v) __builtin_prefetch(rows[t] + at + kAhead + v * width, 0, 2);

@@ -38,7 +38,7 @@ namespace {
 
 int64_t chunk_length(int64_t num_rows, bool converts) {
   const int64_t cache_floats = converts ? 32768 : 131072;
-  return std::clamp<int64_t>(cache_floats / num_rows / 512 * 512, 512, 8192);
+  return std::clamp<int64_t>(cache_floats / num_rows / 512 * 512, 512, 4096);
 }
 
 Tensor gram(const TensorList& flat, int64_t num_rows, const std::optional<std::vector<int64_t>>& groups) {

@@ -1,20 +1,19 @@
 // The Gram matrix of one slice. Compiled once per instruction set, inside that set's namespace: no include guard.
 //
-// A slice is taken in chunks of up to 8192 elements of every row, for which float32 sums last before they are added up
+// A slice is taken in chunks of up to 4096 elements of every row, for which float32 sums last before they are added up
 // in float64, and a chunk in strips, which stay in the caches while all pairs of rows are multiplied. Rows are
 // multiplied four by four, so that 16 sums and 8 operands stay in registers.
 
 constexpr int64_t kBlock = 4;
 constexpr int64_t kMaxBlocks = kMaxRows / kBlock;
-constexpr int64_t kStrip = 512;
-// How far ahead of a strip rows are called into the second-level cache, in elements.
-constexpr int64_t kAhead = kStrip + kStrip / 2;
-// Rows each pair of blocks calls ahead at most: with two blocks, eight rows are shared by three pairs.
-constexpr int kCalls = 3;
 constexpr int64_t kSumLanes = kLanes<double>;
 // Products a lane adds up one by one before the sum is put aside. Short runs keep the error of equal entries, such as
 // those of an expanded gradient, near that of pairwise summation.
-constexpr int64_t kRun = 16;
+constexpr int64_t kRun = 32;
+// Elements of each row that are multiplied while the next as many are called from memory, a share every kBeat vectors.
+constexpr int64_t kStrip = 2048;
+constexpr int64_t kBeat = 4;
+constexpr int64_t kLineFloats = 16;
 
 // The present rows of a chunk of one parameter.
 template <class Storage>
@@ -36,11 +35,45 @@ inline void pad(const Storage* from, int64_t length, Storage (&to)[kLanes<Acc>])
   for (int64_t i = 0; i < kLanes<Acc>; ++i) to[i] = i < length ? from[i] : Storage{};
 }
 
-// tile[r][c] += a[r] * b[c] over elements [begin, end); on the diagonal (a = b) only c >= r is taken. Meanwhile `calls`
-// other rows are called into the cache, for memory to work while the arithmetic does.
-template <class Acc, int R, int C, bool diagonal, int calls, class Storage>
+// Calls one strip of all rows into the second-level cache while another is multiplied, row after row: memory answers a
+// few long bursts faster than as many streams as there are rows.
+class Ahead {
+ public:
+  Ahead(const Chunk<float>& chunk, int64_t begin) : row_(chunk.rows), begin_(begin), left_(chunk.count * kStrip) {
+    const int64_t blocks = (chunk.count + kBlock - 1) / kBlock;
+    const int64_t beats = blocks * (blocks + 1) / 2 * kStrip / (kBeat * kLanes<float>);
+    share_ = (left_ + beats - 1) / beats;
+  }
+
+  // Calls the share of one beat.
+  void operator()() {
+    for (int64_t called = 0; called < share_ && left_ > 0; called += kLineFloats, left_ -= kLineFloats) {
+      __builtin_prefetch(*row_ + begin_ + at_, 0, 2);
+      at_ += kLineFloats;
+      if (at_ == kStrip) {
+        ++row_;
+        at_ = 0;
+      }
+    }
+  }
+
+ private:
+  const float* const* row_;
+  int64_t begin_;
+  int64_t at_ = 0;
+  int64_t left_;
+  int64_t share_;
+};
+
+struct Nothing {
+  void operator()() const {}
+};
+
+// tile[r][c] += a[r] * b[c] over elements [begin, end); on the diagonal (a = b) only c >= r is taken. meanwhile() is
+// called again and again, for memory to work while the arithmetic does.
+template <class Acc, int R, int C, bool diagonal, class Storage, class Meanwhile>
 void multiply(const Storage* const* rows_a, const Storage* const* rows_b, int64_t begin, int64_t end, Tile<Acc>& tile,
-              const Storage* const* ahead) {
+              Meanwhile& meanwhile) {
   constexpr int64_t width = kLanes<Acc>;
   const Storage* a[R];
   const Storage* b[C];
@@ -76,8 +109,7 @@ void multiply(const Storage* const* rows_a, const Storage* const* rows_b, int64_
     }
     const int64_t run = std::min(left / width, kRun) * width;
     for (const int64_t stop = at + run; at < stop; at += width) {
-#pragma GCC unroll 4
-      for (int call = 0; call < calls; ++call) __builtin_prefetch(ahead[call] + at, 0, 2);
+      if (at % (kBeat * width) == 0) meanwhile();
       Vec<Acc> x[R];
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) x[r] = load<Acc>(a[r] + at);
@@ -103,14 +135,14 @@ void multiply(const Storage* const* rows_a, const Storage* const* rows_b, int64_
 }
 
 // Multiplies the blocks of rows that start at i and j >= i; only the last block of a chunk has fewer than four rows.
-template <class Acc, int calls, class Storage>
+template <class Acc, class Storage, class Meanwhile>
 void multiply_blocks(const Chunk<Storage>& chunk, int64_t i, int64_t j, int64_t begin, int64_t end, Tile<Acc>& tile,
-                     const Storage* const* ahead) {
+                     Meanwhile& meanwhile) {
   const Storage* const* a = chunk.rows + i;
   const Storage* const* b = chunk.rows + j;
   const auto with = [&]<int C>(std::integral_constant<int, C>) {
-    return i == j ? multiply<Acc, C, C, true, calls>(a, b, begin, end, tile, ahead)
-                  : multiply<Acc, 4, C, false, calls>(a, b, begin, end, tile, ahead);
+    return i == j ? multiply<Acc, C, C, true>(a, b, begin, end, tile, meanwhile)
+                  : multiply<Acc, 4, C, false>(a, b, begin, end, tile, meanwhile);
   };
   switch (std::min(kBlock, chunk.count - j)) {
     case 1:
@@ -164,7 +196,8 @@ void add_tile(const Tile<Acc>& tile, const Chunk<Storage>& chunk, int64_t i, int
 template <class Storage>
 void add_wide(const Chunk<Storage>& chunk, int64_t i, int64_t j, Sums& sums) {
   Tile<double> tile{};
-  multiply_blocks<double, 0>(chunk, i, j, 0, chunk.length, tile, static_cast<const Storage* const*>(nullptr));
+  Nothing nothing;
+  multiply_blocks(chunk, i, j, 0, chunk.length, tile, nothing);
   add_tile(tile, chunk, i, j, sums);
 }
 
@@ -183,18 +216,12 @@ inline void add_products(const Chunk<double>& chunk, Sums& sums, Tile<float>*) {
   for_each_tile(chunk.count, [&](int64_t i, int64_t j, int64_t) { add_wide(chunk, i, j, sums); });
 }
 
-// Multiplies all pairs of blocks of one strip. Each pair calls its share of the rows ahead.
-inline void multiply_strip(const Chunk<float>& chunk, int64_t begin, int64_t end, Tile<float>* tiles) {
-  const int64_t blocks = (chunk.count + kBlock - 1) / kBlock;
-  const int64_t pairs = blocks * (blocks + 1) / 2;
+// Multiplies all pairs of blocks of one strip.
+inline void multiply_strip(const Chunk<float>& chunk, int64_t begin, Tile<float>* tiles) {
+  const int64_t end = std::min(begin + kStrip, chunk.length);
+  Ahead ahead(chunk, begin + kStrip);
   for_each_tile(chunk.count, [&](int64_t i, int64_t j, int64_t number) {
-    const int64_t first = number * chunk.count / pairs;
-    const int64_t last = (number + 1) * chunk.count / pairs;
-    const float* ahead[kCalls];
-    for (int64_t call = 0; call < kCalls; ++call) {
-      ahead[call] = first + call < last ? chunk.rows[first + call] + kAhead : chunk.rows[i];
-    }
-    multiply_blocks<float, kCalls>(chunk, i, j, begin, end, tiles[number], ahead);
+    multiply_blocks(chunk, i, j, begin, end, tiles[number], ahead);
   });
 }
 
@@ -203,11 +230,10 @@ inline void add_products(const Chunk<float>& chunk, Sums& sums, Tile<float>* til
   for_each_tile(chunk.count, [&](int64_t, int64_t, int64_t number) { tiles[number] = {}; });
   if (chunk.count <= kBlock) {
     // Each element is used once and the processor itself sees so few streams coming.
-    multiply_blocks<float, 0>(chunk, 0, 0, 0, chunk.length, tiles[0], chunk.rows);
+    Nothing nothing;
+    multiply_blocks(chunk, 0, 0, 0, chunk.length, tiles[0], nothing);
   } else {
-    for (int64_t begin = 0; begin < chunk.length; begin += kStrip) {
-      multiply_strip(chunk, begin, std::min(begin + kStrip, chunk.length), tiles);
-    }
+    for (int64_t begin = 0; begin < chunk.length; begin += kStrip) multiply_strip(chunk, begin, tiles);
   }
   bool narrow[kMaxBlocks];
   for_each_tile(chunk.count, [&](int64_t i, int64_t j, int64_t number) {

@@ -144,48 +144,6 @@ std::vector<Copy> copies(Isa isa) {
   return {copy_memcpy};
 }
 
-// Runs every variant in turn, all threads at once on their own part, until the time is over; returns the median
-// seconds of the fastest variant. `touch(thread)` runs first so that each thread's pages are near it.
-double fastest_median(int threads, double seconds, std::size_t variants, const std::function<void(int)>& touch,
-                      const std::function<void(std::size_t, int)>& work) {
-  using Clock = std::chrono::steady_clock;
-  constexpr std::size_t min_passes = 5;
-  std::vector<std::vector<double>> taken(variants);
-  std::barrier gate(threads);
-  bool done = false;
-  auto body = [&](int thread) {
-    touch(thread);
-    for (std::size_t v = 0; v < variants; ++v) work(v, thread);
-    const auto start = Clock::now();
-    while (true) {
-      for (std::size_t v = 0; v < variants; ++v) {
-        gate.arrive_and_wait();
-        const auto before = Clock::now();
-        work(v, thread);
-        gate.arrive_and_wait();
-        if (thread == 0) taken[v].push_back(std::chrono::duration<double>(Clock::now() - before).count());
-      }
-      if (thread == 0) {
-        const double elapsed = std::chrono::duration<double>(Clock::now() - start).count();
-        done = elapsed >= seconds && taken[0].size() >= min_passes;
-      }
-      gate.arrive_and_wait();
-      if (done) return;
-    }
-  };
-  std::vector<std::jthread> others;
-  for (int thread = 1; thread < threads; ++thread) others.emplace_back(body, thread);
-  body(0);
-  others.clear();
-  double best = 0;
-  for (auto& times : taken) {
-    std::nth_element(times.begin(), times.begin() + times.size() / 2, times.end());
-    const double median = times[times.size() / 2];
-    if (best == 0 || median < best) best = median;
-  }
-  return best;
-}
-
 // Size in bytes of the file's number with its K or M suffix, as the kernel writes cache sizes; 0 if there is none.
 std::int64_t read_size(const std::string& path) {
   std::ifstream file(path);
@@ -223,10 +181,9 @@ struct Plan {
   int threads;
 };
 
-Plan plan(std::int64_t bytes, int threads, double seconds) {
+Plan plan(std::int64_t bytes, int threads) {
   if (bytes < 0) throw std::invalid_argument("bytes must be 0 (8 times the last-level cache) or more.");
   if (threads < 0) throw std::invalid_argument("threads must be 0 (one per core) or more.");
-  if (!(seconds >= 0)) throw std::invalid_argument("seconds must be 0 or more.");
   if (threads == 0) threads = std::max(1u, std::thread::hardware_concurrency());
   if (bytes == 0) {
     const std::int64_t cache = last_level_cache();
@@ -237,31 +194,87 @@ Plan plan(std::int64_t bytes, int threads, double seconds) {
   return {std::max(block, share / block * block), threads};
 }
 
+// Buffers that no cache holds, and how fast memory moves them.
+class Memory {
+ public:
+  Memory(std::int64_t bytes, int threads)
+      : plan_(plan(bytes, threads)),
+        in_(allocate(plan_.lines * plan_.threads)),
+        out_(allocate(plan_.lines * plan_.threads)) {
+    // Each thread touches its own part first, so that its pages are near it.
+    pass([&](std::size_t first, std::size_t count) {
+      std::fill_n(in_.get() + first, count, 1.0f);
+      std::fill_n(out_.get() + first, count, 0.0f);
+    });
+  }
+
+  // Bytes read per second in one pass of one of the ways to read.
+  double read(std::size_t way) {
+    const Sum sum = sums(fastmtl::isa()).at(way);
+    return bytes() / pass([&](std::size_t first, std::size_t) { sink = sum(in_.get() + first, plan_.lines); });
+  }
+
+  // Bytes read plus bytes written per second in one pass of one of the ways to copy.
+  double copy(std::size_t way) {
+    const Copy copy = copies(fastmtl::isa()).at(way);
+    return 2 * bytes() /
+           pass([&](std::size_t first, std::size_t) { copy(out_.get() + first, in_.get() + first, plan_.lines); });
+  }
+
+ private:
+  double bytes() const { return static_cast<double>(plan_.lines * plan_.threads * kLine); }
+
+  // Seconds in which all threads together, each on its own part, do the work.
+  double pass(const std::function<void(std::size_t first, std::size_t count)>& work) {
+    using Clock = std::chrono::steady_clock;
+    const std::size_t part = plan_.lines * kFloatsPerLine;
+    std::barrier gate(plan_.threads);
+    double taken = 0;
+    const auto body = [&](int thread) {
+      gate.arrive_and_wait();
+      const auto before = Clock::now();
+      work(thread * part, part);
+      gate.arrive_and_wait();
+      if (thread == 0) taken = std::chrono::duration<double>(Clock::now() - before).count();
+    };
+    std::vector<std::jthread> others;
+    for (int thread = 1; thread < plan_.threads; ++thread) others.emplace_back(body, thread);
+    body(0);
+    others.clear();
+    return taken;
+  }
+
+  Plan plan_;
+  Buffer in_;
+  Buffer out_;
+};
+
+// The fastest way's median over passes that take `seconds` in all.
+double bandwidth(double (Memory::*measure)(std::size_t), std::size_t ways, std::int64_t bytes, int threads,
+                 double seconds) {
+  if (!(seconds >= 0)) throw std::invalid_argument("seconds must be 0 or more.");
+  using Clock = std::chrono::steady_clock;
+  constexpr std::size_t min_passes = 5;
+  Memory memory(bytes, threads);
+  const auto start = Clock::now();
+  std::vector<std::vector<double>> rates(ways);
+  while (rates[0].size() < min_passes || std::chrono::duration<double>(Clock::now() - start).count() < seconds) {
+    for (std::size_t way = 0; way < ways; ++way) rates[way].push_back((memory.*measure)(way));
+  }
+  double best = 0;
+  for (auto& of_way : rates) {
+    std::nth_element(of_way.begin(), of_way.begin() + of_way.size() / 2, of_way.end());
+    best = std::max(best, of_way[of_way.size() / 2]);
+  }
+  return best;
+}
+
 double read_bandwidth(std::int64_t bytes, int threads, double seconds) {
-  const Plan p = plan(bytes, threads, seconds);
-  const std::size_t part = p.lines * kFloatsPerLine;
-  Buffer data = allocate(p.lines * p.threads);
-  const auto variants = sums(fastmtl::isa());
-  const double taken = fastest_median(
-      p.threads, seconds, variants.size(), [&](int thread) { std::fill_n(data.get() + thread * part, part, 1.0f); },
-      [&](std::size_t v, int thread) { sink = variants[v](data.get() + thread * part, p.lines); });
-  return static_cast<double>(p.lines * p.threads * kLine) / taken;
+  return bandwidth(&Memory::read, sums(fastmtl::isa()).size(), bytes, threads, seconds);
 }
 
 double copy_bandwidth(std::int64_t bytes, int threads, double seconds) {
-  const Plan p = plan(bytes, threads, seconds);
-  const std::size_t part = p.lines * kFloatsPerLine;
-  Buffer in = allocate(p.lines * p.threads);
-  Buffer out = allocate(p.lines * p.threads);
-  const auto variants = copies(fastmtl::isa());
-  const double taken = fastest_median(
-      p.threads, seconds, variants.size(),
-      [&](int thread) {
-        std::fill_n(in.get() + thread * part, part, 1.0f);
-        std::fill_n(out.get() + thread * part, part, 0.0f);
-      },
-      [&](std::size_t v, int thread) { variants[v](out.get() + thread * part, in.get() + thread * part, p.lines); });
-  return 2.0 * static_cast<double>(p.lines * p.threads * kLine) / taken;
+  return bandwidth(&Memory::copy, copies(fastmtl::isa()).size(), bytes, threads, seconds);
 }
 
 }  // namespace
@@ -274,6 +287,15 @@ PYBIND11_MODULE(_host, m) {
   m.def("copy_bandwidth", &copy_bandwidth, py::arg("bytes") = 0, py::arg("threads") = 0, py::arg("seconds") = 0.25,
         py::call_guard<py::gil_scoped_release>(),
         "Bytes read plus bytes written per second, copying `bytes` with all threads together.");
+  py::class_<Memory>(m, "Memory",
+                     "Buffers of 8 times the last-level cache (bytes=0), to time memory between other work.")
+      .def(py::init<std::int64_t, int>(), py::arg("bytes") = 0, py::arg("threads") = 0)
+      .def("read", &Memory::read, py::arg("way"), py::call_guard<py::gil_scoped_release>(),
+           "Bytes read per second in one pass of one of the `read_ways`.")
+      .def("copy", &Memory::copy, py::arg("way"), py::call_guard<py::gil_scoped_release>(),
+           "Bytes read plus bytes written per second in one pass of one of the `copy_ways`.")
+      .def_property_readonly_static("read_ways", [](const py::object&) { return sums(fastmtl::isa()).size(); })
+      .def_property_readonly_static("copy_ways", [](const py::object&) { return copies(fastmtl::isa()).size(); });
   m.def("isa", [] { return fastmtl::isa_name(fastmtl::isa()); }, "Instruction set the CPU kernels use.");
   m.def(
       "supported_isa", [] { return fastmtl::isa_name(fastmtl::supported_isa()); },

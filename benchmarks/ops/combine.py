@@ -42,8 +42,8 @@ def _case(num_rows: int, device: torch.device, dtype: torch.dtype) -> Case:
             "torch w @ J": Variant(call=lambda: narrow @ jacobian, allowed=num_rows * allowed),
         },
         error=error,
-        bytes=size_of(shapes) * (num_rows + 1) * dtype.itemsize,
-        bound="copy",
+        bytes_read=size_of(shapes) * num_rows * dtype.itemsize,
+        bytes_written=size_of(shapes) * dtype.itemsize,
     )
 
 
