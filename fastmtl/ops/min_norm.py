@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmtl.errors import UsageError
 from fastmtl.ops._registry import declare
+from fastmtl.ops._square import check_gram, check_vector, weight_dtype
 
 __all__ = ["min_norm"]
 
@@ -14,30 +14,14 @@ _RIDGE = 2.0**-42
 
 
 def _check(gram: Tensor, warm_start: Tensor | None) -> None:
-    if gram.dim() != 2 or gram.shape[0] != gram.shape[1] or gram.shape[0] == 0 or not gram.is_floating_point():
-        raise UsageError(
-            f"gram must be a (T, T) matrix of floats with T >= 1, got shape {tuple(gram.shape)} and dtype {gram.dtype}."
-        )
-    if warm_start is None:
-        return
-    if warm_start.shape != gram.shape[:1] or not warm_start.is_floating_point():
-        raise UsageError(
-            f"warm_start must hold {gram.shape[0]} floats, one per row of gram, "
-            f"got shape {tuple(warm_start.shape)} and dtype {warm_start.dtype}."
-        )
-    if warm_start.device != gram.device:
-        raise UsageError(f"warm_start must be on gram's device {gram.device}, got {warm_start.device}.")
-
-
-def _weight_dtype(device: torch.device) -> torch.dtype:
-    # MPS is the one device without float64.
-    return torch.float32 if device.type == "mps" else torch.float64
+    check_gram(gram)
+    check_vector("warm_start", warm_start, gram)
 
 
 def _reference(gram: Tensor, warm_start: Tensor | None = None) -> Tensor:
     _check(gram, warm_start)
     weights = _wolfe(gram.detach().to("cpu").double())
-    return weights.to(_weight_dtype(gram.device)).to(gram.device)
+    return weights.to(weight_dtype(gram.device)).to(gram.device)
 
 
 def _wolfe(gram: Tensor) -> Tensor:
@@ -94,7 +78,7 @@ def _affine_minimiser(matrix: Tensor, border: Tensor) -> Tensor:
 
 def _fake(gram: Tensor, warm_start: Tensor | None = None) -> Tensor:
     _check(gram, warm_start)
-    return gram.new_empty(gram.shape[:1], dtype=_weight_dtype(gram.device))
+    return gram.new_empty(gram.shape[:1], dtype=weight_dtype(gram.device))
 
 
 _min_norm = declare("min_norm", "(Tensor gram, Tensor? warm_start=None) -> Tensor", reference=_reference, fake=_fake)
