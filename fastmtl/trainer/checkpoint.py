@@ -50,13 +50,16 @@ def read_checkpoint(path: Path, device: torch.device) -> Any:
 def load_model_state(model: nn.Module, state: Any, path: Path) -> None:
     """Load a ``state_dict`` whose keys and shapes are those of ``model``.
 
+    What the strategy remembers may be missing, as it is in LibMTL's checkpoints: it then starts anew.
+
     Raises:
         CheckpointError: They are not; the message names the first differences.
     """
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise CheckpointError(f"{path} does not hold the parameters of a model.")
     own = model.state_dict()
-    differences = [f"{key} is missing" for key in own if key not in state]
+    remembered = getattr(model, "remembered", list)()
+    differences = [f"{key} is missing" for key in own if key not in state and key not in remembered]
     differences += [f"{key} is not in the model" for key in state if key not in own]
     differences += [
         f"{key} has shape {tuple(state[key].shape)} in place of {tuple(value.shape)}"
@@ -66,7 +69,7 @@ def load_model_state(model: nn.Module, state: Any, path: Path) -> None:
     if differences:
         more = f" and {len(differences) - 2} more differences" if len(differences) > 2 else ""
         raise CheckpointError(f"The checkpoint {path} is of another model: {'; '.join(differences[:2])}{more}.")
-    model.load_state_dict(dict(state))
+    model.load_state_dict({key: state.get(key, value) for key, value in own.items()})
 
 
 def rng_state(generators: Sequence[torch.Generator] = ()) -> dict[str, Any]:

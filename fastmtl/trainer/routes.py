@@ -6,8 +6,7 @@ predictions, the rows of the Jacobian where autograd left them, and what to do o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,15 +14,15 @@ from torch import Tensor, nn
 
 from fastmtl import ops
 from fastmtl.errors import UsageError
+from fastmtl.trainer.own import OwnGradients, find_owners
 from fastmtl.trainer.problem import Features, Problem
 from fastmtl.trainer.regions import Regions
 
-__all__ = ["Pass", "Route", "choose_route", "forward"]
+__all__ = ["Pass", "RepPass", "Route", "choose_route", "forward"]
 
-Grads = Sequence[Tensor | None]
+Rows = list[list[Tensor | None]]
 
 
-@dataclass(kw_only=True, slots=True)
 class Pass:
     """One forward pass and what came of it.
 
@@ -31,13 +30,26 @@ class Pass:
         losses: (T,) detached.
         preds: Predictions by task.
         rows: T gradients, each a list over tensors; None where no Jacobian was asked for.
-        apply: Given (T,) weights, fills ``.grad`` of the shared parameters.
     """
 
-    losses: Tensor
-    preds: dict[str, Any]
-    rows: list[list[Tensor | None]] | None
-    apply: Callable[[Tensor], None]
+    def __init__(self, losses: Sequence[Tensor], preds: dict[str, Any], rows: Rows | None = None) -> None:
+        self.losses = torch.stack([loss.detach() for loss in losses])
+        self.preds = preds
+        self.rows = rows
+
+    def write_heads(self, weights: Tensor | None) -> None:
+        """Add the gradients of the task-specific parameters, weighted by (T,) if given, to ``.grad``."""
+        raise NotImplementedError
+
+    def write_shared(self, weights: Tensor, rows: Rows | None = None, groups: list[int] | None = None) -> None:
+        """Fill ``.grad`` of the shared parameters.
+
+        Args:
+            weights: One for each row; (L, rows) with groups.
+            rows: What to combine in place of the rows of this pass.
+            groups: The group of each shared parameter.
+        """
+        raise NotImplementedError
 
 
 class Route:
@@ -46,44 +58,119 @@ class Route:
     Args:
         problem: What to differentiate.
         regions: The problem's functions, compiled or not.
+        weighs_heads: Whether the task-specific parameters' gradients will be weighted.
     """
 
-    def __init__(self, problem: Problem, regions: Regions) -> None:
+    def __init__(self, problem: Problem, regions: Regions, weighs_heads: bool) -> None:
         self.problem = problem
         self.regions = regions
+        self.weighs_heads = weighs_heads
         self._update: list[Tensor] | None = None
+        self._owners: list[int] | None = None
+        self._owners_known = False
 
     def __call__(self, inputs: Any, labels: Any) -> Pass:
         """Run the forward pass, and the VJPs of all tasks where the route has them."""
         raise NotImplementedError
 
-    def _set_own(self, grads: Grads) -> None:
-        """Write the gradients of the task-specific parameters; several calls add up."""
-        for param, grad in zip(self.problem.own_params, grads, strict=True):
-            if grad is not None:
-                param.grad = grad if param.grad is None else param.grad + grad
+    def frozen(self, inputs: Any, labels: Any, shared: Tensor, heads: Tensor | None) -> Pass:
+        """Run the forward pass and fill all ``.grad`` with weights known beforehand, without a VJP for every task.
 
-    def _set_shared(self, rows: list[list[Tensor | None]], weights: Tensor) -> None:
+        Args:
+            inputs: The batch.
+            labels: Its labels by task.
+            shared: (T,) weights of the shared parameters' gradients.
+            heads: (T,) weights of the task-specific ones, ones if None.
+        """
+        done = self(inputs, labels)
+        done.write_heads(heads)
+        done.write_shared(shared)
+        return done
+
+    def set_shared(self, rows: Rows, weights: Tensor, groups: list[int] | None) -> None:
         """Write ``sum_t w_t row_t`` into ``.grad``; the memory is kept from step to step."""
         params = self.problem.shared_params
         if self._update is None:
             self._update = [torch.empty_like(param) for param in params]
         used = [k for k in range(len(params)) if any(row[k] is not None for row in rows)]
         out = [self._update[k] for k in used]
-        ops.combine_(out, [[row[k] for k in used] for row in rows], weights)
+        some = None if groups is None else [groups[k] for k in used]
+        if some is not None:
+            weights = weights[: max(some, default=-1) + 1]
+        ops.combine_(out, [[row[k] for k in used] for row in rows], weights, some)
         for k, grad in zip(used, out, strict=True):
             params[k].grad = grad
 
-    def _rows_of(self, losses: Sequence[Tensor]) -> list[list[Tensor | None]]:
-        """Differentiate each loss down to all parameters: a row each, and the task-specific gradients on the way."""
-        shared, own = self.problem.shared_params, self.problem.own_params
-        rows = []
-        for t, loss in enumerate(losses):
-            one_graph = not self.problem.model.multi_input
-            grads = _vjp([loss], [None], [*shared, *own], retain=one_graph and t + 1 < len(losses))
-            rows.append(grads[: len(shared)])
-            self._set_own(grads[len(shared) :])
-        return rows
+    def own_gradients(
+        self, losses: Sequence[Tensor], leaves: Sequence[Sequence[Tensor]]
+    ) -> tuple[list[list[Tensor | None]], OwnGradients]:
+        """Differentiate the losses down to the cut features and the task-specific parameters.
+
+        Args:
+            losses: T losses.
+            leaves: For each task the cut features its loss starts from.
+
+        Returns:
+            The gradients of each task's leaves, and of the parameters.
+        """
+        count, own = len(losses), self.problem.own_params
+        flat = [leaf for each in leaves for leaf in each]
+        if not self.weighs_heads or self._owners is not None:
+            grads = _vjp(losses, [None] * count, [*flat, *own], retain=False)
+            parts = [grads[len(flat) :]]
+            found = iter(grads)
+            cotangents = [[next(found) for _ in each] for each in leaves]
+        else:
+            parts, cotangents = [], []
+            for t, loss in enumerate(losses):
+                grads = _vjp([loss], [None], [*leaves[t], *own], retain=t + 1 < count)
+                cotangents.append(grads[: len(leaves[t])])
+                parts.append(grads[len(leaves[t]) :])
+        return cotangents, OwnGradients(own, parts, self._owners)
+
+    def learn_owners(self, inputs: Any, labels: Any) -> None:
+        """Find out once which task each task-specific parameter belongs to, if that will matter."""
+        if self.weighs_heads and not self._owners_known:
+            self._owners = find_owners(self.problem, inputs, labels)
+            self._owners_known = True
+
+
+class RowsPass(Pass):
+    """A pass whose rows are gradients of the shared parameters."""
+
+    def __init__(
+        self, route: Route, losses: Sequence[Tensor], preds: dict[str, Any], rows: Rows, own: OwnGradients
+    ) -> None:
+        super().__init__(losses, preds, rows)
+        self.route = route
+        self.own = own
+
+    def write_heads(self, weights: Tensor | None) -> None:
+        """Add the gradients kept from the backward passes."""
+        self.own.write(weights)
+
+    def write_shared(self, weights: Tensor, rows: Rows | None = None, groups: list[int] | None = None) -> None:
+        """Combine the rows."""
+        own_rows = self.rows if rows is None else rows
+        assert own_rows is not None
+        self.route.set_shared(own_rows, weights, groups)
+
+
+class SumPass(Pass):
+    """A pass whose losses are still to be differentiated, as one weighted sum."""
+
+    def __init__(self, losses: Sequence[Tensor], preds: dict[str, Any]) -> None:
+        super().__init__(losses, preds)
+        self.attached = losses
+
+    def write_heads(self, weights: Tensor | None) -> None:
+        """Do nothing: the backward pass of the sum reaches all parameters."""
+
+    def write_shared(self, weights: Tensor, rows: Rows | None = None, groups: list[int] | None = None) -> None:
+        """Run the backward pass."""
+        torch.autograd.backward(
+            self.attached, [weight.to(loss.dtype) for weight, loss in zip(weights, self.attached, strict=True)]
+        )
 
 
 class SumRoute(Route):
@@ -91,14 +178,7 @@ class SumRoute(Route):
 
     def __call__(self, inputs: Any, labels: Any) -> Pass:
         """Run the forward pass alone."""
-        losses, preds = forward(self.problem, self.regions, inputs, labels)
-
-        def apply(weights: Tensor) -> None:
-            torch.autograd.backward(
-                losses, [weight.to(loss.dtype) for weight, loss in zip(weights, losses, strict=True)]
-            )
-
-        return Pass(losses=_stack(losses), preds=preds, rows=None, apply=apply)
+        return SumPass(*forward(self.problem, self.regions, inputs, labels))
 
 
 class SplitRoute(Route):
@@ -106,20 +186,30 @@ class SplitRoute(Route):
 
     def __call__(self, inputs: Any, labels: Any) -> Pass:
         """Run the forward pass and all VJPs."""
-        problem, count = self.problem, len(self.problem.tasks)
-        features = self.regions.trunk(inputs)
-        aliases = [_cut(features) for _ in range(count)]
-        losses, preds = self.regions.heads(aliases, labels)
-        leaves = [leaf for alias in aliases for leaf in alias]
-        grads = _vjp(losses, [None] * count, [*leaves, *problem.own_params], retain=False)
-        self._set_own(grads[len(leaves) :])
+        features, losses, preds, cotangents, own = self._heads(inputs, labels)
         rows = []
-        for t in range(count):
-            cotangents = grads[t * len(features) : (t + 1) * len(features)]
-            rows.append(_vjp(features, cotangents, problem.shared_params, retain=t + 1 < count))
-        return Pass(
-            losses=_stack(losses), preds=preds, rows=rows, apply=lambda weights: self._set_shared(rows, weights)
-        )
+        for t, cotangent in enumerate(cotangents):
+            rows.append(_vjp(features, cotangent, self.problem.shared_params, retain=t + 1 < len(cotangents)))
+        return RowsPass(self, losses, preds, rows, own)
+
+    def frozen(self, inputs: Any, labels: Any, shared: Tensor, heads: Tensor | None) -> Pass:
+        """Send the weighted sum of the tasks' cotangents through the trunk, once."""
+        features, losses, preds, cotangents, own = self._heads(inputs, labels)
+        total = [_weighted(shared, column) for column in zip(*cotangents, strict=True)]
+        rows = [_vjp(features, total, self.problem.shared_params, retain=False)]
+        done = RowsPass(self, losses, preds, rows, own)
+        done.write_heads(heads)
+        for param, grad in zip(self.problem.shared_params, rows[0], strict=True):
+            param.grad = grad
+        return done
+
+    def _heads(self, inputs: Any, labels: Any) -> tuple[Features, Sequence[Tensor], dict[str, Any], Rows, OwnGradients]:
+        self.learn_owners(inputs, labels)
+        features = self.regions.trunk(inputs)
+        aliases = [_cut(features) for _ in self.problem.tasks]
+        losses, preds = self.regions.heads(aliases, labels)
+        cotangents, own = self.own_gradients(losses, aliases)
+        return features, losses, preds, cotangents, own
 
 
 class WholeRoute(Route):
@@ -128,37 +218,90 @@ class WholeRoute(Route):
     def __call__(self, inputs: Any, labels: Any) -> Pass:
         """Run the forward pass and all VJPs."""
         losses, preds = forward(self.problem, self.regions, inputs, labels)
-        rows = self._rows_of(losses)
-        return Pass(
-            losses=_stack(losses), preds=preds, rows=rows, apply=lambda weights: self._set_shared(rows, weights)
+        shared, own = self.problem.shared_params, self.problem.own_params
+        one_graph = not self.problem.model.multi_input
+        rows, parts = [], []
+        for t, loss in enumerate(losses):
+            grads = _vjp([loss], [None], [*shared, *own], retain=one_graph and t + 1 < len(losses))
+            rows.append(grads[: len(shared)])
+            parts.append(grads[len(shared) :])
+        return RowsPass(self, losses, preds, rows, OwnGradients(own, parts))
+
+    def frozen(self, inputs: Any, labels: Any, shared: Tensor, heads: Tensor | None) -> Pass:
+        """Differentiate two weighted sums of the losses: one for the shared parameters, one for the others."""
+        problem = self.problem
+        losses, preds = forward(problem, self.regions, inputs, labels)
+        own_weights = torch.ones_like(shared) if heads is None else heads
+        for params, weights, retain in (
+            (problem.shared_params, shared, bool(problem.own_params)),
+            (problem.own_params, own_weights, False),
+        ):
+            cotangents = [weight.to(loss.dtype) for weight, loss in zip(weights, losses, strict=True)]
+            for param, grad in zip(params, _vjp(losses, cotangents, params, retain=retain), strict=True):
+                param.grad = grad
+        return SumPass(losses, preds)
+
+
+class RepPass(Pass):
+    """A pass whose rows are gradients of the representations; one VJP carries what they become to the parameters.
+
+    Attributes:
+        reps: T representations, the same tensor T times where the tasks share it.
+        grads: T gradients of them.
+    """
+
+    def __init__(
+        self,
+        losses: Sequence[Tensor],
+        preds: dict[str, Any],
+        attached: Features,
+        grads: Sequence[Tensor],
+        own: OwnGradients,
+    ) -> None:
+        super().__init__(losses, preds, [[grad.reshape(len(grad), -1).sum(0)] for grad in grads])
+        self.attached = attached
+        self.grads = grads
+        self.own = own
+
+    @property
+    def reps(self) -> list[Tensor]:
+        """Return the representations, detached."""
+        reps = [rep.detach() for rep in self.attached]
+        return reps if len(reps) == len(self.grads) else reps * len(self.grads)
+
+    def write_heads(self, weights: Tensor | None) -> None:
+        """Add the gradients kept from the backward pass of the heads."""
+        self.own.write(weights)
+
+    def write_shared(self, weights: Tensor, rows: Rows | None = None, groups: list[int] | None = None) -> None:
+        """Send the weighted gradients of the representations down."""
+        self.send([weight.to(grad.dtype) * grad for weight, grad in zip(weights, self.grads, strict=True)])
+
+    def send(self, grads: Sequence[Tensor]) -> None:
+        """Send T gradients of the representations down to the shared parameters."""
+        torch.autograd.backward(
+            self.attached, list(grads) if len(self.attached) > 1 else [torch.stack(list(grads)).sum(0)]
         )
 
 
 class RepRoute(Route):
-    """``rep_grad``: the rows are gradients of the representations; one VJP carries their sum to the parameters."""
+    """``rep_grad``: the rows are gradients of the representations."""
 
-    def __call__(self, inputs: Any, labels: Any) -> Pass:
+    def __call__(self, inputs: Any, labels: Any) -> RepPass:
         """Run the forward pass and the backward pass of the heads."""
-        problem = self.problem
+        if not self.problem.model.multi_input:
+            self.learn_owners(inputs, labels)
         reps, losses, preds, cuts = self._represent(inputs, labels)
-        grads = _vjp(losses, [None] * len(losses), [*cuts, *problem.own_params], retain=False)
-        cotangents = [
-            grad if grad is not None else torch.zeros_like(cut) for grad, cut in zip(grads, cuts, strict=False)
-        ]
-        self._set_own(grads[len(cuts) :])
-        rows: list[list[Tensor | None]] = [[c.reshape(len(c), -1).sum(0)] for c in cotangents]
-        if len({row[0].numel() for row in rows if row[0] is not None}) > 1:
+        found, own = self.own_gradients(losses, [[cut] for cut in cuts])
+        grads = [torch.zeros_like(cut) if grad is None else grad for (grad,), cut in zip(found, cuts, strict=True)]
+        sizes = {grad.shape[1:].numel() for grad in grads}
+        if len(sizes) > 1:
             raise UsageError(
                 "rep_grad needs representations of one size for all tasks, got "
-                + ", ".join(f"{task}: {tuple(cut.shape)}" for task, cut in zip(problem.tasks, cuts, strict=True))
+                + ", ".join(f"{task}: {tuple(cut.shape)}" for task, cut in zip(self.problem.tasks, cuts, strict=True))
                 + "."
             )
-
-        def apply(weights: Tensor) -> None:
-            scaled = [weight.to(c.dtype) * c for weight, c in zip(weights, cotangents, strict=True)]
-            torch.autograd.backward(reps, scaled if len(reps) > 1 else [torch.stack(scaled).sum(0)])
-
-        return Pass(losses=_stack(losses), preds=preds, rows=rows, apply=apply)
+        return RepPass(losses, preds, reps, grads, own)
 
     def _represent(self, inputs: Any, labels: Any) -> tuple[Features, Sequence[Tensor], dict[str, Any], list[Tensor]]:
         """Return the representations, losses, predictions, and the cut representations the losses start from."""
@@ -188,30 +331,32 @@ class ForwardRepRoute(RepRoute):
         return reps, losses, preds, [model.rep_tasks[task] for task in self.problem.tasks]
 
 
-def choose_route(problem: Problem, regions: Regions, needs_gradients: bool) -> Route:
+def choose_route(problem: Problem, regions: Regions, needs_gradients: bool, weighs_heads: bool = False) -> Route:
     """Return the route for a model and a strategy.
 
     Args:
         problem: What to differentiate.
         regions: The problem's functions, compiled or not.
         needs_gradients: The strategy needs the gradients of the tasks, not only their losses.
+        weighs_heads: The strategy weighs the gradients of task-specific parameters too.
 
     Raises:
         UsageError: The combination cannot be compiled.
     """
     model = problem.model
     if not needs_gradients:
-        return SumRoute(problem, regions)
+        return SumRoute(problem, regions, weighs_heads)
     if model.rep_grad:
         if model.splits:
-            return RepRoute(problem, regions)
+            return RepRoute(problem, regions, weighs_heads)
         if regions.compiled:
             raise UsageError(
                 f"rep_grad cannot be compiled for {type(model).__mro__[1].__name__}, whose forward is one piece: "
                 "give it trunk and branch, or leave compile off."
             )
-        return ForwardRepRoute(problem, regions)
-    return SplitRoute(problem, regions) if model.splits and not model.multi_input else WholeRoute(problem, regions)
+        return ForwardRepRoute(problem, regions, weighs_heads)
+    kind = SplitRoute if model.splits and not model.multi_input else WholeRoute
+    return kind(problem, regions, weighs_heads)
 
 
 def forward(problem: Problem, regions: Regions, inputs: Any, labels: Any) -> tuple[Sequence[Tensor], dict[str, Any]]:
@@ -225,8 +370,10 @@ def forward(problem: Problem, regions: Regions, inputs: Any, labels: Any) -> tup
     return losses, preds
 
 
-def _stack(losses: Sequence[Tensor]) -> Tensor:
-    return torch.stack([loss.detach() for loss in losses])
+def _weighted(weights: Tensor, grads: Sequence[Tensor | None]) -> Tensor | None:
+    """Return ``sum_t w_t grad_t``."""
+    terms = [weight.to(grad.dtype) * grad for weight, grad in zip(weights, grads, strict=True) if grad is not None]
+    return torch.stack(terms).sum(0) if terms else None
 
 
 def _cut(features: Features) -> Features:
@@ -235,7 +382,10 @@ def _cut(features: Features) -> Features:
 
 
 def _vjp(
-    outputs: Sequence[Tensor], cotangents: Grads, inputs: Sequence[Tensor | nn.Parameter], retain: bool
+    outputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor | None],
+    inputs: Sequence[Tensor | nn.Parameter],
+    retain: bool,
 ) -> list[Tensor | None]:
     """Return the gradients of ``sum <output, cotangent>``; None as the cotangent of a scalar loss is 1.
 

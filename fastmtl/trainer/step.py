@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -14,9 +14,9 @@ from fastmtl.trainer.optimizer import MaskedOptimizer
 from fastmtl.trainer.problem import Problem
 from fastmtl.trainer.records import StepBuffer
 from fastmtl.trainer.regions import Regions
-from fastmtl.trainer.routes import choose_route, forward
+from fastmtl.trainer.routes import Pass, RepPass, choose_route, forward
 from fastmtl.trainer.trial import Trial
-from fastmtl.weighting import AbsWeighting
+from fastmtl.weighting import AbsWeighting, Weights
 
 __all__ = ["TrainingStep"]
 
@@ -31,6 +31,8 @@ class TrainingStep:
         compile: Compile the forward and backward passes; ``"auto"`` finds out whether to.
         on_compile: Told of every compilation.
         hyper: Hyper-parameters of the strategy.
+        update_weights_every: Steps between two solves of a strategy that needs the gradients; the weights of the last
+            one hold in between.
 
     Attributes:
         route: How the gradients are had, compiled or not.
@@ -45,6 +47,7 @@ class TrainingStep:
         compile: bool | Literal["auto"],
         on_compile: Callable[[str], None],
         hyper: Mapping[str, Any],
+        update_weights_every: int = 1,
     ) -> None:
         self.model: Any = problem.model
         self.optimizer = MaskedOptimizer(optimizer, guard.found_inf)
@@ -54,9 +57,13 @@ class TrainingStep:
         # A strategy written for LibMTL runs its own backward passes.
         self.legacy = cast(Any, problem.model).backward.__func__ is not AbsWeighting.backward
         self.warmth = 0
+        self.samples: int = 1 if self.legacy else self.model.samples
+        self.update_weights_every = update_weights_every
+        self._since_solved = 0
+        self._held: Weights | None = None
         needs_gradients = self.model.needs != "losses"
         routes = [
-            choose_route(problem, Regions(problem, compiled, on_compile), needs_gradients)
+            choose_route(problem, Regions(problem, compiled, on_compile), needs_gradients, self.model.weighs_heads)
             for compiled in ((False, True) if compile == "auto" else (bool(compile),))
         ]
         self.trial = Trial(routes, on_compile) if len(routes) > 1 else None
@@ -67,12 +74,14 @@ class TrainingStep:
         """Whether the route is compiled."""
         return self.route.regions.compiled
 
-    def __call__(self, inputs: Any, labels: Any, buffer: StepBuffer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Run one step on a batch; return the losses and predictions by task.
+    def __call__(
+        self, batches: Sequence[tuple[Any, Any]], buffer: StepBuffer
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Run one step; return by task the losses, averaged over the samples, and the last batch's predictions.
 
         Args:
-            inputs: The batch, or one by task if multi-input.
-            labels: Labels by task.
+            batches: As many as the strategy takes samples, each the inputs and the labels by task; if multi-input the
+                inputs are by task too.
             buffer: Where losses, weights and Gram matrix are kept for the log.
         """
         if self.trial is not None:
@@ -82,22 +91,90 @@ class TrainingStep:
                 self.trial = None
         self.warmth += 1
         self.optimizer.optimizer.zero_grad(set_to_none=not self.legacy)
-        losses, preds, weights, gram = (self._legacy if self.legacy else self._differentiate)(inputs, labels)
+        losses, preds, weights, gram = self._legacy(*batches[0]) if self.legacy else self._differentiate(batches)
         self.guard.watch(losses, gram)
         self.optimizer.step()
+        if self.model.looks_back and not self.legacy:
+            with torch.no_grad():
+                after, _ = forward(self.problem, self.route.regions, *batches[-1])
+                self.model.after_step(torch.stack(list(after)), **self.hyper)
         buffer.add(losses, weights, gram)
         return dict(zip(self.problem.tasks, losses, strict=True)), preds
 
-    def _differentiate(self, inputs: Any, labels: Any) -> tuple[Tensor, dict[str, Any], Tensor, Tensor | None]:
-        done = self.route(inputs, labels)
-        gram = None if done.rows is None else ops.gram(done.rows)
-        weights = self.model.weigh(done.losses, gram, **self.hyper)
-        done.apply(weights.shared)
-        logged = weights.shared if weights.logged is None else weights.logged
-        return done.losses, done.preds, logged, gram
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs of the weights held between two solves."""
+        held = self._held
+        kept = None if held is None else {"shared": held.shared, "heads": held.heads, "max_norm": held.max_norm}
+        return {"since_solved": self._since_solved, "held": kept}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        self._since_solved = state["since_solved"]
+        self._held = None if state["held"] is None else Weights(**state["held"])
+
+    def _differentiate(
+        self, batches: Sequence[tuple[Any, Any]]
+    ) -> tuple[Tensor, dict[str, Any], Tensor | None, Tensor | None]:
+        if self._held is not None and self._since_solved < self.update_weights_every:
+            self._since_solved += 1
+            done = self.route.frozen(*batches[-1], self._held.shared, self._held.heads)
+            if self._held.max_norm is not None:
+                torch.nn.utils.clip_grad_norm_(self.problem.shared_params, self._held.max_norm)
+            return done.losses, done.preds, self._held.shared, None
+        passes = [self.route(*batch) for batch in batches]
+        weights, gram = self._weigh(passes)
+        if weights is not None:
+            for param, grad in weights.own_grads.items():
+                self.model.get_parameter(param).grad = grad
+            if self.update_weights_every > 1:
+                self._held, self._since_solved = weights, 1
+        logged = None if weights is None else weights.shared if weights.logged is None else weights.logged
+        losses = torch.stack([each.losses for each in passes]).mean(0) if len(passes) > 1 else passes[0].losses
+        return losses, passes[-1].preds, logged, gram
+
+    def _weigh(self, passes: Sequence[Pass]) -> tuple[Weights | None, Tensor | None]:
+        """Let the strategy decide and fill all ``.grad``; return the weights and a (T, T) Gram matrix for the log."""
+        model, done = self.model, passes[-1]
+        if isinstance(done, RepPass) and model.needs == "reps":
+            done.write_heads(None)
+            done.send(model.mask_reps(done.losses, done.reps, done.grads, **self.hyper))
+            return None, None
+        losses = done.losses if len(passes) == 1 else torch.stack([each.losses for each in passes])
+        rows = [row for each in passes for row in each.rows or []]
+        gram, groups = None, None
+        if model.needs == "rows":
+            weights = model.weigh_rows(losses, rows, **self.hyper)
+            gram = weights.gram
+        elif model.needs == "gram":
+            groups = model.groups(**self.hyper)
+            gram = ops.gram(rows, groups)
+            weights = model.weigh(losses, gram, **self.hyper)
+            gram = gram.sum(0) if groups is not None else _mean_block(gram, len(passes))
+        else:
+            weights = model.weigh(losses, None, **self.hyper)
+        heads = [None] * len(passes) if weights.heads is None else weights.heads.chunk(len(passes))
+        for each, own in zip(passes, heads, strict=True):
+            each.write_heads(own)
+        shared = weights.shared
+        if weights.max_norm is not None and gram is not None:
+            shared = shared * _cap(shared, gram, weights.max_norm)
+        done.write_shared(shared, rows if weights.rows is None else weights.rows, groups)
+        return weights, gram
 
     def _legacy(self, inputs: Any, labels: Any) -> tuple[Tensor, dict[str, Any], Tensor | None, None]:
         losses, preds = forward(self.problem, self.route.regions, inputs, labels)
         stacked = torch.stack(list(losses))
         weights = self.model.backward(stacked, **self.hyper)
         return stacked.detach(), preds, None if weights is None else torch.as_tensor(weights).to(stacked), None
+
+
+def _cap(weights: Tensor, gram: Tensor, max_norm: float) -> Tensor:
+    """Return the factor, at most 1, that brings the norm of ``sum_t w_t g_t`` down to ``max_norm``."""
+    norm = (weights @ gram @ weights).clamp(min=0).sqrt()
+    return (max_norm / (norm + 1e-6)).clamp(max=1)
+
+
+def _mean_block(gram: Tensor, samples: int) -> Tensor:
+    """Return the mean of the samples' own (T, T) Gram matrices."""
+    size = len(gram) // samples
+    return torch.stack([gram[at : at + size, at : at + size] for at in range(0, len(gram), size)]).mean(0)

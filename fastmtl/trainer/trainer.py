@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,6 +58,8 @@ class Trainer(nn.Module):
             both ways, keeps the faster and says which.
         logger: A `Logger`, or several.
         resume: A ``last.pt`` to go on from.
+        update_weights_every: Steps between two solves of a strategy that balances gradients; in between its last
+            weights hold, and a step costs one backward pass in place of one per task.
         log_every: Steps between two reads of the device for the loggers.
         limit_batches: Steps per pass at most.
         kwargs: ``weight_args`` and ``arch_args``, the hyper-parameters of strategy and architecture.
@@ -91,6 +94,7 @@ class Trainer(nn.Module):
         compile: bool | Literal["auto"] = False,
         logger: Logger | Sequence[Logger] | None = None,
         resume: str | None = None,
+        update_weights_every: int = 1,
         log_every: int = 50,
         limit_batches: int | None = None,
         **kwargs: Any,
@@ -118,7 +122,13 @@ class Trainer(nn.Module):
         self._guard = FiniteGuard(self.device, self.task_name)
         problem = Problem(self.model, self.meter.losses, self.process_preds)
         self.step = TrainingStep(
-            problem, self.optimizer, self._guard, compile, self.logger.on_compile, self.kwargs["weight_args"]
+            problem,
+            self.optimizer,
+            self._guard,
+            compile,
+            self.logger.on_compile,
+            self.kwargs["weight_args"],
+            self._solve_interval(update_weights_every),
         )
         self.compile_report: CompileReport | None = None
         self._generators: list[torch.Generator] = []
@@ -158,6 +168,11 @@ class Trainer(nn.Module):
         )
         self.model.init_param()
         self.model.to(self.device)
+        if rule.backward is AbsWeighting.backward:
+            if self.rep_grad and not rule.allows_rep_grad:
+                raise UsageError(f"{self.weighting} balances the gradients of parameters: rep_grad must be False.")
+            if rule.needs == "reps" and not self.rep_grad:
+                raise UsageError(f"{self.weighting} works on the gradients of representations: rep_grad must be True.")
         if rule.needs == "losses" and rule.backward is AbsWeighting.backward:
             # Only the losses count, so the graph stays in one piece: cut at the representation, the encoder would get
             # no gradient.
@@ -168,6 +183,23 @@ class Trainer(nn.Module):
             load_model_state(self.model, read_checkpoint(path, self.device), path)
             print(f"Load Model from - {path}")
         count_parameters(self.model)
+
+    def _solve_interval(self, given: int) -> int:
+        """Return the steps between two solves, from the trainer's option or the strategy's own of the same name.
+
+        Raises:
+            UsageError: The strategy's weights cannot be held.
+        """
+        interval = max(given, self.kwargs["weight_args"].get("update_weights_every", 1))
+        if interval < 1 or given < 1:
+            raise UsageError(f"update_weights_every must be at least 1, got {given}.")
+        model = self.model
+        one_gram = model.needs == "gram" and model.samples == 1 and model.groups(**self.kwargs["weight_args"]) is None
+        if interval > 1 and not one_gram:
+            raise UsageError(
+                f"update_weights_every must be 1 for {self.weighting}: its weights do not come from one Gram matrix."
+            )
+        return interval
 
     def _prepare_optimizer(self, optim_param: Mapping[str, Any], scheduler_param: Mapping[str, Any] | None) -> None:
         self.optimizer = make_optimizer(self.model, optim_param, self.device)
@@ -246,22 +278,25 @@ class Trainer(nn.Module):
         model = self.model
         model.epoch = epoch
         model.train()
+        if not self.step.legacy:
+            model.start_epoch(**self.kwargs["weight_args"])
         skip, epoch_rng = start["batch"], rng_state(self._generators)
         if skip:
             epoch_rng = start["epoch_rng"]
             set_rng_state(epoch_rng, self._generators)
-        batches = train_batches(loaders, self.task_name, self.multi_input, steps)
-        for _ in range(skip):
+        samples = self.step.samples
+        batches = train_batches(loaders, self.task_name, self.multi_input, steps * samples)
+        for _ in range(skip * samples):
             next(batches)
         if skip:
             set_rng_state(start["rng"], self._generators)
         self._guard.start(epoch * steps + skip)
         self.meter.begin()
         buffer = StepBuffer()
-        for batch, (inputs, labels) in enumerate(batches, start=skip):
-            labels = to_device(labels, self.device)
-            losses, preds = self._run_step(to_device(inputs, self.device), labels, buffer)
-            self.meter.update(losses, preds, labels)
+        for batch in range(skip, steps):
+            given = [to_device(each, self.device) for each in islice(batches, samples)]
+            losses, preds = self._run_step(given, buffer)
+            self.meter.update(losses, preds, given[-1][1])
             if len(buffer) == self.log_every or batch + 1 == steps:
                 self._log(buffer, epoch, epoch * steps + batch + 1)
             try:
@@ -275,12 +310,12 @@ class Trainer(nn.Module):
         self._report("train", epoch)
         model.train_loss_buffer[:, epoch] = self.meter.loss_item
 
-    def _run_step(self, inputs: Any, labels: Any, buffer: StepBuffer) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _run_step(self, batches: list[tuple[Any, Any]], buffer: StepBuffer) -> tuple[dict[str, Any], dict[str, Any]]:
         """Run one step; once, when it is compiled and warm, also tell how much of it was."""
         if not self.step.compiled or self.compile_report is not None or self.step.warmth < 2:
-            return self.step(inputs, labels, buffer)
+            return self.step(batches, buffer)
         results: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        report = measure_compiled(lambda: results.append(self.step(inputs, labels, buffer)), self.step.route.regions)
+        report = measure_compiled(lambda: results.append(self.step(batches, buffer)), self.step.route.regions)
         self.compile_report = report
         self.logger.on_compile(str(report))
         return results[0]
@@ -306,7 +341,9 @@ class Trainer(nn.Module):
             self._guard.check(self._last_checkpoint())
             if self.meter.best_result["epoch"] == epoch:
                 best = self.save_path / "best.pt"
-                save_atomically(self.model.state_dict(), best)
+                remembered = self.model.remembered()
+                state = {key: value for key, value in self.model.state_dict().items() if key not in remembered}
+                save_atomically(state, best)
                 print(f"Save Model {epoch} to {best}")
                 self.logger.on_checkpoint(best, "best")
             self._save_last(epoch + 1, 0, None)
@@ -374,6 +411,7 @@ class Trainer(nn.Module):
         path = self.save_path / "last.pt"
         state = {
             "model": self.model.state_dict(),
+            "step": self.step.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "base_result": self.meter.base_result,
@@ -396,6 +434,7 @@ class Trainer(nn.Module):
         if list(state["names"]) != names:
             raise CheckpointError(f"The checkpoint {path} is of {state['names']}, this run is of {names}.")
         load_model_state(self.model, state["model"], path)
+        self.step.load_state_dict(state["step"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None and state["scheduler"] is not None:
             self.scheduler.load_state_dict(state["scheduler"])

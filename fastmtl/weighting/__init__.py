@@ -2,10 +2,95 @@
 
 from __future__ import annotations
 
-from fastmtl.weighting.base import AbsWeighting, Weights
+from fastmtl.weighting.Aligned_MTL import Aligned_MTL
+from fastmtl.weighting.base import AbsWeighting, Rows, Weights
+from fastmtl.weighting.CAGrad import CAGrad
+from fastmtl.weighting.ConFIG import ConFIG
+from fastmtl.weighting.DB_MTL import DB_MTL
+from fastmtl.weighting.DualProj import DualProj
+from fastmtl.weighting.DWA import DWA
 from fastmtl.weighting.EW import EW
+from fastmtl.weighting.ExcessMTL import ExcessMTL
+from fastmtl.weighting.FairGrad import FairGrad
+from fastmtl.weighting.FAMO import FAMO
+from fastmtl.weighting.GLS import GLS
+from fastmtl.weighting.GradDrop import GradDrop
+from fastmtl.weighting.GradNorm import GradNorm
+from fastmtl.weighting.GradVac import GradVac
+from fastmtl.weighting.IMTL import IMTL
 from fastmtl.weighting.MGDA import MGDA
+from fastmtl.weighting.MoCo import MoCo
+from fastmtl.weighting.MoDo import MoDo
+from fastmtl.weighting.Nash_MTL import Nash_MTL
+from fastmtl.weighting.PCGrad import PCGrad
+from fastmtl.weighting.RLW import RLW
+from fastmtl.weighting.SDMGrad import SDMGrad
+from fastmtl.weighting.SI import SI
+from fastmtl.weighting.STCH import STCH
+from fastmtl.weighting.UPGrad import UPGrad
+from fastmtl.weighting.UW import UW
 
-__all__ = ["EW", "MGDA", "WEIGHTINGS", "AbsWeighting", "Weights"]
+__all__ = [
+    "DB_MTL",
+    "DWA",
+    "EW",
+    "FAMO",
+    "GLS",
+    "IMTL",
+    "MGDA",
+    "RLW",
+    "SI",
+    "STCH",
+    "UW",
+    "WEIGHTINGS",
+    "AbsWeighting",
+    "Aligned_MTL",
+    "CAGrad",
+    "ConFIG",
+    "DualProj",
+    "ExcessMTL",
+    "FairGrad",
+    "GradDrop",
+    "GradNorm",
+    "GradVac",
+    "MoCo",
+    "MoDo",
+    "Nash_MTL",
+    "PCGrad",
+    "Rows",
+    "SDMGrad",
+    "UPGrad",
+    "Weights",
+]
 
-WEIGHTINGS: dict[str, type[AbsWeighting]] = {"EW": EW, "MGDA": MGDA}
+WEIGHTINGS: dict[str, type[AbsWeighting]] = {
+    strategy.__name__: strategy
+    for strategy in (
+        Aligned_MTL,
+        CAGrad,
+        ConFIG,
+        DB_MTL,
+        DualProj,
+        DWA,
+        EW,
+        ExcessMTL,
+        FairGrad,
+        FAMO,
+        GLS,
+        GradDrop,
+        GradNorm,
+        GradVac,
+        IMTL,
+        MGDA,
+        MoCo,
+        MoDo,
+        Nash_MTL,
+        PCGrad,
+        RLW,
+        SDMGrad,
+        SI,
+        STCH,
+        UPGrad,
+        UW,
+    )
+}

@@ -2,49 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastmtl.errors import UsageError
 from fastmtl.hyper import Hyper
 
-__all__ = ["AbsWeighting", "Needs", "Weights"]
+__all__ = ["AbsWeighting", "Needs", "Rows", "Weights"]
 
-Needs = Literal["losses", "gram"]
+Needs = Literal["losses", "gram", "rows", "reps"]
+Rows = list[list[Tensor | None]]
 
 
 @dataclass(kw_only=True, slots=True)
 class Weights:
-    """What a strategy decides in one step; all tensors are (T,) and stay on the device.
+    """What a strategy decides in one step; all tensors stay on the device.
 
     Attributes:
-        shared: The update of the shared parameters is ``sum_t shared_t g_t``, g_t the gradient of task t's loss.
-        logged: What is reported as the task weights; ``shared`` unless given.
+        shared: (T,). The update of the shared parameters is ``sum_t shared_t g_t``, g_t the gradient of task t's loss;
+            with several groups of parameters (L, T), with k samples (k T,).
+        heads: (T,), or (k T,), weights of the task-specific parameters' gradients. A strategy that ``weighs_heads``
+            gives them; for the others they are ones. With ``needs = "losses"`` everything has the weights ``shared``.
+        logged: (T,). What is reported as the task weights; ``shared`` unless given.
+        rows: What ``shared`` combines in place of the task gradients.
+        gram: (T, T) Gram matrix for the log, from a strategy that takes rows.
+        max_norm: Greatest norm of the shared update.
+        own_grads: Gradients of the strategy's own parameters, by name; the model's optimizer trains them.
     """
 
     shared: Tensor
+    heads: Tensor | None = None
     logged: Tensor | None = None
+    rows: Rows | None = None
+    gram: Tensor | None = None
+    max_norm: float | None = None
+    own_grads: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class AbsWeighting(nn.Module):
     """Base of all strategies, mixed into the model class behind an architecture.
 
-    A strategy says what it ``needs`` and overrides :meth:`weigh`, which runs no backward pass and never reads a
-    tensor on the host. A strategy written for LibMTL overrides ``backward`` instead and uses ``_get_grads`` and
-    ``_backward_new_grads``.
+    A strategy says what it ``needs`` and overrides the method of that name below, which runs no backward pass and never
+    reads a tensor on the host. What it remembers is registered with :meth:`remember`. A strategy written for LibMTL
+    overrides ``backward`` instead and uses ``_get_grads`` and ``_backward_new_grads``.
 
     Attributes:
         needs: ``"losses"``: one backward pass of the weighted losses. ``"gram"``: the gradients of all tasks, of which
-            :meth:`weigh` sees the Gram matrix.
+            :meth:`weigh` sees the Gram matrix. ``"rows"``: the gradients themselves, for :meth:`weigh_rows`.
+            ``"reps"``: representations and their gradients, for :meth:`mask_reps`.
         hyper: The hyper-parameters, by name.
+        samples: Batches per step, each with its own forward and backward passes.
+        weighs_heads: Whether the gradients of task-specific parameters are weighted too.
+        looks_back: Whether :meth:`after_step` wants the batch's losses after the update, from a second forward pass.
+        allows_rep_grad: Whether ``rep_grad`` can be on.
     """
 
     needs: ClassVar[Needs] = "losses"
     hyper: ClassVar[Mapping[str, Hyper]] = {}
+    samples: ClassVar[int] = 1
+    weighs_heads: ClassVar[bool] = False
+    looks_back: ClassVar[bool] = False
+    allows_rep_grad: ClassVar[bool] = True
 
     task_num: int
     task_name: list[str]
@@ -59,16 +82,62 @@ class AbsWeighting(nn.Module):
     def init_param(self) -> None:
         """Create the strategy's own parameters and state; called once the architecture is built."""
 
+    def remember(self, name: str, value: Tensor) -> None:
+        """Keep a tensor from step to step: it is part of ``state_dict``, and moves with the model.
+
+        Write into it (``self.name.copy_(...)``) or assign to it.
+        """
+        self.register_buffer(name, value)
+        self._remembered = [*getattr(self, "_remembered", ()), name]
+
+    def remembered(self) -> list[str]:
+        """Return the names of what :meth:`remember` keeps."""
+        return list(getattr(self, "_remembered", ()))
+
+    def start_epoch(self, **hyper: Any) -> None:
+        """Prepare for the steps of ``self.epoch``; the one place where a strategy may wait for the device."""
+
+    def groups(self, **hyper: Any) -> list[int] | None:
+        """Return the group of each shared parameter, 0 .. L-1, where groups are weighed apart; None for one group."""
+        return None
+
     def weigh(self, losses: Tensor, gram: Tensor | None, **hyper: Any) -> Weights:
         """Return the weights of this step.
 
         Args:
-            losses: (T,) detached losses.
-            gram: (T, T) float64 Gram matrix of the task gradients if ``needs`` is ``"gram"``, else None. With
-                ``rep_grad`` the gradients are those of the representation, summed over the batch.
+            losses: (T,) detached losses; with k samples (k, T).
+            gram: Float64 Gram matrix of the task gradients if ``needs`` is ``"gram"``, else None: (T, T), with L groups
+                of parameters (L, T, T), with k samples (k T, k T), sample by sample. With ``rep_grad`` the gradients
+                are those of the representation, summed over the batch.
             hyper: The hyper-parameters.
         """
         raise NotImplementedError(f"{type(self).__name__} overrides neither weigh nor backward.")
+
+    def weigh_rows(self, losses: Tensor, rows: Rows, **hyper: Any) -> Weights:
+        """Return the weights of this step from the task gradients.
+
+        Args:
+            losses: (T,) detached losses.
+            rows: T gradients, each a list over the shared parameters with None where a parameter has none; read-only.
+            hyper: The hyper-parameters.
+        """
+        raise NotImplementedError
+
+    def mask_reps(
+        self, losses: Tensor, reps: Sequence[Tensor], grads: Sequence[Tensor], **hyper: Any
+    ) -> Sequence[Tensor]:
+        """Return what flows back into the representations in place of their gradients.
+
+        Args:
+            losses: (T,) detached losses.
+            reps: T representations (B, ...), the very same tensor T times where the tasks share it.
+            grads: T gradients of them.
+            hyper: The hyper-parameters.
+        """
+        raise NotImplementedError
+
+    def after_step(self, losses: Tensor, **hyper: Any) -> None:
+        """Learn from the losses (T,) the same batch has after the update."""
 
     def get_share_params(self) -> Iterable[nn.Parameter]:
         """Return the shared parameters; the architecture overrides this."""
@@ -86,20 +155,54 @@ class AbsWeighting(nn.Module):
         """
         from fastmtl import ops
 
+        if self.samples > 1 or self.needs == "reps":
+            raise UsageError(f"{type(self).__name__} needs fastmtl's Trainer; its backward cannot be called alone.")
+        detached = losses.detach()
         if self.needs == "losses":
-            weights = self.weigh(losses.detach(), None, **kwargs)
+            weights = self.weigh(detached, None, **kwargs)
             (losses * weights.shared.to(losses.dtype)).sum().backward()
         else:
-            grads = self._get_grads(losses)
+            if self.weighs_heads and self.rep_grad:
+                raise UsageError(f"{type(self).__name__} with rep_grad needs fastmtl's Trainer.")
+            grads = self._get_grads(losses, mode="autograd" if self.weighs_heads else "backward")
             per_task = grads[1] if self.rep_grad else grads
-            weights = self.weigh(losses.detach(), ops.gram(per_task), **kwargs)
-            shared = weights.shared.to(losses.dtype)
-            if self.rep_grad:
-                self._backward_new_grads(shared, per_grads=grads[0])
+            if self.needs == "rows":
+                weights = self.weigh_rows(detached, self._as_rows(per_task), **kwargs)
             else:
-                self._backward_new_grads(shared, grads=grads)
+                weights = self.weigh(detached, self._gram(per_task, **kwargs), **kwargs)
+            if weights.heads is not None:
+                (losses * weights.heads.to(losses.dtype)).sum().backward()
+            if self.rep_grad:
+                self._backward_new_grads(weights.shared.to(losses.dtype), per_grads=grads[0])
+            else:
+                rows = self._as_rows(per_task) if weights.rows is None else weights.rows
+                update = ops.combine(rows, weights.shared, self.groups(**kwargs))
+                flat = [
+                    p.new_zeros(p.numel()) if g is None else g.flatten()
+                    for p, g in zip(self.get_share_params(), update, strict=True)
+                ]
+                self._reset_grad(torch.cat(flat))
+        for name, grad in weights.own_grads.items():
+            self.get_parameter(name).grad = grad
         logged = weights.shared if weights.logged is None else weights.logged
         return np.asarray(logged.detach().cpu().numpy())
+
+    def _gram(self, grads: Tensor, **hyper: Any) -> Tensor:
+        """Return the Gram matrix of (T, P) gradients, by groups of parameters if the strategy has them."""
+        from fastmtl import ops
+
+        groups = self.groups(**hyper)
+        return ops.gram(grads) if groups is None else ops.gram(self._as_rows(grads), groups)
+
+    def _as_rows(self, grads: Tensor) -> Rows:
+        """Return (T, P) gradients cut into the shape of the shared parameters."""
+        shapes = [param.shape for param in self.get_share_params()]
+        if self.rep_grad:
+            return [[grad] for grad in grads]
+        return [
+            [part.reshape(shape) for part, shape in zip(grad.split(self.grad_index), shapes, strict=True)]
+            for grad in grads
+        ]
 
     def _compute_grad_dim(self) -> None:
         if not hasattr(self, "grad_index"):

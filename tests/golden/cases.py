@@ -121,7 +121,8 @@ class Golden:
             weight_args=meta["weight_args"],
             **options,
         )
-        trainer.model.load_state_dict(self.state("before"))
+        state = trainer.model.state_dict()
+        trainer.model.load_state_dict(state | self.state("before"))
         return trainer
 
 

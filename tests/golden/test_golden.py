@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from fastmtl.trainer.records import StepBuffer
+from fastmtl.weighting import WEIGHTINGS
 from tests.golden.cases import Golden, close
 
 PATHS = sorted(Path(__file__).parent.glob("*.npz"))
+# What one step does depends on the parameters and the batch alone.
+STATELESS = {
+    "EW",
+    "UW",
+    "GLS",
+    "RLW",
+    "MGDA",
+    "PCGrad",
+    "IMTL",
+    "CAGrad",
+    "Aligned_MTL",
+    "UPGrad",
+    "FairGrad",
+    "GradDrop",
+}
+# LibMTL logs ones, nothing or another formula for these; fastmtl logs the weights it used.
+LOGS_OTHERWISE = {"GLS", "STCH", "DB_MTL", "GradVac", "FAMO", "GradDrop", "SDMGrad"}
 
 
 @pytest.fixture(params=PATHS, ids=lambda path: path.stem)
@@ -23,35 +43,83 @@ def _detached_encoder(golden: Golden) -> bool:
 
     fastmtl trains the encoder there, so only the decoders can agree, and only from one recorded state to the next.
     """
-    return golden.meta["rep_grad"] and golden.meta["weighting"] == "EW"
+    return golden.meta["rep_grad"] and WEIGHTINGS[golden.meta["weighting"]].needs == "losses"
+
+
+def _replay(golden: Golden, model: Any, monkeypatch: pytest.MonkeyPatch, first: int = 0) -> None:
+    """Let a random strategy draw what it drew in the recording, from step ``first`` on."""
+    arrays, name = golden.arrays, golden.meta["weighting"]
+    steps = iter(range(first, golden.steps))
+    if name == "RLW":
+        weights = torch.from_numpy(arrays["batch_weight"]).flatten(1)
+        monkeypatch.setattr(model, "draw", lambda like: weights[:, next(steps)].to(like), raising=True)
+    if name in ("PCGrad", "GradVac"):
+        orders = torch.from_numpy(arrays["orders"])
+        monkeypatch.setattr(model, "draw_orders", lambda device: orders[next(steps)], raising=True)
+    if name == "GradDrop":
+        noise = torch.from_numpy(arrays["noise"])
+        monkeypatch.setattr(model, "draw", lambda like: noise[next(steps)].to(like).reshape(like.shape), raising=True)
+
+
+def _set_state(model: Any, state: dict[str, Tensor]) -> None:
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert set(missing) <= set(model.remembered())
+    assert not unexpected
 
 
 def test_all_recorded_runs_are_here() -> None:
-    names = {path.stem.split("-")[0] for path in PATHS}
-    assert names == {"EW", "MGDA"}
-    assert len(PATHS) == 11
+    recorded = {path.stem.split("-")[0] for path in PATHS}
+    # LibMTL's own solution of the bargain did not converge on these cases, so there is no run of it.
+    assert recorded == set(WEIGHTINGS) - {"ConFIG", "DualProj", "SI", "Nash_MTL"}
+    assert len(PATHS) == 49
 
 
-def test_replays_to_the_end(golden: Golden) -> None:
+def test_replays_to_the_end(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
     if _detached_encoder(golden):
         pytest.skip("LibMTL does not train the encoder here")
+    if golden.meta["rep_grad"] and golden.meta["weighting"] == "GradNorm":
+        pytest.skip("LibMTL does not train the encoder in the first epoch")
     trainer, loaders = golden.trainer(), golden.loaders()
+    _replay(golden, trainer.model, monkeypatch)
     weights = trainer.train(loaders, loaders, golden.meta["epochs"], return_weight=True)
     before, after, got = golden.state("before"), golden.state("after"), trainer.model.state_dict()
-    assert all(close(got[key], after[key], before[key]) for key in after)
-    assert torch.allclose(
-        torch.from_numpy(weights), torch.from_numpy(golden.arrays["batch_weight"]).double(), atol=2e-3
-    )
+    assert [key for key in after if not close(got[key], after[key], before[key])] == []
+    if golden.meta["weighting"] not in LOGS_OTHERWISE:
+        want = torch.from_numpy(golden.arrays["batch_weight"]).double()
+        assert torch.allclose(torch.from_numpy(weights), want, atol=2e-3)
 
 
-def test_replays_step_by_step(golden: Golden) -> None:
+@pytest.mark.parametrize("path", [path for path in PATHS if "GradNorm" in path.stem], ids=lambda path: path.stem)
+def test_gradnorm_replays_step_by_step_after_its_first_epoch(path: Path) -> None:
+    golden = Golden.read(path)
+    trainer, batches = golden.trainer(), golden.batches
+    model, scored = trainer.model, []
+    for (inputs, labels), name in zip(batches, ["before", "state.0", "state.1"], strict=True):
+        _set_state(model, golden.state(name))
+        losses, _ = trainer.step.problem.whole(inputs, labels)
+        scored.append(torch.stack(losses).detach())
+    model.train_loss_buffer = torch.stack(scored).mean(0)[:, None].numpy()
+    model.epoch = 1
+    model.start_epoch(**golden.meta["weight_args"])
+    for step in range(len(batches), golden.steps):
+        before, want = golden.state(f"state.{step - 1}"), golden.state(f"state.{step}")
+        _set_state(model, before)
+        trainer.step([batches[step % len(batches)]], StepBuffer())
+        got = model.state_dict()
+        assert [key for key in want if not close(got[key], want[key], before[key])] == []
+
+
+def test_replays_step_by_step(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
+    if golden.meta["weighting"] not in STATELESS:
+        pytest.skip("a step depends on those before")
     trainer = golden.trainer()
+    _replay(golden, trainer.model, monkeypatch)
     batches = golden.batches
     before = golden.state("before")
     for step in range(golden.steps):
-        trainer.model.load_state_dict(before)
+        _set_state(trainer.model, before)
         inputs, labels = batches[step % len(batches)]
-        trainer.step(inputs, labels, StepBuffer())
+        trainer.step([(inputs, labels)], StepBuffer())
         want, got = golden.state(f"state.{step}"), trainer.model.state_dict()
         for key in want:
             if _detached_encoder(golden) and key.startswith("encoder."):

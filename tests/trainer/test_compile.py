@@ -75,14 +75,14 @@ def test_forward_and_gradients_run_in_compiled_code(options: dict[str, Any]) -> 
             region.on_compile = messages.append
     images, labels = _images()
     buffer = StepBuffer()
-    trainer.step(images, labels, buffer)
+    trainer.step([(images, labels)], buffer)
     assert messages[0].startswith("compiling ")
     assert messages[1].startswith("compiled ")
-    report = measure_compiled(lambda: trainer.step(images, labels, buffer), trainer.step.route.regions)
+    report = measure_compiled(lambda: trainer.step([(images, labels)], buffer), trainer.step.route.regions)
     assert report.graph_breaks == 0
     assert report.recompiles == 0
     assert 0.0 < report.share <= 1.0
-    outside = _convolutions_outside(lambda: trainer.step(images, labels, buffer))
+    outside = _convolutions_outside(lambda: trainer.step([(images, labels)], buffer))
     assert outside == []
 
 
@@ -106,7 +106,7 @@ def _convolutions_outside(step: Any) -> list[str]:
 def test_eager_convolutions_would_be_found() -> None:
     trainer = _conv_trainer("MTAN", False)
     images, labels = _images()
-    assert _convolutions_outside(lambda: trainer.step(images, labels, StepBuffer()))
+    assert _convolutions_outside(lambda: trainer.step([(images, labels)], StepBuffer()))
 
 
 _DONATED = """
@@ -186,7 +186,7 @@ def test_many_tasks_with_inputs_of_their_own_stay_compiled() -> None:
     trainer = make_trainer("EW", count=count, multi_input=True, compile=True)
     batches = {task: next(iter(loader)) for task, loader in loaders(count, multi_input=True).items()}
     inputs, labels = ({task: batch[i] for task, batch in batches.items()} for i in (0, 1))
-    trainer.step(inputs, labels, StepBuffer())
-    report = measure_compiled(lambda: trainer.step(inputs, labels, StepBuffer()), trainer.step.route.regions)
+    trainer.step([(inputs, labels)], StepBuffer())
+    report = measure_compiled(lambda: trainer.step([(inputs, labels)], StepBuffer()), trainer.step.route.regions)
     assert (report.graph_breaks, report.recompiles) == (0, 0)
     assert trainer.step.route.regions.single.graphs == count

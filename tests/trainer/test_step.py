@@ -73,7 +73,7 @@ def test_mgda_update_is_the_min_norm_combination(architecture: Any, multi_input:
     assert type(trainer.step.route) is route
     rows, own = _task_gradients(trainer, inputs, labels)
     expected = combine(rows, min_norm(gram(rows)))
-    trainer.step(inputs, labels, StepBuffer())
+    trainer.step([(inputs, labels)], StepBuffer())
     for param, want in zip(trainer.step.problem.shared_params, expected, strict=True):
         torch.testing.assert_close(param.grad, want)
     for param, want in zip(trainer.step.problem.own_params, own, strict=True):
@@ -92,7 +92,7 @@ def test_ew_update_is_the_sum_of_gradients(architecture: Any, multi_input: bool,
     inputs, labels = _batch(multi_input)
     assert type(trainer.step.route) is SumRoute
     rows, _ = _task_gradients(trainer, inputs, labels)
-    trainer.step(inputs, labels, StepBuffer())
+    trainer.step([(inputs, labels)], StepBuffer())
     for k, param in enumerate(trainer.step.problem.shared_params):
         torch.testing.assert_close(param.grad, rows[0][k] + rows[1][k])
     assert all(param.grad.abs().sum() > 0 for param in trainer.step.problem.shared_params)
@@ -106,7 +106,7 @@ def test_rep_grad_weights_the_representation_gradients(architecture: Any, multi_
     assert isinstance(trainer.step.route, RepRoute)
     inputs, labels = _batch(multi_input)
     buffer = StepBuffer()
-    trainer.step(inputs, labels, buffer)
+    trainer.step([(inputs, labels)], buffer)
     records = buffer.flush(0, 1)
     assert records.weights is not None
     weights = torch.from_numpy(records.weights[0]).float()
@@ -134,7 +134,7 @@ def test_rep_grad_refuses_representations_of_different_size() -> None:
     decoders = nn.ModuleDict({"task0": nn.Linear(8, 3), "task1": nn.Linear(5, 1)})
     trainer = make_trainer(encoder_class=Uneven, decoders=decoders, rep_grad=True)
     with pytest.raises(ValueError, match=r"representations of one size.*task0: \(8, 8\), task1: \(8, 5\)"):
-        trainer.step(*_batch(), StepBuffer())
+        trainer.step([_batch()], StepBuffer())
 
 
 @pytest.mark.parametrize("gn", ["none", "l2", "loss", "loss+"])
@@ -149,7 +149,7 @@ def test_mgda_normalisations(gn: str) -> None:
         sizes.append({"none": 1.0, "l2": norm, "loss": loss, "loss+": loss * norm}[gn])
     scaled = [[grad / size for grad in row] for row, size in zip(rows, sizes, strict=True)]
     expected = combine(scaled, min_norm(gram(scaled)))
-    trainer.step(inputs, labels, StepBuffer())
+    trainer.step([(inputs, labels)], StepBuffer())
     for param, want in zip(trainer.step.problem.shared_params, expected, strict=True):
         torch.testing.assert_close(param.grad, want, rtol=1e-4, atol=1e-6)
 
@@ -164,9 +164,9 @@ def test_a_step_reads_nothing_on_the_host(weighting: str, rep_grad: bool, multi_
     )
     inputs, labels = _batch(multi_input)
     buffer = StepBuffer()
-    trainer.step(inputs, labels, buffer)
+    trainer.step([(inputs, labels)], buffer)
     with NoHostRead():
-        losses, preds = trainer.step(inputs, labels, buffer)
+        losses, preds = trainer.step([(inputs, labels)], buffer)
         trainer.meter.update(losses, preds, labels)
     assert len(buffer) == 2
 
@@ -187,7 +187,7 @@ def test_frozen_and_unused_parameters() -> None:
             return self.frozen(self.used(x))
 
     trainer = make_trainer(encoder_class=Partly)
-    trainer.step(*_batch(), StepBuffer())
+    trainer.step([_batch()], StepBuffer())
     encoder: Any = trainer.model.encoder
     assert encoder.used.weight.grad is not None
     assert encoder.unused.weight.grad is None
@@ -223,7 +223,7 @@ def test_a_strategy_written_for_libmtl(rep_grad: bool, multi_input: bool) -> Non
     plain = make_trainer("EW", multi_input=multi_input)
     rows, own = _task_gradients(plain, inputs, labels)
     buffer = StepBuffer()
-    trainer.step(inputs, labels, buffer)
+    trainer.step([(inputs, labels)], buffer)
     for k, param in enumerate(trainer.step.problem.shared_params):
         torch.testing.assert_close(param.grad, 0.5 * (rows[0][k] + rows[1][k]))
     for param, want in zip(trainer.step.problem.own_params, own, strict=True):
@@ -239,7 +239,7 @@ def test_backward_called_as_libmtl_does(weighting: str, rep_grad: bool) -> None:
     """A loop of the user's own, around the model alone."""
     inputs, labels = _batch()
     stepped = make_trainer(weighting, rep_grad=rep_grad, optim_param={"optim": "sgd", "lr": 0.0})
-    stepped.step(inputs, labels, StepBuffer())
+    stepped.step([(inputs, labels)], StepBuffer())
     trainer = make_trainer(weighting, rep_grad=rep_grad)
     losses, _ = trainer.step.problem.whole(inputs, labels)
     weights = trainer.model.backward(torch.stack(list(losses)), **trainer.kwargs["weight_args"])

@@ -1,0 +1,26 @@
+"""Independent component alignment."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from fastmtl import ops
+from fastmtl.weighting.base import AbsWeighting, Weights
+
+__all__ = ["Aligned_MTL"]
+
+
+class Aligned_MTL(AbsWeighting):
+    """Aligned-MTL: the principal components of the task gradients are brought to the length of the smallest.
+
+    Source: Senushkin et al., "Independent Component Alignment for Multi-Task Learning", CVPR 2023.
+    """
+
+    needs = "gram"
+
+    def weigh(self, losses: Tensor, gram: Tensor | None, **hyper: Any) -> Weights:
+        """Return the weights."""
+        assert gram is not None
+        return Weights(shared=ops.aligned(gram))

@@ -1,0 +1,29 @@
+"""Conflict-free inverse gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from fastmtl import ops
+from fastmtl.weighting.base import AbsWeighting, Weights
+
+__all__ = ["ConFIG"]
+
+
+class ConFIG(AbsWeighting):
+    """ConFIG: the update has the same positive cosine to all task gradients, and the length of its projections' sum.
+
+    Computed from the (T, T) Gram matrix in place of a pseudo-inverse of the (T, P) gradients.
+
+    Source: Liu, Chu and Thuerey, "ConFIG: Towards Conflict-free Training of Physics Informed Neural Networks",
+    ICLR 2025.
+    """
+
+    needs = "gram"
+
+    def weigh(self, losses: Tensor, gram: Tensor | None, **hyper: Any) -> Weights:
+        """Return the weights."""
+        assert gram is not None
+        return Weights(shared=ops.config(gram))

@@ -1,0 +1,50 @@
+"""Dual-balancing multi-task learning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmtl import ops
+from fastmtl.hyper import Hyper
+from fastmtl.weighting.base import AbsWeighting, Rows, Weights
+from fastmtl.weighting.row_state import RowState
+
+__all__ = ["DB_MTL"]
+
+
+class DB_MTL(AbsWeighting):
+    """Dual-Balancing: log losses, and moving averages of their gradients brought to the length of the longest.
+
+    In step k with ``b = beta / k^beta_sigma``: ``y_t = b y_t + (1 - b) g_t / L_t``; the update is
+    ``sum_t (max_s |y_s| / |y_t|) y_t``. Decoders follow the log losses.
+
+    Source: Lin et al., "Dual-Balancing for Multi-Task Learning", 2023.
+    """
+
+    needs = "rows"
+    weighs_heads = True
+    allows_rep_grad = False
+    hyper = {  # noqa: RUF012
+        "DB_beta": Hyper(type=float, default=0.9, help="Decay of the averages."),
+        "DB_beta_sigma": Hyper(type=float, default=0.0, help="Power of the step by which it falls."),
+    }
+
+    def init_param(self) -> None:
+        """Create the averages and the count of steps."""
+        self.averages = RowState(self, "grad_buffer")
+        self.remember("steps", torch.zeros(()))
+
+    def weigh_rows(
+        self, losses: Tensor, rows: Rows, *, DB_beta: float = 0.9, DB_beta_sigma: float = 0.0, **hyper: Any
+    ) -> Weights:
+        """Return weights of the averages."""
+        self.steps.add_(1)
+        decay = DB_beta / self.steps**DB_beta_sigma
+        heads = 1 / (losses + 1e-8)
+        averages = self.averages.blend(rows, decay, (1 - decay) * heads)
+        gram = ops.gram(averages)
+        length = gram.diagonal().sqrt()
+        return Weights(shared=length.max() / (length + 1e-8), heads=heads, rows=averages, gram=gram)

@@ -1,0 +1,41 @@
+"""Dynamic weight average."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmtl.hyper import Hyper
+from fastmtl.weighting.base import AbsWeighting, Weights
+
+__all__ = ["DWA"]
+
+
+class DWA(AbsWeighting):
+    """Dynamic Weight Average: tasks whose loss falls slowly get more weight.
+
+    From the third epoch on ``w = T_tasks softmax(r / T)`` with r_t the ratio of the mean training losses of the last
+    two epochs; ones before.
+
+    Source: Liu, Johns and Davison, "End-to-End Multi-Task Learning with Attention", CVPR 2019.
+    """
+
+    needs = "losses"
+    hyper = {"T": Hyper(type=float, default=2.0, help="Temperature: the higher, the more equal the weights.")}  # noqa: RUF012
+
+    def init_param(self) -> None:
+        """Create the weights of the epoch."""
+        self.remember("epoch_weights", torch.ones(self.task_num))
+
+    def start_epoch(self, *, T: float = 2.0, **hyper: Any) -> None:
+        """Compute the weights of the epoch from the losses of the last two."""
+        if self.epoch > 1:
+            losses = torch.from_numpy(self.train_loss_buffer)
+            ratio = losses[:, self.epoch - 1] / losses[:, self.epoch - 2]
+            self.epoch_weights.copy_(self.task_num * torch.softmax(ratio / T, dim=-1))
+
+    def weigh(self, losses: Tensor, gram: Tensor | None, **hyper: Any) -> Weights:
+        """Return the weights of the epoch."""
+        return Weights(shared=self.epoch_weights.clone())

@@ -1,0 +1,45 @@
+"""Dual projection."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmtl import ops
+from fastmtl.hyper import Hyper
+from fastmtl.weighting.base import AbsWeighting, Weights
+from fastmtl.weighting.UPGrad import normalized
+
+__all__ = ["DualProj"]
+
+
+class DualProj(AbsWeighting):
+    """DualProj: the mean gradient, projected onto the cone of directions that harm no task.
+
+    Source: Lopez-Paz and Ranzato, "Gradient Episodic Memory for Continual Learning", NeurIPS 2017.
+    """
+
+    needs = "gram"
+    allows_rep_grad = False
+    hyper = {  # noqa: RUF012
+        "DualProj_norm_eps": Hyper(type=float, default=1e-4, help="Traces of G below it count as zero."),
+        "DualProj_reg_eps": Hyper(type=float, default=1e-4, help="Added to the diagonal of the normalised G."),
+    }
+
+    def weigh(
+        self,
+        losses: Tensor,
+        gram: Tensor | None,
+        *,
+        DualProj_norm_eps: float = 1e-4,
+        DualProj_reg_eps: float = 1e-4,
+        **hyper: Any,
+    ) -> Weights:
+        """Return the weights."""
+        assert gram is not None
+        size = len(gram)
+        identity = torch.eye(size, dtype=gram.dtype, device=gram.device)
+        matrix = normalized(gram, DualProj_norm_eps) + DualProj_reg_eps * identity
+        return Weights(shared=ops.dual_cone(matrix, torch.full_like(gram[0], 1 / size)))

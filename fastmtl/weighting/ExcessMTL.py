@@ -1,0 +1,58 @@
+"""Robust multi-task learning with excess risks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmtl.hyper import Hyper
+from fastmtl.weighting.base import AbsWeighting, Rows, Weights
+from fastmtl.weighting.row_state import RowState
+
+__all__ = ["ExcessMTL"]
+
+
+class ExcessMTL(AbsWeighting):
+    """ExcessMTL: tasks far from their optimum get more weight, however noisy their labels.
+
+    The excess risk of task t is estimated as ``g_t^T diag(h_t)^(-1/2) g_t`` with h_t the sum of the squared gradients
+    so far, relative to that of the first step; weights grow by ``exp(robust_step_size excess_t)`` and sum to T.
+
+    Source: He et al., "Robust Multi-Task Learning with Excess Risks", ICML 2024.
+    """
+
+    needs = "rows"
+    weighs_heads = True
+    allows_rep_grad = False
+    hyper = {  # noqa: RUF012
+        "robust_step_size": Hyper(type=float, default=1e-2, help="Learning rate of the weights.")
+    }
+
+    def init_param(self) -> None:
+        """Create the sums of squares, the first step's risks and the weights."""
+        self.squares = RowState(self, "grad_sum")
+        self.remember("loss_weight", torch.ones(self.task_num))
+        self.remember("initial_w", torch.zeros(self.task_num))
+
+    def weigh_rows(self, losses: Tensor, rows: Rows, *, robust_step_size: float = 1e-2, **hyper: Any) -> Weights:
+        """Return the weights, of decoders too."""
+        one = torch.ones_like(losses)
+        squared: Rows = [[None if grad is None else grad * grad for grad in row] for row in rows]
+        sums = self.squares.blend(squared, one[0], one)
+        risks = []
+        for row, total in zip(squared, sums, strict=True):
+            parts = [
+                (square / (part + 1e-7).sqrt()).sum()
+                for square, part in zip(row, total, strict=True)
+                if square is not None and part is not None
+            ]
+            risks.append(torch.stack(parts).sum() if parts else torch.zeros_like(one[0]))
+        risk = torch.stack(risks)
+        first = (self.initial_w == 0).all()
+        self.initial_w.copy_(torch.where(first, risk, self.initial_w))
+        grown = self.loss_weight * torch.exp(risk / self.initial_w * robust_step_size)
+        self.loss_weight.copy_(torch.where(first, self.loss_weight, grown / grown.sum() * self.task_num))
+        weights = self.loss_weight.clone()
+        return Weights(shared=weights, heads=weights)

@@ -1,0 +1,49 @@
+"""Fast adaptive multitask optimization."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmtl.hyper import Hyper
+from fastmtl.weighting.adam import Adam
+from fastmtl.weighting.base import AbsWeighting, Weights
+
+__all__ = ["FAMO"]
+
+
+class FAMO(AbsWeighting):
+    """Fast Adaptive Multitask Optimization: the slowest relative decrease of all losses is made as large as possible.
+
+    With ``z = softmax(xi)`` and ``D = L - min_losses`` the weights are ``z_t / D_t``, divided by their sum. After the
+    update the decrease of ``log D`` on the same batch is the gradient by which Adam moves xi.
+
+    Source: Liu, Feng, Stone and Liu, "FAMO: Fast Adaptive Multitask Optimization", NeurIPS 2023.
+    """
+
+    needs = "losses"
+    looks_back = True
+    hyper = {  # noqa: RUF012
+        "FAMO_w_lr": Hyper(type=float, default=0.025, help="Learning rate of the logits of the weights."),
+        "FAMO_w_gamma": Hyper(type=float, default=1e-3, help="Weight decay of the logits of the weights."),
+    }
+
+    def init_param(self) -> None:
+        """Create the logits xi and their optimizer."""
+        self.remember("min_losses", torch.zeros(self.task_num))
+        self.logits = Adam(self, "famo", torch.zeros(self.task_num))
+
+    def weigh(self, losses: Tensor, gram: Tensor | None, **hyper: Any) -> Weights:
+        """Return the derivatives of ``sum_t z_t log D_t / c``."""
+        excess = losses - self.min_losses + 1e-8
+        self._excess = excess
+        share = torch.softmax(self.logits.value, dim=-1) / excess
+        return Weights(shared=share / share.sum())
+
+    def after_step(self, losses: Tensor, *, FAMO_w_lr: float = 0.025, FAMO_w_gamma: float = 1e-3, **hyper: Any) -> None:
+        """Move the logits by how much each loss fell."""
+        fall = self._excess.log() - (losses - self.min_losses + 1e-8).log()
+        share = torch.softmax(self.logits.value, dim=-1)
+        self.logits.step(share * (fall - share @ fall), lr=FAMO_w_lr, weight_decay=FAMO_w_gamma)

@@ -1,0 +1,39 @@
+"""Fair resource allocation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmtl import ops
+from fastmtl.hyper import Hyper
+from fastmtl.weighting.base import AbsWeighting, Weights
+
+__all__ = ["FairGrad"]
+
+
+class FairGrad(AbsWeighting):
+    """FairGrad: alpha-fair allocation of the improvement, weights w > 0 with ``G w = w^(-1/alpha)``.
+
+    Source: Ban and Ji, "Fair Resource Allocation in Multi-Task Learning", ICML 2024.
+    """
+
+    needs = "gram"
+    weighs_heads = True
+    allows_rep_grad = False
+    hyper = {  # noqa: RUF012
+        "FairGrad_alpha": Hyper(type=float, default=1.0, help="Fairness: 1 is proportional, towards infinity max-min.")
+    }
+
+    def init_param(self) -> None:
+        """Create the last solution, from which the next one starts."""
+        self.remember("last_weights", torch.ones(self.task_num, dtype=torch.float64))
+
+    def weigh(self, losses: Tensor, gram: Tensor | None, *, FairGrad_alpha: float = 1.0, **hyper: Any) -> Weights:
+        """Return the weights, of decoders too."""
+        assert gram is not None
+        weights = ops.fairgrad(gram, FairGrad_alpha, self.last_weights)
+        self.last_weights.copy_(weights)
+        return Weights(shared=weights, heads=weights)

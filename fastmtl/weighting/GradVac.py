@@ -1,0 +1,65 @@
+"""Gradient vaccine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmtl import ops
+from fastmtl.hyper import Hyper
+from fastmtl.weighting.base import AbsWeighting, Weights
+
+__all__ = ["GradVac"]
+
+
+class GradVac(AbsWeighting):
+    """Gradient Vaccine: cosines below their moving average are raised to it, within each group of parameters.
+
+    Source: Wang et al., "Gradient Vaccine: Investigating and Improving Multi-task Optimization in Massively
+    Multilingual Models", ICLR 2021.
+    """
+
+    needs = "gram"
+    allows_rep_grad = False
+    hyper = {  # noqa: RUF012
+        "GradVac_beta": Hyper(type=float, default=0.5, help="Decay of the moving average of the cosines."),
+        "GradVac_group_type": Hyper(
+            type=int, default=0, choices=(0, 1, 2), help="One group of all (0), of each layer (1), of each tensor (2)."
+        ),
+    }
+
+    def init_param(self) -> None:
+        """Create the average cosines, for as many groups as there are parameters at most."""
+        count = len(list(self.get_share_params()))
+        self.remember("rho", torch.zeros(max(count, 1), self.task_num, self.task_num, dtype=torch.float64))
+        self._groups: dict[int, list[int]] = {}
+
+    def groups(self, *, GradVac_group_type: int = 0, **hyper: Any) -> list[int]:
+        """Return the group of each shared parameter."""
+        if GradVac_group_type not in self._groups:
+            self._groups[GradVac_group_type] = self._find_groups(GradVac_group_type)
+        return self._groups[GradVac_group_type]
+
+    def _find_groups(self, kind: int) -> list[int]:
+        params = [param for param in self.get_share_params() if param.requires_grad]
+        if kind == 0:
+            return [0] * len(params)
+        if kind == 2:
+            return list(range(len(params)))
+        owner = {id(param): id(module) for module in self.modules() for param in module._parameters.values()}
+        found: dict[int, int] = {}
+        return [found.setdefault(owner[id(param)], len(found)) for param in params]
+
+    def draw_orders(self, device: torch.device) -> Tensor:
+        """Return (T, T) int64: for each task a random order of all tasks."""
+        return torch.rand(self.task_num, self.task_num, device=device).argsort(dim=1)
+
+    def weigh(self, losses: Tensor, gram: Tensor | None, *, GradVac_beta: float = 0.5, **hyper: Any) -> Weights:
+        """Return (L, T) weights; their mean over the groups is logged."""
+        assert gram is not None
+        count = len(gram)
+        weights, rho = ops.gradvac(gram, self.draw_orders(gram.device), self.rho[:count], GradVac_beta)
+        self.rho[:count] = rho
+        return Weights(shared=weights, logged=weights.mean(0))

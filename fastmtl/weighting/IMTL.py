@@ -1,0 +1,38 @@
+"""Impartial multi-task learning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmtl import ops
+from fastmtl.weighting.base import AbsWeighting, Weights
+
+__all__ = ["IMTL"]
+
+
+class IMTL(AbsWeighting):
+    """Impartial Multi-Task Learning: losses are scaled by learned factors, gradients get equal projections.
+
+    IMTL-L trains ``exp(s_t) L_t - s_t`` with s the parameter ``loss_scale``; IMTL-G combines the gradients of the
+    scaled losses so that the update has the same projection on each of them.
+
+    Source: Liu et al., "Towards Impartial Multi-task Learning", ICLR 2021.
+    """
+
+    needs = "gram"
+    weighs_heads = True
+
+    def init_param(self) -> None:
+        """Create ``loss_scale``."""
+        self.loss_scale = nn.Parameter(torch.zeros(self.task_num))
+
+    def weigh(self, losses: Tensor, gram: Tensor | None, **hyper: Any) -> Weights:
+        """Return the weights and the gradient of ``loss_scale``."""
+        assert gram is not None
+        scale = self.loss_scale.detach().exp()
+        wide = scale.to(gram.dtype)
+        alpha = ops.imtl(wide[:, None] * gram * wide)
+        return Weights(shared=alpha * wide, heads=scale, logged=alpha, own_grads={"loss_scale": scale * losses - 1})

@@ -1,0 +1,65 @@
+"""Multi-objective gradient correction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmtl import ops
+from fastmtl.hyper import Hyper
+from fastmtl.weighting.base import AbsWeighting, Rows, Weights
+from fastmtl.weighting.row_state import RowState
+
+__all__ = ["MoCo"]
+
+
+class MoCo(AbsWeighting):
+    """MoCo: moving averages y_t of the normalised task gradients, combined by slowly learned min-norm weights.
+
+    In step k: ``y_t += beta / k^beta_sigma (L_t g_t / |g_t| - y_t)``,
+    ``lambda = softmax(lambda - gamma / k^gamma_sigma (Y Y^T + rho I) lambda)``; the update is ``Y^T lambda``.
+
+    Source: Fernando et al., "Mitigating Gradient Bias in Multi-objective Learning: A Provably Convergent Stochastic
+    Approach", ICLR 2023.
+    """
+
+    needs = "rows"
+    allows_rep_grad = False
+    hyper = {  # noqa: RUF012
+        "MoCo_beta": Hyper(type=float, default=0.5, help="Learning rate of the averages."),
+        "MoCo_beta_sigma": Hyper(type=float, default=0.5, help="Power of the step by which it falls."),
+        "MoCo_gamma": Hyper(type=float, default=0.1, help="Learning rate of the weights."),
+        "MoCo_gamma_sigma": Hyper(type=float, default=0.5, help="Power of the step by which it falls."),
+        "MoCo_rho": Hyper(type=float, default=0.0, help="Regularization of the weights."),
+    }
+
+    def init_param(self) -> None:
+        """Create the averages, the weights and the count of steps."""
+        self.averages = RowState(self, "y")
+        self.remember("lambd", torch.full((self.task_num,), 1 / self.task_num))
+        self.remember("steps", torch.zeros(()))
+
+    def weigh_rows(
+        self,
+        losses: Tensor,
+        rows: Rows,
+        *,
+        MoCo_beta: float = 0.5,
+        MoCo_beta_sigma: float = 0.5,
+        MoCo_gamma: float = 0.1,
+        MoCo_gamma_sigma: float = 0.5,
+        MoCo_rho: float = 0.0,
+        **hyper: Any,
+    ) -> Weights:
+        """Return weights of the averages."""
+        self.steps.add_(1)
+        gram = ops.gram(rows)
+        rate = MoCo_beta / self.steps**MoCo_beta_sigma
+        gains = rate * losses / (gram.diagonal().sqrt().to(losses.dtype) + 1e-8)
+        averages = self.averages.blend(rows, 1 - rate, gains)
+        pull = ops.gram(averages).to(self.lambd.dtype) @ self.lambd + MoCo_rho * self.lambd
+        self.lambd.copy_(torch.softmax(self.lambd - MoCo_gamma / self.steps**MoCo_gamma_sigma * pull, dim=-1))
+        weights = self.lambd.clone()
+        return Weights(shared=weights, rows=averages, gram=gram)

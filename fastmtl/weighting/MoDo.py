@@ -1,0 +1,49 @@
+"""Multi-objective gradients with double sampling."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmtl.hyper import Hyper
+from fastmtl.weighting.base import AbsWeighting, Weights
+from fastmtl.weighting.simplex import project_simplex
+
+__all__ = ["MoDo"]
+
+
+class MoDo(AbsWeighting):
+    """MoDo: min-norm weights learned step by step from two independent batches; a third one gives the update.
+
+    ``w <- project(w - gamma (J_1 J_2^T w + rho w))`` on the simplex. Decoders get the mean over the three batches.
+
+    Source: Chen et al., "Three-Way Trade-Off in Multi-Objective Learning: Optimization, Generalization and
+    Conflict-Avoidance", NeurIPS 2023.
+    """
+
+    needs = "gram"
+    samples = 3
+    weighs_heads = True
+    allows_rep_grad = False
+    hyper = {  # noqa: RUF012
+        "MoDo_gamma": Hyper(type=float, default=1e-3, help="Learning rate of the weights."),
+        "MoDo_rho": Hyper(type=float, default=0.1, help="Regularization of the weights."),
+    }
+
+    def init_param(self) -> None:
+        """Create the weights."""
+        self.remember("lambd", torch.full((self.task_num,), 1 / self.task_num))
+
+    def weigh(
+        self, losses: Tensor, gram: Tensor | None, *, MoDo_gamma: float = 1e-3, MoDo_rho: float = 0.1, **hyper: Any
+    ) -> Weights:
+        """Return weights of the third batch's gradients."""
+        assert gram is not None
+        size = self.task_num
+        cross = gram[:size, size : 2 * size].to(self.lambd.dtype)
+        slope = cross @ self.lambd + MoDo_rho * self.lambd
+        self.lambd.copy_(project_simplex(self.lambd - MoDo_gamma * slope))
+        shared = torch.cat([torch.zeros_like(self.lambd).repeat(2), self.lambd])
+        return Weights(shared=shared, heads=torch.full_like(shared, 1 / 3), logged=self.lambd.clone())

@@ -1,0 +1,32 @@
+"""Gradient surgery."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmtl import ops
+from fastmtl.weighting.base import AbsWeighting, Weights
+
+__all__ = ["PCGrad"]
+
+
+class PCGrad(AbsWeighting):
+    """PCGrad: each task's gradient is projected, in random order, off the gradients it conflicts with.
+
+    Source: Yu et al., "Gradient Surgery for Multi-Task Learning", NeurIPS 2020.
+    """
+
+    needs = "gram"
+    allows_rep_grad = False
+
+    def draw_orders(self, device: torch.device) -> Tensor:
+        """Return (T, T) int64: for each task a random order of all tasks."""
+        return torch.rand(self.task_num, self.task_num, device=device).argsort(dim=1)
+
+    def weigh(self, losses: Tensor, gram: Tensor | None, **hyper: Any) -> Weights:
+        """Return the sums of the projected gradients' coefficients."""
+        assert gram is not None
+        return Weights(shared=ops.pcgrad(gram, self.draw_orders(gram.device)))

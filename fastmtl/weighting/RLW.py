@@ -1,0 +1,30 @@
+"""Random loss weighting."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmtl.weighting.base import AbsWeighting, Weights
+
+__all__ = ["RLW"]
+
+
+class RLW(AbsWeighting):
+    """Random Loss Weighting: in every step the softmax of standard normal numbers.
+
+    Source: Lin, Ye and Zhang, "Reasonable Effectiveness of Random Weighting: A Litmus Test for Multi-Task Learning",
+    TMLR 2022.
+    """
+
+    needs = "losses"
+
+    def draw(self, like: Tensor) -> Tensor:
+        """Return (T,) weights of the dtype and device of ``like``."""
+        return torch.softmax(torch.randn_like(like), dim=-1)
+
+    def weigh(self, losses: Tensor, gram: Tensor | None, **hyper: Any) -> Weights:
+        """Return random weights."""
+        return Weights(shared=self.draw(losses))

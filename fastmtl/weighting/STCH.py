@@ -1,0 +1,54 @@
+"""Smooth Tchebycheff scalarization."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmtl.hyper import Hyper
+from fastmtl.weighting.base import AbsWeighting, Weights
+
+__all__ = ["STCH"]
+
+
+class STCH(AbsWeighting):
+    """Smooth Tchebycheff scalarization of the log losses, relative to their averages in the last warm-up epoch.
+
+    Up to epoch ``STCH_warmup_epoch`` the objective is ``sum_t log L_t``; in that epoch the losses are averaged to n.
+    From then on it is ``T mu log sum_t exp(log(L_t / n_t) / mu)``.
+
+    Source: Lin et al., "Smooth Tchebycheff Scalarization for Multi-Objective Optimization", ICML 2024.
+    """
+
+    needs = "losses"
+    hyper = {  # noqa: RUF012
+        "STCH_mu": Hyper(type=float, default=1.0, help="Smoothing: towards 0 only the worst task counts."),
+        "STCH_warmup_epoch": Hyper(type=int, default=4, help="Epoch whose mean losses the later ones are measured in."),
+    }
+
+    def init_param(self) -> None:
+        """Create the sum of the losses and their number."""
+        self.remember("loss_sum", torch.zeros(self.task_num))
+        self.remember("loss_count", torch.zeros(()))
+
+    def weigh(
+        self,
+        losses: Tensor,
+        gram: Tensor | None,
+        *,
+        STCH_mu: float = 1.0,
+        STCH_warmup_epoch: int = 4,
+        **hyper: Any,
+    ) -> Weights:
+        """Return the derivatives of the scalarization."""
+        tiny = 1e-20
+        if self.epoch <= STCH_warmup_epoch:
+            if self.epoch == STCH_warmup_epoch:
+                self.loss_sum.add_(losses)
+                self.loss_count.add_(1)
+            return Weights(shared=1 / (losses + tiny))
+        nadir = self.loss_sum / self.loss_count
+        share = torch.softmax(torch.log(losses / nadir + tiny) / STCH_mu, dim=-1)
+        return Weights(shared=len(losses) * share / (losses + tiny * nadir))

@@ -1,0 +1,52 @@
+"""Unconflicting projection of gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmtl import ops
+from fastmtl.hyper import Hyper
+from fastmtl.weighting.base import AbsWeighting, Weights
+
+__all__ = ["UPGrad", "normalized"]
+
+
+def normalized(gram: Tensor, smallest: float) -> Tensor:
+    """Return G divided by its trace, zero where that is below ``smallest``."""
+    trace = gram.diagonal().sum()
+    return torch.where(trace < smallest, 0.0, gram / torch.where(trace > 0, trace, 1.0))
+
+
+class UPGrad(AbsWeighting):
+    """UPGrad: the mean of the task gradients, each projected onto the cone of directions that harm no task.
+
+    G is divided by its trace, or dropped where that is below ``UPGrad_norm_eps``, and ``UPGrad_reg_eps`` is added to
+    its diagonal.
+
+    Source: Quinton and Rey, "Jacobian Descent for Multi-Objective Optimization", 2024.
+    """
+
+    needs = "gram"
+    allows_rep_grad = False
+    hyper = {  # noqa: RUF012
+        "UPGrad_norm_eps": Hyper(type=float, default=1e-4, help="Traces of G below it count as zero."),
+        "UPGrad_reg_eps": Hyper(type=float, default=1e-4, help="Added to the diagonal of the normalised G."),
+    }
+
+    def weigh(
+        self,
+        losses: Tensor,
+        gram: Tensor | None,
+        *,
+        UPGrad_norm_eps: float = 1e-4,
+        UPGrad_reg_eps: float = 1e-4,
+        **hyper: Any,
+    ) -> Weights:
+        """Return the weights."""
+        assert gram is not None
+        identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        matrix = normalized(gram, UPGrad_norm_eps) + UPGrad_reg_eps * identity
+        return Weights(shared=ops.dual_cone(matrix, identity / len(gram)).sum(0))
