@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -55,15 +55,16 @@ class TrainingStep:
         self.hyper = hyper
         self.problem = problem
         # A strategy written for LibMTL runs its own backward passes.
-        self.legacy = cast(Any, problem.model).backward.__func__ is not AbsWeighting.backward
+        rule: Any = problem.model
+        self.legacy = rule.backward.__func__ is not AbsWeighting.backward
         self.warmth = 0
-        self.samples: int = 1 if self.legacy else self.model.samples
+        self.samples: int = 1 if self.legacy else rule.samples
         self.update_weights_every = update_weights_every
         self._since_solved = 0
         self._held: Weights | None = None
-        needs_gradients = self.model.needs != "losses"
+        needs_gradients = rule.needs != "losses"
         routes = [
-            choose_route(problem, Regions(problem, compiled, on_compile), needs_gradients, self.model.weighs_heads)
+            choose_route(problem, Regions(problem, compiled, on_compile), needs_gradients, rule.weighs_heads)
             for compiled in ((False, True) if compile == "auto" else (bool(compile),))
         ]
         self.trial = Trial(routes, on_compile) if len(routes) > 1 else None

@@ -32,6 +32,8 @@ class DB_MTL(AbsWeighting):
         "DB_beta_sigma": Hyper(type=float, default=0.0, help="Power of the step by which it falls."),
     }
 
+    steps: Tensor
+
     def init_param(self) -> None:
         """Create the averages and the count of steps."""
         self.averages = RowState(self, "grad_buffer")

@@ -25,6 +25,8 @@ class DWA(AbsWeighting):
     needs = "losses"
     hyper = {"T": Hyper(type=float, default=2.0, help="Temperature: the higher, the more equal the weights.")}  # noqa: RUF012
 
+    epoch_weights: Tensor
+
     def init_param(self) -> None:
         """Create the weights of the epoch."""
         self.remember("epoch_weights", torch.ones(self.task_num))

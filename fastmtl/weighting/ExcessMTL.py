@@ -30,6 +30,9 @@ class ExcessMTL(AbsWeighting):
         "robust_step_size": Hyper(type=float, default=1e-2, help="Learning rate of the weights.")
     }
 
+    loss_weight: Tensor
+    initial_w: Tensor
+
     def init_param(self) -> None:
         """Create the sums of squares, the first step's risks and the weights."""
         self.squares = RowState(self, "grad_sum")

@@ -30,6 +30,8 @@ class FAMO(AbsWeighting):
         "FAMO_w_gamma": Hyper(type=float, default=1e-3, help="Weight decay of the logits of the weights."),
     }
 
+    min_losses: Tensor
+
     def init_param(self) -> None:
         """Create the logits xi and their optimizer."""
         self.remember("min_losses", torch.zeros(self.task_num))

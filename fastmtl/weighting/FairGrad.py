@@ -27,6 +27,8 @@ class FairGrad(AbsWeighting):
         "FairGrad_alpha": Hyper(type=float, default=1.0, help="Fairness: 1 is proportional, towards infinity max-min.")
     }
 
+    last_weights: Tensor
+
     def init_param(self) -> None:
         """Create the last solution, from which the next one starts."""
         self.remember("last_weights", torch.ones(self.task_num, dtype=torch.float64))

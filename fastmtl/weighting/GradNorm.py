@@ -29,6 +29,8 @@ class GradNorm(AbsWeighting):
         "alpha": Hyper(type=float, default=1.5, help="How strongly slowly training tasks are favoured.")
     }
 
+    first_losses: Tensor
+
     def init_param(self) -> None:
         """Create ``loss_scale`` and the losses of the first epoch."""
         self.loss_scale = nn.Parameter(torch.ones(self.task_num))

@@ -30,6 +30,8 @@ class GradVac(AbsWeighting):
         ),
     }
 
+    rho: Tensor
+
     def init_param(self) -> None:
         """Create the average cosines, for as many groups as there are parameters at most."""
         count = len(list(self.get_share_params()))

@@ -35,6 +35,9 @@ class MoCo(AbsWeighting):
         "MoCo_rho": Hyper(type=float, default=0.0, help="Regularization of the weights."),
     }
 
+    lambd: Tensor
+    steps: Tensor
+
     def init_param(self) -> None:
         """Create the averages, the weights and the count of steps."""
         self.averages = RowState(self, "y")

@@ -32,6 +32,8 @@ class MoDo(AbsWeighting):
         "MoDo_rho": Hyper(type=float, default=0.1, help="Regularization of the weights."),
     }
 
+    lambd: Tensor
+
     def init_param(self) -> None:
         """Create the weights."""
         self.remember("lambd", torch.full((self.task_num,), 1 / self.task_num))

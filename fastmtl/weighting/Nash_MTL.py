@@ -31,6 +31,8 @@ class Nash_MTL(AbsWeighting):
         "max_norm": Hyper(type=float, default=1.0, help="Greatest norm of the shared update; 0 for none."),
     }
 
+    last_weights: Tensor
+
     def init_param(self) -> None:
         """Create the last solution, from which the next one starts."""
         self.remember("last_weights", torch.ones(self.task_num, dtype=torch.float64))

@@ -32,6 +32,8 @@ class SDMGrad(AbsWeighting):
         "SDMGrad_niter": Hyper(type=int, default=20, help="Steps of the solver in each training step."),
     }
 
+    w: Tensor
+
     def init_param(self) -> None:
         """Create the weights."""
         self.remember("w", torch.full((self.task_num,), 1 / self.task_num))

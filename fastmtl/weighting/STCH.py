@@ -28,6 +28,9 @@ class STCH(AbsWeighting):
         "STCH_warmup_epoch": Hyper(type=int, default=4, help="Epoch whose mean losses the later ones are measured in."),
     }
 
+    loss_sum: Tensor
+    loss_count: Tensor
+
     def init_param(self) -> None:
         """Create the sum of the losses and their number."""
         self.remember("loss_sum", torch.zeros(self.task_num))
