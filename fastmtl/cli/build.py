@@ -84,6 +84,8 @@ def build_trainer(
         resume=None if resume is None else str(resume),
         log_every=config.log_every,
         limit_batches=config.limit_batches,
+        update_weights_every=config.update_weights_every,
+        weight_momentum=config.weight_momentum,
         weight_args=config.weight_args,
         arch_args=config.arch_args,
     )

@@ -43,11 +43,14 @@ class HyperOption:
 
 
 def hyper_options() -> dict[str, HyperOption]:
-    """Return the hyper-parameters of all architectures and weightings, by name."""
+    """Return the hyper-parameters of all architectures and weightings, by name, without those that are settings too."""
     found: dict[str, HyperOption] = {}
+    settings = {each.name for each in fields(TrainConfig)}
     for classes in (WEIGHTINGS, ARCHITECTURES):
         for owner, cls in classes.items():
             for name, spec in cls.hyper.items():
+                if name in settings:
+                    continue
                 earlier = found.get(name)
                 owners = (*earlier.owners, owner) if earlier else (owner,)
                 found[name] = HyperOption(name=name, owners=owners, spec=earlier.spec if earlier else spec)

@@ -58,7 +58,7 @@ def load_model_state(model: nn.Module, state: Any, path: Path) -> None:
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise CheckpointError(f"{path} does not hold the parameters of a model.")
     own = model.state_dict()
-    remembered = getattr(model, "remembered", list)()
+    remembered: list[str] = getattr(model, "remembered", list)()
     differences = [f"{key} is missing" for key in own if key not in state and key not in remembered]
     differences += [f"{key} is not in the model" for key in state if key not in own]
     differences += [

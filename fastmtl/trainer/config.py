@@ -74,6 +74,10 @@ class TrainConfig:
     gamma: float = _setting(0.5, "Optimisation", "Factor of a decay, for step, exp and reduce.")
     eta_min: float = _setting(0.0, "Optimisation", "Last learning rate, for cos.")
     patience: int = _setting(10, "Optimisation", "Epochs without improvement before a decay, for reduce.")
+    update_weights_every: int = _setting(1, "Optimisation", "Steps between two solves of a gradient-balancing strategy.")
+    weight_momentum: float = _setting(
+        0.0, "Optimisation", "Decay of a moving average of the task weights (CR-MOGM); 0 for none."
+    )
     seed: int = _setting(0, "Optimisation", "Seed of every random number.")
 
     device: str | None = _setting(None, "Machine", "cpu, cuda, cuda:1, mps; the best there is if not given.")
@@ -181,6 +185,8 @@ _LEAST = {
     "test_batch_size": 1,
     "limit_batches": 1,
     "epochs": 1,
+    "update_weights_every": 1,
+    "weight_momentum": 0,
     "weight_decay": 0,
     "momentum": 0,
     "step_size": 1,

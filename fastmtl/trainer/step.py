@@ -33,6 +33,7 @@ class TrainingStep:
         hyper: Hyper-parameters of the strategy.
         update_weights_every: Steps between two solves of a strategy that needs the gradients; the weights of the last
             one hold in between.
+        weight_momentum: Decay of a moving average of the weights.
 
     Attributes:
         route: How the gradients are had, compiled or not.
@@ -48,6 +49,7 @@ class TrainingStep:
         on_compile: Callable[[str], None],
         hyper: Mapping[str, Any],
         update_weights_every: int = 1,
+        weight_momentum: float = 0.0,
     ) -> None:
         self.model: Any = problem.model
         self.optimizer = MaskedOptimizer(optimizer, guard.found_inf)
@@ -60,6 +62,8 @@ class TrainingStep:
         self.warmth = 0
         self.samples: int = 1 if self.legacy else rule.samples
         self.update_weights_every = update_weights_every
+        self.weight_momentum = weight_momentum
+        self._average: tuple[Tensor, Tensor | None] | None = None
         self._since_solved = 0
         self._held: Weights | None = None
         needs_gradients = rule.needs != "losses"
@@ -106,12 +110,13 @@ class TrainingStep:
         """Return what a resumed run needs of the weights held between two solves."""
         held = self._held
         kept = None if held is None else {"shared": held.shared, "heads": held.heads, "max_norm": held.max_norm}
-        return {"since_solved": self._since_solved, "held": kept}
+        return {"since_solved": self._since_solved, "held": kept, "average": self._average}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
         self._since_solved = state["since_solved"]
         self._held = None if state["held"] is None else Weights(**state["held"])
+        self._average = state["average"]
 
     def _differentiate(
         self, batches: Sequence[tuple[Any, Any]]
@@ -153,6 +158,8 @@ class TrainingStep:
             gram = gram.sum(0) if groups is not None else _mean_block(gram, len(passes))
         else:
             weights = model.weigh(losses, None, **self.hyper)
+        if self.weight_momentum:
+            self._smooth(weights)
         heads = [None] * len(passes) if weights.heads is None else weights.heads.chunk(len(passes))
         for each, own in zip(passes, heads, strict=True):
             each.write_heads(own)
@@ -161,6 +168,17 @@ class TrainingStep:
             shared = shared * _cap(shared, gram, weights.max_norm)
         done.write_shared(shared, rows if weights.rows is None else weights.rows, groups)
         return weights, gram
+
+    def _smooth(self, weights: Weights) -> None:
+        """Put moving averages in the place of the weights."""
+        if self._average is None:
+            self._average = weights.shared, weights.heads
+        shared, heads = self._average
+        weights.shared = torch.lerp(weights.shared, shared, self.weight_momentum)
+        if weights.heads is not None and heads is not None:
+            weights.heads = torch.lerp(weights.heads, heads, self.weight_momentum)
+        weights.logged = None
+        self._average = weights.shared, weights.heads
 
     def _legacy(self, inputs: Any, labels: Any) -> tuple[Tensor, dict[str, Any], Tensor | None, None]:
         losses, preds = forward(self.problem, self.route.regions, inputs, labels)

@@ -60,6 +60,8 @@ class Trainer(nn.Module):
         resume: A ``last.pt`` to go on from.
         update_weights_every: Steps between two solves of a strategy that balances gradients; in between its last
             weights hold, and a step costs one backward pass in place of one per task.
+        weight_momentum: Decay of a moving average of the task weights, which then takes their place (CR-MOGM: Zhou et
+            al., "On the Convergence of Stochastic Multi-Objective Gradient Manipulation and Beyond", NeurIPS 2022).
         log_every: Steps between two reads of the device for the loggers.
         limit_batches: Steps per pass at most.
         kwargs: ``weight_args`` and ``arch_args``, the hyper-parameters of strategy and architecture.
@@ -95,6 +97,7 @@ class Trainer(nn.Module):
         logger: Logger | Sequence[Logger] | None = None,
         resume: str | None = None,
         update_weights_every: int = 1,
+        weight_momentum: float = 0.0,
         log_every: int = 50,
         limit_batches: int | None = None,
         **kwargs: Any,
@@ -129,6 +132,7 @@ class Trainer(nn.Module):
             self.logger.on_compile,
             self.kwargs["weight_args"],
             self._solve_interval(update_weights_every),
+            _check_momentum(weight_momentum),
         )
         self.compile_report: CompileReport | None = None
         self._generators: list[torch.Generator] = []
@@ -462,6 +466,12 @@ def _find_device(device: str | torch.device | None) -> torch.device:
             f"device is {device}, but torch {torch.__version__} finds no MPS device here; use --device cpu."
         )
     return found
+
+
+def _check_momentum(given: float) -> float:
+    if not 0 <= given < 1:
+        raise UsageError(f"weight_momentum must be at least 0 and below 1, got {given}.")
+    return given
 
 
 def _check_tasks(task_dict: dict[str, dict[str, Any]], decoders: Mapping[str, nn.Module] | nn.ModuleDict) -> list[str]:

@@ -1,22 +1,49 @@
-"""Equal weighting."""
+"""Equal weighting, or constant weights."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastmtl.errors import UsageError
+from fastmtl.hyper import Hyper
+from fastmtl.names import resolve_name
 from fastmtl.weighting.base import AbsWeighting, Weights
 
 __all__ = ["EW"]
 
 
 class EW(AbsWeighting):
-    """Equal Weighting: every loss has weight 1, the update is the sum of the task gradients."""
+    """Equal Weighting: every loss has weight 1, or the constant given; the update is the weighted sum of gradients."""
 
     needs = "losses"
+    hyper = {  # noqa: RUF012
+        "loss_weights": Hyper(
+            type=str, default=(), many=True, help="Constant weights such as left=1 right=0.5; tasks left out have 1."
+        )
+    }
 
-    def weigh(self, losses: Tensor, gram: Tensor | None, **hyper: Any) -> Weights:
-        """Return ones."""
-        return Weights(shared=torch.ones_like(losses))
+    _constants: list[float] | None = None
+
+    def weigh(
+        self, losses: Tensor, gram: Tensor | None, *, loss_weights: Sequence[str] = (), **hyper: Any
+    ) -> Weights:
+        """Return the constants."""
+        if self._constants is None:
+            self._constants = self._read(loss_weights)
+        # A tensor made from Python numbers on another device would be a copy that waits.
+        return Weights(shared=torch.stack([torch.full_like(losses[0], value) for value in self._constants]))
+
+    def _read(self, given: Sequence[str]) -> list[float]:
+        constants = dict.fromkeys(self.task_name, 1.0)
+        for each in given:
+            name, _, value = each.partition("=")
+            task = resolve_name(name, {known: known for known in constants}, "task in loss_weights")
+            try:
+                constants[task] = float(value)
+            except ValueError:
+                raise UsageError(f"loss_weights must be given as task=number, got {each!r}.") from None
+        return list(constants.values())

@@ -176,12 +176,9 @@ class AbsWeighting(nn.Module):
                 self._backward_new_grads(weights.shared.to(losses.dtype), per_grads=grads[0])
             else:
                 rows = self._as_rows(per_task) if weights.rows is None else weights.rows
-                update = ops.combine(rows, weights.shared, self.groups(**kwargs))
-                flat = [
-                    p.new_zeros(p.numel()) if g is None else g.flatten()
-                    for p, g in zip(self.get_share_params(), update, strict=True)
-                ]
-                self._reset_grad(torch.cat(flat))
+                update = [torch.zeros_like(param) for param in self.get_share_params()]
+                ops.combine_(update, rows, weights.shared, self.groups(**kwargs))
+                self._reset_grad(torch.cat([grad.flatten() for grad in update]))
         for name, grad in weights.own_grads.items():
             self.get_parameter(name).grad = grad
         logged = weights.shared if weights.logged is None else weights.logged
