@@ -122,7 +122,7 @@ def get_build_parameters(torch: Torch | None, pybind11: str | None) -> list[Exte
         ),
         Extension(
             "fastmtl._C",
-            sources=["csrc/register.cpp", "csrc/gram.cpp", "csrc/combine.cpp", "csrc/min_norm.cpp"],
+            sources=["csrc/register.cpp", "csrc/gram.cpp", "csrc/combine.cpp", "csrc/min_norm.cpp", "csrc/pcgrad.cpp"],
             depends=headers,
             include_dirs=["csrc/include", "csrc", *torch_include],
             define_macros=stable_abi,

@@ -46,7 +46,7 @@ class Case:
     bytes_written: int = 0
 
 
-BENCHES = ("gram", "combine", "min_norm")
+BENCHES = ("gram", "combine", "min_norm", "pcgrad")
 
 
 def cases_of(op: str, device: torch.device, quick: bool) -> Iterator[Case]:

@@ -10,5 +10,6 @@ from fastmtl.ops._registry import backend_report, implementation
 from fastmtl.ops.combine import combine, combine_
 from fastmtl.ops.gram import gram
 from fastmtl.ops.min_norm import min_norm
+from fastmtl.ops.pcgrad import pcgrad
 
-__all__ = ["backend_report", "combine", "combine_", "gram", "implementation", "min_norm"]
+__all__ = ["backend_report", "combine", "combine_", "gram", "implementation", "min_norm", "pcgrad"]

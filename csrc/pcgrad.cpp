@@ -1,0 +1,24 @@
+// PCGrad's weights on the CPU: one thread, one call.
+#include "fastmtl/pcgrad.h"
+
+#include "orders.h"
+#include "register.h"
+#include "solver.h"
+
+namespace fastmtl {
+namespace {
+
+Tensor pcgrad_cpu(Tensor gram, Tensor orders) {
+  gram = dense_gram(gram);
+  int const n = static_cast<int>(gram.size(0));
+  orders = dense_orders(orders, n);
+  Tensor weights = torch::stable::empty({n}, ScalarType::Double);
+  pcgrad(HostTeam{}, n, orders.size(1), data_of(gram), indices_of(orders), mutable_data_of(weights),
+         workspace(pcgrad_workspace(n, HostTeam::groups())));
+  return weights;
+}
+
+FASTMTL_CPU_KERNEL(pcgrad, pcgrad_cpu);
+
+}  // namespace
+}  // namespace fastmtl

@@ -1,0 +1,38 @@
+"""The orders in which gradient surgery visits tasks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmtl.errors import UsageError
+
+__all__ = ["check_orders", "check_tasks"]
+
+
+def check_orders(orders: Tensor, gram: Tensor) -> None:
+    """Refuse what cannot be orders for ``gram``; reads no entry.
+
+    Raises:
+        UsageError: Wrong shape, dtype or device.
+    """
+    tasks = gram.shape[-1]
+    if orders.dim() != 2 or orders.shape[0] != tasks or orders.dtype != torch.int64:
+        raise UsageError(
+            f"orders must be int64 with {tasks} rows, one per task, "
+            f"got shape {tuple(orders.shape)} and dtype {orders.dtype}."
+        )
+    if orders.device != gram.device:
+        raise UsageError(f"orders must be on gram's device {gram.device}, got {orders.device}.")
+
+
+def check_tasks(orders: Tensor) -> None:
+    """Refuse orders with an entry that is no task, where reading them waits for no device.
+
+    Raises:
+        UsageError: An entry outside 0 .. T-1.
+    """
+    if orders.device.type == "cpu" and orders.numel() and not 0 <= int(orders.min()) <= int(orders.max()) < len(orders):
+        raise UsageError(
+            f"orders must hold tasks 0 .. {len(orders) - 1}, got {int(orders.min())} .. {int(orders.max())}."
+        )

@@ -1,0 +1,89 @@
+"""PCGrad's weights: conflicting task gradients projected onto each other's normal planes, from their Gram matrix."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmtl.ops._orders import check_orders, check_tasks
+from fastmtl.ops._registry import declare
+from fastmtl.ops._square import check_gram, weight_dtype
+
+__all__ = ["pcgrad"]
+
+
+def _check(gram: Tensor, orders: Tensor) -> None:
+    check_gram(gram)
+    check_orders(orders, gram)
+
+
+def _reference(gram: Tensor, orders: Tensor) -> Tensor:
+    _check(gram, orders)
+    check_tasks(orders.cpu())
+    weights = _project(gram.detach().to("cpu").double(), orders.cpu())
+    return weights.to(weight_dtype(gram.device)).to(gram.device)
+
+
+def _project(gram: Tensor, orders: Tensor) -> Tensor:
+    """Return the column sums of the coefficients, all rows advanced together and each product taken anew."""
+    if not gram.isfinite().all():
+        return torch.full_like(gram[0], torch.nan)
+    square = gram.diagonal()
+    coefficients = torch.eye(len(gram), dtype=gram.dtype)
+    for others in orders.unbind(1):
+        product = (coefficients * gram[others]).sum(dim=1)
+        conflicts = (product < 0) & (square[others] > 0)
+        amount = torch.where(conflicts, -product / square[others], 0)
+        coefficients.scatter_add_(1, others[:, None], amount[:, None])
+    return coefficients.sum(dim=0)
+
+
+def _fake(gram: Tensor, orders: Tensor) -> Tensor:
+    _check(gram, orders)
+    return gram.new_empty(gram.shape[:1], dtype=weight_dtype(gram.device))
+
+
+_pcgrad = declare("pcgrad", "(Tensor gram, Tensor orders) -> Tensor", reference=_reference, fake=_fake)
+
+
+def pcgrad(gram: Tensor, orders: Tensor) -> Tensor:
+    """Return the weights w for which sum_j w_j g_j is PCGrad's update.
+
+    Each task i starts with p = g_i. For j in ``orders[i]``, first to last, where p conflicts with g_j it loses its part
+    along g_j:
+
+        p <- p - (<p, g_j> / G_jj) g_j    if <p, g_j> < 0 and G_jj > 0,
+
+    which is carried out on the coefficients of p. The update is the sum of the T vectors p. It differs from that of
+    exact arithmetic by at most 1e-12 sum_i sqrt(G_ii) in length, for a G that is exact up to float64 rounding, whatever
+    the scales of its rows; so after its last step no p has a product below -1e-12 |g_i| |g_j| with the last task j.
+    Weights do not depend on the scale of G. A NaN or infinity in G makes all of them NaN.
+
+    Args:
+        gram: (T, T) symmetric Gram matrix of the gradients, as :func:`fastmtl.ops.gram` returns it; converted to
+            float64 if need be.
+        orders: (T, L) int64 tasks that each gradient is projected against, L >= 0, usually a random permutation per
+            row. A row may name its own task, under the same rule, or a task more than once.
+
+    Returns:
+        (T,) float64 weights on the device of ``gram``; float32 on MPS, which has no float64 (computed on the CPU).
+
+    Raises:
+        UsageError: ``gram`` is not a square matrix of floats, ``orders`` does not fit it, or holds what is no task. A
+            kernel on another device than the CPU passes over such entries instead, as it does not wait to look at them.
+        BackendError: ``FASTMTL_BACKEND`` names a backend that cannot serve these tensors.
+
+    Source:
+        Yu et al., "Gradient surgery for multi-task learning", NeurIPS 2020.
+
+    Example:
+        >>> pcgrad(torch.tensor([[1.0, -1.0], [-1.0, 4.0]]), torch.tensor([[1], [0]]))
+        tensor([2.0000, 1.2500], dtype=torch.float64)
+    """
+    try:
+        return _pcgrad(gram, orders)
+    except RuntimeError:
+        # Kernels refuse with a terse message; the full check finds the sentence for the user.
+        _check(gram, orders)
+        check_tasks(orders)
+        raise
