@@ -122,7 +122,14 @@ def get_build_parameters(torch: Torch | None, pybind11: str | None) -> list[Exte
         ),
         Extension(
             "fastmtl._C",
-            sources=["csrc/register.cpp", "csrc/gram.cpp", "csrc/combine.cpp", "csrc/min_norm.cpp", "csrc/pcgrad.cpp"],
+            sources=[
+                "csrc/register.cpp",
+                "csrc/gram.cpp",
+                "csrc/combine.cpp",
+                "csrc/dual_cone.cpp",
+                "csrc/min_norm.cpp",
+                "csrc/pcgrad.cpp",
+            ],
             depends=headers,
             include_dirs=["csrc/include", "csrc", *torch_include],
             define_macros=stable_abi,

@@ -46,7 +46,13 @@ class Case:
     bytes_written: int = 0
 
 
-BENCHES = ("gram", "combine", "min_norm", "pcgrad")
+BENCHES = (
+    "gram",
+    "combine",
+    "dual_cone",
+    "min_norm",
+    "pcgrad",
+)
 
 
 def cases_of(op: str, device: torch.device, quick: bool) -> Iterator[Case]:

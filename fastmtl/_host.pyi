@@ -2,6 +2,7 @@ compiler: str
 
 def read_bandwidth(bytes: int = 0, threads: int = 0, seconds: float = 0.25) -> float: ...
 def copy_bandwidth(bytes: int = 0, threads: int = 0, seconds: float = 0.25) -> float: ...
+
 class Memory:
     read_ways: int
     copy_ways: int

@@ -8,8 +8,18 @@ from __future__ import annotations
 
 from fastmtl.ops._registry import backend_report, implementation
 from fastmtl.ops.combine import combine, combine_
+from fastmtl.ops.dual_cone import dual_cone
 from fastmtl.ops.gram import gram
 from fastmtl.ops.min_norm import min_norm
 from fastmtl.ops.pcgrad import pcgrad
 
-__all__ = ["backend_report", "combine", "combine_", "gram", "implementation", "min_norm", "pcgrad"]
+__all__ = [
+    "backend_report",
+    "combine",
+    "combine_",
+    "dual_cone",
+    "gram",
+    "implementation",
+    "min_norm",
+    "pcgrad",
+]

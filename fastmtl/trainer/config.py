@@ -74,7 +74,9 @@ class TrainConfig:
     gamma: float = _setting(0.5, "Optimisation", "Factor of a decay, for step, exp and reduce.")
     eta_min: float = _setting(0.0, "Optimisation", "Last learning rate, for cos.")
     patience: int = _setting(10, "Optimisation", "Epochs without improvement before a decay, for reduce.")
-    update_weights_every: int = _setting(1, "Optimisation", "Steps between two solves of a gradient-balancing strategy.")
+    update_weights_every: int = _setting(
+        1, "Optimisation", "Steps between two solves of a gradient-balancing strategy."
+    )
     weight_momentum: float = _setting(
         0.0, "Optimisation", "Decay of a moving average of the task weights (CR-MOGM); 0 for none."
     )

@@ -28,9 +28,7 @@ class EW(AbsWeighting):
 
     _constants: list[float] | None = None
 
-    def weigh(
-        self, losses: Tensor, gram: Tensor | None, *, loss_weights: Sequence[str] = (), **hyper: Any
-    ) -> Weights:
+    def weigh(self, losses: Tensor, gram: Tensor | None, *, loss_weights: Sequence[str] = (), **hyper: Any) -> Weights:
         """Return the constants."""
         if self._constants is None:
             self._constants = self._read(loss_weights)

@@ -1,0 +1,177 @@
+"""What holds for every strategy, and the combinations of options it runs in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastmtl.errors import UsageError
+from fastmtl.trainer.records import StepBuffer
+from fastmtl.weighting import WEIGHTINGS
+from tests.host_reads import NoHostRead
+from tests.trainer.toy import flat, loaders, make_trainer
+
+GRAM = sorted(name for name, rule in WEIGHTINGS.items() if rule.needs == "gram" and rule.samples == 1)
+HOLDS = [name for name in GRAM if name != "GradVac"]
+
+
+def _trainer(name: str, **options: Any) -> Any:
+    options.setdefault("rep_grad", WEIGHTINGS[name].needs == "reps")
+    return make_trainer(name, count=3, **options)
+
+
+def _batches(trainer: Any, multi_input: bool = False) -> list[Any]:
+    given = loaders(3, multi_input=multi_input)
+    if not multi_input:
+        return list(given)[:1] * trainer.step.samples
+    firsts = {task: next(iter(loader)) for task, loader in given.items()}
+    batch = {task: x for task, (x, _) in firsts.items()}, {task: y for task, (_, y) in firsts.items()}
+    return [batch] * trainer.step.samples
+
+
+@pytest.mark.parametrize("rep_grad", [False, True], ids=["params", "rep"])
+@pytest.mark.parametrize("multi_input", [False, True], ids=["single", "multi"])
+@pytest.mark.parametrize("name", sorted(WEIGHTINGS))
+def test_trains_every_parameter_or_says_why_not(name: str, multi_input: bool, rep_grad: bool) -> None:
+    rule = WEIGHTINGS[name]
+    if rep_grad and not rule.allows_rep_grad:
+        with pytest.raises(UsageError, match=f"{name} .* rep_grad must be False"):
+            _trainer(name, multi_input=multi_input, rep_grad=rep_grad)
+        return
+    if not rep_grad and rule.needs == "reps":
+        with pytest.raises(UsageError, match=f"{name} .* rep_grad must be True"):
+            _trainer(name, multi_input=multi_input, rep_grad=rep_grad)
+        return
+    trainer = _trainer(name, multi_input=multi_input, rep_grad=rep_grad)
+    before = {key: value.clone() for key, value in trainer.model.named_parameters()}
+    data = loaders(3, multi_input=multi_input)
+    trainer.train(data, data, 2)
+    still = [key for key, value in trainer.model.named_parameters() if torch.equal(value, before[key])]
+    assert still == []
+    assert all(value.isfinite().all() for value in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("name", sorted(WEIGHTINGS))
+def test_reads_nothing_on_the_host(name: str) -> None:
+    trainer = _trainer(name)
+    trainer.model.epoch, trainer.model.epochs = 0, 1
+    batches, buffer = _batches(trainer), StepBuffer()
+    trainer.step(batches, buffer)
+    with NoHostRead():
+        trainer.step(batches, buffer)
+
+
+@pytest.mark.parametrize("name", sorted(WEIGHTINGS))
+def test_resumes_exactly(name: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"optim_param": {"optim": "adam", "lr": 1e-2}}
+    data = loaders(3)
+
+    def run(epochs: int, **more: Any) -> torch.Tensor:
+        trainer = _trainer(name, **options, **more)
+        if "resume" not in more:
+            torch.manual_seed(5)
+        trainer.train(data, data, epochs)
+        return torch.cat([flat(trainer.model.parameters()), flat(trainer.model.buffers())])
+
+    run(2, save_path=str(tmp_path))
+    assert torch.equal(run(4, resume=str(tmp_path / "last.pt")), run(4))
+
+
+@pytest.mark.parametrize("name", sorted(WEIGHTINGS))
+def test_best_checkpoint_holds_parameters_alone(name: str, tmp_path: Path) -> None:
+    trainer = _trainer(name, save_path=str(tmp_path))
+    trainer.train(loaders(3), loaders(3), 1)
+    saved = torch.load(tmp_path / "best.pt", weights_only=True)
+    assert set(saved) == set(trainer.model.state_dict()) - set(trainer.model.remembered())
+    again = _trainer(name, load_path=str(tmp_path))
+    assert torch.equal(flat(again.model.parameters()), flat(trainer.model.parameters()))
+
+
+@pytest.mark.parametrize("architecture", ["HPS", "whole"])
+@pytest.mark.parametrize("name", HOLDS)
+def test_held_weights_give_the_step_of_the_full_one(name: str, architecture: str) -> None:
+    from fastmtl.architecture import HPS
+
+    class OnePiece(HPS):
+        def forward(self, inputs: Any, task_name: str | None = None) -> Any:
+            return super().forward(inputs, task_name)
+
+    network = HPS if architecture == "HPS" else OnePiece
+    held = _trainer(name, architecture=network, update_weights_every=3)
+    assert held.model.splits == (architecture == "HPS")
+    held.model.epoch = full_epoch = 1
+    batches = _batches(held)
+    held.step(batches, StepBuffer())
+    weights = held.step._held
+    full = _trainer(name, architecture=network)
+    full.model.epoch = full_epoch
+    full.model.load_state_dict(held.model.state_dict())
+    frozen = weights.shared.clone(), None if weights.heads is None else weights.heads.clone()
+    full.model.weigh = lambda *args, **kwargs: type(weights)(
+        shared=frozen[0], heads=frozen[1], max_norm=weights.max_norm
+    )
+    held.step(batches, StepBuffer())
+    full.step(batches, StepBuffer())
+    for one, other in zip(held.model.parameters(), full.model.parameters(), strict=True):
+        if one.grad is not None and other.grad is not None:
+            torch.testing.assert_close(one.grad, other.grad, rtol=2e-5, atol=1e-7)
+    # The third step holds too, the fourth solves again.
+    held.step(batches, StepBuffer())
+    assert held.step._held is weights
+    held.step(batches, StepBuffer())
+    assert held.step._held is not weights
+
+
+@pytest.mark.parametrize("name", ["EW", "GradVac", "MoDo", "MoCo"])
+def test_weights_that_cannot_be_held_are_refused(name: str) -> None:
+    with pytest.raises(UsageError, match=f"update_weights_every must be 1 for {name}"):
+        _trainer(name, update_weights_every=2)
+
+
+def test_nash_has_the_option_as_its_own() -> None:
+    trainer = _trainer("Nash_MTL", weight_args={"update_weights_every": 5})
+    assert trainer.step.update_weights_every == 5
+
+
+@pytest.mark.parametrize("name", ["MGDA", "FairGrad", "EW"])
+def test_momentum_averages_the_weights(name: str) -> None:
+    plain, smooth = _trainer(name), _trainer(name, weight_momentum=0.75)
+    batches = _batches(plain)
+    first, second = StepBuffer(), StepBuffer()
+    for trainer, buffer in ((plain, first), (smooth, second)):
+        trainer.step(batches, buffer)
+    torch.testing.assert_close(first._weights[0], second._weights[0])
+    # From equal parameters on: the second weights of the one are the mean of both of the other.
+    plain.model.load_state_dict(smooth.model.state_dict())
+    for trainer, buffer in ((plain, first), (smooth, second)):
+        trainer.step(batches, buffer)
+    want = 0.75 * second._weights[0] + 0.25 * first._weights[1]
+    torch.testing.assert_close(second._weights[1], want)
+
+
+@pytest.mark.parametrize("momentum", [-0.1, 1.0])
+def test_momentum_outside_its_range_is_refused(momentum: float) -> None:
+    with pytest.raises(UsageError, match="weight_momentum must be at least 0 and below 1"):
+        _trainer("EW", weight_momentum=momentum)
+
+
+def test_constant_weights_scale_the_gradients() -> None:
+    plain = _trainer("EW")
+    halved = _trainer("EW", weight_args={"loss_weights": ["task1=0.5", "task2=0"]})
+    batches, buffer = _batches(plain), StepBuffer()
+    plain.step(batches, StepBuffer())
+    halved.step(batches, buffer)
+    assert buffer._weights[0].tolist() == [1.0, 0.5, 0.0]
+    decoders = [trainer.model.decoders for trainer in (plain, halved)]
+    torch.testing.assert_close(decoders[1]["task1"].weight.grad, 0.5 * decoders[0]["task1"].weight.grad)
+    assert not decoders[1]["task2"].weight.grad.any()
+
+
+@pytest.mark.parametrize(("given", "message"), [("taks1=2", "task1"), ("task1=two", "task=number")])
+def test_bad_constant_weights_are_refused(given: str, message: str) -> None:
+    trainer = _trainer("EW", weight_args={"loss_weights": [given]})
+    with pytest.raises(UsageError, match=message):
+        trainer.step(_batches(trainer), StepBuffer())
