@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from fastmtl.benchmarks.registry import BENCHES, Case, cases_of
 from fastmtl.errors import UsageError
 from fastmtl.names import resolve_name
 
-__all__ = ["run_kernels"]
+__all__ = ["run_kernels", "time_in_turn"]
 
 Row = dict[str, Any]
 
@@ -52,20 +52,43 @@ class _Timing:
         return seconds
 
 
-def _time(case: Case, calls: dict[str, Callable[[], Any]], device: torch.device, seconds: float) -> _Timing:
-    """Time all calls and the memory in turn, in an order that alternates from round to round."""
+def time_in_turn(
+    calls: Mapping[str, Callable[[], Any]],
+    device: torch.device,
+    seconds: float,
+    every_round: Callable[[], None] = lambda: None,
+) -> dict[str, list[float]]:
+    """Return samples, in seconds per call, of all calls taken in turn, in an order that alternates from round to round.
+
+    Args:
+        calls: What to time.
+        device: Where it runs.
+        seconds: How long to go on; five rounds at least.
+        every_round: Called before each round.
+    """
     repeats = {name: max(1, round(_SHORTEST_SAMPLE / _sample(call, 1, device))) for name, call in calls.items()}
-    probe = probes(device) if case.bytes_read else Probes((), ())
-    copies = probe.copy if case.bytes_written else ()
-    timing = _Timing({name: [] for name in calls}, [[] for _ in probe.read], [[] for _ in copies])
+    samples: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls)
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(timing.samples[order[0]]) < 5:
+    while order and (time.perf_counter() < end or len(samples[order[0]]) < 5):
+        every_round()
+        for name in order:
+            samples[name].append(_sample(calls[name], repeats[name], device))
+        order.reverse()
+    return samples
+
+
+def _time(case: Case, calls: dict[str, Callable[[], Any]], device: torch.device, seconds: float) -> _Timing:
+    """Time all calls and the memory in turn."""
+    probe = probes(device) if case.bytes_read else Probes((), ())
+    copies = probe.copy if case.bytes_written else ()
+    timing = _Timing({}, [[] for _ in probe.read], [[] for _ in copies])
+
+    def measure_memory() -> None:
         for rates, measure in zip([*timing.read, *timing.copy], [*probe.read, *copies], strict=True):
             rates.append(measure())
-        for name in order:
-            timing.samples[name].append(_sample(calls[name], repeats[name], device))
-        order.reverse()
+
+    timing.samples = time_in_turn(calls, device, seconds, measure_memory)
     return timing
 
 

@@ -157,6 +157,19 @@ def _bench_kernels(
     bench_kernels(op, device=device, csv_path=csv, quick=quick, threads=threads)
 
 
+@_bench.command("solvers", cls=Command)
+def _bench_solvers(
+    libmtl: Annotated[
+        Path | None, typer.Option(help="Folder of a LibMTL checkout, to measure its solvers too.")
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(help="File to write the rows to.")] = None,
+) -> None:
+    """Time the weighting strategies from one Gram matrix beside LibMTL's and TorchJD's solvers of the same problem."""
+    from fastmtl.cli.listing import bench_solvers
+
+    bench_solvers(libmtl, csv_path=csv)
+
+
 @_bench.command("list", cls=Command)
 def _bench_list() -> None:
     """List the operators that can be measured."""

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["bench_kernels", "doctor", "list_benches", "list_data"]
+__all__ = ["bench_kernels", "bench_solvers", "doctor", "list_benches", "list_data"]
 
 
 def list_data(*, as_json: bool) -> None:
@@ -56,6 +56,20 @@ def bench_kernels(
         torch.set_num_threads(threads)
     rows = run_kernels(ops, device, csv_path, quick)
     if any(row["variant"] == "fastmtl" and row["error"] > row["allowed_error"] for row in rows):
+        raise typer.Exit(1)
+
+
+def bench_solvers(libmtl: Path | None, *, csv_path: Path | None) -> None:
+    """Run the solver benchmarks; exit code 1 if one of ours is wrong.
+
+    Raises:
+        UsageError: There is no LibMTL where it should be.
+        typer.Exit: A correctness gate is red.
+    """
+    from fastmtl.benchmarks.solvers import run_solvers
+
+    rows = run_solvers(libmtl, csv_path)
+    if any(row["library"] == "fastmtl" and "median_us" not in row for row in rows):
         raise typer.Exit(1)
 
 

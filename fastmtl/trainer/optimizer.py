@@ -92,6 +92,7 @@ class MaskedOptimizer:
     def step(self) -> None:
         """Update the parameters from their gradients unless the flag is 1."""
         if self.fused:
+            self._start_late_momentum()
             self.optimizer.step()
             return
         params = [param for group in self.optimizer.param_groups for param in group["params"] if param.grad is not None]
@@ -100,3 +101,18 @@ class MaskedOptimizer:
         masked = self.found_inf != 0
         for param, old in zip(params, before, strict=True):
             param.copy_(torch.where(masked, old, param))
+
+    def _start_late_momentum(self) -> None:
+        """Give parameters whose first gradient comes later than others' the momentum fused SGD does not find.
+
+        The buffer is such that the first update is the gradient itself, as SGD begins.
+        """
+        for group in self.optimizer.param_groups:
+            if not isinstance(self.optimizer, torch.optim.SGD) or not group["momentum"]:
+                continue
+            moving = [param for param in group["params"] if param.grad is not None]
+            late = [param for param in moving if self.optimizer.state[param].get("momentum_buffer") is None]
+            if len(late) < len(moving):
+                for param in late:
+                    buffer = param.grad * (group["dampening"] / group["momentum"])
+                    self.optimizer.state[param]["momentum_buffer"] = buffer

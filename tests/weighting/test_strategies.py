@@ -74,7 +74,7 @@ def test_resumes_exactly(name: str, tmp_path: Path) -> None:
         if "resume" not in more:
             torch.manual_seed(5)
         trainer.train(data, data, epochs)
-        return torch.cat([flat(trainer.model.parameters()), flat(trainer.model.buffers())])
+        return flat([*trainer.model.parameters(), *trainer.model.buffers()])
 
     run(2, save_path=str(tmp_path))
     assert torch.equal(run(4, resume=str(tmp_path / "last.pt")), run(4))
