@@ -50,6 +50,7 @@ BENCHES = (
     "gram",
     "combine",
     "dual_cone",
+    "gradvac",
     "min_norm",
     "pcgrad",
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from fastmtl.ops._registry import backend_report, implementation
 from fastmtl.ops.combine import combine, combine_
 from fastmtl.ops.dual_cone import dual_cone
+from fastmtl.ops.gradvac import gradvac
 from fastmtl.ops.gram import gram
 from fastmtl.ops.min_norm import min_norm
 from fastmtl.ops.pcgrad import pcgrad
@@ -18,6 +19,7 @@ __all__ = [
     "combine",
     "combine_",
     "dual_cone",
+    "gradvac",
     "gram",
     "implementation",
     "min_norm",

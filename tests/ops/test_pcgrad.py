@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastmtl.errors import UsageError
 from fastmtl.ops import implementation, pcgrad
+from tests.ops.orders import others, permutations
 from tests.ops.rows import backend_kernel
 from tests.ops.zoo import Case, poisoned, zoo
 
@@ -41,17 +42,6 @@ def solver(request: pytest.FixtureRequest) -> Solver:
 
 def params(cases: Iterable[Case]) -> list[Any]:
     return [pytest.param(case, id=case.name) for case in cases]
-
-
-def permutations(size: int, seed: int = 0) -> Tensor:
-    """Return a random order of all tasks for each task, itself among them."""
-    return torch.rand(size, size, generator=torch.Generator().manual_seed(seed)).argsort(dim=1)
-
-
-def others(size: int, seed: int = 0) -> Tensor:
-    """Return a random order of all other tasks for each task."""
-    orders = permutations(size, seed)
-    return orders[orders != torch.arange(size)[:, None]].view(size, size - 1)
 
 
 def project(jacobian: Tensor, orders: Tensor) -> npt.NDArray[Wide]:

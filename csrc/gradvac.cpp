@@ -1,0 +1,59 @@
+// Gradient Vaccine's weights on the CPU. Groups of parameters are independent; many or large ones are shared out among
+// threads.
+#include "fastmtl/gradvac.h"
+
+#include <tuple>
+
+#include "fastmtl/parallel.h"
+#include "orders.h"
+#include "register.h"
+#include "solver.h"
+
+namespace fastmtl {
+namespace {
+
+/// Work, about one per nanosecond, below which waking threads costs more than it saves.
+constexpr int64_t parallel_work = 200000;
+
+std::tuple<Tensor, Tensor> gradvac_cpu(Tensor gram, Tensor orders, Tensor rho, double beta) {
+  int64_t const dims = gram.dim();
+  bool const single = dims == 2;
+  STD_TORCH_CHECK(
+      (single || dims == 3) && gram.size(dims - 1) == gram.size(dims - 2) && gram.numel() > 0 && is_real_float(gram),
+      "gram must be (T, T) or (L, T, T) floats");
+  STD_TORCH_CHECK(rho.is_cpu() && is_real_float(rho) && rho.sizes().equals(gram.sizes()),
+                  "rho must hold one float per entry of gram");
+  STD_TORCH_CHECK(beta >= 0 && beta <= 1, "beta must be in [0, 1]");
+  gram = dense_double(gram);
+  int const n = static_cast<int>(gram.size(dims - 1));
+  orders = dense_orders(orders, n);
+  int64_t const steps = orders.size(1);
+  int64_t const groups = single ? 1 : gram.size(0);
+  int64_t const entries = int64_t{n} * n;
+
+  Tensor new_rho = torch::stable::empty(gram.sizes(), ScalarType::Double);
+  torch::stable::copy_(new_rho, rho);
+  Tensor weights =
+      single ? torch::stable::empty({n}, ScalarType::Double) : torch::stable::empty({groups, n}, ScalarType::Double);
+  int64_t const doubles = gradvac_workspace(n, HostTeam::groups());
+  double* const memory = workspace(groups * doubles);
+  double const* const gram_data = data_of(gram);
+  int64_t const* const index = indices_of(orders);
+  double* const rho_data = mutable_data_of(new_rho);
+  double* const weight_data = mutable_data_of(weights);
+  auto solve = [&](int64_t group) {
+    gradvac(HostTeam{}, n, steps, gram_data + group * entries, index, beta, rho_data + group * entries,
+            weight_data + group * n, memory + group * doubles);
+  };
+  if (groups * n * steps * (20 + n / 2) < parallel_work) {
+    for (int64_t group = 0; group < groups; ++group) solve(group);
+  } else {
+    run_parallel(groups, solve);
+  }
+  return {weights, new_rho};
+}
+
+FASTMTL_CPU_KERNEL(gradvac, gradvac_cpu);
+
+}  // namespace
+}  // namespace fastmtl
