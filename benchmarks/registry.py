@@ -49,8 +49,11 @@ class Case:
 BENCHES = (
     "gram",
     "combine",
+    "aligned",
+    "config",
     "dual_cone",
     "gradvac",
+    "imtl",
     "min_norm",
     "pcgrad",
 )

@@ -7,21 +7,27 @@ plain torch (``reference``). ``FASTMTL_BACKEND`` forces one.
 from __future__ import annotations
 
 from fastmtl.ops._registry import backend_report, implementation
+from fastmtl.ops.aligned import aligned
 from fastmtl.ops.combine import combine, combine_
+from fastmtl.ops.config import config
 from fastmtl.ops.dual_cone import dual_cone
 from fastmtl.ops.gradvac import gradvac
 from fastmtl.ops.gram import gram
+from fastmtl.ops.imtl import imtl
 from fastmtl.ops.min_norm import min_norm
 from fastmtl.ops.pcgrad import pcgrad
 
 __all__ = [
+    "aligned",
     "backend_report",
     "combine",
     "combine_",
+    "config",
     "dual_cone",
     "gradvac",
     "gram",
     "implementation",
+    "imtl",
     "min_norm",
     "pcgrad",
 ]

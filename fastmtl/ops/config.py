@@ -1,0 +1,80 @@
+"""Weights of the update that has the same positive cosine with all task gradients, from their Gram matrix."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmtl.ops._eigh import equal_projection
+from fastmtl.ops._registry import declare
+from fastmtl.ops._square import check_gram, weight_dtype
+
+__all__ = ["config"]
+
+
+def _reference(gram: Tensor) -> Tensor:
+    check_gram(gram)
+    return _closed_form(gram.detach().to("cpu").double()).to(weight_dtype(gram.device)).to(gram.device)
+
+
+def _closed_form(gram: Tensor) -> Tensor:
+    if not gram.isfinite().all():
+        return torch.full((len(gram),), torch.nan, dtype=gram.dtype)
+    inverse, weight, image = equal_projection(gram)
+    square = weight @ image
+    if square <= 0:
+        return torch.zeros_like(weight)
+    projected = gram.diagonal().clamp(min=0).sqrt() @ image
+    return weight * inverse * (projected / square)
+
+
+def _fake(gram: Tensor) -> Tensor:
+    check_gram(gram)
+    return gram.new_empty(gram.shape[:1], dtype=weight_dtype(gram.device))
+
+
+_config = declare("config", "(Tensor gram) -> Tensor", reference=_reference, fake=_fake)
+
+
+def config(gram: Tensor) -> Tensor:
+    """Return the weights w of T gradients whose combination has the same cosine with all of them: ConFIG's update.
+
+    With d_i = sqrt(G_ii), the cosines C = G / (d d^T) and x = pinv(C) 1, the direction is b = sum_i x_i g_i / d_i, and
+    the update has its direction and the length sum_i <g_i, b> / |b|:
+
+        w_i = x_i / d_i  (sum_j d_j (C x)_j) / (x^T C x).
+
+    The weights do not change when G is scaled. Along the update the sum of all losses never rises.
+
+    Eigenvalues of C up to T 2^-23 count as zero: cosines of float32 gradients are not known any better. Without such
+    ones, all cosines are equal and positive: with p_i = (G w)_i / d_i, the p_i differ by at most 1e-12 sum_j |w_j| d_j.
+    With them, they are as equal as least squares makes them. Rows of length zero have weight zero. Where no direction
+    has equal positive cosines, as for opposite gradients, all weights are zero. A NaN or infinity in G makes all
+    weights NaN.
+
+    The kernels run in float64 without waiting for the device and always end after a bounded number of steps.
+
+    Args:
+        gram: (T, T) symmetric Gram matrix of the gradients, as :func:`fastmtl.ops.gram` returns it; converted to
+            float64 if need be.
+
+    Returns:
+        (T,) float64 weights on the device of ``gram``; float32 on MPS, which has no float64 (solved on the CPU).
+
+    Raises:
+        UsageError: ``gram`` is not a square matrix of floats.
+        BackendError: ``FASTMTL_BACKEND`` names a backend that cannot serve this tensor.
+
+    Source:
+        Liu, Chu and Thuerey, "ConFIG: towards conflict-free training of physics informed neural networks", ICLR 2025.
+
+    Example:
+        >>> config(torch.tensor([[1.0, 0.0], [0.0, 4.0]]))
+        tensor([1.5000, 0.7500], dtype=torch.float64)
+    """
+    try:
+        return _config(gram)
+    except RuntimeError:
+        # Kernels refuse with a terse message; the full check finds the sentence for the user.
+        check_gram(gram)
+        raise

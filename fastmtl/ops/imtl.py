@@ -1,0 +1,79 @@
+"""Weights whose update projects equally onto all task gradients, from their Gram matrix."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmtl.ops._eigh import COSINE_TOLERANCE, equal_projection
+from fastmtl.ops._registry import declare
+from fastmtl.ops._square import check_gram, weight_dtype
+
+__all__ = ["imtl"]
+
+
+def _reference(gram: Tensor) -> Tensor:
+    check_gram(gram)
+    return _closed_form(gram.detach().to("cpu").double()).to(weight_dtype(gram.device)).to(gram.device)
+
+
+def _closed_form(gram: Tensor) -> Tensor:
+    size = len(gram)
+    if not gram.isfinite().all():
+        return torch.full((size,), torch.nan, dtype=gram.dtype)
+    inverse, weight, _ = equal_projection(gram)
+    weight = weight * inverse
+    total = weight.sum()
+    if abs(total) > size * COSINE_TOLERANCE * weight.abs().sum():
+        return weight / total
+    return inverse / inverse.sum() if inverse.any() else torch.full_like(inverse, 1 / size)
+
+
+def _fake(gram: Tensor) -> Tensor:
+    check_gram(gram)
+    return gram.new_empty(gram.shape[:1], dtype=weight_dtype(gram.device))
+
+
+_imtl = declare("imtl", "(Tensor gram) -> Tensor", reference=_reference, fake=_fake)
+
+
+def imtl(gram: Tensor) -> Tensor:
+    """Return the weights w of T gradients, summing to one, whose combination projects equally onto all of them: IMTL-G.
+
+    With d_i = sqrt(G_ii), the projections (G w)_i / d_i are the same for all i. In closed form w_i is x_i / d_i,
+    divided by their sum, with x = pinv(C) 1 and the cosines C = G / (d d^T). The weights do not change when G is
+    scaled. They can be negative, as can be their sum before the division: then the update raises all losses alike, as
+    the paper's closed form does.
+
+    Eigenvalues of C up to T 2^-23 count as zero: cosines of float32 gradients are not known any better. Without such
+    ones, the projections differ by at most 1e-12 sum_j |w_j| d_j; with them, they are as equal as least squares makes
+    them. Rows of length zero have weight zero. Where no direction has equal projections other than zero, or where the
+    x_i / d_i cancel (their sum is at most T 2^-23 of the sum of their magnitudes), w_i is proportional to 1 / d_i, the
+    mean of the unit gradients; and if all rows are zero, it is 1 / T. A NaN or infinity in G makes all weights NaN.
+
+    The kernels run in float64 without waiting for the device and always end after a bounded number of steps.
+
+    Args:
+        gram: (T, T) symmetric Gram matrix of the gradients, as :func:`fastmtl.ops.gram` returns it; converted to
+            float64 if need be.
+
+    Returns:
+        (T,) float64 weights on the device of ``gram``; float32 on MPS, which has no float64 (solved on the CPU).
+
+    Raises:
+        UsageError: ``gram`` is not a square matrix of floats.
+        BackendError: ``FASTMTL_BACKEND`` names a backend that cannot serve this tensor.
+
+    Source:
+        Liu, Li, Kuang, Xue, Chen, Yang, Liao and Zhang, "Towards impartial multi-task learning", ICLR 2021.
+
+    Example:
+        >>> imtl(torch.tensor([[1.0, 0.0], [0.0, 4.0]]))
+        tensor([0.6667, 0.3333], dtype=torch.float64)
+    """
+    try:
+        return _imtl(gram)
+    except RuntimeError:
+        # Kernels refuse with a terse message; the full check finds the sentence for the user.
+        check_gram(gram)
+        raise
