@@ -39,7 +39,7 @@ def torchjd_solvers(size: int) -> dict[str, Solver]:
         "MGDA": module.MGDAWeighting(),
         "PCGrad": module.PCGradWeighting(),
         "CAGrad": module.CAGradWeighting(c=0.5),
-        "FairGrad": module.FairGradWeighting(),
+        "FairGrad": module.FairGradWeighting(alpha=1.0),
         "UPGrad": module.UPGradWeighting(),
     }
 
