@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastmtl import ops
 from fastmtl.cli import main
 
 
