@@ -102,16 +102,27 @@ class StepRecords:
             cosines = self.gram[:, i, j] / norms[:, i] / norms[:, j]
         return np.where(np.isfinite(cosines), np.clip(cosines, -1.0, 1.0), np.nan)
 
+    @property
+    def conflicts(self) -> np.ndarray | None:
+        """(n,) share of the pairs of tasks whose gradients have a negative inner product; NaN where G is not finite."""
+        if self.gram is None or self.gram.shape[-1] < 2:
+            return None
+        i, j = np.triu_indices(self.gram.shape[-1], k=1)
+        share = (self.gram[:, i, j] < 0).mean(axis=1)
+        return np.where(np.isfinite(self.gram).all(axis=(1, 2)), share, np.nan)
+
     def means(self, task_names: Sequence[str]) -> dict[str, dict[str, float]]:
         """Means over the n steps, NaN left out: ``{"loss": {task: mean}, "weight": ..., "norm": ..., "cosine": ...}``.
 
-        Cosines are named by pair (`pair_names`); what the strategy does not have is absent.
+        Cosines are named by pair (`pair_names`), ``"conflict"`` has the ``"share"`` of pairs that conflict; what the
+        strategy does not have is absent.
         """
         columns = {
             "loss": (list(task_names), self.losses),
             "weight": (list(task_names), self.weights),
             "norm": (list(task_names), self.norms),
             "cosine": (pair_names(task_names), self.cosines),
+            "conflict": (["share"], None if self.conflicts is None else self.conflicts[:, None]),
         }
         return {
             key: dict(zip(names, _column_means(values), strict=True))

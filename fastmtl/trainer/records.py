@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,8 +21,8 @@ class StepBuffer:
 
     def _clear(self) -> None:
         self._losses: list[Tensor] = []
-        self._weights: list[Tensor] = []
-        self._grams: list[Tensor] = []
+        self._weights: list[Tensor | None] = []
+        self._grams: list[Tensor | None] = []
         self._since = time.perf_counter()
 
     def __len__(self) -> int:
@@ -32,12 +33,10 @@ class StepBuffer:
         self._since = time.perf_counter()
 
     def add(self, losses: Tensor, weights: Tensor | None, gram: Tensor | None) -> None:
-        """Keep one step: (T,) losses, (T,) weights, (T, T) Gram matrix."""
+        """Keep one step: (T,) losses, (T,) weights, (T, T) Gram matrix; a step without one has NaN among others'."""
         self._losses.append(losses)
-        if weights is not None:
-            self._weights.append(weights)
-        if gram is not None:
-            self._grams.append(gram)
+        self._weights.append(weights)
+        self._grams.append(gram)
 
     def flush(self, epoch: int, next_step: int) -> StepRecords:
         """Read everything and empty the buffer; the only place where the loop waits for the device.
@@ -50,14 +49,14 @@ class StepBuffer:
         now = time.perf_counter()
         device = self._losses[0].device
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        kept = [torch.stack(each) for each in (self._losses, self._weights, self._grams) if each]
-        values = torch.cat([each.to(device, dtype).flatten() for each in kept]).cpu().numpy()
+        kept = [_stacked(each) for each in (self._losses, self._weights, self._grams)]
+        values = torch.cat([each.to(device, dtype).flatten() for each in kept if each is not None]).cpu().numpy()
         tasks = self._losses[0].numel()
         losses, values = values[: count * tasks].reshape(count, tasks), values[count * tasks :]
         weights = gram = None
-        if self._weights:
+        if kept[1] is not None:
             weights, values = values[: count * tasks].reshape(count, tasks), values[count * tasks :]
-        if self._grams:
+        if kept[2] is not None:
             gram = values.reshape(count, tasks, tasks)
         records = StepRecords(
             epoch=epoch,
@@ -69,3 +68,12 @@ class StepBuffer:
         )
         self._clear()
         return records
+
+
+def _stacked(steps: Sequence[Tensor | None]) -> Tensor | None:
+    """Return the steps' values stacked, NaN for a step without; None if no step has any."""
+    given = [each for each in steps if each is not None]
+    if not given:
+        return None
+    nothing = torch.full_like(given[0], torch.nan) if len(given) < len(steps) else None
+    return torch.stack([nothing if each is None else each for each in steps])  # type: ignore[misc]

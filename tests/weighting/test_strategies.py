@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -175,3 +176,17 @@ def test_bad_constant_weights_are_refused(given: str, message: str) -> None:
     trainer = _trainer("EW", weight_args={"loss_weights": [given]})
     with pytest.raises(UsageError, match=message):
         trainer.step(_batches(trainer), StepBuffer())
+
+
+@pytest.mark.parametrize("name", ["MGDA", "UPGrad"])
+def test_steps_with_held_weights_are_logged(name: str) -> None:
+    trainer = _trainer(name, update_weights_every=2, log_every=3)
+    seen: list[Any] = []
+    trainer.logger.on_steps = seen.append
+    trainer.train(loaders(3), loaders(3), 1)
+    records = seen[0]
+    assert records.count == 3
+    assert not np.isnan(records.weights).any()
+    assert np.isnan(records.gram).all(axis=(1, 2)).tolist() == [False, True, False]
+    assert np.isnan(records.conflicts).tolist() == [False, True, False]
+    assert set(records.means(trainer.task_name)["conflict"]) == {"share"}
