@@ -52,9 +52,11 @@ BENCHES = (
     "aligned",
     "config",
     "dual_cone",
+    "fairgrad",
     "gradvac",
     "imtl",
     "min_norm",
+    "nash",
     "pcgrad",
 )
 

@@ -11,10 +11,12 @@ from fastmtl.ops.aligned import aligned
 from fastmtl.ops.combine import combine, combine_
 from fastmtl.ops.config import config
 from fastmtl.ops.dual_cone import dual_cone
+from fastmtl.ops.fairgrad import fairgrad
 from fastmtl.ops.gradvac import gradvac
 from fastmtl.ops.gram import gram
 from fastmtl.ops.imtl import imtl
 from fastmtl.ops.min_norm import min_norm
+from fastmtl.ops.nash import nash
 from fastmtl.ops.pcgrad import pcgrad
 
 __all__ = [
@@ -24,10 +26,12 @@ __all__ = [
     "combine_",
     "config",
     "dual_cone",
+    "fairgrad",
     "gradvac",
     "gram",
     "implementation",
     "imtl",
     "min_norm",
+    "nash",
     "pcgrad",
 ]
