@@ -86,6 +86,7 @@ def build_trainer(
         limit_batches=config.limit_batches,
         update_weights_every=config.update_weights_every,
         weight_momentum=config.weight_momentum,
+        tasks_per_step=config.tasks_per_step,
         weight_args=config.weight_args,
         arch_args=config.arch_args,
     )

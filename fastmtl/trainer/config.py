@@ -80,6 +80,7 @@ class TrainConfig:
     weight_momentum: float = _setting(
         0.0, "Optimisation", "Decay of a moving average of the task weights (CR-MOGM); 0 for none."
     )
+    tasks_per_step: int | None = _setting(None, "Optimisation", "Tasks trained in a step, in turn; all if not given.")
     seed: int = _setting(0, "Optimisation", "Seed of every random number.")
 
     device: str | None = _setting(None, "Machine", "cpu, cuda, cuda:1, mps; the best there is if not given.")
@@ -188,6 +189,7 @@ _LEAST = {
     "limit_batches": 1,
     "epochs": 1,
     "update_weights_every": 1,
+    "tasks_per_step": 1,
     "weight_momentum": 0,
     "weight_decay": 0,
     "momentum": 0,

@@ -59,6 +59,7 @@ def find_owners(problem: Problem, inputs: Any, labels: Any) -> list[int] | None:
     """
     model = problem.model
     modes = [(module, module.training) for module in model.modules()]
+    sampled, problem.tasks = problem.tasks, model.task_name
     model.eval()
     try:
         with torch.enable_grad():
@@ -67,6 +68,7 @@ def find_owners(problem: Problem, inputs: Any, labels: Any) -> list[int] | None:
                 torch.autograd.grad(loss, problem.own_params, retain_graph=True, allow_unused=True) for loss in losses
             ]
     finally:
+        problem.tasks = sampled
         for module, training in modes:
             module.training = training
     owners = []

@@ -126,7 +126,16 @@ class Route:
                 grads = _vjp([loss], [None], [*leaves[t], *own], retain=t + 1 < count)
                 cotangents.append(grads[: len(leaves[t])])
                 parts.append(grads[len(leaves[t]) :])
-        return cotangents, OwnGradients(own, parts, self._owners)
+        return cotangents, OwnGradients(own, parts, self._places())
+
+    def _places(self) -> list[int] | None:
+        """Return for each task-specific parameter the place of its task among those of this step."""
+        if self._owners is None:
+            return None
+        model = self.problem.model
+        places = {model.task_name.index(task): place for place, task in enumerate(self.problem.tasks)}
+        # A parameter of another task has no gradient, so its place does not matter.
+        return [places.get(owner, 0) for owner in self._owners]
 
     def learn_owners(self, inputs: Any, labels: Any) -> None:
         """Find out once which task each task-specific parameter belongs to, if that will matter."""

@@ -15,6 +15,7 @@ from fastmtl.trainer.problem import Problem
 from fastmtl.trainer.records import StepBuffer
 from fastmtl.trainer.regions import Regions
 from fastmtl.trainer.routes import Pass, RepPass, choose_route, forward
+from fastmtl.trainer.sampling import TaskSampler, only, spread
 from fastmtl.trainer.trial import Trial
 from fastmtl.weighting import AbsWeighting, Weights
 
@@ -34,6 +35,7 @@ class TrainingStep:
         update_weights_every: Steps between two solves of a strategy that needs the gradients; the weights of the last
             one hold in between.
         weight_momentum: Decay of a moving average of the weights.
+        tasks_per_step: Tasks of a step; all if None.
 
     Attributes:
         route: How the gradients are had, compiled or not.
@@ -50,6 +52,7 @@ class TrainingStep:
         hyper: Mapping[str, Any],
         update_weights_every: int = 1,
         weight_momentum: float = 0.0,
+        tasks_per_step: int | None = None,
     ) -> None:
         self.model: Any = problem.model
         self.optimizer = MaskedOptimizer(optimizer, guard.found_inf)
@@ -63,6 +66,7 @@ class TrainingStep:
         self.samples: int = 1 if self.legacy else rule.samples
         self.update_weights_every = update_weights_every
         self.weight_momentum = weight_momentum
+        self.sampler = TaskSampler(len(problem.tasks), tasks_per_step) if tasks_per_step else None
         self._average: tuple[Tensor, Tensor | None] | None = None
         self._since_solved = 0
         self._held: Weights | None = None
@@ -96,27 +100,53 @@ class TrainingStep:
                 self.trial = None
         self.warmth += 1
         self.optimizer.optimizer.zero_grad(set_to_none=not self.legacy)
+        if self.sampler is not None:
+            return self._some_tasks(self.sampler.draw(), batches, buffer)
         losses, preds, weights, gram = self._legacy(*batches[0]) if self.legacy else self._differentiate(batches)
         self.guard.watch(losses, gram)
         self.optimizer.step()
+        self._look_back(batches)
+        buffer.add(losses, weights, gram)
+        return dict(zip(self.problem.tasks, losses, strict=True)), preds
+
+    def _some_tasks(
+        self, tasks: list[int], batches: Sequence[tuple[Any, Any]], buffer: StepBuffer
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Run the rest of a step of some tasks; the parameters and the state of the others stay as they are."""
+        count = len(self.problem.tasks)
+        with only(self.problem, tasks):
+            losses, preds, weights, gram = self._differentiate(batches)
+            self.guard.watch(
+                spread(losses, tasks, count, 0.0), None if gram is None else spread(gram, tasks, count, 0.0)
+            )
+            self.optimizer.step()
+            self._look_back(batches)
+            found = dict(zip(self.problem.tasks, losses, strict=True))
+        seen = [None if each is None else spread(each, tasks, count, torch.nan) for each in (losses, weights, gram)]
+        assert seen[0] is not None
+        buffer.add(seen[0], seen[1], seen[2])
+        return found, preds
+
+    def _look_back(self, batches: Sequence[tuple[Any, Any]]) -> None:
         if self.model.looks_back and not self.legacy:
             with torch.no_grad():
                 after, _ = forward(self.problem, self.route.regions, *batches[-1])
                 self.model.after_step(torch.stack(list(after)), **self.hyper)
-        buffer.add(losses, weights, gram)
-        return dict(zip(self.problem.tasks, losses, strict=True)), preds
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs of the weights held between two solves."""
         held = self._held
         kept = None if held is None else {"shared": held.shared, "heads": held.heads, "max_norm": held.max_norm}
-        return {"since_solved": self._since_solved, "held": kept, "average": self._average}
+        left = [] if self.sampler is None else self.sampler.left
+        return {"since_solved": self._since_solved, "held": kept, "average": self._average, "tasks_left": left}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
         self._since_solved = state["since_solved"]
         self._held = None if state["held"] is None else Weights(**state["held"])
         self._average = state["average"]
+        if self.sampler is not None:
+            self.sampler.left = list(state["tasks_left"])
 
     def _differentiate(
         self, batches: Sequence[tuple[Any, Any]]

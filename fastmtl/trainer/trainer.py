@@ -62,6 +62,8 @@ class Trainer(nn.Module):
             weights hold, and a step costs one backward pass in place of one per task.
         weight_momentum: Decay of a moving average of the task weights, which then takes their place (CR-MOGM: Zhou et
             al., "On the Convergence of Stochastic Multi-Objective Gradient Manipulation and Beyond", NeurIPS 2022).
+        tasks_per_step: Train this many tasks in a step, dealt out so that all come up equally often; the parameters and
+            the state of the others stay as they are. All if None.
         log_every: Steps between two reads of the device for the loggers.
         limit_batches: Steps per pass at most.
         kwargs: ``weight_args`` and ``arch_args``, the hyper-parameters of strategy and architecture.
@@ -98,6 +100,7 @@ class Trainer(nn.Module):
         resume: str | None = None,
         update_weights_every: int = 1,
         weight_momentum: float = 0.0,
+        tasks_per_step: int | None = None,
         log_every: int = 50,
         limit_batches: int | None = None,
         **kwargs: Any,
@@ -133,6 +136,7 @@ class Trainer(nn.Module):
             self.kwargs["weight_args"],
             self._solve_interval(update_weights_every),
             _check_momentum(weight_momentum),
+            self._check_sampling(tasks_per_step, bool(compile), weight_momentum, update_weights_every),
         )
         self.compile_report: CompileReport | None = None
         self._generators: list[torch.Generator] = []
@@ -204,6 +208,30 @@ class Trainer(nn.Module):
                 f"update_weights_every must be 1 for {self.weighting}: its weights do not come from one Gram matrix."
             )
         return interval
+
+    def _check_sampling(self, given: int | None, compiled: bool, momentum: float, interval: int) -> int | None:
+        """Return the tasks of a step if they are not all.
+
+        Raises:
+            UsageError: Tasks cannot be sampled in this run.
+        """
+        if given is None or given == self.task_num:
+            return None
+        if not 1 <= given <= self.task_num:
+            raise UsageError(f"tasks_per_step must be 1 to {self.task_num}, the number of tasks, got {given}.")
+        rule: Any = self.model
+        reasons = {
+            "compile=True, which would compile every choice of tasks": compiled,
+            "weight_momentum": momentum > 0,
+            "update_weights_every": interval > 1,
+            f"{self.weighting}, which is written for all tasks": rule.backward.__func__ is not AbsWeighting.backward,
+            f"{self.weighting}, whose own parameters are trained together": "loss_scale"
+            in dict(rule.named_parameters()),
+        }
+        for reason, holds in reasons.items():
+            if holds:
+                raise UsageError(f"tasks_per_step cannot be combined with {reason}.")
+        return given
 
     def _prepare_optimizer(self, optim_param: Mapping[str, Any], scheduler_param: Mapping[str, Any] | None) -> None:
         self.optimizer = make_optimizer(self.model, optim_param, self.device)

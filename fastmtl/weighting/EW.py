@@ -33,7 +33,8 @@ class EW(AbsWeighting):
         if self._constants is None:
             self._constants = self._read(loss_weights)
         # A tensor made from Python numbers on another device would be a copy that waits.
-        return Weights(shared=torch.stack([torch.full_like(losses[0], value) for value in self._constants]))
+        constants = self._constants if self.active is None else [self._constants[task] for task in self.active]
+        return Weights(shared=torch.stack([torch.full_like(losses[0], value) for value in constants]))
 
     def _read(self, given: Sequence[str]) -> list[float]:
         constants = dict.fromkeys(self.task_name, 1.0)

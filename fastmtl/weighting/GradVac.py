@@ -35,7 +35,7 @@ class GradVac(AbsWeighting):
     def init_param(self) -> None:
         """Create the average cosines, for as many groups as there are parameters at most."""
         count = len(list(self.get_share_params()))
-        self.remember("rho", torch.zeros(max(count, 1), self.task_num, self.task_num, dtype=torch.float64))
+        self.remember("rho", torch.zeros(max(count, 1), self.task_num, self.task_num, dtype=torch.float64), (1, 2))
         self._groups: dict[int, list[int]] = {}
 
     def groups(self, *, GradVac_group_type: int = 0, **hyper: Any) -> list[int]:

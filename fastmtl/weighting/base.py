@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -60,6 +61,7 @@ class AbsWeighting(nn.Module):
         weighs_heads: Whether the gradients of task-specific parameters are weighted too.
         looks_back: Whether :meth:`after_step` wants the batch's losses after the update, from a second forward pass.
         allows_rep_grad: Whether ``rep_grad`` can be on.
+        active: The tasks of this step if it has only some; ``task_num`` is then their number.
     """
 
     needs: ClassVar[Needs] = "losses"
@@ -69,6 +71,8 @@ class AbsWeighting(nn.Module):
     looks_back: ClassVar[bool] = False
     allows_rep_grad: ClassVar[bool] = True
 
+    active: list[int] | None = None
+    task_dims: Mapping[str, tuple[int, ...]] = MappingProxyType({})
     task_num: int
     task_name: list[str]
     device: torch.device
@@ -82,17 +86,23 @@ class AbsWeighting(nn.Module):
     def init_param(self) -> None:
         """Create the strategy's own parameters and state; called once the architecture is built."""
 
-    def remember(self, name: str, value: Tensor) -> None:
+    def remember(self, name: str, value: Tensor, task_dims: Sequence[int] | None = None) -> None:
         """Keep a tensor from step to step: it is part of ``state_dict``, and moves with the model.
 
         Write into it (``self.name.copy_(...)``) or assign to it.
+
+        Args:
+            name: Name of the attribute.
+            value: The tensor to start from.
+            task_dims: Dimensions that have one entry per task; the first one unless given, none for a scalar.
         """
         self.register_buffer(name, value)
-        self._remembered = [*getattr(self, "_remembered", ()), name]
+        dims = range(min(value.dim(), 1)) if task_dims is None else task_dims
+        self.task_dims = {**self.task_dims, name: tuple(dims)}
 
     def remembered(self) -> list[str]:
         """Return the names of what :meth:`remember` keeps."""
-        return list(getattr(self, "_remembered", ()))
+        return list(self.task_dims)
 
     def start_epoch(self, **hyper: Any) -> None:
         """Prepare for the steps of ``self.epoch``; the one place where a strategy may wait for the device."""
