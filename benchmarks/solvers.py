@@ -59,7 +59,7 @@ def _distance(update: Tensor, exact: Tensor) -> float:
 
 def _exact(name: str, gram: Tensor) -> Tensor:
     """Return the strategy's weights with all ops by their references."""
-    references = {op: ops.implementation(op, "reference") for op in OPS if hasattr(ops, op)}
+    references: dict[str, Any] = {op: ops.implementation(op, "reference") for op in OPS if hasattr(ops, op)}
     with mock.patch.multiple(ops, **references):
         return _ours(name, gram)()
 

@@ -12,6 +12,7 @@ import torch
 from fastmtl.errors import UsageError
 from fastmtl.trainer.records import StepBuffer
 from fastmtl.trainer.sampling import TaskSampler
+from fastmtl.utils import set_random_seed
 from fastmtl.weighting import WEIGHTINGS
 from tests.host_reads import NoHostRead
 from tests.trainer.toy import flat, loaders, make_trainer
@@ -70,7 +71,7 @@ def test_trains_logs_and_resumes(name: str, multi_input: bool, tmp_path: Path) -
     def run(epochs: int, **more: Any) -> torch.Tensor:
         trainer = _trainer(name, multi_input=multi_input, **more)
         if "resume" not in more:
-            torch.manual_seed(5)
+            set_random_seed(5)
         trainer.train(data, data, epochs)
         return flat([*trainer.model.parameters(), *trainer.model.buffers()])
 
