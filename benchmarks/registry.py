@@ -50,6 +50,7 @@ BENCHES = (
     "gram",
     "combine",
     "aligned",
+    "cagrad",
     "config",
     "dual_cone",
     "fairgrad",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from fastmtl.ops._registry import backend_report, implementation
 from fastmtl.ops.aligned import aligned
+from fastmtl.ops.cagrad import cagrad
 from fastmtl.ops.combine import combine, combine_
 from fastmtl.ops.config import config
 from fastmtl.ops.dual_cone import dual_cone
@@ -22,6 +23,7 @@ from fastmtl.ops.pcgrad import pcgrad
 __all__ = [
     "aligned",
     "backend_report",
+    "cagrad",
     "combine",
     "combine_",
     "config",

@@ -1,0 +1,24 @@
+// CAGrad's weights on the CPU: one thread, one call.
+#include "fastmtl/cagrad.h"
+
+#include <cfloat>
+
+#include "register.h"
+#include "solver.h"
+
+namespace fastmtl {
+namespace {
+
+Tensor cagrad_cpu(Tensor gram, double c) {
+  STD_TORCH_CHECK(c >= 0 && c <= DBL_MAX, "c must be finite and at least 0");
+  gram = dense_gram(gram);
+  int const n = static_cast<int>(gram.size(0));
+  Tensor weights = torch::stable::empty({n}, ScalarType::Double);
+  cagrad(HostTeam{}, n, c, data_of(gram), mutable_data_of(weights), workspace(cagrad_workspace(n)));
+  return weights;
+}
+
+FASTMTL_CPU_KERNEL(cagrad, cagrad_cpu);
+
+}  // namespace
+}  // namespace fastmtl
