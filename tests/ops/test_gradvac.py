@@ -211,6 +211,32 @@ def test_vectors_that_vanish_have_cosines_of_zero(solver: Solver) -> None:
     assert float(new_rho[0, 2]) == 0
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_opposite_gradients_are_projected_away_whatever_the_average(solver: Solver, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    row = torch.randn(7, dtype=torch.float64, generator=generator)
+    ratio = torch.rand((), dtype=torch.float64, generator=generator)
+    jacobian = torch.stack([row, -ratio * row])
+    rho = torch.tensor([[0.0, 0.99], [0.0, 0.0]], dtype=torch.float64)
+    weights, _ = solver(jacobian @ jacobian.T, torch.tensor([[1], [1]]), rho, 0.5)
+    assert weights.tolist() == pytest.approx([1, 1 + 1 / float(ratio)], rel=1e-13)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_vectors_that_return_from_afar_have_cosines_of_zero(solver: Solver, seed: int) -> None:
+    """Three targets of one take task 0 far out, and their opposites take it back to where no digit is left."""
+    generator = torch.Generator().manual_seed(seed)
+    axes = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64, generator=generator)).Q
+    jacobian = torch.cat([axes, -axes[1:].flip(0), axes[:1]])
+    rho = torch.zeros(8, 8, dtype=torch.float64)
+    rho[0, 1:4] = 1
+    orders = torch.arange(8)[:, None].repeat(1, 7)
+    orders[0] = torch.arange(1, 8)
+    _, new_rho = solver(jacobian @ jacobian.T, orders, rho, 1.0)
+    assert float(new_rho[0, 4]) == pytest.approx(-1, abs=1e-5)
+    assert float(new_rho[0, 7]) == 0
+
+
 @pytest.mark.parametrize("target", [1.0, 1 - 2.0**-53, 1 - 2.0**-30])
 def test_rounding_moves_no_parallel_gradients(solver: Solver, target: float) -> None:
     row = torch.randn(1, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

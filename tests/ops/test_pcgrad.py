@@ -154,6 +154,12 @@ def test_rows_of_length_zero_change_nothing(solver: Solver) -> None:
     assert solver(padded, orders).tolist() == [*solver(case.gram, bare).tolist(), 1, 1]
 
 
+def test_squares_of_zero_take_no_projection(solver: Solver) -> None:
+    """As a G may have them that was rounded to zero on its diagonal alone."""
+    gram = torch.tensor([[1.0, -1e-200], [-1e-200, 0.0]], dtype=torch.float64)
+    assert solver(gram, torch.tensor([[1], [0]])).tolist() == [1 + 1e-200, 1]
+
+
 @pytest.mark.parametrize("exponent", [-200, -60, 8, 200])
 @pytest.mark.parametrize("case", params(zoo((3, 16))))
 def test_scaling_by_powers_of_two_changes_no_bit(solver: Solver, case: Case, exponent: int) -> None:
