@@ -136,6 +136,7 @@ def get_build_parameters(torch: Torch | None, pybind11: str | None) -> list[Exte
                 "csrc/min_norm.cpp",
                 "csrc/nash.cpp",
                 "csrc/pcgrad.cpp",
+                "csrc/upgrad.cpp",
             ],
             depends=headers,
             include_dirs=["csrc/include", "csrc", *torch_include],

@@ -59,6 +59,7 @@ BENCHES = (
     "min_norm",
     "nash",
     "pcgrad",
+    "upgrad",
 )
 
 

@@ -18,7 +18,19 @@ Tensor cagrad_cpu(Tensor gram, double c) {
   return weights;
 }
 
+Tensor cagrad_update_cpu(Tensor gram, double c) {
+  STD_TORCH_CHECK(c >= 0 && c <= DBL_MAX, "c must be finite and at least 0");
+  gram = dense_gram(gram);
+  int const n = static_cast<int>(gram.size(0));
+  Tensor result = torch::stable::empty({2, n}, ScalarType::Double);
+  double* const weights = mutable_data_of(result);
+  cagrad(HostTeam{}, n, c, data_of(gram), weights, workspace(cagrad_workspace(n)));
+  cagrad_step(HostTeam{}, n, c, data_of(gram), weights, weights + n);
+  return result;
+}
+
 FASTMTL_CPU_KERNEL(cagrad, cagrad_cpu);
+FASTMTL_CPU_KERNEL(cagrad_update, cagrad_update_cpu);
 
 }  // namespace
 }  // namespace fastmtl

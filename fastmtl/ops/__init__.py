@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from fastmtl.ops._registry import backend_report, implementation
 from fastmtl.ops.aligned import aligned
-from fastmtl.ops.cagrad import cagrad
+from fastmtl.ops.cagrad import cagrad, cagrad_update
 from fastmtl.ops.combine import combine, combine_
 from fastmtl.ops.config import config
 from fastmtl.ops.dual_cone import dual_cone
@@ -19,11 +19,13 @@ from fastmtl.ops.imtl import imtl
 from fastmtl.ops.min_norm import min_norm
 from fastmtl.ops.nash import nash
 from fastmtl.ops.pcgrad import pcgrad
+from fastmtl.ops.upgrad import upgrad
 
 __all__ = [
     "aligned",
     "backend_report",
     "cagrad",
+    "cagrad_update",
     "combine",
     "combine_",
     "config",
@@ -36,4 +38,5 @@ __all__ = [
     "min_norm",
     "nash",
     "pcgrad",
+    "upgrad",
 ]

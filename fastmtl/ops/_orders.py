@@ -7,23 +7,30 @@ from torch import Tensor
 
 from fastmtl.errors import UsageError
 
-__all__ = ["check_orders", "check_tasks"]
+__all__ = ["as_orders", "check_orders", "check_tasks"]
 
 
 def check_orders(orders: Tensor, gram: Tensor) -> None:
-    """Refuse what cannot be orders for ``gram``; reads no entry.
+    """Refuse what can be neither orders nor keys of orders for ``gram``; reads no entry.
 
     Raises:
         UsageError: Wrong shape, dtype or device.
     """
     tasks = gram.shape[-1]
-    if orders.dim() != 2 or orders.shape[0] != tasks or orders.dtype != torch.int64:
+    known = orders.dtype == torch.int64 or (orders.is_floating_point() and orders.shape[1:] == (tasks,))
+    if orders.dim() != 2 or orders.shape[0] != tasks or not known:
         raise UsageError(
-            f"orders must be int64 with {tasks} rows, one per task, "
+            f"orders must be int64 with {tasks} rows, one per task, or ({tasks}, {tasks}) float keys, "
             f"got shape {tuple(orders.shape)} and dtype {orders.dtype}."
         )
     if orders.device != gram.device:
         raise UsageError(f"orders must be on gram's device {gram.device}, got {orders.device}.")
+
+
+def as_orders(orders: Tensor) -> Tensor:
+    """Return int64 orders on the CPU: those given, or the tasks by rising keys, equal ones by number and NaN last."""
+    orders = orders.cpu()
+    return orders.argsort(dim=1, stable=True) if orders.is_floating_point() else orders
 
 
 def check_tasks(orders: Tensor) -> None:

@@ -11,7 +11,7 @@ from fastmtl.errors import UsageError
 from fastmtl.ops._registry import declare, implementation
 from fastmtl.ops._square import check_gram, weight_dtype
 
-__all__ = ["cagrad"]
+__all__ = ["cagrad", "cagrad_update"]
 
 _ROUNDING = 2.0**-45
 _LEAST_C = 1e-8
@@ -62,7 +62,23 @@ def _fake(gram: Tensor, c: float) -> Tensor:
     return gram.new_empty(gram.shape[:1], dtype=weight_dtype(gram.device))
 
 
+def _update_reference(gram: Tensor, c: float) -> Tensor:
+    weights = _reference(gram, c)
+    matrix = gram.to(weights.dtype)
+    size = (weights @ matrix @ weights).clamp(min=0).sqrt()
+    radius = c * matrix.mean().clamp(min=0).sqrt()
+    reach = torch.where(size > 0, radius / size, 0.0 * radius)
+    return torch.stack([weights, 1 / len(gram) + reach * weights])
+
+
+def _update_fake(gram: Tensor, c: float) -> Tensor:
+    return _fake(gram, c).new_empty((2, len(gram)))
+
+
 _cagrad = declare("cagrad", "(Tensor gram, float c) -> Tensor", reference=_reference, fake=_fake)
+_cagrad_update = declare(
+    "cagrad_update", "(Tensor gram, float c) -> Tensor", reference=_update_reference, fake=_update_fake
+)
 
 
 def cagrad(gram: Tensor, c: float) -> Tensor:
@@ -110,5 +126,33 @@ def cagrad(gram: Tensor, c: float) -> Tensor:
         return _cagrad(gram, c)
     except RuntimeError:
         # Kernels refuse with a terse message; the full check finds the sentence for the user.
+        _check(gram, c)
+        raise
+
+
+def cagrad_update(gram: Tensor, c: float) -> Tensor:
+    """Return CAGrad's weights w and those of its update d = g_0 + (c |g_0| / |g_w|) g_w, as :func:`cagrad` defines them.
+
+    Where g_w is zero the update is g_0.
+
+    Args:
+        gram: (T, T) Gram matrix; see :func:`cagrad`.
+        c: Radius; see :func:`cagrad`.
+
+    Returns:
+        (2, T) float64: w, and the coefficients of the task gradients in d; float32 on MPS.
+
+    Raises:
+        UsageError: ``gram`` is not a square matrix of floats or ``c`` is negative or not finite.
+        BackendError: ``FASTMTL_BACKEND`` names a backend that cannot serve these tensors.
+
+    Example:
+        >>> cagrad_update(torch.tensor([[1.0, 0.0], [0.0, 4.0]]), c=0.4)
+        tensor([[1.0000, 0.0000],
+                [0.9472, 0.5000]], dtype=torch.float64)
+    """
+    try:
+        return _cagrad_update(gram, c)
+    except RuntimeError:
         _check(gram, c)
         raise

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.errors import UsageError
-from fastmtl.ops._orders import check_orders, check_tasks
+from fastmtl.ops._orders import as_orders, check_orders, check_tasks
 from fastmtl.ops._registry import declare
 from fastmtl.ops._square import weight_dtype
 
@@ -38,11 +38,12 @@ def _check(gram: Tensor, orders: Tensor, rho: Tensor, beta: float) -> None:
 
 def _reference(gram: Tensor, orders: Tensor, rho: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     _check(gram, orders, rho, beta)
-    check_tasks(orders.cpu())
+    orders = as_orders(orders)
+    check_tasks(orders)
     size = gram.shape[-1]
     grams = gram.detach().to("cpu").double().view(-1, size, size)
     averages = rho.detach().to("cpu").double().clone().view(-1, size, size)
-    weights = _vaccinate(grams, orders.cpu(), averages, beta)
+    weights = _vaccinate(grams, orders, averages, beta)
     dtype = weight_dtype(gram.device)
     return weights.view(gram.shape[:-1]).to(dtype).to(gram.device), averages.view(gram.shape).to(dtype).to(gram.device)
 
@@ -147,5 +148,5 @@ def gradvac(gram: Tensor, orders: Tensor, rho: Tensor, beta: float) -> tuple[Ten
     except RuntimeError:
         # Kernels refuse with a terse message; the full check finds the sentence for the user.
         _check(gram, orders, rho, beta)
-        check_tasks(orders)
+        check_tasks(as_orders(orders))
         raise

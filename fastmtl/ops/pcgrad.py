@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmtl.ops._orders import check_orders, check_tasks
+from fastmtl.ops._orders import as_orders, check_orders, check_tasks
 from fastmtl.ops._registry import declare
 from fastmtl.ops._square import check_gram, weight_dtype
 
@@ -19,8 +19,9 @@ def _check(gram: Tensor, orders: Tensor) -> None:
 
 def _reference(gram: Tensor, orders: Tensor) -> Tensor:
     _check(gram, orders)
-    check_tasks(orders.cpu())
-    weights = _project(gram.detach().to("cpu").double(), orders.cpu())
+    orders = as_orders(orders)
+    check_tasks(orders)
+    weights = _project(gram.detach().to("cpu").double(), orders)
     return weights.to(weight_dtype(gram.device)).to(gram.device)
 
 
@@ -63,7 +64,8 @@ def pcgrad(gram: Tensor, orders: Tensor) -> Tensor:
         gram: (T, T) symmetric Gram matrix of the gradients, as :func:`fastmtl.ops.gram` returns it; converted to
             float64 if need be.
         orders: (T, L) int64 tasks that each gradient is projected against, L >= 0, usually a random permutation per
-            row. A row may name its own task, under the same rule, or a task more than once.
+            row. A row may name its own task, under the same rule, or a task more than once. Or (T, T) float keys:
+            each row's order is that of its rising keys, which saves sorting random ones before.
 
     Returns:
         (T,) float64 weights on the device of ``gram``; float32 on MPS, which has no float64 (computed on the CPU).
@@ -85,5 +87,5 @@ def pcgrad(gram: Tensor, orders: Tensor) -> Tensor:
     except RuntimeError:
         # Kernels refuse with a terse message; the full check finds the sentence for the user.
         _check(gram, orders)
-        check_tasks(orders)
+        check_tasks(as_orders(orders))
         raise

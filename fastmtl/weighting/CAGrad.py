@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastmtl import ops
@@ -37,9 +36,5 @@ class CAGrad(AbsWeighting):
     ) -> Weights:
         """Return the weights of the update; the dual solution is what is logged."""
         assert gram is not None
-        weights = ops.cagrad(gram, calpha)
-        radius = calpha * gram.mean().clamp(min=0).sqrt()
-        length = (weights @ gram @ weights).clamp(min=0).sqrt()
-        reach = torch.where(length > 0, radius / length, 0.0)
-        size = (1.0, 1 + calpha**2, 1 + calpha)[rescale]
-        return Weights(shared=(1 / len(gram) + reach * weights) / size, logged=weights)
+        weights, update = ops.cagrad_update(gram, calpha).unbind()
+        return Weights(shared=update / (1.0, 1 + calpha**2, 1 + calpha)[rescale], logged=weights)

@@ -10,9 +10,14 @@ from torch import Tensor
 from fastmtl import ops
 from fastmtl.hyper import Hyper
 from fastmtl.weighting.base import AbsWeighting, Weights
-from fastmtl.weighting.UPGrad import normalized
 
 __all__ = ["DualProj"]
+
+
+def _normalized(gram: Tensor, smallest: float) -> Tensor:
+    """Return G divided by its trace, zero where that is below ``smallest``."""
+    trace = gram.diagonal().sum()
+    return torch.where(trace < smallest, 0.0, gram / torch.where(trace > 0, trace, 1.0))
 
 
 class DualProj(AbsWeighting):
@@ -41,5 +46,5 @@ class DualProj(AbsWeighting):
         assert gram is not None
         size = len(gram)
         identity = torch.eye(size, dtype=gram.dtype, device=gram.device)
-        matrix = normalized(gram, DualProj_norm_eps) + DualProj_reg_eps * identity
+        matrix = _normalized(gram, DualProj_norm_eps) + DualProj_reg_eps * identity
         return Weights(shared=ops.dual_cone(matrix, torch.full_like(gram[0], 1 / size)))

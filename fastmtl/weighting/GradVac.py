@@ -55,8 +55,8 @@ class GradVac(AbsWeighting):
         return [found.setdefault(owner[id(param)], len(found)) for param in params]
 
     def draw_orders(self, device: torch.device) -> Tensor:
-        """Return (T, T) int64: for each task a random order of all tasks."""
-        return torch.rand(self.task_num, self.task_num, device=device).argsort(dim=1)
+        """Return (T, T): for each task random keys of all tasks, by which they are ordered."""
+        return torch.rand(self.task_num, self.task_num, device=device)
 
     def weigh(self, losses: Tensor, gram: Tensor | None, *, GradVac_beta: float = 0.5, **hyper: Any) -> Weights:
         """Return (L, T) weights; their mean over the groups is logged."""

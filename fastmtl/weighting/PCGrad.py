@@ -23,8 +23,8 @@ class PCGrad(AbsWeighting):
     allows_rep_grad = False
 
     def draw_orders(self, device: torch.device) -> Tensor:
-        """Return (T, T) int64: for each task a random order of all tasks."""
-        return torch.rand(self.task_num, self.task_num, device=device).argsort(dim=1)
+        """Return (T, T): for each task random keys of all tasks, by which they are ordered."""
+        return torch.rand(self.task_num, self.task_num, device=device)
 
     def weigh(self, losses: Tensor, gram: Tensor | None, **hyper: Any) -> Weights:
         """Return the sums of the projected gradients' coefficients."""

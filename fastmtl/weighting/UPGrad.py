@@ -4,20 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastmtl import ops
 from fastmtl.hyper import Hyper
 from fastmtl.weighting.base import AbsWeighting, Weights
 
-__all__ = ["UPGrad", "normalized"]
-
-
-def normalized(gram: Tensor, smallest: float) -> Tensor:
-    """Return G divided by its trace, zero where that is below ``smallest``."""
-    trace = gram.diagonal().sum()
-    return torch.where(trace < smallest, 0.0, gram / torch.where(trace > 0, trace, 1.0))
+__all__ = ["UPGrad"]
 
 
 class UPGrad(AbsWeighting):
@@ -47,6 +40,4 @@ class UPGrad(AbsWeighting):
     ) -> Weights:
         """Return the weights."""
         assert gram is not None
-        identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        matrix = normalized(gram, UPGrad_norm_eps) + UPGrad_reg_eps * identity
-        return Weights(shared=ops.dual_cone(matrix, identity / len(gram)).sum(0))
+        return Weights(shared=ops.upgrad(gram, UPGrad_norm_eps, UPGrad_reg_eps))

@@ -239,4 +239,24 @@ FASTMTL_TEAM_TEMPLATE FASTMTL_HD void cagrad(Team const& team, int n, double c, 
   }
 }
 
+/// Writes the n coefficients of the update g_0 + (c |g_0| / |g_w|) g_w for the weights w; of g_0 where g_w is zero.
+FASTMTL_TEAM_TEMPLATE FASTMTL_HD void cagrad_step(Team const& team, int n, double c, double const* gram,
+                                                  double const* weights, double* update) {
+  team.barrier();
+  double sum = 0;
+  double form = 0;
+  for (int i = team.group(); i < n; i += team.groups()) {
+    for (int j = team.lane(); j < n; j += team.lanes()) {
+      double const entry = gram[int64_t{i} * n + j];
+      sum += entry;
+      form += weights[i] * entry * weights[j];
+    }
+  }
+  sum = team.sum(sum);
+  form = team.sum(form);
+  double const radius = c * sqrt(sum > 0 ? sum : 0) / n;
+  double const reach = form > 0 ? radius / sqrt(form) : 0;
+  for (int i = team.rank(); i < n; i += team.size()) update[i] = 1.0 / n + reach * weights[i];
+}
+
 }  // namespace fastmtl

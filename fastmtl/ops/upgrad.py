@@ -1,0 +1,74 @@
+"""UPGrad's weights: the task gradients projected onto their dual cone one by one, from their Gram matrix."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmtl.errors import UsageError
+from fastmtl.ops._registry import declare, implementation
+from fastmtl.ops._square import check_gram, weight_dtype
+
+__all__ = ["upgrad"]
+
+
+def _check(gram: Tensor, norm_eps: float, reg_eps: float) -> None:
+    check_gram(gram)
+    for name, value in (("norm_eps", norm_eps), ("reg_eps", reg_eps)):
+        if not value >= 0:
+            raise UsageError(f"{name} must be at least 0, got {value}.")
+
+
+def _reference(gram: Tensor, norm_eps: float, reg_eps: float) -> Tensor:
+    _check(gram, norm_eps, reg_eps)
+    matrix = gram.detach().to("cpu").double()
+    trace = matrix.diagonal().sum()
+    identity = torch.eye(len(matrix), dtype=matrix.dtype)
+    scaled = matrix * 0 if trace < norm_eps or trace == 0 else matrix / trace
+    projected = implementation("dual_cone", "reference")(scaled + reg_eps * identity, identity / len(matrix))
+    weights: Tensor = projected.sum(0)
+    return weights.to(weight_dtype(gram.device)).to(gram.device)
+
+
+def _fake(gram: Tensor, norm_eps: float, reg_eps: float) -> Tensor:
+    _check(gram, norm_eps, reg_eps)
+    return gram.new_empty(gram.shape[:1], dtype=weight_dtype(gram.device))
+
+
+_upgrad = declare("upgrad", "(Tensor gram, float norm_eps, float reg_eps) -> Tensor", reference=_reference, fake=_fake)
+
+
+def upgrad(gram: Tensor, norm_eps: float = 1e-4, reg_eps: float = 1e-4) -> Tensor:
+    """Return the weights w of T gradients for which sum_t w_t g_t is UPGrad's update.
+
+    Each g_t is projected onto the cone of directions that have no negative product with any gradient, and the update is
+    the mean of the projections. They are taken for G / tr(G) + reg_eps I, so that a gradient meets a direction with
+    a product of at least -reg_eps tr(G) w_t; with reg_eps = 0 they are those of :func:`fastmtl.ops.dual_cone`, up to
+    the bounds given there. A NaN or infinity in G makes all weights NaN.
+
+    Args:
+        gram: (T, T) symmetric Gram matrix of the gradients, as :func:`fastmtl.ops.gram` returns it; converted to
+            float64 if need be.
+        norm_eps: Where tr(G) is below it, G counts as zero and all weights are 1 / T.
+        reg_eps: Regularisation of the normalised matrix.
+
+    Returns:
+        (T,) float64 weights of at least 1 / T on the device of ``gram``; float32 on MPS, which has no float64.
+
+    Raises:
+        UsageError: ``gram`` is not a square matrix of floats, or ``norm_eps`` or ``reg_eps`` is negative.
+        BackendError: ``FASTMTL_BACKEND`` names a backend that cannot serve these tensors.
+
+    Source:
+        Quinton and Rey, "Jacobian Descent for Multi-Objective Optimization", 2024.
+
+    Example:
+        >>> upgrad(torch.tensor([[1.0, -1.0], [-1.0, 4.0]]), reg_eps=0.0)
+        tensor([1.0000, 0.6250], dtype=torch.float64)
+    """
+    try:
+        return _upgrad(gram, norm_eps, reg_eps)
+    except RuntimeError:
+        # Kernels refuse with a terse message; the full check finds the sentence for the user.
+        _check(gram, norm_eps, reg_eps)
+        raise
