@@ -1,4 +1,4 @@
-"""CAGrad's weights: the conflict-averse direction near the mean gradient, from the Gram matrix of the task gradients."""
+"""CAGrad's weights: the conflict-averse direction near the mean gradient, from the tasks' Gram matrix."""
 
 from __future__ import annotations
 
@@ -119,8 +119,8 @@ def cagrad(gram: Tensor, c: float) -> Tensor:
         Liu et al., "Conflict-Averse Gradient Descent for Multi-task Learning", NeurIPS 2021.
 
     Example:
-        >>> cagrad(torch.tensor([[1.0, 0.0], [0.0, 4.0]]), c=0.4)
-        tensor([1., 0.], dtype=torch.float64)
+        >>> cagrad(torch.tensor([[2.0, -1.0], [-1.0, 3.0]]), c=0.5)
+        tensor([0.7264, 0.2736], dtype=torch.float64)
     """
     try:
         return _cagrad(gram, c)

@@ -12,7 +12,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from scipy.optimize import minimize
 from torch import Tensor
 
 from fastmtl.errors import UsageError
@@ -91,7 +90,7 @@ def slsqp(gram: Tensor, c: float) -> Tensor:
     mean = matrix.mean(axis=1)
     radius = c * math.sqrt(max(mean.mean(), 0.0))
     size = len(matrix)
-    found = minimize(
+    found = pytest.importorskip("scipy.optimize").minimize(
         lambda x: float(x @ mean + radius * np.sqrt(max(x @ matrix @ x, 0.0))),
         np.full(size, 1 / size),
         bounds=[(0, 1)] * size,
