@@ -184,6 +184,7 @@ FASTMTL_TEAM_TEMPLATE FASTMTL_HD void cagrad(Team const& team, int n, double c, 
   smallest = team.lowest(smallest);
   shortest = team.lowest(shortest);
   longest = team.lowest(longest);
+  team.barrier();
   // Below it, the mean gradient is rounding.
   bool const balanced = !(square > 0x1p-45 * length * length);
   bool const linear = c <= 1e-8;
