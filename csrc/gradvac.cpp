@@ -26,8 +26,8 @@ std::tuple<Tensor, Tensor> gradvac_cpu(Tensor gram, Tensor orders, Tensor rho, d
   STD_TORCH_CHECK(beta >= 0 && beta <= 1, "beta must be in [0, 1]");
   gram = dense_double(gram);
   int const n = static_cast<int>(gram.size(dims - 1));
-  orders = dense_orders(orders, n);
-  int64_t const steps = orders.size(1);
+  Orders const visits = dense_orders(orders, n);
+  int64_t const steps = visits.steps;
   int64_t const groups = single ? 1 : gram.size(0);
   int64_t const entries = int64_t{n} * n;
 
@@ -38,7 +38,7 @@ std::tuple<Tensor, Tensor> gradvac_cpu(Tensor gram, Tensor orders, Tensor rho, d
   int64_t const doubles = gradvac_workspace(n, HostTeam::groups());
   double* const memory = workspace(groups * doubles);
   double const* const gram_data = data_of(gram);
-  int64_t const* const index = indices_of(orders);
+  int64_t const* const index = visits.data;
   double* const rho_data = mutable_data_of(new_rho);
   double* const weight_data = mutable_data_of(weights);
   auto solve = [&](int64_t group) {

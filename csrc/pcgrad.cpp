@@ -11,9 +11,9 @@ namespace {
 Tensor pcgrad_cpu(Tensor gram, Tensor orders) {
   gram = dense_gram(gram);
   int const n = static_cast<int>(gram.size(0));
-  orders = dense_orders(orders, n);
+  Orders const visits = dense_orders(orders, n);
   Tensor weights = torch::stable::empty({n}, ScalarType::Double);
-  pcgrad(HostTeam{}, n, orders.size(1), data_of(gram), indices_of(orders), mutable_data_of(weights),
+  pcgrad(HostTeam{}, n, visits.steps, data_of(gram), visits.data, mutable_data_of(weights),
          workspace(pcgrad_workspace(n, HostTeam::groups())));
   return weights;
 }

@@ -131,9 +131,9 @@ def cagrad(gram: Tensor, c: float) -> Tensor:
 
 
 def cagrad_update(gram: Tensor, c: float) -> Tensor:
-    """Return CAGrad's weights w and those of its update d = g_0 + (c |g_0| / |g_w|) g_w, as :func:`cagrad` defines them.
+    """Return CAGrad's weights w and those of its update d = g_0 + (c |g_0| / |g_w|) g_w.
 
-    Where g_w is zero the update is g_0.
+    They are as :func:`cagrad` defines them; where g_w is zero the update is g_0.
 
     Args:
         gram: (T, T) Gram matrix; see :func:`cagrad`.

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from fastmtl.architecture import ARCHITECTURES, AbsArchitecture
-from fastmtl.errors import BackendError, CheckpointError, UsageError
+from fastmtl.errors import CheckpointError, UsageError
 from fastmtl.hyper import fill_hyper
 from fastmtl.names import resolve_name
 from fastmtl.trainer.checkpoint import load_model_state, read_checkpoint, rng_state, save_atomically, set_rng_state
+from fastmtl.trainer.checks import check_momentum, check_sampling, check_tasks, find_device, solve_interval
 from fastmtl.trainer.guard import FiniteGuard
 from fastmtl.trainer.interrupt import DeferredInterrupt
 from fastmtl.trainer.loading import check_loaders, count_batches, eval_batches, generators, to_device, train_batches
@@ -106,9 +107,9 @@ class Trainer(nn.Module):
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        self.device = _find_device(device)
+        self.device = find_device(device)
         self.task_dict = task_dict
-        self.task_name = _check_tasks(task_dict, decoders)
+        self.task_name = check_tasks(task_dict, decoders)
         self.task_num = len(self.task_name)
         self.rep_grad = rep_grad
         self.multi_input = multi_input
@@ -127,6 +128,11 @@ class Trainer(nn.Module):
         self.meter.display_format()
         self._guard = FiniteGuard(self.device, self.task_name)
         problem = Problem(self.model, self.meter.losses, self.process_preds)
+        refused_with_sampling = {
+            "compile=True, which would compile every choice of tasks": bool(compile),
+            "weight_momentum": weight_momentum > 0,
+            "update_weights_every": update_weights_every > 1,
+        }
         self.step = TrainingStep(
             problem,
             self.optimizer,
@@ -134,9 +140,9 @@ class Trainer(nn.Module):
             compile,
             self.logger.on_compile,
             self.kwargs["weight_args"],
-            self._solve_interval(update_weights_every),
-            _check_momentum(weight_momentum),
-            self._check_sampling(tasks_per_step, bool(compile), weight_momentum, update_weights_every),
+            solve_interval(self.model, self.weighting, self.kwargs["weight_args"], update_weights_every),
+            check_momentum(weight_momentum),
+            check_sampling(self.model, self.weighting, tasks_per_step, refused_with_sampling),
         )
         self.compile_report: CompileReport | None = None
         self._generators: list[torch.Generator] = []
@@ -191,47 +197,6 @@ class Trainer(nn.Module):
             load_model_state(self.model, read_checkpoint(path, self.device), path)
             print(f"Load Model from - {path}")
         count_parameters(self.model)
-
-    def _solve_interval(self, given: int) -> int:
-        """Return the steps between two solves, from the trainer's option or the strategy's own of the same name.
-
-        Raises:
-            UsageError: The strategy's weights cannot be held.
-        """
-        interval = max(given, self.kwargs["weight_args"].get("update_weights_every", 1))
-        if interval < 1 or given < 1:
-            raise UsageError(f"update_weights_every must be at least 1, got {given}.")
-        model = self.model
-        one_gram = model.needs == "gram" and model.samples == 1 and model.groups(**self.kwargs["weight_args"]) is None
-        if interval > 1 and not one_gram:
-            raise UsageError(
-                f"update_weights_every must be 1 for {self.weighting}: its weights do not come from one Gram matrix."
-            )
-        return interval
-
-    def _check_sampling(self, given: int | None, compiled: bool, momentum: float, interval: int) -> int | None:
-        """Return the tasks of a step if they are not all.
-
-        Raises:
-            UsageError: Tasks cannot be sampled in this run.
-        """
-        if given is None or given == self.task_num:
-            return None
-        if not 1 <= given <= self.task_num:
-            raise UsageError(f"tasks_per_step must be 1 to {self.task_num}, the number of tasks, got {given}.")
-        rule: Any = self.model
-        reasons = {
-            "compile=True, which would compile every choice of tasks": compiled,
-            "weight_momentum": momentum > 0,
-            "update_weights_every": interval > 1,
-            f"{self.weighting}, which is written for all tasks": rule.backward.__func__ is not AbsWeighting.backward,
-            f"{self.weighting}, whose own parameters are trained together": "loss_scale"
-            in dict(rule.named_parameters()),
-        }
-        for reason, holds in reasons.items():
-            if holds:
-                raise UsageError(f"tasks_per_step cannot be combined with {reason}.")
-        return given
 
     def _prepare_optimizer(self, optim_param: Mapping[str, Any], scheduler_param: Mapping[str, Any] | None) -> None:
         self.optimizer = make_optimizer(self.model, optim_param, self.device)
@@ -473,47 +438,3 @@ class Trainer(nn.Module):
         self.meter.base_result = state["base_result"]
         self.meter.best_result = state["best_result"]
         self._start = {key: state[key] for key in ("epoch", "batch", "rng", "epoch_rng", "train_losses")}
-
-
-def _find_device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-    except RuntimeError:
-        raise UsageError(f"device must be cpu, cuda, cuda:<index> or mps, got {device!r}.") from None
-    if found.type == "cuda":
-        if not torch.cuda.is_available():
-            raise BackendError(
-                f"device is {device}, but torch {torch.__version__} finds no CUDA GPU here; use --device cpu."
-            )
-        if found.index is not None and found.index >= torch.cuda.device_count():
-            raise BackendError(f"device is {device}, but there are only {torch.cuda.device_count()} CUDA GPUs.")
-    if found.type == "mps" and not torch.backends.mps.is_available():
-        raise BackendError(
-            f"device is {device}, but torch {torch.__version__} finds no MPS device here; use --device cpu."
-        )
-    return found
-
-
-def _check_momentum(given: float) -> float:
-    if not 0 <= given < 1:
-        raise UsageError(f"weight_momentum must be at least 0 and below 1, got {given}.")
-    return given
-
-
-def _check_tasks(task_dict: dict[str, dict[str, Any]], decoders: Mapping[str, nn.Module] | nn.ModuleDict) -> list[str]:
-    if not task_dict:
-        raise UsageError("task_dict has no tasks.")
-    for task, info in task_dict.items():
-        for key in ("metrics", "metrics_fn", "loss_fn", "weight"):
-            if key not in info:
-                raise UsageError(f"task_dict[{task!r}] has no {key!r}.")
-        if len(info["metrics"]) != len(info["weight"]):
-            raise UsageError(
-                f"task_dict[{task!r}] needs one weight per metric, got {len(info['metrics'])} metrics and "
-                f"{len(info['weight'])} weights."
-            )
-        if task not in decoders:
-            raise UsageError(f"decoders has no module for the task {task!r}.")
-    return list(task_dict)

@@ -54,14 +54,14 @@ class GradVac(AbsWeighting):
         found: dict[int, int] = {}
         return [found.setdefault(owner[id(param)], len(found)) for param in params]
 
-    def draw_orders(self, device: torch.device) -> Tensor:
-        """Return (T, T): for each task random keys of all tasks, by which they are ordered."""
-        return torch.rand(self.task_num, self.task_num, device=device)
+    def draw_orders(self, like: Tensor) -> Tensor:
+        """Return for each task random keys of all tasks, by which they are ordered; of the shape of ``like``."""
+        return torch.rand_like(like)
 
     def weigh(self, losses: Tensor, gram: Tensor | None, *, GradVac_beta: float = 0.5, **hyper: Any) -> Weights:
         """Return (L, T) weights; their mean over the groups is logged."""
         assert gram is not None
         count = len(gram)
-        weights, rho = ops.gradvac(gram, self.draw_orders(gram.device), self.rho[:count], GradVac_beta)
+        weights, rho = ops.gradvac(gram, self.draw_orders(gram[0]), self.rho[:count], GradVac_beta)
         self.rho[:count] = rho
         return Weights(shared=weights, logged=weights.mean(0))

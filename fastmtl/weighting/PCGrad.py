@@ -22,11 +22,11 @@ class PCGrad(AbsWeighting):
     needs = "gram"
     allows_rep_grad = False
 
-    def draw_orders(self, device: torch.device) -> Tensor:
-        """Return (T, T): for each task random keys of all tasks, by which they are ordered."""
-        return torch.rand(self.task_num, self.task_num, device=device)
+    def draw_orders(self, like: Tensor) -> Tensor:
+        """Return for each task random keys of all tasks, by which they are ordered; of the shape of ``like``."""
+        return torch.rand_like(like)
 
     def weigh(self, losses: Tensor, gram: Tensor | None, **hyper: Any) -> Weights:
         """Return the sums of the projected gradients' coefficients."""
         assert gram is not None
-        return Weights(shared=ops.pcgrad(gram, self.draw_orders(gram.device)))
+        return Weights(shared=ops.pcgrad(gram, self.draw_orders(gram)))

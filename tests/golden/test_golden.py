@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastmtl import ops
 from fastmtl.trainer.records import StepBuffer
 from fastmtl.weighting import WEIGHTINGS
 from tests.golden.cases import Golden, close
@@ -55,10 +56,30 @@ def _replay(golden: Golden, model: Any, monkeypatch: pytest.MonkeyPatch, first: 
         monkeypatch.setattr(model, "draw", lambda like: weights[:, next(steps)].to(like), raising=True)
     if name in ("PCGrad", "GradVac"):
         orders = torch.from_numpy(arrays["orders"])
-        monkeypatch.setattr(model, "draw_orders", lambda device: orders[next(steps)], raising=True)
+        monkeypatch.setattr(model, "draw_orders", lambda like: orders[next(steps)], raising=True)
     if name == "GradDrop":
         noise = torch.from_numpy(arrays["noise"])
         monkeypatch.setattr(model, "draw", lambda like: noise[next(steps)].to(like).reshape(like.shape), raising=True)
+
+
+def _replay_solver(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let CAGrad use the weights that LibMTL's SLSQP stopped at: an exact solver leaves its trajectory."""
+    if golden.meta["weighting"] != "CAGrad":
+        return
+    recorded = iter(torch.from_numpy(golden.arrays["batch_weight"]).double().flatten(1).unbind(1))
+
+    def update(gram: Tensor, c: float) -> Tensor:
+        weights = next(recorded)
+        exact = ops.cagrad(gram, c)
+
+        def objective(w: Tensor) -> Tensor:
+            return w @ gram.mean(1) + c * gram.mean().sqrt() * (w @ gram @ w).sqrt()
+
+        assert objective(exact) <= objective(weights) * (1 + 1e-9)
+        reach = c * gram.mean().sqrt() / (weights @ gram @ weights).sqrt()
+        return torch.stack([weights, 1 / len(gram) + reach * weights])
+
+    monkeypatch.setattr(ops, "cagrad_update", update)
 
 
 def _set_state(model: Any, state: dict[str, Tensor]) -> None:
@@ -81,6 +102,7 @@ def test_replays_to_the_end(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> 
         pytest.skip("LibMTL does not train the encoder in the first epoch")
     trainer, loaders = golden.trainer(), golden.loaders()
     _replay(golden, trainer.model, monkeypatch)
+    _replay_solver(golden, monkeypatch)
     weights = trainer.train(loaders, loaders, golden.meta["epochs"], return_weight=True)
     before, after, got = golden.state("before"), golden.state("after"), trainer.model.state_dict()
     assert [key for key in after if not close(got[key], after[key], before[key])] == []
@@ -114,6 +136,7 @@ def test_replays_step_by_step(golden: Golden, monkeypatch: pytest.MonkeyPatch) -
         pytest.skip("a step depends on those before")
     trainer = golden.trainer()
     _replay(golden, trainer.model, monkeypatch)
+    _replay_solver(golden, monkeypatch)
     batches = golden.batches
     before = golden.state("before")
     for step in range(golden.steps):

@@ -262,3 +262,19 @@ def test_compiles_without_graph_breaks() -> None:
     compiled = torch.compile(update, fullgraph=True)
     torch.testing.assert_close(compiled(jacobian, orders), update(jacobian, orders))
     torch.testing.assert_close(compiled(2 * jacobian, orders.flip(1)), update(2 * jacobian, orders.flip(1)))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_keys_are_orders_by_rising_key(backend: str, dtype: torch.dtype) -> None:
+    kernel = backend_kernel("pcgrad", backend)
+    for size in (1, 2, 5, 17):
+        generator = torch.Generator().manual_seed(size)
+        jacobian = torch.randn(size, 3, dtype=torch.float64, generator=generator)
+        keys = torch.rand(size, size, dtype=dtype, generator=generator)
+        keys[:, 0] = torch.nan
+        keys[:, -1] = keys[:, size // 2]
+        gram = jacobian @ jacobian.T
+        assert torch.equal(kernel(gram, keys), kernel(gram, keys.argsort(dim=1, stable=True)))
+    with pytest.raises(UsageError, match=r"float keys"):
+        pcgrad(torch.eye(3), torch.rand(3, 2))
