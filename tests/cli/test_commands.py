@@ -129,7 +129,7 @@ def test_bench_list_names_the_operators(capsys: pytest.CaptureFixture[str]) -> N
     assert main(["bench", "list"]) == 0
     listed = capsys.readouterr().out.split()
     assert listed[:2] == ["gram", "combine"]
-    assert set(listed) == set(ops.__all__) - {"backend_report", "combine_", "implementation"}
+    assert set(listed) == set(ops.__all__) - {"backend_report", "cagrad_update", "combine_", "implementation"}
 
 
 def test_bench_refuses_an_unknown_operator(capsys: pytest.CaptureFixture[str]) -> None:
