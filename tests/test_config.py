@@ -25,7 +25,7 @@ def test_defaults_are_libmtl_s() -> None:
     assert (params.mode, params.seed, params.gpu_id, params.weighting, params.arch) == ("train", 0, "0", "EW", "HPS")
     assert (params.rep_grad, params.multi_input, params.save_path, params.load_path) == (False, False, None, None)
     kwargs, optim_param, scheduler_param = prepare_args(params)
-    assert kwargs == {"weight_args": {}, "arch_args": {}}
+    assert kwargs == {"weight_args": {"loss_weights": ()}, "arch_args": {}}
     assert optim_param == {"optim": "adam", "lr": 1e-4, "weight_decay": 1e-5}
     assert scheduler_param is None
 
@@ -67,7 +67,7 @@ def test_cos_takes_its_length_from_a_script_s_epochs() -> None:
 def test_hyper_parameters_come_from_the_class() -> None:
     assert prepare_args(_parse("--weighting mgda"))[0]["weight_args"] == {"mgda_gn": "none"}
     assert prepare_args(_parse("--weighting MGDA --mgda_gn loss+"))[0]["weight_args"] == {"mgda_gn": "loss+"}
-    assert prepare_args(_parse("--weighting EW --mgda_gn loss+"))[0]["weight_args"] == {}
+    assert prepare_args(_parse("--weighting EW --mgda_gn loss+"))[0]["weight_args"] == {"loss_weights": ()}
 
 
 def test_lists_flags_and_shared_names(monkeypatch: pytest.MonkeyPatch) -> None:

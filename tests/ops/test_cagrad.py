@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.optimize
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -90,7 +91,7 @@ def slsqp(gram: Tensor, c: float) -> Tensor:
     mean = matrix.mean(axis=1)
     radius = c * math.sqrt(max(mean.mean(), 0.0))
     size = len(matrix)
-    found = pytest.importorskip("scipy.optimize").minimize(
+    found = scipy.optimize.minimize(
         lambda x: float(x @ mean + radius * np.sqrt(max(x @ matrix @ x, 0.0))),
         np.full(size, 1 / size),
         bounds=[(0, 1)] * size,

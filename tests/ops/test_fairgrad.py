@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.optimize
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -120,7 +121,7 @@ def test_agrees_with_least_squares(solver: Solver, seed: int, alpha: float) -> N
     jacobian = torch.randn(3 + seed, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     gram = jacobian @ jacobian.T
     matrix, start = gram.numpy(), np.full(3 + seed, 1 / (3 + seed))
-    found = pytest.importorskip("scipy.optimize").least_squares(
+    found = scipy.optimize.least_squares(
         lambda x: matrix @ x - x ** (-1 / alpha), start, bounds=(0, np.inf), xtol=1e-15, ftol=1e-15, gtol=1e-15
     )
     torch.testing.assert_close(solver(gram, alpha), torch.from_numpy(found.x), rtol=1e-6, atol=0)
