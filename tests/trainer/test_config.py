@@ -83,7 +83,7 @@ def test_resolved_spells_names_and_fills_hyper_parameters() -> None:
         ({"weighting": "mgd"}, "Unknown weighting 'mgd'. Did you mean 'MGDA'?"),
         ({"weighting": "mgda", "weight_args": {"mgda_gm": "l2"}}, "Did you mean 'mgda_gn'?"),
         ({"weighting": "mgda", "weight_args": {"mgda_gn": "l3"}}, "must be one of none, l2, loss, loss+"),
-        ({"weighting": "ew", "weight_args": {"mgda_gn": "l2"}}, "EW has no hyper-parameters"),
+        ({"weighting": "rlw", "weight_args": {"mgda_gn": "l2"}}, "RLW has no hyper-parameters"),
     ],
 )
 def test_resolved_refuses_unknown_names(settings: dict[str, Any], message: str) -> None:
@@ -122,7 +122,7 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
 
 def test_another_weighting_leaves_the_hyper_parameters_of_the_first(tmp_path: Path) -> None:
     path = _file(tmp_path, "weighting: MGDA\nweight_args: {mgda_gn: l2}\n")
-    assert read_config(path, weighting="ew").resolved().weight_args == {}
+    assert read_config(path, weighting="rlw").resolved().weight_args == {}
     assert read_config(path, weighting="mgda").resolved().weight_args == {"mgda_gn": "l2"}
 
 
