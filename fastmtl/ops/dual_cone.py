@@ -36,7 +36,7 @@ def _reference(gram: Tensor, targets: Tensor) -> Tensor:
 
 
 def _project(gram: Tensor, target: Tensor) -> Tensor:
-    """Return v by way of z = (v - u) d / m with d_i = sqrt(G_ii) and m = sum(|u| d), for the right side -C (d u) / m."""
+    """Return v by way of z = (v - u) d / m, d_i = sqrt(G_ii) and m = sum(|u| d): the right side is -C (d u) / m."""
     if not (gram.isfinite().all() and target.isfinite().all()):
         return torch.full_like(target, torch.nan)
     length = gram.diagonal().clamp(min=0).sqrt()

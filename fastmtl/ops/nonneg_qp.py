@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmtl.errors import UsageError
 from fastmtl.ops._registry import declare
 from fastmtl.ops._square import check_gram, check_vector, weight_dtype
 
