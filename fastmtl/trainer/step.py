@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastmtl import ops
 from fastmtl.trainer.guard import FiniteGuard
+from fastmtl.trainer.lookahead import LookAhead
 from fastmtl.trainer.optimizer import MaskedOptimizer
 from fastmtl.trainer.problem import Problem
 from fastmtl.trainer.records import StepBuffer
@@ -70,7 +71,7 @@ class TrainingStep:
         self._average: tuple[Tensor, Tensor | None] | None = None
         self._since_solved = 0
         self._held: Weights | None = None
-        needs_gradients = rule.needs != "losses"
+        needs_gradients = rule.needs not in ("losses", "lookahead")
         routes = [
             choose_route(problem, Regions(problem, compiled, on_compile), needs_gradients, rule.weighs_heads)
             for compiled in ((False, True) if compile == "auto" else (bool(compile),))
@@ -157,6 +158,8 @@ class TrainingStep:
             if self._held.max_norm is not None:
                 torch.nn.utils.clip_grad_norm_(self.problem.shared_params, self._held.max_norm)
             return done.losses, done.preds, self._held.shared, None
+        if self.model.needs == "lookahead":
+            return self._look_ahead(batches)
         passes = [self.route(*batch) for batch in batches]
         weights, gram = self._weigh(passes)
         if weights is not None:
@@ -167,6 +170,21 @@ class TrainingStep:
         logged = None if weights is None else weights.shared if weights.logged is None else weights.logged
         losses = torch.stack([each.losses for each in passes]).mean(0) if len(passes) > 1 else passes[0].losses
         return losses, passes[-1].preds, logged, gram
+
+    def _look_ahead(self, batches: Sequence[tuple[Any, Any]]) -> tuple[Tensor, dict[str, Any], Tensor | None, None]:
+        """Let a bilevel strategy look ahead on the first batch; it decides the update or weights for the last batch."""
+        lr = self.optimizer.optimizer.param_groups[0]["lr"]
+        ahead = LookAhead(self.problem, self.route.regions, batches[0], lr)
+        weights = self.model.look_ahead(ahead, **self.hyper)
+        if weights.rows is not None:
+            for param, grad in zip(ahead.params, ahead.weighted(weights.rows, weights.shared), strict=True):
+                param.grad = grad
+            return *ahead.seen(), weights.logged, None
+        if self.weight_momentum:
+            self._smooth(weights)
+        done = self.route(*batches[-1])
+        done.write_shared(weights.shared)
+        return done.losses, done.preds, weights.shared, None
 
     def _weigh(self, passes: Sequence[Pass]) -> tuple[Weights | None, Tensor | None]:
         """Let the strategy decide and fill all ``.grad``; return the weights and a (T, T) Gram matrix for the log."""
