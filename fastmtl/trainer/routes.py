@@ -138,8 +138,8 @@ class Route:
         return [places.get(owner, 0) for owner in self._owners]
 
     def learn_owners(self, inputs: Any, labels: Any) -> None:
-        """Find out once which task each task-specific parameter belongs to, if that will matter."""
-        if self.weighs_heads and not self._owners_known:
+        """Find out once which task each task-specific parameter belongs to."""
+        if not self._owners_known:
             self._owners = find_owners(self.problem, inputs, labels)
             self._owners_known = True
 
@@ -177,9 +177,7 @@ class SumPass(Pass):
 
     def write_shared(self, weights: Tensor, rows: Rows | None = None, groups: list[int] | None = None) -> None:
         """Run the backward pass."""
-        torch.autograd.backward(
-            self.attached, [weight.to(loss.dtype) for weight, loss in zip(weights, self.attached, strict=True)]
-        )
+        torch.autograd.backward(self.attached, _as(weights, self.attached))
 
 
 class SumRoute(Route):
@@ -213,7 +211,8 @@ class SplitRoute(Route):
         return done
 
     def _heads(self, inputs: Any, labels: Any) -> tuple[Features, Sequence[Tensor], dict[str, Any], Rows, OwnGradients]:
-        self.learn_owners(inputs, labels)
+        if self.weighs_heads:
+            self.learn_owners(inputs, labels)
         features = self.regions.trunk(inputs)
         aliases = [_cut(features) for _ in self.problem.tasks]
         losses, preds = self.regions.heads(aliases, labels)
@@ -237,16 +236,29 @@ class WholeRoute(Route):
         return RowsPass(self, losses, preds, rows, OwnGradients(own, parts))
 
     def frozen(self, inputs: Any, labels: Any, shared: Tensor, heads: Tensor | None) -> Pass:
-        """Differentiate two weighted sums of the losses: one for the shared parameters, one for the others."""
+        """Differentiate one weighted sum of the losses, or two where a parameter serves several tasks, but not all."""
         problem = self.problem
+        if not problem.model.multi_input:
+            self.learn_owners(inputs, labels)
         losses, preds = forward(problem, self.regions, inputs, labels)
         own_weights = torch.ones_like(shared) if heads is None else heads
+        if self._owners is not None and all(loss.dtype != torch.float16 for loss in losses):
+            # Each task's own gradients come out scaled by its shared weight, which is taken back; for that it must not
+            # be zero, and 1e-12 of the greatest is as good.
+            greatest = shared.abs().max()
+            least = 1e-12 * greatest.where(greatest > 0, 1.0)
+            weights = shared.where(shared.abs() > least, least)
+            grads = _vjp(losses, _as(weights, losses), [*problem.shared_params, *problem.own_params], retain=False)
+            count = len(problem.shared_params)
+            OwnGradients(problem.own_params, [grads[count:]], self._places()).write(own_weights / weights)
+            for param, grad in zip(problem.shared_params, grads[:count], strict=True):
+                param.grad = grad
+            return SumPass(losses, preds)
         for params, weights, retain in (
             (problem.shared_params, shared, bool(problem.own_params)),
             (problem.own_params, own_weights, False),
         ):
-            cotangents = [weight.to(loss.dtype) for weight, loss in zip(weights, losses, strict=True)]
-            for param, grad in zip(params, _vjp(losses, cotangents, params, retain=retain), strict=True):
+            for param, grad in zip(params, _vjp(losses, _as(weights, losses), params, retain=retain), strict=True):
                 param.grad = grad
         return SumPass(losses, preds)
 
@@ -298,7 +310,7 @@ class RepRoute(Route):
 
     def __call__(self, inputs: Any, labels: Any) -> RepPass:
         """Run the forward pass and the backward pass of the heads."""
-        if not self.problem.model.multi_input:
+        if self.weighs_heads and not self.problem.model.multi_input:
             self.learn_owners(inputs, labels)
         reps, losses, preds, cuts = self._represent(inputs, labels)
         found, own = self.own_gradients(losses, [[cut] for cut in cuts])
@@ -377,6 +389,11 @@ def forward(problem: Problem, regions: Regions, inputs: Any, labels: Any) -> tup
         loss, preds[task] = regions.single(inputs[task], labels[task], task)
         losses.append(loss)
     return losses, preds
+
+
+def _as(weights: Tensor, losses: Sequence[Tensor]) -> list[Tensor]:
+    """Return the weights as cotangents of the losses."""
+    return [weight.to(loss.dtype) for weight, loss in zip(weights, losses, strict=True)]
 
 
 def _weighted(weights: Tensor, grads: Sequence[Tensor | None]) -> Tensor | None:
