@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastmtl.errors import UsageError
+from fastmtl.trainer.loading import to_device
 from fastmtl.trainer.records import StepBuffer
 from fastmtl.weighting import WEIGHTINGS
 from tests.host_reads import NoHostRead
@@ -190,3 +191,18 @@ def test_steps_with_held_weights_are_logged(name: str) -> None:
     assert np.isnan(records.gram).all(axis=(1, 2)).tolist() == [False, True, False]
     assert np.isnan(records.conflicts).tolist() == [False, True, False]
     assert set(records.means(trainer.task_name)["conflict"]) == {"share"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", sorted(WEIGHTINGS))
+def test_does_not_wait_for_the_gpu(name: str) -> None:
+    trainer = _trainer(name, device="cuda")
+    trainer.model.epoch, trainer.model.epochs = 0, 1
+    batches = to_device(_batches(trainer), torch.device("cuda"))
+    buffer = StepBuffer()
+    trainer.step(batches, buffer)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer.step(batches, buffer)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
