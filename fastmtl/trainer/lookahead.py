@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
+from fastmtl.trainer.batches import halves, joined
 from fastmtl.trainer.problem import Problem
 from fastmtl.trainer.regions import Regions
 from fastmtl.trainer.routes import forward
 
-__all__ = ["LookAhead", "halves"]
+__all__ = ["LookAhead"]
 
 Row = list[Tensor | None]
 
@@ -94,7 +95,7 @@ class LookAhead:
         losses, preds = zip(*self._seen, strict=True)
         if self.inner is self.outer:
             return losses[0], preds[0]
-        return torch.stack(losses).mean(0), {task: _joined([each[task] for each in preds]) for task in preds[0]}
+        return torch.stack(losses).mean(0), joined(preds)
 
     def _forward(self, batch: tuple[Any, Any]) -> tuple[Sequence[Tensor], Tensor]:
         losses, preds = forward(self.problem, self.regions, *batch)
@@ -102,31 +103,3 @@ class LookAhead:
         if not self._moved:
             self._seen.append((detached, preds))
         return losses, detached
-
-
-def _joined(parts: Sequence[Any]) -> Any:
-    """Return the predictions of several batches as those of one."""
-    first = parts[0]
-    if isinstance(first, Tensor):
-        return torch.cat([part.detach() for part in parts])
-    if isinstance(first, Mapping):
-        return {key: _joined([part[key] for part in parts]) for key in first}
-    return type(first)(map(_joined, zip(*parts, strict=True)))
-
-
-def halves(batch: tuple[Any, Any]) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
-    """Return the first and the second half of a batch; a single row is both."""
-    leaves: list[Tensor] = []
-
-    def half(value: Any, second: bool) -> Any:
-        if isinstance(value, Tensor):
-            leaves.append(value)
-            middle = len(value) // 2
-            return value[middle:] if second else value[:middle]
-        if isinstance(value, Mapping):
-            return {key: half(each, second) for key, each in value.items()}
-        return type(value)(half(each, second) for each in value)
-
-    inputs, labels = batch
-    found = (half(inputs, False), half(labels, False)), (half(inputs, True), half(labels, True))
-    return (batch, batch) if min(map(len, leaves)) == 1 else found

@@ -63,6 +63,7 @@ class AbsWeighting(nn.Module):
         hyper: The hyper-parameters, by name.
         samples: Batches per step, each with its own forward and backward passes.
         weighs_heads: Whether the gradients of task-specific parameters are weighted too.
+        reads_losses: Whether the weights depend on the losses of the step.
         looks_back: Whether :meth:`after_step` wants the batch's losses after the update, from a second forward pass.
         allows_rep_grad: Whether ``rep_grad`` can be on.
         active: The tasks of this step if it has only some; ``task_num`` is then their number.
@@ -72,6 +73,7 @@ class AbsWeighting(nn.Module):
     hyper: ClassVar[Mapping[str, Hyper]] = {}
     samples: ClassVar[int] = 1
     weighs_heads: ClassVar[bool] = False
+    reads_losses: ClassVar[bool] = True
     looks_back: ClassVar[bool] = False
     allows_rep_grad: ClassVar[bool] = True
 

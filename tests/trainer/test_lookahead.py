@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 from fastmtl.errors import UsageError
-from fastmtl.trainer.lookahead import LookAhead, halves
+from fastmtl.trainer.batches import halves
+from fastmtl.trainer.lookahead import LookAhead
 from fastmtl.trainer.records import StepBuffer
 from fastmtl.weighting.FORUM import forum_weights
 from tests.trainer.toy import flat, loaders, make_trainer

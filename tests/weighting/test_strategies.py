@@ -28,10 +28,10 @@ def _trainer(name: str, **options: Any) -> Any:
 def _batches(trainer: Any, multi_input: bool = False) -> list[Any]:
     given = loaders(3, multi_input=multi_input)
     if not multi_input:
-        return list(given)[:1] * trainer.step.samples
+        return list(given)[:1] * trainer.step.batches
     firsts = {task: next(iter(loader)) for task, loader in given.items()}
     batch = {task: x for task, (x, _) in firsts.items()}, {task: y for task, (_, y) in firsts.items()}
-    return [batch] * trainer.step.samples
+    return [batch] * trainer.step.batches
 
 
 @pytest.mark.parametrize("rep_grad", [False, True], ids=["params", "rep"])
@@ -135,7 +135,7 @@ def test_weights_that_cannot_be_held_are_refused(name: str) -> None:
 
 def test_nash_has_the_option_as_its_own() -> None:
     trainer = _trainer("Nash_MTL", weight_args={"update_weights_every": 5})
-    assert trainer.step.update_weights_every == 5
+    assert trainer.step.options.update_weights_every == 5
 
 
 @pytest.mark.parametrize("name", ["MGDA", "FairGrad", "EW"])
