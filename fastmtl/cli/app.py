@@ -170,6 +170,33 @@ def _bench_solvers(
     bench_solvers(libmtl, csv_path=csv)
 
 
+@_bench.command("step", cls=Command)
+def _bench_step(
+    weighting: Annotated[list[str], typer.Option(help="Strategy to measure; may be repeated.")] = ["MGDA"],  # noqa: B006
+    peer: Annotated[list[str] | None, typer.Option(help="libmtl or torchjd; may be repeated.")] = None,
+    libmtl: Annotated[Path | None, typer.Option(help="Folder of a LibMTL checkout, for the peer libmtl.")] = None,
+    arch: Annotated[str, typer.Option(help="Architecture.")] = "HPS",
+    tasks: Annotated[list[int], typer.Option("--tasks", "-T", help="Number of tasks; may be repeated.")] = [3],  # noqa: B006
+    net: Annotated[str, typer.Option(help="resnet18, or mlp (128-512-512-512).")] = "resnet18",
+    batch: Annotated[int, typer.Option(help="Rows of the batch.")] = 32,
+    size: Annotated[int, typer.Option(help="Height and width of the images.")] = 64,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")] = "cpu",
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16, of our step.")] = "fp32",
+    compile: Annotated[bool, typer.Option("--compile", help="Measure our step compiled too.")] = False,
+    csv: Annotated[Path | None, typer.Option(help="File to write the rows to.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture to draw, time over the number of tasks.")] = None,
+    seconds: Annotated[float, typer.Option(help="Time for each strategy and number of tasks.")] = 20.0,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; PyTorch's choice if not given.")] = None,
+) -> None:
+    """Time whole training steps beside their floor, the sum of the losses, LibMTL and TorchJD, all in turn."""
+    from fastmtl.cli.listing import bench_step
+
+    bench_step(
+        weighting, threads=threads, peers=peer or [], libmtl=libmtl, arch=arch, tasks=tasks, net=net, batch=batch,
+        size=size, device=device, precision=precision, compile=compile, csv_path=csv, plot_path=plot, seconds=seconds,
+    )  # fmt: skip
+
+
 @_bench.command("list", cls=Command)
 def _bench_list() -> None:
     """List the operators that can be measured."""

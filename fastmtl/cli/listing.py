@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -70,6 +71,24 @@ def bench_solvers(libmtl: Path | None, *, csv_path: Path | None) -> None:
 
     rows = run_solvers(libmtl, csv_path)
     if any(row["library"] == "fastmtl" and "median_us" not in row for row in rows):
+        raise typer.Exit(1)
+
+
+def bench_step(weightings: Sequence[str], *, threads: int | None, **options: Any) -> None:
+    """Run the step benchmark; exit code 1 if one of our updates is none of the peers'.
+
+    Raises:
+        UsageError: An unknown name, or a peer that is not there.
+        typer.Exit: A correctness gate is red.
+    """
+    import torch
+
+    from fastmtl.benchmarks.step import run_step
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    rows = run_step(weightings, **options)
+    if any(row["library"].startswith("fastmtl") and "median_ms" not in row for row in rows):
         raise typer.Exit(1)
 
 

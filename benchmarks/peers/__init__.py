@@ -1,0 +1,8 @@
+"""Other libraries, run beside us."""
+
+from __future__ import annotations
+
+from fastmtl.benchmarks.peers.libmtl import libmtl_solvers, libmtl_step
+from fastmtl.benchmarks.peers.torchjd import torchjd_solvers, torchjd_step
+
+__all__ = ["libmtl_solvers", "libmtl_step", "torchjd_solvers", "torchjd_step"]

@@ -1,0 +1,156 @@
+"""LibMTL beside us, from a checkout: its solvers on a Gram matrix, and its training step.
+
+The checkout is imported as it is; what that needs repaired to run on today's torch and numpy, on any device and without
+packages its strategy does not use, is repaired in the running process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from fastmtl.benchmarks.work import Contender, Work
+from torch import Tensor, nn
+
+from fastmtl.errors import UsageError
+from fastmtl.hyper import fill_hyper
+from fastmtl.weighting import WEIGHTINGS
+
+__all__ = ["libmtl_solvers", "libmtl_step"]
+
+Solver = Callable[[Tensor], Tensor]
+"""From J (T, P) to the update (P,)."""
+
+
+def libmtl_solvers(checkout: Path, size: int) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Return LibMTL's solvers by the name of the strategy, each from J in float32 as LibMTL has it to the update.
+
+    Args:
+        checkout: The folder that holds the package ``LibMTL``.
+        size: Number of tasks.
+
+    Raises:
+        UsageError: There is no LibMTL in the folder.
+    """
+    weighting = _import(checkout, "LibMTL.weighting")
+    hyper: dict[str, dict[str, Any]] = {
+        "MGDA": {"mgda_gn": "none"},
+        "PCGrad": {},
+        "CAGrad": {"calpha": 0.5, "rescale": 1},
+        "Nash_MTL": {"update_weights_every": 1, "optim_niter": 20, "max_norm": 1.0},
+        "FairGrad": {"FairGrad_alpha": 1.0},
+        "UPGrad": {"UPGrad_norm_eps": 1e-4, "UPGrad_reg_eps": 1e-4},
+    }
+    return {name: _solver(getattr(weighting, name), args, size) for name, args in hyper.items()}
+
+
+def libmtl_step(work: Work, weighting: str, checkout: Path) -> Contender:
+    """Return a training step as LibMTL's trainer runs it, from the loss to the optimizer, metrics included.
+
+    Raises:
+        UsageError: There is no LibMTL in the folder.
+    """
+    module = _import(checkout, "LibMTL.trainer")
+    loss, metrics = _import(checkout, "LibMTL.loss"), _import(checkout, "LibMTL.metrics")
+    models: Any = _import(checkout, "LibMTL.model")
+    module.torch = _OnDevice(work.device)
+    state = work.modules()[0].state_dict()
+
+    def make_encoder() -> nn.Module:
+        if work.net != "resnet18":
+            return work.modules()[0]
+        encoder: nn.Module = models.resnet18(pretrained=False)
+        encoder.load_state_dict(state)
+        return encoder
+
+    task_dict = {
+        task: {"metrics": ["Acc"], "metrics_fn": metrics.AccMetric(), "loss_fn": loss.CELoss(), "weight": [1]}
+        for task in work.tasks
+    }
+    hyper = fill_hyper(weighting, WEIGHTINGS[weighting].hyper, {})
+    if weighting == "EW":
+        hyper = {}
+    optim = {"optim": "sgd", "lr": work.lr}
+    with contextlib.redirect_stdout(io.StringIO()):
+        trainer = module.Trainer(
+            task_dict, weighting, work.arch, make_encoder, work.modules()[1], False, False, optim, None,
+            weight_args=hyper, arch_args={},
+        )  # fmt: skip
+    trainer.model.epoch, trainer.model.epochs = 0, 1
+    trainer.model.train()
+    labels = dict(work.labels)
+
+    def step() -> None:
+        losses, preds = trainer.forward4loss(trainer.model, work.inputs, labels, return_preds=True)
+        trainer.meter.update(preds, labels)
+        trainer.optimizer.zero_grad(set_to_none=False)
+        trainer.model.backward(losses, **hyper)
+        trainer.optimizer.step()
+
+    return Contender(run=step, shared=list(trainer.model.get_share_params()))
+
+
+class _OnDevice:
+    """Torch with another device in the place of the one LibMTL names."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def __getattr__(self, name: str) -> Any:
+        return (lambda *args, **kwargs: self._device) if name == "device" else getattr(torch, name)
+
+
+def _import(checkout: Path, name: str) -> Any:
+    if not (checkout / "LibMTL" / "weighting").is_dir():
+        raise UsageError(f"There is no LibMTL in {checkout}; give the folder of a checkout.")
+    for missing in ("torch_geometric", "torch_geometric.loader", "cvxpy", "qpsolvers", "scipy", "scipy.optimize"):
+        try:
+            importlib.import_module(missing)
+        except ImportError:
+            # Only some strategies use it; those fail when they do.
+            stub: Any = types.ModuleType(missing)
+            stub.__getattr__ = lambda attribute: None
+            sys.modules[missing] = stub
+    sys.modules["torch_geometric.loader"].DataLoader = torch.utils.data.DataLoader  # type: ignore[attr-defined]
+    if not hasattr(np, "alltrue"):
+        np.alltrue = np.all  # type: ignore[attr-defined]
+    repaired: Any = torch
+    repaired.symeig = lambda matrix, eigenvectors=True: torch.linalg.eigh(matrix)
+    sys.path.insert(0, str(checkout))
+    try:
+        nash: Any = importlib.import_module("LibMTL.weighting.Nash_MTL")
+        nash.cp = sys.modules["cvxpy"]
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(checkout))
+
+
+def _solver(kind: type, hyper: dict[str, Any], size: int) -> Solver:
+    """Return a call of LibMTL's own ``backward`` around a network that does nothing."""
+    rule: Any = kind()
+    rule.task_num, rule.rep_grad, rule.device = size, False, torch.device("cpu")
+    seen: dict[str, Tensor] = {}
+    rule._compute_grad_dim = lambda: None
+    rule._reset_grad = lambda update: seen.update(update=update)
+    rule._backward_new_grads = lambda weights, grads: seen.update(update=weights @ grads)
+    rule.get_share_params = list
+    if hasattr(rule, "init_param"):
+        rule.init_param()
+    losses = torch.ones(size, requires_grad=True)
+
+    def solve(jacobian: Tensor) -> Tensor:
+        rule._compute_grad = lambda losses, mode, rep_grad=False: jacobian.clone()
+        rule._get_grads = lambda losses, mode="backward": jacobian.clone()
+        seen.clear()
+        weights = rule.backward(losses, **hyper)
+        return seen["update"] if seen else torch.as_tensor(weights, dtype=jacobian.dtype) @ jacobian
+
+    return solve

@@ -1,0 +1,267 @@
+"""The training step beside its floor, the plain sum of the losses, LibMTL and TorchJD, in one run."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import statistics
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from fastmtl.benchmarks.machine import facts, probes, wait_for
+from fastmtl.benchmarks.peers import libmtl_step, torchjd_step
+from fastmtl.benchmarks.runner import time_in_turn
+from fastmtl.benchmarks.work import Contender, Work
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from fastmtl import Trainer
+from fastmtl.architecture import ARCHITECTURES
+from fastmtl.errors import UsageError
+from fastmtl.loss import CELoss
+from fastmtl.metrics import AccMetric
+from fastmtl.names import resolve_name
+from fastmtl.trainer.records import StepBuffer
+from fastmtl.weighting import WEIGHTINGS
+
+__all__ = ["PEERS", "run_step"]
+
+PEERS = ("libmtl", "torchjd")
+# Their update depends on random numbers, so that of one step cannot be compared.
+_RANDOM = ("PCGrad", "GradVac", "RLW", "MoDo", "SDMGrad")
+_LOG_EVERY = 50
+
+Row = dict[str, Any]
+
+
+def _trainer_step(work: Work, weighting: str, precision: str, compile: bool) -> Contender:
+    """Return our step as the trainer runs it: metrics and log included."""
+    encoder, decoders = work.modules()
+    task_dict = {
+        task: {"metrics": ["Acc"], "metrics_fn": AccMetric(), "loss_fn": CELoss(), "weight": [1]} for task in work.tasks
+    }
+    optim = {"optim": "sgd", "lr": work.lr}
+    with contextlib.redirect_stdout(io.StringIO()):
+        trainer = Trainer(
+            task_dict, weighting, work.arch, lambda: encoder, decoders, False, False, optim, None,
+            device=work.device, precision=precision, compile=compile,
+        )  # fmt: skip
+    trainer.model.epoch, trainer.model.epochs = 0, 1
+    trainer.model.train()
+    trainer.meter.begin()
+    batches = [(work.inputs, work.labels)] * trainer.step.batches
+    buffer, done = StepBuffer(), 0
+
+    def step() -> None:
+        nonlocal done
+        losses, preds = trainer.step(batches, buffer)
+        trainer.meter.update(losses, preds, work.labels)
+        done += 1
+        if len(buffer) == _LOG_EVERY:
+            buffer.flush(0, done)
+
+    return Contender(run=step, shared=trainer.step.problem.shared_params)
+
+
+def _floor_step(work: Work, tasks_apart: bool) -> Contender:
+    """Return one forward pass, one VJP per task (or one for all) and the optimizer, in plain torch and nothing else."""
+    encoder, decoders = work.modules()
+    shared = list(encoder.parameters())
+    optimizer = torch.optim.SGD([*shared, *decoders.parameters()], lr=work.lr, fused=True)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        features = encoder(work.inputs)
+        if not tasks_apart:
+            torch.stack([work.loss(decoders[task](features), task) for task in work.tasks]).sum().backward()
+            optimizer.step()
+            return
+        cut = features.detach().requires_grad_()
+        grads: Sequence[Tensor] = ()
+        for index, task in enumerate(work.tasks):
+            work.loss(decoders[task](cut), task).backward()
+            cotangent, cut.grad = cut.grad, None
+            grads = torch.autograd.grad(features, shared, cotangent, retain_graph=index + 1 < work.count)
+        # The optimizer moves the shared parameters too, by one task's gradient.
+        for param, grad in zip(shared, grads, strict=True):
+            param.grad = grad
+        optimizer.step()
+
+    return Contender(run=step, shared=shared)
+
+
+def _update(contender: Contender) -> Tensor:
+    """Return by how much one step moves the shared parameters."""
+    before = [param.detach().clone() for param in contender.shared]
+    contender.run()
+    return torch.cat([(old - param.detach()).flatten() for old, param in zip(before, contender.shared, strict=True)])
+
+
+def _peak(contender: Contender, device: torch.device) -> int:
+    """Return the bytes between the least memory in use, old gradients freed, and the most during a step."""
+    contender.run()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        contender.run()
+        wait_for(device)
+    in_use = least = most = 0
+    results: Any = profiler.profiler
+    for event in results.kineto_results.events():
+        if event.name() == "[memory]" and event.device_type().name.lower() == device.type:
+            in_use += event.nbytes()
+            least, most = min(least, in_use), max(most, in_use)
+    return most - least
+
+
+def run_step(
+    weightings: Sequence[str],
+    peers: Sequence[str] = (),
+    libmtl: Path | None = None,
+    arch: str = "HPS",
+    tasks: Sequence[int] = (3,),
+    net: str = "resnet18",
+    batch: int = 32,
+    size: int = 64,
+    device: torch.device | str = "cpu",
+    precision: str = "fp32",
+    compile: bool = False,
+    csv_path: Path | None = None,
+    plot_path: Path | None = None,
+    seconds: float = 20.0,
+) -> list[Row]:
+    """Time training steps and return one row per strategy, number of tasks and library; print them as they come.
+
+    All contenders of a strategy run in turn. The floor is one forward pass, T VJPs of the trunk and the optimizer in
+    plain torch; ``sum`` is the step that only adds the losses up. The update of one step from the same start is
+    compared with each peer's: a relative distance above 1 % from all of them leaves ours untimed.
+
+    Args:
+        weightings: Strategies, in any case.
+        peers: ``"libmtl"`` and ``"torchjd"``.
+        libmtl: Folder of a LibMTL checkout.
+        arch: The architecture; floor, sum and TorchJD are for HPS.
+        tasks: Numbers of tasks.
+        net: ``"resnet18"`` or ``"mlp"``.
+        batch: Rows of the batch.
+        size: Height and width of the images.
+        device: Where to run.
+        precision: Of our step.
+        compile: Time our step compiled too.
+        csv_path: File to write the rows to.
+        plot_path: File for a plot over the number of tasks.
+        seconds: Time for each strategy and number of tasks.
+
+    Raises:
+        UsageError: An unknown name, or a peer that is not there.
+    """
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"device is {device}, but torch finds no CUDA device here; use cpu.")
+    names = [resolve_name(name, {each: each for each in WEIGHTINGS}, "weighting") for name in weightings]
+    peers = [resolve_name(peer, {each: each for each in PEERS}, "peer") for peer in peers]
+    arch = resolve_name(arch, {each: each for each in ARCHITECTURES}, "architecture")
+    if "libmtl" in peers and libmtl is None:
+        raise UsageError("The peer libmtl needs the folder of a LibMTL checkout (--libmtl).")
+    known = facts(device)
+    print("  ".join(f"{key} {value}" for key, value in known.items()))
+    rows: list[Row] = []
+    for count in tasks:
+        work = Work(net=net, arch=arch, count=count, batch=batch, size=size, device=device)
+        for name in names:
+            make: dict[str, Callable[[], Contender]] = {
+                "fastmtl": partial(_trainer_step, work, name, precision, compile=False)
+            }
+            if compile:
+                make["fastmtl compiled"] = partial(_trainer_step, work, name, precision, compile=True)
+            if arch == "HPS":
+                make |= {"floor": partial(_floor_step, work, True), "sum": partial(_floor_step, work, False)}
+            if "libmtl" in peers:
+                assert libmtl is not None
+                make["LibMTL"] = partial(libmtl_step, work, name, libmtl)
+            if "torchjd" in peers:
+                make["TorchJD"] = partial(torchjd_step, work, name)
+            for row in _compare(name, work, make, seconds):
+                print(_line(row), flush=True)
+                rows.append(row | {"arch": arch, "net": net, "batch": batch, "size": size} | known)
+    if csv_path is not None:
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        with csv_path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+    if plot_path is not None:
+        _plot(rows, plot_path)
+    return rows
+
+
+def _compare(name: str, work: Work, make: dict[str, Callable[[], Contender]], seconds: float) -> list[Row]:
+    contenders = {library: build() for library, build in make.items()}
+    updates = {library: _update(each) for library, each in contenders.items() if library not in ("floor", "sum")}
+    distances: dict[str, float] = {}
+    if name not in _RANDOM:
+        for library, update in updates.items():
+            distances[library] = float((updates["fastmtl"] - update).norm() / updates["fastmtl"].norm())
+        theirs = [distances[each] for each in ("LibMTL", "TorchJD") if each in distances]
+        if theirs and min(theirs) > 0.01:
+            contenders = {library: each for library, each in contenders.items() if not library.startswith("fastmtl")}
+    peaks = {library: _peak(each, work.device) for library, each in contenders.items()}
+    memory = probes(work.device)
+    rates: list[tuple[float, float]] = []
+
+    def measure_memory() -> None:
+        rates.append((max(measure() for measure in memory.read), max(measure() for measure in memory.copy)))
+
+    calls = {library: each.run for library, each in contenders.items()}
+    samples = time_in_turn(calls, work.device, seconds, measure_memory)
+    read, copy = (statistics.median(each) for each in zip(*rates, strict=True))
+    # J read twice, the update written once.
+    size = 4 * len(updates["fastmtl"])
+    algebra = work.count * size / read + (work.count + 1) * size / copy
+    rows = []
+    for library in make:
+        row: Row = {"strategy": name, "tasks": work.count, "library": library, "distance": distances.get(library)}
+        if library in samples:
+            deciles = statistics.quantiles(samples[library], n=10)
+            row |= {"p20_ms": deciles[1] * 1e3, "median_ms": deciles[4] * 1e3, "p80_ms": deciles[7] * 1e3}
+            row |= {"peak_mb": peaks[library] / 1e6, "algebra_ms": algebra * 1e3}
+            for other in ("floor", "fastmtl"):
+                if other in samples:
+                    pairs = [one / two for one, two in zip(samples[library], samples[other], strict=True)]
+                    row[f"times_{other}"] = statistics.median(pairs)
+        rows.append(row)
+    return rows
+
+
+def _line(row: Row) -> str:
+    head = f"{row['strategy']:11} T={row['tasks']:<3} {row['library']:16}"
+    if "median_ms" not in row:
+        return f"{head} WRONG: {row['distance']} from the peers' update; not timed"
+    line = f"{head} {row['median_ms']:9.2f} ms  ({row['p20_ms']:.2f} .. {row['p80_ms']:.2f})"
+    for other in ("floor", "fastmtl"):
+        if f"times_{other}" in row:
+            line += f"  {row[f'times_{other}']:6.3f} x {other}"
+    line += f"  peak {row['peak_mb']:.0f} MB"
+    if row["library"] == "floor":
+        line += f"  (J read and combined at the memory's rate: {row['algebra_ms']:.2f} ms more)"
+    return line if row["distance"] is None else f"{line}  distance {row['distance']:.0e}"
+
+
+def _plot(rows: Sequence[Row], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for strategy, library in dict.fromkeys((row["strategy"], row["library"]) for row in rows):
+        line = [row for row in rows if (row["strategy"], row["library"]) == (strategy, library) and "median_ms" in row]
+        axes.plot(
+            [row["tasks"] for row in line], [row["median_ms"] for row in line], "o-", label=f"{library} {strategy}"
+        )
+    axes.set(xlabel="tasks", ylabel="milliseconds per step", xscale="log", yscale="log")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

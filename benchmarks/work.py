@@ -1,0 +1,77 @@
+"""The work of a measured training step: the same network, data and start for everybody."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from fastmtl.errors import UsageError
+from fastmtl.model import MLPEncoder, resnet18
+
+__all__ = ["NETS", "Contender", "Work"]
+
+NETS = ("resnet18", "mlp")
+
+
+@dataclass(kw_only=True)
+class Work:
+    """Classification tasks on one batch of noise.
+
+    Attributes:
+        net: ``"resnet18"`` on images of ``size`` x ``size``, or ``"mlp"`` (128-512-512-512) on vectors.
+        arch: The architecture.
+        count: Tasks.
+        batch: Rows of the batch.
+        size: Height and width of the images.
+        device: Where it runs.
+        lr: Learning rate of plain SGD.
+    """
+
+    net: str
+    arch: str
+    count: int
+    batch: int
+    size: int
+    device: torch.device
+    lr: float = 1e-3
+    inputs: Tensor = field(init=False)
+    labels: Mapping[str, Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.net not in NETS:
+            raise UsageError(f"net must be one of {', '.join(NETS)}, got {self.net!r}.")
+        generator = torch.Generator().manual_seed(0)
+        shape = (self.batch, 3, self.size, self.size) if self.net == "resnet18" else (self.batch, 128)
+        self.inputs = torch.randn(shape, generator=generator).to(self.device)
+        self.labels = {
+            task: torch.randint(0, 10, (self.batch,), generator=generator).to(self.device) for task in self.tasks
+        }
+
+    @property
+    def tasks(self) -> list[str]:
+        """Return the names of the tasks."""
+        return [f"t{t}" for t in range(self.count)]
+
+    def modules(self) -> tuple[nn.Module, nn.ModuleDict]:
+        """Return encoder and decoders, each time in the same initial state."""
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            encoder = resnet18() if self.net == "resnet18" else MLPEncoder(128, [512, 512, 512])
+            head = [nn.AdaptiveAvgPool2d(1), nn.Flatten()] if self.net == "resnet18" else []
+            decoders = nn.ModuleDict({task: nn.Sequential(*head, nn.Linear(512, 10)) for task in self.tasks})
+        return encoder.to(self.device), decoders.to(self.device)
+
+    def loss(self, pred: Tensor, task: str) -> Tensor:
+        """Return the loss of one task."""
+        return nn.functional.cross_entropy(pred, self.labels[task])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contender:
+    """A training step of somebody's: what runs it, and the shared parameters it moves."""
+
+    run: Callable[[], None]
+    shared: list[nn.Parameter]
