@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import os
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -104,6 +105,8 @@ def _update(contender: Contender) -> Tensor:
 def _peak(contender: Contender, device: torch.device) -> int:
     """Return the bytes between the least memory in use, old gradients freed, and the most during a step."""
     contender.run()
+    # The profiler announces itself on stderr at any lower level.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         contender.run()
         wait_for(device)
