@@ -43,13 +43,11 @@ class CGC(MMoE):
         device: torch.device,
         **kwargs: Any,
     ) -> None:
+        given = kwargs.get("num_experts", self.hyper["num_experts"].default)
+        shared, *own = count_experts(given, len(task_name), "CGC")
         super().__init__(task_name, encoder_class, decoders, rep_grad, multi_input, device, **kwargs)
-        shared, *own = count_experts(self.kwargs["num_experts"], self.task_num, "CGC")
         self.experts_specific = nn.ModuleDict(
-            {
-                task: Experts(encoder_class() for _ in range(count))
-                for task, count in zip(task_name, own, strict=True)
-            }
+            {task: Experts(encoder_class() for _ in range(count)) for task, count in zip(task_name, own, strict=True)}
         )
         self.gate_specific = nn.ModuleDict(
             {task: make_gate(self.input_size, shared + count) for task, count in zip(task_name, own, strict=True)}

@@ -66,7 +66,9 @@ class DSelect_k(MMoE):
         self.bits = (self.shared_experts - 1).bit_length()
         # MMoE's gates were drawn too, so that a seed gives LibMTL's initial weights.
         self.gate_specific = None
-        self._z_logits = nn.ModuleDict({task: nn.Linear(self.input_size, self.nonzeros * self.bits) for task in task_name})
+        self._z_logits = nn.ModuleDict(
+            {task: nn.Linear(self.input_size, self.nonzeros * self.bits) for task in task_name}
+        )
         self._w_logits = nn.ModuleDict({task: nn.Linear(self.input_size, self.nonzeros) for task in task_name})
         for logits, bound in ((self._z_logits, self.gamma / 100), (self._w_logits, 0.05)):
             for param in logits.parameters():

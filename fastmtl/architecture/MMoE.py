@@ -35,7 +35,10 @@ class MMoE(AbsArchitecture):
     hyper = {  # noqa: RUF012
         "img_size": IMG_SIZE,
         "num_experts": Hyper(
-            type=int, default=(3,), many=True, help="Number of shared experts; for CGC and PLE, then of each task's."
+            type=int,
+            default=(3,),
+            many=True,
+            help="Number of shared experts; for CGC and PLE then of each task's own, by default 1 1; for DSelect_k 4.",
         ),
     }
 
@@ -52,9 +55,10 @@ class MMoE(AbsArchitecture):
         super().__init__(task_name, encoder_class, decoders, rep_grad, multi_input, device, **kwargs)
         self.img_size = [int(each) for each in self.kwargs["img_size"]]
         given = self.kwargs["num_experts"]
-        self.shared_experts = int(given if isinstance(given, int) else given[0])
-        if self.shared_experts < 1:
-            raise UsageError(f"num_experts must be at least 1, got {self.shared_experts}.")
+        counts = [int(each) for each in ([given] if isinstance(given, int) else given)]
+        if not counts or counts[0] < 1:
+            raise UsageError(f"num_experts must be at least 1, got {given}.")
+        self.shared_experts = counts[0]
         self.experts_shared = Experts(encoder_class() for _ in range(self.shared_experts))
         self.input_size = prod(self.img_size) if self.img_size else feature_dim(self.experts_shared[0])
         self.gate_specific: nn.ModuleDict | None = nn.ModuleDict(

@@ -103,9 +103,7 @@ class _Extraction(nn.Module):
             }
         )
         every = len(shared) + sum(map(len, own.values()))
-        self.gate_shared = (
-            nn.ModuleList(make_gate(width, every) for width in widths[:-1]) if shared_gate else None
-        )
+        self.gate_shared = nn.ModuleList(make_gate(width, every) for width in widths[:-1]) if shared_gate else None
 
     @torch.no_grad()
     def _level_sizes(self) -> list[list[int]]:

@@ -65,15 +65,14 @@ def _lift(dim_in: int, dim_out: int, expansion: int, maps: bool) -> nn.Module:
 class AttentionEncoder(nn.Module):
     """A staged encoder with one soft attention branch per task.
 
-    A stage has two halves, the second its last part: the features between them feed the attention, those after them are
-    attended. In stage i a task's mask is computed from the features between the stage's halves and the task's own features of
-    stage i - 1; it multiplies the stage's output. ``trunk`` is the encoder alone, so all tasks share one pass through
-    it.
+    A stage has two halves, the second its last part. In stage i a task's mask is computed from the features between the
+    halves and the task's own features of stage i - 1; it multiplies the stage's output. ``trunk`` is the encoder alone,
+    so all tasks share one pass through it.
 
     Args:
         stages: The encoder's parts.
         task_name: The task names, in order.
-        maps: The features are maps (B, C, H, W); otherwise vectors (B, C).
+        maps: The features are maps (B, C, H, W); otherwise vectors (B, C), or sequences of them (B, L, C).
     """
 
     def __init__(self, stages: Stages, task_name: list[str], maps: bool) -> None:
@@ -83,7 +82,9 @@ class AttentionEncoder(nn.Module):
         self.maps = maps
         dims, expansion = stages.dims, stages.expansion
         self.shared_conv = stages.stem
-        self.shared_layer = nn.ModuleDict({str(i): nn.ModuleList(_halve(stage)) for i, stage in enumerate(stages.stages)})
+        self.shared_layer = nn.ModuleDict(
+            {str(i): nn.ModuleList(_halve(stage)) for i, stage in enumerate(stages.stages)}
+        )
         self.encoder_att = nn.ModuleDict()
         self.encoder_block_att = nn.ModuleList()
         # Stage by stage, as LibMTL does, so that a seed gives its initial weights.
@@ -111,12 +112,22 @@ class AttentionEncoder(nn.Module):
         for i, (masks, middle, output) in enumerate(
             zip(self.encoder_att.values(), features[::2], features[1::2], strict=True)
         ):
-            mask_input = middle if attended is None else torch.cat([middle, self._fit(attended, middle)], dim=1)
-            attended = cast(nn.ModuleList, masks)[index](mask_input) * output
+            mask_input = (
+                middle
+                if attended is None
+                else torch.cat([middle, self._fit(attended, middle)], dim=1 if self.maps else -1)
+            )
+            attended = self._by_rows(cast(nn.ModuleList, masks)[index], mask_input) * output
             if i < len(self.encoder_block_att):
-                attended = self.encoder_block_att[i](attended)
+                attended = self._by_rows(self.encoder_block_att[i], attended)
         assert attended is not None
         return attended
+
+    def _by_rows(self, module: nn.Module, x: Tensor) -> Tensor:
+        """Apply a module for maps or for vectors; the vectors of sequences are so many rows."""
+        if self.maps or x.dim() == 2:
+            return module(x)
+        return module(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
 
     def _fit(self, attended: Tensor, like: Tensor) -> Tensor:
         """Pool maps down to the next stage's size; equal to a 2 x 2 max pooling where the sizes halve."""

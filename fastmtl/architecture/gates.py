@@ -71,8 +71,8 @@ def feature_dim(encoder: nn.Module) -> int:
     dim = getattr(encoder, "feature_dim", None)
     if not isinstance(dim, int):
         raise UsageError(
-            f"Gates need img_size, the size of one input, or an encoder with the attribute feature_dim, the channels of "
-            f"its output; got no img_size and {type(encoder).__name__}."
+            f"Gates need img_size, the size of one input, or an encoder with the attribute feature_dim, the channels "
+            f"of its output; got no img_size and {type(encoder).__name__}."
         )
     return dim
 
@@ -90,7 +90,7 @@ def count_experts(given: int | Sequence[int], tasks: int, owner: str) -> list[in
     """
     counts = [int(each) for each in ([given] if isinstance(given, int) else given)]
     counts = [counts[0], *counts[1:] * tasks] if len(counts) == 2 else counts
-    if len(counts) != tasks + 1 or min(counts) < 1:
+    if len(counts) != tasks + 1 or not all(count >= 1 for count in counts):
         raise UsageError(
             f"num_experts of {owner} must be the number of shared experts, then that of each of the {tasks} tasks' "
             f"own, all at least 1, got {given}."

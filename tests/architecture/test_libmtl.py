@@ -70,6 +70,10 @@ def _pair(theirs: Any, name: str, encoder: str, **options: Any) -> tuple[Any, An
             **ARGS.get(name, {}),
         )
         network.epochs, network.epoch = 20, 3
+        if hasattr(network, "_binary_codes"):
+            # It reads the codes from text, of which numpy 2 takes "0" for true too.
+            bits = [[int(bit) for bit in f"{expert:02b}"] for expert in range(3)]
+            network._binary_codes = torch.tensor([bits], dtype=torch.bool)
         found.append(network)
     return found[0], found[1]
 
@@ -94,7 +98,8 @@ def _results(network: Any, inputs: Tensor | Mapping[str, Tensor]) -> dict[str, T
     grads = {key: param.grad for key, param in network.named_parameters()}
     missing = sorted(key for key, grad in grads.items() if grad is None)
     found["gradient"] = torch.cat([grad.flatten() for grad in grads.values() if grad is not None])
-    found["buffers"] = torch.cat([b.detach().flatten().to(found["gradient"]) for b in network.buffers()])
+    kept = [value for key, value in network.state_dict().items() if key not in grads]
+    found["buffers"] = torch.cat([value.flatten().to(found["gradient"]) for value in kept] or [torch.zeros(1)])
     found["missing"] = torch.tensor([hash(key) % 1000003 for key in missing])
     return found
 
