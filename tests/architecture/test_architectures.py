@@ -176,11 +176,10 @@ def test_resumes_exactly(name: str, tmp_path: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", ["Cross_stitch", "MMoE", "CGC", "PLE", "DSelect_k", "LTB"])
 def test_compiled_gradients_are_the_eager_ones(name: str) -> None:
     torch.compiler.reset()
-    rule = "EW" if name == "STL" else "MGDA"
-    eager, compiled = (make_trainer(rule, name, 3, compile=compile) for compile in (False, True))
+    eager, compiled = (make_trainer("MGDA", name, 3, compile=compile) for compile in (False, True))
     compiled.model.load_state_dict(eager.model.state_dict())
     batch = next(iter(loaders(3)))
     for _ in range(2):
