@@ -30,6 +30,14 @@ def test_defaults_are_libmtl_s() -> None:
     assert scheduler_param is None
 
 
+def test_hyper_parameters_of_architectures_are_spelled_as_in_libmtl() -> None:
+    line = "--arch DSelect_k --img_size 3 32 32 --num_experts 4 --num_nonzeros 3 --kgamma 0.5"
+    kwargs, _, _ = prepare_args(_parse(line))
+    assert kwargs["arch_args"] == {"img_size": [3, 32, 32], "num_experts": [4], "num_nonzeros": 3, "kgamma": 0.5}
+    kwargs, _, _ = prepare_args(_parse("--arch PLE --num_experts 2 1 1 --shared_gate"))
+    assert kwargs["arch_args"] == {"img_size": (), "num_experts": [2, 1, 1], "shared_gate": True}
+
+
 @pytest.mark.parametrize("optim", OPTIMIZERS)
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_every_optimizer_and_scheduler_can_be_built(optim: str, scheduler: str) -> None:

@@ -8,9 +8,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fastmtl.architecture.attention import AttentionEncoder, Stages
+from fastmtl.architecture.attention import AttentionEncoder
 from fastmtl.architecture.base import AbsArchitecture
-from fastmtl.errors import UsageError
+from fastmtl.architecture.stages import Stages
 
 __all__ = ["MTAN"]
 
@@ -40,12 +40,7 @@ class MTAN(AbsArchitecture):
         super().__init__(task_name, encoder_class, decoders, rep_grad, multi_input, device, **kwargs)
         encoder = encoder_class()
         inner = getattr(encoder, "resnet_network", encoder)
-        stages = Stages.of(inner)
-        if stages is None:
-            raise UsageError(
-                f"MTAN needs an encoder made of stages (a fastmtl.model ResNet, a StagedEncoder, or a module with a "
-                f"resnet_network), got {type(encoder).__name__}."
-            )
+        stages = Stages.of(inner, "MTAN", ", a module that holds one as resnet_network,")
         maps = any(isinstance(module, nn.Conv2d) for module in inner.modules())
         attention = AttentionEncoder(stages, task_name, maps)
         if inner is encoder:

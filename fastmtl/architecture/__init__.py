@@ -3,9 +3,31 @@
 from __future__ import annotations
 
 from fastmtl.architecture.base import AbsArchitecture
+from fastmtl.architecture.CGC import CGC
+from fastmtl.architecture.Cross_stitch import Cross_stitch
+from fastmtl.architecture.DSelect_k import DSelect_k
 from fastmtl.architecture.HPS import HPS
+from fastmtl.architecture.LTB import LTB
+from fastmtl.architecture.MMoE import MMoE
 from fastmtl.architecture.MTAN import MTAN
+from fastmtl.architecture.PLE import PLE
+from fastmtl.architecture.STL import STL
 
-__all__ = ["ARCHITECTURES", "HPS", "MTAN", "AbsArchitecture"]
+__all__ = [
+    "ARCHITECTURES",
+    "CGC",
+    "HPS",
+    "LTB",
+    "MTAN",
+    "PLE",
+    "STL",
+    "AbsArchitecture",
+    "Cross_stitch",
+    "DSelect_k",
+    "MMoE",
+]
 
-ARCHITECTURES: dict[str, type[AbsArchitecture]] = {"HPS": HPS, "MTAN": MTAN}
+ARCHITECTURES: dict[str, type[AbsArchitecture]] = {
+    architecture.__name__: architecture
+    for architecture in (HPS, MTAN, Cross_stitch, MMoE, CGC, PLE, DSelect_k, LTB, STL)
+}

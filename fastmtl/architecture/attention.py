@@ -2,51 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["AttentionEncoder", "Stages"]
+from fastmtl.architecture.stages import Stages
 
-
-class Stages:
-    """The parts of a staged encoder that MTAN needs.
-
-    Attributes:
-        stem: What comes before the first stage.
-        pairs: Per stage its two halves; the features between them feed the attention, those after them are attended.
-        dims: Channels of each stage's output.
-        expansion: Bottleneck factor: attention modules are ``dims // expansion`` wide inside.
-    """
-
-    def __init__(self, stem: nn.Module, stages: Sequence[nn.Module], dims: Sequence[int], expansion: int = 1) -> None:
-        self.stem = stem
-        self.pairs = [self._halve(stage) for stage in stages]
-        self.dims = list(dims)
-        self.expansion = expansion
-
-    @staticmethod
-    def _halve(stage: nn.Module) -> tuple[nn.Module, nn.Module]:
-        # A last part that works in place would overwrite the features between the halves.
-        if isinstance(stage, nn.Sequential) and len(stage) > 1 and not getattr(stage[-1], "inplace", False):
-            return stage[:-1], stage[-1]
-        return stage, nn.Identity()
-
-    @classmethod
-    def of(cls, encoder: nn.Module) -> Stages | None:
-        """Return the stages of a ResNet or of a ``fastmtl.model.StagedEncoder``, or None if it has none."""
-        if all(hasattr(encoder, name) for name in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer4")):
-            stem = nn.Sequential(*(getattr(encoder, name) for name in ("conv1", "bn1", "relu", "maxpool")))
-            expansion = 4 if encoder.feature_dim == 2048 else 1
-            layers = [getattr(encoder, f"layer{i}") for i in range(1, 5)]
-            return cls(stem, layers, [64 * 2**i * expansion for i in range(4)], expansion)
-        if all(hasattr(encoder, name) for name in ("stem", "stages", "stage_dims")):
-            stages = list(cast(nn.ModuleList, encoder.stages))
-            return cls(cast(nn.Module, encoder.stem), stages, cast(list[int], encoder.stage_dims))
-        return None
+__all__ = ["AttentionEncoder"]
 
 
 def _pointwise(dim_in: int, dim_out: int, maps: bool, bias: bool = True) -> nn.Module:
@@ -55,6 +19,13 @@ def _pointwise(dim_in: int, dim_out: int, maps: bool, bias: bool = True) -> nn.M
 
 def _norm(dim: int, maps: bool) -> nn.Module:
     return nn.BatchNorm2d(dim) if maps else nn.BatchNorm1d(dim)
+
+
+def _halve(stage: nn.Module) -> tuple[nn.Module, nn.Module]:
+    # A last part that works in place would overwrite the features between the halves.
+    if isinstance(stage, nn.Sequential) and len(stage) > 1 and not getattr(stage[-1], "inplace", False):
+        return stage[:-1], stage[-1]
+    return stage, nn.Identity()
 
 
 def _mask(dim_in: int, dim_mid: int, dim_out: int, maps: bool) -> nn.Sequential:
@@ -94,14 +65,14 @@ def _lift(dim_in: int, dim_out: int, expansion: int, maps: bool) -> nn.Module:
 class AttentionEncoder(nn.Module):
     """A staged encoder with one soft attention branch per task.
 
-    In stage i a task's mask is computed from the features between the stage's halves and the task's own features of
-    stage i - 1; it multiplies the stage's output. ``trunk`` is the encoder alone, so all tasks share one pass through
-    it.
+    A stage has two halves, the second its last part. In stage i a task's mask is computed from the features between the
+    halves and the task's own features of stage i - 1; it multiplies the stage's output. ``trunk`` is the encoder alone,
+    so all tasks share one pass through it.
 
     Args:
         stages: The encoder's parts.
         task_name: The task names, in order.
-        maps: The features are maps (B, C, H, W); otherwise vectors (B, C).
+        maps: The features are maps (B, C, H, W); otherwise vectors (B, C), or sequences of them (B, L, C).
     """
 
     def __init__(self, stages: Stages, task_name: list[str], maps: bool) -> None:
@@ -111,7 +82,9 @@ class AttentionEncoder(nn.Module):
         self.maps = maps
         dims, expansion = stages.dims, stages.expansion
         self.shared_conv = stages.stem
-        self.shared_layer = nn.ModuleDict({str(i): nn.ModuleList(pair) for i, pair in enumerate(stages.pairs)})
+        self.shared_layer = nn.ModuleDict(
+            {str(i): nn.ModuleList(_halve(stage)) for i, stage in enumerate(stages.stages)}
+        )
         self.encoder_att = nn.ModuleDict()
         self.encoder_block_att = nn.ModuleList()
         # Stage by stage, as LibMTL does, so that a seed gives its initial weights.
@@ -139,12 +112,22 @@ class AttentionEncoder(nn.Module):
         for i, (masks, middle, output) in enumerate(
             zip(self.encoder_att.values(), features[::2], features[1::2], strict=True)
         ):
-            mask_input = middle if attended is None else torch.cat([middle, self._fit(attended, middle)], dim=1)
-            attended = cast(nn.ModuleList, masks)[index](mask_input) * output
+            mask_input = (
+                middle
+                if attended is None
+                else torch.cat([middle, self._fit(attended, middle)], dim=1 if self.maps else -1)
+            )
+            attended = self._by_rows(cast(nn.ModuleList, masks)[index], mask_input) * output
             if i < len(self.encoder_block_att):
-                attended = self.encoder_block_att[i](attended)
+                attended = self._by_rows(self.encoder_block_att[i], attended)
         assert attended is not None
         return attended
+
+    def _by_rows(self, module: nn.Module, x: Tensor) -> Tensor:
+        """Apply a module for maps or for vectors; the vectors of sequences are so many rows."""
+        if self.maps or x.dim() == 2:
+            return module(x)
+        return module(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
 
     def _fit(self, attended: Tensor, like: Tensor) -> Tensor:
         """Pool maps down to the next stage's size; equal to a 2 x 2 max pooling where the sizes halve."""

@@ -54,7 +54,7 @@ class AbsArchitecture(nn.Module):
         self.rep_grad = rep_grad
         self.multi_input = multi_input
         self.device = device
-        self.kwargs = kwargs
+        self.kwargs = {name: spec.default for name, spec in self.hyper.items()} | kwargs
         if rep_grad:
             self.rep_tasks: dict[str, Tensor] = {}
             self.rep: Any = {}

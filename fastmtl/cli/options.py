@@ -110,7 +110,7 @@ def _parameter(name: str, option: str, kind: Any, text: str, panel: str, metavar
 
 
 def _default(value: Any) -> str:
-    if value is None or value is False or value == "":
+    if value is None or value is False or value in ("", ()):
         return ""
-    shown = "on" if value is True else value
+    shown = "on" if value is True else " ".join(map(str, value)) if isinstance(value, tuple) else value
     return f" [dim]\\[{shown}][/dim]"

@@ -433,8 +433,8 @@ def _weighted(weights: Tensor, grads: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def _cut(features: Features) -> Features:
-    """Return aliases of the features that start a graph of their own."""
-    return tuple(feature.detach().requires_grad_() for feature in features)
+    """Return aliases of the features that start a graph of their own, at those that depend on parameters."""
+    return tuple(feature.detach().requires_grad_(feature.requires_grad) for feature in features)
 
 
 def _vjp(
@@ -445,19 +445,21 @@ def _vjp(
 ) -> list[Tensor | None]:
     """Return the gradients of ``sum <output, cotangent>``; None as the cotangent of a scalar loss is 1.
 
-    An output that is no loss and has no cotangent takes no part.
+    An output that is no loss and has no cotangent takes no part; an input that requires no gradient has none.
     """
+    wanted = [each for each in inputs if each.requires_grad]
     pairs = [
         (o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad and (c is not None or not o.dim())
     ]
-    if not pairs or not inputs:
+    if not pairs or not wanted:
         return [None] * len(inputs)
-    return list(
+    found = iter(
         torch.autograd.grad(
             [o for o, _ in pairs],
-            inputs,
+            wanted,
             [torch.ones_like(o) if c is None else c for o, c in pairs],
             retain_graph=retain,
             allow_unused=True,
         )
     )
+    return [next(found) if each.requires_grad else None for each in inputs]

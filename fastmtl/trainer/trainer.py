@@ -206,6 +206,11 @@ class Trainer(nn.Module):
                 raise UsageError(f"{self.weighting} balances the gradients of parameters: rep_grad must be False.")
             if rule.needs == "reps" and not self.rep_grad:
                 raise UsageError(f"{self.weighting} works on the gradients of representations: rep_grad must be True.")
+            if rule.needs in ("gram", "rows", "reps") and not any(True for _ in self.model.get_share_params()):
+                raise UsageError(
+                    f"{self.weighting} balances the gradients of shared parameters, and {self.architecture} has none: "
+                    "use EW."
+                )
         if rule.needs == "losses" and rule.backward is AbsWeighting.backward:
             # Only the losses count, so the graph stays in one piece: cut at the representation, the encoder would get
             # no gradient.

@@ -110,6 +110,14 @@ def test_yaml_reads_back_to_an_equal_configuration(tmp_path: Path) -> None:
         assert read_config(_file(tmp_path, config.as_yaml())) == config
 
 
+def test_hyper_parameters_of_an_architecture_are_kept_in_the_file(tmp_path: Path) -> None:
+    config = TrainConfig(arch="cgc").with_hyper({"num_experts": "2,1", "img_size": "3 32 32"})
+    assert config.arch_args == {"img_size": [3, 32, 32], "num_experts": [2, 1]}
+    assert read_config(_file(tmp_path, config.as_yaml())).resolved().arch_args == config.arch_args
+    plain = read_config(_file(tmp_path, TrainConfig(arch="cgc").resolved().as_yaml())).resolved()
+    assert plain.arch_args == {"img_size": [], "num_experts": [1, 1]}
+
+
 def test_configuration_file_names_every_setting() -> None:
     assert list(yaml.safe_load(TrainConfig().as_yaml())) == [each.name for each in fields(TrainConfig)]
 

@@ -1,0 +1,107 @@
+"""Learning to branch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import sqrt
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastmtl.architecture.base import AbsArchitecture
+from fastmtl.architecture.columns import Columns, mix_columns
+from fastmtl.errors import UsageError
+
+__all__ = ["LTB"]
+
+
+class LTB(AbsArchitecture):
+    """Learning To Branch: an encoder per task, and for each stage of each a learned choice of whose output it reads.
+
+    The choice is a hard sample of a Gumbel-softmax with temperature ``E / (20 sqrt(e + 1))`` in epoch e of E; in the
+    first hundredth of the epochs every stage reads the sum of all tasks' outputs. Evaluation between epochs samples
+    too, as in LibMTL; a network whose ``epoch`` was never set, one loaded from a checkpoint say, takes the likeliest
+    choices. The encoder is a ResNet of ``fastmtl.model`` or a ``fastmtl.model.StagedEncoder``. All parameters but the
+    decoders' are shared, as in LibMTL.
+
+    Source: Guo, Lee and Ulbricht, "Learning to Branch for Multi-Task Learning", ICML 2020.
+
+    Raises:
+        UsageError: The encoder is not made of stages, or every task has its own inputs.
+    """
+
+    _epoch: int | None = None
+    _epochs: int | None = None
+
+    def __init__(
+        self,
+        task_name: list[str],
+        encoder_class: Callable[[], nn.Module],
+        decoders: nn.ModuleDict,
+        rep_grad: bool,
+        multi_input: bool,
+        device: torch.device,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(task_name, encoder_class, decoders, rep_grad, multi_input, device, **kwargs)
+        if multi_input:
+            raise UsageError("LTB chooses between features of one input: multi_input must be False.")
+        self.encoder = _Branched([encoder_class() for _ in task_name], task_name)
+
+    @property
+    def epoch(self) -> int | None:
+        """The epoch in training, counted from 0."""
+        return self._epoch
+
+    @epoch.setter
+    def epoch(self, value: int) -> None:
+        self._epoch = value
+        self._anneal()
+
+    @property
+    def epochs(self) -> int | None:
+        """The number of epochs."""
+        return self._epochs
+
+    @epochs.setter
+    def epochs(self, value: int) -> None:
+        self._epochs = value
+        self._anneal()
+
+    def _anneal(self) -> None:
+        if self._epoch is not None and self._epochs is not None:
+            cast(_Branched, self.encoder).anneal(self._epoch, self._epochs)
+
+
+class _Branched(Columns):
+    tau: Tensor
+
+    def __init__(self, encoders: Sequence[nn.Module], task_name: list[str]) -> None:
+        super().__init__(encoders, task_name, "LTB")
+        # Two more than stages, as in LibMTL's checkpoints; the first and the last one are not used.
+        self.alpha = nn.Parameter(torch.ones(len(self.resnet_layer) + 2, len(task_name), len(task_name)))
+        # A tensor, so that compiled code need not be compiled anew in each epoch.
+        self.register_buffer("tau", torch.ones(()), persistent=False)
+        self.choice: Literal["likeliest", "all", "sample"] = "likeliest"
+
+    def anneal(self, epoch: int, epochs: int) -> None:
+        self.choice = "all" if epoch < epochs / 100 else "sample"
+        self.tau.fill_(epochs / 20 / sqrt(epoch + 1))
+
+    def forward(self, inputs: Tensor) -> list[Tensor]:
+        """Return the representation of every task."""
+        choices = self._choose()
+        reps: Sequence[Tensor] = [stem(inputs) for stem in self.resnet_conv.values()]
+        for i, layers in enumerate(self.resnet_layer.values(), start=1):
+            reps = mix_columns(choices[i], reps)
+            reps = [layer(rep) for layer, rep in zip(cast(nn.ModuleList, layers), reps, strict=True)]
+        return list(reps)
+
+    def _choose(self) -> Tensor:
+        if self.choice == "all":
+            return torch.ones_like(self.alpha)
+        if self.choice == "likeliest":
+            return F.one_hot(self.alpha.argmax(-1), self.alpha.shape[-1]).to(self.alpha)
+        return F.gumbel_softmax(self.alpha, tau=cast(float, self.tau), hard=True)

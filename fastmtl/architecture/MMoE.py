@@ -1,0 +1,83 @@
+"""Multi-gate mixture of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from math import prod
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fastmtl.architecture.base import AbsArchitecture
+from fastmtl.architecture.experts import Experts
+from fastmtl.architecture.gates import IMG_SIZE, feature_dim, flatten, make_gate, mix, pool
+from fastmtl.errors import UsageError
+from fastmtl.hyper import Hyper
+
+__all__ = ["MMoE"]
+
+
+class MMoE(AbsArchitecture):
+    """Multi-gate Mixture-of-Experts: E shared encoders, the experts, of which every task takes its own mixture.
+
+    ``rep_t(x) = sum_e gate_t(z)_e expert_e(x)``, ``gate_t(z) = softmax(W_t z + b_t)``, where z is the flattened input
+    if ``img_size`` tells its size, as in LibMTL, else the mean of all experts' features over experts and positions,
+    for inputs of any size such as text. The experts are the shared parameters; gates belong to their tasks.
+
+    Source: Ma et al., "Modeling Task Relationships in Multi-task Learning with Multi-gate Mixture-of-Experts", KDD
+    2018.
+
+    Raises:
+        UsageError: No expert, or neither ``img_size`` nor an encoder with ``feature_dim``.
+    """
+
+    hyper = {  # noqa: RUF012
+        "img_size": IMG_SIZE,
+        "num_experts": Hyper(
+            type=int,
+            default=(3,),
+            many=True,
+            help="Number of shared experts; for CGC and PLE then of each task's own, by default 1 1; for DSelect_k 4.",
+        ),
+    }
+
+    def __init__(
+        self,
+        task_name: list[str],
+        encoder_class: Callable[[], nn.Module],
+        decoders: nn.ModuleDict,
+        rep_grad: bool,
+        multi_input: bool,
+        device: torch.device,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(task_name, encoder_class, decoders, rep_grad, multi_input, device, **kwargs)
+        self.img_size = [int(each) for each in self.kwargs["img_size"]]
+        given = self.kwargs["num_experts"]
+        counts = [int(each) for each in ([given] if isinstance(given, int) else given)]
+        if not counts or counts[0] < 1:
+            raise UsageError(f"num_experts must be at least 1, got {given}.")
+        self.shared_experts = counts[0]
+        self.experts_shared = Experts(encoder_class() for _ in range(self.shared_experts))
+        self.input_size = prod(self.img_size) if self.img_size else feature_dim(self.experts_shared[0])
+        self.gate_specific: nn.ModuleDict | None = nn.ModuleDict(
+            {task: make_gate(self.input_size, self.shared_experts) for task in task_name}
+        )
+
+    def trunk(self, inputs: Tensor, task_name: str | None = None) -> tuple[Tensor, ...]:
+        """Return the shared experts' outputs (E, B, ...), and the inputs where gates read them."""
+        reps = self.experts_shared(inputs)
+        return (reps, inputs) if self.img_size else (reps,)
+
+    def branch(self, features: tuple[Tensor, ...], task: str) -> Tensor:
+        """Return the mixture of experts of ``task``."""
+        gates = cast(nn.ModuleDict, self.gate_specific)
+        return mix(features[0], gates[task](self._gate_input(features)))
+
+    def _gate_input(self, features: tuple[Tensor, ...]) -> Tensor:
+        return flatten(features[1], self.img_size) if self.img_size else pool(features[0])
+
+    def get_share_params(self) -> Iterable[nn.Parameter]:
+        """Return the parameters of the shared experts."""
+        return self.experts_shared.parameters()

@@ -1,0 +1,155 @@
+"""Progressive layered extraction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import prod
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fastmtl.architecture.base import AbsArchitecture
+from fastmtl.architecture.experts import Experts
+from fastmtl.architecture.gates import IMG_SIZE, count_experts, flatten, make_gate, mix, pool
+from fastmtl.architecture.stages import Stages
+from fastmtl.hyper import Hyper
+
+__all__ = ["PLE"]
+
+
+class PLE(AbsArchitecture):
+    """Progressive Layered Extraction: CGC at every stage of the encoder.
+
+    At level i every task mixes, by its gate, the outputs of the level's shared experts and of its own on its mixture of
+    level i - 1. With ``shared_gate=True``, the paper's form, there is a shared path besides: the shared experts read it
+    in place of the tasks' mixtures, and a gate of its own mixes the experts of all tasks at every level but the last.
+    The levels are a ResNet's stem and layers, or the stages of a ``fastmtl.model.StagedEncoder``.
+
+    A gate reads the flattened mixture of level i - 1 if ``img_size`` tells the input's size, as in LibMTL, else the
+    mean features of the level's shared experts. Shared parameters are those of the shared experts.
+
+    Source: Tang et al., "Progressive Layered Extraction (PLE): A Novel Multi-Task Learning (MTL) Model for Personalized
+    Recommendations", RecSys 2020.
+
+    Raises:
+        UsageError: The encoder is not made of stages, or ``num_experts`` does not fit the tasks.
+    """
+
+    hyper = {  # noqa: RUF012
+        "img_size": IMG_SIZE,
+        "num_experts": Hyper(
+            type=int, default=(1, 1), many=True, help="Number of shared experts, then of each task's own."
+        ),
+        "shared_gate": Hyper(type=bool, default=False, help="A shared path with a gate of its own, as in the paper."),
+    }
+
+    def __init__(
+        self,
+        task_name: list[str],
+        encoder_class: Callable[[], nn.Module],
+        decoders: nn.ModuleDict,
+        rep_grad: bool,
+        multi_input: bool,
+        device: torch.device,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(task_name, encoder_class, decoders, rep_grad, multi_input, device, **kwargs)
+        shared, *own = count_experts(self.kwargs["num_experts"], self.task_num, "PLE")
+        self.encoder = _Extraction(
+            [encoder_class() for _ in range(shared)],
+            {task: [encoder_class() for _ in range(count)] for task, count in zip(task_name, own, strict=True)},
+            [int(each) for each in self.kwargs["img_size"]],
+            bool(self.kwargs["shared_gate"]),
+        )
+
+    def forward(self, inputs: Tensor, task_name: str | None = None) -> dict[str, Tensor]:
+        """Return the predictions by task name, of ``task_name`` alone if it is given."""
+        reps = self.encoder(inputs, self.task_name if task_name is None else [task_name])
+        return {task: self.decoders[task](self._prepare_rep(rep, task, same_rep=False)) for task, rep in reps.items()}
+
+    def get_share_params(self) -> Iterable[nn.Parameter]:
+        """Return the parameters of the shared experts."""
+        return cast(_Extraction, self.encoder).shared_layer.parameters()
+
+
+class _Extraction(nn.Module):
+    def __init__(
+        self,
+        shared: Sequence[nn.Module],
+        own: Mapping[str, Sequence[nn.Module]],
+        img_size: Sequence[int],
+        shared_gate: bool,
+    ) -> None:
+        super().__init__()
+        self.img_size = list(img_size)
+        dims = Stages.of(shared[0], "PLE").level_dims()
+        levels = range(len(dims))
+        parts = {task: [Stages.of(each, "PLE").levels() for each in experts] for task, experts in own.items()}
+        shared_parts = [Stages.of(each, "PLE").levels() for each in shared]
+        self.specific_layer = nn.ModuleDict(
+            {
+                str(i): nn.ModuleDict({task: Experts(each[i] for each in experts) for task, experts in parts.items()})
+                for i in levels
+            }
+        )
+        self.shared_layer = nn.ModuleDict({str(i): Experts(each[i] for each in shared_parts) for i in levels})
+        self.sizes = self._level_sizes() if self.img_size else [[dim] for dim in dims]
+        widths = [prod(size) for size in self.sizes]
+        self.gate_specific = nn.ModuleDict(
+            {
+                task: nn.ModuleList(make_gate(width, len(shared) + len(experts)) for width in widths)
+                for task, experts in own.items()
+            }
+        )
+        every = len(shared) + sum(map(len, own.values()))
+        self.gate_shared = nn.ModuleList(make_gate(width, every) for width in widths[:-1]) if shared_gate else None
+
+    @torch.no_grad()
+    def _level_sizes(self) -> list[list[int]]:
+        """Return the size of what each level reads, found by a pass of one random input."""
+        modes = [(module, module.training) for module in self.modules()]
+        # In evaluation mode the input leaves no trace in batch norm's statistics.
+        self.eval()
+        x = torch.rand(self.img_size).unsqueeze(0)
+        sizes = [list(x.shape[1:])]
+        for level in list(self.shared_layer.values())[:-1]:
+            x = cast(Experts, level)[0](x)
+            sizes.append(list(x.shape[1:]))
+        for module, training in modes:
+            module.training = training
+        return sizes
+
+    def forward(self, inputs: Tensor, tasks: Sequence[str]) -> dict[str, Tensor]:
+        """Return the representations of ``tasks``."""
+        if self.gate_shared is not None:
+            return self._with_shared_path(inputs, tasks)
+        reps = {}
+        for task in tasks:
+            reps[task] = inputs
+            for i, experts in enumerate(self.shared_layer.values()):
+                reps[task] = self._level(i, task, reps[task], experts(reps[task]), self._own(i, task, reps[task]))
+        return reps
+
+    def _with_shared_path(self, inputs: Tensor, tasks: Sequence[str]) -> dict[str, Tensor]:
+        assert self.gate_shared is not None
+        reps, common = dict.fromkeys(self.gate_specific, inputs), inputs
+        for i, experts in enumerate(self.shared_layer.values()):
+            last = i == len(self.gate_shared)
+            shared = experts(common)
+            own = {task: self._own(i, task, rep) for task, rep in reps.items() if task in tasks or not last}
+            if not last:
+                selector = self.gate_shared[i](self._read(i, common, shared))
+                common = mix(torch.cat([shared, *own.values()]), selector)
+            reps = {task: self._level(i, task, reps[task], shared, each) for task, each in own.items()}
+        return {task: reps[task] for task in tasks}
+
+    def _own(self, level: int, task: str, rep: Tensor) -> Tensor:
+        return cast(nn.ModuleDict, self.specific_layer[str(level)])[task](rep)
+
+    def _level(self, level: int, task: str, rep: Tensor, shared: Tensor, own: Tensor) -> Tensor:
+        gate = cast(nn.ModuleList, self.gate_specific[task])[level]
+        return mix(torch.cat([shared, own]), gate(self._read(level, rep, shared)))
+
+    def _read(self, level: int, rep: Tensor, shared: Tensor) -> Tensor:
+        return flatten(rep, self.sizes[level]) if self.img_size else pool(shared)

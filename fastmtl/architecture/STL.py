@@ -1,0 +1,55 @@
+"""Single-task learning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmtl.architecture.base import AbsArchitecture
+
+__all__ = ["STL"]
+
+
+class STL(AbsArchitecture):
+    """Single-Task Learning: an encoder for each task, nothing shared; the baseline of the papers' delta-m.
+
+    Trained with ``EW`` it is T independent networks in one run. The relative improvement of a multi-task run over it::
+
+        from fastmtl.utils import count_improvement
+
+        baseline = stl.meter.best_result["result"]  # trainers after train(); or meter.results after test()
+        delta_m = count_improvement(baseline, mtl.meter.best_result["result"], weight)
+
+    with ``weight = {task: info["weight"] for task, info in task_dict.items()}``. There are no shared parameters, so
+    strategies that balance their gradients are refused.
+    """
+
+    encoder: nn.ModuleDict
+
+    def __init__(
+        self,
+        task_name: list[str],
+        encoder_class: Callable[[], nn.Module],
+        decoders: nn.ModuleDict,
+        rep_grad: bool,
+        multi_input: bool,
+        device: torch.device,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(task_name, encoder_class, decoders, rep_grad, multi_input, device, **kwargs)
+        self.encoder = nn.ModuleDict({task: encoder_class() for task in task_name})
+
+    def trunk(self, inputs: Tensor, task_name: str | None = None) -> tuple[Tensor, ...]:
+        """Return the inputs: nothing is shared."""
+        return (inputs,)
+
+    def branch(self, features: tuple[Tensor, ...], task: str) -> Tensor:
+        """Return the output of the task's encoder."""
+        return self.encoder[task](features[0])
+
+    def get_share_params(self) -> Iterable[nn.Parameter]:
+        """Return no parameters."""
+        return []

@@ -1,0 +1,98 @@
+"""Gates: what they read, and the mixtures of experts they make."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from fastmtl.errors import UsageError
+from fastmtl.hyper import Hyper
+
+__all__ = ["IMG_SIZE", "count_experts", "feature_dim", "flatten", "make_gate", "mix", "pool"]
+
+IMG_SIZE = Hyper(
+    type=int,
+    default=(),
+    many=True,
+    help="Size of one input, such as 3 32 32: gates read the flattened inputs; without it, the experts' mean features.",
+)
+
+
+def make_gate(inputs: int, experts: int) -> nn.Sequential:
+    """Return a gate: (B, inputs) to (B, experts) weights that sum to 1."""
+    return nn.Sequential(nn.Linear(inputs, experts), nn.Softmax(dim=-1))
+
+
+def mix(reps: Tensor, selector: Tensor) -> Tensor:
+    """Return ``sum_e selector_be reps_eb``, the mixture for every row.
+
+    Args:
+        reps: (E, B, ...) outputs of the experts.
+        selector: (B, E) weights.
+    """
+    return torch.einsum("eb...,be->b...", reps, selector)
+
+
+def flatten(inputs: Tensor, img_size: Sequence[int]) -> Tensor:
+    """Return (B, ...) inputs as (B, F), which a gate made for ``img_size`` can read.
+
+    Raises:
+        UsageError: The inputs have another size, or are not floating-point numbers.
+    """
+    if not inputs.is_floating_point():
+        raise UsageError(
+            f"img_size must be left out for inputs of {inputs.dtype}: gates can only read floating-point inputs."
+        )
+    flat = inputs.flatten(1)
+    if flat.shape[1] != prod(img_size):
+        raise UsageError(
+            f"img_size must be the size of one input, got {tuple(img_size)} and inputs of {tuple(inputs.shape[1:])}."
+        )
+    return flat
+
+
+def pool(reps: Tensor) -> Tensor:
+    """Return the mean features of all experts: (E, B, C), (E, B, L, C) or (E, B, C, H, W) to (B, C)."""
+    mean = reps.mean(0)
+    if mean.dim() == 2:
+        return mean
+    return mean.mean(1) if mean.dim() == 3 else mean.flatten(2).mean(2)
+
+
+def feature_dim(encoder: nn.Module) -> int:
+    """Return the channels of an encoder's output.
+
+    Raises:
+        UsageError: It does not tell.
+    """
+    dim = getattr(encoder, "feature_dim", None)
+    if not isinstance(dim, int):
+        raise UsageError(
+            f"Gates need img_size, the size of one input, or an encoder with the attribute feature_dim, the channels "
+            f"of its output; got no img_size and {type(encoder).__name__}."
+        )
+    return dim
+
+
+def count_experts(given: int | Sequence[int], tasks: int, owner: str) -> list[int]:
+    """Return the number of shared experts and the number of every task's own.
+
+    Args:
+        given: ``num_experts``: [shared, own of task 1, own of task 2, ...], or [shared, own of each task].
+        tasks: The number of tasks.
+        owner: The architecture, for the message.
+
+    Raises:
+        UsageError: Another number of them, or one below 1.
+    """
+    counts = [int(each) for each in ([given] if isinstance(given, int) else given)]
+    counts = [counts[0], *counts[1:] * tasks] if len(counts) == 2 else counts
+    if len(counts) != tasks + 1 or not all(count >= 1 for count in counts):
+        raise UsageError(
+            f"num_experts of {owner} must be the number of shared experts, then that of each of the {tasks} tasks' "
+            f"own, all at least 1, got {given}."
+        )
+    return counts
