@@ -14,7 +14,7 @@ from rich.table import Table
 from typing_extensions import override
 
 from fastmtl.cli.build import build_trainer, load_data
-from fastmtl.errors import CheckpointError
+from fastmtl.errors import CheckpointError, UsageError
 from fastmtl.names import resolve_name
 from fastmtl.trainer.checkpoint import read_checkpoint
 from fastmtl.trainer.config import read_config
@@ -63,6 +63,8 @@ def evaluate(path: Path, *, checkpoint: str, split: str, device: str | None, as_
         read_config(run.config).resolved(),
         load_path=None if whole else str(weights),
         compile=False,
+        # The checkpoint has the weights.
+        pretrained=False,
         limit_batches=None,
     )
     if device is not None:
@@ -71,8 +73,11 @@ def evaluate(path: Path, *, checkpoint: str, split: str, device: str | None, as_
     # The trainer prints its own line about what it loads and finds.
     with contextlib.redirect_stdout(io.StringIO()):
         config, bundle = load_data(config)
+        loaders = bundle.test if split == "test" else bundle.val
+        if loaders is None:
+            raise UsageError(f"split must be test for {bundle.name}: it has no {split} split.")
         trainer = build_trainer(config, bundle, resume=weights if whole else None, logger=result)
-        trainer.test(bundle.test if split == "test" else bundle.val, mode=split)
+        trainer.test(loaders, mode=split)
     metric_names = {task: list(about["metrics"]) for task, about in bundle.task_dict.items()}
     tasks = {
         task: {"loss": result.losses[task], **dict(zip(metric_names[task], result.metrics[task], strict=True))}
