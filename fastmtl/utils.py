@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,7 +18,14 @@ __all__ = ["count_improvement", "count_parameters", "get_root_dir", "set_device"
 
 
 def get_root_dir() -> str:
-    """Return the folder that holds the ``fastmtl`` package."""
+    """Return the project's folder: the one with the ``examples`` that the running script is in, else fastmtl's.
+
+    LibMTL's examples look there for files of theirs, such as ``examples/office/data_txt``.
+    """
+    script = getattr(sys.modules.get("__main__"), "__file__", None)
+    for folder in Path(script).resolve().parents if script else ():
+        if folder.name == "examples":
+            return str(folder.parent)
     return os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 

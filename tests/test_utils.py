@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,12 @@ def test_a_seed_fixes_all_three_generators() -> None:
 
 def test_root_holds_the_package() -> None:
     assert Path(get_root_dir(), "fastmtl", "__init__.py").samefile(fastmtl.__file__)
+
+
+def test_root_of_a_script_among_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "examples" / "office" / "main.py"
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(script), raising=False)
+    assert Path(get_root_dir()) == tmp_path.resolve()
 
 
 def test_set_device_chooses_what_is_visible(monkeypatch: pytest.MonkeyPatch) -> None:
