@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -147,7 +148,7 @@ class DepthLoss(AbsLoss):
     def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
         """Return the mean of ``|pred - gt|`` over the pixels with a depth."""
         valid = gt.sum(1, keepdim=True) != 0
-        return ((pred - gt).abs() * valid).sum() / valid.sum().clamp(min=1)
+        return torch.where(valid, (pred - gt).abs(), 0).sum() / valid.sum().clamp(min=1)
 
 
 class NormalLoss(AbsLoss):
@@ -161,4 +162,4 @@ class NormalLoss(AbsLoss):
         """Return the mean of ``1 - <pred, gt> / |pred|`` over the pixels with a normal."""
         valid = gt.sum(1) != 0
         cosine = (F.normalize(pred, dim=1) * gt).sum(1)
-        return ((1 - cosine) * valid).sum() / valid.sum().clamp(min=1)
+        return torch.where(valid, 1 - cosine, 0).sum() / valid.sum().clamp(min=1)

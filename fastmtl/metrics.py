@@ -236,7 +236,7 @@ class DepthMetric(_Sums):
     def update_fun(self, pred: Tensor, gt: Tensor) -> None:
         """Take in one batch."""
         valid = gt.sum(1, keepdim=True) != 0
-        error = ((pred - gt).abs() * valid).nan_to_num()
+        error = torch.where(valid, (pred - gt).abs(), 0)
         relative = error / torch.where(valid, gt, 1)
         self._add(torch.stack([_wide(error).sum(), _wide(relative).sum(), _wide(valid).sum()]))
 
@@ -265,9 +265,9 @@ class NormalMetric(_Sums):
         """Take in one batch; the true normals have unit length."""
         valid = (gt.sum(1) != 0).flatten()
         cosine = (F.normalize(pred, dim=1) * gt).sum(1).clamp(-1, 1).flatten()
-        degrees = torch.rad2deg(torch.acos(cosine))
+        degrees = torch.where(valid, torch.rad2deg(torch.acos(cosine)), 0)
         below = [_wide((degrees < limit) & valid).sum() for limit in self.LIMITS]
-        self._add(torch.stack([(_wide(degrees) * valid).sum(), *below, _wide(valid).sum()]))
+        self._add(torch.stack([_wide(degrees).sum(), *below, _wide(valid).sum()]))
         bins = (degrees * (self.BINS / 180)).long().clamp(0, self.BINS - 1)
         if self._histogram is None:
             self._histogram = bins.new_zeros(self.BINS)

@@ -17,6 +17,7 @@ from fastmtl.loss import AbsLoss, DepthLoss, NormalLoss, SegLoss
 from fastmtl.metrics import AbsMetric, DepthMetric, F1Metric, NormalMetric, SegMetric, TorchMetric
 from fastmtl.model._torchvision import import_torchvision
 from tests.host_reads import NoHostRead
+from tests.libmtl import checkout
 
 CLASSES = 5
 SIZE = (6, 7)
@@ -207,3 +208,31 @@ def test_former_names_are_answered_with_the_new_ones(module: Any, name: str, ans
         getattr(module, name)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = module.nothing
+
+
+@pytest.mark.libmtl
+@pytest.mark.parametrize("task", MAKERS)
+def test_classes_written_for_libmtl_work_and_agree(task: str) -> None:
+    source = (checkout() / "examples" / "nyu" / "utils.py").read_text().replace("from LibMTL", "from fastmtl")
+    names: dict[str, Any] = {}
+    exec(source, names)
+    word = {"segmentation": "Seg", "depth": "Depth", "normal": "Normal"}[task]
+    ours, theirs = _metric(task), names[f"{word}Metric"](*([CLASSES] if task == "segmentation" else []))
+    our_loss, their_loss = LOSSES[task](), names[f"{word}Loss"]()
+    for pred, gt in _batches(task):
+        torch.testing.assert_close(our_loss._update_loss(pred, gt), their_loss._update_loss(pred, gt))
+        ours.update_fun(pred, gt)
+        theirs.update_fun(pred, gt)
+    assert our_loss._average_loss() == pytest.approx(their_loss._average_loss(), rel=1e-6)
+    assert ours.score_fun() == pytest.approx([float(score) for score in theirs.score_fun()], rel=1e-5, abs=1e-4)
+
+
+@pytest.mark.parametrize("task", ["depth", "normal"])
+def test_a_wrong_prediction_is_not_hidden(task: str) -> None:
+    metric = _metric(task)
+    pred, gt = _batches(task)[0]
+    unknown = (gt == 0).all(1, keepdim=True)
+    metric.update_fun(pred.masked_fill(unknown, math.nan), gt)
+    assert math.isfinite(metric.score_fun()[0])
+    metric.update_fun(pred.masked_fill(~unknown, math.nan), gt)
+    assert math.isnan(metric.score_fun()[0])

@@ -10,9 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from fastmtl.data import load
+from fastmtl.data import DATASETS, load
 from fastmtl.data.office import DOMAINS, OfficeDataset
 from fastmtl.errors import UsageError
+from tests.libmtl import checkout
 
 ROWS = {"train": 4, "val": 2, "test": 3}
 
@@ -86,3 +87,15 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     listing.write_text("gone.jpg 1\n")
     with pytest.raises(UsageError, match=r"gone.jpg' cannot be read"):
         _ = OfficeDataset(tmp_path, listing)[0]
+
+
+@pytest.mark.libmtl
+@pytest.mark.parametrize("name", DOMAINS)
+def test_the_lists_of_libmtl_are_read(name: str) -> None:
+    lists = checkout() / "examples" / "office" / "data_txt" / name
+    for split, most in DATASETS[name].rows.items():
+        rows = [OfficeDataset(".", lists / f"{domain}_{split}.txt").rows for domain in DOMAINS[name]]
+        assert max(map(len, rows)) == most
+        classes = DATASETS[name].outputs[DOMAINS[name][0]]
+        assert {label for domain in rows for _, label in domain} <= set(range(classes))
+        assert all(path.startswith(f"{d}/") for d, own in zip(DOMAINS[name], rows, strict=True) for path, _ in own)
