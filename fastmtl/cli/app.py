@@ -117,12 +117,15 @@ def _eval(
     checkpoint: Annotated[str, typer.Option(help="best, last, or the path of a checkpoint.")] = "best",
     split: Annotated[str, typer.Option(help="test or val.")] = "test",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; the run's own if not given.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    baseline: Annotated[
+        Path | None, typer.Option(help="Run to give the improvement over, as one with STL.", metavar="RUN")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
     """Evaluate a checkpoint of a run."""
     from fastmtl.cli.evaluate import evaluate
 
-    evaluate(run, checkpoint=checkpoint, split=split, device=device, as_json=as_json)
+    evaluate(run, checkpoint=checkpoint, split=split, device=device, as_json=as_json, baseline=baseline)
 
 
 @app.command("doctor", cls=Command)

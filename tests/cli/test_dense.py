@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from fastmtl.cli import main
+from tests.data.test_office import make_office
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -58,3 +60,22 @@ def test_mtan_with_mgda_trains_on_rooms(rooms: Path, tmp_path: Path, capsys: pyt
     assert "2 test rows of rooms" in capsys.readouterr().out
     assert main(["eval", str(run), "--split", "val"]) == 2
     assert "split must be test for rooms: it has no val split" in capsys.readouterr().err
+
+
+def test_a_run_with_augmentation_goes_on_exactly(rooms: Path, tmp_path: Path) -> None:
+    line = f"train --dataset rooms --dataset-path {rooms} --weighting ew --encoder conv --aug --batch-size 2 --no-plot"
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main([*line.split(), "--device", "cpu", "--epochs", "2", "--run-dir", str(whole)]) == 0
+    assert main([*line.split(), "--device", "cpu", "--epochs", "1", "--run-dir", str(parts)]) == 0
+    assert main(["train", "--resume", str(parts), "--epochs", "2"]) == 0
+    first, second = (torch.load(run / "last.pt", weights_only=False)["model"] for run in (whole, parts))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_office_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_office(tmp_path / "office", "office-31")
+    line = f"train --dataset office-31 --dataset-path {tmp_path}/office --batch-size 2 --limit-batches 1 --no-plot"
+    assert main([*line.split(), "--weighting", "pcgrad", "--device", "cpu", "--run-dir", str(tmp_path / "run")]) == 0
+    shown = capsys.readouterr().out
+    assert "Multi_Input: True" in shown
+    assert "amazon_LOSS Acc | dslr_LOSS Acc | webcam_LOSS Acc" in shown
