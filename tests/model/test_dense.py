@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
-from fastmtl import model
+from fastmtl import Trainer, model
+from fastmtl.data.dense_sets import dense_task
+from fastmtl.data.nyuv2 import NYUv2
+from fastmtl.data.rooms import make_rooms
 from fastmtl.errors import UsageError
 from fastmtl.model import SegNet, SegNet_MTAN_decoder, SegNet_MTAN_encoder
 from tests.libmtl import load_file
@@ -85,6 +91,30 @@ def test_every_task_of_segnet_attends_with_parameters_of_its_own() -> None:
         assert all(param.grad is not None for param in masks[0].parameters())
         assert all(param.grad is None for param in masks[1].parameters())
     assert all(param.grad is not None for name, param in encoder.named_parameters() if "_att." not in name)
+
+
+@pytest.mark.parametrize("weighting", ["EW", "MGDA"])
+def test_segnet_with_attention_trains(weighting: str, tmp_path: Path) -> None:
+    make_rooms(tmp_path, train=4, test=2, size=(32, 40))
+    outputs = {"segmentation": 13, "depth": 1, "normal": 3}
+    trainer = Trainer(
+        {task: dense_task(task) for task in outputs},
+        weighting,
+        "HPS",
+        lambda: SegNet_MTAN_encoder(3, CHANNELS),
+        nn.ModuleDict({task: SegNet_MTAN_decoder(task, inputs=CHANNELS[0]) for task in outputs}),
+        rep_grad=False,
+        multi_input=False,
+        optim_param={"optim": "sgd", "lr": 1e-3},
+        scheduler_param=None,
+        device="cpu",
+    )
+    # A bias in front of a batch norm has no effect, and no gradient.
+    params = [param for param in trainer.model.parameters() if param.dim() > 1]
+    before = [param.clone() for param in params]
+    loaders = (DataLoader(NYUv2(tmp_path, split), batch_size=2) for split in ("train", "test"))
+    trainer.train(*loaders, epochs=1)
+    assert not any(torch.equal(old, new) for old, new in zip(before, params, strict=True))
 
 
 def test_arguments_of_segnet_are_checked() -> None:
