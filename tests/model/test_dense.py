@@ -93,7 +93,7 @@ def test_every_task_of_segnet_attends_with_parameters_of_its_own() -> None:
     assert all(param.grad is not None for name, param in encoder.named_parameters() if "_att." not in name)
 
 
-@pytest.mark.parametrize("weighting", ["EW", "MGDA"])
+@pytest.mark.parametrize("weighting", ["EW", "PCGrad"])
 def test_segnet_with_attention_trains(weighting: str, tmp_path: Path) -> None:
     make_rooms(tmp_path, train=4, test=2, size=(32, 40))
     outputs = {"segmentation": 13, "depth": 1, "normal": 3}
