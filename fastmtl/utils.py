@@ -1,4 +1,4 @@
-"""Seeds, devices, parameter counts and the improvement over a baseline."""
+"""Seeds, devices, parameters and the improvement over a baseline."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import random
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastmtl.errors import UsageError
 
-__all__ = ["count_improvement", "count_parameters", "get_root_dir", "set_device", "set_random_seed"]
+__all__ = ["count_improvement", "count_parameters", "get_root_dir", "set_device", "set_param", "set_random_seed"]
 
 
 def get_root_dir() -> str:
@@ -60,6 +61,34 @@ def count_parameters(model: nn.Module) -> None:
     print("Total Params:", trainable + frozen)
     print("Trainable Params:", trainable)
     print("Non-trainable Params:", frozen)
+
+
+def set_param(curr_mod: nn.Module, name: str, param: Tensor | None = None, mode: str = "update") -> Any:
+    """Replace a parameter by its dotted name, also by a tensor that is none, or return it.
+
+    Args:
+        curr_mod: The network.
+        name: As ``named_parameters`` gives it.
+        param: What takes its place, for ``"update"``.
+        mode: ``"update"`` or ``"get"``.
+
+    Raises:
+        UsageError: There is no such parameter, or no such mode.
+    """
+    if mode not in ("update", "get"):
+        raise UsageError(f"mode must be update or get, got {mode!r}.")
+    path, _, last = name.rpartition(".")
+    try:
+        owner = curr_mod.get_submodule(path)
+        found = getattr(owner, last)
+    except AttributeError:
+        raise UsageError(f"{type(curr_mod).__name__} has no parameter {name!r}.") from None
+    if mode == "get":
+        return found
+    # A module refuses to let a plain tensor take the place of a parameter.
+    delattr(owner, last)
+    setattr(owner, last, param)
+    return None
 
 
 def count_improvement(

@@ -90,8 +90,11 @@ def _claim(folder: Path, size: tuple[int, int], seed: int) -> None:
         return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{str(folder)!r} is not empty and holds no rooms: give another path.")
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(about) + "\n", encoding="utf-8")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(about) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"Rooms cannot be written to {str(folder)!r} ({error}): give another path.") from error
 
 
 def _save(path: Path, view: View, kind: str) -> None:

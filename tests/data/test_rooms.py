@@ -135,6 +135,8 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is not empty and holds no rooms"):
         make_rooms(tmp_path / "mine", train=1, test=1, size=SIZE)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["letter"]
+    with pytest.raises(UsageError, match=r"cannot be written to .*give another path"):
+        make_rooms(tmp_path / "mine" / "letter" / "rooms", train=1, test=1, size=SIZE)
 
 
 def test_the_cache_is_where_it_is_asked_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
