@@ -9,18 +9,10 @@ import torch
 from torch import nn
 
 from fastmtl.errors import BackendError, UsageError
-from fastmtl.loss import AbsLoss
+from fastmtl.trainer.task_parts import check_metric
 from fastmtl.weighting import AbsWeighting
 
-__all__ = [
-    "as_loss",
-    "check_metric",
-    "check_momentum",
-    "check_sampling",
-    "check_tasks",
-    "find_device",
-    "solve_interval",
-]
+__all__ = ["check_momentum", "check_sampling", "check_tasks", "find_device", "solve_interval"]
 
 
 def find_device(device: str | torch.device | None) -> torch.device:
@@ -82,40 +74,6 @@ def check_tasks(task_dict: dict[str, dict[str, Any]], decoders: Mapping[str, nn.
         if task not in decoders:
             raise UsageError(f"decoders has no module for the task {task!r}.")
     return list(task_dict)
-
-
-def as_loss(task: str, given: Any) -> AbsLoss:
-    """Return the loss of a task; a list of one, as LibMTL's first versions asked for, stands for the one.
-
-    Raises:
-        UsageError: No loss, or several.
-    """
-    if isinstance(given, list | tuple) and len(given) == 1:
-        given = given[0]
-    if not hasattr(given, "compute_loss") or isinstance(given, type):
-        raise UsageError(
-            f"task_dict[{task!r}]['loss_fn'] must be an object of a class derived from fastmtl.loss.AbsLoss, as "
-            f"CELoss(), got {given!r}."
-        )
-    return given
-
-
-def check_metric(task: str, given: Any) -> None:
-    """Refuse what is not a metric.
-
-    Raises:
-        UsageError: Also for a list of two functions, which LibMTL's first versions asked for.
-    """
-    if isinstance(given, list | tuple):
-        raise UsageError(
-            f"task_dict[{task!r}]['metrics_fn'] is a list: its functions are now update_fun and score_fun of a class "
-            f"derived from fastmtl.metrics.AbsMetric, as AccMetric()."
-        )
-    if not hasattr(given, "update_fun") or isinstance(given, type):
-        raise UsageError(
-            f"task_dict[{task!r}]['metrics_fn'] must be an object of a class derived from fastmtl.metrics.AbsMetric, "
-            f"as AccMetric(), got {given!r}."
-        )
 
 
 def solve_interval(model: Any, weighting: str, hyper: Mapping[str, Any], given: int) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastmtl.loss import AbsLoss
 from fastmtl.metrics import AbsMetric
-from fastmtl.trainer.checks import as_loss
+from fastmtl.trainer.task_parts import as_loss
 from fastmtl.utils import count_improvement
 
 __all__ = ["PerformanceMeter"]
