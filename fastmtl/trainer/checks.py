@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from fastmtl.errors import BackendError, UsageError
-from fastmtl.trainer.task_parts import check_metric
 from fastmtl.weighting import AbsWeighting
 
 __all__ = ["check_momentum", "check_sampling", "check_tasks", "find_device", "solve_interval"]
@@ -70,7 +69,6 @@ def check_tasks(task_dict: dict[str, dict[str, Any]], decoders: Mapping[str, nn.
                 f"task_dict[{task!r}] needs one weight per metric, got {len(info['metrics'])} metrics and "
                 f"{len(info['weight'])} weights."
             )
-        check_metric(task, info["metrics_fn"])
         if task not in decoders:
             raise UsageError(f"decoders has no module for the task {task!r}.")
     return list(task_dict)

@@ -6,8 +6,9 @@ from typing import Any
 
 from fastmtl.errors import UsageError
 from fastmtl.loss import AbsLoss
+from fastmtl.metrics import AbsMetric
 
-__all__ = ["as_loss", "check_metric"]
+__all__ = ["as_loss", "as_metric"]
 
 
 def as_loss(task: str, given: Any) -> AbsLoss:
@@ -26,11 +27,11 @@ def as_loss(task: str, given: Any) -> AbsLoss:
     return given
 
 
-def check_metric(task: str, given: Any) -> None:
-    """Refuse what is not a metric.
+def as_metric(task: str, given: Any) -> AbsMetric:
+    """Return the metric of a task.
 
     Raises:
-        UsageError: Also for a list of two functions, which LibMTL's first versions asked for.
+        UsageError: No metric; also for a list of two functions, which LibMTL's first versions asked for.
     """
     if isinstance(given, list | tuple):
         raise UsageError(
@@ -42,3 +43,4 @@ def check_metric(task: str, given: Any) -> None:
             f"task_dict[{task!r}]['metrics_fn'] must be an object of a class derived from fastmtl.metrics.AbsMetric, "
             f"as AccMetric(), got {given!r}."
         )
+    return given
