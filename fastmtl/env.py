@@ -35,6 +35,10 @@ VARIABLES: Mapping[str, Variable] = {
         options=("auto", "reference", "cpp", "triton", "cuda"),
         meaning="Backend of all ops; auto takes the fastest one there is, any other choice raises if it cannot be met.",
     ),
+    "FASTMTL_CACHE": Variable(
+        default="~/.cache/fastmtl",
+        meaning="Folder for data sets that fastmtl makes, such as rooms.",
+    ),
     "FASTMTL_TRACEBACK": Variable(
         default="0",
         options=("0", "1"),
@@ -49,13 +53,16 @@ VARIABLES: Mapping[str, Variable] = {
 
 
 def read(name: str) -> str:
-    """Return the value of a variable of the table, in lower case.
+    """Return the value of a variable of the table, in lower case if it has options.
 
     Raises:
         UsageError: The value is not among the options.
     """
     variable = VARIABLES[name]
-    value = os.environ.get(name, "").strip().lower() or variable.default
-    if variable.options and value not in variable.options:
+    value = os.environ.get(name, "").strip() or variable.default
+    if not variable.options:
+        return value
+    value = value.lower()
+    if value not in variable.options:
         raise UsageError(f"{name} must be one of {', '.join(variable.options)}, got {value!r}.")
     return value

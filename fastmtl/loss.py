@@ -11,13 +11,24 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastmtl.errors import UsageError
 from fastmtl.running import RunningMean
 
-__all__ = ["AbsLoss", "CELoss", "KLDivLoss", "L1Loss", "MSELoss"]
+__all__ = ["AbsLoss", "CELoss", "DepthLoss", "KLDivLoss", "L1Loss", "MSELoss", "NormalLoss", "SegLoss"]
+
+_FORMERLY = {"CE_loss_fn": "CELoss", "KL_loss_fn": "KLDivLoss", "L1_loss_fn": "L1Loss", "MSE_loss_fn": "MSELoss"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _FORMERLY:
+        raise UsageError(
+            f"{name} is now the class {_FORMERLY[name]}: write {{'loss_fn': {_FORMERLY[name]}()}} in place of [{name}]."
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class AbsLoss:
@@ -109,3 +120,46 @@ class MSELoss(AbsLoss):
     def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
         """Return the mean of ``(pred - gt)^2``."""
         return F.mse_loss(pred, gt)
+
+
+class SegLoss(AbsLoss):
+    """Cross-entropy of logits ``(batch, classes, h, w)`` and labels ``(batch, h, w)``, averaged over labelled pixels.
+
+    A batch without any labelled pixel gives 0.
+
+    Args:
+        ignore_index: Label of pixels that do not count. Labels may be floating point, as LibMTL's data sets hold them.
+    """
+
+    def __init__(self, ignore_index: int = -1) -> None:
+        super().__init__()
+        self.ignore_index = ignore_index
+
+    def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
+        """Return the mean cross-entropy of the labelled pixels."""
+        labels = gt.long()
+        total = F.cross_entropy(pred, labels, ignore_index=self.ignore_index, reduction="sum")
+        return total / (labels != self.ignore_index).sum().clamp(min=1)
+
+
+class DepthLoss(AbsLoss):
+    """Mean absolute error of depths ``(batch, 1, h, w)`` over the pixels whose true depth is not 0; 0 without any."""
+
+    def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
+        """Return the mean of ``|pred - gt|`` over the pixels with a depth."""
+        valid = gt.sum(1, keepdim=True) != 0
+        return torch.where(valid, (pred - gt).abs(), 0).sum() / valid.sum().clamp(min=1)
+
+
+class NormalLoss(AbsLoss):
+    """One minus the cosine of the angle to true unit normals ``(batch, 3, h, w)``, averaged; 0 without any normal.
+
+    Pixels whose true components sum to 0 do not count, as in LibMTL: that is how a missing normal is stored. The
+    prediction needs no unit length.
+    """
+
+    def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
+        """Return the mean of ``1 - <pred, gt> / |pred|`` over the pixels with a normal."""
+        valid = gt.sum(1) != 0
+        cosine = (F.normalize(pred, dim=1) * gt).sum(1)
+        return torch.where(valid, 1 - cosine, 0).sum() / valid.sum().clamp(min=1)

@@ -13,14 +13,42 @@ Example::
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastmtl.errors import UsageError
 from fastmtl.running import RunningMean
 
-__all__ = ["AbsMetric", "AccMetric", "L1Metric"]
+__all__ = [
+    "AbsMetric",
+    "AccMetric",
+    "DepthMetric",
+    "F1Metric",
+    "L1Metric",
+    "NormalMetric",
+    "SegMetric",
+    "TorchMetric",
+]
+
+_FORMERLY = {
+    "acc_update_fun": "AccMetric",
+    "acc_score_fun": "AccMetric",
+    "L1_update_fun": "L1Metric",
+    "L1_score_fun": "L1Metric",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _FORMERLY:
+        raise UsageError(
+            f"{name} is now a method of the class {_FORMERLY[name]}: write {{'metrics_fn': {_FORMERLY[name]}()}} in "
+            f"place of the list of two functions."
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class AbsMetric:
@@ -86,3 +114,214 @@ class L1Metric(_MeanMetric):
     def update_fun(self, pred: Tensor, gt: Tensor) -> None:
         """Take in the mean absolute error of one batch."""
         self._running.add((pred - gt).abs().mean(), pred.shape[0])
+
+
+class _Sums(AbsMetric):
+    """Keeps one vector of sums where the predictions are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sums: Tensor | None = None
+
+    def _add(self, sums: Tensor) -> None:
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def _read(self) -> Tensor:
+        """Return the sums on the CPU; waits for the device."""
+        if self._sums is None:
+            raise UsageError(f"{type(self).__name__} has no batch to score: is the data loader empty?")
+        return self._sums.cpu()
+
+    def reinit(self) -> None:
+        """Forget all batches."""
+        super().reinit()
+        self._sums = None
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.float() if values.device.type == "mps" else values.double()
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else math.nan
+
+
+class _Confusion(_Sums):
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        if num_classes < 2:
+            raise UsageError(f"num_classes must be at least 2, got {num_classes}.")
+        self.num_classes = num_classes
+
+    def update_fun(self, pred: Tensor, gt: Tensor) -> None:
+        """Count logits ``(batch, classes, ...)`` against labels ``(batch, ...)``; labels outside 0 .. C-1 are skipped.
+
+        Raises:
+            UsageError: ``pred`` does not have ``num_classes`` channels.
+        """
+        count = self.num_classes
+        if pred.shape[1] != count:
+            raise UsageError(
+                f"{type(self).__name__} is for {count} classes, so pred must be (batch, {count}, ...), "
+                f"got shape {tuple(pred.shape)}."
+            )
+        labels, chosen = gt.long().flatten(), pred.argmax(1).flatten()
+        known = (labels >= 0) & (labels < count)
+        # One bin more for what is skipped: selecting the known labels would wait for their number.
+        bins = torch.where(known, count * labels + chosen, count * count)
+        self._add(bins.new_zeros(count * count + 1).scatter_add_(0, bins, torch.ones_like(bins)))
+
+    def confusion(self) -> Tensor:
+        """Return how often class i (row) was taken for class j, ``(C, C)`` float64; waits for the device."""
+        return self._read()[:-1].reshape(self.num_classes, self.num_classes).double()
+
+
+class SegMetric(_Confusion):
+    """Mean intersection over union and pixel accuracy of a segmentation, ``[mIoU, pixAcc]``.
+
+    Classes that neither occur nor are predicted have no intersection over union and are left out of the mean; LibMTL's
+    is NaN then.
+
+    Args:
+        num_classes: The number C of classes; labels outside 0 .. C-1 are skipped.
+    """
+
+    def __init__(self, num_classes: int = 13) -> None:
+        super().__init__(num_classes)
+
+    def score_fun(self) -> list[float]:
+        """Return ``[mIoU, pixAcc]``, NaN without labelled pixels."""
+        counts = self.confusion()
+        right = counts.diagonal()
+        union = counts.sum(0) + counts.sum(1) - right
+        return [(right / union).nanmean().item(), _ratio(right.sum().item(), counts.sum().item())]
+
+
+class F1Metric(_Confusion):
+    """F1 score: the harmonic mean of precision and recall, ``2 TP / (2 TP + FP + FN)``.
+
+    Args:
+        num_classes: The number of classes; labels outside 0 .. C-1 are skipped.
+        average: ``"macro"``, the mean over classes that occur or are predicted; ``"micro"``, of all counts together;
+            ``"binary"``, of class 1 alone.
+
+    Raises:
+        UsageError: An unknown average, or ``"binary"`` with other than two classes.
+    """
+
+    def __init__(self, num_classes: int, average: str = "macro") -> None:
+        super().__init__(num_classes)
+        if average not in ("macro", "micro", "binary"):
+            raise UsageError(f"average must be macro, micro or binary, got {average!r}.")
+        if average == "binary" and num_classes != 2:
+            raise UsageError(f"average='binary' needs num_classes=2, got {num_classes}.")
+        self.average = average
+
+    def score_fun(self) -> list[float]:
+        """Return the score as a list of one, NaN without labels."""
+        counts = self.confusion()
+        right, both = counts.diagonal(), counts.sum(0) + counts.sum(1)
+        if self.average == "micro":
+            return [_ratio(2 * right.sum().item(), both.sum().item())]
+        scores = 2 * right / both
+        return [scores[1].nan_to_num().item() if self.average == "binary" else scores.nanmean().item()]
+
+
+class DepthMetric(_Sums):
+    """Absolute and relative error of depths ``(batch, 1, h, w)``, ``[abs_err, rel_err]``.
+
+    Means of ``|pred - gt|`` and ``|pred - gt| / gt`` over all pixels whose true depth is not 0.
+    """
+
+    def update_fun(self, pred: Tensor, gt: Tensor) -> None:
+        """Take in one batch."""
+        valid = gt.sum(1, keepdim=True) != 0
+        error = torch.where(valid, (pred - gt).abs(), 0)
+        relative = error / torch.where(valid, gt, 1)
+        self._add(torch.stack([_wide(error).sum(), _wide(relative).sum(), _wide(valid).sum()]))
+
+    def score_fun(self) -> list[float]:
+        """Return ``[abs_err, rel_err]``, NaN without a pixel of known depth."""
+        absolute, relative, count = self._read().tolist()
+        return [_ratio(absolute, count), _ratio(relative, count)]
+
+
+class NormalMetric(_Sums):
+    """Angle between predicted and true normals ``(batch, 3, h, w)``: mean and median in degrees, shares below a limit.
+
+    The scores are ``[mean, median, <11.25, <22.5, <30]`` over all pixels whose true components do not sum to 0 (a
+    missing normal). The median is that of angles counted in ``BINS`` steps of 180 degrees, exact to 1e-4 degrees,
+    so that a pass over a data set needs 8 MB and not all of its pixels.
+    """
+
+    BINS = 2**20
+    LIMITS = (11.25, 22.5, 30.0)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._histogram: Tensor | None = None
+
+    def update_fun(self, pred: Tensor, gt: Tensor) -> None:
+        """Take in one batch; the true normals have unit length."""
+        valid = (gt.sum(1) != 0).flatten()
+        cosine = (F.normalize(pred, dim=1) * gt).sum(1).clamp(-1, 1).flatten()
+        degrees = torch.where(valid, torch.rad2deg(torch.acos(cosine)), 0)
+        below = [_wide((degrees < limit) & valid).sum() for limit in self.LIMITS]
+        self._add(torch.stack([_wide(degrees).sum(), *below, _wide(valid).sum()]))
+        bins = (degrees * (self.BINS / 180)).long().clamp(0, self.BINS - 1)
+        if self._histogram is None:
+            self._histogram = bins.new_zeros(self.BINS)
+        self._histogram.scatter_add_(0, bins, valid.long())
+
+    def score_fun(self) -> list[float]:
+        """Return ``[mean, median, <11.25, <22.5, <30]``, NaN without a normal."""
+        total, *below, count = self._read().tolist()
+        return [_ratio(total, count), self._median(int(count)), *(_ratio(each, count) for each in below)]
+
+    def _median(self, count: int) -> float:
+        if count == 0 or self._histogram is None:
+            return math.nan
+        ranks = torch.tensor([(count + 1) // 2, count // 2 + 1])
+        middle = torch.searchsorted(self._histogram.cpu().cumsum(0), ranks)
+        return ((middle.double() + 0.5) * (180 / self.BINS)).mean().item()
+
+    def reinit(self) -> None:
+        """Forget all batches."""
+        super().reinit()
+        self._histogram = None
+
+
+class TorchMetric(AbsMetric):
+    """Any metric of torchmetrics as a metric of a task.
+
+    Most of them wait for a GPU in every update (they count with ``torch.bincount``), which the metrics of this module
+    do not.
+
+    Args:
+        *metrics: Metrics of torchmetrics, one per score of the task.
+
+    Example::
+
+        TorchMetric(torchmetrics.classification.BinaryAUROC())
+    """
+
+    def __init__(self, *metrics: Any) -> None:
+        super().__init__()
+        if not metrics:
+            raise UsageError("TorchMetric needs at least one metric of torchmetrics.")
+        self.metrics = metrics
+
+    def update_fun(self, pred: Tensor, gt: Tensor) -> None:
+        """Hand one batch to every metric."""
+        for metric in self.metrics:
+            metric.to(pred.device).update(pred, gt)
+
+    def score_fun(self) -> list[float]:
+        """Return one score per metric."""
+        return [float(metric.compute()) for metric in self.metrics]
+
+    def reinit(self) -> None:
+        """Forget all batches."""
+        super().reinit()
+        for metric in self.metrics:
+            metric.reset()

@@ -1,22 +1,32 @@
-"""Seeds, devices, parameter counts and the improvement over a baseline."""
+"""Seeds, devices, parameters and the improvement over a baseline."""
 
 from __future__ import annotations
 
 import os
 import random
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastmtl.errors import UsageError
 
-__all__ = ["count_improvement", "count_parameters", "get_root_dir", "set_device", "set_random_seed"]
+__all__ = ["count_improvement", "count_parameters", "get_root_dir", "set_device", "set_param", "set_random_seed"]
 
 
 def get_root_dir() -> str:
-    """Return the folder that holds the ``fastmtl`` package."""
+    """Return the project's folder: the one with the ``examples`` that the running script is in, else fastmtl's.
+
+    LibMTL's examples look there for files of theirs, such as ``examples/office/data_txt``.
+    """
+    script = getattr(sys.modules.get("__main__"), "__file__", None)
+    for folder in Path(script).resolve().parents if script else ():
+        if folder.name == "examples":
+            return str(folder.parent)
     return os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
@@ -51,6 +61,34 @@ def count_parameters(model: nn.Module) -> None:
     print("Total Params:", trainable + frozen)
     print("Trainable Params:", trainable)
     print("Non-trainable Params:", frozen)
+
+
+def set_param(curr_mod: nn.Module, name: str, param: Tensor | None = None, mode: str = "update") -> Any:
+    """Replace a parameter by its dotted name, also by a tensor that is none, or return it.
+
+    Args:
+        curr_mod: The network.
+        name: As ``named_parameters`` gives it.
+        param: What takes its place, for ``"update"``.
+        mode: ``"update"`` or ``"get"``.
+
+    Raises:
+        UsageError: There is no such parameter, or no such mode.
+    """
+    if mode not in ("update", "get"):
+        raise UsageError(f"mode must be update or get, got {mode!r}.")
+    path, _, last = name.rpartition(".")
+    try:
+        owner = curr_mod.get_submodule(path)
+        found = getattr(owner, last)
+    except AttributeError:
+        raise UsageError(f"{type(curr_mod).__name__} has no parameter {name!r}.") from None
+    if mode == "get":
+        return found
+    # A module refuses to let a plain tensor take the place of a parameter.
+    delattr(owner, last)
+    setattr(owner, last, param)
+    return None
 
 
 def count_improvement(

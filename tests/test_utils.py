@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import nn
 
 import fastmtl
 from fastmtl.errors import UsageError
-from fastmtl.utils import count_improvement, count_parameters, get_root_dir, set_device, set_random_seed
+from fastmtl.utils import count_improvement, count_parameters, get_root_dir, set_device, set_param, set_random_seed
 
 
 def _draw() -> tuple[float, float, float]:
@@ -31,6 +32,12 @@ def test_a_seed_fixes_all_three_generators() -> None:
 
 def test_root_holds_the_package() -> None:
     assert Path(get_root_dir(), "fastmtl", "__init__.py").samefile(fastmtl.__file__)
+
+
+def test_root_of_a_script_among_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "examples" / "office" / "main.py"
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(script), raising=False)
+    assert Path(get_root_dir()) == tmp_path.resolve()
 
 
 def test_set_device_chooses_what_is_visible(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,6 +62,23 @@ def test_parameters_are_counted_and_printed(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out == (
         "=" * 40 + "\nTotal Params: 26\nTrainable Params: 16\nNon-trainable Params: 10\n"
     )
+
+
+def test_a_parameter_is_replaced_by_its_name() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 1)))
+    weight = torch.ones(1, 2, requires_grad=True) * 3
+    set_param(model, "1.0.weight", weight)
+    assert set_param(model, "1.0.weight", mode="get") is weight
+    assert model(torch.ones(1, 2)).grad_fn is not None
+    assert [name for name, _ in model.named_parameters()] == ["0.weight", "0.bias", "1.0.bias"]
+    replaced = nn.Parameter(torch.zeros(2))
+    set_param(model, "0.bias", replaced)
+    assert dict(model.named_parameters())["0.bias"] is replaced
+    for name in ("2.bias", "0.scale"):
+        with pytest.raises(UsageError, match=f"Sequential has no parameter '{name}'"):
+            set_param(model, name, mode="get")
+    with pytest.raises(UsageError, match="mode must be update or get"):
+        set_param(model, "0.bias", mode="set")
 
 
 def test_improvement_of_the_documented_example() -> None:

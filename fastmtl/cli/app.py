@@ -41,7 +41,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-_data = typer.Typer(help="What data sets there are.", no_args_is_help=True)
+_data = typer.Typer(help="What data sets there are, and making some.", no_args_is_help=True)
 app.add_typer(_data, name="data")
 _bench = typer.Typer(help="Measure the operators, each behind a correctness gate.", no_args_is_help=True)
 app.add_typer(_bench, name="bench")
@@ -117,12 +117,15 @@ def _eval(
     checkpoint: Annotated[str, typer.Option(help="best, last, or the path of a checkpoint.")] = "best",
     split: Annotated[str, typer.Option(help="test or val.")] = "test",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; the run's own if not given.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    baseline: Annotated[
+        Path | None, typer.Option(help="Run to give the improvement over, as one with STL.", metavar="RUN")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
     """Evaluate a checkpoint of a run."""
     from fastmtl.cli.evaluate import evaluate
 
-    evaluate(run, checkpoint=checkpoint, split=split, device=device, as_json=as_json)
+    evaluate(run, checkpoint=checkpoint, split=split, device=device, as_json=as_json, baseline=baseline)
 
 
 @app.command("doctor", cls=Command)
@@ -139,6 +142,21 @@ def _data_list(as_json: Annotated[bool, typer.Option("--json", help="Print JSON 
     from fastmtl.cli.listing import list_data
 
     list_data(as_json=as_json)
+
+
+@_data.command("make", cls=Command)
+def _data_make(
+    name: Annotated[str, typer.Argument(help="Data set to make: rooms.", metavar="NAME")],
+    path: Annotated[Path | None, typer.Option(help="Folder to write to; fastmtl's cache if not given.")] = None,
+    train: Annotated[int | None, typer.Option(help="Scenes to train on.")] = None,
+    test: Annotated[int | None, typer.Option(help="Scenes to test on.")] = None,
+    size: Annotated[tuple[int, int] | None, typer.Option(help="Height and width in pixels.")] = None,
+    seed: Annotated[int, typer.Option(help="Draws the scenes.")] = 0,
+) -> None:
+    """Make a data set that is drawn by a program, in the folders LibMTL reads; a folder can be extended."""
+    from fastmtl.cli.listing import make_data
+
+    make_data(name, path, train=train, test=test, size=size, seed=seed)
 
 
 @_bench.command("kernels", cls=Command)

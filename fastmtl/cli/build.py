@@ -34,7 +34,9 @@ def load_data(config: TrainConfig) -> tuple[TrainConfig, DataBundle]:
         seed=config.seed,
         path=config.dataset_path,
         n_train=config.train_size,
+        augment=config.aug,
         encoder=config.encoder,
+        pretrained=config.pretrained,
         pin_memory=torch.cuda.is_available() and config.device != "cpu",
     )
     if config.multi_input not in (None, bundle.multi_input):
@@ -44,6 +46,8 @@ def load_data(config: TrainConfig) -> tuple[TrainConfig, DataBundle]:
         config,
         dataset=bundle.name,
         encoder=bundle.encoder,
+        batch_size=bundle.batch_size,
+        test_batch_size=bundle.test_batch_size,
         multi_input=bundle.multi_input,
         train_size=bundle.rows["train"],
     )

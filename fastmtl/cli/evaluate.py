@@ -5,21 +5,21 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from typing_extensions import override
 
 from fastmtl.cli.build import build_trainer, load_data
-from fastmtl.errors import CheckpointError
+from fastmtl.data import DataBundle
+from fastmtl.errors import CheckpointError, UsageError
 from fastmtl.names import resolve_name
 from fastmtl.trainer.checkpoint import read_checkpoint
-from fastmtl.trainer.config import read_config
+from fastmtl.trainer.config import TrainConfig, read_config
 from fastmtl.trainer.logger import Logger
 from fastmtl.trainer.run_directory import RunDirectory
+from fastmtl.utils import count_improvement
 
 __all__ = ["evaluate"]
 
@@ -38,7 +38,26 @@ class _Result(Logger):
         self.losses, self.metrics = dict(losses), {task: list(values) for task, values in metrics.items()}
 
 
-def evaluate(path: Path, *, checkpoint: str, split: str, device: str | None, as_json: bool) -> None:
+@dataclass(kw_only=True, slots=True)
+class _Scores:
+    """What a checkpoint scores, and what it is of."""
+
+    config: TrainConfig
+    bundle: DataBundle
+    weights: Path
+    losses: dict[str, float]
+    metrics: dict[str, list[float]]
+
+
+def evaluate(
+    path: Path,
+    *,
+    checkpoint: str,
+    split: str,
+    device: str | None,
+    as_json: bool,
+    baseline: Path | None = None,
+) -> None:
     """Run the command.
 
     Args:
@@ -46,13 +65,42 @@ def evaluate(path: Path, *, checkpoint: str, split: str, device: str | None, as_
         checkpoint: ``"best"``, ``"last"`` or the path of a checkpoint.
         split: ``"test"`` or ``"val"``.
         device: Where to evaluate; as the run was configured if None.
-        as_json: Print JSON instead of a table.
+        as_json: Print JSON instead of text.
+        baseline: Run directory whose ``best.pt`` is evaluated too, to give the improvement over it.
 
     Raises:
         FastmtlError: No such run, checkpoint or split, or the checkpoint does not fit the run's model.
     """
-    run = RunDirectory.open(path)
     split = resolve_name(split, {"test": "test", "val": "val"}, "split")
+    base = None if baseline is None else _score(baseline, "best", split, device)
+    scores = _score(path, checkpoint, split, device)
+    about = scores.bundle.task_dict
+    improvement = None
+    if base is not None:
+        if base.bundle.name != scores.bundle.name:
+            raise UsageError(
+                f"The baseline {baseline} is of {base.bundle.name}, which cannot be compared with {scores.bundle.name}."
+            )
+        improvement = count_improvement(base.metrics, scores.metrics, {task: about[task]["weight"] for task in about})
+    tasks = {
+        task: {"loss": scores.losses[task], **dict(zip(about[task]["metrics"], scores.metrics[task], strict=True))}
+        for task in about
+    }
+    if as_json:
+        facts = {"run": str(path), "checkpoint": str(scores.weights), "split": split, "tasks": tasks}
+        print(json.dumps(facts if improvement is None else {**facts, "improvement": improvement}))
+        return
+    config, bundle = scores.config, scores.bundle
+    rows = f"{bundle.rows[split]:,} {split} rows of {bundle.name}"
+    print(f"{config.arch} + {config.weighting} from {scores.weights}, {rows}")
+    for task, values in tasks.items():
+        print(f"  {task}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+    if base is not None and improvement is not None:
+        print(f"Improvement over {base.config.arch} + {base.config.weighting} from {base.weights}: {improvement:+.2%}")
+
+
+def _score(path: Path, checkpoint: str, split: str, device: str | None) -> _Scores:
+    run = RunDirectory.open(path)
     weights = {"best": run.best, "last": run.last}.get(checkpoint.lower(), Path(checkpoint))
     if not weights.is_file():
         raise CheckpointError(f"There is no checkpoint {weights}.")
@@ -63,6 +111,8 @@ def evaluate(path: Path, *, checkpoint: str, split: str, device: str | None, as_
         read_config(run.config).resolved(),
         load_path=None if whole else str(weights),
         compile=False,
+        # The checkpoint has the weights.
+        pretrained=False,
         limit_batches=None,
     )
     if device is not None:
@@ -71,19 +121,9 @@ def evaluate(path: Path, *, checkpoint: str, split: str, device: str | None, as_
     # The trainer prints its own line about what it loads and finds.
     with contextlib.redirect_stdout(io.StringIO()):
         config, bundle = load_data(config)
+        loaders = bundle.test if split == "test" else bundle.val
+        if loaders is None:
+            raise UsageError(f"split must be test for {bundle.name}: it has no {split} split.")
         trainer = build_trainer(config, bundle, resume=weights if whole else None, logger=result)
-        trainer.test(bundle.test if split == "test" else bundle.val, mode=split)
-    metric_names = {task: list(about["metrics"]) for task, about in bundle.task_dict.items()}
-    tasks = {
-        task: {"loss": result.losses[task], **dict(zip(metric_names[task], result.metrics[task], strict=True))}
-        for task in metric_names
-    }
-    if as_json:
-        print(json.dumps({"run": str(run.path), "checkpoint": str(weights), "split": split, "tasks": tasks}))
-        return
-    print(f"{config.arch} + {config.weighting} from {weights}, {bundle.rows[split]:,} {split} rows of {bundle.name}")
-    columns = list(dict.fromkeys(name for values in tasks.values() for name in values))
-    table = Table("task", *columns)
-    for task, values in tasks.items():
-        table.add_row(task, *(f"{values[name]:.4f}" if name in values else "" for name in columns))
-    Console().print(table)
+        trainer.test(loaders, mode=split)
+    return _Scores(config=config, bundle=bundle, weights=weights, losses=result.losses, metrics=result.metrics)

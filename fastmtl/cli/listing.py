@@ -1,4 +1,4 @@
-"""`fastmtl data list`, `fastmtl doctor` and `fastmtl bench`: what there is, and how fast."""
+"""`fastmtl data`, `fastmtl doctor` and `fastmtl bench`: what there is, and how fast."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["bench_kernels", "bench_solvers", "doctor", "list_benches", "list_data"]
+__all__ = ["bench_kernels", "bench_solvers", "doctor", "list_benches", "list_data", "make_data"]
 
 
 def list_data(*, as_json: bool) -> None:
@@ -30,6 +30,39 @@ def list_data(*, as_json: bool) -> None:
                 table.add_row(name, value)
         console.print(table)
         console.print()
+
+
+def make_data(
+    name: str, path: Path | None, *, train: int | None, test: int | None, size: tuple[int, int] | None, seed: int
+) -> None:
+    """Make a data set in a folder.
+
+    Raises:
+        UsageError: It is none that can be made, a number is out of range, or the folder holds something else.
+    """
+    from rich.progress import Progress
+
+    from fastmtl.data.dense_sets import ROWS
+    from fastmtl.data.rooms import SIZE, default_folder, make_rooms
+    from fastmtl.names import resolve_name
+
+    resolve_name(name, {"rooms": "rooms"}, "data set to make")
+    size = size or SIZE
+    folder = default_folder(size, seed) if path is None else path
+    counts = {"train": ROWS["train"] if train is None else train, "test": ROWS["test"] if test is None else test}
+    with Progress() as bar:
+        task = bar.add_task("rooms")
+        made = make_rooms(
+            folder,
+            **counts,
+            size=size,
+            seed=seed,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    print(
+        f"rooms: {counts['train']} + {counts['test']} scenes of {size[0]} x {size[1]} in {folder}, {made} of them new"
+    )
+    print(f"Train on them: fastmtl train --dataset rooms --dataset-path {folder} --arch mtan --weighting mgda")
 
 
 def doctor(*, as_json: bool) -> None:

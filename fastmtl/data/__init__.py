@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from fastmtl.data import multimnist_sets as _multimnist_sets  # noqa: F401  registers its data sets
+# Each registers its data sets, which are listed in this order.
+from fastmtl.data import multimnist_sets as _multimnist_sets  # noqa: F401
+
+# isort: split
+from fastmtl.data import dense_sets as _dense_sets  # noqa: F401
+from fastmtl.data import office_sets as _office_sets  # noqa: F401
 from fastmtl.data.registry import DATASETS, ENCODERS, DataBundle, DatasetInfo, describe_all, load
 
 __all__ = ["DATASETS", "ENCODERS", "DataBundle", "DatasetInfo", "describe_all", "load"]

@@ -13,18 +13,20 @@ from fastmtl.data.tensors import GreyImages, batch_loader
 from fastmtl.loss import CELoss
 from fastmtl.metrics import AccMetric
 
-__all__ = ["ROWS"]
+__all__ = ["ROWS", "classification_head", "classification_task"]
 
 ROWS = {"train": 20_000, "val": 2_000, "test": 2_000}
 _CLASSES = 10
 _SHIFT = 2
 
 
-def _task(name: str) -> dict[str, Any]:
+def classification_task(name: str) -> dict[str, Any]:
+    """Return the entry of a task in ``task_dict``: cross-entropy and accuracy."""
     return {"metrics": ["Acc"], "metrics_fn": AccMetric(), "loss_fn": CELoss(), "weight": [1]}
 
 
-def _head(feature_dim: int, outputs: int) -> nn.Module:
+def classification_head(feature_dim: int, outputs: int) -> nn.Module:
+    """Return a decoder of feature maps: their mean, and a linear layer."""
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(feature_dim, outputs))
 
 
@@ -73,8 +75,8 @@ _COMMON: dict[str, Any] = {
     "outputs": dict.fromkeys(TASKS, _CLASSES),
     "rows": ROWS,
     "encoders": IMAGE_ENCODERS,
-    "make_task": _task,
-    "make_head": _head,
+    "make_task": classification_task,
+    "make_head": classification_head,
 }
 
 register(

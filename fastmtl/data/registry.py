@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,17 @@ Loaders = DataLoader[Any] | dict[str, DataLoader[Any]]
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class EncoderInfo:
-    """An encoder a data set may use: how to build it, and the number of channels it gives out."""
+    """An encoder a data set may use.
 
-    build: Callable[[], nn.Module]
+    Attributes:
+        build: Called with ``pretrained=True`` or without arguments.
+        feature_dim: Channels of what it gives out.
+        has_weights: There are pretrained weights of it.
+    """
+
+    build: Callable[..., nn.Module]
     feature_dim: int
+    has_weights: bool = False
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -63,12 +71,21 @@ class LoaderOptions:
 
 @dataclass(kw_only=True, slots=True)
 class Splits:
-    """The loaders of a data set and how many rows each split has (per task, for multi-input data)."""
+    """The loaders of a data set.
+
+    Attributes:
+        train: Loader, or one per task.
+        val: The same; None if there is no such split.
+        test: The same.
+        rows: Split to its number of rows; for multi-input data that of the task with the most.
+        image_size: Height and width of the images, where the decoders must know.
+    """
 
     train: Loaders
-    val: Loaders
+    val: Loaders | None
     test: Loaders
     rows: dict[str, int]
+    image_size: tuple[int, int] | None = None
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -86,7 +103,11 @@ class DatasetInfo:
         encoders: Names in ``ENCODERS`` that fit; the first is the default.
         load_splits: Makes the loaders.
         make_task: Makes the entry of one task in ``task_dict``, with metrics and losses of its own.
-        make_head: Makes a decoder from the encoder's channels and the number of outputs.
+        make_head: Makes a decoder from the encoder's channels and the number of outputs, and the ``size`` of the image
+            where the splits have one.
+        needs_path: The data must be given as a folder.
+        batch_size: Rows of a training batch by default.
+        test_batch_size: Rows of a batch of validation and test by default.
     """
 
     name: str
@@ -99,7 +120,10 @@ class DatasetInfo:
     encoders: tuple[str, ...]
     load_splits: Callable[[LoaderOptions], Splits]
     make_task: Callable[[str], dict[str, Any]]
-    make_head: Callable[[int, int], nn.Module]
+    make_head: Callable[..., nn.Module]
+    needs_path: bool = False
+    batch_size: int = 64
+    test_batch_size: int = 256
 
 
 @dataclass(kw_only=True, slots=True)
@@ -114,9 +138,11 @@ class DataBundle:
         multi_input: Each task has inputs of its own; the loaders are then dicts by task.
         task_dict: LibMTL's ``task_dict``: per task ``metrics``, ``metrics_fn``, ``loss_fn``, ``weight``.
         train: Batches of ``(inputs, {task: labels})``, or of ``(inputs, labels)`` per task if ``multi_input``.
-        val: As ``train``, in order.
+        val: As ``train``, in order; None if the data set has no such split.
         test: As ``train``, in order.
         rows: Split to its number of rows (per task, if ``multi_input``).
+        batch_size: Rows of a training batch.
+        test_batch_size: Rows of a batch of validation and test.
         encoder: Name of the encoder.
         encoder_class: Builds a new encoder at each call.
         feature_dim: Channels of the encoder's output.
@@ -130,27 +156,31 @@ class DataBundle:
     multi_input: bool
     task_dict: dict[str, dict[str, Any]]
     train: Loaders
-    val: Loaders
+    val: Loaders | None
     test: Loaders
     rows: dict[str, int]
+    batch_size: int
+    test_batch_size: int
     encoder: str
     encoder_class: Callable[[], nn.Module]
     feature_dim: int
     outputs: dict[str, int]
-    make_head: Callable[[int, int], nn.Module] = field(repr=False)
+    make_head: Callable[..., nn.Module] = field(repr=False)
 
     def decoders(self) -> nn.ModuleDict:
         """Return new decoders, one per task, for the encoder's output."""
         return nn.ModuleDict({task: self.make_head(self.feature_dim, units) for task, units in self.outputs.items()})
 
 
-def _resnet(name: str) -> Callable[[], nn.Module]:
-    def build() -> nn.Module:
+def _resnet(name: str, feature_dim: int) -> EncoderInfo:
+    def build(pretrained: bool = False) -> nn.Module:
         from fastmtl import model
 
-        return getattr(model, name)()
+        if name.endswith("-dilated"):
+            return model.resnet_dilated(name.removesuffix("-dilated"), pretrained=pretrained)
+        return getattr(model, name)(pretrained=pretrained)
 
-    return build
+    return EncoderInfo(build=build, feature_dim=feature_dim, has_weights=True)
 
 
 def _conv() -> nn.Module:
@@ -159,13 +189,22 @@ def _conv() -> nn.Module:
     return ConvEncoder(channels=3, stage_dims=(16, 32, 64))
 
 
+def _segnet() -> nn.Module:
+    from fastmtl.model import SegNet
+
+    return SegNet()
+
+
 ENCODERS: dict[str, EncoderInfo] = {
-    "resnet18": EncoderInfo(build=_resnet("resnet18"), feature_dim=512),
-    "resnet34": EncoderInfo(build=_resnet("resnet34"), feature_dim=512),
-    "resnet50": EncoderInfo(build=_resnet("resnet50"), feature_dim=2048),
+    "resnet18": _resnet("resnet18", 512),
+    "resnet34": _resnet("resnet34", 512),
+    "resnet50": _resnet("resnet50", 2048),
+    "resnet18-dilated": _resnet("resnet18-dilated", 512),
+    "resnet50-dilated": _resnet("resnet50-dilated", 2048),
     "conv": EncoderInfo(build=_conv, feature_dim=64),
+    "segnet": EncoderInfo(build=_segnet, feature_dim=64),
 }
-IMAGE_ENCODERS = tuple(ENCODERS)
+IMAGE_ENCODERS = ("resnet18", "resnet34", "resnet50", "conv")
 
 DATASETS: dict[str, DatasetInfo] = {}
 
@@ -178,8 +217,8 @@ def register(infos: Iterable[DatasetInfo]) -> None:
 def load(
     name: str,
     *,
-    batch_size: int,
-    test_batch_size: int = 256,
+    batch_size: int | None = None,
+    test_batch_size: int | None = None,
     seed: int = 0,
     path: str | Path | None = None,
     n_train: int | None = None,
@@ -187,13 +226,14 @@ def load(
     pin_memory: bool = False,
     augment: bool = False,
     encoder: str | None = None,
+    pretrained: bool = False,
 ) -> DataBundle:
     """Load a data set by name, in any case.
 
     Args:
         name: A name of ``DATASETS``.
-        batch_size: Rows of a training batch; a last incomplete one is dropped.
-        test_batch_size: Rows of a batch of validation and test.
+        batch_size: Rows of a training batch, the data set's own number if None; a last incomplete one is dropped.
+        test_batch_size: Rows of a batch of validation and test, the data set's own number if None.
         seed: Draws the order of the training rows; the rows are the same for every seed.
         path: A folder to read the data from, where the data set allows one.
         n_train: Number of training rows.
@@ -201,27 +241,33 @@ def load(
         pin_memory: Page-lock the batches, for copies to a GPU.
         augment: Change the training rows at random each time.
         encoder: A name of ``ENCODERS`` that fits the data set; its default if None.
+        pretrained: Let the encoder start from ImageNet's weights.
 
     Raises:
-        UsageError: An unknown name, a missing folder, or a number of rows that gives no batch.
+        UsageError: An unknown name, a missing folder, an encoder without weights, or a number of rows that gives no
+            batch.
     """
     info = resolve_name(name, DATASETS, "data set")
     chosen = resolve_name(encoder or info.encoders[0], {e: e for e in info.encoders}, f"encoder of {info.name}")
+    about = ENCODERS[chosen]
+    if pretrained and not about.has_weights:
+        raise UsageError(f"pretrained must be off for the encoder {chosen}: there are no weights of it.")
     folder = None if path is None else Path(path).expanduser()
+    if folder is None and info.needs_path:
+        raise UsageError(f"The data set {info.name} is not in the package: give its folder as dataset_path.")
     if folder is not None and not folder.is_dir():
         raise UsageError(f"The data folder {str(path)!r} does not exist.")
-    splits = info.load_splits(
-        LoaderOptions(
-            batch_size=batch_size,
-            test_batch_size=test_batch_size,
-            seed=seed,
-            path=folder,
-            n_train=n_train,
-            num_workers=num_workers,
-            pin_memory=pin_memory,
-            augment=augment,
-        )
+    options = LoaderOptions(
+        batch_size=info.batch_size if batch_size is None else batch_size,
+        test_batch_size=info.test_batch_size if test_batch_size is None else test_batch_size,
+        seed=seed,
+        path=folder,
+        n_train=n_train,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        augment=augment,
     )
+    splits = info.load_splits(options)
     return DataBundle(
         name=info.name,
         description=info.description,
@@ -233,11 +279,13 @@ def load(
         val=splits.val,
         test=splits.test,
         rows=splits.rows,
+        batch_size=options.batch_size,
+        test_batch_size=options.test_batch_size,
         encoder=chosen,
-        encoder_class=ENCODERS[chosen].build,
-        feature_dim=ENCODERS[chosen].feature_dim,
+        encoder_class=partial(about.build, pretrained=True) if pretrained else about.build,
+        feature_dim=about.feature_dim,
         outputs=dict(info.outputs),
-        make_head=info.make_head,
+        make_head=info.make_head if splits.image_size is None else partial(info.make_head, size=splits.image_size),
     )
 
 

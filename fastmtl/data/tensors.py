@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastmtl.errors import UsageError
 
-__all__ = ["GreyImages", "batch_loader"]
+__all__ = ["GreyImages", "batch_loader", "row_loader"]
 
 Labels = Tensor | dict[str, Tensor]
 
@@ -73,6 +73,13 @@ def _as_is(batch: Any) -> Any:
 
 
 def batch_loader(
+    dataset: Dataset[Any], batch_size: int, *, shuffle: bool = False, seed: int = 0, **options: Any
+) -> DataLoader[Any]:
+    """Return a loader over a data set whose ``__getitems__`` returns whole batches; as :func:`row_loader` otherwise."""
+    return row_loader(dataset, batch_size, shuffle=shuffle, seed=seed, collate_fn=_as_is, **options)
+
+
+def row_loader(
     dataset: Dataset[Any],
     batch_size: int,
     *,
@@ -80,8 +87,9 @@ def batch_loader(
     seed: int = 0,
     num_workers: int = 0,
     pin_memory: bool = False,
+    collate_fn: Callable[[Any], Any] | None = None,
 ) -> DataLoader[Any]:
-    """Return a loader over a data set whose ``__getitems__`` returns whole batches.
+    """Return a loader over a data set of rows, collated as torch does unless ``collate_fn`` says otherwise.
 
     With ``shuffle`` the order is drawn from ``seed`` and a last incomplete batch is dropped; without, all rows come in
     order.
@@ -97,7 +105,7 @@ def batch_loader(
         batch_size=batch_size,
         shuffle=shuffle,
         drop_last=shuffle,
-        collate_fn=_as_is,
+        collate_fn=collate_fn,
         generator=torch.Generator().manual_seed(seed),
         num_workers=num_workers,
         persistent_workers=num_workers > 0,

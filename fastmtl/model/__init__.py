@@ -1,13 +1,17 @@
-"""Encoders. The ResNets come from torchvision, which is imported when the first of them is asked for."""
+"""Encoders and decoders. What comes from torchvision imports it when it is first asked for."""
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from fastmtl.errors import UsageError
+from fastmtl.model.segnet import SegNet, SegNet_MTAN_decoder, SegNet_MTAN_encoder
 from fastmtl.model.stages import ConvEncoder, MLPEncoder, StagedEncoder
 
 if TYPE_CHECKING:
+    from fastmtl.model.deeplab import DeepLabHead
+    from fastmtl.model.dilated import resnet_dilated
     from fastmtl.model.resnet import (
         resnet18,
         resnet34,
@@ -22,13 +26,18 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ConvEncoder",
+    "DeepLabHead",
     "MLPEncoder",
+    "SegNet",
+    "SegNet_MTAN_decoder",
+    "SegNet_MTAN_encoder",
     "StagedEncoder",
     "resnet18",
     "resnet34",
     "resnet50",
     "resnet101",
     "resnet152",
+    "resnet_dilated",
     "resnext50_32x4d",
     "resnext101_32x8d",
     "wide_resnet50_2",
@@ -36,7 +45,13 @@ __all__ = [
 ]
 
 
+_ELSEWHERE = {"DeepLabHead": "deeplab", "resnet_dilated": "dilated"}
+_FORMERLY = {f"ResNet{depth}": f"resnet{depth}" for depth in (18, 34, 50, 101, 152)}
+
+
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        return getattr(importlib.import_module("fastmtl.model.resnet"), name)
+        return getattr(importlib.import_module(f"fastmtl.model.{_ELSEWHERE.get(name, 'resnet')}"), name)
+    if name in _FORMERLY:
+        raise UsageError(f"{name} is now called {_FORMERLY[name]}: from fastmtl.model import {_FORMERLY[name]}.")
     raise AttributeError(f"module 'fastmtl.model' has no attribute {name!r}")

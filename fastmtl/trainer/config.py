@@ -44,13 +44,17 @@ class TrainConfig:
     dataset: str = _setting("multimnist", "Data", "Data set; `fastmtl data list` names them.")
     dataset_path: str | None = _setting(None, "Data", "Folder of the data set, where it is not in the package.")
     train_size: int | None = _setting(None, "Data", "Training examples; the data set's own number if not given.")
-    batch_size: int = _setting(64, "Data", "Examples in a training batch (of each task, for multi-input data).")
-    test_batch_size: int = _setting(256, "Data", "Examples in a batch of evaluation.")
+    aug: bool = _setting(False, "Data", "Change the training examples at random, where the data set knows how.")
+    batch_size: int | None = _setting(
+        None, "Data", "Examples in a training batch (of each task, for multi-input data); 64 with MultiMNIST."
+    )
+    test_batch_size: int | None = _setting(None, "Data", "Examples in a batch of evaluation; 256 with MultiMNIST.")
     limit_batches: int | None = _setting(None, "Data", "Batches of each pass at most, for a quick try.")
 
     arch: str = _setting("HPS", "Model", "Architecture, in any case:")
     weighting: str = _setting("EW", "Model", "Weighting strategy, in any case:")
     encoder: str | None = _setting(None, "Model", "Encoder; the data set's own if not given.")
+    pretrained: bool = _setting(False, "Model", "Start from torchvision's ImageNet weights of the encoder.")
     rep_grad: bool = _setting(False, "Model", "Weight gradients of the representation, not of the shared parameters.")
     multi_input: bool | None = _setting(None, "Model", "Each task has its own inputs; the data set says so by itself.")
     load_path: str | None = _setting(

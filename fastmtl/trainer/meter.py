@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastmtl.loss import AbsLoss
 from fastmtl.metrics import AbsMetric
+from fastmtl.trainer.task_parts import as_loss, as_metric
 from fastmtl.utils import count_improvement
 
 __all__ = ["PerformanceMeter"]
@@ -34,8 +35,10 @@ class PerformanceMeter:
         self.task_dict = task_dict
         self.task_name = list(task_dict)
         self.weight: dict[str, list[int]] = {task: task_dict[task]["weight"] for task in self.task_name}
-        self.losses: dict[str, AbsLoss] = {task: task_dict[task]["loss_fn"] for task in self.task_name}
-        self.metrics: dict[str, AbsMetric] = {task: task_dict[task]["metrics_fn"] for task in self.task_name}
+        self.losses: dict[str, AbsLoss] = {task: as_loss(task, task_dict[task]["loss_fn"]) for task in self.task_name}
+        self.metrics: dict[str, AbsMetric] = {
+            task: as_metric(task, task_dict[task]["metrics_fn"]) for task in self.task_name
+        }
         self.base_result = base_result
         self.best_result: dict[str, Any] = {"improvement": -1e2, "epoch": 0, "result": 0}
         self.improvement: float | None = None

@@ -175,12 +175,29 @@ def test_eval_agrees_with_what_the_run_reported(tmp_path: Path, capsys: pytest.C
         assert values["Acc"] == pytest.approx(reported["metric"][task]["Acc"])
 
 
-def test_eval_prints_a_table(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_eval_prints_the_metrics(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", str(finished)]) == 0
     text = capsys.readouterr().out
     assert "HPS + MGDA" in text
-    assert "Acc" in text
+    assert text.count(", Acc 0.") == 2
     assert "Epoch" not in text
+
+
+def test_eval_gives_the_improvement_over_a_baseline(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "base"
+    assert _train(base, "--seed", "1") == 0
+    capsys.readouterr()
+    results = {}
+    for run in (base, finished):
+        assert main(["eval", str(run), "--json", *(["--baseline", str(base)] if run == finished else [])]) == 0
+        results[run] = json.loads(capsys.readouterr().out)
+    accuracy = {run: [values["Acc"] for values in result["tasks"].values()] for run, result in results.items()}
+    gains = [(new - old) / old for old, new in zip(accuracy[base], accuracy[finished], strict=True)]
+    assert results[finished]["improvement"] == pytest.approx(sum(gains) / 2)
+    assert main(["eval", str(finished), "--baseline", str(finished)]) == 0
+    assert f"Improvement over HPS + MGDA from {finished / 'best.pt'}: +0.00%" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -188,6 +205,7 @@ def test_eval_prints_a_table(finished: Path, capsys: pytest.CaptureFixture[str])
     [
         (["--checkpoint", "nowhere.pt"], "There is no checkpoint nowhere.pt"),
         (["--split", "tset"], "Did you mean 'test'?"),
+        (["--baseline", "nowhere"], "There is no run directory nowhere."),
     ],
 )
 def test_eval_errors(finished: Path, more: Sequence[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import nn
 
 from fastmtl import Trainer
 from fastmtl.errors import BackendError, CheckpointError, NonFiniteError, UsageError
+from fastmtl.loss import CELoss
+from fastmtl.metrics import AccMetric
 from fastmtl.trainer.logger import Logger, RunInfo, StepRecords
 from tests.trainer.toy import flat, loaders, make_trainer, task_dict
 
@@ -211,3 +214,27 @@ def test_checkpoint_of_another_model(tmp_path: Any) -> None:
     (tmp_path / "torn.pt").write_bytes((tmp_path / "best.pt").read_bytes()[:100])
     with pytest.raises(CheckpointError, match="is not a checkpoint that can be read"):
         make_trainer(load_path=str(tmp_path / "torn.pt"))
+
+
+def test_a_list_of_one_loss_is_that_loss() -> None:
+    tasks = task_dict()
+    tasks["task0"]["loss_fn"] = [tasks["task0"]["loss_fn"]]
+    trainer = make_trainer(task_dict=tasks)
+    trainer.train(loaders(), loaders(rows=8), 1)
+    assert math.isfinite(trainer.meter.loss_item[0])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("loss_fn", torch.nn.functional.cross_entropy, "derived from fastmtl.loss.AbsLoss"),
+        ("loss_fn", CELoss, "derived from fastmtl.loss.AbsLoss"),
+        ("metrics_fn", [len, len], "update_fun and score_fun"),
+        ("metrics_fn", AccMetric, "derived from fastmtl.metrics.AbsMetric"),
+    ],
+)
+def test_losses_and_metrics_of_other_kinds_are_refused(key: str, value: Any, message: str) -> None:
+    tasks = task_dict()
+    tasks["task0"][key] = value
+    with pytest.raises(UsageError, match=message):
+        make_trainer(task_dict=tasks)

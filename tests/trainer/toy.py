@@ -72,6 +72,7 @@ def loaders(
 def make_trainer(weighting: Any = "MGDA", architecture: Any = "HPS", count: int = 2, **options: Any) -> Trainer:
     torch.manual_seed(0)
     given = {
+        "task_dict": task_dict(count),
         "encoder_class": encoder,
         "decoders": nn.ModuleDict({f"task{t}": nn.Linear(8, 1 if t % 2 else 3) for t in range(count)}),
         "rep_grad": False,
@@ -81,7 +82,7 @@ def make_trainer(weighting: Any = "MGDA", architecture: Any = "HPS", count: int 
         "device": "cpu",
     }
     given.update(options)
-    return Trainer(task_dict(count), weighting, architecture, **given)
+    return Trainer(weighting=weighting, architecture=architecture, **given)
 
 
 def flat(params: Any) -> Tensor:

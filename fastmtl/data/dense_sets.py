@@ -1,0 +1,154 @@
+"""Data sets of segmentation, depth and surface normals: NYUv2 from a folder, and rendered rooms."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Subset
+
+from fastmtl.data.nyuv2 import TASKS, NYUv2
+from fastmtl.data.registry import DatasetInfo, LoaderOptions, Splits, register
+from fastmtl.data.rooms import SIZE, default_folder, make_rooms
+from fastmtl.data.rooms_scene import CLASSES
+from fastmtl.data.tensors import row_loader
+from fastmtl.errors import UsageError
+from fastmtl.loss import DepthLoss, NormalLoss, SegLoss
+from fastmtl.metrics import DepthMetric, NormalMetric, SegMetric
+
+__all__ = ["ROWS", "DenseHead", "dense_task"]
+
+ROWS = {"train": 256, "test": 64}
+_WIDTH = 128
+
+
+def dense_task(task: str) -> dict[str, Any]:
+    """Return the entry of a task of NYUv2 in ``task_dict``, as LibMTL's example has it."""
+    if task == "segmentation":
+        names, metric, loss, higher = ["mIoU", "pixAcc"], SegMetric(len(CLASSES)), SegLoss(), [1, 1]
+        return {"metrics": names, "metrics_fn": metric, "loss_fn": loss, "weight": higher}
+    if task == "depth":
+        return {
+            "metrics": ["abs_err", "rel_err"],
+            "metrics_fn": DepthMetric(),
+            "loss_fn": DepthLoss(),
+            "weight": [0, 0],
+        }
+    return {
+        "metrics": ["mean", "median", "<11.25", "<22.5", "<30"],
+        "metrics_fn": NormalMetric(),
+        "loss_fn": NormalLoss(),
+        "weight": [0, 0, 1, 1, 1],
+    }
+
+
+class DenseHead(nn.Module):
+    """A decoder whose map is brought to the size of the image.
+
+    Args:
+        head: From the encoder's features to ``(batch, outputs, h', w')``.
+        size: Height and width of the image.
+    """
+
+    def __init__(self, head: nn.Module, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.head = head
+        self.size = size
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return ``(batch, outputs, *size)``."""
+        return F.interpolate(self.head(features), self.size, mode="bilinear", align_corners=True)
+
+
+def _light_head(feature_dim: int, outputs: int, size: tuple[int, int]) -> nn.Module:
+    convs = nn.Sequential(
+        nn.Conv2d(feature_dim, _WIDTH, 3, padding=1, bias=False),
+        nn.BatchNorm2d(_WIDTH),
+        nn.ReLU(),
+        nn.Conv2d(_WIDTH, outputs, 1),
+    )
+    return DenseHead(convs, size)
+
+
+def _deeplab_head(feature_dim: int, outputs: int, size: tuple[int, int]) -> nn.Module:
+    from fastmtl.model import DeepLabHead
+
+    return DenseHead(DeepLabHead(feature_dim, outputs), size)
+
+
+def _splits(folder: Path, options: LoaderOptions, counts: dict[str, int | None]) -> Splits:
+    loaders, rows = {}, {}
+    for split, count in counts.items():
+        train = split == "train"
+        whole = NYUv2(folder, split, augmentation=options.augment and train)
+        if count is not None and count > len(whole):
+            raise UsageError(f"{str(folder)!r} has {len(whole)} rows to {split} on, fewer than the {count} asked for.")
+        rows[split] = count or len(whole)
+        loaders[split] = row_loader(
+            whole if count is None else Subset(whole, range(count)),
+            options.batch_size if train else options.test_batch_size,
+            shuffle=train,
+            seed=options.seed,
+            num_workers=options.num_workers,
+            pin_memory=options.pin_memory,
+        )
+        height, width = whole[0][0].shape[-2:]
+    # LibMTL tests on val and validates on nothing.
+    return Splits(train=loaders["train"], val=None, test=loaders["test"], rows=rows, image_size=(height, width))
+
+
+def _nyuv2(options: LoaderOptions) -> Splits:
+    assert options.path is not None
+    return _splits(options.path, options, {"train": options.n_train, "test": None})
+
+
+def _rooms(options: LoaderOptions) -> Splits:
+    if options.path is not None:
+        return _splits(options.path, options, {"train": options.n_train, "test": None})
+    folder, train = default_folder(), options.n_train or ROWS["train"]
+
+    def announce(done: int, count: int) -> None:
+        if done == 1:
+            print(f"rooms: rendering {count} scenes of {SIZE[0]} x {SIZE[1]} pixels into {folder}", flush=True)
+
+    make_rooms(folder, train=train, test=ROWS["test"], progress=announce)
+    return _splits(folder, options, {"train": train, "test": ROWS["test"]})
+
+
+_OUTPUTS = dict(zip(TASKS, (len(CLASSES), 1, 3), strict=True))
+_ENCODERS = ("resnet18", "resnet34", "resnet50", "resnet18-dilated", "resnet50-dilated", "conv", "segnet")
+_dense = partial(DatasetInfo, multi_input=False, outputs=_OUTPUTS, make_task=dense_task)
+
+register(
+    [
+        _dense(
+            name="rooms",
+            description="Rendered rooms: segmentation, depth and surface normals, all exact. Not photographs.",
+            source="rendered on first use, or with `fastmtl data make rooms`",
+            licence="as fastmtl's",
+            rows=ROWS,
+            encoders=_ENCODERS,
+            load_splits=_rooms,
+            make_head=_light_head,
+            batch_size=8,
+            test_batch_size=32,
+        ),
+        _dense(
+            name="nyuv2",
+            description="NYUv2: segmentation, depth and surface normals of photographed rooms, 288 x 384.",
+            source="a folder in the layout of LibMTL's example",
+            licence="as of the folder's data",
+            rows={"train": 795, "test": 654},
+            # LibMTL's example trains a dilated ResNet-50.
+            encoders=("resnet50-dilated", *(name for name in _ENCODERS if name != "resnet50-dilated")),
+            load_splits=_nyuv2,
+            make_head=_deeplab_head,
+            needs_path=True,
+            batch_size=8,
+            test_batch_size=8,
+        ),
+    ]
+)

@@ -1,0 +1,143 @@
+"""NYUv2 in the folders LibMTL reads: an image, and maps of segmentation, depth and surface normals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fastmtl.errors import UsageError
+
+__all__ = ["TASKS", "NYUv2", "RandomScaleCrop"]
+
+TASKS = ("segmentation", "depth", "normal")
+_KINDS = ("image", "label", "depth", "normal")
+
+
+class RandomScaleCrop:
+    """Cut out a part and enlarge it to the whole: the camera comes nearer, so depths are divided by the scale.
+
+    The source is the augmentation of PAD-Net (Xu et al., CVPR 2018), in the form LibMTL uses.
+
+    Args:
+        scale: Enlargements to choose from.
+    """
+
+    def __init__(self, scale: Sequence[float] = (1.0, 1.2, 1.5)) -> None:
+        self.scale = tuple(scale)
+
+    def __call__(
+        self, image: Tensor, label: Tensor, depth: Tensor, normal: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the four maps, of the sizes they had.
+
+        Args:
+            image: ``(3, h, w)``, interpolated linearly.
+            label: ``(h, w)`` floating point, from the nearest pixel.
+            depth: ``(1, h, w)``, from the nearest pixel.
+            normal: ``(3, h, w)``, interpolated linearly; not turned, and not brought back to unit length.
+        """
+        height, width = image.shape[-2:]
+        scale = self.scale[_below(len(self.scale))]
+        h, w = int(height / scale), int(width / scale)
+        top, left = _below(height - h + 1), _below(width - w + 1)
+
+        def enlarge(maps: Tensor, mode: str) -> Tensor:
+            part = maps[None, :, top : top + h, left : left + w]
+            corners = True if mode == "bilinear" else None
+            return F.interpolate(part, size=(height, width), mode=mode, align_corners=corners)[0]
+
+        return (
+            enlarge(image, "bilinear"),
+            enlarge(label[None], "nearest")[0],
+            enlarge(depth, "nearest") / scale,
+            enlarge(normal, "bilinear"),
+        )
+
+
+def _below(count: int) -> int:
+    return int(torch.randint(count, ()))
+
+
+def _flip(image: Tensor, label: Tensor, depth: Tensor, normal: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mirror left and right; in the mirror a normal's first component has the other sign."""
+    mirrored = normal.flip(-1) * torch.tensor([-1.0, 1.0, 1.0])[:, None, None]
+    return image.flip(-1), label.flip(-1), depth.flip(-1), mirrored
+
+
+class NYUv2(Dataset[tuple[Tensor, dict[str, Tensor]]]):
+    """Rows ``(image, {"segmentation", "depth", "normal"})``, all float32.
+
+    ``image`` is ``(3, h, w)``, ``segmentation`` ``(h, w)`` with -1 for pixels without label, ``depth`` ``(1, h, w)`` in
+    metres with 0 for unknown, ``normal`` ``(3, h, w)`` with zeros for unknown.
+
+    Args:
+        root: Folder with ``train`` and ``val``, each with ``image``, ``label``, ``depth`` and ``normal``, in which the
+            files are ``0.npy``, ``1.npy``, ...; of shape ``(h, w, channels)``, and ``(h, w)`` for ``label``.
+        mode: ``"train"``; anything else reads ``val``, as in LibMTL.
+        augmentation: Scale, cut and mirror each row at random.
+
+    Raises:
+        UsageError: A folder or a file is missing.
+    """
+
+    def __init__(self, root: str | Path, mode: str = "train", augmentation: bool = False) -> None:
+        self.folder = Path(root).expanduser() / ("train" if mode == "train" else "val")
+        self.augmentation = augmentation
+        self._scale_crop = RandomScaleCrop()
+        self._count = _count_rows(self.folder)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return one row.
+
+        Raises:
+            IndexError: There is no such row.
+            UsageError: A file cannot be read.
+        """
+        if not 0 <= index < self._count:
+            raise IndexError(index)
+        image, label, depth, normal = (self._read(kind, index) for kind in _KINDS)
+        if self.augmentation:
+            image, label, depth, normal = self._scale_crop(image, label, depth, normal)
+            if _below(2):
+                image, label, depth, normal = _flip(image, label, depth, normal)
+        return image, {"segmentation": label, "depth": depth, "normal": normal}
+
+    def _read(self, kind: str, index: int) -> Tensor:
+        path = self.folder / kind / f"{index}.npy"
+        try:
+            values: Any = np.load(path)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{str(path)!r} cannot be read ({error}).") from error
+        if kind != "label":
+            values = np.moveaxis(values, -1, 0)
+        return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
+
+
+def _count_rows(folder: Path) -> int:
+    for kind in _KINDS:
+        if not (folder / kind).is_dir():
+            raise UsageError(
+                f"{str(folder.parent)!r} must hold train and val, each with image, label, depth and normal, but has no "
+                f"{folder.name}/{kind}."
+            )
+    count = sum(path.suffix == ".npy" for path in (folder / "image").iterdir())
+    if count == 0:
+        raise UsageError(f"{str(folder / 'image')!r} holds no .npy files.")
+    for kind in _KINDS:
+        missing = next((i for i in range(count) if not (folder / kind / f"{i}.npy").is_file()), None)
+        if missing is not None:
+            raise UsageError(
+                f"{str(folder)!r} has {count} images, which must be 0.npy to {count - 1}.npy in every folder, but "
+                f"{kind}/{missing}.npy is missing."
+            )
+    return count

@@ -1,0 +1,74 @@
+"""Office-31 and Office-Home by name, in LibMTL's splits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch.utils.data import Subset
+
+from fastmtl.data.digits import SPLITS
+from fastmtl.data.multimnist_sets import classification_head, classification_task
+from fastmtl.data.office import DOMAINS, OfficeDataset
+from fastmtl.data.registry import DatasetInfo, LoaderOptions, Splits, register
+from fastmtl.data.tensors import row_loader
+from fastmtl.errors import UsageError
+
+__all__ = ["office_splits"]
+
+
+def office_splits(name: str) -> Callable[[LoaderOptions], Splits]:
+    """Return what loads an Office data set from ``<path>/data_txt/<name>/<domain>_<split>.txt`` and the images."""
+
+    def load_splits(options: LoaderOptions) -> Splits:
+        assert options.path is not None
+        if options.augment:
+            raise UsageError(f"aug must be off for {name}: there is no augmentation of it.")
+        loaders: dict[str, dict[str, Any]] = {split: {} for split in SPLITS}
+        rows = dict.fromkeys(SPLITS, 0)
+        for number, domain in enumerate(DOMAINS[name]):
+            for split in SPLITS:
+                train = split == "train"
+                listing = options.path / "data_txt" / name / f"{domain}_{split}.txt"
+                images: Any = OfficeDataset(options.path, listing)
+                if train and options.n_train is not None:
+                    images = Subset(images, range(min(options.n_train, len(images))))
+                loaders[split][domain] = row_loader(
+                    images,
+                    options.batch_size if train else options.test_batch_size,
+                    shuffle=train,
+                    seed=options.seed + number,
+                    num_workers=options.num_workers,
+                    pin_memory=options.pin_memory,
+                )
+                rows[split] = max(rows[split], len(images))
+        return Splits(train=loaders["train"], val=loaders["val"], test=loaders["test"], rows=rows)
+
+    return load_splits
+
+
+def _info(name: str, classes: int, rows: dict[str, int]) -> DatasetInfo:
+    return DatasetInfo(
+        name=name,
+        description=f"{classes} kinds of objects, each domain a task with images of its own (multi-input).",
+        source="a folder with the images, and LibMTL's lists of them in data_txt",
+        licence="as of the folder's data",
+        multi_input=True,
+        outputs=dict.fromkeys(DOMAINS[name], classes),
+        rows=rows,
+        encoders=("resnet18", "resnet34", "resnet50"),
+        load_splits=office_splits(name),
+        make_task=classification_task,
+        make_head=classification_head,
+        needs_path=True,
+        test_batch_size=64,
+    )
+
+
+# Rows of the largest domain.
+register(
+    [
+        _info("office-31", 31, {"train": 1680, "val": 552, "test": 585}),
+        _info("office-home", 65, {"train": 2635, "val": 860, "test": 944}),
+    ]
+)
