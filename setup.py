@@ -131,6 +131,7 @@ def get_build_parameters(torch: Torch | None, pybind11: str | None) -> list[Exte
                 "csrc/config.cpp",
                 "csrc/dual_cone.cpp",
                 "csrc/fairgrad.cpp",
+                "csrc/graddrop.cpp",
                 "csrc/gradvac.cpp",
                 "csrc/imtl.cpp",
                 "csrc/min_norm.cpp",

@@ -54,6 +54,7 @@ BENCHES = (
     "config",
     "dual_cone",
     "fairgrad",
+    "graddrop",
     "gradvac",
     "imtl",
     "min_norm",

@@ -13,6 +13,7 @@ from fastmtl.ops.combine import combine, combine_
 from fastmtl.ops.config import config
 from fastmtl.ops.dual_cone import dual_cone
 from fastmtl.ops.fairgrad import fairgrad
+from fastmtl.ops.graddrop import graddrop, graddrop_rows
 from fastmtl.ops.gradvac import gradvac
 from fastmtl.ops.gram import gram
 from fastmtl.ops.imtl import imtl
@@ -31,6 +32,8 @@ __all__ = [
     "config",
     "dual_cone",
     "fairgrad",
+    "graddrop",
+    "graddrop_rows",
     "gradvac",
     "gram",
     "implementation",
