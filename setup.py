@@ -130,6 +130,8 @@ def get_build_parameters(torch: Torch | None, pybind11: str | None) -> list[Exte
                 "csrc/cagrad.cpp",
                 "csrc/config.cpp",
                 "csrc/dual_cone.cpp",
+                "csrc/ema_gram.cpp",
+                "csrc/excess_risk.cpp",
                 "csrc/fairgrad.cpp",
                 "csrc/graddrop.cpp",
                 "csrc/gradvac.cpp",

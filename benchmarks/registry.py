@@ -53,6 +53,7 @@ BENCHES = (
     "cagrad",
     "config",
     "dual_cone",
+    "ema_gram",
     "fairgrad",
     "graddrop",
     "gradvac",

@@ -79,6 +79,8 @@ namespace {
 constexpr int64_t kMinSliceElements = 32768;
 constexpr int64_t kCacheFloats = 131072;
 constexpr int64_t kLineFeatures = 64;
+// Few enough that a chunk of some rows and what is summed beside it stay in the first-level cache.
+constexpr int64_t kRowsChunk = 512;
 
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
@@ -209,7 +211,7 @@ std::vector<Tensor> graddrop_rows(const TensorList& flat, int64_t num_rows, cons
     kept.push_back(twin_of(noise[k], parameter.strides, DType::f64));
     job.noises.back().given = static_cast<const double*>(kept.back().const_data_ptr());
   }
-  job.chunk = std::clamp<int64_t>(kCacheFloats / num_rows / 512 * 512, 512, 2048);
+  job.chunk = kRowsChunk;
   const std::vector<Slice> slices = cut(job.segments, kMinSliceElements / num_rows);
   run_parallel(static_cast<int64_t>(slices.size()),
                [&](int64_t s) { FASTMTL_DISPATCH(graddrop_rows_slice, job, slices[s]); });

@@ -3,10 +3,13 @@
 
 // Blocks of four random numbers drawn side by side.
 constexpr int64_t kDraws = 16;
+// Elements of a cache line.
+constexpr int64_t kLine = 16;
 
-// Writes 2 u - 1 for the numbers first .. first + length - 1; `first` is a multiple of 4.
-template <class Acc>
-inline void draw(const Noise& noise, int64_t first, int64_t length, Acc* __restrict centred) {
+// Writes 2 u - 1 for the numbers first .. first + length - 1; `first` is a multiple of 4. meanwhile(at) is called for
+// every 4 * kDraws numbers, for memory to work while the arithmetic does.
+template <class Acc, class Meanwhile>
+inline void draw(const Noise& noise, int64_t first, int64_t length, Acc* __restrict centred, Meanwhile meanwhile) {
   if (noise.given != nullptr) {
     for (int64_t i = 0; i < length; ++i) centred[i] = static_cast<Acc>(2 * noise.given[i] - 1);
     return;
@@ -14,6 +17,7 @@ inline void draw(const Noise& noise, int64_t first, int64_t length, Acc* __restr
   Acc numbers[4 * kDraws];
   for (int64_t at = 0; at < length; at += 4 * kDraws) {
     const int64_t block = (first + at) / 4;
+    meanwhile(at);
     for (int64_t i = 0; i < kDraws; ++i) {
       uint32_t words[4];
       philox_block(noise.seed, noise.offset, block + i, words);
@@ -81,14 +85,18 @@ void drop_features(const BatchJob& job, int64_t begin, int64_t length, Acc* memo
 
   std::fill_n(sum, 2 * length, Acc{0});
   std::fill_n(signed_sums, tasks * length, Acc{0});
-  for (int64_t t = 0; t < tasks; ++t) {
-    const Batch& rep = job.reps[job.shares() ? 0 : t];
-    for (int64_t b = 0; b < rep.size; ++b) {
-      add_signed(at(rep, b, scratch), at(job.grads[t], b, other), signed_sums + t * length, length);
+  for (size_t r = 0; r < job.reps.size(); ++r) {
+    const int64_t first = job.shares() ? 0 : static_cast<int64_t>(r);
+    const int64_t last = job.shares() ? tasks : first + 1;
+    for (int64_t b = 0; b < job.reps[r].size; ++b) {
+      const Acc* rep = at(job.reps[r], b, scratch);
+      for (int64_t t = first; t < last; ++t) {
+        add_signed(rep, at(job.grads[t], b, other), signed_sums + t * length, length);
+      }
     }
-    add_size(signed_sums + t * length, sum, size, length);
   }
-  draw(job.noise.at(begin), begin, length, sign);
+  for (int64_t t = 0; t < tasks; ++t) add_size(signed_sums + t * length, sum, size, length);
+  draw(job.noise.at(begin), begin, length, sign, [](int64_t) {});
   choose(sum, size, sign, length);
   const auto leak = static_cast<Acc>(job.leak);
   for (int64_t t = 0; t < tasks; ++t) {
@@ -146,10 +154,14 @@ void drop_elements(const RowsJob& job, int64_t k, int64_t begin, int64_t length,
     const Row& row = job.rows.row(t, k);
     if (row.tensor == nullptr) continue;
     rows[count] = as(row.data, row.dtype, begin, length, scratch + (count + 1) * length);
-    leaks[count] = static_cast<Acc>(job.leaks[t]);
-    add_size(rows[count++], sum, size, length);
+    leaks[count++] = static_cast<Acc>(job.leaks[t]);
   }
-  draw(job.noises[k].at(begin), job.firsts[k] + begin, length, sign);
+  draw(job.noises[k].at(begin), job.firsts[k] + begin, length, sign, [&](int64_t at) {
+    for (int64_t r = 0; r < count; ++r) {
+      for (int64_t i = 0; i < 4 * kDraws; i += kLine) __builtin_prefetch(rows[r] + length + at + i, 0, 2);
+    }
+  });
+  for (int64_t r = 0; r < count; ++r) add_size(rows[r], sum, size, length);
   choose(sum, size, sign, length);
   const Target& target = job.targets[k];
   const bool direct = target.dtype == (std::is_same_v<Acc, double> ? DType::f64 : DType::f32);

@@ -67,33 +67,26 @@ def _rows(tasks: int, device: torch.device) -> Case:
     rows = rows_of(shapes, tasks, device, torch.float32)
     jacobian = torch.stack([torch.cat([t.flatten() for t in row]) for row in rows])
     random, leak = torch.tensor([1, 0], device=device), torch.zeros(tasks, device=device)
-    # The numbers of the kernel itself, by its reference.
-    flat = [t for row in rows for t in row]
-    want = torch.cat(
-        [t.flatten() for t in ops.implementation("graddrop_rows", "reference")(flat, tasks, leak, random, [])]
-    )
-    noise = torch.rand(jacobian.shape[1:], device=device)
-    signed = jacobian.double()
-    # Where a rounding could turn the choice, one sign's share is what the other's would be.
-    choices = torch.stack([signed.clamp(min=0).sum(0), signed.clamp(max=0).sum(0)])
+    wide = jacobian.double()
+    signs = torch.stack([wide.clamp(min=0).sum(0), wide.clamp(max=0).sum(0)])
+    mean = (signs * signs.abs()).sum(0) / signs.abs().sum(0)
+    del wide
 
     def error(got: Sequence[Tensor] | Tensor) -> float:
+        """Return the share of elements that are not the sum of one sign, or how far off they are on average."""
         found = (got if isinstance(got, Tensor) else torch.cat([t.flatten() for t in got])).double()
-        off = (found - want).abs() > 1e-5
-        legal = ((found - choices).abs().min(0).values <= 1e-5).all()
-        return float(off.double().mean()) if legal else 1.0
+        strange = ((found - signs).abs().min(0).values > 1e-5).double().mean()
+        return float(torch.maximum(strange, (found - mean).mean().abs()))
 
     def torch_ops() -> Tensor:
-        return (jacobian * _plain(jacobian, noise)).sum(0)
+        return (jacobian * _plain(jacobian, torch.rand_like(jacobian[0]))).sum(0)
 
-    del signed
     return Case(
         name=f"ResNet-18 rows, T={tasks}",
         dtype="float32",
         variants={
-            "fastmtl": Variant(call=lambda: ops.graddrop_rows(rows, leak, random), allowed=1e-5),
-            # It draws other numbers, so what can be checked is that each element is the sum of one sign.
-            "torch ops": Variant(call=torch_ops, allowed=0.9),
+            "fastmtl": Variant(call=lambda: ops.graddrop_rows(rows, leak, random), allowed=2e-3),
+            "torch ops": Variant(call=torch_ops, allowed=2e-3),
         },
         error=error,
         bytes_read=size_of(shapes) * tasks * 4,

@@ -12,6 +12,8 @@ from fastmtl.ops.cagrad import cagrad, cagrad_update
 from fastmtl.ops.combine import combine, combine_
 from fastmtl.ops.config import config
 from fastmtl.ops.dual_cone import dual_cone
+from fastmtl.ops.ema_gram import ema_gram_
+from fastmtl.ops.excess_risk import excess_risk_
 from fastmtl.ops.fairgrad import fairgrad
 from fastmtl.ops.graddrop import graddrop, graddrop_rows
 from fastmtl.ops.gradvac import gradvac
@@ -31,6 +33,8 @@ __all__ = [
     "combine_",
     "config",
     "dual_cone",
+    "ema_gram_",
+    "excess_risk_",
     "fairgrad",
     "graddrop",
     "graddrop_rows",
