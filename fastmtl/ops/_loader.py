@@ -61,10 +61,12 @@ def _build_reason(extension: str) -> str:
 def _find(op: str, backend: str) -> Callable[..., Any] | str:
     """Return one backend's kernel of an op, or why there is none."""
     if backend == "triton":
+        # An op in place and an op on rows live with the op whose name they extend.
+        module = f"fastmtl.kernels.{op.removesuffix('_').removesuffix('_rows')}"
         try:
-            return getattr(importlib.import_module(f"fastmtl.kernels.{op}"), op)
+            return getattr(importlib.import_module(module), op, f"{op} has no Triton kernel")
         except ModuleNotFoundError as error:
-            if error.name == f"fastmtl.kernels.{op}":
+            if error.name == module:
                 return f"{op} has no Triton kernel"
             return f"Triton cannot be imported ({error}; pip install triton)"
     library = _library(backend)

@@ -13,7 +13,15 @@ from fastmtl.ops._registry import declare
 from fastmtl.ops._rows import FLOAT_TYPES, Rows, check_rows, columns, device_of, flatten, shared_strides
 from fastmtl.ops._square import weight_dtype
 
-__all__ = ["graddrop", "graddrop_rows"]
+__all__ = [
+    "check_graddrop",
+    "check_graddrop_rows",
+    "empty_results",
+    "empty_row_results",
+    "feature_strides",
+    "graddrop",
+    "graddrop_rows",
+]
 
 
 def _check_random(random: Tensor, device: torch.device) -> None:
@@ -24,7 +32,7 @@ def _check_random(random: Tensor, device: torch.device) -> None:
         )
 
 
-def _check(reps: Sequence[Tensor], grads: Sequence[Tensor], random: Tensor, noise: Tensor | None) -> None:
+def check_graddrop(reps: Sequence[Tensor], grads: Sequence[Tensor], random: Tensor, noise: Tensor | None) -> None:
     if not grads or len(reps) not in (1, len(grads)):
         raise UsageError(f"reps must hold one tensor or one for each of the {len(grads)} grads, got {len(reps)}.")
     device = grads[0].device
@@ -54,7 +62,7 @@ def _check(reps: Sequence[Tensor], grads: Sequence[Tensor], random: Tensor, nois
         )
 
 
-def _feature_strides(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+def feature_strides(tensors: Sequence[Tensor]) -> tuple[int, ...]:
     """Return the strides of the features behind the batch: the dense ones all tensors share, or contiguous ones."""
     shape = tensors[0].shape[1:]
     features = [torch.empty_strided(shape, t.stride()[1:], device="meta") for t in tensors]
@@ -63,9 +71,9 @@ def _feature_strides(tensors: Sequence[Tensor]) -> tuple[int, ...]:
     return torch.empty(shape, device="meta").stride()
 
 
-def _results(reps: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
+def empty_results(reps: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
     """Return empty results, one for each representation."""
-    strides = _feature_strides([*reps, *grads])
+    strides = feature_strides([*reps, *grads])
     outer = max(grads[0].shape[1:].numel(), 1)
     results = []
     for r, rep in enumerate(reps):
@@ -90,28 +98,28 @@ def _kept(signed: Tensor, noise: Tensor) -> Tensor:
 def _reference(
     reps: list[Tensor], grads: list[Tensor], leak: float, random: Tensor, noise: Tensor | None = None
 ) -> list[Tensor]:
-    _check(reps, grads, random, noise)
+    check_graddrop(reps, grads, random, noise)
     dtype = weight_dtype(grads[0].device)
     shape = grads[0].shape[1:]
     if noise is None:
-        noise = _in_memory_order(uniform(random, 0, shape.numel()), shape, _feature_strides([*reps, *grads]))
+        noise = _in_memory_order(uniform(random, 0, shape.numel()), shape, feature_strides([*reps, *grads]))
     each = reps * len(grads) if len(reps) == 1 else reps
     wide = [grad.to(dtype) for grad in grads]
     kept = _kept(torch.stack([(g * rep.to(dtype).sign()).sum(0) for g, rep in zip(wide, each, strict=True)]), noise)
     dropped = [g * torch.where(keep, 1.0, leak) for g, keep in zip(wide, kept, strict=True)]
     if len(reps) == 1:
         dropped = [torch.stack(dropped).sum(0)]
-    return [result.copy_(value) for result, value in zip(_results(reps, grads), dropped, strict=True)]
+    return [result.copy_(value) for result, value in zip(empty_results(reps, grads), dropped, strict=True)]
 
 
 def _fake(
     reps: list[Tensor], grads: list[Tensor], leak: float, random: Tensor, noise: Tensor | None = None
 ) -> list[Tensor]:
-    _check(reps, grads, random, noise)
-    return _results(reps, grads)
+    check_graddrop(reps, grads, random, noise)
+    return empty_results(reps, grads)
 
 
-def _check_rows(
+def check_graddrop_rows(
     rows: Sequence[Tensor | None], num_rows: int, leak: Tensor, random: Tensor, noise: Sequence[Tensor]
 ) -> None:
     check_rows(rows, num_rows)
@@ -135,7 +143,7 @@ def _check_rows(
             )
 
 
-def _row_results(rows: Sequence[Tensor | None], num_rows: int) -> list[Tensor]:
+def empty_row_results(rows: Sequence[Tensor | None], num_rows: int) -> list[Tensor]:
     results = []
     for column in columns(rows, num_rows):
         if column:
@@ -152,9 +160,9 @@ def _row_results(rows: Sequence[Tensor | None], num_rows: int) -> list[Tensor]:
 def _reference_rows(
     rows: list[Tensor | None], num_rows: int, leak: Tensor, random: Tensor, noise: list[Tensor]
 ) -> list[Tensor]:
-    _check_rows(rows, num_rows, leak, random, noise)
+    check_graddrop_rows(rows, num_rows, leak, random, noise)
     dtype = weight_dtype(device_of(rows))
-    results = iter(_row_results(rows, num_rows))
+    results = iter(empty_row_results(rows, num_rows))
     written = []
     first = 0
     for k, column in enumerate(columns(rows, num_rows)):
@@ -173,8 +181,8 @@ def _reference_rows(
 def _fake_rows(
     rows: list[Tensor | None], num_rows: int, leak: Tensor, random: Tensor, noise: list[Tensor]
 ) -> list[Tensor]:
-    _check_rows(rows, num_rows, leak, random, noise)
-    return _row_results(rows, num_rows)
+    check_graddrop_rows(rows, num_rows, leak, random, noise)
+    return empty_row_results(rows, num_rows)
 
 
 _graddrop = declare(
@@ -232,7 +240,7 @@ def graddrop(
         return _graddrop(reps, grads, leak, random, noise)
     except RuntimeError:
         # Kernels refuse with a terse message; the full check finds the sentence for the user.
-        _check(reps, grads, random, noise)
+        check_graddrop(reps, grads, random, noise)
         raise
 
 
@@ -268,6 +276,6 @@ def graddrop_rows(
     try:
         found = iter(_graddrop_rows(flat, num_rows, leak, random, given))
     except RuntimeError:
-        _check_rows(flat, num_rows, leak, random, given)
+        check_graddrop_rows(flat, num_rows, leak, random, given)
         raise
     return [next(found) if column else None for column in columns(flat, num_rows)]
