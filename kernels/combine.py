@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-
 import torch
 import triton
 import triton.language as tl
-from fastmtl.kernels._columns import Column, addresses, dense_columns, in_layout, upcast
-from fastmtl.kernels.config import COMBINE, pick
 from torch import Tensor
 
+from fastmtl.kernels._columns import Column, dense_columns, in_layout, upcast
+from fastmtl.kernels.config import COMBINE, pick
 from fastmtl.ops._rows import is_dense
 from fastmtl.ops.combine import check_combine, check_combine_, empty_results
 
@@ -19,7 +18,6 @@ __all__ = ["combine", "combine_", "combine_fwd_kernel"]
 @triton.jit
 def combine_fwd_kernel(
     rows: tl.tuple,
-    like: tl.tensor,
     weights: tl.tensor,
     out: tl.tensor,
     numel: tl.tensor,
@@ -36,10 +34,10 @@ def combine_fwd_kernel(
     if ACCUMULATE:
         total += upcast(tl.load(out + index, mask=inside, other=0.0), kind)
     for t in tl.static_range(ROWS):
-        weight = upcast(tl.load(weights + t), kind)
-        row = tl.cast(rows[t], tl.int64).to(like.dtype)
-        present = (rows[t] != 0) & (weight != 0)
-        total += weight * upcast(tl.load(row + index, mask=inside & present, other=0.0), kind)
+        if rows[t] is not None:
+            # Spread before it is compared: the interpreter cannot spread the result of comparing a scalar.
+            weight = tl.zeros((BLOCK,), kind) + upcast(tl.load(weights + t), kind)
+            total += weight * upcast(tl.load(rows[t] + index, mask=inside & (weight != 0), other=0.0), kind)
     tl.store(out + index, total.to(out.dtype.element_ty), mask=inside)
 
 
@@ -49,8 +47,7 @@ def _launch(column: Column, weights: Tensor, out: Tensor, accumulate: bool) -> N
         return
     config = pick(COMBINE, len(column.rows))
     combine_fwd_kernel[(triton.cdiv(numel, config.block),)](
-        addresses(column.rows),
-        column.first,
+        tuple(column.rows),
         weights,
         out,
         numel,
@@ -62,9 +59,7 @@ def _launch(column: Column, weights: Tensor, out: Tensor, accumulate: bool) -> N
     )
 
 
-def combine(
-    rows: list[Tensor | None], num_rows: int, weights: Tensor, groups: list[int] | None = None
-) -> list[Tensor]:
+def combine(rows: list[Tensor | None], num_rows: int, weights: Tensor, groups: list[int] | None = None) -> list[Tensor]:
     """Return the weighted sums; see :func:`fastmtl.ops.combine`."""
     check_combine(rows, num_rows, weights, groups)
     columns = list(dense_columns(rows, num_rows))
@@ -99,9 +94,11 @@ def combine_(
         column = apart[k]
         one = dense if groups is None else dense[groups[k]]
         given = target if is_dense(target) else target.contiguous()
-        own = column.rows if given.stride() == column.first.stride() else [
-            None if row is None else in_layout(row, given.stride(), row.dtype) for row in column.rows
-        ]
+        own = (
+            column.rows
+            if given.stride() == column.first.stride()
+            else [None if row is None else in_layout(row, given.stride(), row.dtype) for row in column.rows]
+        )
         first = next(row for row in own if row is not None)
         _launch(Column(k, own, first), one, given, accumulate)
         if given is not target:

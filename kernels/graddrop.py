@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-
 import torch
 import triton
 import triton.language as tl
-from fastmtl.kernels._columns import addresses, as_pointers, dense_columns, in_layout, upcast
-from fastmtl.kernels.config import GRADDROP, pick
 from torch import Tensor
 
+from fastmtl.kernels._columns import addresses, as_pointers, dense_columns, in_layout, upcast
+from fastmtl.kernels.config import GRADDROP, pick
 from fastmtl.ops._registry import implementation
 from fastmtl.ops.graddrop import (
     check_graddrop,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-
 import torch
 import triton
 import triton.language as tl
-from fastmtl.kernels._columns import upcast
 from torch import Tensor
 
+from fastmtl.kernels._columns import upcast
 from fastmtl.ops._orders import check_orders
 from fastmtl.ops._registry import implementation
 from fastmtl.ops._square import check_gram
