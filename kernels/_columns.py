@@ -1,7 +1,7 @@
 """Rows as the Triton kernels take them: the addresses of one parameter's gradients, as plain arguments of a launch.
 
-Addresses that are arguments need no table in device memory: nothing is copied to the device, no launch waits, and a CUDA
-graph captures them.
+Addresses that are arguments need no table in device memory: nothing is copied to the device, no launch waits, and a
+CUDA graph captures them.
 """
 
 from __future__ import annotations

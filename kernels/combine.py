@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fastmtl.kernels._columns import Column, dense_columns, in_layout, upcast
 from fastmtl.kernels.config import COMBINE, pick
+from torch import Tensor
+
 from fastmtl.ops._rows import is_dense
 from fastmtl.ops.combine import check_combine, check_combine_, empty_results
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fastmtl.kernels._columns import addresses, as_pointers, dense_columns, in_layout, upcast
 from fastmtl.kernels.config import GRADDROP, pick
+from torch import Tensor
+
 from fastmtl.ops._registry import implementation
 from fastmtl.ops.graddrop import (
     check_graddrop,
@@ -141,7 +141,7 @@ def graddrop_fwd_kernel_rows(
 def graddrop(
     reps: list[Tensor], grads: list[Tensor], leak: float, random: Tensor, noise: Tensor | None = None
 ) -> list[Tensor]:
-    """Return the gradients after dropout; see :func:`fastmtl.ops.graddrop`. More than 32 tasks run on torch operators."""
+    """Return the gradients after dropout; see :func:`fastmtl.ops.graddrop`. More than 32 tasks are left to torch."""
     check_graddrop(reps, grads, random, noise)
     tasks, shared = len(grads), len(reps) == 1
     if tasks > _MAX_TASKS:
@@ -199,7 +199,7 @@ def _promoted(tensors: list[Tensor]) -> torch.dtype:
 def graddrop_rows(
     rows: list[Tensor | None], num_rows: int, leak: Tensor, random: Tensor, noise: list[Tensor]
 ) -> list[Tensor]:
-    """Return the rows' sum after dropout; see :func:`fastmtl.ops.graddrop_rows`. More than 32 run on torch operators."""
+    """Return the rows' sum after dropout; see :func:`fastmtl.ops.graddrop_rows`. More than 32 are left to torch."""
     check_graddrop_rows(rows, num_rows, leak, random, noise)
     if num_rows > _MAX_TASKS:
         return implementation("graddrop_rows", "reference")(rows, num_rows, leak, random, noise)

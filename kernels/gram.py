@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fastmtl.kernels._columns import Column, addresses, as_pointers, dense_columns, upcast
 from fastmtl.kernels.config import GRAM, pick
+from torch import Tensor
+
 from fastmtl.ops._rows import check_groups, check_rows, device_of
 
 __all__ = ["gram", "gram_fwd_kernel"]

@@ -16,18 +16,44 @@ _MAX_TASKS = 32
 
 
 @triton.jit
-def _solve(matrix: tl.tensor, right: tl.tensor, TASKS: tl.constexpr, PADDED: tl.constexpr) -> tl.tensor:
-    """Return matrix^-1 right for a positive definite matrix: elimination needs no pivoting there."""
+def _invert(matrix: tl.tensor, TASKS: tl.constexpr, PADDED: tl.constexpr) -> tl.tensor:
+    """Return the inverse of a positive definite matrix: elimination needs no pivoting there."""
     row = tl.arange(0, PADDED)
+    inverse = tl.where(row[:, None] == row[None, :], 1.0, 0.0).to(tl.float64)
     for p in range(TASKS):
-        pivot_row = tl.sum(tl.where(row[:, None] == p, matrix, 0.0), axis=0)
-        pivot_right = tl.sum(tl.where(row == p, right, 0.0), axis=0)
-        pivot = tl.sum(tl.where(row == p, pivot_row, 0.0), axis=0)
+        here = row[:, None] == p
+        line = tl.sum(tl.where(here, matrix, 0.0), axis=0)
+        inverse_line = tl.sum(tl.where(here, inverse, 0.0), axis=0)
+        pivot = tl.sum(tl.where(row == p, line, 0.0), axis=0)
         column = tl.sum(tl.where(row[None, :] == p, matrix, 0.0), axis=1)
-        factor = tl.where(row == p, 0.0, column / pivot)
-        matrix -= factor[:, None] * pivot_row[None, :]
-        right -= factor * pivot_right
-    return right / tl.sum(tl.where(row[:, None] == row[None, :], matrix, 0.0), axis=1)
+        factor = tl.where(row == p, 1.0 - 1.0 / pivot, column / pivot)
+        matrix -= factor[:, None] * line[None, :]
+        inverse -= factor[:, None] * inverse_line[None, :]
+    return inverse
+
+
+@triton.jit
+def _affine_minimiser(
+    cosine: tl.tensor, border: tl.tensor, inside: tl.tensor, TASKS: tl.constexpr, PADDED: tl.constexpr
+) -> tl.tensor:
+    """Return the v on the tasks inside that minimises v^T cosine v under border^T v = 1.
+
+    It is C^-1 b, scaled. Where C is nearly singular that is far from exact along the near-null vector, which scaling
+    undoes, and elsewhere not exact enough, which the residual of C v = lambda b corrects.
+    """
+    row = tl.arange(0, PADDED)
+    taken = inside[:, None] & inside[None, :]
+    inverse = _invert(tl.where(taken, cosine, tl.where(row[:, None] == row[None, :], 1.0, 0.0)), TASKS, PADDED)
+    right = tl.where(inside, border, 0.0)
+    solved = tl.sum(inverse * right[None, :], axis=1)
+    solved = solved / tl.sum(right * solved, axis=0)
+    found = solved
+    for _ in range(3):
+        image = tl.sum(cosine * found[None, :], axis=1)
+        rest = tl.where(inside, tl.sum(found * image, axis=0) * right - image, 0.0)
+        change = tl.sum(inverse * rest[None, :], axis=1)
+        found += change - tl.sum(right * change, axis=0) * solved
+    return found
 
 
 @triton.jit
@@ -50,6 +76,7 @@ def min_norm_fwd_kernel(
     same = task[:, None] == task[None, :]
     matrix = tl.load(gram + task[:, None] * TASKS + task[None, :], mask=both, other=0.0)
     finite = tl.sum(tl.sum((tl.abs(matrix) < float("inf")).to(tl.int32), axis=1), axis=0) == PADDED * PADDED
+    matrix = tl.where(tl.abs(matrix) < float("inf"), matrix, 0.0)
     square = tl.sum(tl.where(same, matrix, 0.0), axis=1)
     zero = real & (square <= 0)
     zeros = tl.sum(zero.to(tl.int32), axis=0)
@@ -72,10 +99,7 @@ def min_norm_fwd_kernel(
             entering = tl.min(tl.where(excess == best, task, PADDED), axis=0)
             inside = inside | ((task == entering) & (going > 0))
         if going > 0:
-            taken = inside[:, None] & inside[None, :]
-            system = tl.where(taken, cosine, tl.where(same, 1.0, 0.0))
-            aim = _solve(system, tl.where(inside, border, 0.0), TASKS, PADDED)
-            aim = tl.where(inside, aim / tl.sum(aim * border, axis=0), 0.0)
+            aim = tl.where(inside, _affine_minimiser(cosine, border, inside, TASKS, PADDED), 0.0)
             blocked = inside & (aim <= 0)
             settled = tl.where(tl.sum(blocked.to(tl.int32), axis=0) == 0, 1, 0)
             ratio = tl.where(blocked, point / tl.where(blocked, point - aim, 1.0), float("inf"))

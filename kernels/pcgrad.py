@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from fastmtl.kernels._columns import upcast
 from torch import Tensor
 
-from fastmtl.kernels._columns import upcast
 from fastmtl.ops._orders import check_orders
 from fastmtl.ops._registry import implementation
 from fastmtl.ops._square import check_gram
@@ -53,8 +53,9 @@ def pcgrad_fwd_kernel(
         valid = real & (others >= 0) & (others < TASKS)
         rows = tl.load(gram + others[:, None] * TASKS + task[None, :], mask=valid[:, None] & real[None, :], other=0.0)
         square = tl.load(gram + others * TASKS + others, mask=valid, other=0.0)
+        rows = tl.where(tl.abs(rows) < float("inf"), rows, 0.0)
         product = tl.sum(coefficients * rows, axis=1)
-        conflict = valid & (product < 0) & (square > 0)
+        conflict = valid & (product < 0) & (square > 0) & (square < float("inf"))
         amount = tl.where(conflict, -product / tl.where(conflict, square, 1.0), 0.0)
         coefficients += tl.where(task[None, :] == others[:, None], amount[:, None], 0.0)
     total = tl.sum(coefficients, axis=0)

@@ -65,9 +65,7 @@ def _check_apart(out: Sequence[Tensor]) -> None:
             raise UsageError(f"out[{k}] and out[{other}] must not overlap in memory.")
 
 
-def check_combine(
-    rows: Sequence[Tensor | None], num_rows: int, weights: Tensor, groups: Sequence[int] | None
-) -> None:
+def check_combine(rows: Sequence[Tensor | None], num_rows: int, weights: Tensor, groups: Sequence[int] | None) -> None:
     """Refuse what ``combine`` does not take.
 
     Raises:

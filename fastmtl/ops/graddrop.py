@@ -33,6 +33,11 @@ def _check_random(random: Tensor, device: torch.device) -> None:
 
 
 def check_graddrop(reps: Sequence[Tensor], grads: Sequence[Tensor], random: Tensor, noise: Tensor | None) -> None:
+    """Refuse what no backend of ``graddrop`` takes.
+
+    Raises:
+        UsageError: Arguments that do not fit together.
+    """
     if not grads or len(reps) not in (1, len(grads)):
         raise UsageError(f"reps must hold one tensor or one for each of the {len(grads)} grads, got {len(reps)}.")
     device = grads[0].device
@@ -122,6 +127,11 @@ def _fake(
 def check_graddrop_rows(
     rows: Sequence[Tensor | None], num_rows: int, leak: Tensor, random: Tensor, noise: Sequence[Tensor]
 ) -> None:
+    """Refuse what no backend of ``graddrop_rows`` takes.
+
+    Raises:
+        UsageError: Arguments that do not fit together.
+    """
     check_rows(rows, num_rows)
     device = device_of(rows)
     if leak.shape != (num_rows,) or not leak.is_floating_point() or leak.device != device:
@@ -144,6 +154,7 @@ def check_graddrop_rows(
 
 
 def empty_row_results(rows: Sequence[Tensor | None], num_rows: int) -> list[Tensor]:
+    """Return empty results, one for each parameter that has a row."""
     results = []
     for column in columns(rows, num_rows):
         if column:

@@ -17,7 +17,7 @@ from tests.ops.rows import DTYPES, LAYOUTS, Flat, make_rows, relaid
 from tests.ops.zoo import Case, poisoned, zoo
 
 SHAPES = ((1,), (63,), (1031,), (3, 5, 7), (0,), ())
-SIZES = (1, 2, 3, 5, 8, 17)
+SIZES = (1, 2, 3, 8, 17)
 
 
 def triton(op: str) -> Callable[..., Any]:
@@ -28,11 +28,11 @@ def scaled_error(got: Tensor, want: Tensor) -> float:
     return test_gram.error(got, want)
 
 
-@pytest.mark.parametrize("num_rows", (*SIZES, 33))
+@pytest.mark.parametrize("num_rows", SIZES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.usefixtures("poisoned_memory")
 def test_gram_is_accurate(num_rows: int, dtype: torch.dtype) -> None:
-    flat = make_rows(num_rows, SHAPES if num_rows <= 8 else ((63,), (300,)), dtype)
+    flat = make_rows(num_rows, SHAPES if num_rows <= 3 else ((63,), (300,)), dtype)
     got = triton("gram")(flat, num_rows)
     assert torch.equal(got, got.T)
     assert scaled_error(got, test_gram.expected(flat, num_rows)) <= 1e-13
@@ -86,7 +86,7 @@ def check_sums(got: list[Tensor], flat: Flat, weights: Tensor) -> None:
         test_combine.check(one, want, scale)
 
 
-@pytest.mark.parametrize("num_rows", (*SIZES, 128))
+@pytest.mark.parametrize("num_rows", [*SIZES, 128])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.usefixtures("poisoned_memory")
 def test_combine_is_accurate(num_rows: int, dtype: torch.dtype) -> None:
@@ -143,7 +143,7 @@ def test_combine_into_a_row_or_across_one(shift: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tasks", [1, 2, 3, 8, 32, 33])
+@pytest.mark.parametrize("tasks", [1, 3, 8, 33])
 @pytest.mark.usefixtures("poisoned_memory")
 def test_graddrop_follows_the_definition(tasks: int, dtype: torch.dtype) -> None:
     random = test_graddrop.RANDOM
@@ -189,12 +189,12 @@ def test_graddrop_of_batches_of_different_size() -> None:
         test_graddrop.check(one, other.double())
 
 
-@pytest.mark.parametrize("case", test_min_norm.params([*zoo((1, 2, 3, 5, 8)), *list(zoo((32, 33)))[::4]]))
+@pytest.mark.parametrize("case", test_min_norm.params([*zoo((1, 2, 3, 8)), *list(zoo((17, 33)))[::11]]))
 def test_min_norm_meets_its_bound(case: Case) -> None:
     test_min_norm.check_bound(case.gram, triton("min_norm")(case.gram))
 
 
-@pytest.mark.parametrize("case", test_pcgrad.params([*zoo((1, 2, 3, 5, 8)), *list(zoo((17, 33)))[::6]]))
+@pytest.mark.parametrize("case", test_pcgrad.params([*zoo((1, 3, 8)), *list(zoo((17, 33)))[::11]]))
 def test_pcgrad_update(case: Case) -> None:
     orders = permutations(len(case.gram))
     test_pcgrad.check_update(case, orders, triton("pcgrad")(case.gram, orders))
