@@ -23,12 +23,12 @@ class Column(NamedTuple):
     """The gradients of one parameter in one dtype and one dense layout.
 
     Attributes:
-        index: Which parameter.
+        number: Which parameter.
         rows: T tensors, None for zero.
         first: The first of them that is there.
     """
 
-    index: int
+    number: int
     rows: list[Tensor | None]
     first: Tensor
 

@@ -69,7 +69,7 @@ def combine(rows: list[Tensor | None], num_rows: int, weights: Tensor, groups: l
     for number, result in enumerate(results):
         column = columns[number % len(columns)]
         one = per_result[number // len(columns)]
-        _launch(column, one if groups is None else one[groups[column.index]], result, accumulate=False)
+        _launch(column, one if groups is None else one[groups[column.number]], result, accumulate=False)
     return results
 
 
@@ -84,7 +84,7 @@ def combine_(
     """Write the weighted sums into ``out``, or add them; see :func:`fastmtl.ops.combine_`."""
     check_combine_(out, rows, num_rows, weights, groups)
     dense = weights.contiguous()
-    columns = {column.index: column for column in dense_columns(rows, num_rows)}
+    columns = {column.number: column for column in dense_columns(rows, num_rows)}
     apart = {k: _apart(column, out) for k, column in columns.items()}
     for k, target in enumerate(out):
         if k not in columns:
@@ -120,10 +120,10 @@ def _apart(column: Column, out: list[Tensor]) -> Column:
     def safe(row: Tensor) -> Tensor:
         begin, end = _span(row)
         for k, (first, last) in spans:
-            itself = k == column.index and (begin, end) == (first, last) and row.stride() == out[k].stride()
+            itself = k == column.number and (begin, end) == (first, last) and row.stride() == out[k].stride()
             if begin < last and first < end and not itself:
                 return torch.empty_strided(row.shape, row.stride(), dtype=row.dtype, device=row.device).copy_(row)
         return row
 
     rows = [None if row is None else safe(row) for row in column.rows]
-    return Column(column.index, rows, next(row for row in rows if row is not None))
+    return Column(column.number, rows, next(row for row in rows if row is not None))

@@ -210,7 +210,7 @@ def graddrop_rows(
     for column, result in zip(dense_columns(rows, num_rows), results, strict=True):
         numel = result.numel()
         if numel:
-            given = in_layout(noise[column.index], result.stride(), torch.float64) if noise else random
+            given = in_layout(noise[column.number], result.stride(), torch.float64) if noise else random
             graddrop_fwd_kernel_rows[(triton.cdiv(numel, config.block),)](
                 addresses(column.rows),
                 column.first,

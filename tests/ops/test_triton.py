@@ -39,10 +39,10 @@ def _launches() -> list[tuple[str, Any, dict[str, Any], dict[str, Any]]]:
     square, tasks = {"gram": "*fp64", "weights": "*fp64"}, {"TASKS": 8, "PADDED": 8}
     places = ("i64",) * 3
     drop = {"random": "*i64", "noise": "*fp64"}
-    batch = {"reps": places, "grads": places, "outs": places, "sizes": ("i32",) * 3}
+    batch: dict[str, Any] = {"reps": places, "grads": places, "outs": places, "sizes": ("i32",) * 3}
     batch |= {"like_rep": "*fp32", "like_grad": "*bf16", "like_out": "*bf16", **drop}
     batch |= {"leak": "fp32", "features": "i32", "largest": "i32"}
-    rows = {"rows": places, "like": "*fp32", "out": "*fp32", **drop, "leak": "*fp32"}
+    rows: dict[str, Any] = {"rows": places, "like": "*fp32", "out": "*fp32", **drop, "leak": "*fp32"}
     rows |= {"first_number": "i32", "numel": "i32"}
     three = {"TASKS": 3, "PADDED": 4, "WIDE": False, "BLOCK": 512}
     products = {"left": ("i64",) * 8, "right": ("i64",) * 8, "like": "*fp32", "partials": "*fp64", "numel": "i32"}
@@ -71,13 +71,13 @@ def test_kernels_compile_and_spill_nothing(name: str, capability: int) -> None:
     from triton.compiler import ASTSource
 
     _, kernel, signature, constants = next(launch for launch in _launches() if launch[0] == name)
-    # Dense memory and lengths of many elements: aligned to 16 bytes.
+    # Memory aligned to 16 bytes and lengths that are multiples of 16, as those of most parameters are.
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for index, argument in enumerate(kernel.arg_names):
         kind = signature.get(argument)
         if isinstance(kind, tuple):
             attributes |= {(index, inner): [["tt.divisibility", 16]] for inner in range(len(kind))}
-        elif isinstance(kind, str) and kind.startswith("*"):
+        elif argument == "numel" or (isinstance(kind, str) and kind.startswith("*")):
             attributes[index,] = [["tt.divisibility", 16]]
     ordered = {key: signature.get(key, "constexpr") for key in kernel.arg_names}
     source = ASTSource(kernel, ordered, constants, attributes)
