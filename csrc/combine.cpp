@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "fastmtl/parallel.h"
+#include "fastmtl/read_vector.h"
 #include "fastmtl/row_table.h"
 #include "fastmtl/slices.h"
 #include "register.h"
@@ -63,35 +64,6 @@ struct CombineJob {
 namespace fastmtl {
 namespace {
 
-template <class Scalar>
-std::vector<double> gather(const Tensor& matrix, const Shape& shape) {
-  const auto* values = static_cast<const Scalar*>(matrix.const_data_ptr());
-  const bool many = shape.dim == 2;
-  const int64_t height = many ? shape.sizes[0] : 1;
-  const int64_t down = many ? shape.strides[0] : 0;
-  std::vector<double> gathered;
-  gathered.reserve(shape.numel());
-  for (int64_t i = 0; i < height; ++i) {
-    for (int64_t j = 0; j < shape.sizes[many]; ++j) gathered.push_back(values[i * down + j * shape.strides[many]]);
-  }
-  return gathered;
-}
-
-// The weights, one- or two-dimensional, in float64 and row by row.
-std::vector<double> read_weights(const Tensor& weights) {
-  const Shape shape(weights);
-  switch (dtype_of(weights)) {
-    case DType::f64:
-      return gather<double>(weights, shape);
-    case DType::f32:
-      return gather<float>(weights, shape);
-    case DType::bf16:
-      return gather<BFloat16>(weights, shape);
-    default:
-      return gather<Half>(weights, shape);
-  }
-}
-
 CombineJob make_job(const TensorList& flat, int64_t num_rows, const Tensor& weights,
                     const std::optional<std::vector<int64_t>>& groups) {
   RowTable rows(flat, num_rows);
@@ -102,7 +74,7 @@ CombineJob make_job(const TensorList& flat, int64_t num_rows, const Tensor& weig
   STD_TORCH_CHECK(fits && (!groups.has_value() || (shape.dim == 2 && shape.sizes[0] == num_groups)),
                   "weights must have the shape (T,), (M, T) or, with groups, (L, T)");
   const int64_t num_results = groups.has_value() || shape.dim == 1 ? 1 : shape.sizes[0];
-  return {std::move(rows), std::move(group), read_weights(weights), num_results};
+  return {std::move(rows), std::move(group), read_numbers(weights), num_results};
 }
 
 // Fills all targets, whose memory has the layout of their parameter.

@@ -12,6 +12,7 @@
 #include "fastmtl/parallel.h"
 #include "fastmtl/row_table.h"
 #include "fastmtl/slices.h"
+#include "gram_result.h"
 #include "register.h"
 
 namespace fastmtl {
@@ -30,16 +31,11 @@ struct GramJob {
 }  // namespace
 }  // namespace fastmtl
 
-#define FASTMTL_KERNELS "gram_kernels.h"
+#define FASTMTL_KERNELS "gram_slice.h"
 #include "fastmtl/for_each_isa.h"
 
 namespace fastmtl {
 namespace {
-
-int64_t chunk_length(int64_t num_rows, bool converts) {
-  const int64_t cache_floats = converts ? 32768 : 131072;
-  return std::clamp<int64_t>(cache_floats / num_rows / 512 * 512, 512, 4096);
-}
 
 Tensor gram(const TensorList& flat, int64_t num_rows, const std::optional<std::vector<int64_t>>& groups) {
   RowTable rows(flat, num_rows);
@@ -67,29 +63,7 @@ Tensor gram(const TensorList& flat, int64_t num_rows, const std::optional<std::v
   run_parallel(static_cast<int64_t>(slices.size()),
                [&](int64_t s) { FASTMTL_DISPATCH(gram_slice, job, slices[s], upper.data() + s * pairs); });
 
-  std::vector<int64_t> sizes{num_rows, num_rows};
-  std::vector<int64_t> strides{num_rows, 1};
-  if (groups.has_value()) {
-    sizes.insert(sizes.begin(), num_groups);
-    strides.insert(strides.begin(), num_rows * num_rows);
-  }
-  Tensor result = empty_strided(sizes, strides, DType::f64);
-  auto* matrices = static_cast<double*>(result.mutable_data_ptr());
-  std::fill_n(matrices, num_groups * num_rows * num_rows, 0.0);
-  for (size_t s = 0; s < slices.size(); ++s) {
-    double* matrix = matrices + slices[s].group * num_rows * num_rows;
-    const double* pair = upper.data() + static_cast<int64_t>(s) * pairs;
-    for (int64_t i = 0; i < num_rows; ++i) {
-      for (int64_t j = i; j < num_rows; ++j) matrix[i * num_rows + j] += *pair++;
-    }
-  }
-  for (int64_t g = 0; g < num_groups; ++g) {
-    double* matrix = matrices + g * num_rows * num_rows;
-    for (int64_t i = 0; i < num_rows; ++i) {
-      for (int64_t j = 0; j < i; ++j) matrix[i * num_rows + j] = matrix[j * num_rows + i];
-    }
-  }
-  return result;
+  return gram_of(upper, slices, num_rows, groups.has_value() ? std::optional(num_groups) : std::nullopt);
 }
 
 FASTMTL_CPU_KERNEL(gram, gram);

@@ -1,4 +1,5 @@
-// The Gram matrix of one slice. Compiled once per instruction set, inside that set's namespace: no include guard.
+// The products of all pairs of rows of a chunk. Compiled once per instruction set, inside that set's namespace: no
+// include guard.
 //
 // A slice is taken in chunks of up to 4096 elements of every row, for which float32 sums last before they are added up
 // in float64, and a chunk in strips, which stay in the caches while all pairs of rows are multiplied. Rows are
@@ -251,34 +252,8 @@ inline void add_products(const Chunk<float>& chunk, Sums& sums, Tile<float>* til
   });
 }
 
-template <class Acc>
-void add_chunk(const RowTable& rows, int64_t k, int64_t begin, int64_t length, Acc* scratch, Tile<float>* tiles,
-               Sums& sums) {
-  Chunk<Acc> chunk;
-  chunk.length = length;
-  for (int64_t t = 0; t < rows.num_rows(); ++t) {
-    const Row& row = rows.row(t, k);
-    if (row.tensor == nullptr) continue;
-    chunk.rows[chunk.count] = as(row.data, row.dtype, begin, length, scratch + chunk.count * length);
-    chunk.task[chunk.count++] = t;
-  }
-  add_products(chunk, sums, tiles);
-}
-
-// Writes the upper triangle of the slice's Gram matrix, row by row.
-inline void gram_slice(const GramJob& job, const Slice& slice, double* upper) {
-  const int64_t num_rows = job.rows.num_rows();
-  const int64_t blocks = (num_rows + kBlock - 1) / kBlock;
-  const auto scratch = std::make_unique_for_overwrite<double[]>(job.converts ? num_rows * job.chunk : 0);
-  const auto tiles = std::make_unique_for_overwrite<Tile<float>[]>(blocks * (blocks + 1) / 2);
-  Sums sums(num_rows);
-  for_each_chunk(job.segments, slice, job.chunk, [&](int64_t k, int64_t begin, int64_t length) {
-    if (job.rows.parameter(k).dtype == DType::f64) {
-      add_chunk(job.rows, k, begin, length, scratch.get(), tiles.get(), sums);
-    } else {
-      add_chunk(job.rows, k, begin, length, reinterpret_cast<float*>(scratch.get()), tiles.get(), sums);
-    }
-  });
+// Writes the sum of each pair's lanes: the upper triangle of the slice's Gram matrix, row by row.
+inline void write_upper(const Sums& sums, double* upper) {
   for (size_t pair = 0; pair < sums.lanes.size() / kSumLanes; ++pair) {
     const double* lanes = sums.lanes.data() + pair * kSumLanes;
     upper[pair] = std::accumulate(lanes, lanes + kSumLanes, 0.0);

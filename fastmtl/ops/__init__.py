@@ -12,7 +12,10 @@ from fastmtl.ops.cagrad import cagrad, cagrad_update
 from fastmtl.ops.combine import combine, combine_
 from fastmtl.ops.config import config
 from fastmtl.ops.dual_cone import dual_cone
+from fastmtl.ops.ema_gram import ema_gram_
+from fastmtl.ops.excess_risk import excess_risk_
 from fastmtl.ops.fairgrad import fairgrad
+from fastmtl.ops.graddrop import graddrop, graddrop_rows
 from fastmtl.ops.gradvac import gradvac
 from fastmtl.ops.gram import gram
 from fastmtl.ops.imtl import imtl
@@ -31,7 +34,11 @@ __all__ = [
     "combine_",
     "config",
     "dual_cone",
+    "ema_gram_",
+    "excess_risk_",
     "fairgrad",
+    "graddrop",
+    "graddrop_rows",
     "gradvac",
     "gram",
     "implementation",

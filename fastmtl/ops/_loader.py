@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
+import itertools
 import json
 import logging
 import threading
@@ -57,14 +58,29 @@ def _build_reason(extension: str) -> str:
         return ""
 
 
+def _on_its_device(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a Triton kernel that launches on the device its first tensor is on: Triton takes the current one."""
+
+    @functools.wraps(kernel)
+    def launch(*args: Any, **kwargs: Any) -> Any:
+        items = itertools.chain.from_iterable(arg if isinstance(arg, (list, tuple)) else (arg,) for arg in args)
+        with torch.cuda.device_of(next(item for item in items if isinstance(item, torch.Tensor))):
+            return kernel(*args, **kwargs)
+
+    return launch
+
+
 @functools.cache
 def _find(op: str, backend: str) -> Callable[..., Any] | str:
     """Return one backend's kernel of an op, or why there is none."""
     if backend == "triton":
+        # An op in place and an op on rows live with the op whose name they extend.
+        module = f"fastmtl.kernels.{op.removesuffix('_').removesuffix('_rows')}"
         try:
-            return getattr(importlib.import_module(f"fastmtl.kernels.{op}"), op)
+            found = getattr(importlib.import_module(module), op, None)
+            return f"{op} has no Triton kernel" if found is None else _on_its_device(found)
         except ModuleNotFoundError as error:
-            if error.name == f"fastmtl.kernels.{op}":
+            if error.name == module:
                 return f"{op} has no Triton kernel"
             return f"Triton cannot be imported ({error}; pip install triton)"
     library = _library(backend)

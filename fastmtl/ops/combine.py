@@ -13,7 +13,7 @@ from fastmtl.errors import UsageError
 from fastmtl.ops._registry import declare
 from fastmtl.ops._rows import Rows, check_groups, check_rows, columns, device_of, flatten, is_dense, shared_strides
 
-__all__ = ["combine", "combine_"]
+__all__ = ["check_combine", "check_combine_", "combine", "combine_", "empty_results"]
 
 
 def _check_weights(weights: Tensor, num_rows: int, num_groups: int | None, many: bool) -> None:
@@ -65,6 +65,39 @@ def _check_apart(out: Sequence[Tensor]) -> None:
             raise UsageError(f"out[{k}] and out[{other}] must not overlap in memory.")
 
 
+def check_combine(rows: Sequence[Tensor | None], num_rows: int, weights: Tensor, groups: Sequence[int] | None) -> None:
+    """Refuse what ``combine`` does not take.
+
+    Raises:
+        UsageError: Arguments that do not fit together.
+    """
+    _check(rows, num_rows, weights, groups, many=True)
+
+
+def check_combine_(
+    out: Sequence[Tensor],
+    rows: Sequence[Tensor | None],
+    num_rows: int,
+    weights: Tensor,
+    groups: Sequence[int] | None,
+) -> None:
+    """Refuse what ``combine_`` does not take.
+
+    Raises:
+        UsageError: Arguments that do not fit together.
+    """
+    _check(rows, num_rows, weights, groups, many=False)
+    _check_out(out, rows, num_rows)
+    _check_apart(out)
+
+
+def empty_results(
+    rows: Sequence[Tensor | None], num_rows: int, weights: Tensor, groups: Sequence[int] | None
+) -> list[Tensor]:
+    """Return what ``combine`` is to fill."""
+    return [result for result, _, _ in _results(rows, num_rows, weights, groups)]
+
+
 def _results(
     rows: Sequence[Tensor | None], num_rows: int, weights: Tensor, groups: Sequence[int] | None
 ) -> Iterator[tuple[Tensor, Tensor, list[tuple[int, Tensor]]]]:
@@ -107,8 +140,8 @@ def _reference(
 
 
 def _fake(rows: list[Tensor | None], num_rows: int, weights: Tensor, groups: list[int] | None = None) -> list[Tensor]:
-    _check(rows, num_rows, weights, groups, many=True)
-    return [result for result, _, _ in _results(rows, num_rows, weights, groups)]
+    check_combine(rows, num_rows, weights, groups)
+    return empty_results(rows, num_rows, weights, groups)
 
 
 def _reference_(
@@ -119,9 +152,7 @@ def _reference_(
     groups: list[int] | None = None,
     accumulate: bool = False,
 ) -> None:
-    _check(rows, num_rows, weights, groups, many=False)
-    _check_out(out, rows, num_rows)
-    _check_apart(out)
+    check_combine_(out, rows, num_rows, weights, groups)
     totals = []
     for k, (target, column) in enumerate(zip(out, columns(rows, num_rows), strict=True)):
         dtype = _sum_dtype(target.dtype, *(row.dtype for _, row in column))
@@ -192,7 +223,7 @@ def combine(
     try:
         sums = _combine(flat, num_rows, weights, groups)
     except RuntimeError:
-        _check(flat, num_rows, weights, groups, many=True)
+        check_combine(flat, num_rows, weights, groups)
         raise
     for k in range(width):
         if flat[k] is None and all(row is None for row in flat[k::width]):
@@ -245,9 +276,7 @@ def combine_(
     try:
         _combine_(out, flat, num_rows, weights, groups, accumulate)
     except RuntimeError:
-        _check(flat, num_rows, weights, groups, many=False)
-        _check_out(out, flat, num_rows)
-        _check_apart(out)
+        check_combine_(out, flat, num_rows, weights, groups)
         raise
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(out)

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastmtl.ops._registry import declare
 from fastmtl.ops._rows import Rows, check_groups, check_rows, columns, device_of, flatten
 
-__all__ = ["gram"]
+__all__ = ["gram", "gram_reference"]
 
 
 def _accumulate_dtype(device: torch.device) -> torch.dtype:
@@ -18,7 +18,8 @@ def _accumulate_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def _reference(rows: list[Tensor | None], num_rows: int, groups: list[int] | None = None) -> Tensor:
+def gram_reference(rows: list[Tensor | None], num_rows: int, groups: list[int] | None = None) -> Tensor:
+    """Return what :func:`gram` does from a flat task-major list, in plain torch operators."""
     check_rows(rows, num_rows)
     num_groups = check_groups(groups, len(rows) // num_rows)
     device = device_of(rows)
@@ -43,7 +44,7 @@ def _fake(rows: list[Tensor | None], num_rows: int, groups: list[int] | None = N
 
 
 _gram = declare(
-    "gram", "(Tensor?[] rows, int num_rows, int[]? groups=None) -> Tensor", reference=_reference, fake=_fake
+    "gram", "(Tensor?[] rows, int num_rows, int[]? groups=None) -> Tensor", reference=gram_reference, fake=_fake
 )
 
 

@@ -334,10 +334,9 @@ class RepPass(Pass):
             each.send([weight.to(grad.dtype) * grad for weight, grad in zip(weights, each.grads, strict=True)])
 
     def send(self, grads: Sequence[Tensor]) -> None:
-        """Send T gradients of the representations down to the shared parameters."""
-        torch.autograd.backward(
-            self.attached, list(grads) if len(self.attached) > 1 else [torch.stack(list(grads)).sum(0)]
-        )
+        """Send down to the shared parameters T gradients of the representations, or their sum where they share one."""
+        fits = len(grads) == len(self.attached)
+        torch.autograd.backward(self.attached, list(grads) if fits else [torch.stack(list(grads)).sum(0)])
 
 
 class RepRoute(Route):

@@ -46,7 +46,7 @@ class DB_MTL(AbsWeighting):
         self.steps.add_(1)
         decay = DB_beta / self.steps**DB_beta_sigma
         heads = 1 / (losses + 1e-8)
-        averages = self.averages.blend(rows, decay, (1 - decay) * heads)
-        gram = ops.gram(averages)
+        averages = self.averages.rows
+        gram = ops.ema_gram_(averages, rows, decay, (1 - decay) * heads)
         length = gram.diagonal().sqrt()
         return Weights(shared=length.max() / (length + 1e-8), heads=heads, rows=averages, gram=gram)

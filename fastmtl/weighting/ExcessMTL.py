@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmtl import ops
 from fastmtl.hyper import Hyper
 from fastmtl.weighting.base import AbsWeighting, Rows, Weights
 from fastmtl.weighting.row_state import RowState
@@ -41,18 +42,7 @@ class ExcessMTL(AbsWeighting):
 
     def weigh_rows(self, losses: Tensor, rows: Rows, *, robust_step_size: float = 1e-2, **hyper: Any) -> Weights:
         """Return the weights, of decoders too."""
-        one = torch.ones_like(losses)
-        squared: Rows = [[None if grad is None else grad * grad for grad in row] for row in rows]
-        sums = self.squares.blend(squared, one[0], one)
-        risks = []
-        for row, total in zip(squared, sums, strict=True):
-            parts = [
-                (square / (part + 1e-7).sqrt()).sum()
-                for square, part in zip(row, total, strict=True)
-                if square is not None and part is not None
-            ]
-            risks.append(torch.stack(parts).sum() if parts else torch.zeros_like(one[0]))
-        risk = torch.stack(risks)
+        risk = ops.excess_risk_(self.squares.rows, rows).to(losses.dtype)
         first = (self.initial_w == 0).all()
         self.initial_w.copy_(torch.where(first, risk, self.initial_w))
         grown = self.loss_weight * torch.exp(risk / self.initial_w * robust_step_size)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmtl import ops
 from fastmtl.hyper import Hyper
 from fastmtl.weighting.base import AbsWeighting
 
@@ -21,6 +22,8 @@ class GradDrop(AbsWeighting):
     ``P = (1 + sum_t s_t / sum_t |s_t|) / 2``; for uniform U the mask keeps positive ``s_t`` where ``P > U`` and
     negative ones where ``P < U``. What flows back is ``grad_t (leak + (1 - leak) mask_t)``.
 
+    The numbers U are Philox's, of a seed drawn from torch's generator and an offset that counts the steps.
+
     Source: Chen et al., "Just Pick a Sign: Optimizing Deep Multitask Models with Gradient Sign Dropout", NeurIPS 2020.
     """
 
@@ -29,17 +32,18 @@ class GradDrop(AbsWeighting):
         "leak": Hyper(type=float, default=0.0, help="Share of the dropped gradients that flows on.")
     }
 
-    def draw(self, like: Tensor) -> Tensor:
-        """Return uniform noise of the shape of ``like``."""
-        return torch.rand_like(like)
+    seed_and_offset: Tensor
+
+    def init_param(self) -> None:
+        """Draw the seed."""
+        seed = torch.randint(2**63 - 1, ())
+        self.remember("seed_and_offset", torch.stack([seed, torch.zeros_like(seed)]), task_dims=())
 
     def mask_reps(
         self, losses: Tensor, reps: Sequence[Tensor], grads: Sequence[Tensor], *, leak: float = 0.0, **hyper: Any
     ) -> Sequence[Tensor]:
-        """Return the masked gradients."""
-        signed = torch.stack([(grad * rep.sign()).sum(0) for grad, rep in zip(grads, reps, strict=True)])
-        purity = 0.5 * (1 + signed.sum(0) / (signed.abs().sum(0) + 1e-7))
-        noise = self.draw(purity)
-        kept = ((purity > noise) & (signed > 0)) | ((purity < noise) & (signed < 0))
-        factor = leak + (1 - leak) * kept.to(signed.dtype)
-        return [grad * own for grad, own in zip(grads, factor, strict=True)]
+        """Return the masked gradients, summed where the tasks share the representation."""
+        shares = all(rep is reps[0] for rep in reps)
+        masked = ops.graddrop(reps[:1] if shares else reps, grads, leak, self.seed_and_offset)
+        self.seed_and_offset[1] += 1
+        return masked

@@ -142,7 +142,7 @@ class AbsWeighting(nn.Module):
     def mask_reps(
         self, losses: Tensor, reps: Sequence[Tensor], grads: Sequence[Tensor], **hyper: Any
     ) -> Sequence[Tensor]:
-        """Return what flows back into the representations in place of their gradients.
+        """Return what flows back into the representations in place of their gradients, or its sum where they are one.
 
         Args:
             losses: (T,) detached losses.

@@ -63,8 +63,12 @@ def _replay(golden: Golden, model: Any, monkeypatch: pytest.MonkeyPatch, first: 
         orders = torch.from_numpy(arrays["orders"])
         monkeypatch.setattr(model, "draw_orders", lambda like: orders[next(steps)], raising=True)
     if name == "GradDrop":
-        noise = torch.from_numpy(arrays["noise"])
-        monkeypatch.setattr(model, "draw", lambda like: noise[next(steps)].to(like).reshape(like.shape), raising=True)
+        noise, drop = torch.from_numpy(arrays["noise"]), ops.graddrop
+
+        def replayed(reps: list[Tensor], grads: list[Tensor], leak: float, random: Tensor) -> list[Tensor]:
+            return drop(reps, grads, leak, random, noise[next(steps)].reshape(grads[0].shape[1:]))
+
+        monkeypatch.setattr(ops, "graddrop", replayed)
 
 
 def _replay_moml(golden: Golden, trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 // Compiles the header named by FASTMTL_KERNELS once per instruction set, in the namespaces fastmtl::portable,
 // fastmtl::avx2 and fastmtl::avx512. No include guard: an op's file defines FASTMTL_KERNELS and includes this once.
-// Such a header must include nothing; what it needs is included by the op's file before.
+// Such a header must include nothing but others of its kind; what it needs is included by the op's file before.
 #include "fastmtl/cpu_features.h"
 
 #if FASTMTL_X86

@@ -65,6 +65,28 @@ inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
 #endif
 }
 
+inline Vec<float> sqrt(Vec<float> value) {
+#if FASTMTL_ISA_LEVEL == 2
+  return _mm512_sqrt_ps(value);
+#elif FASTMTL_ISA_LEVEL == 1
+  return _mm256_sqrt_ps(value);
+#else
+  for (int64_t lane = 0; lane < kLanes<float>; ++lane) value[lane] = std::sqrt(value[lane]);
+  return value;
+#endif
+}
+
+inline Vec<double> sqrt(Vec<double> value) {
+#if FASTMTL_ISA_LEVEL == 2
+  return _mm512_sqrt_pd(value);
+#elif FASTMTL_ISA_LEVEL == 1
+  return _mm256_sqrt_pd(value);
+#else
+  for (int64_t lane = 0; lane < kLanes<double>; ++lane) value[lane] = std::sqrt(value[lane]);
+  return value;
+#endif
+}
+
 // Stores past the caches; `to` must be aligned to the vector. Needs stream_fence() before other threads read.
 template <class Scalar>
 inline void stream(Scalar* to, Vec<Scalar> value) {

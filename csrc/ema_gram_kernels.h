@@ -1,0 +1,58 @@
+// Moving averages of rows and their Gram matrix, slice by slice. Compiled once per instruction set, inside that set's
+// namespace: no include guard.
+
+#include "gram_kernels.h"
+#include "state_kernels.h"
+
+// state = keep * state + gain * row
+template <class Acc>
+inline void blend(Acc* __restrict state, const Acc* __restrict row, Acc keep, Acc gain, int64_t length) {
+  for (int64_t i = 0; i < length; ++i) state[i] = keep * state[i] + gain * row[i];
+}
+
+template <class Acc>
+inline void scale(Acc* state, Acc keep, int64_t length) {
+  for (int64_t i = 0; i < length; ++i) state[i] *= keep;
+}
+
+// Updates a chunk of all rows, and multiplies it while it is in the caches.
+template <class Acc>
+void ema_chunk(const EmaJob& job, int64_t k, int64_t begin, int64_t length, Acc* scratch, Tile<float>* tiles,
+               Sums& sums) {
+  const StateRows& both = job.both;
+  Chunk<Acc> chunk;
+  chunk.length = length;
+  chunk.count = both.rows.num_rows();
+  for (int64_t t = 0; t < chunk.count; ++t) {
+    const Row& own = both.state.row(t, k);
+    const Row& row = both.rows.row(t, k);
+    Acc* const state = borrow(own, begin, length, scratch + (t + 1) * length);
+    const auto keep = static_cast<Acc>(job.keep[t]);
+    if (row.tensor != nullptr) {
+      blend(state, as(row.data, row.dtype, begin, length, scratch), keep, static_cast<Acc>(job.gains[t]), length);
+    } else {
+      scale(state, keep, length);
+    }
+    give_back(own, begin, length, state);
+    chunk.rows[t] = state;
+    chunk.task[t] = t;
+  }
+  add_products(chunk, sums, tiles);
+}
+
+// Writes the upper triangle of the slice's Gram matrix, row by row.
+inline void ema_gram_slice(const EmaJob& job, const Slice& slice, double* upper) {
+  const int64_t num_rows = job.both.rows.num_rows();
+  const int64_t blocks = (num_rows + kBlock - 1) / kBlock;
+  const auto scratch = std::make_unique_for_overwrite<double[]>(job.both.converts ? (num_rows + 1) * job.chunk : 0);
+  const auto tiles = std::make_unique_for_overwrite<Tile<float>[]>(blocks * (blocks + 1) / 2);
+  Sums sums(num_rows);
+  for_each_chunk(job.both.segments, slice, job.chunk, [&](int64_t k, int64_t begin, int64_t length) {
+    if (job.both.type(k) == DType::f64) {
+      ema_chunk(job, k, begin, length, scratch.get(), tiles.get(), sums);
+    } else {
+      ema_chunk(job, k, begin, length, reinterpret_cast<float*>(scratch.get()), tiles.get(), sums);
+    }
+  });
+  write_upper(sums, upper);
+}

@@ -1,0 +1,225 @@
+// graddrop, graddrop_rows: gradient sign dropout on the CPU. A few features of all tasks and the whole batch stay in
+// the caches between the sums that decide which sign goes and the pass that drops it, so memory is read once.
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <type_traits>
+#include <vector>
+
+#include "fastmtl/parallel.h"
+#include "fastmtl/philox.h"
+#include "fastmtl/read_vector.h"
+#include "fastmtl/row_table.h"
+#include "fastmtl/slices.h"
+#include "register.h"
+
+namespace fastmtl {
+namespace {
+
+using c10::BFloat16;
+using c10::Half;
+
+// Where one result goes.
+struct Target {
+  void* data = nullptr;
+  DType dtype = DType::f32;
+};
+
+// Uniform numbers: a stream, or given ones.
+struct Noise {
+  uint64_t seed = 0;
+  uint64_t offset = 0;
+  const double* given = nullptr;
+
+  Noise at(int64_t begin) const { return {seed, offset, given == nullptr ? nullptr : given + begin}; }
+};
+
+// A representation or its gradient: `size` rows of all features, one behind the other.
+struct Batch {
+  const void* data = nullptr;
+  DType dtype = DType::f32;
+  int64_t size = 0;
+};
+
+struct BatchJob {
+  std::vector<Batch> reps;
+  std::vector<Batch> grads;
+  std::vector<Target> targets{};  // One for each of reps.
+  int64_t features = 0;
+  double leak = 0;
+  Noise noise{};
+  bool sums_in_double = false;
+  int64_t chunk = 0;  // Features taken at a time.
+
+  bool shares() const { return reps.size() == 1; }
+};
+
+struct RowsJob {
+  RowTable rows;
+  std::vector<double> leaks;      // Of each row.
+  std::vector<Noise> noises{};    // Of each parameter.
+  std::vector<int64_t> firsts{};  // The number of each parameter's first element in the stream.
+  std::vector<Target> targets{};
+  std::vector<Segment> segments{};
+  int64_t chunk = 0;
+};
+
+}  // namespace
+}  // namespace fastmtl
+
+#define FASTMTL_KERNELS "graddrop_kernels.h"
+#include "fastmtl/for_each_isa.h"
+
+namespace fastmtl {
+namespace {
+
+constexpr int64_t kMinSliceElements = 32768;
+constexpr int64_t kCacheFloats = 131072;
+constexpr int64_t kLineFeatures = 64;
+// Few enough that a chunk of some rows and what is summed beside it stay in the first-level cache.
+constexpr int64_t kRowsChunk = 512;
+
+int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+Noise read_stream(const Tensor& random) {
+  const Shape shape(random);
+  STD_TORCH_CHECK(random.is_cpu() && random.scalar_type() == torch::headeronly::ScalarType::Long && shape.dim == 1 &&
+                      shape.sizes[0] == 2,
+                  "random must be (2,) int64");
+  const auto* values = static_cast<const int64_t*>(random.const_data_ptr());
+  return {static_cast<uint64_t>(values[0]), static_cast<uint64_t>(values[shape.strides[0]])};
+}
+
+// A copy with the given dense strides.
+Tensor twin_of(const Tensor& tensor, const std::vector<int64_t>& strides, DType dtype) {
+  const Shape shape(tensor);
+  Tensor twin = empty_strided({shape.sizes, shape.sizes + shape.dim}, strides, dtype);
+  torch::stable::copy_(twin, tensor);
+  return twin;
+}
+
+// The layout of the features in all tensors, behind the batch: the dense one they share, else the contiguous one.
+std::vector<int64_t> feature_strides(const std::vector<Shape>& shapes, int64_t features) {
+  const Shape& first = shapes.front();
+  Shape inner = first;
+  inner.dim -= 1;
+  inner.sizes += 1;
+  inner.strides += 1;
+  bool alike = features > 0 && inner.dense();
+  for (const Shape& shape : shapes) {
+    STD_TORCH_CHECK(shape.dim == first.dim && std::equal(shape.sizes + 1, shape.sizes + shape.dim, inner.sizes),
+                    "reps and grads must have the same features");
+    Shape features_of_it = inner;
+    features_of_it.strides = shape.strides + 1;
+    alike &= features_of_it.same_strides(inner.strides) && (shape.sizes[0] == 1 || shape.strides[0] == features);
+  }
+  return alike ? std::vector<int64_t>(inner.strides, inner.strides + inner.dim) : contiguous_strides(inner);
+}
+
+// The batch where it lies, or a copy that is kept where its layout is another one.
+Batch batch_of(const Tensor& tensor, const std::vector<int64_t>& strides, std::vector<Tensor>& kept) {
+  const Shape shape(tensor);
+  const bool matches = shape.same_strides(strides.data());
+  const DType dtype = dtype_of(tensor);
+  if (!matches) kept.push_back(twin_of(tensor, strides, dtype));
+  return {(matches ? tensor : kept.back()).const_data_ptr(), dtype, shape.sizes[0]};
+}
+
+std::vector<Tensor> graddrop(const std::vector<Tensor>& reps, const std::vector<Tensor>& grads, double leak,
+                             const Tensor& random, const std::optional<Tensor>& noise) {
+  const size_t tasks = grads.size();
+  STD_TORCH_CHECK(tasks >= 1 && (reps.size() == 1 || reps.size() == tasks), "there must be one rep or one per task");
+  std::vector<Shape> shapes;
+  for (const auto* list : {&reps, &grads}) {
+    for (const Tensor& tensor : *list) {
+      shapes.emplace_back(tensor);
+      STD_TORCH_CHECK(tensor.is_cpu() && shapes.back().dim >= 1, "reps and grads must have a batch dimension");
+    }
+  }
+  const Shape& first = shapes.front();
+  const int64_t features = std::accumulate(first.sizes + 1, first.sizes + first.dim, int64_t{1}, std::multiplies<>());
+  std::vector<int64_t> strides = feature_strides(shapes, features);
+  const std::vector<int64_t> inner = strides;
+  strides.insert(strides.begin(), std::max<int64_t>(features, 1));
+
+  BatchJob job{{}, {}};
+  job.features = features;
+  job.leak = leak;
+  job.noise = read_stream(random);
+  std::vector<Tensor> kept;
+  kept.reserve(shapes.size() + 1);
+  for (const Tensor& rep : reps) job.reps.push_back(batch_of(rep, strides, kept));
+  std::vector<Tensor> results;
+  int64_t height = 0;
+  for (size_t t = 0; t < tasks; ++t) {
+    job.grads.push_back(batch_of(grads[t], strides, kept));
+    STD_TORCH_CHECK(job.grads[t].size == job.reps[job.shares() ? 0 : t].size, "reps and grads must have one batch");
+    height += job.grads[t].size;
+  }
+  for (size_t r = 0; r < reps.size(); ++r) {
+    DType dtype = job.grads[r].dtype;
+    for (size_t t = 0; job.shares() && t < tasks; ++t) dtype = promote(dtype, job.grads[t].dtype);
+    const Shape& shape = shapes[r];
+    results.push_back(empty_strided({shape.sizes, shape.sizes + shape.dim}, strides, dtype));
+    job.targets.push_back({results.back().mutable_data_ptr(), dtype});
+    job.sums_in_double |= dtype == DType::f64;
+  }
+  if (noise.has_value()) {
+    const Shape shape(*noise);
+    STD_TORCH_CHECK(shape.dim == first.dim - 1 && std::equal(shape.sizes, shape.sizes + shape.dim, first.sizes + 1),
+                    "noise must have the shape of the features");
+    kept.push_back(twin_of(*noise, inner, DType::f64));
+    job.noise.given = static_cast<const double*>(kept.back().const_data_ptr());
+  }
+
+  height = std::max<int64_t>(height, 1);
+  job.chunk = std::clamp<int64_t>(kCacheFloats / height / kLineFeatures * kLineFeatures, kLineFeatures, 4096);
+  const int64_t slice =
+      round_up(std::max({kMinSliceElements / height, features / kMaxSlices, int64_t{1}}), kLineFeatures);
+  run_parallel((features + slice - 1) / slice, [&](int64_t s) {
+    FASTMTL_DISPATCH(graddrop_slice, job, s * slice, std::min(features, (s + 1) * slice));
+  });
+  return results;
+}
+
+std::vector<Tensor> graddrop_rows(const TensorList& flat, int64_t num_rows, const Tensor& leak, const Tensor& random,
+                                  const std::vector<Tensor>& noise) {
+  RowTable table(flat, num_rows);
+  RowsJob job{std::move(table), read_vector(leak, num_rows, "leak")};
+  STD_TORCH_CHECK(noise.empty() || static_cast<int64_t>(noise.size()) == job.rows.width(),
+                  "noise must hold one tensor for each tensor of a row");
+  const Noise stream = read_stream(random);
+  std::vector<Tensor> results;
+  std::vector<Tensor> kept;
+  int64_t next = 0;
+  for (int64_t k = 0; k < job.rows.width(); ++k) {
+    const Parameter& parameter = job.rows.parameter(k);
+    job.firsts.push_back(next);
+    job.noises.push_back(stream);
+    job.targets.emplace_back();
+    if (!parameter.present) continue;
+    next += round_up(parameter.numel, 4);
+    for (int64_t t = 0; t < num_rows; ++t) job.rows.match(t, k);
+    results.push_back(empty_strided(parameter.sizes, parameter.strides, parameter.dtype));
+    job.targets.back() = {results.back().mutable_data_ptr(), parameter.dtype};
+    job.segments.push_back({k, parameter.numel, 0});
+    if (noise.empty()) continue;
+    STD_TORCH_CHECK(Shape(noise[k]).same_sizes(parameter.shape), "noise must have the shapes of the rows");
+    kept.push_back(twin_of(noise[k], parameter.strides, DType::f64));
+    job.noises.back().given = static_cast<const double*>(kept.back().const_data_ptr());
+  }
+  job.chunk = kRowsChunk;
+  const std::vector<Slice> slices = cut(job.segments, kMinSliceElements / num_rows);
+  run_parallel(static_cast<int64_t>(slices.size()),
+               [&](int64_t s) { FASTMTL_DISPATCH(graddrop_rows_slice, job, slices[s]); });
+  return results;
+}
+
+FASTMTL_CPU_KERNEL(graddrop, graddrop);
+FASTMTL_CPU_KERNEL(graddrop_rows, graddrop_rows);
+
+}  // namespace
+}  // namespace fastmtl

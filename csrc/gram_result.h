@@ -1,0 +1,50 @@
+// From the sums of slices to Gram matrices, on the CPU.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "fastmtl/row_table.h"
+#include "fastmtl/slices.h"
+
+namespace fastmtl {
+
+// Elements of each row that are taken at a time, so that a chunk of all rows stays in the second-level cache.
+inline int64_t chunk_length(int64_t num_rows, bool converts) {
+  const int64_t cache_floats = converts ? 32768 : 131072;
+  return std::clamp<int64_t>(cache_floats / num_rows / 512 * 512, 512, 4096);
+}
+
+// Adds up the upper triangles of all slices, in order: (T, T), or (L, T, T) where there are groups.
+inline Tensor gram_of(const std::vector<double>& upper, const std::vector<Slice>& slices, int64_t num_rows,
+                      std::optional<int64_t> num_groups) {
+  const int64_t pairs = num_rows * (num_rows + 1) / 2;
+  std::vector<int64_t> sizes{num_rows, num_rows};
+  std::vector<int64_t> strides{num_rows, 1};
+  if (num_groups.has_value()) {
+    sizes.insert(sizes.begin(), *num_groups);
+    strides.insert(strides.begin(), num_rows * num_rows);
+  }
+  Tensor result = empty_strided(sizes, strides, DType::f64);
+  const int64_t count = num_groups.value_or(1);
+  auto* matrices = static_cast<double*>(result.mutable_data_ptr());
+  std::fill_n(matrices, count * num_rows * num_rows, 0.0);
+  for (size_t s = 0; s < slices.size(); ++s) {
+    double* matrix = matrices + slices[s].group * num_rows * num_rows;
+    const double* pair = upper.data() + static_cast<int64_t>(s) * pairs;
+    for (int64_t i = 0; i < num_rows; ++i) {
+      for (int64_t j = i; j < num_rows; ++j) matrix[i * num_rows + j] += *pair++;
+    }
+  }
+  for (int64_t g = 0; g < count; ++g) {
+    double* matrix = matrices + g * num_rows * num_rows;
+    for (int64_t i = 0; i < num_rows; ++i) {
+      for (int64_t j = 0; j < i; ++j) matrix[i * num_rows + j] = matrix[j * num_rows + i];
+    }
+  }
+  return result;
+}
+
+}  // namespace fastmtl

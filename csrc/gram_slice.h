@@ -1,0 +1,34 @@
+// The Gram matrix of one slice. Compiled once per instruction set, inside that set's namespace: no include guard.
+
+#include "gram_kernels.h"
+
+template <class Acc>
+void add_chunk(const RowTable& rows, int64_t k, int64_t begin, int64_t length, Acc* scratch, Tile<float>* tiles,
+               Sums& sums) {
+  Chunk<Acc> chunk;
+  chunk.length = length;
+  for (int64_t t = 0; t < rows.num_rows(); ++t) {
+    const Row& row = rows.row(t, k);
+    if (row.tensor == nullptr) continue;
+    chunk.rows[chunk.count] = as(row.data, row.dtype, begin, length, scratch + chunk.count * length);
+    chunk.task[chunk.count++] = t;
+  }
+  add_products(chunk, sums, tiles);
+}
+
+// Writes the upper triangle of the slice's Gram matrix, row by row.
+inline void gram_slice(const GramJob& job, const Slice& slice, double* upper) {
+  const int64_t num_rows = job.rows.num_rows();
+  const int64_t blocks = (num_rows + kBlock - 1) / kBlock;
+  const auto scratch = std::make_unique_for_overwrite<double[]>(job.converts ? num_rows * job.chunk : 0);
+  const auto tiles = std::make_unique_for_overwrite<Tile<float>[]>(blocks * (blocks + 1) / 2);
+  Sums sums(num_rows);
+  for_each_chunk(job.segments, slice, job.chunk, [&](int64_t k, int64_t begin, int64_t length) {
+    if (job.rows.parameter(k).dtype == DType::f64) {
+      add_chunk(job.rows, k, begin, length, scratch.get(), tiles.get(), sums);
+    } else {
+      add_chunk(job.rows, k, begin, length, reinterpret_cast<float*>(scratch.get()), tiles.get(), sums);
+    }
+  });
+  write_upper(sums, upper);
+}

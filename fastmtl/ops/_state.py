@@ -1,0 +1,55 @@
+"""State of the rows' size that ops update in place: a tensor for each of the T x K gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from fastmtl.errors import UsageError
+from fastmtl.ops._rows import FLOAT_TYPES, check_rows, device_of, shared_strides
+
+__all__ = ["check_state", "pairs"]
+
+
+def check_state(name: str, state: Sequence[Tensor], rows: Sequence[Tensor | None], num_rows: int) -> None:
+    """Refuse rows that no backend takes, and state that does not fit them.
+
+    Raises:
+        UsageError: Wrong number, shape, dtype, device or layout of a tensor.
+    """
+    check_rows(rows, num_rows)
+    if len(state) != len(rows):
+        raise UsageError(f"{name} must hold one tensor for each of the {len(rows)} tensors of rows, got {len(state)}.")
+    device = device_of(state)
+    width = len(rows) // num_rows
+    for index, (own, row) in enumerate(zip(state, rows, strict=True)):
+        place = f"{name}[{index // width}][{index % width}]"
+        if own.layout != torch.strided or own.dtype not in FLOAT_TYPES or own.device != device:
+            raise UsageError(
+                f"{place} must be a dense float32, float64, bfloat16 or float16 tensor on {device}, "
+                f"got {own.dtype}, {own.layout} on {own.device}."
+            )
+        if row is not None and (row.shape != own.shape or row.device != device):
+            raise UsageError(
+                f"{place} must have the shape {tuple(row.shape)} of its gradient on {row.device}, "
+                f"got {tuple(own.shape)} on {own.device}."
+            )
+        first = state[index % width]
+        if own.shape != first.shape:
+            raise UsageError(f"{place} must have the shape {tuple(first.shape)} as in row 0, got {tuple(own.shape)}.")
+    for k in range(width):
+        column = state[k::width]
+        strides = shared_strides(column)
+        if any(s != t for own in column for n, s, t in zip(own.shape, own.stride(), strides, strict=True) if n > 1):
+            raise UsageError(f"{name} must hold tensor {k} of all rows in one dense memory layout.")
+
+
+def pairs(
+    state: Sequence[Tensor], rows: Sequence[Tensor | None], num_rows: int
+) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    """Yield row number, state and gradient of each tensor."""
+    width = len(rows) // num_rows
+    for index, (own, row) in enumerate(zip(state, rows, strict=True)):
+        yield index // width, own, row

@@ -1,0 +1,98 @@
+"""Moving averages of the task gradients and their Gram matrix, in one pass."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from fastmtl.errors import UsageError
+from fastmtl.ops._registry import declare
+from fastmtl.ops._rows import Rows, device_of, flatten
+from fastmtl.ops._square import weight_dtype
+from fastmtl.ops._state import check_state, pairs
+from fastmtl.ops.gram import gram_reference
+
+__all__ = ["ema_gram_"]
+
+
+def _check(state: list[Tensor], rows: list[Tensor | None], num_rows: int, keep: Tensor, gains: Tensor) -> None:
+    check_state("state", state, rows, num_rows)
+    device = device_of(state)
+    for name, vector in (("keep", keep), ("gains", gains)):
+        if vector.shape != (num_rows,) or not vector.is_floating_point() or vector.device != device:
+            raise UsageError(
+                f"{name} must hold {num_rows} floats on {device}, one per row, "
+                f"got shape {tuple(vector.shape)}, {vector.dtype} on {vector.device}."
+            )
+
+
+def _reference(state: list[Tensor], rows: list[Tensor | None], num_rows: int, keep: Tensor, gains: Tensor) -> Tensor:
+    _check(state, rows, num_rows, keep, gains)
+    dtype = weight_dtype(device_of(state))
+    keep, gains = keep.to(dtype), gains.to(dtype)
+    for t, own, row in pairs(state, rows, num_rows):
+        value = own.to(dtype) * keep[t]
+        own.copy_(value if row is None else value + row.to(dtype) * gains[t])
+    return gram_reference(cast(list[Tensor | None], state), num_rows)
+
+
+def _fake(state: list[Tensor], rows: list[Tensor | None], num_rows: int, keep: Tensor, gains: Tensor) -> Tensor:
+    _check(state, rows, num_rows, keep, gains)
+    device = device_of(state)
+    return torch.empty(num_rows, num_rows, dtype=weight_dtype(device), device=device)
+
+
+_ema_gram_ = declare(
+    "ema_gram_",
+    "(Tensor(a!)[] state, Tensor?[] rows, int num_rows, Tensor keep, Tensor gains) -> Tensor",
+    reference=_reference,
+    fake=_fake,
+)
+
+
+def ema_gram_(state: Rows, rows: Rows, keep: Tensor, gains: Tensor) -> Tensor:
+    """Set ``state_t = keep_t state_t + gains_t row_t`` and return the Gram matrix of the new state.
+
+    The rows are read once, the state is read and written once. The update is taken in float32, in float64 if the state
+    or a row of the parameter is float64; the Gram matrix is that of the state as it is then stored, summed as in
+    :func:`fastmtl.ops.gram`.
+
+    Args:
+        state: T lists of K tensors, or a (T, P) tensor, updated in place. Tensor k has one shape and one dense layout
+            in all rows. None of them may overlap another one or a gradient.
+        rows: T lists of K gradients of these shapes, None for zero, or a (T, P) tensor; see
+            :func:`fastmtl.ops.gram`.
+        keep: (T,) factors of the old state, or one for all rows, on the device of the rows.
+        gains: (T,) factors of the gradients.
+
+    Returns:
+        (T, T) float64; float32 on MPS, which has no float64.
+
+    Raises:
+        UsageError: Arguments that do not fit together; the message names them.
+        BackendError: ``FASTMTL_BACKEND`` names a backend that cannot serve these tensors.
+
+    Example:
+        >>> state = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> ema_gram_(state, torch.tensor([[1.0, 2.0], [2.0, 1.0]]), torch.tensor(0.5), torch.tensor([0.5, 0.5]))
+        tensor([[2., 2.],
+                [2., 2.]], dtype=torch.float64)
+        >>> state
+        tensor([[1., 1.],
+                [1., 1.]])
+    """
+    flat, num_rows = flatten(rows)
+    own = cast(list[Tensor], flatten(state)[0])
+    if keep.dim() == 0:
+        keep = keep.expand(num_rows)
+    try:
+        result = _ema_gram_(own, flat, num_rows, keep, gains)
+    except RuntimeError:
+        # Kernels refuse with a terse message; the full check finds the sentence for the user.
+        _check(own, flat, num_rows, keep, gains)
+        raise
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(own)
+    return result

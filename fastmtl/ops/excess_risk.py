@@ -1,0 +1,93 @@
+"""ExcessMTL's sums of squared gradients and the risks they give, in one pass."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from fastmtl.errors import UsageError
+from fastmtl.ops._registry import declare
+from fastmtl.ops._rows import Rows, device_of, flatten
+from fastmtl.ops._square import weight_dtype
+from fastmtl.ops._state import check_state, pairs
+
+__all__ = ["excess_risk_"]
+
+
+def _check(sums: list[Tensor], rows: list[Tensor | None], num_rows: int, epsilon: float) -> None:
+    check_state("sums", sums, rows, num_rows)
+    if not epsilon > 0:
+        raise UsageError(f"epsilon must be above 0, got {epsilon}.")
+
+
+def _reference(sums: list[Tensor], rows: list[Tensor | None], num_rows: int, epsilon: float) -> Tensor:
+    _check(sums, rows, num_rows, epsilon)
+    device = device_of(sums)
+    dtype = weight_dtype(device)
+    risks = torch.zeros(num_rows, dtype=dtype, device=device)
+    for t, own, row in pairs(sums, rows, num_rows):
+        if row is not None:
+            square = row.to(dtype) ** 2
+            own.copy_(own.to(dtype) + square)
+            risks[t] += (square / (own.to(dtype) + epsilon).sqrt()).sum()
+    return risks
+
+
+def _fake(sums: list[Tensor], rows: list[Tensor | None], num_rows: int, epsilon: float) -> Tensor:
+    _check(sums, rows, num_rows, epsilon)
+    device = device_of(sums)
+    return torch.empty(num_rows, dtype=weight_dtype(device), device=device)
+
+
+_excess_risk_ = declare(
+    "excess_risk_",
+    "(Tensor(a!)[] sums, Tensor?[] rows, int num_rows, float epsilon) -> Tensor",
+    reference=_reference,
+    fake=_fake,
+)
+
+
+def excess_risk_(sums: Rows, rows: Rows, epsilon: float = 1e-7) -> Tensor:
+    """Add the squared gradients to ``sums`` and return each task's excess risk, sum_i g_i^2 / sqrt(sums_i + epsilon).
+
+    The rows are read once, the sums are read and written once. Everything is taken in float32, in float64 if the sums
+    or a row of the parameter are float64, and risks are summed in float64 across short runs; the sums that count are
+    the new ones, as they are stored.
+
+    Args:
+        sums: T lists of K tensors, or a (T, P) tensor, updated in place. Tensor k has one shape and one dense layout in
+            all rows. None of them may overlap another one or a gradient.
+        rows: T lists of K gradients of these shapes, None for zero, or a (T, P) tensor; see
+            :func:`fastmtl.ops.gram`.
+        epsilon: Keeps the root away from zero.
+
+    Returns:
+        (T,) float64; float32 on MPS, which has no float64.
+
+    Raises:
+        UsageError: Arguments that do not fit together; the message names them.
+        BackendError: ``FASTMTL_BACKEND`` names a backend that cannot serve these tensors.
+
+    Source:
+        He et al., "Robust Multi-Task Learning with Excess Risks", ICML 2024.
+
+    Example:
+        >>> sums = torch.tensor([[0.0, 12.0]])
+        >>> excess_risk_(sums, torch.tensor([[3.0, 2.0]]))
+        tensor([4.0000], dtype=torch.float64)
+        >>> sums
+        tensor([[ 9., 16.]])
+    """
+    flat, num_rows = flatten(rows)
+    own = cast(list[Tensor], flatten(sums)[0])
+    try:
+        risks = _excess_risk_(own, flat, num_rows, epsilon)
+    except RuntimeError:
+        # Kernels refuse with a terse message; the full check finds the sentence for the user.
+        _check(own, flat, num_rows, epsilon)
+        raise
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(own)
+    return risks

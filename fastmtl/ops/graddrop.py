@@ -1,0 +1,292 @@
+"""Gradient sign dropout: of the tasks' gradients of a feature, those of one sign stay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastmtl.errors import UsageError
+from fastmtl.ops._philox import uniform
+from fastmtl.ops._registry import declare
+from fastmtl.ops._rows import FLOAT_TYPES, Rows, check_rows, columns, device_of, flatten, shared_strides
+from fastmtl.ops._square import weight_dtype
+
+__all__ = [
+    "check_graddrop",
+    "check_graddrop_rows",
+    "empty_results",
+    "empty_row_results",
+    "feature_strides",
+    "graddrop",
+    "graddrop_rows",
+]
+
+
+def _check_random(random: Tensor, device: torch.device) -> None:
+    if random.shape != (2,) or random.dtype != torch.int64 or random.device != device:
+        raise UsageError(
+            f"random must hold seed and offset as (2,) int64 on {device}, "
+            f"got shape {tuple(random.shape)}, {random.dtype} on {random.device}."
+        )
+
+
+def check_graddrop(reps: Sequence[Tensor], grads: Sequence[Tensor], random: Tensor, noise: Tensor | None) -> None:
+    """Refuse what no backend of ``graddrop`` takes.
+
+    Raises:
+        UsageError: Arguments that do not fit together.
+    """
+    if not grads or len(reps) not in (1, len(grads)):
+        raise UsageError(f"reps must hold one tensor or one for each of the {len(grads)} grads, got {len(reps)}.")
+    device = grads[0].device
+    for name, list_ in (("reps", reps), ("grads", grads)):
+        for t, tensor in enumerate(list_):
+            if tensor.layout != torch.strided or tensor.dtype not in FLOAT_TYPES or tensor.device != device:
+                raise UsageError(
+                    f"{name}[{t}] must be a dense float32, float64, bfloat16 or float16 tensor on {device}, "
+                    f"got {tensor.dtype}, {tensor.layout} on {tensor.device}."
+                )
+            if tensor.dim() < 1 or tensor.shape[1:] != grads[0].shape[1:]:
+                raise UsageError(
+                    f"{name}[{t}] must have the shape (batch, ...) with the features of grads[0], "
+                    f"got {tuple(tensor.shape)} beside {tuple(grads[0].shape)}."
+                )
+    for t, grad in enumerate(grads):
+        rep = reps[t if len(reps) > 1 else 0]
+        if rep.shape != grad.shape:
+            raise UsageError(
+                f"grads[{t}] must have the shape {tuple(rep.shape)} of its representation, got {tuple(grad.shape)}."
+            )
+    _check_random(random, device)
+    if noise is not None and (noise.shape != grads[0].shape[1:] or noise.dtype not in FLOAT_TYPES):
+        raise UsageError(
+            f"noise must be floats of the shape {tuple(grads[0].shape[1:])} of the features, "
+            f"got {tuple(noise.shape)}, {noise.dtype}."
+        )
+
+
+def feature_strides(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    """Return the strides of the features behind the batch: the dense ones all tensors share, or contiguous ones."""
+    shape = tensors[0].shape[1:]
+    features = [torch.empty_strided(shape, t.stride()[1:], device="meta") for t in tensors]
+    if all(len(t) == 1 or t.stride(0) == shape.numel() for t in tensors):
+        return shared_strides(features)
+    return torch.empty(shape, device="meta").stride()
+
+
+def empty_results(reps: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
+    """Return empty results, one for each representation."""
+    strides = feature_strides([*reps, *grads])
+    outer = max(grads[0].shape[1:].numel(), 1)
+    results = []
+    for r, rep in enumerate(reps):
+        dtype = grads[r].dtype
+        for grad in grads if len(reps) == 1 else ():
+            dtype = torch.promote_types(dtype, grad.dtype)
+        results.append(torch.empty_strided(rep.shape, (outer, *strides), dtype=dtype, device=rep.device))
+    return results
+
+
+def _in_memory_order(numbers: Tensor, shape: torch.Size, strides: tuple[int, ...]) -> Tensor:
+    """Return a vector seen as a tensor whose memory it fills."""
+    return numbers.as_strided(shape, strides)
+
+
+def _kept(signed: Tensor, noise: Tensor) -> Tensor:
+    """Return which of (T, ...) signed sums stay; a NaN among them lets none stay."""
+    purity = signed.sum(0) - (2 * noise.to(signed.dtype) - 1) * signed.abs().sum(0)
+    return signed * purity.sign() > 0
+
+
+def _reference(
+    reps: list[Tensor], grads: list[Tensor], leak: float, random: Tensor, noise: Tensor | None = None
+) -> list[Tensor]:
+    check_graddrop(reps, grads, random, noise)
+    dtype = weight_dtype(grads[0].device)
+    shape = grads[0].shape[1:]
+    if noise is None:
+        noise = _in_memory_order(uniform(random, 0, shape.numel()), shape, feature_strides([*reps, *grads]))
+    each = reps * len(grads) if len(reps) == 1 else reps
+    wide = [grad.to(dtype) for grad in grads]
+    kept = _kept(torch.stack([(g * rep.to(dtype).sign()).sum(0) for g, rep in zip(wide, each, strict=True)]), noise)
+    dropped = [g * torch.where(keep, 1.0, leak) for g, keep in zip(wide, kept, strict=True)]
+    if len(reps) == 1:
+        dropped = [torch.stack(dropped).sum(0)]
+    return [result.copy_(value) for result, value in zip(empty_results(reps, grads), dropped, strict=True)]
+
+
+def _fake(
+    reps: list[Tensor], grads: list[Tensor], leak: float, random: Tensor, noise: Tensor | None = None
+) -> list[Tensor]:
+    check_graddrop(reps, grads, random, noise)
+    return empty_results(reps, grads)
+
+
+def check_graddrop_rows(
+    rows: Sequence[Tensor | None], num_rows: int, leak: Tensor, random: Tensor, noise: Sequence[Tensor]
+) -> None:
+    """Refuse what no backend of ``graddrop_rows`` takes.
+
+    Raises:
+        UsageError: Arguments that do not fit together.
+    """
+    check_rows(rows, num_rows)
+    device = device_of(rows)
+    if leak.shape != (num_rows,) or not leak.is_floating_point() or leak.device != device:
+        raise UsageError(
+            f"leak must hold {num_rows} floats on {device}, one per row, "
+            f"got shape {tuple(leak.shape)}, {leak.dtype} on {leak.device}."
+        )
+    _check_random(random, device)
+    if not noise:
+        return
+    width = len(rows) // num_rows
+    if len(noise) != width:
+        raise UsageError(f"noise must hold one tensor for each of the {width} tensors of a row, got {len(noise)}.")
+    for k, column in enumerate(columns(rows, num_rows)):
+        if column and (noise[k].shape != column[0][1].shape or noise[k].dtype not in FLOAT_TYPES):
+            raise UsageError(
+                f"noise[{k}] must be floats of the shape {tuple(column[0][1].shape)}, "
+                f"got {tuple(noise[k].shape)}, {noise[k].dtype}."
+            )
+
+
+def empty_row_results(rows: Sequence[Tensor | None], num_rows: int) -> list[Tensor]:
+    """Return empty results, one for each parameter that has a row."""
+    results = []
+    for column in columns(rows, num_rows):
+        if column:
+            tensors = [row for _, row in column]
+            dtype = tensors[0].dtype
+            for row in tensors:
+                dtype = torch.promote_types(dtype, row.dtype)
+            results.append(
+                torch.empty_strided(tensors[0].shape, shared_strides(tensors), dtype=dtype, device=tensors[0].device)
+            )
+    return results
+
+
+def _reference_rows(
+    rows: list[Tensor | None], num_rows: int, leak: Tensor, random: Tensor, noise: list[Tensor]
+) -> list[Tensor]:
+    check_graddrop_rows(rows, num_rows, leak, random, noise)
+    dtype = weight_dtype(device_of(rows))
+    results = iter(empty_row_results(rows, num_rows))
+    written = []
+    first = 0
+    for k, column in enumerate(columns(rows, num_rows)):
+        if not column:
+            continue
+        result = next(results)
+        drawn = _in_memory_order(uniform(random, first, result.numel()), result.shape, result.stride())
+        first += (result.numel() + 3) // 4 * 4
+        wide = torch.stack([row.to(dtype) for _, row in column])
+        leaks = leak.to(dtype)[[t for t, _ in column]].view(-1, *[1] * result.dim())
+        kept = _kept(wide, noise[k] if noise else drawn)
+        written.append(result.copy_((wide * torch.where(kept, 1.0, leaks)).sum(0)))
+    return written
+
+
+def _fake_rows(
+    rows: list[Tensor | None], num_rows: int, leak: Tensor, random: Tensor, noise: list[Tensor]
+) -> list[Tensor]:
+    check_graddrop_rows(rows, num_rows, leak, random, noise)
+    return empty_row_results(rows, num_rows)
+
+
+_graddrop = declare(
+    "graddrop",
+    "(Tensor[] reps, Tensor[] grads, float leak, Tensor random, Tensor? noise=None) -> Tensor[]",
+    reference=_reference,
+    fake=_fake,
+)
+_graddrop_rows = declare(
+    "graddrop_rows",
+    "(Tensor?[] rows, int num_rows, Tensor leak, Tensor random, Tensor[] noise) -> Tensor[]",
+    reference=_reference_rows,
+    fake=_fake_rows,
+)
+
+
+def graddrop(
+    reps: Sequence[Tensor], grads: Sequence[Tensor], leak: float, random: Tensor, noise: Tensor | None = None
+) -> list[Tensor]:
+    """Return the gradients of representations after gradient sign dropout.
+
+    For each feature, s_t is the sum over the batch of ``grad_t sign(rep_t)`` and the purity is
+    ``P = (1 + sum_t s_t / sum_t |s_t|) / 2``. For u uniform in [0, 1), positive s_t stay where P > u and negative ones
+    where P < u: ``M_t`` is 1 there, else 0. The result is ``grad_t (leak + (1 - leak) M_t)``; with one representation
+    for all tasks its sum over the tasks. Sums are taken in float32 or better. A feature with a NaN among its s_t has
+    M_t = 0 for all tasks.
+
+    Feature i, counted in the memory order of the features where all tensors share a dense one and else in that of
+    contiguous tensors, gets number i of the Philox4x32-10 stream (seed, offset), the same on every backend.
+
+    Args:
+        reps: T representations (B_t, ...) with the same features, or one that all tasks share.
+        grads: T gradients of them, of any float dtype.
+        leak: Share of the dropped gradients that flows on.
+        random: (2,) int64 seed and offset on the device of ``grads``; add 1 to the offset for the next numbers.
+        noise: Numbers to use instead, of the shape of the features.
+
+    Returns:
+        One tensor per representation, of the dtype of its gradients.
+
+    Raises:
+        UsageError: Arguments that do not fit together; the message names them.
+        BackendError: ``FASTMTL_BACKEND`` names a backend that cannot serve these tensors.
+
+    Source:
+        Chen et al., "Just Pick a Sign: Optimizing Deep Multitask Models with Gradient Sign Dropout", NeurIPS 2020;
+        Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+
+    Example:
+        >>> reps, grads = [torch.ones(1, 2)], [torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, -1.0]])]
+        >>> graddrop(reps, grads, 0.0, torch.tensor([0, 0]), noise=torch.tensor([0.5, 0.5]))
+        [tensor([[4., 2.]])]
+    """
+    try:
+        return _graddrop(reps, grads, leak, random, noise)
+    except RuntimeError:
+        # Kernels refuse with a terse message; the full check finds the sentence for the user.
+        check_graddrop(reps, grads, random, noise)
+        raise
+
+
+def graddrop_rows(
+    rows: Rows, leak: Tensor, random: Tensor, noise: Sequence[Tensor] | None = None
+) -> list[Tensor | None]:
+    """Return the sum of the task gradients after gradient sign dropout, each element by itself.
+
+    The rule is that of :func:`graddrop` with ``s_t = row_t``: the result is
+    ``sum_t row_t (leak_t + (1 - leak_t) M_t)``. The elements of parameter k are counted in their memory order from a
+    multiple of 4 on, behind those of the parameters before it.
+
+    Args:
+        rows: T lists of K gradients or a (T, P) tensor; see :func:`fastmtl.ops.gram`.
+        leak: (T,) share of each row's dropped elements that stays.
+        random: (2,) int64 seed and offset on the device of the rows.
+        noise: K tensors of the shapes of the rows to use instead.
+
+    Returns:
+        K tensors; None where a parameter is None in all rows.
+
+    Raises:
+        UsageError: Arguments that do not fit together; the message names them.
+        BackendError: ``FASTMTL_BACKEND`` names a backend that cannot serve these tensors.
+
+    Example:
+        >>> rows = torch.tensor([[1.0, 2.0], [3.0, -1.0]])
+        >>> graddrop_rows(rows, torch.zeros(2), torch.tensor([0, 0]), noise=[torch.tensor([0.5, 0.5])])
+        [tensor([4., 2.])]
+    """
+    flat, num_rows = flatten(rows)
+    given = [] if noise is None else list(noise)
+    try:
+        found = iter(_graddrop_rows(flat, num_rows, leak, random, given))
+    except RuntimeError:
+        check_graddrop_rows(flat, num_rows, leak, random, given)
+        raise
+    return [next(found) if column else None for column in columns(flat, num_rows)]
