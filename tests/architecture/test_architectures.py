@@ -205,3 +205,20 @@ def test_improvement_over_single_task_learning() -> None:
     (base_error,), (new_error,) = results["STL"]["task1"], results["HPS"]["task1"]
     want = ((new - base) / base + (base_error - new_error) / base_error) / 2
     assert count_improvement(results["STL"], results["HPS"], weight) == pytest.approx(want)
+
+
+@pytest.mark.parametrize("name", ["HPS", "MMoE", "CGC", "DSelect_k"])
+def test_a_step_on_text(name: str) -> None:
+    heads = [nn.Sequential(nn.Flatten(), nn.Linear(72, outputs)) for outputs in (3, 1, 3)]
+    decoders = nn.ModuleDict(dict(zip(TASKS, heads, strict=True)))
+    trainer = make_trainer("MGDA", name, 3, encoder_class=ENCODERS["whole text"], decoders=decoders)
+    labels = next(iter(loaders(3, batch=4)))[1]
+    trainer.step([(make_inputs("text"), labels)], StepBuffer())
+    assert [key for key, param in trainer.model.named_parameters() if param.grad is None] == []
+
+
+@pytest.mark.parametrize("name", ["HPS", "CGC"])
+def test_a_frozen_encoder_leaves_the_decoders_to_train(name: str) -> None:
+    trainer = make_trainer("MGDA", name, 3, encoder_class=lambda: ENCODERS["table"]().requires_grad_(False))
+    trainer.step([next(iter(loaders(3)))], StepBuffer())
+    assert all(param.grad is not None for param in trainer.model.decoders.parameters())
