@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl import ops
+from fastmtl.autojac.vjp import vjp
 from fastmtl.errors import UsageError
 from fastmtl.trainer.own import OwnGradients, find_owners
 from fastmtl.trainer.problem import Features, Problem
@@ -116,14 +117,14 @@ class Route:
         count, own = len(losses), self.problem.own_params
         flat = [leaf for each in leaves for leaf in each]
         if not self.weighs_heads or self._owners is not None:
-            grads = _vjp(losses, [None] * count, [*flat, *own], retain=False)
+            grads = vjp(losses, [None] * count, [*flat, *own], retain=False)
             parts = [grads[len(flat) :]]
             found = iter(grads)
             cotangents = [[next(found) for _ in each] for each in leaves]
         else:
             parts, cotangents = [], []
             for t, loss in enumerate(losses):
-                grads = _vjp([loss], [None], [*leaves[t], *own], retain=t + 1 < count)
+                grads = vjp([loss], [None], [*leaves[t], *own], retain=t + 1 < count)
                 cotangents.append(grads[: len(leaves[t])])
                 parts.append(grads[len(leaves[t]) :])
         return cotangents, OwnGradients(own, parts, self._places())
@@ -198,14 +199,14 @@ class SplitRoute(Route):
         features, losses, preds, cotangents, own = self._heads(inputs, labels)
         rows = []
         for t, cotangent in enumerate(cotangents):
-            rows.append(_vjp(features, cotangent, self.problem.shared_params, retain=t + 1 < len(cotangents)))
+            rows.append(vjp(features, cotangent, self.problem.shared_params, retain=t + 1 < len(cotangents)))
         return RowsPass(self, losses, preds, rows, own)
 
     def frozen(self, inputs: Any, labels: Any, shared: Tensor, heads: Tensor | None) -> Pass:
         """Send the weighted sum of the tasks' cotangents through the trunk, once."""
         features, losses, preds, cotangents, own = self._heads(inputs, labels)
         total = [_weighted(shared, column) for column in zip(*cotangents, strict=True)]
-        rows = [_vjp(features, total, self.problem.shared_params, retain=False)]
+        rows = [vjp(features, total, self.problem.shared_params, retain=False)]
         done = RowsPass(self, losses, preds, rows, own)
         done.write_heads(heads)
         for param, grad in zip(self.problem.shared_params, rows[0], strict=True):
@@ -231,7 +232,7 @@ class WholeRoute(Route):
         one_graph = not self.problem.model.multi_input
         rows, parts = [], []
         for t, loss in enumerate(losses):
-            grads = _vjp([loss], [None], [*shared, *own], retain=one_graph and t + 1 < len(losses))
+            grads = vjp([loss], [None], [*shared, *own], retain=one_graph and t + 1 < len(losses))
             rows.append(grads[: len(shared)])
             parts.append(grads[len(shared) :])
         return RowsPass(self, losses, preds, rows, OwnGradients(own, parts))
@@ -246,7 +247,7 @@ class WholeRoute(Route):
             (problem.own_params, own_weights, False),
         ):
             cotangents = [weight.to(loss.dtype) for weight, loss in zip(weights, losses, strict=True)]
-            for param, grad in zip(params, _vjp(losses, cotangents, params, retain=retain), strict=True):
+            for param, grad in zip(params, vjp(losses, cotangents, params, retain=retain), strict=True):
                 param.grad = grad
         return SumPass(losses, preds)
 
@@ -388,29 +389,3 @@ def _weighted(weights: Tensor, grads: Sequence[Tensor | None]) -> Tensor | None:
 def _cut(features: Features) -> Features:
     """Return aliases of the features that start a graph of their own."""
     return tuple(feature.detach().requires_grad_() for feature in features)
-
-
-def _vjp(
-    outputs: Sequence[Tensor],
-    cotangents: Sequence[Tensor | None],
-    inputs: Sequence[Tensor | nn.Parameter],
-    retain: bool,
-) -> list[Tensor | None]:
-    """Return the gradients of ``sum <output, cotangent>``; None as the cotangent of a scalar loss is 1.
-
-    An output that is no loss and has no cotangent takes no part.
-    """
-    pairs = [
-        (o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad and (c is not None or not o.dim())
-    ]
-    if not pairs or not inputs:
-        return [None] * len(inputs)
-    return list(
-        torch.autograd.grad(
-            [o for o, _ in pairs],
-            inputs,
-            [torch.ones_like(o) if c is None else c for o, c in pairs],
-            retain_graph=retain,
-            allow_unused=True,
-        )
-    )
