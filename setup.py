@@ -135,6 +135,7 @@ def get_build_parameters(torch: Torch | None, pybind11: str | None) -> list[Exte
                 "csrc/imtl.cpp",
                 "csrc/min_norm.cpp",
                 "csrc/nash.cpp",
+                "csrc/nonneg_qp.cpp",
                 "csrc/pcgrad.cpp",
                 "csrc/upgrad.cpp",
             ],

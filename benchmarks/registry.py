@@ -58,6 +58,7 @@ BENCHES = (
     "imtl",
     "min_norm",
     "nash",
+    "nonneg_qp",
     "pcgrad",
     "upgrad",
 )

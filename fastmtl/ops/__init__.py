@@ -18,6 +18,7 @@ from fastmtl.ops.gram import gram
 from fastmtl.ops.imtl import imtl
 from fastmtl.ops.min_norm import min_norm
 from fastmtl.ops.nash import nash
+from fastmtl.ops.nonneg_qp import nonneg_qp
 from fastmtl.ops.pcgrad import pcgrad
 from fastmtl.ops.upgrad import upgrad
 
@@ -37,6 +38,7 @@ __all__ = [
     "imtl",
     "min_norm",
     "nash",
+    "nonneg_qp",
     "pcgrad",
     "upgrad",
 ]

@@ -8,10 +8,9 @@ from torch import Tensor
 from fastmtl.errors import UsageError
 from fastmtl.ops._registry import declare
 from fastmtl.ops._square import check_gram, weight_dtype
+from fastmtl.ops.nonneg_qp import least_on_cosines
 
 __all__ = ["dual_cone"]
-
-_RIDGE = 2.0**-42
 
 
 def _check(gram: Tensor, targets: Tensor) -> None:
@@ -37,11 +36,7 @@ def _reference(gram: Tensor, targets: Tensor) -> Tensor:
 
 
 def _project(gram: Tensor, target: Tensor) -> Tensor:
-    """Lawson and Hanson's nonnegative least squares on the gradients' cosines, from an empty support.
-
-    It works on z = (v - u) d / m with d_i = sqrt(G_ii) and m = sum(|u| d): the matrix is C = G / (d d^T) plus a ridge,
-    the right side -C (d u) / m.
-    """
+    """Return v by way of z = (v - u) d / m, d_i = sqrt(G_ii) and m = sum(|u| d): the right side is -C (d u) / m."""
     if not (gram.isfinite().all() and target.isfinite().all()):
         return torch.full_like(target, torch.nan)
     length = gram.diagonal().clamp(min=0).sqrt()
@@ -53,28 +48,7 @@ def _project(gram: Tensor, target: Tensor) -> Tensor:
     scaled = target[moving] / unit * length
     mass = scaled.abs().sum()
     cosine = gram[moving][:, moving] / length[:, None] / length
-    linear = -cosine @ (scaled / mass)
-    matrix = cosine + _RIDGE * torch.eye(len(moving), dtype=gram.dtype)
-
-    point = torch.zeros_like(linear)
-    support: list[int] = []
-    for _ in range(8 * len(moving) + 32):
-        slope = linear - matrix @ point
-        slope[support] = -torch.inf
-        entering = int(slope.argmax())
-        if slope[entering] <= 0.25 * _RIDGE * (1 + point.sum()):
-            break
-        support.append(entering)
-        while support:
-            minimiser = torch.linalg.solve(matrix[support][:, support], linear[support])
-            inside = point[support]
-            if (minimiser > 0).all():
-                point[support] = minimiser
-                break
-            ratio = torch.where(minimiser > 0, torch.inf, inside / (inside - minimiser)).nan_to_num(0, torch.inf)
-            blocking = int(ratio.argmin())
-            point[support] = (inside + ratio[blocking] * (minimiser - inside)).clamp(min=0)
-            point[support.pop(blocking)] = 0
+    point = least_on_cosines(cosine, -cosine @ (scaled / mass))
     weights = target.clone()
     weights[moving] += point / length * mass * unit
     return weights

@@ -14,6 +14,7 @@ from fastmtl.weighting.ExcessMTL import ExcessMTL
 from fastmtl.weighting.FairGrad import FairGrad
 from fastmtl.weighting.FAMO import FAMO
 from fastmtl.weighting.GLS import GLS
+from fastmtl.weighting.GO4Align import GO4Align
 from fastmtl.weighting.GradDrop import GradDrop
 from fastmtl.weighting.GradNorm import GradNorm
 from fastmtl.weighting.GradVac import GradVac
@@ -22,6 +23,7 @@ from fastmtl.weighting.MGDA import MGDA
 from fastmtl.weighting.MoCo import MoCo
 from fastmtl.weighting.MoDo import MoDo
 from fastmtl.weighting.Nash_MTL import Nash_MTL
+from fastmtl.weighting.PCD import PCD
 from fastmtl.weighting.PCGrad import PCGrad
 from fastmtl.weighting.RLW import RLW
 from fastmtl.weighting.SDMGrad import SDMGrad
@@ -38,6 +40,7 @@ __all__ = [
     "GLS",
     "IMTL",
     "MGDA",
+    "PCD",
     "RLW",
     "SI",
     "STCH",
@@ -50,6 +53,7 @@ __all__ = [
     "DualProj",
     "ExcessMTL",
     "FairGrad",
+    "GO4Align",
     "GradDrop",
     "GradNorm",
     "GradVac",
@@ -77,6 +81,7 @@ WEIGHTINGS: dict[str, type[AbsWeighting]] = {
         FairGrad,
         FAMO,
         GLS,
+        GO4Align,
         GradDrop,
         GradNorm,
         GradVac,
@@ -85,6 +90,7 @@ WEIGHTINGS: dict[str, type[AbsWeighting]] = {
         MoCo,
         MoDo,
         Nash_MTL,
+        PCD,
         PCGrad,
         RLW,
         SDMGrad,

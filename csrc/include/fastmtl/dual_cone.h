@@ -17,9 +17,6 @@
 
 namespace fastmtl {
 
-/// A quarter of what the specification grants, and a thousand times the rounding of C's entries.
-constexpr double dual_cone_ridge = 0x1p-42;
-
 /// Doubles of workspace that dual_cone needs for n tasks.
 FASTMTL_HD inline int64_t dual_cone_workspace(int n) { return NonnegQpWork::storage(n) + 2 * int64_t{n}; }
 
@@ -52,27 +49,12 @@ FASTMTL_TEAM_TEMPLATE FASTMTL_HD void dual_cone(Team const& team, int n, double 
     for (int i = team.rank(); i < n; i += team.size()) weights[i] = target[i];
     return;
   }
-  double rising = 0;
   for (int i = team.rank(); i < n; i += team.size()) {
     double const image = detail::dot(n, gram + int64_t{i} * n, work.scaled);
-    linear[i] = -scale[i] * image / mass - 0.25 * dual_cone_ridge;
-    rising += linear[i] > 0;
+    linear[i] = -scale[i] * image / mass - 0.25 * cosine_ridge;
   }
-  int const count = static_cast<int>(team.sum(rising));
   team.barrier();
-
-  // A Gram matrix with coarse rounding can make C indefinite; a larger ridge outweighs that.
-  for (double ridge = dual_cone_ridge;; ridge *= 64) {
-    if (team.rank() == 0) {
-      for (int i = 0, next = 0; i < n; ++i) {
-        if (linear[i] > 0) work.support[next++] = i;
-      }
-    }
-    team.barrier();
-    NonnegQp const qp{n, gram, scale, linear, 0, ridge};
-    if (solve_nonneg_qp(team, qp, work, count) || ridge > n) break;
-    team.barrier();
-  }
+  solve_cosines(team, n, gram, scale, linear, work);
   for (int i = team.rank(); i < n; i += team.size()) {
     weights[i] = target[i] + work.point[i] * scale[i] * mass * unit;
   }

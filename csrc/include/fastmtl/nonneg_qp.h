@@ -12,6 +12,7 @@
 #include <cmath>
 
 #include "fastmtl/cholesky.h"
+#include "fastmtl/finite.h"
 #include "fastmtl/team.h"
 
 namespace fastmtl {
@@ -244,6 +245,59 @@ FASTMTL_TEAM_TEMPLATE FASTMTL_HD bool solve_nonneg_qp(Team const& team, NonnegQp
     if (entering.index == qp.size || left == 0) return true;
     if (!detail::enter(team, qp, work, count, entering.index, -entering.value)) return false;
   }
+}
+
+/// The ridge of programs over cosines with a right side in [-1, 1]: a quarter of what their specifications grant, and a
+/// thousand times the rounding of the matrix's entries.
+constexpr double cosine_ridge = 0x1p-42;
+
+/// Leaves the minimiser for the cosines of G and `linear` in work.point, starting where `linear` is positive.
+FASTMTL_TEAM_TEMPLATE FASTMTL_HD void solve_cosines(Team const& team, int n, double const* gram, double const* scale,
+                                                    double const* linear, NonnegQpWork const& work) {
+  double rising = 0;
+  for (int i = team.rank(); i < n; i += team.size()) rising += linear[i] > 0;
+  int const count = static_cast<int>(team.sum(rising));
+  // A Gram matrix with coarse rounding can make the cosines indefinite; a larger ridge outweighs that.
+  for (double ridge = cosine_ridge;; ridge *= 64) {
+    if (team.rank() == 0) {
+      for (int i = 0, next = 0; i < n; ++i) {
+        if (linear[i] > 0) work.support[next++] = i;
+      }
+    }
+    team.barrier();
+    NonnegQp const qp{n, gram, scale, linear, 0, ridge};
+    if (solve_nonneg_qp(team, qp, work, count) || ridge > n) return;
+    team.barrier();
+  }
+}
+
+/// Doubles of workspace that nonneg_qp needs for n variables.
+FASTMTL_HD inline int64_t nonneg_qp_workspace(int n) { return NonnegQpWork::storage(n) + 2 * int64_t{n}; }
+
+/// Writes the n numbers y >= 0 that minimise 1/2 y'Gy - b'y for the row-major n x n matrix `gram` and the n numbers b of
+/// `linear`; NaN if either has a non-finite entry. A variable whose diagonal entry is zero stays zero.
+FASTMTL_TEAM_TEMPLATE FASTMTL_HD void nonneg_qp(Team const& team, int n, double const* gram, double const* linear,
+                                                double* solution, double* workspace) {
+  bool const finite = all_finite(team, int64_t{n} * n, gram) && all_finite(team, n, linear);
+  if (!finite) {
+    for (int i = team.rank(); i < n; i += team.size()) solution[i] = NAN;
+    return;
+  }
+
+  NonnegQpWork const work(workspace, n);
+  double* const scale = workspace + NonnegQpWork::storage(n);
+  double* const scaled = scale + n;
+  Choice largest{0, 0};
+  for (int i = team.rank(); i < n; i += team.size()) {
+    double const square = gram[int64_t{i} * n + i];
+    scale[i] = square > 0 ? 1 / sqrt(square) : 0;
+    largest = lower(largest, {-fabs(linear[i] * scale[i]), i});
+  }
+  double const unit = -team.lowest(largest).value;
+  for (int i = team.rank(); i < n; i += team.size()) scaled[i] = unit > 0 ? linear[i] * scale[i] / unit : 0;
+  team.barrier();
+  solve_cosines(team, n, gram, scale, scaled, work);
+  for (int i = team.rank(); i < n; i += team.size()) solution[i] = work.point[i] * scale[i] * unit;
 }
 
 }  // namespace fastmtl

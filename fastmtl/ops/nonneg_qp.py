@@ -1,0 +1,113 @@
+"""Quadratic programs over the nonnegative orthant, from a Gram matrix."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmtl.ops._registry import declare
+from fastmtl.ops._square import check_gram, check_vector, weight_dtype
+
+__all__ = ["least_on_cosines", "nonneg_qp"]
+
+_RIDGE = 2.0**-42
+
+
+def _check(gram: Tensor, linear: Tensor) -> None:
+    check_gram(gram)
+    check_vector("linear", linear, gram)
+
+
+def least_on_cosines(cosine: Tensor, linear: Tensor) -> Tensor:
+    """Return the z >= 0 that minimises ``1/2 z^T C z - b^T z``, by Lawson and Hanson's method from an empty support.
+
+    Args:
+        cosine: (T, T) positive semidefinite, ones on the diagonal; a ridge makes it definite.
+        linear: (T,) entries b in [-1, 1].
+    """
+    matrix = cosine + _RIDGE * torch.eye(len(linear), dtype=cosine.dtype)
+    point = torch.zeros_like(linear)
+    support: list[int] = []
+    for _ in range(8 * len(linear) + 32):
+        slope = linear - matrix @ point
+        slope[support] = -torch.inf
+        entering = int(slope.argmax())
+        if slope[entering] <= 0.25 * _RIDGE * (1 + point.sum()):
+            break
+        support.append(entering)
+        while support:
+            minimiser = torch.linalg.solve(matrix[support][:, support], linear[support])
+            inside = point[support]
+            if (minimiser > 0).all():
+                point[support] = minimiser
+                break
+            ratio = torch.where(minimiser > 0, torch.inf, inside / (inside - minimiser)).nan_to_num(0, torch.inf)
+            blocking = int(ratio.argmin())
+            point[support] = (inside + ratio[blocking] * (minimiser - inside)).clamp(min=0)
+            point[support.pop(blocking)] = 0
+    return point
+
+
+def _reference(gram: Tensor, linear: Tensor) -> Tensor:
+    _check(gram, linear)
+    matrix, wanted = gram.detach().to("cpu").double(), linear.detach().to("cpu").double()
+    solution = torch.zeros_like(wanted)
+    moving = (matrix.diagonal() > 0).nonzero()[:, 0]
+    if not (matrix.isfinite().all() and wanted.isfinite().all()):
+        solution.fill_(torch.nan)
+    elif len(moving) > 0:
+        length = matrix.diagonal()[moving].sqrt()
+        scaled = wanted[moving] / length
+        unit = scaled.abs().max()
+        if unit > 0:
+            cosine = matrix[moving][:, moving] / length[:, None] / length
+            solution[moving] = least_on_cosines(cosine, scaled / unit) / length * unit
+    return solution.to(weight_dtype(gram.device)).to(gram.device)
+
+
+def _fake(gram: Tensor, linear: Tensor) -> Tensor:
+    _check(gram, linear)
+    return gram.new_empty(gram.shape[:1], dtype=weight_dtype(gram.device))
+
+
+_nonneg_qp = declare("nonneg_qp", "(Tensor gram, Tensor linear) -> Tensor", reference=_reference, fake=_fake)
+
+
+def nonneg_qp(gram: Tensor, linear: Tensor) -> Tensor:
+    """Return the y >= 0 (elementwise) that minimises ``1/2 y^T G y - b^T y``.
+
+    With d_i = sqrt(G_ii) and s = max_i |b_i| / d_i + sum_j d_j y_j, for every i with d_i > 0
+
+        y_i >= 0,   (G y - b)_i >= -1e-12 s d_i,   and (G y - b)_i <= 1e-12 s d_i where y_i > 0,
+
+    for a G that is positive semidefinite up to float64 rounding, whatever the scales of its rows; a coarser G is solved
+    to its own rounding. Where d_i is zero, y_i is. Where the objective has no minimum (a direction that G does not see
+    and b gains by), y is finite and huge, and the first inequality fails in units of s d_i / max(d y): that is how to
+    tell. A NaN or infinity gives NaN.
+
+    The kernels run in float64 without waiting for the device and always end after a bounded number of steps.
+
+    Args:
+        gram: (T, T) symmetric Gram matrix, as :func:`fastmtl.ops.gram` returns it; converted to float64 if need be.
+        linear: (T,) the numbers b.
+
+    Returns:
+        (T,) float64 solution on the device of ``gram``; float32 on MPS, which has no float64 (solved on the CPU).
+
+    Raises:
+        UsageError: ``gram`` is not a square matrix of floats, or ``linear`` does not fit it.
+        BackendError: ``FASTMTL_BACKEND`` names a backend that cannot serve these tensors.
+
+    Source:
+        Lawson and Hanson, "Solving least squares problems", 1974.
+
+    Example:
+        >>> nonneg_qp(torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([1.0, -1.0]))
+        tensor([0.5000, 0.0000], dtype=torch.float64)
+    """
+    try:
+        return _nonneg_qp(gram, linear)
+    except RuntimeError:
+        # Kernels refuse with a terse message; the full check finds the sentence for the user.
+        _check(gram, linear)
+        raise

@@ -1,0 +1,110 @@
+"""Priority-constrained descent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmtl import ops
+from fastmtl.errors import UsageError
+from fastmtl.hyper import Hyper
+from fastmtl.weighting.base import AbsWeighting, Weights
+
+__all__ = ["PCD", "priority_weights"]
+
+
+def priority_weights(gram: Tensor, tau: float | Tensor, primary: int = 0) -> Tensor:
+    """Return the weights of the d closest to g_p under ``<g_j, d> >= tau_j |g_j|^2`` for all others; w_p is 1.
+
+    Where no d satisfies all constraints they are dropped: w is zero but for w_p.
+
+    Args:
+        gram: (T, T) float64 Gram matrix of the (normalised) gradients.
+        tau: Fraction of progress, or T - 1 of them.
+        primary: The p.
+    """
+    size = len(gram)
+    others = [t for t in range(size) if t != primary]
+    if not others:
+        return torch.ones_like(gram[0])
+    index = torch.tensor(others, device=gram.device)
+    rest = gram[index][:, index]
+    square = rest.diagonal()
+    # d = g_p + sum_j mu_j g_j; the multipliers mu solve the dual, a program over mu >= 0.
+    linear = tau * square - gram[index, primary]
+    multipliers = ops.nonneg_qp(rest, linear)
+    length = square.clamp(min=0).sqrt()
+    unit = torch.where(length > 0, linear.abs() / length, 0.0).max()
+    feasible = (rest @ multipliers - linear >= -1e-6 * unit * length).all()
+    multipliers = torch.where(feasible | multipliers.isnan().any(), multipliers, 0.0)
+    return torch.ones_like(gram[0]).index_put((index,), multipliers)
+
+
+class PCD(AbsWeighting):
+    """Priority-Constrained Descent: as close to the primary task's gradient as lets every other task make progress.
+
+    With ``s_i = 1 / sqrt(v_i + eps)``, v_i a moving average of ``|g_i|^2`` without its bias, and ``n_i = s_i g_i``: the
+    update is the d closest to n_p under ``<n_j, d> >= tau |n_j|^2`` for all other tasks j, as long as g_p. If no such
+    d exists, it is g_p.
+
+    Source: "Not All Objectives Are Born Equal: Priority-Constrained Descent for Hierarchical Multi-Objective
+    Optimization", TMLR 2026.
+    """
+
+    needs = "gram"
+    allows_rep_grad = False
+    hyper = {  # noqa: RUF012
+        "PCD_tau": Hyper(type=float, default=0.02, help="Share of its own progress every other task gets, 0 to 1."),
+        "PCD_beta": Hyper(type=float, default=0.999, help="Decay of the moving average of the squared norms."),
+        "PCD_eps": Hyper(type=float, default=1e-8, help="Added to that average."),
+        "PCD_primary": Hyper(type=int, default=0, help="Index of the primary task."),
+    }
+
+    square_average: Tensor
+    steps_seen: Tensor
+
+    def init_param(self) -> None:
+        """Create the moving average."""
+        self.remember("square_average", torch.zeros(self.task_num, dtype=torch.float64))
+        self.remember("steps_seen", torch.zeros(self.task_num))
+
+    def start_epoch(self, *, PCD_tau: float = 0.02, PCD_primary: int = 0, **hyper: Any) -> None:
+        """Refuse hyper-parameters that mean nothing.
+
+        Raises:
+            UsageError: Says which.
+        """
+        if not 0 <= PCD_tau <= 1:
+            raise UsageError(f"PCD_tau must be from 0 to 1, got {PCD_tau}.")
+        if not 0 <= PCD_primary < self.task_num:
+            raise UsageError(f"PCD_primary must be from 0 to {self.task_num - 1}, got {PCD_primary}.")
+
+    def weigh(
+        self,
+        losses: Tensor,
+        gram: Tensor | None,
+        *,
+        PCD_tau: float = 0.02,
+        PCD_beta: float = 0.999,
+        PCD_eps: float = 1e-8,
+        PCD_primary: int = 0,
+        **hyper: Any,
+    ) -> Weights:
+        """Return the weights."""
+        assert gram is not None
+        square = gram.diagonal().clamp(min=0)
+        self.steps_seen.add_(1)
+        self.square_average.mul_(PCD_beta).add_((1 - PCD_beta) * square)
+        scale = (self.square_average / (1 - PCD_beta**self.steps_seen) + PCD_eps).rsqrt()
+        normalised = gram * scale * scale[:, None]
+        # In a step of some tasks without the primary one, the first of them takes its place.
+        tasks = list(range(self.task_num)) if self.active is None else self.active
+        primary = tasks.index(PCD_primary) if PCD_primary in tasks else 0
+        weights = priority_weights(normalised, PCD_tau, primary)
+        length = (weights @ normalised @ weights).clamp(min=0)
+        sizes = (weights * normalised.diagonal().clamp(min=0).sqrt()).sum()
+        lost = length <= 1e-14 * sizes * sizes
+        factor = torch.where(lost, 0.0, (square[primary] / torch.where(lost, 1.0, length)).sqrt())
+        return Weights(shared=weights * scale * factor)
