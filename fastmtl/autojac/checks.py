@@ -79,6 +79,4 @@ def check_rows(jacobians: Sequence[Tensor], name: str) -> None:
     """
     counts = {len(each) if each.dim() else 0 for each in jacobians}
     if len(counts) > 1:
-        raise UsageError(
-            f"All Jacobians in `{name}` should have the same number of rows. (got {sorted(counts)})"
-        )
+        raise UsageError(f"All Jacobians in `{name}` should have the same number of rows. (got {sorted(counts)})")

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastmtl.hyper import Hyper
 from fastmtl.weighting.base import AbsWeighting, Rows, Weights
 from fastmtl.weighting.row_state import RowState
+from fastmtl.weighting.rules import excess_risk, raised
 
 __all__ = ["ExcessMTL"]
 
@@ -44,18 +45,11 @@ class ExcessMTL(AbsWeighting):
         one = torch.ones_like(losses)
         squared: Rows = [[None if grad is None else grad * grad for grad in row] for row in rows]
         sums = self.squares.blend(squared, one[0], one)
-        risks = []
-        for row, total in zip(squared, sums, strict=True):
-            parts = [
-                (square / (part + 1e-7).sqrt()).sum()
-                for square, part in zip(row, total, strict=True)
-                if square is not None and part is not None
-            ]
-            risks.append(torch.stack(parts).sum() if parts else torch.zeros_like(one[0]))
-        risk = torch.stack(risks)
+        risks = [excess_risk(row, total) for row, total in zip(squared, sums, strict=True)]
+        risk = torch.stack([torch.zeros_like(one[0]) if each is None else each for each in risks])
         first = (self.initial_w == 0).all()
         self.initial_w.copy_(torch.where(first, risk, self.initial_w))
-        grown = self.loss_weight * torch.exp(risk / self.initial_w * robust_step_size)
-        self.loss_weight.copy_(torch.where(first, self.loss_weight, grown / grown.sum() * self.task_num))
+        grown = self.task_num * raised(self.loss_weight, risk / self.initial_w, robust_step_size)
+        self.loss_weight.copy_(torch.where(first, self.loss_weight, grown))
         weights = self.loss_weight.clone()
         return Weights(shared=weights, heads=weights)

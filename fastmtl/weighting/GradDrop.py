@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastmtl.hyper import Hyper
 from fastmtl.weighting.base import AbsWeighting
+from fastmtl.weighting.rules import kept_signs
 
 __all__ = ["GradDrop"]
 
@@ -38,8 +39,6 @@ class GradDrop(AbsWeighting):
     ) -> Sequence[Tensor]:
         """Return the masked gradients."""
         signed = torch.stack([(grad * rep.sign()).sum(0) for grad, rep in zip(grads, reps, strict=True)])
-        purity = 0.5 * (1 + signed.sum(0) / (signed.abs().sum(0) + 1e-7))
-        noise = self.draw(purity)
-        kept = ((purity > noise) & (signed > 0)) | ((purity < noise) & (signed < 0))
+        kept = kept_signs(signed, self.draw(signed[0]))
         factor = leak + (1 - leak) * kept.to(signed.dtype)
         return [grad * own for grad, own in zip(grads, factor, strict=True)]
