@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from fastmtl.stateful import Stateful
+
 __version__ = "0.1.0"
-__all__ = ["Trainer", "__version__"]
+__all__ = ["Stateful", "Trainer", "__version__"]
 
 if TYPE_CHECKING:
     from fastmtl.trainer import Trainer

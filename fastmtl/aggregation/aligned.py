@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl.aggregation.base import GramianWeightedAggregator, GramWeighting
+from fastmtl.aggregation.base import GramianWeightedAggregator, GramWeighting, MatrixWeighting
 from fastmtl.aggregation.constant import MeanWeighting
 from fastmtl.aggregation.preference import Preference, preference_suffix
-from fastmtl.aggregation.settings import Through
 from fastmtl.errors import UsageError
 from fastmtl.ops._eigh import Scale
+from fastmtl.settings import Through
 
 __all__ = ["AlignedMTL", "AlignedMTLWeighting"]
 
@@ -28,6 +28,7 @@ class AlignedMTLWeighting(GramWeighting):
 
     settings = ("pref_vector", "scale_mode")
     pref_vector = Preference(MeanWeighting)
+    weighting: MatrixWeighting
 
     def __init__(self, pref_vector: Tensor | None = None, scale_mode: Scale = "min") -> None:
         super().__init__()

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl.aggregation.rows import add_combined, as_matrix, gram_of, put
-from fastmtl.aggregation.settings import described
 from fastmtl.errors import UsageError
 from fastmtl.linalg import Matrix, PSDMatrix
+from fastmtl.settings import described
 
 __all__ = [
     "Aggregator",

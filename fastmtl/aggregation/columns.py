@@ -20,5 +20,5 @@ class ColumnAggregator(Aggregator):
         if is_watched(self):
             return super().write(jacobians, tensors)
         for jacobian, tensor in zip(jacobians, tensors, strict=True):
-            put([self.forward(as_matrix(jacobian)).reshape(tensor.shape)], [tensor])
+            put([self(as_matrix(jacobian)).reshape(tensor.shape)], [tensor])
         return None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl.aggregation.base import Aggregator, is_watched
+from fastmtl.aggregation.base import Aggregator, MatrixWeighting, is_watched
 from fastmtl.aggregation.constant import SumWeighting
 from fastmtl.aggregation.preference import Preference, preference_suffix
 from fastmtl.aggregation.rows import add_combined, gram_of
@@ -28,6 +28,7 @@ class ConFIG(Aggregator):
 
     settings = ("pref_vector",)
     pref_vector = Preference(SumWeighting)
+    weighting: MatrixWeighting
 
     def __init__(self, pref_vector: Tensor | None = None) -> None:
         super().__init__()

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fastmtl.aggregation.base import MatrixWeighting, WeightedAggregator
-from fastmtl.aggregation.settings import vector_string
 from fastmtl.errors import UsageError
+from fastmtl.settings import vector_string
 from fastmtl.weighting.rules import random_weights
 
 __all__ = [

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl.aggregation.base import GramianWeightedAggregator, GramWeighting
+from fastmtl.aggregation.base import GramianWeightedAggregator, GramWeighting, MatrixWeighting
 from fastmtl.aggregation.constant import MeanWeighting
 from fastmtl.aggregation.preference import Preference, preference_suffix
-from fastmtl.aggregation.settings import Through
 from fastmtl.linalg import DualConeProjector, QuadprogProjector
+from fastmtl.settings import Through
 
 __all__ = ["DualProj", "DualProjWeighting", "UPGrad", "UPGradWeighting"]
 
@@ -18,6 +18,7 @@ __all__ = ["DualProj", "DualProjWeighting", "UPGrad", "UPGradWeighting"]
 class _ConeWeighting(GramWeighting):
     settings = ("pref_vector", "projector")
     pref_vector = Preference(MeanWeighting)
+    weighting: MatrixWeighting
 
     def __init__(self, pref_vector: Tensor | None = None, projector: DualConeProjector | None = None) -> None:
         super().__init__()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.aggregation.base import MatrixWeighting, WeightedAggregator
-from fastmtl.aggregation.settings import Setting, Through
+from fastmtl.settings import Setting, Through
 from fastmtl.stateful import Stateful
 from fastmtl.weighting.rules import excess_risk, raised
 
@@ -56,12 +56,13 @@ class ExcessMTLWeighting(MatrixWeighting, Stateful):
         if self._calls <= self.n_warmup_steps:
             self._warmup_w_sum = risks if self._warmup_w_sum is None else self._warmup_w_sum + risks
             return weights.clone()
-        if self._initial_w is None and self._warmup_w_sum is None:
-            self._initial_w = risks
-        else:
-            if self._initial_w is None and self._warmup_w_sum is not None:
-                self._initial_w = self._warmup_w_sum / (self._calls - 1)
+        if self._initial_w is not None:
             risks = risks / (self._initial_w + 1e-7)
+        elif self._warmup_w_sum is not None:
+            self._initial_w = self._warmup_w_sum / (self._calls - 1)
+            risks = risks / (self._initial_w + 1e-7)
+        else:
+            self._initial_w = risks
         self._weights = raised(weights, risks, self.robust_step_size)
         return self._weights.clone()
 

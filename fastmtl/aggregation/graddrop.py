@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fastmtl.aggregation.columns import ColumnAggregator
-from fastmtl.aggregation.settings import Setting, vector_string
 from fastmtl.errors import UsageError
+from fastmtl.settings import Setting, vector_string
 from fastmtl.weighting.rules import kept_signs
 
 __all__ = ["GradDrop"]

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fastmtl.aggregation.base import MatrixWeighting, WeightedAggregator
 from fastmtl.aggregation.rows import gram_of
-from fastmtl.aggregation.settings import Setting, Through
 from fastmtl.errors import UsageError
+from fastmtl.settings import Setting, Through
 from fastmtl.stateful import Stateful
 from fastmtl.weighting.rules import bargain
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fastmtl.aggregation.base import GramianWeightedAggregator, GramWeighting
-from fastmtl.aggregation.settings import Setting, Through
 from fastmtl.errors import UsageError
+from fastmtl.settings import Setting, Through
 from fastmtl.stateful import Stateful
 from fastmtl.weighting.PCD import at_length, priority_weights
 

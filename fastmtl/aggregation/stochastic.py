@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fastmtl.aggregation.base import MatrixWeighting, Weighting
-from fastmtl.aggregation.settings import Setting
 from fastmtl.errors import UsageError
+from fastmtl.settings import Setting
 from fastmtl.stateful import Stateful
 from fastmtl.weighting.rules import directed_weights, stepped
 

@@ -27,9 +27,7 @@ def _nodes(roots: Iterable[Any], excluded: Iterable[Any] = ()) -> Iterator[Any]:
 def _edges(tensors: Sequence[Tensor], name: str) -> list[Any]:
     for index, tensor in enumerate(tensors):
         if tensor.grad_fn is None:
-            raise UsageError(
-                f"{name}[{index}] must depend on tensors that require grad, got one without a graph."
-            )
+            raise UsageError(f"{name}[{index}] must depend on tensors that require grad, got one without a graph.")
     return [tensor.grad_fn for tensor in tensors]
 
 

@@ -67,11 +67,12 @@ def mtl_backward(
                 [-2., -4.]]), tensor(5.))
     """
     check_chunk(parallel_chunk_size)
-    if (tensors is None) == (losses is None):
+    given = losses if tensors is None else tensors
+    if given is None or (tensors is not None and losses is not None):
         raise UsageError("losses must be given once, as the first argument or as losses=.")
     if features is None:
         raise UsageError("features must be the output of the shared network, got None.")
-    tasks = as_list(losses if tensors is None else tensors)
+    tasks = as_list(given)
     cuts = as_list(features)
     check_unique(tasks, "tensors")
     check_unique(cuts, "features")

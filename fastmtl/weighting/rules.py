@@ -14,6 +14,8 @@ __all__ = [
     "bargain",
     "descent_rates",
     "directed_weights",
+    "even_fall",
+    "even_fall_slope",
     "excess_risk",
     "kept_signs",
     "raised",
@@ -108,3 +110,16 @@ def directed_weights(
 def descent_rates(newer: Tensor, older: Tensor, temperature: float) -> Tensor:
     """Return DWA's weights: T times the softmax of the losses' ratios over two epochs, divided by the temperature."""
     return len(newer) * torch.softmax(newer / older / temperature, dim=-1)
+
+
+def even_fall(logits: Tensor, excess: Tensor) -> Tensor:
+    """Return FAMO's weights, ``z_t / D_t`` divided by their sum, ``z = softmax(logits)`` and D the excess losses."""
+    share = torch.softmax(logits, dim=-1) / excess
+    return share / share.sum()
+
+
+def even_fall_slope(logits: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    """Return the gradient that moves FAMO's logits, from the excess losses of one batch before and after the update."""
+    fall = before.log() - after.log()
+    share = torch.softmax(logits, dim=-1)
+    return share * (fall - share @ fall)

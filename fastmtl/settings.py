@@ -1,4 +1,4 @@
-"""Settings of aggregators and weightings: checked whenever they are set, and seen through from one to the other."""
+"""Settings of modules: checked whenever they are set, and seen through from an aggregator to its weighting."""
 
 from __future__ import annotations
 
