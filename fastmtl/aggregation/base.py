@@ -35,6 +35,9 @@ class Weighting(nn.Module, ABC, Generic[_Stat]):
 
     settings: ClassVar[tuple[str, ...]] = ()
 
+    def __init__(self) -> None:
+        super().__init__()
+
     @abstractmethod
     def forward(self, stat: _Stat, /) -> Tensor:
         """Return the (T,) weights."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from fastmtl.autojac.checks import as_list, check_chunk, check_unique, unique
+from fastmtl.autojac.checks import as_list, check_chunk, check_outputs, unique
 from fastmtl.autojac.fields import add_jacobians, check_writable
 from fastmtl.autojac.graph import leaf_tensors
 from fastmtl.autojac.jac import jacobians_of
@@ -52,7 +52,7 @@ def backward(
     """
     check_chunk(parallel_chunk_size)
     outputs = as_list(tensors)
-    check_unique(outputs, "tensors")
+    check_outputs(outputs, "tensors")
     wanted = leaf_tensors(outputs, "tensors") if inputs is None else unique(inputs)
     check_writable(wanted, ".jac")
     found = jacobians_of(outputs, wanted, jac_tensors, "tensors", "jac_tensors", retain_graph, parallel_chunk_size)

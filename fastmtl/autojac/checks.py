@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastmtl.errors import UsageError
 
-__all__ = ["as_list", "check_chunk", "check_lengths", "check_rows", "check_shapes", "check_unique", "unique"]
+__all__ = ["as_list", "check_chunk", "check_lengths", "check_outputs", "check_rows", "check_shapes", "unique"]
 
 
 def as_list(tensors: Iterable[Tensor] | Tensor) -> list[Tensor]:
@@ -21,16 +21,19 @@ def unique(tensors: Iterable[Tensor]) -> list[Tensor]:
     return list(dict.fromkeys(tensors))
 
 
-def check_unique(tensors: Sequence[Tensor], name: str) -> None:
-    """Refuse an empty list and repetitions.
+def check_outputs(tensors: Sequence[Tensor], name: str) -> None:
+    """Refuse an empty list, repetitions and what cannot be differentiated.
 
     Raises:
-        UsageError: No tensor, or one twice.
+        UsageError: No tensor, one twice, or one that does not require grad.
     """
     if not tensors:
         raise UsageError(f"{name} must hold at least one tensor, got none.")
     if len(unique(tensors)) < len(tensors):
         raise UsageError(f"{name} must hold each tensor once, got one of them repeatedly.")
+    for index, tensor in enumerate(tensors):
+        if not tensor.requires_grad:
+            raise UsageError(f"{name}[{index}] must depend on tensors that require grad, got one that does not.")
 
 
 def check_chunk(parallel_chunk_size: int | None) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from fastmtl.autojac.checks import as_list, check_chunk, check_rows, check_shapes, check_unique, unique
+from fastmtl.autojac.checks import as_list, check_chunk, check_outputs, check_rows, check_shapes, unique
 from fastmtl.autojac.graph import batches_well
 from fastmtl.autojac.vjp import batched_jacobians, identity_rows, jacobians
 
@@ -78,7 +78,7 @@ def jacobians_of(
         chunk: ``parallel_chunk_size``.
     """
     check_chunk(chunk)
-    check_unique(outputs, name)
+    check_outputs(outputs, name)
     rows = None if cotangents is None else as_list(cotangents)
     if rows is not None:
         check_shapes(rows, outputs, cotangents_name, name, rows=True)

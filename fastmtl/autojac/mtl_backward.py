@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastmtl.autojac.checks import as_list, check_chunk, check_lengths, check_shapes, check_unique, unique
+from fastmtl.autojac.checks import as_list, check_chunk, check_lengths, check_outputs, check_shapes, unique
 from fastmtl.autojac.fields import add_grads, add_jacobians, check_writable
 from fastmtl.autojac.graph import batches_well, leaf_tensors
 from fastmtl.autojac.jac import MANY
@@ -74,8 +74,8 @@ def mtl_backward(
         raise UsageError("features must be the output of the shared network, got None.")
     tasks = as_list(given)
     cuts = as_list(features)
-    check_unique(tasks, "tensors")
-    check_unique(cuts, "features")
+    check_outputs(tasks, "tensors")
+    check_outputs(cuts, "features")
     shared = leaf_tensors(cuts, "features") if shared_params is None else unique(shared_params)
     if tasks_params is None:
         own = [leaf_tensors([task], "tensors", cuts, "features") for task in tasks]
