@@ -10,10 +10,10 @@ from torch.autograd.function import BackwardCFunction
 
 from fastmtl.errors import UsageError
 
-__all__ = ["batches_well", "leaf_tensors"]
+__all__ = ["batches_well", "graph_nodes", "leaf_tensors"]
 
 
-def _nodes(roots: Iterable[Any], excluded: Iterable[Any] = ()) -> Iterator[Any]:
+def graph_nodes(roots: Iterable[Any], excluded: Iterable[Any] = ()) -> Iterator[Any]:
     """Yield the nodes reachable from ``roots``, breadth first, without ``excluded`` and what lies behind them only."""
     seen = set(excluded)
     level = [node for node in dict.fromkeys(roots) if node not in seen]
@@ -39,7 +39,7 @@ def leaf_tensors(
     Raises:
         UsageError: One of the tensors has no graph.
     """
-    nodes = _nodes(_edges(tensors, name), _edges(excluded, excluded_name))
+    nodes = graph_nodes(_edges(tensors, name), _edges(excluded, excluded_name))
     # Only the node that accumulates into a leaf knows a variable.
     return list(dict.fromkeys(node.variable for node in nodes if hasattr(node, "variable")))
 
@@ -50,7 +50,7 @@ def batches_well(tensors: Sequence[Tensor]) -> bool:
     Compiled functions and functions written in Python have no batching rules, nor has a recurrent network's; a
     convolution's makes a grouped one of it, which is slower than one after the other.
     """
-    for node in _nodes(tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None):
+    for node in graph_nodes(tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None):
         if isinstance(node, BackwardCFunction) or any(word in type(node).__name__ for word in ("Conv", "Rnn", "RNN")):
             return False
     return True
