@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -56,7 +56,12 @@ def _empty(like: Tensor, num_rows: int) -> Tensor:
 
 
 def jacobians(
-    rows: Iterable[tuple[Sequence[Tensor], Cotangents]], num_rows: int, inputs: Sequence[Tensor], retain: bool
+    rows: Iterable[tuple[Sequence[Tensor], Cotangents]],
+    num_rows: int,
+    inputs: Sequence[Tensor],
+    retain: bool,
+    beside: Sequence[Tensor] = (),
+    take: Callable[[list[Tensor | None]], None] | None = None,
 ) -> list[Tensor]:
     """Return one (m, ...) Jacobian per input, each row from a VJP of its own.
 
@@ -67,12 +72,16 @@ def jacobians(
         num_rows: Their number m.
         inputs: What to differentiate with respect to; zeros where a row does not depend on an input.
         retain: Keep the graph after the last row.
+        beside: Further tensors to differentiate with respect to, in the same backward passes.
+        take: Given their gradients, row by row.
     """
     found = [_empty(each, num_rows) for each in inputs]
     slots = zip(*(each.unbind(0) for each in found), strict=True)
     for number, ((outputs, cotangents), slot) in enumerate(zip(rows, slots, strict=True)):
-        grads = vjp(outputs, cotangents, inputs, retain=retain or number + 1 < num_rows)
-        for place, grad in zip(slot, grads, strict=True):
+        grads = vjp(outputs, cotangents, [*inputs, *beside], retain=retain or number + 1 < num_rows)
+        if take is not None:
+            take(grads[len(inputs) :])
+        for place, grad in zip(slot, grads[: len(inputs)], strict=True):
             if grad is None:
                 place.zero_()
             else:
