@@ -27,6 +27,19 @@ def test_a_plain_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(history[-1]) < 0.2 * min(history[0])
 
 
+def test_a_penalty_on_the_ratio_of_gradient_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    history = example("gradnorm", monkeypatch).with_penalty(epochs=4)
+    assert history[-1][0] < 0.5 * history[0][0]
+    assert history[-1][1] < 0.5 * history[0][1]
+
+
+def test_the_same_network_with_gradnorm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    module = example("gradnorm", monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    trainer = module.with_gradnorm(epochs=3)
+    assert trainer.model.epoch == 2
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_lightning_with_accumulation_and_clipping(monkeypatch: pytest.MonkeyPatch) -> None:
     import_torchvision()
