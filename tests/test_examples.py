@@ -40,6 +40,13 @@ def test_the_same_network_with_gradnorm(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert trainer.model.epoch == 2
 
 
+def test_a_hydra_learns_all_its_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = example("hydranet", monkeypatch)
+    untrained = module.train(epochs=0)
+    trained = module.train(epochs=3, images=2500)
+    assert all(trained[task] < 0.9 * loss for task, loss in untrained.items()), (untrained, trained)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_lightning_with_accumulation_and_clipping(monkeypatch: pytest.MonkeyPatch) -> None:
     import_torchvision()

@@ -11,10 +11,12 @@ from fastmtl.autojac.checks import as_list, check_chunk, check_outputs, check_ro
 from fastmtl.autojac.graph import batches_well
 from fastmtl.autojac.vjp import batched_jacobians, identity_rows, jacobians
 
-__all__ = ["MANY", "jac", "jacobians_of"]
+__all__ = ["chunk_for", "jac", "jacobians_of"]
 
-# With fewer rows than this the batching rules cost more than separate backward passes.
-MANY = 8
+# With fewer rows than this the batching rules cost more than separate backward passes; with more numbers in a row, the
+# products take so long that the calls saved no longer matter.
+_MANY_ROWS = 8
+_LONG_ROW = 2**18
 
 
 def jac(
@@ -33,8 +35,8 @@ def jac(
         jac_outputs: For each output its cotangents (m, ...); as the identity if None: one row per entry of the outputs.
         retain_graph: Keep the graph for another backward pass.
         parallel_chunk_size: Rows that one backward pass computes together, which needs batching rules of all operators
-            on the way; 1 for one after the other. None takes one after the other unless there are many rows of
-            operators that are known to gain.
+            on the way; 1 for one after the other. None takes one after the other unless there are many short rows
+            of operators that are known to gain.
 
     Returns:
         One (m, ...) tensor per input; zeros where no output depends on it.
@@ -86,13 +88,19 @@ def jacobians_of(
     if not inputs:
         return []
     count = sum(each.numel() for each in outputs) if rows is None else len(rows[0])
-    if chunk is None:
-        chunk = count if count >= MANY and batches_well(outputs) else 1
     if not count:
         return [each.new_zeros((0, *each.shape)) for each in inputs]
+    if chunk is None:
+        chunk = chunk_for(outputs, inputs, count)
     if rows is None and chunk == 1:
         return jacobians(identity_rows(outputs), count, inputs, retain)
     return batched_jacobians(outputs, rows or _identity(outputs, count), inputs, chunk, retain)
+
+
+def chunk_for(outputs: Sequence[Tensor], inputs: Sequence[Tensor], count: int) -> int:
+    """Return how many of ``count`` rows one backward pass best computes together."""
+    gains = count >= _MANY_ROWS and sum(each.numel() for each in inputs) <= _LONG_ROW and batches_well(outputs)
+    return count if gains else 1
 
 
 def _identity(outputs: Sequence[Tensor], count: int) -> list[Tensor]:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fastmtl.autojac.checks import as_list, check_chunk, check_lengths, check_outputs, check_shapes, unique
 from fastmtl.autojac.fields import add_grads, add_jacobians, check_writable
-from fastmtl.autojac.graph import batches_well, leaf_tensors
-from fastmtl.autojac.jac import MANY
+from fastmtl.autojac.graph import leaf_tensors
+from fastmtl.autojac.jac import chunk_for
 from fastmtl.autojac.jac_to_grad import jac_to_grad
 from fastmtl.autojac.vjp import Cotangents, batched_jacobians, jacobians, vjp
 from fastmtl.errors import UsageError
@@ -111,7 +111,7 @@ def _through(
         return []
     count = len(cotangents)
     if chunk is None:
-        chunk = count if count >= MANY and batches_well(features) else 1
+        chunk = chunk_for(features, shared, count)
     if chunk == 1:
         # A scalar without a cotangent would count as a loss.
         rows = [

@@ -86,6 +86,8 @@ def jacobians(
                 place.zero_()
             else:
                 place.copy_(grad)
+        # The next row's gradients take this one's memory.
+        del grads, grad
     return found
 
 
