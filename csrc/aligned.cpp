@@ -10,7 +10,7 @@ namespace {
 Tensor aligned_cpu(Tensor gram) {
   gram = dense_gram(gram);
   int const n = static_cast<int>(gram.size(0));
-  Tensor weights = torch::stable::empty({n}, ScalarType::Double);
+  Tensor weights = empty_double({n});
   aligned(HostTeam{}, n, data_of(gram), mutable_data_of(weights), workspace(aligned_workspace(n)));
   return weights;
 }

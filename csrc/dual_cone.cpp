@@ -14,7 +14,7 @@ Tensor dual_cone_cpu(Tensor gram, Tensor targets) {
   STD_TORCH_CHECK(is_real_float(targets) && targets.is_cpu() && (dims == 1 || dims == 2) && targets.size(dims - 1) == n,
                   "targets must hold one float per row of gram");
   targets = dense_double(targets);
-  Tensor weights = torch::stable::empty(targets.sizes(), ScalarType::Double);
+  Tensor weights = empty_double(targets.sizes());
   int64_t const count = targets.numel() / n;
   for (int64_t k = 0; k < count; ++k) {
     dual_cone(HostTeam{}, n, data_of(gram), data_of(targets) + k * n, mutable_data_of(weights) + k * n,

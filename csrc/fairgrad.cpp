@@ -14,7 +14,7 @@ Tensor fairgrad_cpu(Tensor gram, double alpha, std::optional<Tensor> warm_start)
   gram = dense_gram(gram);
   int const n = static_cast<int>(gram.size(0));
   warm_start = dense_vector(warm_start, n, "warm_start");
-  Tensor weights = torch::stable::empty({n}, ScalarType::Double);
+  Tensor weights = empty_double({n});
   fair(HostTeam{}, n, 1 / alpha, data_of(gram), data_of(warm_start), mutable_data_of(weights),
        workspace(fair_workspace(n)));
   return weights;

@@ -31,10 +31,9 @@ std::tuple<Tensor, Tensor> gradvac_cpu(Tensor gram, Tensor orders, Tensor rho, d
   int64_t const groups = single ? 1 : gram.size(0);
   int64_t const entries = int64_t{n} * n;
 
-  Tensor new_rho = torch::stable::empty(gram.sizes(), ScalarType::Double);
+  Tensor new_rho = empty_double(gram.sizes());
   torch::stable::copy_(new_rho, rho);
-  Tensor weights =
-      single ? torch::stable::empty({n}, ScalarType::Double) : torch::stable::empty({groups, n}, ScalarType::Double);
+  Tensor weights = single ? empty_double({n}) : empty_double({groups, n});
   int64_t const doubles = gradvac_workspace(n, HostTeam::groups());
   double* const memory = workspace(groups * doubles);
   double const* const gram_data = data_of(gram);

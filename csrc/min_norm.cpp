@@ -13,7 +13,7 @@ Tensor min_norm_cpu(Tensor gram, std::optional<Tensor> warm_start) {
   gram = dense_gram(gram);
   int const n = static_cast<int>(gram.size(0));
   warm_start = dense_vector(warm_start, n, "warm_start");
-  Tensor weights = torch::stable::empty({n}, ScalarType::Double);
+  Tensor weights = empty_double({n});
   min_norm(HostTeam{}, n, data_of(gram), data_of(warm_start), mutable_data_of(weights),
            workspace(min_norm_workspace(n)));
   return weights;

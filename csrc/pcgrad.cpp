@@ -12,7 +12,7 @@ Tensor pcgrad_cpu(Tensor gram, Tensor orders) {
   gram = dense_gram(gram);
   int const n = static_cast<int>(gram.size(0));
   Orders const visits = dense_orders(orders, n);
-  Tensor weights = torch::stable::empty({n}, ScalarType::Double);
+  Tensor weights = empty_double({n});
   pcgrad(HostTeam{}, n, visits.steps, data_of(gram), visits.data, mutable_data_of(weights),
          workspace(pcgrad_workspace(n, HostTeam::groups())));
   return weights;

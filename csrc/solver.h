@@ -1,9 +1,11 @@
 // What the kernels of all T x T solvers share on the CPU: checks, dense float64 input, memory to work in.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <array>
 #include <cstdint>
 #include <optional>
 #include <vector>
@@ -19,10 +21,22 @@ inline bool is_real_float(Tensor const& tensor) {
          type == ScalarType::Half;
 }
 
+/// A dense float64 tensor of up to three dimensions, uninitialised. torch::stable::empty looks its operator up by name,
+/// which takes as long as a small solver.
+inline Tensor empty_double(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  std::array<int64_t, 3> strides{1, 1, 1};
+  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * (sizes[d] > 1 ? sizes[d] : 1);
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                         strides.data(), aoti_torch_dtype_float64(),
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
 /// The tensor itself where it is dense float64, else a copy that is.
 inline Tensor dense_double(Tensor const& tensor) {
   if (tensor.scalar_type() == ScalarType::Double && tensor.is_contiguous()) return tensor;
-  Tensor copy = torch::stable::empty(tensor.sizes(), ScalarType::Double);
+  Tensor copy = empty_double(tensor.sizes());
   torch::stable::copy_(copy, tensor);
   return copy;
 }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ctypes
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 CREATORS = ("empty", "empty_like", "empty_strided")
+# Of glibc's malloc.h.
+_M_PERTURB = -6
 
 
 def _poisoning(create: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -21,8 +24,16 @@ def _poisoning(create: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 @pytest.fixture
-def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill what torch.empty and its kin return with NaN, so that code which forgets to write an element is seen."""
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fill what torch.empty and its kin return with NaN, so that code which forgets to write an element is seen.
+
+    What compiled kernels allocate is filled by glibc with the byte 0xFE: floats around -1e38 and -1e303.
+    """
     for name in CREATORS:
         monkeypatch.setattr(torch, name, _poisoning(getattr(torch, name)))
     monkeypatch.setattr(Tensor, "new_empty", _poisoning(Tensor.new_empty))
+    libc = ctypes.CDLL(None)
+    perturb = getattr(libc, "mallopt", lambda option, value: None)
+    perturb(_M_PERTURB, 0x01)
+    yield
+    perturb(_M_PERTURB, 0)

@@ -16,6 +16,7 @@ from fastmtl.errors import UsageError
 from fastmtl.hyper import Hyper, fill_hyper
 from fastmtl.names import resolve_name
 from fastmtl.trainer.optimizer import OPTIMIZERS, SCHEDULERS
+from fastmtl.trainer.precision import PRECISIONS
 from fastmtl.weighting import WEIGHTINGS
 
 __all__ = ["TrainConfig", "read_config"]
@@ -74,6 +75,8 @@ class TrainConfig:
     gamma: float = _setting(0.5, "Optimisation", "Factor of a decay, for step, exp and reduce.")
     eta_min: float = _setting(0.0, "Optimisation", "Last learning rate, for cos.")
     patience: int = _setting(10, "Optimisation", "Epochs without improvement before a decay, for reduce.")
+    accumulate: int = _setting(1, "Optimisation", "Batches whose gradients are averaged for a step.")
+    clip_grad_norm: float | None = _setting(None, "Optimisation", "Greatest norm of the gradients; no limit by itself.")
     update_weights_every: int = _setting(
         1, "Optimisation", "Steps between two solves of a gradient-balancing strategy."
     )
@@ -84,6 +87,8 @@ class TrainConfig:
     seed: int = _setting(0, "Optimisation", "Seed of every random number.")
 
     device: str | None = _setting(None, "Machine", "cpu, cuda, cuda:1, mps; the best there is if not given.")
+    precision: str = _setting("fp32", "Machine", "What the network computes in.", tuple(PRECISIONS))
+    channels_last: bool = _setting(False, "Machine", "Keep images in channels-last memory format.")
     compile: bool | str = _setting(False, "Machine", "Compile the step; auto tries both and keeps the faster.")
     threads: int | None = _setting(None, "Machine", "CPU threads; PyTorch's choice if not given.")
 
@@ -110,6 +115,8 @@ class TrainConfig:
                 raise UsageError(f"{name} must be at least {least}, got {value}.")
         if not self.lr > 0:
             raise UsageError(f"lr must be above 0, got {self.lr}.")
+        if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
+            raise UsageError(f"clip_grad_norm must be above 0, got {self.clip_grad_norm}.")
 
     def resolved(self) -> TrainConfig:
         """Return the configuration with names in their own spelling and every hyper-parameter filled in.
@@ -188,6 +195,7 @@ _LEAST = {
     "test_batch_size": 1,
     "limit_batches": 1,
     "epochs": 1,
+    "accumulate": 1,
     "update_weights_every": 1,
     "tasks_per_step": 1,
     "weight_momentum": 0,

@@ -24,6 +24,17 @@ def to_device(value: Any, device: torch.device) -> Any:
     return value
 
 
+def to_channels_last(value: Any) -> Any:
+    """Return a batch's inputs with images, the tensors of four dimensions, in channels-last memory format."""
+    if isinstance(value, torch.Tensor):
+        return value.contiguous(memory_format=torch.channels_last) if value.dim() == 4 else value
+    if isinstance(value, Mapping):
+        return {key: to_channels_last(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(to_channels_last(each) for each in value)
+    return value
+
+
 def check_loaders(loaders: Any, tasks: list[str], multi_input: bool, what: str) -> None:
     """Refuse loaders that are empty or do not fit the tasks.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastmtl.trainer.problem import Problem
 
-__all__ = ["OwnGradients", "find_owners"]
+__all__ = ["OwnGradients", "find_owners", "summed"]
 
 Grads = Sequence[Tensor | None]
 
@@ -31,6 +31,10 @@ class OwnGradients:
         self.parts = parts
         self.owners = owners
 
+    def absorb(self, other: OwnGradients) -> None:
+        """Add the gradients of another batch."""
+        self.parts = summed(self.parts, other.parts)
+
     def write(self, weights: Tensor | None) -> None:
         """Add the gradients, each task's weighted by ``weights`` (T,) if given, to ``.grad``."""
         by_task = None if weights is None else weights.unbind()
@@ -50,6 +54,14 @@ class OwnGradients:
         for grad, weight in zip(grads, weights, strict=True):
             if grad is not None:
                 grad.mul_(weight.to(grad.dtype))
+
+
+def summed(rows: Sequence[Grads], others: Sequence[Grads]) -> list[list[Tensor | None]]:
+    """Return the sums of gradients of two batches, None where neither has one."""
+    return [
+        [a if b is None else b if a is None else a + b for a, b in zip(mine, other, strict=True)]
+        for mine, other in zip(rows, others, strict=True)
+    ]
 
 
 def find_owners(problem: Problem, inputs: Any, labels: Any) -> list[int] | None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastmtl.architecture import AbsArchitecture
@@ -25,15 +27,25 @@ class Problem:
         model: The architecture.
         losses: The loss of each task.
         process_preds: The trainer's hook, called with all predictions, or with one and its task if multi-input.
+        low_precision: The dtype the network computes in where that is safe (autocast); losses are always float32 then.
+
+    Attributes:
+        factor: What all losses are multiplied by before they are differentiated, a scalar tensor; None for 1.
     """
 
     def __init__(
-        self, model: AbsArchitecture, losses: Mapping[str, AbsLoss], process_preds: Callable[..., Any]
+        self,
+        model: AbsArchitecture,
+        losses: Mapping[str, AbsLoss],
+        process_preds: Callable[..., Any],
+        low_precision: torch.dtype | None = None,
     ) -> None:
         self.model = model
         self.tasks = model.task_name
         self.losses = losses
         self.process_preds = process_preds
+        self.low_precision = low_precision
+        self.factor: Tensor | None = None
         self.shared_params = [param for param in model.get_share_params() if param.requires_grad]
         known = {id(param) for param in self.shared_params}
         self.own_params: list[nn.Parameter] = [
@@ -42,42 +54,64 @@ class Problem:
 
     def trunk(self, inputs: Any) -> Features:
         """Return the shared features."""
-        return self.model.trunk(inputs)
+        with self._autocast():
+            return self.model.trunk(inputs)
 
     def heads(self, features: Sequence[Features], labels: Mapping[str, Any]) -> Scored:
         """Return losses and predictions from each task's own alias of the shared features."""
-        reps = [self.model.branch(own, task) for own, task in zip(features, self.tasks, strict=True)]
+        with self._autocast():
+            reps = [self.model.branch(own, task) for own, task in zip(features, self.tasks, strict=True)]
         return self.decode(reps, labels)
 
     def reps(self, inputs: Any) -> Features:
         """Return the representation of every task, or a single one if the tasks share it."""
-        features = self.model.trunk(inputs)
-        reps = tuple(self.model.branch(features, task) for task in self.tasks)
+        with self._autocast():
+            features = self.model.trunk(inputs)
+            reps = tuple(self.model.branch(features, task) for task in self.tasks)
         return reps[:1] if all(rep is reps[0] for rep in reps) else reps
 
     def decode(self, reps: Sequence[Tensor], labels: Mapping[str, Any]) -> Scored:
         """Return losses and predictions from each task's representation."""
-        preds = {task: self.model.decoders[task](rep) for task, rep in zip(self.tasks, reps, strict=True)}
+        with self._autocast():
+            preds = {task: self.model.decoders[task](rep) for task, rep in zip(self.tasks, reps, strict=True)}
         return self._score(preds, labels)
 
     def whole(self, inputs: Any, labels: Mapping[str, Any]) -> Scored:
         """Return losses and predictions of one batch that all tasks share."""
-        return self._score(self.model(inputs), labels)
+        with self._autocast():
+            preds = self.model(inputs)
+        return self._score(preds, labels)
 
     def single(self, inputs: Any, labels: Any, task: str) -> tuple[Tensor, Any]:
         """Return the loss and the prediction of one task on its own batch."""
-        pred = self.process_preds(self.model(inputs, task)[task], task)
-        return self.losses[task].compute_loss(pred, labels), pred
+        with self._autocast():
+            pred = self.model(inputs, task)[task]
+        return self._score_one(pred, labels, task)
 
     def single_rep(self, inputs: Any, task: str) -> Tensor:
         """Return the representation of one task on its own batch."""
-        return self.model.branch(self.model.trunk(inputs, task), task)
+        with self._autocast():
+            return self.model.branch(self.model.trunk(inputs, task), task)
 
     def single_decode(self, rep: Tensor, labels: Any, task: str) -> tuple[Tensor, Any]:
         """Return the loss and the prediction of one task from its representation."""
-        pred = self.process_preds(self.model.decoders[task](rep), task)
+        with self._autocast():
+            pred = self.model.decoders[task](rep)
+        return self._score_one(pred, labels, task)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.low_precision is None:
+            return nullcontext()
+        return torch.autocast(self.model.device.type, self.low_precision)
+
+    def _score_one(self, pred: Any, labels: Any, task: str) -> tuple[Tensor, Any]:
+        pred = self.process_preds(self._full(pred), task)
         return self.losses[task].compute_loss(pred, labels), pred
 
+    def _full(self, pred: Any) -> Any:
+        """Return predictions in float32 where the network's are not."""
+        return pred.float() if self.low_precision is not None and isinstance(pred, Tensor) else pred
+
     def _score(self, preds: dict[str, Any], labels: Mapping[str, Any]) -> Scored:
-        preds = self.process_preds(preds)
+        preds = self.process_preds({task: self._full(pred) for task, pred in preds.items()})
         return tuple(self.losses[task].compute_loss(preds[task], labels[task]) for task in self.tasks), preds

@@ -7,7 +7,7 @@ predictions, the rows of the Jacobian where autograd left them, and what to do o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from fastmtl import ops
 from fastmtl.autojac.vjp import vjp
 from fastmtl.errors import UsageError
-from fastmtl.trainer.own import OwnGradients, find_owners
+from fastmtl.trainer.own import OwnGradients, find_owners, summed
 from fastmtl.trainer.problem import Features, Problem
 from fastmtl.trainer.regions import Regions
 
@@ -37,6 +37,10 @@ class Pass:
         self.losses = torch.stack([loss.detach() for loss in losses])
         self.preds = preds
         self.rows = rows
+
+    def absorb(self, other: Self) -> None:
+        """Take in the gradients of another batch, which together with this one makes one step."""
+        raise NotImplementedError
 
     def write_heads(self, weights: Tensor | None) -> None:
         """Add the gradients of the task-specific parameters, weighted by (T,) if given, to ``.grad``."""
@@ -88,6 +92,15 @@ class Route:
         done.write_shared(shared)
         return done
 
+    def seeds(self, losses: Sequence[Tensor], weights: Tensor | None = None) -> list[Tensor | None]:
+        """Return the cotangents of the losses: their weights, ones if None, times the factor on all losses."""
+        factor = self.problem.factor
+        if weights is None:
+            return [None if factor is None else factor.to(loss.dtype) for loss in losses]
+        if factor is not None:
+            weights = weights * factor
+        return [weight.to(loss.dtype) for weight, loss in zip(weights, losses, strict=True)]
+
     def set_shared(self, rows: Rows, weights: Tensor, groups: list[int] | None) -> None:
         """Write ``sum_t w_t row_t`` into ``.grad``; the memory is kept from step to step."""
         params = self.problem.shared_params
@@ -117,14 +130,14 @@ class Route:
         count, own = len(losses), self.problem.own_params
         flat = [leaf for each in leaves for leaf in each]
         if not self.weighs_heads or self._owners is not None:
-            grads = vjp(losses, [None] * count, [*flat, *own], retain=False)
+            grads = vjp(losses, self.seeds(losses), [*flat, *own], retain=False)
             parts = [grads[len(flat) :]]
             found = iter(grads)
             cotangents = [[next(found) for _ in each] for each in leaves]
         else:
             parts, cotangents = [], []
             for t, loss in enumerate(losses):
-                grads = vjp([loss], [None], [*leaves[t], *own], retain=t + 1 < count)
+                grads = vjp([loss], self.seeds([loss]), [*leaves[t], *own], retain=t + 1 < count)
                 cotangents.append(grads[: len(leaves[t])])
                 parts.append(grads[len(leaves[t]) :])
         return cotangents, OwnGradients(own, parts, self._places())
@@ -139,8 +152,8 @@ class Route:
         return [places.get(owner, 0) for owner in self._owners]
 
     def learn_owners(self, inputs: Any, labels: Any) -> None:
-        """Find out once which task each task-specific parameter belongs to, if that will matter."""
-        if self.weighs_heads and not self._owners_known:
+        """Find out once which task each task-specific parameter belongs to."""
+        if not self._owners_known:
             self._owners = find_owners(self.problem, inputs, labels)
             self._owners_known = True
 
@@ -154,6 +167,13 @@ class RowsPass(Pass):
         super().__init__(losses, preds, rows)
         self.route = route
         self.own = own
+
+    def absorb(self, other: Self) -> None:
+        """Add up the rows."""
+        assert self.rows is not None
+        assert other.rows is not None
+        self.rows = summed(self.rows, other.rows)
+        self.own.absorb(other.own)
 
     def write_heads(self, weights: Tensor | None) -> None:
         """Add the gradients kept from the backward passes."""
@@ -169,8 +189,9 @@ class RowsPass(Pass):
 class SumPass(Pass):
     """A pass whose losses are still to be differentiated, as one weighted sum."""
 
-    def __init__(self, losses: Sequence[Tensor], preds: dict[str, Any]) -> None:
+    def __init__(self, route: Route, losses: Sequence[Tensor], preds: dict[str, Any]) -> None:
         super().__init__(losses, preds)
+        self.route = route
         self.attached = losses
 
     def write_heads(self, weights: Tensor | None) -> None:
@@ -178,9 +199,7 @@ class SumPass(Pass):
 
     def write_shared(self, weights: Tensor, rows: Rows | None = None, groups: list[int] | None = None) -> None:
         """Run the backward pass."""
-        torch.autograd.backward(
-            self.attached, [weight.to(loss.dtype) for weight, loss in zip(weights, self.attached, strict=True)]
-        )
+        torch.autograd.backward(self.attached, self.route.seeds(self.attached, weights))
 
 
 class SumRoute(Route):
@@ -188,7 +207,7 @@ class SumRoute(Route):
 
     def __call__(self, inputs: Any, labels: Any) -> Pass:
         """Run the forward pass alone."""
-        return SumPass(*forward(self.problem, self.regions, inputs, labels))
+        return SumPass(self, *forward(self.problem, self.regions, inputs, labels))
 
 
 class SplitRoute(Route):
@@ -214,7 +233,8 @@ class SplitRoute(Route):
         return done
 
     def _heads(self, inputs: Any, labels: Any) -> tuple[Features, Sequence[Tensor], dict[str, Any], Rows, OwnGradients]:
-        self.learn_owners(inputs, labels)
+        if self.weighs_heads:
+            self.learn_owners(inputs, labels)
         features = self.regions.trunk(inputs)
         aliases = [_cut(features) for _ in self.problem.tasks]
         losses, preds = self.regions.heads(aliases, labels)
@@ -232,24 +252,41 @@ class WholeRoute(Route):
         one_graph = not self.problem.model.multi_input
         rows, parts = [], []
         for t, loss in enumerate(losses):
-            grads = vjp([loss], [None], [*shared, *own], retain=one_graph and t + 1 < len(losses))
+            grads = vjp([loss], self.seeds([loss]), [*shared, *own], retain=one_graph and t + 1 < len(losses))
             rows.append(grads[: len(shared)])
             parts.append(grads[len(shared) :])
         return RowsPass(self, losses, preds, rows, OwnGradients(own, parts))
 
     def frozen(self, inputs: Any, labels: Any, shared: Tensor, heads: Tensor | None) -> Pass:
-        """Differentiate two weighted sums of the losses: one for the shared parameters, one for the others."""
+        """Differentiate one weighted sum of the losses, or two where a parameter serves several tasks, but not all."""
         problem = self.problem
+        if not problem.model.multi_input:
+            self.learn_owners(inputs, labels)
         losses, preds = forward(problem, self.regions, inputs, labels)
         own_weights = torch.ones_like(shared) if heads is None else heads
+        if self._owners is not None and all(loss.dtype != torch.float16 for loss in losses):
+            # Each task's own gradients come out scaled by its shared weight, which is taken back; for that it must not
+            # be zero, and 1e-12 of the greatest is as good.
+            greatest = shared.abs().max()
+            least = 1e-12 * greatest.where(greatest > 0, 1.0)
+            weights = shared.where(shared.abs() > least, least)
+            grads = vjp(
+                losses, self.seeds(losses, weights), [*problem.shared_params, *problem.own_params], retain=False
+            )
+            count = len(problem.shared_params)
+            OwnGradients(problem.own_params, [grads[count:]], self._places()).write(own_weights / weights)
+            for param, grad in zip(problem.shared_params, grads[:count], strict=True):
+                param.grad = grad
+            return SumPass(self, losses, preds)
         for params, weights, retain in (
             (problem.shared_params, shared, bool(problem.own_params)),
             (problem.own_params, own_weights, False),
         ):
-            cotangents = [weight.to(loss.dtype) for weight, loss in zip(weights, losses, strict=True)]
-            for param, grad in zip(params, vjp(losses, cotangents, params, retain=retain), strict=True):
+            for param, grad in zip(
+                params, vjp(losses, self.seeds(losses, weights), params, retain=retain), strict=True
+            ):
                 param.grad = grad
-        return SumPass(losses, preds)
+        return SumPass(self, losses, preds)
 
 
 class RepPass(Pass):
@@ -272,6 +309,15 @@ class RepPass(Pass):
         self.attached = attached
         self.grads = grads
         self.own = own
+        self.others: list[RepPass] = []
+
+    def absorb(self, other: Self) -> None:
+        """Add up the rows, and keep the other batch's graph until the weights are known."""
+        assert self.rows is not None
+        assert other.rows is not None
+        self.rows = summed(self.rows, other.rows)
+        self.own.absorb(other.own)
+        self.others.append(other)
 
     @property
     def reps(self) -> list[Tensor]:
@@ -285,7 +331,8 @@ class RepPass(Pass):
 
     def write_shared(self, weights: Tensor, rows: Rows | None = None, groups: list[int] | None = None) -> None:
         """Send the weighted gradients of the representations down."""
-        self.send([weight.to(grad.dtype) * grad for weight, grad in zip(weights, self.grads, strict=True)])
+        for each in (self, *self.others):
+            each.send([weight.to(grad.dtype) * grad for weight, grad in zip(weights, each.grads, strict=True)])
 
     def send(self, grads: Sequence[Tensor]) -> None:
         """Send T gradients of the representations down to the shared parameters."""
@@ -299,7 +346,7 @@ class RepRoute(Route):
 
     def __call__(self, inputs: Any, labels: Any) -> RepPass:
         """Run the forward pass and the backward pass of the heads."""
-        if not self.problem.model.multi_input:
+        if self.weighs_heads and not self.problem.model.multi_input:
             self.learn_owners(inputs, labels)
         reps, losses, preds, cuts = self._represent(inputs, labels)
         found, own = self.own_gradients(losses, [[cut] for cut in cuts])

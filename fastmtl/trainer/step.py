@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastmtl import ops
+from fastmtl.trainer.batches import joined
 from fastmtl.trainer.guard import FiniteGuard
+from fastmtl.trainer.lookahead import LookAhead
 from fastmtl.trainer.optimizer import MaskedOptimizer
+from fastmtl.trainer.options import StepOptions
+from fastmtl.trainer.own import summed
+from fastmtl.trainer.precision import LossScaler
 from fastmtl.trainer.problem import Problem
 from fastmtl.trainer.records import StepBuffer
 from fastmtl.trainer.regions import Regions
@@ -29,17 +34,14 @@ class TrainingStep:
         problem: The model and its losses.
         optimizer: Over all parameters.
         guard: Watches for NaN.
-        compile: Compile the forward and backward passes; ``"auto"`` finds out whether to.
         on_compile: Told of every compilation.
         hyper: Hyper-parameters of the strategy.
-        update_weights_every: Steps between two solves of a strategy that needs the gradients; the weights of the last
-            one hold in between.
-        weight_momentum: Decay of a moving average of the weights.
-        tasks_per_step: Tasks of a step; all if None.
+        options: Checked options.
 
     Attributes:
         route: How the gradients are had, compiled or not.
         warmth: Steps run on this route so far.
+        scaler: The loss scale of float16 steps.
     """
 
     def __init__(
@@ -47,33 +49,32 @@ class TrainingStep:
         problem: Problem,
         optimizer: torch.optim.Optimizer,
         guard: FiniteGuard,
-        compile: bool | Literal["auto"],
         on_compile: Callable[[str], None],
         hyper: Mapping[str, Any],
-        update_weights_every: int = 1,
-        weight_momentum: float = 0.0,
-        tasks_per_step: int | None = None,
+        options: StepOptions,
     ) -> None:
-        self.model: Any = problem.model
-        self.optimizer = MaskedOptimizer(optimizer, guard.found_inf)
+        rule: Any = problem.model
+        self.model = rule
+        self.problem = problem
         self.guard = guard
         self.hyper = hyper
-        self.problem = problem
+        self.options = options
+        self.scaler = LossScaler(guard.found_inf.device) if options.precision == "fp16" else None
+        self._masked = guard.found_inf if self.scaler is None else torch.zeros_like(guard.found_inf)
+        self.optimizer = MaskedOptimizer(optimizer, self._masked)
         # A strategy written for LibMTL runs its own backward passes.
-        rule: Any = problem.model
         self.legacy = rule.backward.__func__ is not AbsWeighting.backward
         self.warmth = 0
-        self.samples: int = 1 if self.legacy else rule.samples
-        self.update_weights_every = update_weights_every
-        self.weight_momentum = weight_momentum
-        self.sampler = TaskSampler(len(problem.tasks), tasks_per_step) if tasks_per_step else None
+        # Batches that a step takes: the strategy's samples, or what is accumulated.
+        self.batches: int = options.accumulate if self.legacy else max(rule.samples, options.accumulate)
+        self.sampler = TaskSampler(len(problem.tasks), options.tasks_per_step) if options.tasks_per_step else None
         self._average: tuple[Tensor, Tensor | None] | None = None
         self._since_solved = 0
         self._held: Weights | None = None
-        needs_gradients = rule.needs != "losses"
+        needs_gradients = rule.needs not in ("losses", "lookahead")
         routes = [
             choose_route(problem, Regions(problem, compiled, on_compile), needs_gradients, rule.weighs_heads)
-            for compiled in ((False, True) if compile == "auto" else (bool(compile),))
+            for compiled in ((False, True) if options.compile == "auto" else (bool(options.compile),))
         ]
         self.trial = Trial(routes, on_compile) if len(routes) > 1 else None
         self.route = routes[0]
@@ -86,12 +87,16 @@ class TrainingStep:
     def __call__(
         self, batches: Sequence[tuple[Any, Any]], buffer: StepBuffer
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Run one step; return by task the losses, averaged over the samples, and the last batch's predictions.
+        """Run one step.
 
         Args:
-            batches: As many as the strategy takes samples, each the inputs and the labels by task; if multi-input the
-                inputs are by task too.
+            batches: As many as the strategy takes samples, or as are accumulated, each the inputs and the labels by
+                task; if multi-input the inputs are by task too.
             buffer: Where losses, weights and Gram matrix are kept for the log.
+
+        Returns:
+            By task the losses, averaged over the batches, and the predictions: of the last sample, or of all
+            accumulated batches.
         """
         if self.trial is not None:
             self.route = self.trial.next_route()
@@ -102,12 +107,45 @@ class TrainingStep:
         self.optimizer.optimizer.zero_grad(set_to_none=not self.legacy)
         if self.sampler is not None:
             return self._some_tasks(self.sampler.draw(), batches, buffer)
-        losses, preds, weights, gram = self._legacy(*batches[0]) if self.legacy else self._differentiate(batches)
-        self.guard.watch(losses, gram)
-        self.optimizer.step()
+        losses, preds, weights, gram = self._gradients(batches)
+        self._update(losses, gram)
         self._look_back(batches)
         buffer.add(losses, weights, gram)
         return dict(zip(self.problem.tasks, losses, strict=True)), preds
+
+    def _update(self, losses: Tensor, gram: Tensor | None) -> None:
+        """Let the optimizer use the gradients, unless something was not finite."""
+        # A float16 gradient that overflows is no error: the step is skipped, and the scale falls.
+        self.guard.watch(losses, gram if self.scaler is None else None)
+        if self.options.clip_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_grad_norm)
+        if self.scaler is not None:
+            torch.maximum(self.guard.found_inf, self.scaler.found_inf, out=self._masked)
+            self.scaler.update()
+        self.optimizer.step()
+
+    def _gradients(
+        self, batches: Sequence[tuple[Any, Any]]
+    ) -> tuple[Tensor, dict[str, Any], Tensor | None, Tensor | None]:
+        """Fill all ``.grad``; return losses, predictions, weights and Gram matrix."""
+        if self.legacy:
+            return self._legacy(*batches[0])
+        accumulated = self.model.samples == 1 and len(batches) > 1
+        factor = None if self.scaler is None else self.scaler.scale
+        if accumulated:
+            factor = (torch.ones_like(self.guard.found_inf) if factor is None else factor) / len(batches)
+        self.problem.factor = factor
+        if self.scaler is None:
+            return self._differentiate(batches)
+        names = self.model.remembered()
+        before = [getattr(self.model, name).clone() for name in names]
+        found = self._differentiate(batches)
+        self.scaler.unscale([param.grad for param in self.model.parameters() if param.grad is not None])
+        # What a strategy learned from an overflow is taken back.
+        bad = self.scaler.found_inf != 0
+        for name, old in zip(names, before, strict=True):
+            setattr(self.model, name, torch.where(bad, old, getattr(self.model, name)))
+        return found
 
     def _some_tasks(
         self, tasks: list[int], batches: Sequence[tuple[Any, Any]], buffer: StepBuffer
@@ -115,11 +153,8 @@ class TrainingStep:
         """Run the rest of a step of some tasks; the parameters and the state of the others stay as they are."""
         count = len(self.problem.tasks)
         with only(self.problem, tasks):
-            losses, preds, weights, gram = self._differentiate(batches)
-            self.guard.watch(
-                spread(losses, tasks, count, 0.0), None if gram is None else spread(gram, tasks, count, 0.0)
-            )
-            self.optimizer.step()
+            losses, preds, weights, gram = self._gradients(batches)
+            self._update(spread(losses, tasks, count, 0.0), None if gram is None else spread(gram, tasks, count, 0.0))
             self._look_back(batches)
             found = dict(zip(self.problem.tasks, losses, strict=True))
         seen = [None if each is None else spread(each, tasks, count, torch.nan) for each in (losses, weights, gram)]
@@ -128,17 +163,23 @@ class TrainingStep:
         return found, preds
 
     def _look_back(self, batches: Sequence[tuple[Any, Any]]) -> None:
-        if self.model.looks_back and not self.legacy:
-            with torch.no_grad():
-                after, _ = forward(self.problem, self.route.regions, *batches[-1])
-                self.model.after_step(torch.stack(list(after)), **self.hyper)
+        if not self.model.looks_back or self.legacy:
+            return
+        with torch.no_grad():
+            self.model.after_step(self._mean_losses(batches), **self.hyper)
+
+    def _mean_losses(self, batches: Sequence[tuple[Any, Any]]) -> Tensor:
+        """Return the losses (T,) of a forward pass of each batch, averaged."""
+        scored = [forward(self.problem, self.route.regions, *batch)[0] for batch in batches]
+        return torch.stack([torch.stack(list(each)) for each in scored]).mean(0)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs of the weights held between two solves."""
         held = self._held
         kept = None if held is None else {"shared": held.shared, "heads": held.heads, "max_norm": held.max_norm}
         left = [] if self.sampler is None else self.sampler.left
-        return {"since_solved": self._since_solved, "held": kept, "average": self._average, "tasks_left": left}
+        state = {"since_solved": self._since_solved, "held": kept, "average": self._average, "tasks_left": left}
+        return state if self.scaler is None else state | {"scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
@@ -147,48 +188,134 @@ class TrainingStep:
         self._average = state["average"]
         if self.sampler is not None:
             self.sampler.left = list(state["tasks_left"])
+        if self.scaler is not None and "scaler" in state:
+            self.scaler.load_state_dict(state["scaler"])
 
     def _differentiate(
         self, batches: Sequence[tuple[Any, Any]]
     ) -> tuple[Tensor, dict[str, Any], Tensor | None, Tensor | None]:
-        if self._held is not None and self._since_solved < self.update_weights_every:
+        if self._held is not None and self._since_solved < self.options.update_weights_every:
             self._since_solved += 1
-            done = self.route.frozen(*batches[-1], self._held.shared, self._held.heads)
-            if self._held.max_norm is not None:
-                torch.nn.utils.clip_grad_norm_(self.problem.shared_params, self._held.max_norm)
-            return done.losses, done.preds, self._held.shared, None
-        passes = [self.route(*batch) for batch in batches]
-        weights, gram = self._weigh(passes)
+            return *self._frozen(batches, self._held), self._held.shared, None
+        if self.model.needs == "lookahead":
+            return self._look_ahead(batches)
+        if self.model.needs == "losses" and len(batches) > 1:
+            return self._accumulate_losses(batches)
+        passes = [self.route(*batches[0])]
+        all_losses, preds = [passes[0].losses], [passes[0].preds]
+        for batch in batches[1:]:
+            each = self.route(*batch)
+            all_losses.append(each.losses)
+            preds.append(each.preds)
+            if self.model.samples > 1:
+                passes.append(each)
+            else:
+                passes[0].absorb(each)
+        losses = torch.stack(all_losses)
+        weights, gram = self._weigh(passes, losses if self.model.samples > 1 else losses.mean(0))
         if weights is not None:
-            for param, grad in weights.own_grads.items():
-                self.model.get_parameter(param).grad = grad
-            if self.update_weights_every > 1:
+            self._write_own(weights)
+            if self.options.update_weights_every > 1:
                 self._held, self._since_solved = weights, 1
         logged = None if weights is None else weights.shared if weights.logged is None else weights.logged
-        losses = torch.stack([each.losses for each in passes]).mean(0) if len(passes) > 1 else passes[0].losses
-        return losses, passes[-1].preds, logged, gram
+        return losses.mean(0), preds[-1] if self.model.samples > 1 else joined(preds), logged, gram
 
-    def _weigh(self, passes: Sequence[Pass]) -> tuple[Weights | None, Tensor | None]:
+    def _write_own(self, weights: Weights) -> None:
+        """Write the gradients of the strategy's own parameters."""
+        for param, grad in weights.own_grads.items():
+            factor = None if self.scaler is None else self.scaler.scale
+            self.model.get_parameter(param).grad = grad if factor is None else grad * factor
+
+    def _frozen(self, batches: Sequence[tuple[Any, Any]], held: Weights) -> tuple[Tensor, dict[str, Any]]:
+        """Fill all ``.grad`` with weights known beforehand."""
+        params = [*self.problem.shared_params, *self.problem.own_params]
+        losses, preds = [], []
+        for batch in batches:
+            before = [param.grad for param in params]
+            for param in params:
+                param.grad = None
+            done = self.route.frozen(*batch, held.shared, held.heads)
+            losses.append(done.losses)
+            preds.append(done.preds)
+            for param, (grad,) in zip(params, summed([[g] for g in before], [[p.grad] for p in params]), strict=True):
+                param.grad = grad
+        if held.max_norm is not None:
+            limit: Any = held.max_norm if self.scaler is None else held.max_norm * self.scaler.scale
+            torch.nn.utils.clip_grad_norm_(self.problem.shared_params, limit)
+        return torch.stack(losses).mean(0), joined(preds)
+
+    def _accumulate_losses(
+        self, batches: Sequence[tuple[Any, Any]]
+    ) -> tuple[Tensor, dict[str, Any], Tensor | None, Tensor | None]:
+        """Accumulate the weighted losses' gradients, so that no more than one batch's graph is kept.
+
+        Where the weights depend on the mean losses, a forward pass of all batches comes first.
+        """
+        known: Tensor | None = None
+        if self.model.reads_losses:
+            buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+            with torch.no_grad():
+                known = self._mean_losses(batches)
+                for buffer, value in buffers:
+                    buffer.copy_(value)
+        weights: Weights | None = None
+        losses, preds = [], []
+        for batch in batches:
+            done = self.route(*batch)
+            if weights is None:
+                weights = self.model.weigh(done.losses if known is None else known, None, **self.hyper)
+                if self.options.weight_momentum:
+                    self._smooth(weights)
+            done.write_shared(weights.shared)
+            losses.append(done.losses)
+            preds.append(done.preds)
+        assert weights is not None
+        self._write_own(weights)
+        logged = weights.shared if weights.logged is None else weights.logged
+        return torch.stack(losses).mean(0), joined(preds), logged, None
+
+    def _look_ahead(self, batches: Sequence[tuple[Any, Any]]) -> tuple[Tensor, dict[str, Any], Tensor | None, None]:
+        """Let a bilevel strategy look ahead on the first batch; it decides the update or weights for the last batch."""
+        lr = self.optimizer.optimizer.param_groups[0]["lr"]
+        ahead = LookAhead(self.problem, self.route.regions, batches[0], lr)
+        weights = self.model.look_ahead(ahead, **self.hyper)
+        if weights.rows is not None:
+            for param, grad in zip(ahead.params, ahead.weighted(weights.rows, weights.shared), strict=True):
+                param.grad = grad
+            return *ahead.seen(), weights.logged, None
+        if self.options.weight_momentum:
+            self._smooth(weights)
+        done = self.route(*batches[-1])
+        done.write_shared(weights.shared)
+        return done.losses, done.preds, weights.shared, None
+
+    def _weigh(self, passes: Sequence[Pass], losses: Tensor) -> tuple[Weights | None, Tensor | None]:
         """Let the strategy decide and fill all ``.grad``; return the weights and a (T, T) Gram matrix for the log."""
         model, done = self.model, passes[-1]
+        scale = None if self.scaler is None else self.scaler.scale
         if isinstance(done, RepPass) and model.needs == "reps":
             done.write_heads(None)
-            done.send(model.mask_reps(done.losses, done.reps, done.grads, **self.hyper))
+            # Masks depend on signs and shares only: the scale of the gradients does not matter.
+            done.send(model.mask_reps(losses, done.reps, done.grads, **self.hyper))
             return None, None
-        losses = done.losses if len(passes) == 1 else torch.stack([each.losses for each in passes])
         rows = [row for each in passes for row in each.rows or []]
         gram, groups = None, None
         if model.needs == "rows":
-            weights = model.weigh_rows(losses, rows, **self.hyper)
+            given = rows if scale is None else _divided(rows, scale)
+            weights = model.weigh_rows(losses, given, **self.hyper)
             gram = weights.gram
+            if scale is not None:
+                weights.rows, weights.shared = weights.rows or given, weights.shared * scale
         elif model.needs == "gram":
             groups = model.groups(**self.hyper)
             gram = ops.gram(rows, groups)
+            if scale is not None:
+                gram = gram / scale.to(gram.dtype) ** 2
             weights = model.weigh(losses, gram, **self.hyper)
             gram = gram.sum(0) if groups is not None else _mean_block(gram, len(passes))
         else:
             weights = model.weigh(losses, None, **self.hyper)
-        if self.weight_momentum:
+        if self.options.weight_momentum:
             self._smooth(weights)
         heads = [None] * len(passes) if weights.heads is None else weights.heads.chunk(len(passes))
         for each, own in zip(passes, heads, strict=True):
@@ -204,9 +331,9 @@ class TrainingStep:
         if self._average is None:
             self._average = weights.shared, weights.heads
         shared, heads = self._average
-        weights.shared = torch.lerp(weights.shared, shared, self.weight_momentum)
+        weights.shared = torch.lerp(weights.shared, shared, self.options.weight_momentum)
         if weights.heads is not None and heads is not None:
-            weights.heads = torch.lerp(weights.heads, heads, self.weight_momentum)
+            weights.heads = torch.lerp(weights.heads, heads, self.options.weight_momentum)
         weights.logged = None
         self._average = weights.shared, weights.heads
 
@@ -215,6 +342,12 @@ class TrainingStep:
         stacked = torch.stack(list(losses))
         weights = self.model.backward(stacked, **self.hyper)
         return stacked.detach(), preds, None if weights is None else torch.as_tensor(weights).to(stacked), None
+
+
+def _divided(rows: Sequence[Sequence[Tensor | None]], scale: Tensor) -> list[list[Tensor | None]]:
+    """Return rows that carry the loss scale without it."""
+    inverse = scale.reciprocal()
+    return [[None if grad is None else grad * inverse.to(grad.dtype) for grad in row] for row in rows]
 
 
 def _cap(weights: Tensor, gram: Tensor, max_norm: float) -> Tensor:

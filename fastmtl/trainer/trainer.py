@@ -15,14 +15,25 @@ from fastmtl.architecture import ARCHITECTURES, AbsArchitecture
 from fastmtl.errors import CheckpointError, UsageError
 from fastmtl.hyper import fill_hyper
 from fastmtl.names import resolve_name
+from fastmtl.trainer.batches import joined
 from fastmtl.trainer.checkpoint import load_model_state, read_checkpoint, rng_state, save_atomically, set_rng_state
-from fastmtl.trainer.checks import check_momentum, check_sampling, check_tasks, find_device, solve_interval
+from fastmtl.trainer.checks import check_tasks, find_device
 from fastmtl.trainer.guard import FiniteGuard
 from fastmtl.trainer.interrupt import DeferredInterrupt
-from fastmtl.trainer.loading import check_loaders, count_batches, eval_batches, generators, to_device, train_batches
+from fastmtl.trainer.loading import (
+    check_loaders,
+    count_batches,
+    eval_batches,
+    generators,
+    to_channels_last,
+    to_device,
+    train_batches,
+)
 from fastmtl.trainer.logger import Logger, RunInfo, as_logger
 from fastmtl.trainer.meter import PerformanceMeter
 from fastmtl.trainer.optimizer import make_optimizer, make_scheduler
+from fastmtl.trainer.options import StepOptions, check_options
+from fastmtl.trainer.precision import PRECISIONS
 from fastmtl.trainer.problem import Problem
 from fastmtl.trainer.records import StepBuffer
 from fastmtl.trainer.regions import CompileReport, measure_compiled
@@ -59,6 +70,11 @@ class Trainer(nn.Module):
             both ways, keeps the faster and says which.
         logger: A `Logger`, or several.
         resume: A ``last.pt`` to go on from.
+        precision: ``"fp32"``; ``"bf16"`` or ``"fp16"`` compute the network in that dtype where it is safe (autocast),
+            with losses, Gram matrix and update in float32; fp16 scales the losses and skips steps that overflow.
+        channels_last: Keep images and convolutions in channels-last memory format, which GPUs prefer.
+        accumulate: Batches of a step: their gradients, task by task, are averaged before the strategy sees them.
+        clip_grad_norm: Greatest norm of the update's gradients together; applied last.
         update_weights_every: Steps between two solves of a strategy that balances gradients; in between its last
             weights hold, and a step costs one backward pass in place of one per task.
         weight_momentum: Decay of a moving average of the task weights, which then takes their place (CR-MOGM: Zhou et
@@ -99,6 +115,10 @@ class Trainer(nn.Module):
         compile: bool | Literal["auto"] = False,
         logger: Logger | Sequence[Logger] | None = None,
         resume: str | None = None,
+        precision: str = "fp32",
+        channels_last: bool = False,
+        accumulate: int = 1,
+        clip_grad_norm: float | None = None,
         update_weights_every: int = 1,
         weight_momentum: float = 0.0,
         tasks_per_step: int | None = None,
@@ -116,6 +136,7 @@ class Trainer(nn.Module):
         self.scheduler_param = scheduler_param
         self.save_path = None if save_path is None else Path(save_path)
         self.load_path = load_path
+        self.channels_last = channels_last
         self.log_every = log_every
         self.limit_batches = limit_batches
         self.logger = as_logger(logger)
@@ -127,23 +148,19 @@ class Trainer(nn.Module):
         self.meter = PerformanceMeter(task_dict)
         self.meter.display_format()
         self._guard = FiniteGuard(self.device, self.task_name)
-        problem = Problem(self.model, self.meter.losses, self.process_preds)
-        refused_with_sampling = {
-            "compile=True, which would compile every choice of tasks": bool(compile),
-            "weight_momentum": weight_momentum > 0,
-            "update_weights_every": update_weights_every > 1,
-        }
-        self.step = TrainingStep(
-            problem,
-            self.optimizer,
-            self._guard,
-            compile,
-            self.logger.on_compile,
-            self.kwargs["weight_args"],
-            solve_interval(self.model, self.weighting, self.kwargs["weight_args"], update_weights_every),
-            check_momentum(weight_momentum),
-            check_sampling(self.model, self.weighting, tasks_per_step, refused_with_sampling),
+        options = StepOptions(
+            compile=compile,
+            precision=precision,
+            accumulate=accumulate,
+            clip_grad_norm=clip_grad_norm,
+            update_weights_every=update_weights_every,
+            weight_momentum=weight_momentum,
+            tasks_per_step=tasks_per_step,
         )
+        hyper = self.kwargs["weight_args"]
+        options = check_options(self.model, self.weighting, hyper, options)
+        problem = Problem(self.model, self.meter.losses, self.process_preds, PRECISIONS[options.precision])
+        self.step = TrainingStep(problem, self.optimizer, self._guard, self.logger.on_compile, hyper, options)
         self.compile_report: CompileReport | None = None
         self._generators: list[torch.Generator] = []
         self._start = _BEGINNING
@@ -182,6 +199,8 @@ class Trainer(nn.Module):
         )
         self.model.init_param()
         self.model.to(self.device)
+        if self.channels_last:
+            self.model.to(memory_format=torch.channels_last)
         if rule.backward is AbsWeighting.backward:
             if self.rep_grad and not rule.allows_rep_grad:
                 raise UsageError(f"{self.weighting} balances the gradients of parameters: rep_grad must be False.")
@@ -244,7 +263,8 @@ class Trainer(nn.Module):
         for what, loaders in given.items():
             check_loaders(loaders, self.task_name, self.multi_input, what)
         self.meter.has_val = val_dataloaders is not None
-        steps = count_batches(train_dataloaders, self.multi_input, self.limit_batches)
+        batches = count_batches(train_dataloaders, self.multi_input, self.limit_batches)
+        steps = -(-batches // self.step.options.accumulate)
         self.batch_weight = np.zeros((self.task_num, epochs, steps))
         self.model.train_loss_buffer = np.zeros((self.task_num, epochs))
         self.logger.on_start(self._run_info(epochs, steps))
@@ -281,9 +301,11 @@ class Trainer(nn.Module):
         if skip:
             epoch_rng = start["epoch_rng"]
             set_rng_state(epoch_rng, self._generators)
-        samples = self.step.samples
-        batches = train_batches(loaders, self.task_name, self.multi_input, steps * samples)
-        for _ in range(skip * samples):
+        per_step, accumulate = self.step.batches, self.step.options.accumulate
+        # An epoch's last step accumulates what is left of it.
+        total = count_batches(loaders, self.multi_input, self.limit_batches) if accumulate > 1 else steps * per_step
+        batches = train_batches(loaders, self.task_name, self.multi_input, total)
+        for _ in range(skip * per_step):
             next(batches)
         if skip:
             set_rng_state(start["rng"], self._generators)
@@ -291,9 +313,10 @@ class Trainer(nn.Module):
         self.meter.begin()
         buffer = StepBuffer()
         for batch in range(skip, steps):
-            given = [to_device(each, self.device) for each in islice(batches, samples)]
+            given = [self._to_device(each) for each in islice(batches, per_step)]
             losses, preds = self._run_step(given, buffer)
-            self.meter.update(losses, preds, given[-1][1])
+            scored = given if accumulate > 1 else given[-1:]
+            self.meter.update(losses, preds, joined([labels for _, labels in scored]))
             if len(buffer) == self.log_every or batch + 1 == steps:
                 self._log(buffer, epoch, epoch * steps + batch + 1)
             try:
@@ -306,6 +329,10 @@ class Trainer(nn.Module):
         self.meter.end()
         self._report("train", epoch)
         model.train_loss_buffer[:, epoch] = self.meter.loss_item
+
+    def _to_device(self, batch: tuple[Any, Any]) -> tuple[Any, Any]:
+        inputs, labels = to_device(batch, self.device)
+        return (to_channels_last(inputs) if self.channels_last else inputs), labels
 
     def _run_step(self, batches: list[tuple[Any, Any]], buffer: StepBuffer) -> tuple[dict[str, Any], dict[str, Any]]:
         """Run one step; once, when it is compiled and warm, also tell how much of it was."""
@@ -365,7 +392,7 @@ class Trainer(nn.Module):
         self.model.eval()
         self.meter.begin()
         for task, inputs, labels in eval_batches(loaders, self.task_name, self.multi_input, self.limit_batches):
-            inputs, labels = to_device(inputs, self.device), to_device(labels, self.device)
+            inputs, labels = self._to_device((inputs, labels))
             problem = self.step.problem
             if task is None:
                 losses, preds = problem.whole(inputs, labels)

@@ -24,6 +24,7 @@ class DWA(AbsWeighting):
     """
 
     needs = "losses"
+    reads_losses = False
     hyper = {"T": Hyper(type=float, default=2.0, help="Temperature: the higher, the more equal the weights.")}  # noqa: RUF012
 
     epoch_weights: Tensor

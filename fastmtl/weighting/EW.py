@@ -20,6 +20,7 @@ class EW(AbsWeighting):
     """Equal Weighting: every loss has weight 1, or the constant given; the update is the weighted sum of gradients."""
 
     needs = "losses"
+    reads_losses = False
     hyper = {  # noqa: RUF012
         "loss_weights": Hyper(
             type=str, default=(), many=True, help="Constant weights such as left=1 right=0.5; tasks left out have 1."

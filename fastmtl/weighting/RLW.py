@@ -20,6 +20,7 @@ class RLW(AbsWeighting):
     """
 
     needs = "losses"
+    reads_losses = False
 
     def draw(self, like: Tensor) -> Tensor:
         """Return (T,) weights of the dtype and device of ``like``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastmtl.weighting.Aligned_MTL import Aligned_MTL
+from fastmtl.weighting.AutoLambda import AutoLambda
 from fastmtl.weighting.base import AbsWeighting, Rows, Weights
 from fastmtl.weighting.CAGrad import CAGrad
 from fastmtl.weighting.ConFIG import ConFIG
@@ -13,6 +14,7 @@ from fastmtl.weighting.EW import EW
 from fastmtl.weighting.ExcessMTL import ExcessMTL
 from fastmtl.weighting.FairGrad import FairGrad
 from fastmtl.weighting.FAMO import FAMO
+from fastmtl.weighting.FORUM import FORUM
 from fastmtl.weighting.GLS import GLS
 from fastmtl.weighting.GO4Align import GO4Align
 from fastmtl.weighting.GradDrop import GradDrop
@@ -22,6 +24,7 @@ from fastmtl.weighting.IMTL import IMTL
 from fastmtl.weighting.MGDA import MGDA
 from fastmtl.weighting.MoCo import MoCo
 from fastmtl.weighting.MoDo import MoDo
+from fastmtl.weighting.MOML import MOML
 from fastmtl.weighting.Nash_MTL import Nash_MTL
 from fastmtl.weighting.PCD import PCD
 from fastmtl.weighting.PCGrad import PCGrad
@@ -37,9 +40,11 @@ __all__ = [
     "DWA",
     "EW",
     "FAMO",
+    "FORUM",
     "GLS",
     "IMTL",
     "MGDA",
+    "MOML",
     "PCD",
     "RLW",
     "SI",
@@ -48,6 +53,7 @@ __all__ = [
     "WEIGHTINGS",
     "AbsWeighting",
     "Aligned_MTL",
+    "AutoLambda",
     "CAGrad",
     "ConFIG",
     "DualProj",
@@ -71,6 +77,7 @@ WEIGHTINGS: dict[str, type[AbsWeighting]] = {
     strategy.__name__: strategy
     for strategy in (
         Aligned_MTL,
+        AutoLambda,
         CAGrad,
         ConFIG,
         DB_MTL,
@@ -80,6 +87,7 @@ WEIGHTINGS: dict[str, type[AbsWeighting]] = {
         ExcessMTL,
         FairGrad,
         FAMO,
+        FORUM,
         GLS,
         GO4Align,
         GradDrop,
@@ -89,6 +97,7 @@ WEIGHTINGS: dict[str, type[AbsWeighting]] = {
         MGDA,
         MoCo,
         MoDo,
+        MOML,
         Nash_MTL,
         PCD,
         PCGrad,

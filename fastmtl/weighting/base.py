@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from fastmtl.errors import UsageError
 from fastmtl.hyper import Hyper
 
+if TYPE_CHECKING:
+    from fastmtl.trainer.lookahead import LookAhead
+
 __all__ = ["AbsWeighting", "Needs", "Rows", "Weights"]
 
-Needs = Literal["losses", "gram", "rows", "reps"]
+Needs = Literal["losses", "gram", "rows", "reps", "lookahead"]
 Rows = list[list[Tensor | None]]
 
 
@@ -55,10 +58,12 @@ class AbsWeighting(nn.Module):
     Attributes:
         needs: ``"losses"``: one backward pass of the weighted losses. ``"gram"``: the gradients of all tasks, of which
             :meth:`weigh` sees the Gram matrix. ``"rows"``: the gradients themselves, for :meth:`weigh_rows`.
-            ``"reps"``: representations and their gradients, for :meth:`mask_reps`.
+            ``"reps"``: representations and their gradients, for :meth:`mask_reps`. ``"lookahead"``: gradients where
+            a step would lead, for :meth:`look_ahead`.
         hyper: The hyper-parameters, by name.
         samples: Batches per step, each with its own forward and backward passes.
         weighs_heads: Whether the gradients of task-specific parameters are weighted too.
+        reads_losses: Whether the weights depend on the losses of the step.
         looks_back: Whether :meth:`after_step` wants the batch's losses after the update, from a second forward pass.
         allows_rep_grad: Whether ``rep_grad`` can be on.
         active: The tasks of this step if it has only some; ``task_num`` is then their number.
@@ -68,6 +73,7 @@ class AbsWeighting(nn.Module):
     hyper: ClassVar[Mapping[str, Hyper]] = {}
     samples: ClassVar[int] = 1
     weighs_heads: ClassVar[bool] = False
+    reads_losses: ClassVar[bool] = True
     looks_back: ClassVar[bool] = False
     allows_rep_grad: ClassVar[bool] = True
 
@@ -146,6 +152,15 @@ class AbsWeighting(nn.Module):
         """
         raise NotImplementedError
 
+    def look_ahead(self, ahead: LookAhead, **hyper: Any) -> Weights:
+        """Return the weights for the step's last batch, or rows over all parameters and their weights.
+
+        Args:
+            ahead: The step's first batch in two halves, and passes on them at parameters of choice.
+            hyper: The hyper-parameters.
+        """
+        raise NotImplementedError
+
     def after_step(self, losses: Tensor, **hyper: Any) -> None:
         """Learn from the losses (T,) the same batch has after the update."""
 
@@ -165,7 +180,7 @@ class AbsWeighting(nn.Module):
         """
         from fastmtl import ops
 
-        if self.samples > 1 or self.needs == "reps":
+        if self.samples > 1 or self.needs in ("reps", "lookahead"):
             raise UsageError(f"{type(self).__name__} needs fastmtl's Trainer; its backward cannot be called alone.")
         detached = losses.detach()
         if self.needs == "losses":

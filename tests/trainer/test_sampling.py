@@ -44,7 +44,7 @@ def test_the_other_tasks_stay_as_they_are(name: str) -> None:
     trainer = _trainer(name, optim_param={"optim": "adam", "lr": 1e-2})
     model = trainer.model
     model.epoch, model.epochs = 0, 1
-    batches = [next(iter(loaders(4)))] * trainer.step.samples
+    batches = [next(iter(loaders(4)))] * trainer.step.batches
     for _ in range(4):
         before = {key: value.clone() for key, value in model.state_dict().items()}
         buffer = StepBuffer()

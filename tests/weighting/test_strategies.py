@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastmtl.errors import UsageError
+from fastmtl.trainer.loading import to_device
 from fastmtl.trainer.records import StepBuffer
 from fastmtl.weighting import WEIGHTINGS
 from tests.host_reads import NoHostRead
@@ -27,10 +28,10 @@ def _trainer(name: str, **options: Any) -> Any:
 def _batches(trainer: Any, multi_input: bool = False) -> list[Any]:
     given = loaders(3, multi_input=multi_input)
     if not multi_input:
-        return list(given)[:1] * trainer.step.samples
+        return list(given)[:1] * trainer.step.batches
     firsts = {task: next(iter(loader)) for task, loader in given.items()}
     batch = {task: x for task, (x, _) in firsts.items()}, {task: y for task, (_, y) in firsts.items()}
-    return [batch] * trainer.step.samples
+    return [batch] * trainer.step.batches
 
 
 @pytest.mark.parametrize("rep_grad", [False, True], ids=["params", "rep"])
@@ -134,7 +135,7 @@ def test_weights_that_cannot_be_held_are_refused(name: str) -> None:
 
 def test_nash_has_the_option_as_its_own() -> None:
     trainer = _trainer("Nash_MTL", weight_args={"update_weights_every": 5})
-    assert trainer.step.update_weights_every == 5
+    assert trainer.step.options.update_weights_every == 5
 
 
 @pytest.mark.parametrize("name", ["MGDA", "FairGrad", "EW"])
@@ -190,3 +191,18 @@ def test_steps_with_held_weights_are_logged(name: str) -> None:
     assert np.isnan(records.gram).all(axis=(1, 2)).tolist() == [False, True, False]
     assert np.isnan(records.conflicts).tolist() == [False, True, False]
     assert set(records.means(trainer.task_name)["conflict"]) == {"share"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", sorted(WEIGHTINGS))
+def test_does_not_wait_for_the_gpu(name: str) -> None:
+    trainer = _trainer(name, device="cuda")
+    trainer.model.epoch, trainer.model.epochs = 0, 1
+    batches = to_device(_batches(trainer), torch.device("cuda"))
+    buffer = StepBuffer()
+    trainer.step(batches, buffer)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer.step(batches, buffer)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,105 @@
+"""What bilevel strategies see: losses and gradients of two halves of a batch, here and where a step would lead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from fastmtl import ops
+from fastmtl.trainer.batches import halves, joined
+from fastmtl.trainer.problem import Problem
+from fastmtl.trainer.regions import Regions
+from fastmtl.trainer.routes import forward
+
+__all__ = ["LookAhead"]
+
+Row = list[Tensor | None]
+
+
+class LookAhead:
+    """A batch cut in two, and the network's losses and gradients on its halves, at parameters of choice.
+
+    Gradients are lists over all trainable parameters, None where a parameter has none.
+
+    Args:
+        problem: The model and its losses.
+        regions: The problem's functions, compiled or not.
+        batch: Inputs and labels.
+        lr: Learning rate of the model's optimizer.
+
+    Attributes:
+        inner: The half for the lower level: the training loss that the weights shape.
+        outer: The half for the upper level: the losses that the weights are judged by.
+    """
+
+    def __init__(self, problem: Problem, regions: Regions, batch: tuple[Any, Any], lr: float) -> None:
+        self.problem = problem
+        self.regions = regions
+        self.inner, self.outer = halves(batch)
+        self.lr = lr
+        self.params = [*problem.shared_params, *problem.own_params]
+        self._moved = False
+        self._seen: list[tuple[Tensor, dict[str, Any]]] = []
+
+    @torch.no_grad()
+    def losses(self, batch: tuple[Any, Any]) -> Tensor:
+        """Return the (T,) losses."""
+        return torch.stack(list(forward(self.problem, self.regions, *batch)[0]))
+
+    def rows(self, batch: tuple[Any, Any]) -> tuple[Tensor, list[Row]]:
+        """Return the (T,) losses and the gradient of each."""
+        losses, detached = self._forward(batch)
+        rows: list[Row] = [
+            list(torch.autograd.grad(loss, self.params, retain_graph=t + 1 < len(losses), allow_unused=True))
+            for t, loss in enumerate(losses)
+        ]
+        return detached, rows
+
+    def gradient(self, batch: tuple[Any, Any], weights: Tensor) -> tuple[Tensor, Row]:
+        """Return the (T,) losses and the gradient of their weighted sum."""
+        losses, detached = self._forward(batch)
+        cotangents = [weight.to(loss.dtype) for weight, loss in zip(weights, losses, strict=True)]
+        return detached, list(torch.autograd.grad(losses, self.params, cotangents, allow_unused=True))
+
+    @contextmanager
+    def moved(self) -> Iterator[None]:
+        """Let :meth:`move` change the parameters; at the end they, and the buffers, are what they were."""
+        tensors = [*self.params, *self.problem.model.buffers()]
+        kept = [tensor.detach().clone() for tensor in tensors]
+        self._moved = True
+        try:
+            yield
+        finally:
+            self._moved = False
+            with torch.no_grad():
+                for tensor, value in zip(tensors, kept, strict=True):
+                    tensor.copy_(value)
+
+    def weighted(self, rows: Sequence[Row], weights: Tensor) -> Row:
+        """Return ``sum_t weights_t rows_t``."""
+        return cast(Row, ops.combine(rows, weights))
+
+    @torch.no_grad()
+    def move(self, row: Row, amount: float | Tensor) -> None:
+        """Add ``amount`` times a gradient to the parameters."""
+        for param, grad in zip(self.params, row, strict=True):
+            if grad is not None:
+                param.add_(grad * amount)
+
+    def seen(self) -> tuple[Tensor, dict[str, Any]]:
+        """Return losses and predictions of the whole batch, from passes on both halves at the model's parameters."""
+        losses, preds = zip(*self._seen, strict=True)
+        if self.inner is self.outer:
+            return losses[0], preds[0]
+        return torch.stack(losses).mean(0), joined(preds)
+
+    def _forward(self, batch: tuple[Any, Any]) -> tuple[Sequence[Tensor], Tensor]:
+        losses, preds = forward(self.problem, self.regions, *batch)
+        detached = torch.stack([loss.detach() for loss in losses])
+        if not self._moved:
+            self._seen.append((detached, preds))
+        return losses, detached

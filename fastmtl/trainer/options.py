@@ -1,0 +1,112 @@
+"""What a training step may be told beside model and strategy, and which of it goes together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from fastmtl.errors import UsageError
+from fastmtl.names import resolve_name
+from fastmtl.trainer.precision import PRECISIONS
+from fastmtl.weighting import AbsWeighting
+
+__all__ = ["StepOptions", "check_options"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOptions:
+    """Options of the training step.
+
+    Attributes:
+        compile: Compile the forward and backward passes; ``"auto"`` finds out whether to.
+        precision: ``"fp32"``; or ``"bf16"``, ``"fp16"``: autocast, the latter with a loss scale.
+        accumulate: Batches of a step.
+        clip_grad_norm: Greatest norm of all gradients together; None for no limit.
+        update_weights_every: Steps between two solves of a strategy that needs the gradients; the weights of the last
+            one hold in between.
+        weight_momentum: Decay of a moving average of the weights.
+        tasks_per_step: Tasks of a step; all if None.
+    """
+
+    compile: bool | Literal["auto"] = False
+    precision: str = "fp32"
+    accumulate: int = 1
+    clip_grad_norm: float | None = None
+    update_weights_every: int = 1
+    weight_momentum: float = 0.0
+    tasks_per_step: int | None = None
+
+
+def check_options(model: Any, weighting: str, hyper: Mapping[str, Any], options: StepOptions) -> StepOptions:
+    """Return the options as the step takes them.
+
+    Args:
+        model: The model.
+        weighting: Name of its strategy.
+        hyper: The strategy's hyper-parameters.
+        options: As given.
+
+    Raises:
+        UsageError: A value outside its range, or options that do not go together.
+    """
+    if not 0 <= options.weight_momentum < 1:
+        raise UsageError(f"weight_momentum must be at least 0 and below 1, got {options.weight_momentum}.")
+    if options.clip_grad_norm is not None and not options.clip_grad_norm > 0:
+        raise UsageError(f"clip_grad_norm must be above 0, got {options.clip_grad_norm}.")
+    precision = resolve_name(options.precision, {name: name for name in PRECISIONS}, "precision")
+    legacy = model.backward.__func__ is not AbsWeighting.backward
+    if precision == "fp16" and (legacy or model.needs == "lookahead"):
+        raise UsageError(f"{weighting} runs backward passes of its own, so precision must be fp32 or bf16, got fp16.")
+    options = replace(options, precision=precision, update_weights_every=_interval(model, weighting, hyper, options))
+    _check_accumulation(model, weighting, options, legacy)
+    return replace(options, tasks_per_step=_sampled(model, weighting, options, legacy))
+
+
+def _interval(model: Any, weighting: str, hyper: Mapping[str, Any], options: StepOptions) -> int:
+    """Return the steps between two solves, from the trainer's option or the strategy's own of the same name."""
+    given = options.update_weights_every
+    if given < 1:
+        raise UsageError(f"update_weights_every must be at least 1, got {given}.")
+    interval = max(given, hyper.get("update_weights_every", 1))
+    one_gram = model.needs == "gram" and model.samples == 1 and model.groups(**hyper) is None
+    if interval > 1 and not one_gram:
+        raise UsageError(
+            f"update_weights_every must be 1 for {weighting}: its weights do not come from one Gram matrix."
+        )
+    return interval
+
+
+def _check_accumulation(model: Any, weighting: str, options: StepOptions, legacy: bool) -> None:
+    if options.accumulate < 1:
+        raise UsageError(f"accumulate must be at least 1, got {options.accumulate}.")
+    if options.accumulate == 1:
+        return
+    reasons = {
+        "runs backward passes of its own": legacy or model.needs == "lookahead",
+        "takes several batches per step by itself": model.samples > 1,
+        "looks at every example of a step at once": model.needs == "reps",
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise UsageError(f"accumulate must be 1 for {weighting}, which {reason}.")
+
+
+def _sampled(model: Any, weighting: str, options: StepOptions, legacy: bool) -> int | None:
+    """Return the tasks of a step if they are not all."""
+    given = options.tasks_per_step
+    if given is None or given == model.task_num:
+        return None
+    if not 1 <= given <= model.task_num:
+        raise UsageError(f"tasks_per_step must be 1 to {model.task_num}, the number of tasks, got {given}.")
+    reasons = {
+        "compile=True, which would compile every choice of tasks": bool(options.compile),
+        "weight_momentum": options.weight_momentum > 0,
+        "update_weights_every": options.update_weights_every > 1,
+        f"{weighting}, which is written for all tasks": legacy,
+        f"{weighting}, whose own parameters are trained together": hasattr(model, "loss_scale"),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise UsageError(f"tasks_per_step cannot be combined with {reason}.")
+    return given

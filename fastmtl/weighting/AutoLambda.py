@@ -1,0 +1,48 @@
+"""Auto-Lambda."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastmtl.weighting.base import Weights
+from fastmtl.weighting.bilevel import INNER_STEP, OUTER_LR, Bilevel
+
+if TYPE_CHECKING:
+    from fastmtl.trainer.lookahead import LookAhead
+
+__all__ = ["AutoLambda"]
+
+
+class AutoLambda(Bilevel):
+    """Auto-Lambda: weights under which a training step lowers the sum of all losses on data it has not seen.
+
+    A step on half a batch leads to ``theta' = theta - lr sum_t w_t f_t``, lr the model's learning rate. With d the
+    gradient at theta' of the sum of the losses on the other half, that sum changes with w_t by ``-lr <d, f_t>``: the
+    change of task t's loss along d, taken from two forward passes at ``theta +- eps d``, ``eps = 0.01 / |d|``. Adam
+    moves the logits against it. The model then takes a step on another batch.
+
+    Source: Liu et al., "Auto-Lambda: Disentangling Dynamic Task Relationships", TMLR 2022.
+    """
+
+    samples = 2
+    hyper = {"outer_lr": OUTER_LR, "inner_step": INNER_STEP}  # noqa: RUF012
+
+    def look_ahead(self, ahead: LookAhead, *, outer_lr: float = 1e-3, **hyper: Any) -> Weights:
+        """Return the weights for the next batch."""
+        weights = self.task_weights()
+        with ahead.moved():
+            _, step = ahead.gradient(ahead.inner, weights)
+            ahead.move(step, -ahead.lr)
+            _, direction = ahead.gradient(ahead.outer, torch.ones_like(weights))
+        length = torch.stack([part.norm() for part in direction if part is not None]).norm()
+        reach = 0.01 / length.where(length > 0, 1.0)
+        found = []
+        for sign in (1, -1):
+            with ahead.moved():
+                ahead.move(direction, sign * reach)
+                found.append(ahead.losses(ahead.inner))
+        slope = self.through_softmax((found[0] - found[1]) / (2 * reach))
+        self.logits.step(-ahead.lr * slope, lr=outer_lr)
+        return Weights(shared=self.task_weights())

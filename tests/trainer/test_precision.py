@@ -1,0 +1,170 @@
+"""bf16 and fp16 steps, and the loss scale."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastmtl.errors import UsageError
+from fastmtl.trainer.precision import LossScaler
+from fastmtl.trainer.records import StepBuffer
+from fastmtl.weighting import WEIGHTINGS
+from fastmtl.weighting.base import AbsWeighting, Weights
+from tests.host_reads import NoHostRead
+from tests.trainer.toy import flat, loaders, make_trainer
+
+FP16 = sorted(name for name, rule in WEIGHTINGS.items() if rule.needs != "lookahead")
+
+
+def _stepped(name: str, precision: str, **options: Any) -> Any:
+    rep_grad = WEIGHTINGS[name].needs == "reps"
+    trainer = make_trainer(name, count=3, precision=precision, rep_grad=rep_grad, **options)
+    trainer.model.epoch, trainer.model.epochs = 0, 1
+    if trainer.step.scaler is not None:
+        trainer.step.scaler.scale.fill_(2.0**8)
+    torch.manual_seed(1)
+    batches = list(loaders(3))[:1] * trainer.step.batches
+    trainer.step(batches, StepBuffer())
+    return trainer
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("name", FP16)
+def test_gradients_are_those_of_float32_up_to_rounding(name: str, precision: str) -> None:
+    options = {"optim_param": {"optim": "sgd", "lr": 0.0}}
+    one, other = (
+        flat([param.grad for param in _stepped(name, each, **options).model.parameters() if param.grad is not None])
+        for each in ("fp32", precision)
+    )
+    assert other.dtype == torch.float32
+    assert (one - other).norm() <= (0.02 if precision == "fp16" else 0.16) * one.norm()
+
+
+def test_the_network_computes_in_the_low_precision_and_losses_do_not() -> None:
+    seen: dict[str, torch.dtype] = {}
+    trainer = make_trainer("MGDA", precision="bf16")
+    trainer.model.encoder.register_forward_hook(lambda module, given, out: seen.update(features=out.dtype))
+    inputs, labels = next(iter(loaders()))
+    losses, preds = trainer.step.problem.whole(inputs, labels)
+    assert seen["features"] == torch.bfloat16
+    assert losses[0].dtype == preds["task0"].dtype == torch.float32
+
+
+class _Spy(AbsWeighting):
+    """Keeps the Gram matrices it sees."""
+
+    needs = "gram"
+
+    def init_param(self) -> None:
+        self.remember("last", torch.zeros(self.task_num, self.task_num, dtype=torch.float64))
+
+    def weigh(self, losses: Tensor, gram: Tensor | None, **hyper: Any) -> Weights:
+        assert gram is not None
+        self.last.copy_(gram)
+        return Weights(shared=torch.ones_like(losses))
+
+
+def test_strategies_see_gradients_without_the_scale() -> None:
+    grams = []
+    for precision in ("fp32", "fp16"):
+        trainer = make_trainer(_Spy, precision=precision)
+        if trainer.step.scaler is not None:
+            trainer.step.scaler.scale.fill_(2.0**8)
+        trainer.step([next(iter(loaders()))], StepBuffer())
+        grams.append(trainer.model.last)
+    torch.testing.assert_close(grams[0], grams[1], rtol=0.02, atol=1e-5)
+
+
+def test_an_overflow_skips_the_step_and_leaves_no_trace_but_a_smaller_scale() -> None:
+    trainer = make_trainer(_Spy, precision="fp16")
+    trainer.step.scaler.scale.fill_(2.0**8)
+    batch = next(iter(loaders()))
+    trainer.step([batch], StepBuffer())
+    trainer.step.scaler.scale.fill_(2.0**60)
+    before, known = flat(trainer.model.parameters()), trainer.model.last.clone()
+    trainer.step([batch], StepBuffer())
+    assert torch.equal(flat(trainer.model.parameters()), before)
+    assert torch.equal(trainer.model.last, known)
+    assert trainer.step.scaler.scale == 2.0**59
+    assert trainer.step.scaler.skipped == 1
+    trainer._guard.check(None)
+    trainer.step.scaler.scale.fill_(2.0**10)
+    trainer.step([batch], StepBuffer())
+    assert not torch.equal(flat(trainer.model.parameters()), before)
+    assert trainer.step.scaler.skipped == 1
+
+
+def test_scale_doubles_after_many_good_steps() -> None:
+    scaler = LossScaler(torch.device("cpu"))
+    for _ in range(2000):
+        scaler.unscale([torch.ones(1)])
+        scaler.update()
+    assert scaler.scale == 2.0**17
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_reads_nothing_on_the_host(precision: str) -> None:
+    trainer = make_trainer("MGDA", precision=precision, clip_grad_norm=1.0)
+    batch, buffer = next(iter(loaders())), StepBuffer()
+    trainer.step([batch], buffer)
+    with NoHostRead():
+        trainer.step([batch], buffer)
+
+
+def test_resumes_with_its_scale(tmp_path: Path) -> None:
+    data = loaders()
+    first = make_trainer("MGDA", precision="fp16", save_path=str(tmp_path))
+    first.step.scaler.scale.fill_(2.0**9)
+    first.train(data, data, 1)
+    again = make_trainer("MGDA", precision="fp16", resume=str(tmp_path / "last.pt"))
+    assert again.step.scaler.scale == first.step.scaler.scale == 2.0**9
+
+
+@pytest.mark.parametrize("name", ["MOML", "FORUM"])
+def test_fp16_is_refused_where_a_strategy_runs_its_own_passes(name: str) -> None:
+    with pytest.raises(UsageError, match=f"{name} runs backward passes of its own.*got fp16"):
+        make_trainer(name, precision="fp16")
+
+
+def test_unknown_precision_is_refused() -> None:
+    with pytest.raises(UsageError, match="precision"):
+        make_trainer("EW", precision="fp8")
+
+
+def test_clipping_limits_the_norm_of_all_gradients_after_the_scale_is_out() -> None:
+    for precision in ("fp32", "fp16"):
+        trainer = make_trainer("MGDA", precision=precision, clip_grad_norm=0.01)
+        if trainer.step.scaler is not None:
+            trainer.step.scaler.scale.fill_(2.0**8)
+        trainer.step([next(iter(loaders()))], StepBuffer())
+        norm = flat([param.grad for param in trainer.model.parameters()]).norm()
+        torch.testing.assert_close(norm, torch.tensor(0.01), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("limit", [0.0, -1.0])
+def test_a_limit_that_stops_training_is_refused(limit: float) -> None:
+    with pytest.raises(UsageError, match="clip_grad_norm must be above 0"):
+        make_trainer("EW", clip_grad_norm=limit)
+
+
+def test_channels_last_reaches_inputs_and_weights() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert x.is_contiguous(memory_format=torch.channels_last)
+            return self.conv(x).mean((2, 3))
+
+    trainer = make_trainer("MGDA", encoder_class=Net, channels_last=True)
+    assert trainer.model.encoder.conv.weight.is_contiguous(memory_format=torch.channels_last)
+    inputs, labels = trainer._to_device(
+        (torch.randn(4, 3, 8, 8), {"task0": torch.zeros(4, dtype=torch.int64), "task1": torch.zeros(4, 1)})
+    )
+    trainer.step([(inputs, labels)], StepBuffer())
+    assert trainer.model.encoder.conv.weight.grad is not None
