@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
+from fastmtl.stateful import Stateful
+
 __version__ = "0.1.0"
-__all__ = ["Trainer", "__version__"]
+__all__ = ["Stateful", "Trainer", "__version__", "balance", "balanced"]
 
 if TYPE_CHECKING:
+    from fastmtl.balancing import balance, balanced
     from fastmtl.trainer import Trainer
+
+# What pulls in torch or the whole training stack is imported on first use, to keep `import fastmtl` cheap.
+_LATE = {"Trainer": "fastmtl.trainer", "balance": "fastmtl.balancing", "balanced": "fastmtl.balancing"}
 
 
 def __getattr__(name: str) -> Any:
-    # Trainer pulls in the whole training stack; importing it on first use keeps `import fastmtl` cheap.
-    if name == "Trainer":
-        from fastmtl.trainer import Trainer
-
-        return Trainer
+    if name in _LATE:
+        return getattr(importlib.import_module(_LATE[name]), name)
     raise AttributeError(f"module 'fastmtl' has no attribute {name!r}")

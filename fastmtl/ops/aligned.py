@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 from torch import Tensor
 
+from fastmtl.errors import UsageError
+from fastmtl.ops._eigh import Scale, balance
 from fastmtl.ops._registry import declare
-from fastmtl.ops._square import check_gram, weight_dtype
+from fastmtl.ops._square import check_gram, check_vector, weight_dtype
 
 __all__ = ["aligned"]
-
-_RANK_TOLERANCE = 2.0**-23
 
 
 def _reference(gram: Tensor) -> Tensor:
@@ -19,15 +21,19 @@ def _reference(gram: Tensor) -> Tensor:
 
 
 def _closed_form(gram: Tensor) -> Tensor:
-    size = len(gram)
     if not gram.isfinite().all():
-        return torch.full((size,), torch.nan, dtype=gram.dtype)
-    value, vector = torch.linalg.eigh(gram)
-    kept = value > size * _RANK_TOLERANCE * value.max().clamp(min=0)
-    if not kept.any():
-        return torch.zeros(size, dtype=gram.dtype)
-    value, vector = value[kept], vector[:, kept]
-    return vector @ (vector.sum(dim=0) * (value.min() / value).sqrt())
+        return torch.full_like(gram[0], torch.nan)
+    return balance(gram).sum(dim=1)
+
+
+def _weighted(gram: Tensor, preference: Tensor | None, scale: Scale) -> Tensor:
+    check_gram(gram)
+    check_vector("preference", preference, gram)
+    matrix = gram.detach().to("cpu").double()
+    if not matrix.isfinite().all():
+        return torch.full_like(gram[0], torch.nan, dtype=weight_dtype(gram.device))
+    wanted = torch.ones_like(matrix[0]) if preference is None else preference.detach().to("cpu").double()
+    return (balance(matrix, scale) @ wanted).to(weight_dtype(gram.device)).to(gram.device)
 
 
 def _fake(gram: Tensor) -> Tensor:
@@ -38,7 +44,7 @@ def _fake(gram: Tensor) -> Tensor:
 _aligned = declare("aligned", "(Tensor gram) -> Tensor", reference=_reference, fake=_fake)
 
 
-def aligned(gram: Tensor) -> Tensor:
+def aligned(gram: Tensor, preference: Tensor | None = None, scale: Scale = "min") -> Tensor:
     """Return the weights w of T gradients that Aligned-MTL's aligned gradients amount to.
 
     With the eigenvalues lambda_k and eigenvectors v_k of G, the matrix of aligned gradients B J has the Gram matrix
@@ -56,12 +62,16 @@ def aligned(gram: Tensor) -> Tensor:
     Args:
         gram: (T, T) symmetric Gram matrix of the gradients, as :func:`fastmtl.ops.gram` returns it; converted to
             float64 if need be.
+        preference: (T,) weights of the aligned gradients in place of ones. With it, or with another ``scale``, the
+            closed form is computed by plain operators on the CPU.
+        scale: What the eigenvalues are brought to: the smallest one, their ``"median"`` or, for ``"rmse"``, their mean.
 
     Returns:
         (T,) float64 weights on the device of ``gram``; float32 on MPS, which has no float64 (solved on the CPU).
 
     Raises:
-        UsageError: ``gram`` is not a square matrix of floats.
+        UsageError: ``gram`` is not a square matrix of floats, ``preference`` does not fit it, or there is no such
+            ``scale``.
         BackendError: ``FASTMTL_BACKEND`` names a backend that cannot serve this tensor.
 
     Source:
@@ -72,6 +82,10 @@ def aligned(gram: Tensor) -> Tensor:
         >>> aligned(torch.tensor([[1.0, 0.0], [0.0, 4.0]]))
         tensor([1.0000, 0.5000], dtype=torch.float64)
     """
+    if scale not in get_args(Scale):
+        raise UsageError(f"scale must be one of {', '.join(get_args(Scale))}, got {scale!r}.")
+    if preference is not None or scale != "min":
+        return _weighted(gram, preference, scale)
     try:
         return _aligned(gram)
     except RuntimeError:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastmtl.ops._eigh import equal_projection
 from fastmtl.ops._registry import declare
-from fastmtl.ops._square import check_gram, weight_dtype
+from fastmtl.ops._square import check_gram, check_vector, weight_dtype
 
 __all__ = ["config"]
 
@@ -17,10 +17,10 @@ def _reference(gram: Tensor) -> Tensor:
     return _closed_form(gram.detach().to("cpu").double()).to(weight_dtype(gram.device)).to(gram.device)
 
 
-def _closed_form(gram: Tensor) -> Tensor:
+def _closed_form(gram: Tensor, target: Tensor | None = None) -> Tensor:
     if not gram.isfinite().all():
         return torch.full((len(gram),), torch.nan, dtype=gram.dtype)
-    inverse, weight, image = equal_projection(gram)
+    inverse, weight, image = equal_projection(gram, target)
     square = weight @ image
     if square <= 0:
         return torch.zeros_like(weight)
@@ -36,7 +36,7 @@ def _fake(gram: Tensor) -> Tensor:
 _config = declare("config", "(Tensor gram) -> Tensor", reference=_reference, fake=_fake)
 
 
-def config(gram: Tensor) -> Tensor:
+def config(gram: Tensor, preference: Tensor | None = None) -> Tensor:
     """Return the weights w of T gradients whose combination has the same cosine with all of them: ConFIG's update.
 
     With d_i = sqrt(G_ii), the cosines C = G / (d d^T) and x = pinv(C) 1, the direction is b = sum_i x_i g_i / d_i, and
@@ -57,12 +57,14 @@ def config(gram: Tensor) -> Tensor:
     Args:
         gram: (T, T) symmetric Gram matrix of the gradients, as :func:`fastmtl.ops.gram` returns it; converted to
             float64 if need be.
+        preference: (T,) cosines in proportion to which those of the update shall be, x = pinv(C) preference; equal ones
+            if None. With it, the closed form is computed by plain operators on the CPU.
 
     Returns:
         (T,) float64 weights on the device of ``gram``; float32 on MPS, which has no float64 (solved on the CPU).
 
     Raises:
-        UsageError: ``gram`` is not a square matrix of floats.
+        UsageError: ``gram`` is not a square matrix of floats, or ``preference`` does not fit it.
         BackendError: ``FASTMTL_BACKEND`` names a backend that cannot serve this tensor.
 
     Source:
@@ -72,6 +74,11 @@ def config(gram: Tensor) -> Tensor:
         >>> config(torch.tensor([[1.0, 0.0], [0.0, 4.0]]))
         tensor([1.5000, 0.7500], dtype=torch.float64)
     """
+    if preference is not None:
+        check_gram(gram)
+        check_vector("preference", preference, gram)
+        weights = _closed_form(gram.detach().to("cpu").double(), preference.detach().to("cpu").double())
+        return weights.to(weight_dtype(gram.device)).to(gram.device)
     try:
         return _config(gram)
     except RuntimeError:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from fastmtl.autojac.compiled import allow_repeated_backwards
 from fastmtl.trainer.problem import Problem
 
 __all__ = ["CompileReport", "Regions", "measure_compiled"]
@@ -105,18 +106,10 @@ def _cpu_options() -> dict[str, Any]:
 
 
 def _configure_backwards() -> None:
-    """Let a compiled backward pass run several times: forbid it to write into the saved activations.
-
-    The trunk's backward pass runs once per task over the same activations; with donated buffers the second task's
-    gradient would be computed from overwritten memory, or torch would refuse.
-    """
+    """Let a compiled backward pass run several times, and compile it when its forward pass is compiled."""
     import torch._functorch.config as functorch_config
 
-    functorch_config.donated_buffer = False
-    # From torch 2.12 on a setting belongs to the thread that made it, and the backward pass has threads of its own.
-    entry: Any = getattr(functorch_config, "_config", {}).get("donated_buffer")
-    if hasattr(entry, "default"):
-        entry.default = False
+    allow_repeated_backwards()
     # Backward graphs are compiled with the forward ones, so that progress is told where time is spent.
     if hasattr(functorch_config, "force_non_lazy_backward_lowering"):
         functorch_config.force_non_lazy_backward_lowering = True

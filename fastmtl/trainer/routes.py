@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastmtl import ops
+from fastmtl.autojac.vjp import vjp
 from fastmtl.errors import UsageError
 from fastmtl.trainer.own import OwnGradients, find_owners, summed
 from fastmtl.trainer.problem import Features, Problem
@@ -129,14 +130,14 @@ class Route:
         count, own = len(losses), self.problem.own_params
         flat = [leaf for each in leaves for leaf in each]
         if not self.weighs_heads or self._owners is not None:
-            grads = _vjp(losses, self.seeds(losses), [*flat, *own], retain=False)
+            grads = vjp(losses, self.seeds(losses), [*flat, *own], retain=False)
             parts = [grads[len(flat) :]]
             found = iter(grads)
             cotangents = [[next(found) for _ in each] for each in leaves]
         else:
             parts, cotangents = [], []
             for t, loss in enumerate(losses):
-                grads = _vjp([loss], self.seeds([loss]), [*leaves[t], *own], retain=t + 1 < count)
+                grads = vjp([loss], self.seeds([loss]), [*leaves[t], *own], retain=t + 1 < count)
                 cotangents.append(grads[: len(leaves[t])])
                 parts.append(grads[len(leaves[t]) :])
         return cotangents, OwnGradients(own, parts, self._places())
@@ -217,14 +218,14 @@ class SplitRoute(Route):
         features, losses, preds, cotangents, own = self._heads(inputs, labels)
         rows = []
         for t, cotangent in enumerate(cotangents):
-            rows.append(_vjp(features, cotangent, self.problem.shared_params, retain=t + 1 < len(cotangents)))
+            rows.append(vjp(features, cotangent, self.problem.shared_params, retain=t + 1 < len(cotangents)))
         return RowsPass(self, losses, preds, rows, own)
 
     def frozen(self, inputs: Any, labels: Any, shared: Tensor, heads: Tensor | None) -> Pass:
         """Send the weighted sum of the tasks' cotangents through the trunk, once."""
         features, losses, preds, cotangents, own = self._heads(inputs, labels)
         total = [_weighted(shared, column) for column in zip(*cotangents, strict=True)]
-        rows = [_vjp(features, total, self.problem.shared_params, retain=False)]
+        rows = [vjp(features, total, self.problem.shared_params, retain=False)]
         done = RowsPass(self, losses, preds, rows, own)
         done.write_heads(heads)
         for param, grad in zip(self.problem.shared_params, rows[0], strict=True):
@@ -251,7 +252,7 @@ class WholeRoute(Route):
         one_graph = not self.problem.model.multi_input
         rows, parts = [], []
         for t, loss in enumerate(losses):
-            grads = _vjp([loss], self.seeds([loss]), [*shared, *own], retain=one_graph and t + 1 < len(losses))
+            grads = vjp([loss], self.seeds([loss]), [*shared, *own], retain=one_graph and t + 1 < len(losses))
             rows.append(grads[: len(shared)])
             parts.append(grads[len(shared) :])
         return RowsPass(self, losses, preds, rows, OwnGradients(own, parts))
@@ -269,7 +270,7 @@ class WholeRoute(Route):
             greatest = shared.abs().max()
             least = 1e-12 * greatest.where(greatest > 0, 1.0)
             weights = shared.where(shared.abs() > least, least)
-            grads = _vjp(
+            grads = vjp(
                 losses, self.seeds(losses, weights), [*problem.shared_params, *problem.own_params], retain=False
             )
             count = len(problem.shared_params)
@@ -282,7 +283,7 @@ class WholeRoute(Route):
             (problem.own_params, own_weights, False),
         ):
             for param, grad in zip(
-                params, _vjp(losses, self.seeds(losses, weights), params, retain=retain), strict=True
+                params, vjp(losses, self.seeds(losses, weights), params, retain=retain), strict=True
             ):
                 param.grad = grad
         return SumPass(self, losses, preds)
@@ -434,31 +435,3 @@ def _weighted(weights: Tensor, grads: Sequence[Tensor | None]) -> Tensor | None:
 def _cut(features: Features) -> Features:
     """Return aliases of the features that start a graph of their own, at those that depend on parameters."""
     return tuple(feature.detach().requires_grad_(feature.requires_grad) for feature in features)
-
-
-def _vjp(
-    outputs: Sequence[Tensor],
-    cotangents: Sequence[Tensor | None],
-    inputs: Sequence[Tensor | nn.Parameter],
-    retain: bool,
-) -> list[Tensor | None]:
-    """Return the gradients of ``sum <output, cotangent>``; None as the cotangent of a scalar loss is 1.
-
-    An output that is no loss and has no cotangent takes no part; an input that requires no gradient has none.
-    """
-    wanted = [each for each in inputs if each.requires_grad]
-    pairs = [
-        (o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad and (c is not None or not o.dim())
-    ]
-    if not pairs or not wanted:
-        return [None] * len(inputs)
-    found = iter(
-        torch.autograd.grad(
-            [o for o, _ in pairs],
-            wanted,
-            [torch.ones_like(o) if c is None else c for o, c in pairs],
-            retain_graph=retain,
-            allow_unused=True,
-        )
-    )
-    return [next(found) if each.requires_grad else None for each in inputs]

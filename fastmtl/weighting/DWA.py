@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastmtl.hyper import Hyper
 from fastmtl.weighting.base import AbsWeighting, Weights
+from fastmtl.weighting.rules import descent_rates
 
 __all__ = ["DWA"]
 
@@ -36,8 +37,7 @@ class DWA(AbsWeighting):
         """Compute the weights of the epoch from the losses of the last two."""
         if self.epoch > 1:
             losses = torch.from_numpy(self.train_loss_buffer)
-            ratio = losses[:, self.epoch - 1] / losses[:, self.epoch - 2]
-            self.epoch_weights.copy_(self.task_num * torch.softmax(ratio / T, dim=-1))
+            self.epoch_weights.copy_(descent_rates(losses[:, self.epoch - 1], losses[:, self.epoch - 2], T))
 
     def weigh(self, losses: Tensor, gram: Tensor | None, **hyper: Any) -> Weights:
         """Return the weights of the epoch."""

@@ -7,17 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmtl import ops
 from fastmtl.hyper import Hyper
+from fastmtl.linalg import QuadprogProjector
 from fastmtl.weighting.base import AbsWeighting, Weights
 
 __all__ = ["DualProj"]
-
-
-def _normalized(gram: Tensor, smallest: float) -> Tensor:
-    """Return G divided by its trace, zero where that is below ``smallest``."""
-    trace = gram.diagonal().sum()
-    return torch.where(trace < smallest, 0.0, gram / torch.where(trace > 0, trace, 1.0))
 
 
 class DualProj(AbsWeighting):
@@ -44,7 +38,5 @@ class DualProj(AbsWeighting):
     ) -> Weights:
         """Return the weights."""
         assert gram is not None
-        size = len(gram)
-        identity = torch.eye(size, dtype=gram.dtype, device=gram.device)
-        matrix = _normalized(gram, DualProj_norm_eps) + DualProj_reg_eps * identity
-        return Weights(shared=ops.dual_cone(matrix, torch.full_like(gram[0], 1 / size)))
+        project = QuadprogProjector(norm_eps=DualProj_norm_eps, reg_eps=DualProj_reg_eps)
+        return Weights(shared=project(torch.full_like(gram[0], 1 / len(gram)), gram))

@@ -11,6 +11,7 @@ from fastmtl import ops
 from fastmtl.hyper import Hyper
 from fastmtl.weighting.base import AbsWeighting, Rows, Weights
 from fastmtl.weighting.row_state import RowState
+from fastmtl.weighting.rules import raised
 
 __all__ = ["ExcessMTL"]
 
@@ -45,7 +46,7 @@ class ExcessMTL(AbsWeighting):
         risk = ops.excess_risk_(self.squares.rows, rows).to(losses.dtype)
         first = (self.initial_w == 0).all()
         self.initial_w.copy_(torch.where(first, risk, self.initial_w))
-        grown = self.loss_weight * torch.exp(risk / self.initial_w * robust_step_size)
-        self.loss_weight.copy_(torch.where(first, self.loss_weight, grown / grown.sum() * self.task_num))
+        grown = self.task_num * raised(self.loss_weight, risk / self.initial_w, robust_step_size)
+        self.loss_weight.copy_(torch.where(first, self.loss_weight, grown))
         weights = self.loss_weight.clone()
         return Weights(shared=weights, heads=weights)

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastmtl.hyper import Hyper
 from fastmtl.weighting.adam import Adam
 from fastmtl.weighting.base import AbsWeighting, Weights
+from fastmtl.weighting.rules import even_fall, even_fall_slope
 
 __all__ = ["FAMO"]
 
@@ -41,11 +42,9 @@ class FAMO(AbsWeighting):
         """Return the derivatives of ``sum_t z_t log D_t / c``."""
         excess = losses - self.min_losses + 1e-8
         self._excess = excess
-        share = torch.softmax(self.logits.value, dim=-1) / excess
-        return Weights(shared=share / share.sum())
+        return Weights(shared=even_fall(self.logits.value, excess))
 
     def after_step(self, losses: Tensor, *, FAMO_w_lr: float = 0.025, FAMO_w_gamma: float = 1e-3, **hyper: Any) -> None:
         """Move the logits by how much each loss fell."""
-        fall = self._excess.log() - (losses - self.min_losses + 1e-8).log()
-        share = torch.softmax(self.logits.value, dim=-1)
-        self.logits.step(share * (fall - share @ fall), lr=FAMO_w_lr, weight_decay=FAMO_w_gamma)
+        slope = even_fall_slope(self.logits.value, self._excess, losses - self.min_losses + 1e-8)
+        self.logits.step(slope, lr=FAMO_w_lr, weight_decay=FAMO_w_gamma)

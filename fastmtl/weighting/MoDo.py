@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastmtl.hyper import Hyper
 from fastmtl.weighting.base import AbsWeighting, Weights
-from fastmtl.weighting.simplex import project_simplex
+from fastmtl.weighting.rules import stepped
 
 __all__ = ["MoDo"]
 
@@ -45,7 +45,6 @@ class MoDo(AbsWeighting):
         assert gram is not None
         size = self.task_num
         cross = gram[:size, size : 2 * size].to(self.lambd.dtype)
-        slope = cross @ self.lambd + MoDo_rho * self.lambd
-        self.lambd.copy_(project_simplex(self.lambd - MoDo_gamma * slope))
+        self.lambd.copy_(stepped(self.lambd, cross, MoDo_gamma, MoDo_rho))
         shared = torch.cat([torch.zeros_like(self.lambd).repeat(2), self.lambd])
         return Weights(shared=shared, heads=torch.full_like(shared, 1 / 3), logged=self.lambd.clone())

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmtl import ops
 from fastmtl.hyper import Hyper
 from fastmtl.weighting.base import AbsWeighting, Weights
+from fastmtl.weighting.rules import bargain
 
 __all__ = ["Nash_MTL"]
 
@@ -40,7 +40,6 @@ class Nash_MTL(AbsWeighting):
     def weigh(self, losses: Tensor, gram: Tensor | None, *, max_norm: float = 1.0, **hyper: Any) -> Weights:
         """Return the weights, of decoders too."""
         assert gram is not None
-        size = torch.linalg.matrix_norm(gram)
-        weights = ops.nash(gram / torch.where(size > 0, size, 1.0), self.last_weights)
+        weights = bargain(gram, self.last_weights)
         self.last_weights.copy_(weights)
         return Weights(shared=weights, heads=weights, max_norm=max_norm if max_norm > 0 else None)

@@ -12,7 +12,7 @@ from fastmtl.errors import UsageError
 from fastmtl.hyper import Hyper
 from fastmtl.weighting.base import AbsWeighting, Weights
 
-__all__ = ["PCD", "priority_weights"]
+__all__ = ["PCD", "at_length", "priority_weights"]
 
 
 def priority_weights(gram: Tensor, tau: float | Tensor, primary: int = 0) -> Tensor:
@@ -26,10 +26,11 @@ def priority_weights(gram: Tensor, tau: float | Tensor, primary: int = 0) -> Ten
         primary: The p.
     """
     size = len(gram)
-    others = [t for t in range(size) if t != primary]
-    if not others:
+    if size == 1:
         return torch.ones_like(gram[0])
-    index = torch.tensor(others, device=gram.device)
+    # Filled in on the device: numbers from the host would be a copy that waits.
+    index = torch.arange(size - 1, device=gram.device)
+    index = index + (index >= primary)
     rest = gram[index][:, index]
     square = rest.diagonal()
     # d = g_p + sum_j mu_j g_j; the multipliers mu solve the dual, a program over mu >= 0.
@@ -40,6 +41,14 @@ def priority_weights(gram: Tensor, tau: float | Tensor, primary: int = 0) -> Ten
     feasible = (rest @ multipliers - linear >= -1e-6 * unit * length).all()
     multipliers = torch.where(feasible | multipliers.isnan().any(), multipliers, 0.0)
     return torch.ones_like(gram[0]).index_put((index,), multipliers)
+
+
+def at_length(weights: Tensor, gram: Tensor, square: Tensor) -> Tensor:
+    """Return weights scaled so that their update has the squared length ``square``; zero where it cancels."""
+    length = (weights @ gram @ weights).clamp(min=0)
+    sizes = (weights * gram.diagonal().clamp(min=0).sqrt()).sum()
+    lost = length <= 1e-14 * sizes * sizes
+    return weights * torch.where(lost, 0.0, (square / torch.where(lost, 1.0, length)).sqrt())
 
 
 class PCD(AbsWeighting):
@@ -103,8 +112,4 @@ class PCD(AbsWeighting):
         tasks = list(range(self.task_num)) if self.active is None else self.active
         primary = tasks.index(PCD_primary) if PCD_primary in tasks else 0
         weights = priority_weights(normalised, PCD_tau, primary)
-        length = (weights @ normalised @ weights).clamp(min=0)
-        sizes = (weights * normalised.diagonal().clamp(min=0).sqrt()).sum()
-        lost = length <= 1e-14 * sizes * sizes
-        factor = torch.where(lost, 0.0, (square[primary] / torch.where(lost, 1.0, length)).sqrt())
-        return Weights(shared=weights * scale * factor)
+        return Weights(shared=scale * at_length(weights, normalised, square[primary]))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastmtl.weighting.base import AbsWeighting, Weights
+from fastmtl.weighting.rules import random_weights
 
 __all__ = ["RLW"]
 
@@ -24,7 +24,7 @@ class RLW(AbsWeighting):
 
     def draw(self, like: Tensor) -> Tensor:
         """Return (T,) weights of the dtype and device of ``like``."""
-        return torch.softmax(torch.randn_like(like), dim=-1)
+        return random_weights(like)
 
     def weigh(self, losses: Tensor, gram: Tensor | None, **hyper: Any) -> Weights:
         """Return random weights."""

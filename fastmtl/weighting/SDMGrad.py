@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastmtl.hyper import Hyper
 from fastmtl.weighting.base import AbsWeighting, Weights
-from fastmtl.weighting.simplex import project_simplex
+from fastmtl.weighting.rules import directed_weights
 
 __all__ = ["SDMGrad"]
 
@@ -51,14 +51,15 @@ class SDMGrad(AbsWeighting):
         assert gram is not None
         size = self.task_num
         cross = gram[size : 2 * size, 2 * size :].to(self.w.dtype)
-        scale = cross.diagonal().clamp(min=0).sqrt().mean()
-        cross = cross / (scale**2 + 1e-8)
-        pull = SDMGrad_lamda * cross.mean(1)
-        weights, velocity = self.w, torch.zeros_like(self.w)
-        rate, momentum = 5.0, 0.5
-        for _ in range(SDMGrad_niter):
-            velocity = momentum * velocity + cross @ weights + pull
-            weights = project_simplex(weights - rate * velocity)
+        weights = directed_weights(
+            self.w,
+            cross,
+            torch.full_like(self.w, 1 / size),
+            lamda=SDMGrad_lamda,
+            rate=5.0,
+            momentum=0.5,
+            steps=SDMGrad_niter,
+        )
         self.w.copy_(weights)
         shared = torch.cat(
             [(weights + SDMGrad_lamda / size) / (1 + SDMGrad_lamda), torch.zeros_like(weights).repeat(2)]

@@ -55,13 +55,13 @@ def test_each_parameter_gets_its_weighted_gradient(
     architecture: Any, passes: int, shared: list[float], heads: Tensor | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs: list[int] = []
-    vjp = routes._vjp
+    vjp = routes.vjp
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         runs.append(1)
         return vjp(*args, **kwargs)
 
-    monkeypatch.setattr(routes, "_vjp", counted)
+    monkeypatch.setattr(routes, "vjp", counted)
     found = _grads(architecture, torch.tensor(shared), heads)
     assert len(runs) == passes
     assert len(found) > 6

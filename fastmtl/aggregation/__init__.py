@@ -1,0 +1,82 @@
+"""Aggregators, which turn a Jacobian into a gradient, and weightings, which turn its Gram matrix into weights.
+
+By TorchJD's names and arguments, over the solvers of :mod:`fastmtl.ops` that the trainer's strategies use. All are
+modules: a forward hook on an aggregator, on its ``weighting`` or ``gramian_weighting`` sees what goes in and comes out.
+Those derived from ``Stateful`` remember something from call to call; ``reset()`` forgets it.
+"""
+
+from __future__ import annotations
+
+from fastmtl.aggregation.aligned import AlignedMTL, AlignedMTLWeighting
+from fastmtl.aggregation.base import Aggregator, GramianWeightedAggregator, WeightedAggregator, Weighting
+from fastmtl.aggregation.cagrad import CAGrad, CAGradWeighting
+from fastmtl.aggregation.config import ConFIG
+from fastmtl.aggregation.constant import (
+    Constant,
+    ConstantWeighting,
+    Mean,
+    MeanWeighting,
+    Random,
+    RandomWeighting,
+    Sum,
+    SumWeighting,
+)
+from fastmtl.aggregation.dual_cone import DualProj, DualProjWeighting, UPGrad, UPGradWeighting
+from fastmtl.aggregation.excess import ExcessMTL, ExcessMTLWeighting
+from fastmtl.aggregation.fairgrad import FairGrad, FairGradWeighting
+from fastmtl.aggregation.graddrop import GradDrop
+from fastmtl.aggregation.gradvac import GradVac, GradVacWeighting
+from fastmtl.aggregation.imtl import IMTLG, IMTLGWeighting
+from fastmtl.aggregation.mgda import MGDA, MGDAWeighting
+from fastmtl.aggregation.nash import NashMTL, NashMTLWeighting
+from fastmtl.aggregation.pcd import PCD, PCDWeighting
+from fastmtl.aggregation.pcgrad import PCGrad, PCGradWeighting
+from fastmtl.aggregation.robust import Krum, KrumWeighting, TrimmedMean
+from fastmtl.aggregation.stochastic import CRMOGMWeighting, MoDoWeighting, SDMGradWeighting
+
+__all__ = [
+    "IMTLG",
+    "MGDA",
+    "PCD",
+    "Aggregator",
+    "AlignedMTL",
+    "AlignedMTLWeighting",
+    "CAGrad",
+    "CAGradWeighting",
+    "CRMOGMWeighting",
+    "ConFIG",
+    "Constant",
+    "ConstantWeighting",
+    "DualProj",
+    "DualProjWeighting",
+    "ExcessMTL",
+    "ExcessMTLWeighting",
+    "FairGrad",
+    "FairGradWeighting",
+    "GradDrop",
+    "GradVac",
+    "GradVacWeighting",
+    "GramianWeightedAggregator",
+    "IMTLGWeighting",
+    "Krum",
+    "KrumWeighting",
+    "MGDAWeighting",
+    "Mean",
+    "MeanWeighting",
+    "MoDoWeighting",
+    "NashMTL",
+    "NashMTLWeighting",
+    "PCDWeighting",
+    "PCGrad",
+    "PCGradWeighting",
+    "Random",
+    "RandomWeighting",
+    "SDMGradWeighting",
+    "Sum",
+    "SumWeighting",
+    "TrimmedMean",
+    "UPGrad",
+    "UPGradWeighting",
+    "WeightedAggregator",
+    "Weighting",
+]

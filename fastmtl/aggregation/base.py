@@ -1,0 +1,225 @@
+"""What every weighting and aggregator is: weights from a matrix, one gradient from a Jacobian."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fastmtl.aggregation.rows import add_combined, as_matrix, gram_of, put
+from fastmtl.errors import UsageError
+from fastmtl.linalg import Matrix, PSDMatrix
+from fastmtl.settings import described
+
+__all__ = [
+    "Aggregator",
+    "GramWeighting",
+    "GramianWeightedAggregator",
+    "MatrixWeighting",
+    "WeightedAggregator",
+    "Weighting",
+    "is_watched",
+]
+
+_Stat = TypeVar("_Stat", bound=Tensor, contravariant=True)
+
+
+class Weighting(nn.Module, ABC, Generic[_Stat]):
+    """Turns something known of the T gradients, usually their (T, T) Gram matrix, into T weights.
+
+    A module, so that forward hooks can watch or change the weights.
+    """
+
+    settings: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    @abstractmethod
+    def forward(self, stat: _Stat, /) -> Tensor:
+        """Return the (T,) weights."""
+
+    def __lshift__(self, function: Callable[[Any], Any]) -> Weighting[Any]:
+        return _Composition(self, function)
+
+    def __repr__(self) -> str:
+        return described(self, self.settings) if self.settings else super().__repr__()
+
+
+class _Composition(Weighting[Tensor]):
+    """A weighting of what a function makes of its input."""
+
+    def __init__(self, weighting: Weighting[Any], function: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.weighting = weighting
+        self.fn = function
+
+    def forward(self, stat: Tensor, /) -> Tensor:
+        """Return the weights, in the dtype of ``stat``."""
+        weights: Tensor = self.weighting(self.fn(stat))
+        return weights.to(stat.dtype)
+
+
+class MatrixWeighting(Weighting[Matrix]):
+    """A weighting that looks at the (T, P) Jacobian, or at any matrix of T rows if only their number matters.
+
+    Attributes:
+        needs_rows_only: Whether the number of rows, their dtype and device are all it looks at.
+    """
+
+    needs_rows_only: ClassVar[bool] = True
+
+
+class GramWeighting(Weighting[PSDMatrix]):
+    """A weighting from the Gram matrix by one of the ops: solved in float64, without a graph."""
+
+    @torch.no_grad()
+    def forward(self, gramian: Tensor, /) -> Tensor:
+        """Return the (T,) weights, in the dtype of ``gramian``."""
+        if not len(gramian):
+            return gramian.new_empty(0)
+        wide = gramian.detach().to(torch.float32 if gramian.device.type == "mps" else torch.float64)
+        return self.weigh(wide).to(gramian.dtype)
+
+    @abstractmethod
+    def weigh(self, gram: Tensor) -> Tensor:
+        """Return the (T,) weights of a float64 Gram matrix."""
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Return whether a forward hook looks at what the module is given or returns."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+class Aggregator(nn.Module, ABC):
+    """Turns a (T, P) Jacobian into one (P,) gradient."""
+
+    settings: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def forward(self, matrix: Matrix, /) -> Tensor:
+        """Return the (P,) gradient of a (T, P) Jacobian."""
+
+    def __call__(self, matrix: Tensor, /) -> Tensor:
+        """Return the (P,) gradient of a (T, P) Jacobian, after all hooks.
+
+        Raises:
+            UsageError: ``matrix`` does not have two dimensions.
+        """
+        self._check_is_matrix(matrix)
+        found: Tensor = super().__call__(matrix)
+        return found
+
+    @staticmethod
+    def _check_is_matrix(matrix: Tensor) -> None:
+        if matrix.dim() != 2:
+            raise UsageError(f"matrix must have the shape (T, P), got {tuple(matrix.shape)}.")
+
+    def __repr__(self) -> str:
+        return described(self, self.settings)
+
+    def __str__(self) -> str:
+        return type(self).__name__
+
+    def works_on_gram(self) -> bool:
+        """Return whether the Gram matrix is all this aggregator needs to see, forward hooks included."""
+        return False
+
+    def write(self, jacobians: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor | None:
+        """Aggregate the Jacobian whose columns are those of all ``jacobians`` into ``.grad`` of ``tensors``.
+
+        Args:
+            jacobians: (T, ...) for each tensor.
+            tensors: What the gradients are added to.
+
+        Returns:
+            The (T,) weights, None if there are none.
+        """
+        matrix = torch.cat([as_matrix(each) for each in jacobians], dim=1)
+        vector = self(matrix)
+        parts = vector.split([tensor.numel() for tensor in tensors])
+        put([part.reshape(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)], tensors)
+        return None
+
+
+class WeightedAggregator(Aggregator):
+    """A weighted sum of the rows.
+
+    Args:
+        weighting: Makes the weights of the (T, P) Jacobian.
+    """
+
+    def __init__(self, weighting: Weighting[Any]) -> None:
+        super().__init__()
+        self.weighting = weighting
+
+    def forward(self, matrix: Tensor, /) -> Tensor:
+        """Return the weighted sum."""
+        weights: Tensor = self.weighting(matrix)
+        return weights.to(matrix.dtype) @ matrix
+
+    def write(self, jacobians: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor | None:
+        """Add the weighted sum of the rows to ``.grad``; see :meth:`Aggregator.write`."""
+        if is_watched(self) or is_watched(self.weighting):
+            return self._write_watched(jacobians, tensors)
+        weights = self._weights_of(jacobians)
+        add_combined(tensors, jacobians, weights)
+        return weights.to(torch.promote_types(jacobians[0].dtype, jacobians[-1].dtype))
+
+    def _weights_of(self, jacobians: Sequence[Tensor]) -> Tensor:
+        if isinstance(self.weighting, MatrixWeighting) and self.weighting.needs_rows_only:
+            found: Tensor = self.weighting(jacobians[0].new_empty(len(jacobians[0]), 0))
+        else:
+            found = self.weighting(torch.cat([as_matrix(each) for each in jacobians], dim=1))
+        return found
+
+    def _write_watched(self, jacobians: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor | None:
+        seen: list[Tensor] = []
+        # Registered last, so that it sees what the user's hooks make of the weights.
+        handle = self.weighting.register_forward_hook(lambda module, args, weights: seen.append(weights))
+        try:
+            super().write(jacobians, tensors)
+        finally:
+            handle.remove()
+        return seen[-1] if seen else None
+
+
+class GramianWeightedAggregator(WeightedAggregator):
+    """A weighted sum of the rows with weights from their Gram matrix.
+
+    Args:
+        gramian_weighting: Makes the weights of the (T, T) Gram matrix.
+    """
+
+    def __init__(self, gramian_weighting: Weighting[Any]) -> None:
+        super().__init__(gramian_weighting << self._gram)
+        self.gramian_weighting = gramian_weighting
+
+    def forward(self, matrix: Tensor, /) -> Tensor:
+        """Return the weighted sum; without a graph where an op makes the weights."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self._is_solved()):
+            return super().forward(matrix)
+
+    def _is_solved(self) -> bool:
+        return isinstance(self.gramian_weighting, GramWeighting)
+
+    def _gram(self, matrix: Tensor) -> Tensor:
+        if matrix.requires_grad and torch.is_grad_enabled() and not self._is_solved():
+            return matrix @ matrix.mT
+        return self._seen([matrix], matrix.dtype)
+
+    def _seen(self, jacobians: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """Return the Gram matrix: as exact as it is known for the ops, in the rows' dtype for a user's weighting."""
+        gram = gram_of(jacobians)
+        return gram if self._is_solved() else gram.to(dtype)
+
+    def works_on_gram(self) -> bool:
+        """Return whether no forward hook wants to see the (T, P) Jacobian."""
+        return not (is_watched(self) or is_watched(self.weighting))
+
+    def _weights_of(self, jacobians: Sequence[Tensor]) -> Tensor:
+        weights: Tensor = self.gramian_weighting(self._seen(jacobians, jacobians[0].dtype))
+        return weights

@@ -1,0 +1,116 @@
+"""Weights that do not depend on the gradients: equal, given or random ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmtl.aggregation.base import MatrixWeighting, WeightedAggregator
+from fastmtl.errors import UsageError
+from fastmtl.settings import vector_string
+from fastmtl.weighting.rules import random_weights
+
+__all__ = [
+    "Constant",
+    "ConstantWeighting",
+    "Mean",
+    "MeanWeighting",
+    "Random",
+    "RandomWeighting",
+    "Sum",
+    "SumWeighting",
+]
+
+
+class ConstantWeighting(MatrixWeighting):
+    """The same weights at each call.
+
+    Args:
+        weights: (T,).
+
+    Raises:
+        UsageError: ``weights`` is not one-dimensional, or a matrix has another number of rows.
+    """
+
+    def __init__(self, weights: Tensor) -> None:
+        if weights.dim() != 1:
+            raise UsageError(f"weights must have the shape (T,), got {tuple(weights.shape)}.")
+        super().__init__()
+        self.weights = weights
+
+    def forward(self, matrix: Tensor, /) -> Tensor:
+        """Return the weights."""
+        if len(matrix) != len(self.weights):
+            raise UsageError(f"matrix must have {len(self.weights)} rows, one per weight, got {len(matrix)}.")
+        return self.weights
+
+
+class MeanWeighting(MatrixWeighting):
+    """Weights 1 / T."""
+
+    def forward(self, matrix: Tensor, /) -> Tensor:
+        """Return the weights."""
+        return torch.full_like(matrix[:, :0].sum(1), 1 / max(len(matrix), 1))
+
+
+class SumWeighting(MatrixWeighting):
+    """Weights 1."""
+
+    def forward(self, matrix: Tensor, /) -> Tensor:
+        """Return the weights."""
+        return torch.ones_like(matrix[:, :0].sum(1))
+
+
+class RandomWeighting(MatrixWeighting):
+    """Positive random weights that sum to one, new ones at each call.
+
+    Source: Lin, Ye and Zhang, "Reasonable Effectiveness of Random Weighting: A Litmus Test for Multi-Task Learning",
+    TMLR 2022.
+    """
+
+    def forward(self, matrix: Tensor, /) -> Tensor:
+        """Return the weights."""
+        return random_weights(matrix[:, :0].sum(1))
+
+
+class Constant(WeightedAggregator):
+    """A linear combination with given weights.
+
+    Args:
+        weights: (T,).
+    """
+
+    settings = ("weights",)
+    weighting: ConstantWeighting
+
+    def __init__(self, weights: Tensor) -> None:
+        super().__init__(ConstantWeighting(weights))
+
+    @property
+    def weights(self) -> Tensor:
+        """The weights."""
+        return self.weighting.weights
+
+    def __str__(self) -> str:
+        return f"Constant([{vector_string(self.weights)}])"
+
+
+class Mean(WeightedAggregator):
+    """The mean of the gradients."""
+
+    def __init__(self) -> None:
+        super().__init__(MeanWeighting())
+
+
+class Sum(WeightedAggregator):
+    """The sum of the gradients."""
+
+    def __init__(self) -> None:
+        super().__init__(SumWeighting())
+
+
+class Random(WeightedAggregator):
+    """A random convex combination of the gradients; see :class:`RandomWeighting`."""
+
+    def __init__(self) -> None:
+        super().__init__(RandomWeighting())

@@ -1,0 +1,73 @@
+"""Jacobians as lists of (T, ...) tensors: their Gram matrix, and weighted sums of their rows into ``.grad``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastmtl import ops
+from fastmtl.ops._rows import MAX_ROWS, is_dense
+
+__all__ = ["add_combined", "as_matrix", "gram_of", "put"]
+
+
+def _as_rows(jacobians: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+    """Return the T rows, each a view into every Jacobian."""
+    return list(zip(*(each.unbind(0) for each in jacobians), strict=True))
+
+
+def as_matrix(jacobian: Tensor) -> Tensor:
+    """Return a (T, ...) Jacobian as (T, P)."""
+    return jacobian.reshape(len(jacobian), math.prod(jacobian.shape[1:]))
+
+
+def _fits(jacobians: Sequence[Tensor]) -> bool:
+    return 1 <= len(jacobians[0]) <= MAX_ROWS
+
+
+@torch.no_grad()
+def gram_of(jacobians: Sequence[Tensor]) -> Tensor:
+    """Return the (T, T) float64 Gram matrix of the rows of all Jacobians together."""
+    if _fits(jacobians):
+        return ops.gram(_as_rows(jacobians))
+    # More rows than the kernels take: one product per tensor, added up in float64.
+    flat = [as_matrix(each) for each in jacobians]
+    return torch.stack([(each @ each.mT).double() for each in flat]).sum(0)
+
+
+@torch.no_grad()
+def add_combined(tensors: Sequence[Tensor], jacobians: Sequence[Tensor], weights: Tensor) -> None:
+    """Add ``sum_t w_t row_t`` to ``.grad``, each in one pass over its rows."""
+    if not _fits(jacobians) or weights.device != jacobians[0].device:
+        sums = [torch.tensordot(weights.to(each), each, dims=1) for each in jacobians]
+        put(sums, tensors)
+        return
+    numbers = range(len(tensors))
+    parts = {fresh: [k for k in numbers if (tensors[k].grad is None) == fresh] for fresh in (True, False)}
+    for fresh, some in parts.items():
+        if not some:
+            continue
+        out = [torch.empty_like(tensors[k]) if fresh else _own(tensors[k]) for k in some]
+        ops.combine_(out, _as_rows([jacobians[k] for k in some]), weights, accumulate=not fresh)
+        for k, grad in zip(some, out, strict=True):
+            tensors[k].grad = grad
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """Return the gradient in memory that can be added to."""
+    grad = tensor.grad
+    assert grad is not None
+    return grad if is_dense(grad) else grad.clone(memory_format=torch.contiguous_format)
+
+
+@torch.no_grad()
+def put(grads: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+    """Add gradients to ``.grad``, in the dtype of the tensors."""
+    for grad, tensor in zip(grads, tensors, strict=True):
+        if tensor.grad is None:
+            tensor.grad = grad.to(tensor.dtype).clone(memory_format=torch.contiguous_format)
+        else:
+            tensor.grad = tensor.grad + grad

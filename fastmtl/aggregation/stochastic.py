@@ -1,0 +1,178 @@
+"""Weightings of the products J_1 J_2^T of two independent batches' gradients, and weights smoothed over the steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmtl.aggregation.base import MatrixWeighting, Weighting
+from fastmtl.errors import UsageError
+from fastmtl.settings import Setting
+from fastmtl.stateful import Stateful
+from fastmtl.weighting.rules import directed_weights, stepped
+
+__all__ = ["CRMOGMWeighting", "MoDoWeighting", "SDMGradWeighting"]
+
+
+def _uniform(matrix: Tensor) -> Tensor:
+    return matrix.new_full((len(matrix),), 1 / len(matrix))
+
+
+def _fits(weights: Tensor | None, matrix: Tensor) -> bool:
+    return weights is not None and (weights.shape, weights.dtype) == (matrix.shape[:1], matrix.dtype)
+
+
+class MoDoWeighting(MatrixWeighting, Stateful):
+    """Min-norm weights, moved by one projected gradient step per call: ``w <- project(w - gamma (A w + rho w))``.
+
+    The matrix A is (T, T), the products of the gradients of two independent batches.
+
+    Args:
+        gamma: Learning rate of the weights, positive.
+        rho: Regularisation of the weights, at least 0.
+
+    Source: Chen et al., "Three-Way Trade-Off in Multi-Objective Learning: Optimization, Generalization and
+    Conflict-Avoidance", NeurIPS 2023.
+    """
+
+    needs_rows_only = False
+    settings = ("gamma", "rho")
+    gamma: Setting[float] = Setting(lambda value: value > 0, "positive")
+    rho: Setting[float] = Setting(lambda value: value >= 0, "at least 0")
+    _lambda: Tensor | None
+
+    def __init__(self, gamma: float = 0.1, rho: float = 0.1) -> None:
+        super().__init__()
+        self.gamma = gamma
+        self.rho = rho
+        self.register_buffer("_lambda", None)
+
+    @torch.no_grad()
+    def forward(self, matrix: Tensor, /) -> Tensor:
+        """Return the weights; another number of tasks starts anew."""
+        last = self._lambda if _fits(self._lambda, matrix) else None
+        self._lambda = stepped(_uniform(matrix) if last is None else last, matrix, self.gamma, self.rho)
+        return self._lambda
+
+    def reset(self) -> None:
+        """Start from equal weights again."""
+        self._lambda = None
+
+
+class SDMGradWeighting(MatrixWeighting, Stateful):
+    """Min-norm weights pulled towards a preferred direction, ``(w + lambda_ p) / (1 + lambda_)``.
+
+    The matrix is (T, T), the products of the gradients of two independent batches; w is found by projected gradient
+    descent with momentum, from that of the last call.
+
+    Args:
+        lr: Learning rate of the solver, positive.
+        momentum: Its momentum, from 0 to below 1.
+        n_iter: Its steps per call, at least 1.
+        lambda_: Pull, at least 0.
+        pref_vector: (T,) p; 1 / T if None.
+
+    Raises:
+        UsageError: ``pref_vector`` has not one entry per task.
+
+    Source: Xiao, Ban and Ji, "Direction-oriented Multi-objective Learning: Simple and Provable Stochastic Algorithms",
+    NeurIPS 2023.
+    """
+
+    needs_rows_only = False
+    settings = ("lr", "momentum", "n_iter", "lambda_", "pref_vector")
+    lr: Setting[float] = Setting(lambda value: value > 0, "positive")
+    momentum: Setting[float] = Setting(lambda value: 0 <= value < 1, "from 0 to below 1")
+    n_iter: Setting[int] = Setting(lambda value: value >= 1, "at least 1")
+    lambda_: Setting[float] = Setting(lambda value: value >= 0, "at least 0")
+    pref_vector: Setting[Tensor | None] = Setting(
+        lambda value: value is None or value.dim() == 1, "None or of shape (T,)"
+    )
+    _w: Tensor | None
+
+    def __init__(
+        self,
+        lr: float = 10.0,
+        momentum: float = 0.5,
+        n_iter: int = 20,
+        lambda_: float = 0.3,
+        pref_vector: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.lr = lr
+        self.momentum = momentum
+        self.n_iter = n_iter
+        self.lambda_ = lambda_
+        self.pref_vector = pref_vector
+        self.register_buffer("_w", None)
+
+    @torch.no_grad()
+    def forward(self, matrix: Tensor, /) -> Tensor:
+        """Return the weights; another number of tasks starts anew."""
+        preference = _uniform(matrix) if self.pref_vector is None else self.pref_vector.to(matrix)
+        if len(preference) != len(matrix):
+            raise UsageError(f"pref_vector must have {len(matrix)} entries, one per row, got {len(preference)}.")
+        last = self._w if _fits(self._w, matrix) else None
+        self._w = directed_weights(
+            _uniform(matrix) if last is None else last,
+            matrix,
+            preference,
+            lamda=self.lambda_,
+            rate=self.lr,
+            momentum=self.momentum,
+            steps=self.n_iter,
+        )
+        return (self._w + self.lambda_ * preference) / (1 + self.lambda_)
+
+    def reset(self) -> None:
+        """Start from equal weights again."""
+        self._w = None
+
+
+class CRMOGMWeighting(Weighting[Any], Stateful):
+    """A moving average of another weighting's weights: ``w <- alpha w + (1 - alpha) weighting(...)``.
+
+    Args:
+        weighting: The other weighting, of a Jacobian or a Gram matrix.
+        alpha: Share of the last weights, 0 to 1; near 0 at first and towards 1 as the learning rate falls.
+        initial_weights: (T,) weights before the first call; those of the first call if None.
+
+    Raises:
+        UsageError: ``initial_weights`` does not fit, or the number of objectives changed.
+
+    Source: Zhou et al., "On the Convergence of Stochastic Multi-Objective Gradient Manipulation and Beyond", NeurIPS
+    2022.
+    """
+
+    alpha: Setting[float] = Setting(lambda value: 0 <= value <= 1, "from 0 to 1")
+    _lambda: Tensor | None
+
+    def __init__(self, weighting: Weighting[Any], alpha: float = 0.9, initial_weights: Tensor | None = None) -> None:
+        super().__init__()
+        self.weighting = weighting
+        self.alpha = alpha
+        self._initial_weights = initial_weights
+        self.register_buffer("_lambda", None)
+
+    def forward(self, stat: Tensor, /) -> Tensor:
+        """Return the average."""
+        fresh: Tensor = self.weighting(stat)
+        last = self._lambda
+        if last is None:
+            last = fresh if self._initial_weights is None else self._initial_weights.to(fresh)
+            if last.shape != fresh.shape:
+                raise UsageError(f"initial_weights must have the shape {tuple(fresh.shape)}, got {tuple(last.shape)}.")
+        elif last.shape != fresh.shape:
+            raise UsageError(
+                f"The number of objectives must stay {len(last)} until reset() is called, got {len(fresh)}."
+            )
+        self._lambda = self.alpha * last + (1 - self.alpha) * fresh
+        return self._lambda
+
+    def reset(self) -> None:
+        """Forget the average, and what the other weighting remembers."""
+        self._lambda = None
+        if isinstance(self.weighting, Stateful):
+            self.weighting.reset()

@@ -1,0 +1,172 @@
+"""The engine: which layers have a shortcut, and rows of the Jacobian for the other parameters."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+
+from fastmtl.aggregation.rows import gram_of
+from fastmtl.autogram.layers import SHORTCUTS, bias_gram, positions, weight_gram
+from fastmtl.autojac.graph import graph_nodes
+from fastmtl.autojac.jac import jac
+from fastmtl.errors import UsageError
+
+__all__ = ["Engine"]
+
+_KEY = "fastmtl.autogram"
+_MIXES_SAMPLES = (nn.modules.batchnorm._BatchNorm, nn.RNNBase)
+_KEEPS_STATISTICS = (nn.modules.instancenorm._InstanceNorm,)
+
+
+def _remember(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """Note the layer and its input on the graph, which owns the note: it is gone when the graph is."""
+    if isinstance(output, Tensor) and output.grad_fn is not None and len(args) == 1 and isinstance(args[0], Tensor):
+        notes: Any = output.grad_fn.metadata
+        notes[_KEY] = (module, args[0].detach(), output.output_nr)
+
+
+def _remove(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
+class Engine:
+    """Computes the Gram matrix of a tensor's Jacobian with respect to the parameters of some modules.
+
+    Where samples do not depend on each other (``batch_dim``), the per-sample gradients of linear and convolutional
+    layers are never built, or only layer by layer, whichever is cheaper: their products follow from the layers' inputs
+    and the gradients of their outputs, which one backward pass gives for all samples. For all other parameters, and
+    for layers whose parameters are also used elsewhere, the rows of the Jacobian are computed.
+
+    Typical use, with one loss per sample::
+
+        engine = Engine(model, batch_dim=0)
+        losses = criterion(model(inputs), labels)  # reduction="none"
+        losses.backward(weighting(engine.compute_gramian(losses)))
+
+    Args:
+        modules: Their parameters that require grad count; submodules included.
+        batch_dim: The dimension of samples in what is differentiated, in which the modules treat the samples one by
+            one, with samples first in every layer's input; None makes no assumption.
+
+    Raises:
+        UsageError: With ``batch_dim``, a module mixes samples: batch norm, a recurrent network, running statistics.
+
+    Source: Quinton and Rey, "Jacobian Descent for Multi-Objective Optimization", 2024, section 6.
+    """
+
+    def __init__(self, *modules: nn.Module, batch_dim: int | None) -> None:
+        self._modules = modules
+        self._batch_dim = batch_dim
+        handles = []
+        if batch_dim is not None:
+            for layer in {layer for module in modules for layer in module.modules()}:
+                self._check(layer)
+                if type(layer) in SHORTCUTS:
+                    handles.append(layer.register_forward_hook(_remember))
+        weakref.finalize(self, _remove, handles)
+
+    @staticmethod
+    def _check(layer: nn.Module) -> None:
+        if not any(param.requires_grad for param in layer.parameters(recurse=False)):
+            return
+        keeps = isinstance(layer, _KEEPS_STATISTICS) and layer.track_running_stats
+        if isinstance(layer, _MIXES_SAMPLES) or keeps:
+            raise UsageError(
+                f"batch_dim must be None with a {type(layer).__name__} in the modules, as it mixes the samples of a "
+                "batch or remembers them."
+            )
+
+    def compute_gramian(self, output: Tensor, /) -> Tensor:
+        """Return the Gram matrix of the gradients of all entries of ``output``; its graph stays for a backward pass.
+
+        Args:
+            output: Of any shape, with m entries.
+
+        Returns:
+            (m, m), in the order of ``output.flatten()`` and its dtype.
+
+        Raises:
+            UsageError: ``output`` depends on no parameter that requires grad.
+        """
+        params = dict.fromkeys(
+            param for module in self._modules for param in module.parameters() if param.requires_grad
+        )
+        if output.grad_fn is None or not params:
+            raise UsageError("output must depend on parameters of the engine's modules that require grad.")
+        gram, done = self._by_layers(output)
+        others = [param for param in params if param not in done]
+        if others:
+            rows = gram_of(jac(output, others, retain_graph=True))
+            gram = rows if gram is None else gram + rows
+        assert gram is not None
+        return gram.to(output.dtype)
+
+    def _by_layers(self, output: Tensor) -> tuple[Tensor | None, set[Tensor]]:
+        """Return the shortcuts' part of the Gram matrix, and the parameters it covers."""
+        if self._batch_dim is None or not output.dim():
+            return None, set()
+        ordered = output.movedim(self._batch_dim, -1)
+        ordered = ordered.reshape(-1, ordered.shape[-1])
+        calls, uses = self._calls(output)
+        calls = {
+            layer: notes
+            for layer, notes in calls.items()
+            if all(len(inputs) == ordered.shape[-1] for _, inputs in notes)
+            and all(uses[param] == len(notes) for param in layer.parameters() if param.requires_grad)
+        }
+        edges = [edge for notes in calls.values() for edge, _ in notes]
+        if not edges:
+            return None, set()
+        by_edge = iter(_slopes(ordered, edges))
+        gram = torch.zeros(output.numel(), output.numel(), dtype=torch.float64, device=output.device)
+        covered: set[Tensor] = set()
+        for layer, notes in calls.items():
+            parts = [positions(layer, inputs, next(by_edge)) for _, inputs in notes]
+            found = [part for part in parts if part is not None]
+            if len(found) == len(parts):
+                inputs, grads = (torch.cat([part[k] for part in found], dim=1 + k) for k in (0, 1))
+                gram += _layer_gram(layer, inputs, grads)
+                covered.update(param for param in layer.parameters() if param.requires_grad)
+        places = torch.arange(output.numel(), device=output.device).reshape(output.shape)
+        order = places.movedim(self._batch_dim, -1).reshape(-1).argsort()
+        return gram[order][:, order], covered
+
+    def _calls(self, output: Tensor) -> tuple[dict[nn.Module, list[tuple[GradientEdge, Tensor]]], Counter[Tensor]]:
+        """Return each layer's calls that the output depends on, and how often each parameter was used."""
+        own = {layer for module in self._modules for layer in module.modules()}
+        calls: dict[nn.Module, list[tuple[GradientEdge, Tensor]]] = {}
+        uses: Counter[Tensor] = Counter()
+        for node in graph_nodes([output.grad_fn]):
+            uses.update(child.variable for child, _ in node.next_functions if hasattr(child, "variable"))
+            note = node.metadata.get(_KEY)
+            if note is not None and note[0] in own and any(p.requires_grad for p in note[0].parameters()):
+                calls.setdefault(note[0], []).append((GradientEdge(node, note[2]), note[1]))
+        return calls, uses
+
+
+def _slopes(rows: Tensor, edges: Sequence[GradientEdge]) -> list[list[Tensor]]:
+    """Return for each edge the gradients of the (D, B) rows' sums, in which each sample's part stands in its place."""
+    found = [
+        torch.autograd.grad(row, edges, torch.ones_like(row), retain_graph=True, allow_unused=True) for row in rows
+    ]
+    columns = []
+    for column in zip(*found, strict=True):
+        like = next(grad for grad in column if grad is not None)
+        columns.append([torch.zeros_like(like) if grad is None else grad for grad in column])
+    return columns
+
+
+@torch.no_grad()
+def _layer_gram(layer: nn.Module, inputs: Tensor, slopes: Tensor) -> Tensor:
+    parts = []
+    for name, param in layer.named_parameters():
+        if param.requires_grad:
+            parts.append(weight_gram(inputs, slopes) if name == "weight" else bias_gram(slopes))
+    return torch.stack(parts).sum(0)

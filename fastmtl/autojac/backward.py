@@ -1,0 +1,61 @@
+"""Jacobians into the ``.jac`` fields of what the losses depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from fastmtl.autojac.checks import as_list, check_chunk, check_outputs, unique
+from fastmtl.autojac.fields import add_jacobians, check_writable
+from fastmtl.autojac.graph import leaf_tensors
+from fastmtl.autojac.jac import jacobians_of
+from fastmtl.autojac.jac_to_grad import jac_to_grad
+
+if TYPE_CHECKING:
+    from fastmtl.aggregation import Aggregator
+
+__all__ = ["backward"]
+
+
+def backward(
+    tensors: Sequence[Tensor] | Tensor,
+    aggregator: Aggregator | None = None,
+    inputs: Iterable[Tensor] | None = None,
+    retain_graph: bool = False,
+    parallel_chunk_size: int | None = None,
+    *,
+    jac_tensors: Sequence[Tensor] | Tensor | None = None,
+) -> None:
+    """Add the Jacobians of ``tensors`` to the ``.jac`` fields of ``inputs``.
+
+    Args:
+        tensors: What to differentiate, at least one tensor.
+        aggregator: Turns the Jacobians into ``.grad`` at once, as TorchJD's ``backward`` did before 0.9.
+        inputs: What to differentiate with respect to: leaves that require grad, or tensors that retain their grad. All
+            leaves the tensors depend on if None.
+        retain_graph: Keep the graph for another backward pass.
+        parallel_chunk_size: Rows that one backward pass computes together; see :func:`fastmtl.autojac.jac`.
+        jac_tensors: For each tensor its cotangents (m, ...), of which the Jacobian has the m rows; the identity if
+            None: one row per entry of the tensors.
+
+    Raises:
+        UsageError: No tensors, a repeated one, one without a graph, or cotangents that do not fit.
+
+    Example:
+        >>> param = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> backward([param @ torch.tensor([-1.0, 1.0]), (param**2).sum()])
+        >>> param.jac
+        tensor([[-1.,  1.],
+                [ 2.,  4.]])
+    """
+    check_chunk(parallel_chunk_size)
+    outputs = as_list(tensors)
+    check_outputs(outputs, "tensors")
+    wanted = leaf_tensors(outputs, "tensors") if inputs is None else unique(inputs)
+    check_writable(wanted, ".jac")
+    found = jacobians_of(outputs, wanted, jac_tensors, "tensors", "jac_tensors", retain_graph, parallel_chunk_size)
+    add_jacobians(wanted, found)
+    if aggregator is not None and wanted:
+        jac_to_grad(wanted, aggregator)

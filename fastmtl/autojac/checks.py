@@ -1,0 +1,85 @@
+"""Checks of what the functions of autojac are given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor
+
+from fastmtl.errors import UsageError
+
+__all__ = ["as_list", "check_chunk", "check_lengths", "check_outputs", "check_rows", "check_shapes", "unique"]
+
+
+def as_list(tensors: Iterable[Tensor] | Tensor) -> list[Tensor]:
+    """Return a single tensor as a list of one."""
+    return [tensors] if isinstance(tensors, Tensor) else list(tensors)
+
+
+def unique(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return the tensors in their order, each once."""
+    return list(dict.fromkeys(tensors))
+
+
+def check_outputs(tensors: Sequence[Tensor], name: str) -> None:
+    """Refuse an empty list, repetitions and what cannot be differentiated.
+
+    Raises:
+        UsageError: No tensor, one twice, or one that does not require grad.
+    """
+    if not tensors:
+        raise UsageError(f"{name} must hold at least one tensor, got none.")
+    if len(unique(tensors)) < len(tensors):
+        raise UsageError(f"{name} must hold each tensor once, got one of them repeatedly.")
+    for index, tensor in enumerate(tensors):
+        if not tensor.requires_grad:
+            raise UsageError(f"{name}[{index}] must depend on tensors that require grad, got one that does not.")
+
+
+def check_chunk(parallel_chunk_size: int | None) -> None:
+    """Refuse a chunk of no rows.
+
+    Raises:
+        UsageError: Below 1.
+    """
+    if parallel_chunk_size is not None and parallel_chunk_size < 1:
+        raise UsageError(f"parallel_chunk_size must be None or at least 1, got {parallel_chunk_size}.")
+
+
+def check_lengths(given: Sequence[object], tensors: Sequence[Tensor], name: str, tensors_name: str) -> None:
+    """Refuse a list that is not as long as that of the tensors.
+
+    Raises:
+        UsageError: Different lengths.
+    """
+    if len(given) != len(tensors):
+        raise UsageError(
+            f"`{name}` should have the same length as `{tensors_name}`. (got {len(given)} and {len(tensors)})"
+        )
+
+
+def check_shapes(given: Sequence[Tensor], tensors: Sequence[Tensor], name: str, tensors_name: str, rows: bool) -> None:
+    """Refuse cotangents that do not have the tensors' shapes, behind a dimension of rows if ``rows``.
+
+    Raises:
+        UsageError: Another number or shape.
+    """
+    check_lengths(given, tensors, name, tensors_name)
+    for index, (cotangent, tensor) in enumerate(zip(given, tensors, strict=True)):
+        if cotangent.shape[int(rows) :] != tensor.shape or (rows and not cotangent.dim()):
+            behind = ", the first dimension apart" if rows else ""
+            raise UsageError(
+                f"Shape mismatch: `{name}[{index}]` has shape {tuple(cotangent.shape)} but `{tensors_name}[{index}]` "
+                f"has shape {tuple(tensor.shape)}. They must be the same{behind}."
+            )
+
+
+def check_rows(jacobians: Sequence[Tensor], name: str) -> None:
+    """Refuse Jacobians of different numbers of rows.
+
+    Raises:
+        UsageError: The first dimensions differ.
+    """
+    counts = {len(each) if each.dim() else 0 for each in jacobians}
+    if len(counts) > 1:
+        raise UsageError(f"All Jacobians in `{name}` should have the same number of rows. (got {sorted(counts)})")

@@ -1,0 +1,63 @@
+"""The fields of a tensor that Jacobians and gradients are put into."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from fastmtl.errors import UsageError
+from fastmtl.ops._rows import is_dense
+
+__all__ = ["add_grads", "add_jacobians", "check_writable"]
+
+
+def check_writable(tensors: Iterable[Tensor], field: str) -> None:
+    """Refuse tensors that autograd would not give a gradient to.
+
+    Raises:
+        UsageError: One does not require grad, or is no leaf and does not retain its gradient.
+    """
+    for tensor in tensors:
+        if not tensor.requires_grad or not (tensor.is_leaf or tensor.retains_grad):
+            raise UsageError(
+                f"{field} can be filled of a leaf that requires grad or a tensor that retains its grad, "
+                f"got a tensor of shape {tuple(tensor.shape)} that is neither."
+            )
+
+
+def add_jacobians(tensors: Sequence[Tensor], jacobians: Sequence[Tensor]) -> None:
+    """Put Jacobians (m, ...) into ``.jac``, added to what is there."""
+    for tensor, jacobian in zip(tensors, jacobians, strict=True):
+        known = getattr(tensor, "jac", None)
+        if known is None:
+            tensor.jac = jacobian  # type: ignore[attr-defined]
+        elif known.shape != jacobian.shape:
+            raise UsageError(
+                f".jac must have {len(jacobian)} rows to be added to, got {len(known)}; "
+                "use the Jacobians with jac_to_grad first, or delete them."
+            )
+        else:
+            known += jacobian
+
+
+@torch.no_grad()
+def add_grads(tensors: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    """Put gradients into ``.grad``, added to what is there; None counts as zeros.
+
+    A gradient becomes the field itself where nothing else can be in its memory: autograd returns one tensor for two
+    inputs that are added, and expanded ones for sums.
+    """
+    taken: set[int] = set()
+    for tensor, grad in zip(tensors, grads, strict=True):
+        if grad is None:
+            if tensor.grad is None:
+                tensor.grad = torch.zeros_like(tensor)
+        elif tensor.grad is not None:
+            tensor.grad = tensor.grad + grad
+        else:
+            storage = grad.untyped_storage()
+            own = storage.data_ptr() not in taken and storage.nbytes() == grad.numel() * grad.element_size()
+            taken.add(storage.data_ptr())
+            tensor.grad = grad if own and is_dense(grad) else grad.clone(memory_format=torch.contiguous_format)

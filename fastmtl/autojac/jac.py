@@ -1,0 +1,114 @@
+"""Jacobians as return values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from fastmtl.autojac.checks import as_list, check_chunk, check_outputs, check_rows, check_shapes, unique
+from fastmtl.autojac.graph import batches_well
+from fastmtl.autojac.vjp import batched_jacobians, identity_rows, jacobians
+
+__all__ = ["chunk_for", "jac", "jacobians_of"]
+
+# With fewer rows than this the batching rules cost more than separate backward passes; with more numbers in a row, the
+# products take so long that the calls saved no longer matter.
+_MANY_ROWS = 8
+_LONG_ROW = 2**18
+
+
+def jac(
+    outputs: Sequence[Tensor] | Tensor,
+    inputs: Iterable[Tensor] | Tensor,
+    *,
+    jac_outputs: Sequence[Tensor] | Tensor | None = None,
+    retain_graph: bool = False,
+    parallel_chunk_size: int | None = None,
+) -> tuple[Tensor, ...]:
+    """Return the Jacobians of ``outputs`` with respect to ``inputs``, multiplied from the left by ``jac_outputs``.
+
+    Args:
+        outputs: What to differentiate, at least one tensor.
+        inputs: What to differentiate with respect to; they require grad.
+        jac_outputs: For each output its cotangents (m, ...); as the identity if None: one row per entry of the outputs.
+        retain_graph: Keep the graph for another backward pass.
+        parallel_chunk_size: Rows that one backward pass computes together, which needs batching rules of all operators
+            on the way; 1 for one after the other. None takes one after the other unless there are many short rows
+            of operators that are known to gain.
+
+    Returns:
+        One (m, ...) tensor per input; zeros where no output depends on it.
+
+    Raises:
+        UsageError: No outputs, a repeated one, cotangents that do not fit, or an empty chunk.
+
+    Example:
+        >>> param = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> jac([param @ torch.tensor([-1.0, 1.0]), (param**2).sum()], param)
+        (tensor([[-1.,  1.],
+                [ 2.,  4.]]),)
+    """
+    repeated = as_list(inputs)
+    wanted = unique(repeated)
+    found = jacobians_of(
+        as_list(outputs), wanted, jac_outputs, "outputs", "jac_outputs", retain_graph, parallel_chunk_size
+    )
+    by_input = dict(zip(wanted, found, strict=True))
+    return tuple(by_input[each] for each in repeated)
+
+
+def jacobians_of(
+    outputs: list[Tensor],
+    inputs: list[Tensor],
+    cotangents: Sequence[Tensor] | Tensor | None,
+    name: str,
+    cotangents_name: str,
+    retain: bool,
+    chunk: int | None,
+) -> list[Tensor]:
+    """Return one Jacobian per input; what :func:`jac` and ``backward`` have in common.
+
+    Args:
+        outputs: What to differentiate.
+        inputs: What to differentiate with respect to, each once.
+        cotangents: As ``jac_outputs`` of :func:`jac`.
+        name: The caller's name of ``outputs``, for messages.
+        cotangents_name: The caller's name of ``cotangents``.
+        retain: Keep the graph.
+        chunk: ``parallel_chunk_size``.
+    """
+    check_chunk(chunk)
+    check_outputs(outputs, name)
+    rows = None if cotangents is None else as_list(cotangents)
+    if rows is not None:
+        check_shapes(rows, outputs, cotangents_name, name, rows=True)
+        check_rows(rows, cotangents_name)
+    if not inputs:
+        return []
+    count = sum(each.numel() for each in outputs) if rows is None else len(rows[0])
+    if not count:
+        return [each.new_zeros((0, *each.shape)) for each in inputs]
+    if chunk is None:
+        chunk = chunk_for(outputs, inputs, count)
+    if rows is None and chunk == 1:
+        return jacobians(identity_rows(outputs), count, inputs, retain)
+    return batched_jacobians(outputs, rows or _identity(outputs, count), inputs, chunk, retain)
+
+
+def chunk_for(outputs: Sequence[Tensor], inputs: Sequence[Tensor], count: int) -> int:
+    """Return how many of ``count`` rows one backward pass best computes together."""
+    gains = count >= _MANY_ROWS and sum(each.numel() for each in inputs) <= _LONG_ROW and batches_well(outputs)
+    return count if gains else 1
+
+
+def _identity(outputs: Sequence[Tensor], count: int) -> list[Tensor]:
+    """Return for each output its cotangents (count, ...) that select the entries of all outputs one by one."""
+    cotangents, start = [], 0
+    for output in outputs:
+        own = torch.zeros(count, output.numel(), dtype=output.dtype, device=output.device)
+        own[start : start + output.numel()].fill_diagonal_(1)
+        cotangents.append(own.view(count, *output.shape))
+        start += output.numel()
+    return cotangents

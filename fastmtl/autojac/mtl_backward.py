@@ -1,0 +1,126 @@
+"""Task heads get gradients, the shared network behind them a Jacobian."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastmtl.autojac.checks import as_list, check_chunk, check_lengths, check_outputs, check_shapes, unique
+from fastmtl.autojac.fields import add_grads, add_jacobians, check_writable
+from fastmtl.autojac.graph import leaf_tensors
+from fastmtl.autojac.jac import chunk_for
+from fastmtl.autojac.jac_to_grad import jac_to_grad
+from fastmtl.autojac.vjp import Cotangents, batched_jacobians, jacobians, vjp
+from fastmtl.errors import UsageError
+
+if TYPE_CHECKING:
+    from fastmtl.aggregation import Aggregator
+
+__all__ = ["mtl_backward"]
+
+
+def mtl_backward(
+    tensors: Sequence[Tensor] | None = None,
+    /,
+    features: Sequence[Tensor] | Tensor | None = None,
+    aggregator: Aggregator | None = None,
+    tasks_params: Sequence[Iterable[Tensor]] | None = None,
+    shared_params: Iterable[Tensor] | None = None,
+    retain_graph: bool = False,
+    parallel_chunk_size: int | None = None,
+    *,
+    grad_tensors: Sequence[Tensor] | None = None,
+    losses: Sequence[Tensor] | None = None,
+) -> None:
+    """Add each task's gradient to ``.grad`` of its own parameters, and all tasks' to ``.jac`` of the shared ones.
+
+    Each loss is differentiated once, down to its own parameters and the features; from there one VJP per task goes
+    through the shared network.
+
+    Args:
+        tensors: The T losses.
+        features: What the heads start from: one tensor or several, each computed by the shared network.
+        aggregator: Turns the shared Jacobians into ``.grad`` at once, as TorchJD's ``mtl_backward`` did before 0.9.
+        tasks_params: For each task its own parameters. The leaves its loss reaches without passing the features if
+            None. Tasks may have parameters in common; their gradients are added up.
+        shared_params: The parameters of the shared network; the leaves the features depend on if None.
+        retain_graph: Keep the graph for another backward pass.
+        parallel_chunk_size: Tasks that one backward pass through the shared network computes together; see
+            :func:`fastmtl.autojac.jac`.
+        grad_tensors: The cotangent of each tensor, for ``tensors`` that are no scalars.
+        losses: Another name of ``tensors``, that of releases of TorchJD before 0.9.
+
+    Raises:
+        UsageError: No losses or features, repeated ones, a number of ``tasks_params`` or ``grad_tensors`` that is not
+            that of the losses, a parameter both shared and task-specific, or a tensor without a graph.
+
+    Example:
+        >>> shared = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> heads = [torch.tensor(weight, requires_grad=True) for weight in (3.0, -1.0)]
+        >>> features = shared**2
+        >>> mtl_backward([(head * features).sum() for head in heads], features=features)
+        >>> shared.jac, heads[0].grad
+        (tensor([[ 6., 12.],
+                [-2., -4.]]), tensor(5.))
+    """
+    check_chunk(parallel_chunk_size)
+    given = losses if tensors is None else tensors
+    if given is None or (tensors is not None and losses is not None):
+        raise UsageError("losses must be given once, as the first argument or as losses=.")
+    if features is None:
+        raise UsageError("features must be the output of the shared network, got None.")
+    tasks = as_list(given)
+    cuts = as_list(features)
+    check_outputs(tasks, "tensors")
+    check_outputs(cuts, "features")
+    shared = leaf_tensors(cuts, "features") if shared_params is None else unique(shared_params)
+    if tasks_params is None:
+        own = [leaf_tensors([task], "tensors", cuts, "features") for task in tasks]
+    else:
+        check_lengths(tasks_params, tasks, "tasks_params", "tensors")
+        own = [unique(params) for params in tasks_params]
+    common = set(shared) & {param for params in own for param in params}
+    if common:
+        raise UsageError(f"tasks_params must hold no parameter of shared_params, got {len(common)} in both.")
+    if grad_tensors is not None:
+        check_shapes(grad_tensors, tasks, "grad_tensors", "tensors", rows=False)
+    elif any(task.dim() for task in tasks):
+        raise UsageError("grad_tensors must be given for tensors that are no scalars.")
+    check_writable(shared, ".jac")
+    check_writable((param for params in own for param in params), ".grad")
+
+    cotangents: list[Cotangents] = []
+    for index, (task, params) in enumerate(zip(tasks, own, strict=True)):
+        start = None if grad_tensors is None else grad_tensors[index]
+        grads = vjp([task], [start], [*params, *cuts], retain=retain_graph)
+        add_grads(params, grads[: len(params)])
+        cotangents.append(grads[len(params) :])
+    add_jacobians(shared, _through(cuts, cotangents, shared, retain_graph, parallel_chunk_size))
+    if aggregator is not None and shared:
+        jac_to_grad(shared, aggregator)
+
+
+def _through(
+    features: list[Tensor], cotangents: list[Cotangents], shared: list[Tensor], retain: bool, chunk: int | None
+) -> list[Tensor]:
+    """Return the Jacobians of the shared parameters, one VJP per task."""
+    if not shared:
+        return []
+    count = len(cotangents)
+    if chunk is None:
+        chunk = chunk_for(features, shared, count)
+    if chunk == 1:
+        # A scalar without a cotangent would count as a loss.
+        rows = [
+            [f.new_zeros(()) if c is None and not f.dim() else c for f, c in zip(features, row, strict=True)]
+            for row in cotangents
+        ]
+        return jacobians(((features, row) for row in rows), count, shared, retain)
+    stacked = [
+        torch.stack([torch.zeros_like(feature) if each is None else each for each in column])
+        for feature, column in zip(features, zip(*cotangents, strict=True), strict=True)
+    ]
+    return batched_jacobians(features, stacked, shared, chunk, retain)

@@ -1,0 +1,131 @@
+"""Vector-Jacobian products, alone or as the rows of a Jacobian."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from fastmtl.ops._rows import is_dense
+
+__all__ = ["Cotangents", "identity_rows", "jacobians", "vjp"]
+
+Cotangents = Sequence[Tensor | None]
+
+
+def vjp(
+    outputs: Sequence[Tensor], cotangents: Cotangents, inputs: Sequence[Tensor], retain: bool
+) -> list[Tensor | None]:
+    """Return the gradients of ``sum <output, cotangent>``; None as the cotangent of a scalar loss is 1.
+
+    An output that is no loss and has no cotangent takes no part; an input that requires no gradient has none.
+    """
+    wanted = [each for each in inputs if each.requires_grad]
+    pairs = [
+        (o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad and (c is not None or not o.dim())
+    ]
+    if not pairs or not wanted:
+        return [None] * len(inputs)
+    found = iter(
+        torch.autograd.grad(
+            [o for o, _ in pairs],
+            wanted,
+            [torch.ones_like(o) if c is None else c for o, c in pairs],
+            retain_graph=retain,
+            allow_unused=True,
+        )
+    )
+    return [next(found) if each.requires_grad else None for each in inputs]
+
+
+def identity_rows(outputs: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Yield, for each entry of the outputs, the output it is in and the cotangent that selects it."""
+    for output in outputs:
+        for entry in range(output.numel()):
+            cotangent = torch.zeros_like(output, memory_format=torch.contiguous_format)
+            cotangent.view(-1)[entry] = 1
+            yield [output], [cotangent]
+
+
+def _empty(like: Tensor, num_rows: int) -> Tensor:
+    """Return ``num_rows`` rows of the shape and, where it is dense, the memory layout of ``like``."""
+    shape = (num_rows, *like.shape)
+    if not is_dense(like):
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
+    strides = (max(like.numel(), 1), *like.stride())
+    return torch.empty_strided(shape, strides, dtype=like.dtype, device=like.device)
+
+
+def jacobians(
+    rows: Iterable[tuple[Sequence[Tensor], Cotangents]],
+    num_rows: int,
+    inputs: Sequence[Tensor],
+    retain: bool,
+    beside: Sequence[Tensor] = (),
+    take: Callable[[list[Tensor | None]], None] | None = None,
+) -> list[Tensor]:
+    """Return one (m, ...) Jacobian per input, each row from a VJP of its own.
+
+    A row is copied to its place before the next one is computed, so that nothing of the Jacobian's size is held twice.
+
+    Args:
+        rows: The outputs and cotangents of each row.
+        num_rows: Their number m.
+        inputs: What to differentiate with respect to; zeros where a row does not depend on an input.
+        retain: Keep the graph after the last row.
+        beside: Further tensors to differentiate with respect to, in the same backward passes.
+        take: Given their gradients, row by row.
+    """
+    found = [_empty(each, num_rows) for each in inputs]
+    slots = zip(*(each.unbind(0) for each in found), strict=True)
+    for number, ((outputs, cotangents), slot) in enumerate(zip(rows, slots, strict=True)):
+        grads = vjp(outputs, cotangents, [*inputs, *beside], retain=retain or number + 1 < num_rows)
+        if take is not None:
+            take(grads[len(inputs) :])
+        for place, grad in zip(slot, grads[: len(inputs)], strict=True):
+            if grad is None:
+                place.zero_()
+            else:
+                place.copy_(grad)
+        # The next row's gradients take this one's memory.
+        del grads, grad
+    return found
+
+
+def batched_jacobians(
+    outputs: Sequence[Tensor], cotangents: Sequence[Tensor], inputs: Sequence[Tensor], chunk: int, retain: bool
+) -> list[Tensor]:
+    """Return one (m, ...) Jacobian per input, from VJPs of ``chunk`` rows at once.
+
+    Args:
+        outputs: What to differentiate.
+        cotangents: For each output the m rows (m, ...) of its cotangents.
+        inputs: What to differentiate with respect to.
+        chunk: Rows per backward pass; 1 needs no batching rules of the operators.
+        retain: Keep the graph after the last row.
+    """
+    num_rows = len(cotangents[0])
+    if chunk == 1 or num_rows == 1:
+        rows = ((outputs, [each[t] for each in cotangents]) for t in range(num_rows))
+        return jacobians(rows, num_rows, inputs, retain)
+    parts = []
+    for start in range(0, num_rows, chunk):
+        some = [each[start : start + chunk] for each in cotangents]
+        grads = torch.autograd.grad(
+            outputs,
+            inputs,
+            some,
+            retain_graph=retain or start + chunk < num_rows,
+            allow_unused=True,
+            is_grads_batched=True,
+        )
+        parts.append(
+            [
+                each.new_zeros((len(some[0]), *each.shape)) if grad is None else grad
+                for grad, each in zip(grads, inputs, strict=True)
+            ]
+        )
+    if len(parts) == 1:
+        return [part if is_dense(part) else part.contiguous() for part in parts[0]]
+    return [torch.cat(pieces) for pieces in zip(*parts, strict=True)]

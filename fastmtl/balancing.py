@@ -1,0 +1,159 @@
+"""Balanced gradients in one call, in place of ``sum(losses).backward()``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmtl.errors import UsageError
+from fastmtl.names import resolve_name
+
+if TYPE_CHECKING:
+    from fastmtl.aggregation import Aggregator
+
+__all__ = ["balance", "balanced"]
+
+Losses = Sequence[Tensor] | Mapping[str, Tensor]
+Shared = nn.Module | Iterable[Tensor]
+
+
+def balance(
+    losses: Losses, *, shared: Shared | None = None, weighting: str | Aggregator = "mgda", **hyper: Any
+) -> Tensor | None:
+    """Differentiate the losses and add balanced gradients to ``.grad``.
+
+    The shared parameters get what the weighting makes of the T gradients, all others the gradient of the sum of the
+    losses. Each loss is differentiated once.
+
+    Args:
+        losses: T scalar losses of one forward pass, as a list or by task.
+        shared: The shared parameters, or the module that has them; those that several losses depend on if None.
+        weighting: An aggregator of :mod:`fastmtl.aggregation`, or the name of one, in any case, that remembers nothing.
+        hyper: Arguments of the named aggregator, such as ``c=0.4`` for ``"cagrad"``.
+
+    Returns:
+        The (T,) weights, None from an aggregator that has none.
+
+    Raises:
+        UsageError: No losses, one that is no scalar, no shared parameter among their leaves, or an unknown weighting.
+
+    Example:
+        >>> shared = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> balance([shared[0] ** 2, shared[1] ** 2], weighting="mgda")
+        tensor([0.8000, 0.2000])
+        >>> shared.grad
+        tensor([1.6000, 0.8000])
+    """
+    return _Balance(losses, shared, weighting, hyper)(None)
+
+
+def balanced(
+    losses: Losses, *, shared: Shared | None = None, weighting: str | Aggregator = "mgda", **hyper: Any
+) -> Tensor:
+    """Return the sum of the losses as a scalar whose ``backward()`` does what :func:`balance` does.
+
+    A trainer that calls ``backward()`` by itself, divides the loss for accumulated batches or scales it for float16
+    needs nothing else: return this as the loss. Gradients are computed where the backward pass begins, not by the
+    scalar's own graph, so hooks that wait for it, as those of ``DistributedDataParallel``, are not called.
+
+    Args:
+        losses: See :func:`balance`.
+        shared: See :func:`balance`.
+        weighting: See :func:`balance`.
+        hyper: See :func:`balance`.
+
+    Raises:
+        UsageError: As :func:`balance`; and with several processes, whose gradients nothing would bring together.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        count = torch.distributed.get_world_size()
+        if count > 1:
+            raise UsageError(f"balanced works in a single process, got a group of {count}.")
+    work = _Balance(losses, shared, weighting, hyper)
+    total = torch.stack([loss.detach() for loss in work.losses]).sum()
+    if not torch.is_grad_enabled():
+        return total
+    result: Tensor = _Deferred.apply(torch.zeros_like(total, requires_grad=True), total, work)
+    return result
+
+
+class _Deferred(torch.autograd.Function):
+    """A scalar that is connected to nothing: its backward pass runs those of the losses."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, total: Tensor, work: _Balance) -> Tensor:
+        ctx.work = work
+        return total.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *scales: Tensor) -> tuple[None, None, None]:
+        with torch.enable_grad():
+            ctx.work(scales[0])
+        return None, None, None
+
+
+class _Balance:
+    """The losses, the parameters they depend on, and the aggregator."""
+
+    def __init__(
+        self, losses: Losses, shared: Shared | None, weighting: str | Aggregator, hyper: Mapping[str, Any]
+    ) -> None:
+        self.losses = list(losses.values() if isinstance(losses, Mapping) else losses)
+        for index, loss in enumerate(self.losses):
+            if loss.dim():
+                raise UsageError(f"losses[{index}] must be a scalar, got shape {tuple(loss.shape)}.")
+        if not self.losses:
+            raise UsageError("losses must hold at least one loss, got none.")
+        self.shared = shared
+        self.aggregator = _named(weighting, hyper) if isinstance(weighting, str) else weighting
+        if hyper and not isinstance(weighting, str):
+            raise UsageError(f"weighting must be a name to take {', '.join(hyper)}, got {weighting}.")
+
+    def __call__(self, scale: Tensor | None) -> Tensor | None:
+        """Write the gradients of the losses times ``scale``."""
+        from fastmtl.autojac.fields import add_grads, check_writable
+        from fastmtl.autojac.vjp import jacobians
+
+        shared, own = self._parameters()
+        check_writable([*shared, *own], ".grad")
+        rows = [([loss], [None if scale is None else scale.to(loss)]) for loss in self.losses]
+        found = jacobians(rows, len(rows), shared, False, own, lambda grads: add_grads(own, grads))
+        with torch.no_grad():
+            return self.aggregator.write(found, shared)
+
+    def _parameters(self) -> tuple[list[Tensor], list[Tensor]]:
+        from fastmtl.autojac.graph import leaf_tensors
+
+        reached = [leaf_tensors([loss], "losses") for loss in self.losses]
+        count = Counter(leaf for leaves in reached for leaf in leaves)
+        if self.shared is None:
+            wanted = {leaf for leaf, times in count.items() if times > 1 or len(self.losses) == 1}
+        else:
+            wanted = set(self.shared.parameters() if isinstance(self.shared, nn.Module) else self.shared)
+        shared = [leaf for leaf in count if leaf in wanted]
+        if not shared:
+            raise UsageError("shared must hold parameters that the losses depend on, got none of them.")
+        return shared, [leaf for leaf in count if leaf not in wanted]
+
+
+def _named(name: str, hyper: Mapping[str, Any]) -> Aggregator:
+    from fastmtl import aggregation, stateful
+
+    classes: dict[str, Callable[..., Any]] = {
+        each: found
+        for each in aggregation.__all__
+        if isinstance(found := getattr(aggregation, each), type)
+        and issubclass(found, aggregation.Aggregator)
+        and each not in ("Aggregator", "WeightedAggregator", "GramianWeightedAggregator")
+        and not issubclass(found, stateful.Stateful)
+    }
+    chosen = resolve_name(name, {**classes, "Aligned_MTL": classes["AlignedMTL"]}, "weighting")
+    try:
+        made: Aggregator = chosen(**hyper)
+    except TypeError as error:
+        raise UsageError(f"weighting {name!r} cannot be made of {dict(hyper)}: {error}.") from None
+    return made

@@ -1,0 +1,99 @@
+"""Linear algebra by TorchJD's names: types of matrices, projections onto the dual cone of the task gradients."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from fastmtl import ops
+from fastmtl.errors import UsageError
+
+__all__ = ["DualConeProjector", "Matrix", "PSDMatrix", "QuadprogProjector", "normalized"]
+
+
+class Matrix(Tensor):
+    """A tensor of two dimensions, for annotations."""
+
+
+class PSDMatrix(Matrix):
+    """A symmetric positive semidefinite matrix, such as a Gram matrix, for annotations."""
+
+
+def normalized(gram: Tensor, norm_eps: float) -> Tensor:
+    """Return G divided by its trace, zero where that is below ``norm_eps``."""
+    trace = gram.diagonal().sum()
+    return torch.where(trace < norm_eps, 0.0, gram / torch.where(trace > 0, trace, 1.0))
+
+
+class DualConeProjector(ABC):
+    """Projects combinations of gradients onto the cone of the directions that conflict with none of them."""
+
+    @abstractmethod
+    def __call__(self, U: Tensor, G: Tensor) -> Tensor:
+        """Return the weights v >= u that minimise v^T G v, for each u in ``U``.
+
+        Args:
+            U: (..., T) weights of the vectors to project.
+            G: (T, T) Gram matrix.
+
+        Returns:
+            Weights of the shape of ``U``.
+        """
+
+
+class QuadprogProjector(DualConeProjector):
+    """The projection by :func:`fastmtl.ops.dual_cone`; the name is that of the solver TorchJD calls.
+
+    G is divided by its trace, or dropped where that is below ``norm_eps``, and ``reg_eps`` is added to its diagonal.
+
+    Args:
+        norm_eps: Traces of G below it count as zero.
+        reg_eps: Added to the diagonal of the normalised G.
+
+    Raises:
+        UsageError: One of them is negative.
+
+    Source: Quinton and Rey, "Jacobian Descent for Multi-Objective Optimization", 2024, Proposition 1.
+    """
+
+    def __init__(self, *, norm_eps: float = 0.0001, reg_eps: float = 0.0001) -> None:
+        self.norm_eps = norm_eps
+        self.reg_eps = reg_eps
+
+    @property
+    def norm_eps(self) -> float:
+        """Traces of G below it count as zero."""
+        return self._norm_eps
+
+    @norm_eps.setter
+    def norm_eps(self, value: float) -> None:
+        self._norm_eps = _nonnegative("norm_eps", value)
+
+    @property
+    def reg_eps(self) -> float:
+        """What is added to the diagonal of the normalised G."""
+        return self._reg_eps
+
+    @reg_eps.setter
+    def reg_eps(self, value: float) -> None:
+        self._reg_eps = _nonnegative("reg_eps", value)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(norm_eps={self.norm_eps}, reg_eps={self.reg_eps})"
+
+    @torch.no_grad()
+    def __call__(self, U: Tensor, G: Tensor) -> Tensor:
+        """Return the weights, in the dtype of ``G``."""
+        wide = G.to(torch.float32 if G.device.type == "mps" else torch.float64)
+        identity = torch.eye(len(G), dtype=wide.dtype, device=G.device)
+        matrix = normalized(wide, self.norm_eps) + self.reg_eps * identity
+        projected = ops.dual_cone(matrix, U.to(wide).reshape(-1, len(G)))
+        return projected.reshape(U.shape).to(G.dtype)
+
+
+def _nonnegative(name: str, value: float) -> float:
+    if not value >= 0:
+        raise UsageError(f"{name} must be at least 0, got {value}.")
+    return value

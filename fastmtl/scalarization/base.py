@@ -1,0 +1,39 @@
+"""What every scalarizer is: a scalar from the losses."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from fastmtl.errors import UsageError
+from fastmtl.settings import described
+
+__all__ = ["Scalarizer", "check_same_shape"]
+
+
+class Scalarizer(nn.Module, ABC):
+    """Turns a tensor of losses of any shape into a scalar."""
+
+    settings: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def forward(self, values: Tensor, /) -> Tensor:
+        """Return the scalar."""
+
+    def __repr__(self) -> str:
+        return described(self, self.settings)
+
+    def __str__(self) -> str:
+        return type(self).__name__
+
+
+def check_same_shape(name: str, tensor: Tensor | None, values: Tensor) -> None:
+    """Refuse a tensor that does not have the shape of the losses; None passes.
+
+    Raises:
+        UsageError: Another shape.
+    """
+    if tensor is not None and tensor.shape != values.shape:
+        raise UsageError(f"values must have the shape {tuple(tensor.shape)} of {name}, got {tuple(values.shape)}.")

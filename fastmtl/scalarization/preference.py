@@ -1,0 +1,102 @@
+"""Scalarizers that steer towards a preferred trade-off between the losses."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmtl.scalarization.base import Scalarizer, check_same_shape
+from fastmtl.settings import Setting
+
+__all__ = ["COSMOS", "PBI", "STCH"]
+
+
+class COSMOS(Scalarizer):
+    """``sum_i r_i L_i - lambda_ cos(r, L)``: a weighted sum, and a reward for losses along the preferred direction.
+
+    Args:
+        lambda_: Size of the reward, at least 0.
+        weights: r, of the shape of the losses.
+
+    Source: Ruchte and Grabocka, "Scalable Pareto Front Approximation for Deep Multi-Objective Learning", ICDM 2021.
+    """
+
+    settings = ("lambda_", "weights")
+    lambda_: Setting[float] = Setting(lambda value: value >= 0, "at least 0")
+
+    def __init__(self, lambda_: float, weights: Tensor) -> None:
+        super().__init__()
+        self.lambda_ = lambda_
+        self.weights = weights
+
+    def forward(self, values: Tensor, /) -> Tensor:
+        """Return the scalar."""
+        check_same_shape("weights", self.weights, values)
+        cosine = torch.nn.functional.cosine_similarity(self.weights.flatten(), values.flatten(), dim=0)
+        return (self.weights * values).sum() - self.lambda_ * cosine
+
+
+class PBI(Scalarizer):
+    """``d_1 + theta d_2``: the losses' distance along the preferred direction, and a penalty on that from it.
+
+    With ``v = L - reference`` and the unit vector u of ``weights``: ``d_1 = <v, u>`` and ``d_2 = |v - d_1 u|``.
+
+    Args:
+        theta: The penalty, at least 0.
+        weights: The direction, of the shape of the losses.
+        reference: The ideal losses; zeros if None.
+
+    Source: Zhang and Li, "MOEA/D: A Multiobjective Evolutionary Algorithm Based on Decomposition", IEEE Transactions on
+    Evolutionary Computation 2007.
+    """
+
+    settings = ("theta", "weights", "reference")
+    theta: Setting[float] = Setting(lambda value: value >= 0, "at least 0")
+
+    def __init__(self, theta: float, weights: Tensor, reference: Tensor | None = None) -> None:
+        super().__init__()
+        self.theta = theta
+        self.weights = weights
+        self.reference = reference
+
+    def forward(self, values: Tensor, /) -> Tensor:
+        """Return the scalar."""
+        check_same_shape("weights", self.weights, values)
+        check_same_shape("reference", self.reference, values)
+        vector = (values if self.reference is None else values - self.reference).flatten()
+        unit = self.weights.flatten() / self.weights.norm()
+        along = vector @ unit
+        across = vector - along * unit
+        # The root has no derivative at 0, where the losses lie on the direction.
+        return along + self.theta * (across @ across + 1e-12).sqrt()
+
+
+class STCH(Scalarizer):
+    """``mu log sum_i exp(w_i (L_i - reference_i) / mu)``: a smooth form of the greatest weighted loss.
+
+    Args:
+        mu: Smoothing, positive: towards 0 only the greatest counts.
+        weights: w, of the shape of the losses; equal ones with sum one if None.
+        reference: The ideal losses; zeros if None.
+
+    Source: Lin et al., "Smooth Tchebycheff Scalarization for Multi-Objective Optimization", ICML 2024.
+    """
+
+    settings = ("mu", "weights", "reference")
+    mu: Setting[float] = Setting(lambda value: value > 0, "positive")
+
+    def __init__(self, mu: float, weights: Tensor | None = None, reference: Tensor | None = None) -> None:
+        super().__init__()
+        self.mu = mu
+        self.weights = weights
+        self.reference = reference
+
+    def forward(self, values: Tensor, /) -> Tensor:
+        """Return the scalar."""
+        check_same_shape("weights", self.weights, values)
+        check_same_shape("reference", self.reference, values)
+        shifted = values if self.reference is None else values - self.reference
+        weighted = shifted / values.numel() if self.weights is None else self.weights * shifted
+        # Relative to the greatest one, so that the division by a small mu does not overflow.
+        greatest = weighted.max()
+        return self.mu * torch.logsumexp((weighted - greatest).flatten() / self.mu, dim=0) + greatest

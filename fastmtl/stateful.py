@@ -1,0 +1,15 @@
+"""What remembers something from call to call."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+__all__ = ["Stateful"]
+
+
+class Stateful(ABC):
+    """An aggregator, weighting or scalarizer with a state."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forget everything seen so far."""

@@ -1,0 +1,109 @@
+"""Formulas that a strategy and an aggregator or scalarizer of TorchJD's names have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastmtl import ops
+from fastmtl.weighting.simplex import project_simplex
+
+__all__ = [
+    "bargain",
+    "descent_rates",
+    "directed_weights",
+    "even_fall",
+    "even_fall_slope",
+    "kept_signs",
+    "raised",
+    "random_weights",
+    "stepped",
+]
+
+
+def random_weights(like: Tensor) -> Tensor:
+    """Return the softmax of (T,) standard normal numbers, of the dtype and device of ``like``: RLW."""
+    return torch.softmax(torch.randn_like(like), dim=-1)
+
+
+def bargain(gram: Tensor, start: Tensor | None) -> Tensor:
+    """Return Nash-MTL's weights of G divided by its Frobenius norm.
+
+    Args:
+        gram: (T, T).
+        start: (T,) weights of an earlier G.
+    """
+    size = torch.linalg.matrix_norm(gram)
+    return ops.nash(gram / torch.where(size > 0, size, 1.0), start)
+
+
+def kept_signs(values: Tensor, noise: Tensor, function: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """Return where GradDrop keeps (T, ...) values: those of one sign in each column.
+
+    With the purity ``P = (1 + sum_t v_t / sum_t |v_t|) / 2`` positive values stay where ``P > U``, negative ones where
+    ``P < U``.
+
+    Args:
+        values: (T, ...).
+        noise: U, uniform, of the shape of one row.
+        function: Applied to P, monotone.
+    """
+    size = values.abs().sum(0)
+    purity = 0.5 * (1 + values.sum(0) / torch.where(size > 0, size, 1.0))
+    if function is not None:
+        purity = function(purity)
+    return ((purity > noise) & (values > 0)) | ((purity < noise) & (values < 0))
+
+
+def raised(weights: Tensor, risks: Tensor, step: float) -> Tensor:
+    """Return positive weights after an exponentiated gradient step, summing to one."""
+    return torch.softmax(weights.log() + step * risks, dim=-1)
+
+
+def stepped(weights: Tensor, cross: Tensor, gamma: float, rho: float) -> Tensor:
+    """Return MoDo's weights after a projected gradient step, ``project(w - gamma (J_1 J_2^T w + rho w))``."""
+    return project_simplex(weights - gamma * (cross @ weights + rho * weights))
+
+
+def directed_weights(
+    weights: Tensor, cross: Tensor, preference: Tensor, *, lamda: float, rate: float, momentum: float, steps: int
+) -> Tensor:
+    """Return SDMGrad's weights: projected gradient descent with momentum from ``weights``.
+
+    Args:
+        weights: (T,) on the simplex.
+        cross: (T, T) products J_1 J_2^T of two batches' gradients, which are brought to mean length one.
+        preference: (T,) weights of the direction that is preferred.
+        lamda: How strongly.
+        rate: Learning rate.
+        momentum: Share of the last step.
+        steps: Number of steps.
+    """
+    scale = cross.diagonal().clamp(min=0).sqrt().mean()
+    cross = cross / (scale**2 + 1e-8)
+    pull = lamda * (cross @ preference)
+    velocity = torch.zeros_like(weights)
+    for _ in range(steps):
+        velocity = momentum * velocity + cross @ weights + pull
+        weights = project_simplex(weights - rate * velocity)
+    return weights
+
+
+def descent_rates(newer: Tensor, older: Tensor, temperature: float) -> Tensor:
+    """Return DWA's weights: T times the softmax of the losses' ratios over two epochs, divided by the temperature."""
+    return len(newer) * torch.softmax(newer / older / temperature, dim=-1)
+
+
+def even_fall(logits: Tensor, excess: Tensor) -> Tensor:
+    """Return FAMO's weights, ``z_t / D_t`` divided by their sum, ``z = softmax(logits)`` and D the excess losses."""
+    share = torch.softmax(logits, dim=-1) / excess
+    return share / share.sum()
+
+
+def even_fall_slope(logits: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    """Return the gradient that moves FAMO's logits, from the excess losses of one batch before and after the update."""
+    fall = before.log() - after.log()
+    share = torch.softmax(logits, dim=-1)
+    return share * (fall - share @ fall)
