@@ -1,4 +1,4 @@
-// What the kernels of all T x T solvers share on the CPU: checks, dense float64 input, memory to work in.
+// What the kernels of all T x T solvers share: checks, dense float64 input and, on the CPU, memory to work in.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -22,7 +22,9 @@ inline bool is_real_float(Tensor const& tensor) {
 /// The tensor itself where it is dense float64, else a copy that is.
 inline Tensor dense_double(Tensor const& tensor) {
   if (tensor.scalar_type() == ScalarType::Double && tensor.is_contiguous()) return tensor;
-  Tensor copy = torch::stable::empty(tensor.sizes(), ScalarType::Double);
+  std::optional<torch::stable::Device> place;
+  if (!tensor.is_cpu()) place = tensor.device();
+  Tensor copy = torch::stable::empty(tensor.sizes(), ScalarType::Double, std::nullopt, place);
   torch::stable::copy_(copy, tensor);
   return copy;
 }
