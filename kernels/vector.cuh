@@ -1,6 +1,7 @@
 // Vectors of 16 bytes of a row: how they are loaded, guarded where they stick out, and what numbers are in them.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "fastmtl/launch_plan.h"
@@ -9,6 +10,10 @@
 #include <cuda_fp16.h>
 #define FASTMTL_DYNAMIC_SHARED(type, name) extern __shared__ type name[]
 #define FASTMTL_NO_INLINE __noinline__
+#define FASTMTL_UNROLL _Pragma("unroll")
+#define FASTMTL_NO_UNROLL _Pragma("unroll 1")
+// Pointers that came through memory are otherwise taken for generic ones, whose loads are slower.
+#define FASTMTL_GLOBAL(pointer) __builtin_assume(__isGlobal(pointer))
 #endif
 
 namespace fastmtl {
@@ -22,10 +27,10 @@ struct F16 {
 };
 
 template <class Storage>
-constexpr int lanes_of = static_cast<int>(kVectorBytes / sizeof(Storage));
+constexpr int lanes_of = static_cast<int>(kLoadBytes / sizeof(Storage));
 
 template <class Storage>
-struct alignas(kVectorBytes) Vector {
+struct alignas(kLoadBytes) Vector {
   Storage value[lanes_of<Storage>];
 };
 
@@ -46,45 +51,57 @@ __device__ inline To widen(F16 value) {
   return static_cast<To>(__half2float(__ushort_as_half(value.bits)));
 }
 
+/// The upper half of a float's bits, rounded to nearest even.
+__device__ inline Bf16 upper_half(uint32_t bits, bool nan) {
+  return {static_cast<uint16_t>(nan ? 0x7fc0u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+}
+
+__device__ inline void narrow(float& to, float value) { to = value; }
+__device__ inline void narrow(Bf16& to, float value) { to = upper_half(__float_as_uint(value), value != value); }
+__device__ inline void narrow(F16& to, float value) { to.bits = __half_as_ushort(__float2half_rn(value)); }
 __device__ inline void narrow(float& to, double value) { to = static_cast<float>(value); }
 __device__ inline void narrow(double& to, double value) { to = value; }
-__device__ inline void narrow(Bf16& to, double value) {
-  // Rounding to float32 first to odd keeps the second rounding, to nearest even, exact.
-  float near = static_cast<float>(value);
-  uint32_t bits = __float_as_uint(near);
-  if (static_cast<double>(near) != value && value == value) {
-    bool const away = fabs(static_cast<double>(near)) > fabs(value);
-    bits = (away ? bits - 1 : bits) | 1u;
-  }
-  bool const nan = value != value;
-  to.bits = static_cast<uint16_t>(nan ? 0x7fc0u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
 __device__ inline void narrow(F16& to, double value) { to.bits = __half_as_ushort(__double2half(value)); }
-__device__ inline void narrow(F16& to, float value) { to.bits = __half_as_ushort(__float2half_rn(value)); }
+__device__ inline void narrow(Bf16& to, double value) {
+  // Rounding to odd first keeps the second rounding, to nearest even, exact.
+  auto const near = static_cast<float>(value);
+  uint32_t bits = __float_as_uint(near);
+  if (static_cast<double>(near) != value) bits = (fabs(static_cast<double>(near)) > fabs(value) ? bits - 1 : bits) | 1u;
+  to = upper_half(bits, value != value);
+}
 
-/// Elements [at, at + lanes) of a row, zero outside of [0, length).
-template <class Storage>
-__device__ inline Vector<Storage> load_vector(Storage const* row, int64_t at, Strip const& strip) {
+/// Whether elements [at, at + count) are whole vectors of memory.
+__device__ inline bool is_whole(Strip const& strip, int64_t at, int64_t count) {
+  return strip.aligned && at >= 0 && at + count <= strip.length;
+}
+
+/// Elements [at, at + lanes) of a row; where they need not be a whole vector, zero outside of [0, length).
+template <bool whole, class Storage>
+__device__ inline Vector<Storage> load_vector(Storage const* row, int64_t at, int64_t length) {
+  FASTMTL_GLOBAL(row);
   Vector<Storage> vector;
-  if (strip.aligned && at >= 0 && at + lanes_of<Storage> <= strip.length) {
+  if constexpr (whole) {
     *reinterpret_cast<uint4*>(&vector) = *reinterpret_cast<uint4 const*>(row + at);
-    return vector;
-  }
-  for (int i = 0; i < lanes_of<Storage>; ++i) {
-    vector.value[i] = at + i >= 0 && at + i < strip.length ? row[at + i] : Storage{};
+  } else {
+    FASTMTL_UNROLL
+    for (int i = 0; i < lanes_of<Storage>; ++i) {
+      vector.value[i] = at + i >= 0 && at + i < length ? row[at + i] : Storage{};
+    }
   }
   return vector;
 }
 
-/// Writes those elements of a vector that lie in [0, length).
-template <class Storage>
-__device__ inline void store_vector(Storage* row, int64_t at, Strip const& strip, Vector<Storage> const& vector) {
-  if (strip.aligned && at >= 0 && at + lanes_of<Storage> <= strip.length) {
+/// Writes the vector, or those of its elements that lie in [0, length).
+template <bool whole, class Storage>
+__device__ inline void store_vector(Storage* row, int64_t at, int64_t length, Vector<Storage> const& vector) {
+  FASTMTL_GLOBAL(row);
+  if constexpr (whole) {
     *reinterpret_cast<uint4*>(row + at) = *reinterpret_cast<uint4 const*>(&vector);
-    return;
-  }
-  for (int i = 0; i < lanes_of<Storage>; ++i) {
-    if (at + i >= 0 && at + i < strip.length) row[at + i] = vector.value[i];
+  } else {
+    FASTMTL_UNROLL
+    for (int i = 0; i < lanes_of<Storage>; ++i) {
+      if (at + i >= 0 && at + i < length) row[at + i] = vector.value[i];
+    }
   }
 }
 

@@ -20,7 +20,7 @@
 namespace fastmtl {
 
 /// Bytes that kernels load and store at once.
-constexpr int64_t kVectorBytes = 16;
+constexpr int64_t kLoadBytes = 16;
 
 /// One tensor of each row, as kernels see it. `base` (not above 0) is the element at which the first vector begins;
 /// vectors can be loaded whole if `aligned`, except where they stick out of the strip.
@@ -96,7 +96,7 @@ inline Strip lay(void const* const* pointers, int64_t count, int64_t item, int64
   bool first = true;
   for (int64_t p = 0; p < count; ++p) {
     if (pointers[p] == nullptr) continue;
-    auto const phase = static_cast<int64_t>(reinterpret_cast<uintptr_t>(pointers[p]) % kVectorBytes);
+    auto const phase = static_cast<int64_t>(reinterpret_cast<uintptr_t>(pointers[p]) % kLoadBytes);
     auto const base = static_cast<int16_t>(-(phase / item));
     if (phase % item != 0 || (!first && base != strip.base)) return {0, length, group, 0, 0};
     strip.base = base;
@@ -120,9 +120,9 @@ struct Cut {
   bool by_group;
 };
 
-/// Calls launch(table, runs, blocks) for each launch that `plans` need, in order. Where blocks are cut by group, `plans`
-/// must be sorted by group. `same_items` of each plan's pointers have elements of `item` bytes and must be alike in
-/// phase. Plans without elements are left out.
+/// Calls launch(table, runs, blocks) for each launch that `plans` need, in order. Where blocks are cut by group,
+/// `plans` must be sorted by group. `same_items` of each plan's pointers have elements of `item` bytes and must be
+/// alike in phase. Plans without elements are left out.
 template <class Launch>
 void plan_launches(std::vector<StripPlan> const& plans, int64_t same_items, int64_t item, Cut const& cut,
                    Launch const& launch) {
@@ -178,7 +178,8 @@ void plan_launches(std::vector<StripPlan> const& plans, int64_t same_items, int6
 template <class Visit>
 FASTMTL_HOST_DEVICE void for_each_range(LaunchTable const& table, int64_t block, Visit const& visit) {
   int64_t position = block * table.pieces_per_block;
-  int64_t const end = position + table.pieces_per_block < table.pieces ? position + table.pieces_per_block : table.pieces;
+  int64_t const end =
+      position + table.pieces_per_block < table.pieces ? position + table.pieces_per_block : table.pieces;
   for (int s = table.find(position); s < table.strips && position < end; ++s) {
     int64_t const next = s + 1 < table.strips ? table.strip(s + 1).start : table.pieces;
     int64_t const stop = next < end ? next : end;
