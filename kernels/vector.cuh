@@ -9,8 +9,8 @@
 #if defined(__CUDACC__)
 #include <cuda_fp16.h>
 #define FASTMTL_DYNAMIC_SHARED(type, name) extern __shared__ type name[]
-#define FASTMTL_NO_INLINE __noinline__
 #define FASTMTL_UNROLL _Pragma("unroll")
+#define FASTMTL_UNROLL_BY_2 _Pragma("unroll 2")
 #define FASTMTL_NO_UNROLL _Pragma("unroll 1")
 // Pointers that came through memory are otherwise taken for generic ones, whose loads are slower.
 #define FASTMTL_GLOBAL(pointer) __builtin_assume(__isGlobal(pointer))
@@ -75,20 +75,37 @@ __device__ inline bool is_whole(Strip const& strip, int64_t at, int64_t count) {
   return strip.aligned && at >= 0 && at + count <= strip.length;
 }
 
-/// Elements [at, at + lanes) of a row; where they need not be a whole vector, zero outside of [0, length).
-template <bool whole, class Storage>
-__device__ inline Vector<Storage> load_vector(Storage const* row, int64_t at, int64_t length) {
-  FASTMTL_GLOBAL(row);
+template <class Storage>
+__device__ inline Vector<Storage> load_whole(Storage const* from) {
+  FASTMTL_GLOBAL(from);
   Vector<Storage> vector;
-  if constexpr (whole) {
-    *reinterpret_cast<uint4*>(&vector) = *reinterpret_cast<uint4 const*>(row + at);
-  } else {
-    FASTMTL_UNROLL
-    for (int i = 0; i < lanes_of<Storage>; ++i) {
-      vector.value[i] = at + i >= 0 && at + i < length ? row[at + i] : Storage{};
+  *reinterpret_cast<uint4*>(&vector) = *reinterpret_cast<uint4 const*>(from);
+  return vector;
+}
+
+/// Elements [at, at + lanes) of a row, zero outside of [0, length).
+template <class Storage>
+__device__ inline Vector<Storage> load_vector_guarded(Storage const* row, int64_t at, int64_t length) {
+  Vector<Storage> vector;
+  FASTMTL_UNROLL
+  for (int i = 0; i < lanes_of<Storage>; ++i) {
+    vector.value[i] = Storage{};
+    if (at + i >= 0 && at + i < length) {
+      FASTMTL_GLOBAL(row);
+      vector.value[i] = row[at + i];
     }
   }
   return vector;
+}
+
+/// Either of them.
+template <bool whole, class Storage>
+__device__ inline Vector<Storage> load_vector(Storage const* row, int64_t at, int64_t length) {
+  if constexpr (whole) {
+    return load_whole(row + at);
+  } else {
+    return load_vector_guarded(row, at, length);
+  }
 }
 
 /// Writes the vector, or those of its elements that lie in [0, length).

@@ -1,0 +1,23 @@
+"""`python -m fastmtl.benchmarks.gpu.slowest kernels.csv`: names the two ops whose kernels are furthest from the bound."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+
+__all__ = ["slowest"]
+
+
+def slowest(rows: list[dict[str, str]], count: int = 2) -> list[str]:
+    """Return the ops with the smallest share of what memory allows, of those that it limits, in any of their cases."""
+    shares: dict[str, float] = {}
+    for row in rows:
+        if row["variant"].startswith("fastmtl") and row.get("share_of_bound"):
+            shares[row["op"]] = min(float(row["share_of_bound"]), shares.get(row["op"], float("inf")))
+    return sorted(shares, key=shares.__getitem__)[:count]
+
+
+if __name__ == "__main__":
+    with Path(sys.argv[1]).open(newline="") as file:
+        print(*slowest(list(csv.DictReader(file))))
