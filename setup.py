@@ -151,6 +151,8 @@ def get_build_parameters(torch: Torch | None, pybind11: str | None) -> list[Exte
             "fastmtl._CUDA",
             sources=[
                 "kernels/register.cu",
+                "kernels/gram.cu",
+                "kernels/combine.cu",
                 "kernels/aligned.cu",
                 "kernels/cagrad.cu",
                 "kernels/config.cu",

@@ -195,6 +195,8 @@ struct PairsOfRows {
 
   /// sums += the products.
   __device__ void flush(int rows, double* sums) const {
+    // Or the compiler keeps the places of all sums in registers while the rows are multiplied.
+    FASTMTL_OPAQUE(rows);
     FASTMTL_UNROLL
     for (int i = 0; i < tiles_down; ++i) {
       FASTMTL_UNROLL

@@ -12,6 +12,7 @@
 #define FASTMTL_UNROLL _Pragma("unroll")
 #define FASTMTL_UNROLL_BY_2 _Pragma("unroll 2")
 #define FASTMTL_NO_UNROLL _Pragma("unroll 1")
+#define FASTMTL_OPAQUE(value) asm volatile("" : "+r"(value))
 // Pointers that came through memory are otherwise taken for generic ones, whose loads are slower.
 #define FASTMTL_GLOBAL(pointer) __builtin_assume(__isGlobal(pointer))
 #endif

@@ -83,7 +83,7 @@ def _flags() -> list[str]:
         *("-O3", "-std=c++20", "-DNDEBUG", "-Xcompiler=-fPIC", "--expt-relaxed-constexpr", "-Xptxas=-v"),
         *("-DUSE_CUDA", "-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE", "-DTORCH_TARGET_VERSION=0x020b000000000000"),
         *("-DPy_LIMITED_API=0x030B0000", "-Icsrc", "-Icsrc/include", "-Ikernels"),
-        *(f"-isystem{path}" for path in system),
+        *(f"-isystem={path}" for path in system),
     ]
 
 
@@ -169,8 +169,10 @@ def measure(jobs: int = 1) -> list[Row]:
     found = re.search(r"release ([\d.]+)", _run([_tool("nvcc"), "--version"]))
     release = found[1] if found else "unknown"
     pairs = [(source, arch) for source in sorted((ROOT / "kernels").glob("*.cu")) for arch in ARCHITECTURES]
+    # The longest first.
     with ThreadPoolExecutor(jobs) as pool:
-        compiled = list(pool.map(lambda pair: _compile(*pair), pairs))
+        pending = {p: pool.submit(_compile, *p) for p in sorted(pairs, key=lambda p: -p[0].stat().st_size)}
+        compiled = [pending[pair].result() for pair in pairs]
     rows: list[Row] = []
     for (source, arch), (result, log) in zip(pairs, compiled, strict=True):
         instructions = _instructions(result)

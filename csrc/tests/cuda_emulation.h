@@ -23,6 +23,7 @@
 #define FASTMTL_UNROLL_BY_2
 #define FASTMTL_NO_UNROLL
 #define FASTMTL_GLOBAL(pointer)
+#define FASTMTL_OPAQUE(value)
 #define FASTMTL_DYNAMIC_SHARED(type, name) type* const name = reinterpret_cast<type*>(::emulation::shared_memory())
 
 struct alignas(16) uint4 {

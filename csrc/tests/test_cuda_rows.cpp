@@ -184,13 +184,13 @@ void test_ranges() {
   }
 }
 
-/// Equal entries make every rounding alike; the error must not grow with the length.
+/// Equal entries make every rounding alike, so more is allowed; the error must not grow with the length.
 void test_equal_entries() {
   for (int const n : {2, 10, 70}) {
     int64_t const length = n < 70 ? 4099 : 515;
     Rows<float> rows(n, {length}, 0, true, 1);
     for (int t = 0; t < n; ++t) std::fill_n(rows.at(t, 0), length, 0.1f + t);
-    test_gram(rows, {}, 1, 1, float_error, "equal entries of " + std::to_string(n));
+    test_gram(rows, {}, 1, 1, 2 * float_error, "equal entries of " + std::to_string(n));
   }
 }
 
