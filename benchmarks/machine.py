@@ -72,7 +72,7 @@ class Probes:
 
 
 def probes(device: torch.device) -> Probes:
-    """Return torch's own ways to read and copy and, on the CPU, the loops in ``fastmtl._host``, with torch's threads."""
+    """Return torch's own reads and copies and, on the CPU, the loops in ``fastmtl._host``, with torch's threads."""
     source = torch.ones(_PROBE_ELEMENTS.get(device.type, 64 << 20), device=device)
     target = torch.empty_like(source)
 

@@ -1,4 +1,4 @@
-"""`python -m fastmtl.benchmarks.gpu.slowest kernels.csv`: names the two ops whose kernels are furthest from the bound."""
+"""`python -m fastmtl.benchmarks.gpu.slowest kernels.csv`: names the two ops furthest from their bound."""
 
 from __future__ import annotations
 

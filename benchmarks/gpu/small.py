@@ -26,7 +26,6 @@ _SOLVERS: dict[str, tuple[Any, ...]] = {
 }
 
 
-
 def _rows(num_rows: int, device: torch.device) -> list[Tensor | None]:
     generator = torch.Generator().manual_seed(num_rows)
     flat: list[Tensor | None] = [

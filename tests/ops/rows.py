@@ -62,7 +62,7 @@ def _moved(value: Any, device: str, storages: dict[int, tuple[Tensor, Tensor]]) 
     if key not in storages:
         flat = torch.empty(0, dtype=torch.uint8, device=value.device).set_(storage)
         storages[key] = (flat, flat.to(device, copy=True))
-    own, copy = storages[key]
+    _, copy = storages[key]
     viewed = torch.empty(0, dtype=value.dtype, device=device).set_(copy.untyped_storage())
     return viewed.as_strided(value.shape, value.stride(), value.storage_offset())
 

@@ -13,7 +13,19 @@ from torch import Tensor
 
 from fastmtl.errors import UsageError
 from fastmtl.ops import combine, combine_
-from tests.ops.rows import BACKENDS, DTYPES, LAYOUTS, SHAPES, TASKS, Flat, any_rows, backend_kernel, make_rows, relaid, row_kernel
+from tests.ops.rows import (
+    BACKENDS,
+    DTYPES,
+    LAYOUTS,
+    SHAPES,
+    TASKS,
+    Flat,
+    any_rows,
+    backend_kernel,
+    make_rows,
+    relaid,
+    row_kernel,
+)
 
 Kernel = Callable[..., Any]
 NAN = float("nan")
