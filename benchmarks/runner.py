@@ -166,7 +166,7 @@ def run_kernels(
     rows = []
     for op in names:
         for case in cases_of(op, device, quick):
-            for row in _rows_of(op, case, device, seconds=0.5 if quick else 6.0):
+            for row in _rows_of(op, case, device, seconds=0.5 if quick else 1.0 if device.type == "cuda" else 6.0):
                 print(_line(row), flush=True)
                 rows.append(row | known_facts)
     if csv_path is not None:

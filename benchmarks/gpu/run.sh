@@ -83,7 +83,7 @@ for part in "${parts[@]}"; do
       if [ $dry = 1 ]; then
         step build 60 build "$python" setup.py --version
       else
-        FASTMTL_BUILD_CUDA=1 step build 240 build "$python" -m pip install --no-build-isolation --no-deps --no-index --editable .
+        FASTMTL_BUILD_CUDA=1 step build 180 build "$python" -m pip install --no-build-isolation --no-deps --no-index --editable .
       fi
       step build 60 doctor "$python" -m fastmtl doctor --json
       step build 60 environment "$python" -m fastmtl.benchmarks.gpu.environment "$device"
@@ -95,7 +95,7 @@ for part in "${parts[@]}"; do
         step tests 150 tests "$python" -m pytest -q -p no:cacheprovider tests/ops -k "cuda or triton" -m "not slow"
         for tool in memcheck racecheck; do
           if command -v compute-sanitizer >/dev/null; then
-            step tests 60 "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m fastmtl.benchmarks.gpu.small
+            step tests 90 "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m fastmtl.benchmarks.gpu.small
           else
             missing tests "$tool" "compute-sanitizer is not installed"
           fi
@@ -104,9 +104,14 @@ for part in "${parts[@]}"; do
       step tests 60 small "$python" -m fastmtl.benchmarks.gpu.small --device "$device"
       ;;
     kernels)
+      # One step for each op: what is done by the time limit of another one stays.
+      ops=(gram combine min_norm pcgrad cagrad upgrad)
       quick=()
-      [ $dry = 0 ] || quick=(--quick --op min_norm)
-      step kernels 180 kernels "$python" -m fastmtl bench kernels --device "$device" --csv "$out/kernels.csv" "${quick[@]}"
+      [ $dry = 0 ] || { ops=(min_norm); quick=(--quick); }
+      for op in "${ops[@]}"; do
+        step kernels 60 "kernels-$op" \
+          "$python" -m fastmtl bench kernels --op "$op" --device "$device" --csv "$out/kernels-$op.csv" "${quick[@]}"
+      done
       ;;
     step)
       if [ $dry = 1 ]; then
@@ -125,11 +130,11 @@ for part in "${parts[@]}"; do
     profile)
       if ! command -v ncu >/dev/null; then
         missing profile profile "ncu is not installed"
-      elif [ ! -f "$out/kernels.csv" ]; then
-        missing profile profile "there is no kernels.csv; run the part kernels first"
+      elif ! compgen -G "$out/kernels-*.csv" >/dev/null; then
+        missing profile profile "there are no kernels-*.csv; run the part kernels first"
       else
         # The ops furthest from what memory allows.
-        for op in $("$python" -m fastmtl.benchmarks.gpu.slowest "$out/kernels.csv"); do
+        for op in $("$python" -m fastmtl.benchmarks.gpu.slowest "$out"/kernels-*.csv); do
           step profile 60 "profile-$op" ncu --set full --launch-count 4 --target-processes all \
             "$python" -m fastmtl.benchmarks.gpu.small --device "$device" --op "$op"
         done

@@ -1,4 +1,4 @@
-"""`python -m fastmtl.benchmarks.gpu.slowest kernels.csv`: names the two ops furthest from their bound."""
+"""`python -m fastmtl.benchmarks.gpu.slowest kernels-*.csv`: names the two ops furthest from their bound."""
 
 from __future__ import annotations
 
@@ -19,5 +19,8 @@ def slowest(rows: list[dict[str, str]], count: int = 2) -> list[str]:
 
 
 if __name__ == "__main__":
-    with Path(sys.argv[1]).open(newline="") as file:
-        print(*slowest(list(csv.DictReader(file))))
+    found: list[dict[str, str]] = []
+    for name in sys.argv[1:]:
+        with Path(name).open(newline="") as file:
+            found += csv.DictReader(file)
+    print(*slowest(found))

@@ -3,7 +3,7 @@
     python benchmarks/gpu/static.py            compile what changed, hold it against static.csv and the rules
     python benchmarks/gpu/static.py --write    take what is there now as the table
 
-The table is that of one nvcc release, named in it; with another release the rules alone are checked. Objects are kept in
+The table is that of one nvcc release, named in it; with another one the rules alone are checked. Objects are kept in
 build/static.
 """
 
