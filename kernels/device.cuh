@@ -45,10 +45,13 @@ class OnDevice {
   /// Whether a block of `kernel` gets `bytes` of dynamic shared memory; asks for the leave where it takes one.
   template <class Kernel>
   bool grant_shared(Kernel* kernel, size_t bytes) const {
+    // Every block may have 48 KB, its static memory included; no kernel has more than 32 KB of that.
     constexpr size_t granted_to_all = 48 * 1024;
-    if (bytes <= granted_to_all) return true;
+    constexpr size_t most_static = 32 * 1024;
+    if (bytes + most_static <= granted_to_all) return true;
     cudaFuncAttributes attributes;
     STD_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
+    if (bytes + attributes.sharedSizeBytes <= granted_to_all) return true;
     auto const most = static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
     if (bytes + attributes.sharedSizeBytes > most) return false;
     STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
