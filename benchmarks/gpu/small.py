@@ -72,7 +72,9 @@ def check(device: torch.device, only: str | None = None) -> int:
         got = _tensors(getattr(torch.ops.fastmtl, name)(*arguments))
         want = _tensors(ops.implementation(name, "reference")(*arguments))
         for one, other in zip(got, want, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5, check_stride=False)
+            # Sums that nearly cancel keep the rounding of what they are sums of.
+            scale = float(other.abs().max()) if other.numel() else 0.0
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6 * scale, check_stride=False)
         count += 1
     return count
 
