@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip
 TORCH := $(VENV)/.torch
 BUILT := $(VENV)/.built
 DEV := $(VENV)/.dev
-PACKAGE := setup.py pyproject.toml $(shell find csrc kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+PACKAGE := setup.py pyproject.toml $(shell find csrc kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -45,12 +45,12 @@ test: $(DEV)
 lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	find csrc kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run -Werror
+	find csrc kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
 
 format: $(DEV)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	find csrc kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs $(BIN)/clang-format -i
+	find csrc kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
 
 # The checker follows folders, not package_dir: it is shown kernels/ and benchmarks/ where they are installed.
 types: $(DEV)

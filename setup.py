@@ -107,7 +107,7 @@ def get_build_parameters(torch: Torch | None, pybind11: str | None) -> list[Exte
         "-gencode=arch=compute_80,code=[sm_80,compute_80]",
         "-gencode=arch=compute_90a,code=sm_90a",
     ]
-    headers = sorted(str(p.relative_to(ROOT)) for d in ("csrc", "kernels") for p in (ROOT / d).rglob("*.h"))
+    headers = sorted(str(p.relative_to(ROOT)) for d in ("csrc", "kernels") for p in (ROOT / d).rglob("*.*h"))
     stable_abi = [("TORCH_TARGET_VERSION", TORCH_TARGET), ("Py_LIMITED_API", "0x030B0000")]
     torch_root = torch.root if torch else Path("torch-not-found")
     torch_include = [str(torch_root / "include"), str(torch_root / "include/torch/csrc/api/include")]
@@ -153,7 +153,22 @@ def get_build_parameters(torch: Torch | None, pybind11: str | None) -> list[Exte
         ),
         Extension(
             "fastmtl._CUDA",
-            sources=["kernels/register.cu", "kernels/min_norm.cu"],
+            sources=[
+                "kernels/register.cu",
+                "kernels/gram.cu",
+                "kernels/combine.cu",
+                "kernels/aligned.cu",
+                "kernels/cagrad.cu",
+                "kernels/config.cu",
+                "kernels/dual_cone.cu",
+                "kernels/fairgrad.cu",
+                "kernels/gradvac.cu",
+                "kernels/imtl.cu",
+                "kernels/min_norm.cu",
+                "kernels/nash.cu",
+                "kernels/pcgrad.cu",
+                "kernels/upgrad.cu",
+            ],
             depends=headers,
             include_dirs=["csrc/include", "csrc", "kernels", *torch_include],
             define_macros=[*stable_abi, ("USE_CUDA", None)],

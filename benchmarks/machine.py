@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 import subprocess
 import time
@@ -14,9 +15,10 @@ import torch
 
 import fastmtl
 
-__all__ = ["Probes", "facts", "probes", "wait_for"]
+__all__ = ["Probes", "cold_seconds", "facts", "probes", "wait_for"]
 
-_PROBE_ELEMENTS = 64 << 20
+# At least five times the last-level cache; that of a GPU holds up to 50 MB.
+_PROBE_ELEMENTS = {"cpu": 64 << 20, "cuda": 256 << 20}
 
 
 def wait_for(device: torch.device) -> None:
@@ -70,11 +72,18 @@ class Probes:
 
 
 def probes(device: torch.device) -> Probes:
-    """Return torch's own sum and copy and, on the CPU, the loops in ``fastmtl._host``, with torch's threads."""
-    source = torch.ones(_PROBE_ELEMENTS, device=device)
+    """Return torch's own reads and copies and, on the CPU, the loops in ``fastmtl._host``, with torch's threads."""
+    source = torch.ones(_PROBE_ELEMENTS.get(device.type, 64 << 20), device=device)
     target = torch.empty_like(source)
-    read: list[Callable[[], float]] = [lambda: source.nbytes / _seconds(source.sum, device)]
-    copy: list[Callable[[], float]] = [lambda: 2 * source.nbytes / _seconds(lambda: target.copy_(source), device)]
+
+    def rate(call: Callable[[], object], passes: int) -> float:
+        return passes * source.nbytes / (_device_seconds if device.type == "cuda" else _seconds)(call, device)
+
+    read: list[Callable[[], float]] = [lambda: rate(source.sum, 1)]
+    copy: list[Callable[[], float]] = [lambda: rate(lambda: target.copy_(source), 2)]
+    if device.type == "cuda":
+        read.append(lambda: rate(source.amax, 1))
+        copy.append(lambda: rate(lambda: torch.neg(source, out=target), 2))
     if device.type == "cpu":
         try:
             from fastmtl import _host
@@ -93,3 +102,29 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
     call()
     wait_for(device)
     return time.perf_counter() - start
+
+
+def _device_seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Return the time between two events of the stream: no wait of the host is in it."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    with torch.cuda.device(device):
+        begin.record()
+        call()
+        end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) * 1e-3
+
+
+@functools.cache
+def _swept(device: torch.device) -> torch.Tensor:
+    return torch.empty(_PROBE_ELEMENTS["cuda"], device=device)
+
+
+def cold_seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Return the time a GPU takes for a call that finds nothing of its memory in the cache.
+
+    The cache is swept first, by a write that lasts longer than the host takes to ask for the call: what is timed is the
+    device's work alone.
+    """
+    _swept(device).zero_()
+    return _device_seconds(call, device)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fastmtl.benchmarks.machine import Probes, facts, probes, wait_for
+from fastmtl.benchmarks.machine import Probes, cold_seconds, facts, probes, wait_for
 from fastmtl.benchmarks.registry import BENCHES, Case, cases_of
 
 from fastmtl.errors import UsageError
@@ -24,8 +24,10 @@ Row = dict[str, Any]
 _SHORTEST_SAMPLE = 1e-3
 
 
-def _sample(call: Callable[[], Any], repeats: int, device: torch.device) -> float:
-    """Return seconds per call."""
+def _sample(call: Callable[[], Any], repeats: int, device: torch.device, cold: bool = False) -> float:
+    """Return seconds per call; of a GPU's work alone, with nothing in its cache, if ``cold``."""
+    if cold and device.type == "cuda":
+        return statistics.fmean(cold_seconds(call, device) for _ in range(repeats))
     wait_for(device)
     start = time.perf_counter()
     for _ in range(repeats):
@@ -57,6 +59,7 @@ def time_in_turn(
     device: torch.device,
     seconds: float,
     every_round: Callable[[], None] = lambda: None,
+    cold: bool = False,
 ) -> dict[str, list[float]]:
     """Return samples, in seconds per call, of all calls taken in turn, in an order that alternates from round to round.
 
@@ -65,15 +68,19 @@ def time_in_turn(
         device: Where it runs.
         seconds: How long to go on; five rounds at least.
         every_round: Called before each round.
+        cold: On a GPU, sweep its cache before each call and time its work alone. Without it a call on a GPU takes as
+            long as the host or the device, whichever is slower.
     """
-    repeats = {name: max(1, round(_SHORTEST_SAMPLE / _sample(call, 1, device))) for name, call in calls.items()}
+    for call in calls.values():
+        call()  # The first call may load or compile kernels.
+    repeats = {name: max(1, round(_SHORTEST_SAMPLE / _sample(call, 1, device, cold))) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls)
     end = time.perf_counter() + seconds
     while order and (time.perf_counter() < end or len(samples[order[0]]) < 5):
         every_round()
         for name in order:
-            samples[name].append(_sample(calls[name], repeats[name], device))
+            samples[name].append(_sample(calls[name], repeats[name], device, cold))
         order.reverse()
     return samples
 
@@ -88,7 +95,7 @@ def _time(case: Case, calls: dict[str, Callable[[], Any]], device: torch.device,
         for rates, measure in zip([*timing.read, *timing.copy], [*probe.read, *copies], strict=True):
             rates.append(measure())
 
-    timing.samples = time_in_turn(calls, device, seconds, measure_memory)
+    timing.samples = time_in_turn(calls, device, seconds, measure_memory, cold=case.bytes_read > 0)
     return timing
 
 
@@ -159,7 +166,7 @@ def run_kernels(
     rows = []
     for op in names:
         for case in cases_of(op, device, quick):
-            for row in _rows_of(op, case, device, seconds=0.5 if quick else 6.0):
+            for row in _rows_of(op, case, device, seconds=0.5 if quick else 1.0 if device.type == "cuda" else 6.0):
                 print(_line(row), flush=True)
                 rows.append(row | known_facts)
     if csv_path is not None:

@@ -12,6 +12,7 @@
 #include "fastmtl/read_vector.h"
 #include "fastmtl/row_table.h"
 #include "fastmtl/slices.h"
+#include "fastmtl/targets.h"
 #include "register.h"
 
 namespace fastmtl {
@@ -21,12 +22,6 @@ using c10::BFloat16;
 using c10::Half;
 
 constexpr int64_t kMaxChunk = 4096;
-
-// Where one result of one parameter goes.
-struct Target {
-  void* data = nullptr;
-  DType dtype = DType::f32;
-};
 
 struct CombineJob {
   RowTable rows;
@@ -122,45 +117,6 @@ std::vector<Tensor> combine(const TensorList& flat, int64_t num_rows, const Tens
   return results;
 }
 
-struct Block {
-  uintptr_t begin;
-  uintptr_t end;
-  int64_t index;
-};
-
-Block block_of(const Target& target, int64_t numel, int64_t index) {
-  const int64_t item = target.dtype == DType::f64 ? 8 : target.dtype == DType::f32 ? 4 : 2;
-  const auto begin = reinterpret_cast<uintptr_t>(target.data);
-  return {begin, begin + static_cast<uintptr_t>(numel * item), index};
-}
-
-// Copies the rows that a write to some target would change before they are read. A row may be the very memory of its
-// own target: there every element is read before it is written.
-void part_rows_from_targets(CombineJob& job) {
-  std::vector<Block> outs;
-  for (int64_t k = 0; k < job.rows.width(); ++k) {
-    const Block out = block_of(job.target(0, k), job.rows.parameter(k).numel, k);
-    if (out.begin != out.end) outs.push_back(out);
-  }
-  std::sort(outs.begin(), outs.end(), [](const Block& a, const Block& b) { return a.begin < b.begin; });
-  for (size_t i = 1; i < outs.size(); ++i) {
-    STD_TORCH_CHECK(outs[i - 1].end <= outs[i].begin, "out[", outs[i - 1].index, "] and out[", outs[i].index,
-                    "] must not overlap in memory");
-  }
-  for (int64_t k = 0; k < job.rows.width(); ++k) {
-    for (int64_t t = 0; t < job.rows.num_rows(); ++t) {
-      const Row& row = job.rows.row(t, k);
-      if (!job.reads(t, k) || !row.matches) continue;
-      const Block read = block_of({const_cast<void*>(row.data), row.dtype}, job.rows.parameter(k).numel, k);
-      auto out = std::upper_bound(outs.begin(), outs.end(), read.begin,
-                                  [](uintptr_t begin, const Block& block) { return begin < block.end; });
-      if (out == outs.end() || out->begin >= read.end) continue;
-      const bool itself = out->index == k && out->begin == read.begin && out->end == read.end;
-      if (!itself) job.rows.copy(t, k);
-    }
-  }
-}
-
 void combine_(const std::vector<Tensor>& out, const TensorList& flat, int64_t num_rows, const Tensor& weights,
               const std::optional<std::vector<int64_t>>& groups, bool accumulate) {
   CombineJob job = make_job(flat, num_rows, weights, groups);
@@ -168,25 +124,12 @@ void combine_(const std::vector<Tensor>& out, const TensorList& flat, int64_t nu
   STD_TORCH_CHECK((Shape(weights).dim == 2) == groups.has_value(), "weights must be (T,) or, with groups, (L, T)");
   job.accumulate = accumulate;
   job.targets.resize(out.size());
-  std::vector<std::pair<int64_t, Tensor>> detours;
-  for (int64_t k = 0; k < job.rows.width(); ++k) {
-    const Shape shape(out[k]);
-    job.rows.set_shape(k, shape);
-    Tensor target = out[k];
-    if (!shape.dense()) {
-      target = empty_strided(job.rows.parameter(k).sizes, contiguous_strides(shape), dtype_of(out[k]));
-      if (accumulate) torch::stable::copy_(target, out[k]);
-      detours.emplace_back(k, target);
-    }
-    job.rows.set_layout(k, Shape(target).strides);
-    job.target(0, k) = {target.mutable_data_ptr(), dtype_of(target)};
-  }
-  part_rows_from_targets(job);
+  Detours detours;
+  for (int64_t k = 0; k < job.rows.width(); ++k)
+    job.target(0, k) = take_target(job.rows, out[k], k, accumulate, detours);
+  part_rows_from_targets(job.rows, job.targets, [&](int64_t t, int64_t k) { return job.reads(t, k); });
   run(job);
-  for (auto& [k, result] : detours) {
-    Tensor given = out[k];
-    torch::stable::copy_(given, result);
-  }
+  for (auto& [given, result] : detours) torch::stable::copy_(given, result);
 }
 
 FASTMTL_CPU_KERNEL(combine, combine);

@@ -1,4 +1,4 @@
-// What the kernels of all T x T solvers share on the CPU: checks, dense float64 input, memory to work in.
+// What the kernels of all T x T solvers share: checks, dense float64 input and, on the CPU, memory to work in.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -36,7 +36,8 @@ inline Tensor empty_double(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
 /// The tensor itself where it is dense float64, else a copy that is.
 inline Tensor dense_double(Tensor const& tensor) {
   if (tensor.scalar_type() == ScalarType::Double && tensor.is_contiguous()) return tensor;
-  Tensor copy = empty_double(tensor.sizes());
+  Tensor copy = tensor.is_cpu() ? empty_double(tensor.sizes())
+                                : torch::stable::empty(tensor.sizes(), ScalarType::Double, std::nullopt, tensor.device());
   torch::stable::copy_(copy, tensor);
   return copy;
 }

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastmtl.errors import BackendError
 from fastmtl.ops import implementation
 
-BACKENDS = ("reference", "cpp")
+BACKENDS = ("reference", "cpp") + (("cuda",) if torch.cuda.is_available() else ())
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 TASKS = (1, 2, 3, 5, 8, 16, 40, 128)
 # One element, odd sizes, primes, one past a power of two, a chunk of the kernel and one more, and nothing at all.
@@ -29,6 +29,42 @@ def backend_kernel(op: str, backend: str) -> Callable[..., Any]:
         return implementation(op, backend)
     except BackendError as error:
         pytest.skip(str(error))
+
+
+def row_kernel(op: str, backend: str) -> Callable[..., Any]:
+    """Return one backend's kernel of an op on rows as a function of CPU tensors, or skip the test."""
+    kernel = backend_kernel(op, backend)
+    return on_device(kernel, "cuda") if backend == "cuda" else kernel
+
+
+def on_device(kernel: Callable[..., Any], device: str) -> Callable[..., Any]:
+    """Return a function of CPU tensors that runs on copies of their storages and copies back what it wrote."""
+
+    def run(*args: Any) -> Any:
+        storages: dict[int, tuple[Tensor, Tensor]] = {}
+        there = [_moved(arg, device, storages) for arg in args]
+        result = kernel(*there)
+        for own, copy in storages.values():
+            own.copy_(copy)
+        return _moved(result, "cpu", {})
+
+    return run
+
+
+def _moved(value: Any, device: str, storages: dict[int, tuple[Tensor, Tensor]]) -> Any:
+    """Return tensors, or lists of them, on a device with strides, offset and sharing of storages kept."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(_moved(each, device, storages) for each in value)
+    if not isinstance(value, Tensor):
+        return value
+    storage = value.untyped_storage()
+    key = storage.data_ptr()
+    if key not in storages:
+        flat = torch.empty(0, dtype=torch.uint8, device=value.device).set_(storage)
+        storages[key] = (flat, flat.to(device, copy=True))
+    _, copy = storages[key]
+    viewed = torch.empty(0, dtype=value.dtype, device=device).set_(copy.untyped_storage())
+    return viewed.as_strided(value.shape, value.stride(), value.storage_offset())
 
 
 def make_rows(

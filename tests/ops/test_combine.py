@@ -13,7 +13,19 @@ from torch import Tensor
 
 from fastmtl.errors import UsageError
 from fastmtl.ops import combine, combine_
-from tests.ops.rows import BACKENDS, DTYPES, LAYOUTS, SHAPES, TASKS, Flat, any_rows, backend_kernel, make_rows, relaid
+from tests.ops.rows import (
+    BACKENDS,
+    DTYPES,
+    LAYOUTS,
+    SHAPES,
+    TASKS,
+    Flat,
+    any_rows,
+    backend_kernel,
+    make_rows,
+    relaid,
+    row_kernel,
+)
 
 Kernel = Callable[..., Any]
 NAN = float("nan")
@@ -26,12 +38,12 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def kernel(backend: str) -> Kernel:
-    return backend_kernel("combine", backend)
+    return row_kernel("combine", backend)
 
 
 @pytest.fixture
 def kernel_(backend: str) -> Kernel:
-    return backend_kernel("combine_", backend)
+    return row_kernel("combine_", backend)
 
 
 def expected(flat: Flat, weights: Tensor) -> list[Tensor | None]:
@@ -268,7 +280,7 @@ def test_any_rows(drawn: tuple[Flat, int], data: st.DataObject) -> None:
     )
     wants = [w for w in expected(flat, weights) if w is not None]
     scales = [s for s in sizes(flat, weights) if s is not None]
-    results = {backend: backend_kernel("combine", backend)(flat, num_rows, weights) for backend in BACKENDS}
+    results = {backend: row_kernel("combine", backend)(flat, num_rows, weights) for backend in BACKENDS}
     for got in results.values():
         for result, want, scale in zip(got, wants, scales, strict=True):
             check(result, want, scale)

@@ -12,7 +12,19 @@ from torch import Tensor
 
 from fastmtl.errors import UsageError
 from fastmtl.ops import gram
-from tests.ops.rows import BACKENDS, DTYPES, LAYOUTS, SHAPES, TASKS, Flat, any_rows, backend_kernel, make_rows, relaid
+from tests.ops.rows import (
+    BACKENDS,
+    DTYPES,
+    LAYOUTS,
+    SHAPES,
+    TASKS,
+    Flat,
+    any_rows,
+    backend_kernel,
+    make_rows,
+    relaid,
+    row_kernel,
+)
 
 Kernel = Callable[..., Tensor]
 EPS = torch.finfo(torch.float32).eps
@@ -20,7 +32,7 @@ EPS = torch.finfo(torch.float32).eps
 
 @pytest.fixture(params=BACKENDS)
 def kernel(request: pytest.FixtureRequest) -> Kernel:
-    return backend_kernel("gram", request.param)
+    return row_kernel("gram", request.param)
 
 
 def expected(flat: Flat, num_rows: int) -> Tensor:
@@ -158,7 +170,7 @@ def test_any_rows(drawn: tuple[Flat, int]) -> None:
     flat, num_rows = drawn
     want = expected(flat, num_rows)
     for backend in BACKENDS:
-        assert error(backend_kernel("gram", backend)(flat, num_rows), want) <= 8 * EPS
+        assert error(row_kernel("gram", backend)(flat, num_rows), want) <= 8 * EPS
 
 
 def test_opcheck() -> None:

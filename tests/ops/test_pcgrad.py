@@ -16,7 +16,7 @@ from torch import Tensor
 from fastmtl.errors import UsageError
 from fastmtl.ops import implementation, pcgrad
 from tests.ops.orders import others, permutations
-from tests.ops.rows import backend_kernel
+from tests.ops.rows import backend_kernel, row_kernel
 from tests.ops.zoo import Case, poisoned, zoo
 
 Solver = Callable[[Tensor, Tensor], Tensor]
@@ -264,10 +264,10 @@ def test_compiles_without_graph_breaks() -> None:
     torch.testing.assert_close(compiled(2 * jacobian, orders.flip(1)), update(2 * jacobian, orders.flip(1)))
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("backend", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_keys_are_orders_by_rising_key(backend: str, dtype: torch.dtype) -> None:
-    kernel = backend_kernel("pcgrad", backend)
+    kernel = row_kernel("pcgrad", backend)
     for size in (1, 2, 5, 17):
         generator = torch.Generator().manual_seed(size)
         jacobian = torch.randn(size, 3, dtype=torch.float64, generator=generator)

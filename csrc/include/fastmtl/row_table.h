@@ -48,11 +48,18 @@ inline DType promote(DType a, DType b) {
   return a == DType::f64 || b == DType::f64 ? DType::f64 : DType::f32;
 }
 
-inline Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, DType dtype) {
+// An uninitialised tensor on the CPU, or on the device of another one.
+inline Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, DType dtype,
+                            const Tensor* beside = nullptr) {
+  int32_t type = aoti_torch_device_type_cpu();
+  int32_t index = 0;
+  if (beside != nullptr) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(beside->get(), &type));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(beside->get(), &index));
+  }
   AtenTensorHandle handle = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                         strides.data(), torch_dtype(dtype),
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
+                                                         strides.data(), torch_dtype(dtype), type, index, &handle));
   return Tensor(handle);
 }
 
@@ -174,12 +181,21 @@ class RowTable {
     if (!row(t, k).matches) copy(t, k);
   }
 
-  // Replaces one row by a copy of it.
-  void copy(int64_t t, int64_t k) {
+  // Brings one row to the layout and the dtype of its parameter.
+  void match_all(int64_t t, int64_t k) {
+    const Row& own = row(t, k);
+    const DType dtype = parameters_[k].dtype;
+    if (own.tensor != nullptr && (!own.matches || own.dtype != dtype)) copy(t, k, dtype);
+  }
+
+  // Replaces one row by a copy of it, of the same or another dtype.
+  void copy(int64_t t, int64_t k) { copy(t, k, row(t, k).dtype); }
+  void copy(int64_t t, int64_t k, DType dtype) {
     Row& row = rows_[k * num_rows_ + t];
-    Tensor twin = empty_strided(parameters_[k].sizes, parameters_[k].strides, row.dtype);
+    Tensor twin = empty_strided(parameters_[k].sizes, parameters_[k].strides, dtype, row.tensor);
     torch::stable::copy_(twin, *row.tensor);
     row.data = twin.const_data_ptr();
+    row.dtype = dtype;
     row.matches = true;
     owned_.push_back(std::move(twin));
   }

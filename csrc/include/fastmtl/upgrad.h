@@ -6,18 +6,16 @@
 
 namespace fastmtl {
 
+/// Doubles of workspace that upgrad_project needs for n tasks.
+FASTMTL_HD inline int64_t upgrad_project_workspace(int n) { return n + dual_cone_workspace(n); }
+
 /// Doubles of workspace that upgrad needs for n tasks.
-FASTMTL_HD inline int64_t upgrad_workspace(int n) { return int64_t{n} * n + 2 * int64_t{n} + dual_cone_workspace(n); }
+FASTMTL_HD inline int64_t upgrad_workspace(int n) { return int64_t{n} * n + n + upgrad_project_workspace(n); }
 
-/// Writes the n weights for the row-major n x n matrix `gram`, which is divided by its trace, or dropped where that is
-/// below `norm_eps`, and gets `reg_eps` added to its diagonal; NaN if it has a non-finite entry.
-FASTMTL_TEAM_TEMPLATE FASTMTL_HD void upgrad(Team const& team, int n, double norm_eps, double reg_eps,
-                                             double const* gram, double* weights, double* workspace) {
-  double* const matrix = workspace;
-  double* const target = matrix + int64_t{n} * n;
-  double* const projected = target + n;
-  double* const rest = projected + n;
-
+/// Writes the row-major n x n matrix in whose dual cone UPGrad projects: `gram` divided by its trace, or dropped where
+/// that is below `norm_eps`, with `reg_eps` added to the diagonal.
+FASTMTL_TEAM_TEMPLATE FASTMTL_HD void upgrad_matrix(Team const& team, int n, double norm_eps, double reg_eps,
+                                                    double const* gram, double* matrix) {
   double trace = 0;
   for (int i = team.rank(); i < n; i += team.size()) trace += gram[int64_t{i} * n + i];
   trace = team.sum(trace);
@@ -29,19 +27,29 @@ FASTMTL_TEAM_TEMPLATE FASTMTL_HD void upgrad(Team const& team, int n, double nor
       matrix[at] = gram[at] * (dropped ? 0 : 1 / trace) + (i == j ? reg_eps : 0);
     }
   }
-  for (int i = team.rank(); i < n; i += team.size()) {
-    target[i] = 0;
-    weights[i] = 0;
-  }
   team.barrier();
-  for (int t = 0; t < n; ++t) {
-    if (team.rank() == 0) target[t] = 1.0 / n;
-    team.barrier();
-    dual_cone(team, n, matrix, target, projected, rest);
-    team.barrier();
-    for (int i = team.rank(); i < n; i += team.size()) weights[i] += projected[i];
-    if (team.rank() == 0) target[t] = 0;
-    team.barrier();
+}
+
+/// Writes the n weights of the projection of gradient `task`, over n.
+FASTMTL_TEAM_TEMPLATE FASTMTL_HD void upgrad_project(Team const& team, int n, int task, double const* matrix,
+                                                     double* projected, double* workspace) {
+  double* const target = workspace;
+  for (int i = team.rank(); i < n; i += team.size()) target[i] = i == task ? 1.0 / n : 0;
+  team.barrier();
+  dual_cone(team, n, matrix, target, projected, target + n);
+  team.barrier();
+}
+
+/// Writes the n weights for the row-major n x n matrix `gram`, NaN if it has a non-finite entry; see upgrad_matrix.
+FASTMTL_TEAM_TEMPLATE FASTMTL_HD void upgrad(Team const& team, int n, double norm_eps, double reg_eps,
+                                             double const* gram, double* weights, double* workspace) {
+  double* const matrix = workspace;
+  double* const projected = matrix + int64_t{n} * n;
+  upgrad_matrix(team, n, norm_eps, reg_eps, gram, matrix);
+  for (int task = 0; task < n; ++task) {
+    upgrad_project(team, n, task, matrix, projected, projected + n);
+    // Each lane reads back only what it wrote.
+    for (int i = team.rank(); i < n; i += team.size()) weights[i] = (task == 0 ? 0 : weights[i]) + projected[i];
   }
 }
 

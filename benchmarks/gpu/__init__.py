@@ -1,0 +1,1 @@
+"""What `benchmarks/gpu/run.sh` does on a machine with a GPU."""

@@ -1,0 +1,87 @@
+"""Small calls of every op, checked against the references: what a sanitizer or profiler watches on a GPU."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmtl import ops
+
+__all__ = ["cases", "check"]
+
+_SHAPES = ((1,), (63,), (33, 7), (4099,), (0,))
+_SOLVERS: dict[str, tuple[Any, ...]] = {
+    "aligned": (),
+    "cagrad": (0.5,),
+    "config": (),
+    "fairgrad": (2.0,),
+    "imtl": (),
+    "min_norm": (),
+    "nash": (),
+    "upgrad": (1e-4, 1e-4),
+}
+
+
+def _rows(num_rows: int, device: torch.device) -> list[Tensor | None]:
+    generator = torch.Generator().manual_seed(num_rows)
+    flat: list[Tensor | None] = [
+        torch.randn(shape, generator=generator).to(device) for _ in range(num_rows) for shape in _SHAPES
+    ]
+    if num_rows > 2:
+        flat[1] = None
+    return flat
+
+
+def cases(device: torch.device) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Yield the name of an op and its arguments."""
+    for num_rows in (2, 3, 8, 16, 40, 128):
+        flat = _rows(num_rows, device)
+        weights = torch.linspace(-1, 1, num_rows, dtype=torch.float64, device=device)
+        yield "gram", (flat, num_rows)
+        yield "gram", (flat, num_rows, [0, 1, 1, 2, 2])
+        yield "combine", (flat, num_rows, weights)
+    for size in (2, 8, 40):
+        jacobian = torch.randn(size, 100, dtype=torch.float64, generator=torch.Generator().manual_seed(size)).to(device)
+        gram = jacobian @ jacobian.T
+        orders = torch.arange(size, device=device).expand(size, size).contiguous()
+        for name, rest in _SOLVERS.items():
+            yield name, (gram, *rest)
+        yield "pcgrad", (gram, orders)
+        yield "gradvac", (gram, orders, torch.zeros_like(gram), 0.5)
+        yield "dual_cone", (gram, torch.eye(size, dtype=torch.float64, device=device))
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def check(device: torch.device, only: str | None = None) -> int:
+    """Run the cases of all ops, or of one, and return how many there were.
+
+    Raises:
+        AssertionError: An op differs from its reference.
+    """
+    count = 0
+    for name, arguments in cases(device):
+        if only not in (None, name):
+            continue
+        got = _tensors(getattr(torch.ops.fastmtl, name)(*arguments))
+        want = _tensors(ops.implementation(name, "reference")(*arguments))
+        for one, other in zip(got, want, strict=True):
+            # Sums that nearly cancel keep the rounding of what they are sums of.
+            scale = float(other.abs().max()) if other.numel() else 0.0
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6 * scale, check_stride=False)
+        count += 1
+    return count
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda", type=torch.device)
+    parser.add_argument("--op")
+    given = parser.parse_args()
+    print(f"{check(given.device, given.op)} cases agree with the references")

@@ -1,0 +1,277 @@
+"""What the compiler made of every CUDA kernel, without a GPU: registers, spills, memory, occupancy, widths of loads.
+
+    python benchmarks/gpu/static.py            compile what changed, hold it against static.csv and the rules
+    python benchmarks/gpu/static.py --write    take what is there now as the table
+
+The table is that of one nvcc release, named in it; with another one the rules alone are checked. Objects are kept in
+build/static.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+TABLE = Path(__file__).with_suffix(".csv")
+BUILD = ROOT / "build" / "static"
+ARCHITECTURES = ("80", "90a")
+COLUMNS = (
+    *("nvcc", "source", "arch", "kernel", "registers", "stack", "spill_stores", "spill_loads", "shared", "threads"),
+    *("warps", "loads", "loads_128", "stores_128", "local", "local_hot", "float64", "matrix"),
+)
+
+# Per processor, the same for sm_80 and sm_90.
+_REGISTERS, _WARPS, _BLOCKS = 65536, 64, 32
+_SHARED = {"80": 164 * 1024, "90a": 228 * 1024}
+_THREADS = {
+    "solve_by_warp": 32,
+    "gram_tile_kernel": 128,
+    "gram_matrix_kernel": 128,
+    "gram_reduce_kernel": 256,
+    "combine_kernel": 256,
+    "sort_by_key": 128,
+    "add_rows": 128,
+}
+
+# Kernels that still use local memory in or near their loops; the table says how much. None may join them.
+_CROWDED = re.compile(
+    r"combine_kernel<(Bf16|F16), false>|gram_matrix_kernel<(Bf16|F16), [248]>|gram_matrix_kernel<float, 8>"
+)
+
+Row = dict[str, str]
+
+
+class StaticError(Exception):
+    """A tool is missing or failed; the message says which."""
+
+
+def _tool(name: str) -> str:
+    """Return the path of one of CUDA's tools, which Triton's wheel brings too."""
+    found = shutil.which(name)
+    if found is None:
+        spec = importlib.util.find_spec("triton")
+        inside = Path(spec.origin).parent / "backends/nvidia/bin" / name if spec and spec.origin else None
+        found = str(inside) if inside is not None and inside.is_file() else None
+    if found is None:
+        raise StaticError(f"{name} was not found.")
+    return found
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise StaticError(f"{Path(command[0]).name} failed: {(done.stderr or done.stdout).strip()[:2000]}")
+    return done.stdout + done.stderr
+
+
+def _flags() -> list[str]:
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise StaticError("torch is not installed.")
+    include = Path(spec.origin).parent / "include"
+    system = (include, include / "torch/csrc/api/include", sysconfig.get_path("include"))
+    return [
+        *("-O3", "-std=c++20", "-DNDEBUG", "-Xcompiler=-fPIC", "--expt-relaxed-constexpr", "-Xptxas=-v"),
+        *("-DUSE_CUDA", "-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE", "-DTORCH_TARGET_VERSION=0x020b000000000000"),
+        *("-DPy_LIMITED_API=0x030B0000", "-Icsrc", "-Icsrc/include", "-Ikernels"),
+        *(f"-isystem={path}" for path in system),
+    ]
+
+
+def _compile(source: Path, arch: str) -> tuple[Path, str]:
+    """Return the object of one source and what ptxas said, from the last build where nothing changed since."""
+    headers = [path for folder in ("csrc", "kernels") for path in (ROOT / folder).rglob("*.*h")]
+    command = [_tool("nvcc"), "-c", str(source), *_flags(), f"-gencode=arch=compute_{arch},code=sm_{arch}"]
+    digest = hashlib.sha256(json.dumps(command).encode())
+    for path in [source, *sorted(headers)]:
+        digest.update(path.read_bytes())
+    result = BUILD / f"{source.stem}.sm_{arch}.{digest.hexdigest()[:12]}.o"
+    log = result.with_suffix(".log")
+    if not log.is_file():
+        for old in BUILD.glob(f"{source.stem}.sm_{arch}.*"):
+            old.unlink()
+        said = _run([*command, "-o", str(result)])
+        log.write_text(said)
+    return result, log.read_text()
+
+
+def _resources(log: str) -> Iterator[tuple[str, Row]]:
+    """Yield each kernel's mangled name and what ptxas says that it uses."""
+    for part in log.split("Compiling entry function '")[1:]:
+        name = part.split("'", 1)[0]
+        own = part.split("Function properties for")[1]
+        row = {"shared": "0"}
+        for key, pattern in (
+            ("stack", r"(\d+) bytes stack frame"),
+            ("spill_stores", r"(\d+) bytes spill stores"),
+            ("spill_loads", r"(\d+) bytes spill loads"),
+        ):
+            found = re.search(pattern, own)
+            row[key] = found[1] if found else "0"
+        for key, pattern in (("registers", r"Used (\d+) registers"), ("shared", r"(\d+) bytes smem")):
+            found = re.search(pattern, part)
+            row[key] = found[1] if found else row.get(key, "")
+        yield name, row
+
+
+def _instructions(compiled: Path) -> dict[str, Counter[str]]:
+    """Return, by mangled name, how often each kind of instruction is in the machine code."""
+    counts: dict[str, Counter[str]] = {}
+    kinds = {
+        "loads": r"LDG?\.E",
+        "loads_128": r"LDG\.E\.(?:\w+\.)*128",
+        "stores_128": r"STG\.E\.(?:\w+\.)*128",
+        "local": r"(?:LDL|STL)",
+        "float64": r"(?:DADD|DMUL|DFMA)",
+        "matrix": r"(?:HMMA|DMMA|HGMMA)",
+    }
+    patterns = {kind: re.compile(rf"\s{pattern}\b") for kind, pattern in kinds.items()}
+    current: Counter[str] = Counter()
+    pending = 0
+    for line in _run([_tool("cuobjdump"), "-sass", str(compiled)]).splitlines():
+        if "Function :" in line:
+            current, pending = counts.setdefault(line.split(":", 1)[1].strip(), Counter()), 0
+        elif "/*" in line:
+            found = [kind for kind, pattern in patterns.items() if pattern.search(line)]
+            current.update(found)
+            # Between the first and the last matrix instruction lie the loops that multiply.
+            if "local" in found and current["matrix"]:
+                pending += 1
+            elif "matrix" in found:
+                current["local_hot"], pending = current["local_hot"] + pending, 0
+    return counts
+
+
+def _short(demangled: str) -> str:
+    """Return a kernel's name without namespaces, return type and arguments."""
+    name = re.sub(r"\(anonymous namespace\)::|fastmtl::|^void ", "", demangled)
+    return name.split("(", 1)[0]
+
+
+def _occupancy(row: Row) -> int:
+    """Return the warps that one processor holds at a time."""
+    warps = -(-int(row["threads"]) // 32)
+    by_warp = -(-int(row["registers"]) * 32 // 256) * 256
+    by_registers = _REGISTERS // by_warp // warps
+    by_shared = _SHARED[row["arch"]] // (int(row["shared"]) + 1024)
+    return min(_BLOCKS, _WARPS // warps, by_registers, by_shared) * warps
+
+
+def measure(jobs: int = 1) -> list[Row]:
+    """Return one row per kernel and architecture.
+
+    Raises:
+        StaticError: A tool is missing, or a source does not compile.
+    """
+    BUILD.mkdir(parents=True, exist_ok=True)
+    found = re.search(r"release ([\d.]+)", _run([_tool("nvcc"), "--version"]))
+    release = found[1] if found else "unknown"
+    pairs = [(source, arch) for source in sorted((ROOT / "kernels").glob("*.cu")) for arch in ARCHITECTURES]
+    # The longest first.
+    with ThreadPoolExecutor(jobs) as pool:
+        pending = {p: pool.submit(_compile, *p) for p in sorted(pairs, key=lambda p: -p[0].stat().st_size)}
+        compiled = [pending[pair].result() for pair in pairs]
+    rows: list[Row] = []
+    for (source, arch), (result, log) in zip(pairs, compiled, strict=True):
+        instructions = _instructions(result)
+        for mangled, row in _resources(log):
+            kernel = _short(_run(["c++filt", mangled]).strip())
+            row |= {"nvcc": release, "source": source.name, "arch": arch, "kernel": kernel}
+            block = re.fullmatch(r"solve_by_block<.*, (\d+)>", kernel)
+            row["threads"] = block[1] if block else str(_THREADS[kernel.split("<", 1)[0]])
+            row["warps"] = str(_occupancy(row))
+            row |= {kind: str(instructions[mangled][kind]) for kind in COLUMNS[-7:]}
+            rows.append({column: row[column] for column in COLUMNS})
+    return sorted(rows, key=lambda row: (row["source"], row["kernel"], row["arch"]))
+
+
+def broken_rules(rows: list[Row]) -> list[str]:
+    """Return what no kernel may do, a sentence for each that does."""
+    faults = []
+    for row in rows:
+        name = f"{row['kernel']} for sm_{row['arch']}"
+        streams = row["kernel"].startswith(("gram_tile", "gram_matrix", "combine"))
+        multiplies = row["kernel"].startswith("gram_matrix")
+        crowded = _CROWDED.fullmatch(row["kernel"]) is not None
+        # ptxas fills the registers that a matrix kernel may have; what it puts aside must not be wanted in the loops.
+        if multiplies and int(row["local_hot"]) and not crowded:
+            faults.append(f"{name} uses local memory while it multiplies.")
+        if not (multiplies or crowded) and (int(row["spill_stores"]) or int(row["spill_loads"])):
+            faults.append(f"{name} spills registers.")
+        if streams and not (multiplies or crowded) and (int(row["local"]) or int(row["stack"])):
+            faults.append(f"{name} uses local memory.")
+        if streams and not int(row["loads_128"]):
+            faults.append(f"{name} has no loads of 128 bits.")
+        if row["kernel"].startswith("combine") and not int(row["stores_128"]) and "true>" in row["kernel"]:
+            faults.append(f"{name} has no stores of 128 bits.")
+        # Results of the rows' own type are summed in float32 unless they are float64.
+        if re.fullmatch(r"combine_kernel<(float|Bf16|F16), true>", row["kernel"]) and int(row["float64"]):
+            faults.append(f"{name} computes in float64.")
+        if multiplies and not int(row["matrix"]):
+            faults.append(f"{name} does not use the tensor cores.")
+    return faults
+
+
+def read_table() -> list[Row]:
+    """Return the committed table."""
+    with TABLE.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def differences(rows: list[Row], table: list[Row]) -> list[str]:
+    """Return how rows differ from a table of the same nvcc release, a sentence for each kernel; nothing for another."""
+    if rows[0]["nvcc"] != table[0]["nvcc"]:
+        return []
+
+    def key(row: Row) -> tuple[str, str, str]:
+        return row["source"], row["kernel"], row["arch"]
+
+    now, before = {key(row): row for row in rows}, {key(row): row for row in table}
+    said = [f"{kernel} for sm_{arch} is not in the table." for _, kernel, arch in now.keys() - before.keys()]
+    said += [f"{kernel} for sm_{arch} is gone." for _, kernel, arch in before.keys() - now.keys()]
+    for each in now.keys() & before.keys():
+        changed = [f"{c} {before[each][c]} -> {now[each][c]}" for c in COLUMNS if before[each][c] != now[each][c]]
+        if changed:
+            said.append(f"{each[1]} for sm_{each[2]}: {', '.join(changed)}.")
+    return sorted(said)
+
+
+def main() -> None:
+    """Measure, and compare or write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="take what is there now as the table")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilers run side by side")
+    given = parser.parse_args()
+    try:
+        rows = measure(given.jobs)
+    except StaticError as error:
+        raise SystemExit(str(error)) from error
+    faults = broken_rules(rows)
+    if given.write:
+        with TABLE.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        faults += differences(rows, read_table())
+    print(f"{len(rows)} kernels")
+    if faults:
+        raise SystemExit("\n".join(faults))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,273 @@
+// Gram matrices of up to 128 rows on tensor cores. A warp multiplies all its pairs of rows at its own columns, from
+// registers that it loads straight from the rows: the triangle of up to 64 rows, or, beyond, a share of the square.
+#pragma once
+
+#include "gram_tile.cuh"
+#include "matrix_unit.cuh"
+
+namespace fastmtl {
+
+constexpr int kMatrixWarps = 4;
+constexpr int kMatrixThreads = 32 * kMatrixWarps;
+/// Elements over which float32 sums run, of which each warp sees a quarter, or all where warps share out the pairs: 32
+/// steps of eight columns. Longer runs add up roundings that are alike, as those of equal entries are.
+constexpr int64_t kMatrixPiece = 1024;
+constexpr int64_t kSharedMatrixPiece = 256;
+
+/// The products of all pairs of rows over [first, last) in float64: slow, and right whatever the rows hold.
+template <class Storage>
+__device__ inline void multiply_wide(LaunchTable const& table, int s, int rows, int64_t first, int64_t last,
+                                     double* sums) {
+  int64_t const begin = first > 0 ? first : 0;
+  int64_t const end = last < table.strip(s).length ? last : table.strip(s).length;
+  auto const lane = static_cast<int>(threadIdx.x % 32);
+  int pair = 0;
+  for (int i = 0; i < rows; ++i) {
+    auto const* const left = static_cast<Storage const*>(table.pointer(s, i));
+    for (int j = i; j < rows; ++j, ++pair) {
+      auto const* const right = static_cast<Storage const*>(table.pointer(s, j));
+      if (pair % kMatrixWarps != static_cast<int>(threadIdx.x / 32) || left == nullptr || right == nullptr) continue;
+      double sum = 0;
+      for (int64_t at = begin + lane; at < end; at += 32) sum += widen<double>(left[at]) * widen<double>(right[at]);
+      sum = warp_sum(sum);
+      if (lane == 0) sums[pair] += sum;
+    }
+  }
+}
+
+/// A warp's pairs: blocks of eight rows from `left_block` on with blocks from `right_block` on, or, on the diagonal,
+/// the upper triangle of the first.
+template <class Storage, int left_blocks, int right_blocks, bool diagonal>
+struct PairsOfRows {
+  using Unit = MatrixUnit<Storage>;
+  static constexpr int tiles_down = left_blocks / Unit::height;
+  static constexpr int loaded_blocks = diagonal ? left_blocks : left_blocks + right_blocks;
+  static constexpr int lanes = lanes_of<Storage>;
+  static constexpr int columns = 4 * lanes;  // That a warp takes at a time.
+
+  Storage const* row[loaded_blocks];
+  typename Unit::Sum sum[tiles_down][right_blocks][Unit::entries];
+  int left_block;
+  int right_block;
+
+  __device__ static constexpr bool has(int i, int j) { return !diagonal || j >= i * Unit::height; }
+  __device__ static int group() { return static_cast<int>(threadIdx.x % 32 / 4); }
+  __device__ static int place() { return static_cast<int>(threadIdx.x % 4); }
+
+  __device__ PairsOfRows(int left, int right) : left_block(left), right_block(right) {}
+
+  __device__ int block_of(int b) const { return b < left_blocks ? left_block + b : right_block + b - left_blocks; }
+
+  __device__ void take_rows(LaunchTable const& table, int s, int rows) {
+    FASTMTL_UNROLL
+    for (int b = 0; b < loaded_blocks; ++b) {
+      int const t = 8 * block_of(b) + group();
+      row[b] = t < rows ? static_cast<Storage const*>(table.pointer(s, t)) : nullptr;
+    }
+  }
+
+  __device__ void clear() {
+    FASTMTL_UNROLL
+    for (int i = 0; i < tiles_down; ++i) {
+      FASTMTL_UNROLL
+      for (int j = 0; j < right_blocks; ++j) {
+        FASTMTL_UNROLL
+        for (int c = 0; c < Unit::entries; ++c) sum[i][j][c] = 0;
+      }
+    }
+  }
+
+  /// Loads the lane's elements of the columns from `at` on, all of which are whole vectors.
+  __device__ void load(int64_t at, Vector<Storage> (&loaded)[loaded_blocks]) const {
+    FASTMTL_UNROLL
+    for (int b = 0; b < loaded_blocks; ++b) {
+      loaded[b] = row[b] != nullptr ? load_whole(row[b] + at + place() * lanes) : Vector<Storage>{};
+    }
+    __syncwarp();
+  }
+
+  /// Loads them where they need not be whole, by way of the lane's own `slots`: registers for so many single elements
+  /// would be missing elsewhere.
+  __device__ void load_guarded(LaunchTable const& table, int s, int rows, int64_t at, Vector<Storage>* slots,
+                               Vector<Storage> (&loaded)[loaded_blocks]) const {
+    FASTMTL_UNROLL_BY_2
+    for (int b = 0; b < loaded_blocks; ++b) {
+      int const t = 8 * block_of(b) + group();
+      auto const* const own = t < rows ? static_cast<Storage const*>(table.pointer(s, t)) : nullptr;
+      int64_t const length = own != nullptr ? table.strip(s).length : 0;
+      slots[b * kMatrixThreads] = load_vector_guarded(own, at + place() * lanes, length);
+    }
+    FASTMTL_UNROLL
+    for (int b = 0; b < loaded_blocks; ++b) loaded[b] = slots[b * kMatrixThreads];
+    __syncwarp();
+  }
+
+  __device__ void multiply(Vector<Storage> const (&loaded)[loaded_blocks]) {
+    FASTMTL_UNROLL
+    for (int e = 0; e < lanes; e += Unit::elements) {
+      typename Unit::Operand operand[loaded_blocks];
+      FASTMTL_UNROLL
+      for (int b = 0; b < loaded_blocks; ++b) operand[b] = Unit::prepare(loaded[b].value + e);
+      FASTMTL_UNROLL
+      for (int i = 0; i < tiles_down; ++i) {
+        FASTMTL_UNROLL
+        for (int j = 0; j < right_blocks; ++j) {
+          if (has(i, j)) {
+            Unit::multiply(sum[i][j], operand + i * Unit::height, operand[diagonal ? j : left_blocks + j]);
+          }
+        }
+      }
+    }
+  }
+
+  /// The products over the columns from `at` to `last`, `stride` apart. All lanes take the same branches.
+  __device__ void run(LaunchTable const& table, int s, int rows, int64_t at, int64_t last, int64_t stride,
+                      Vector<Storage>* slots) {
+    Strip const strip = table.strip(s);
+    FASTMTL_NO_UNROLL
+    while (at < last) {
+      if (is_whole(strip, at, columns)) {
+        at = run_whole(strip, at, last, stride);
+      } else {
+        // A strip's ends, and strips whose rows do not lie alike.
+        Vector<Storage> loaded[loaded_blocks];
+        load_guarded(table, s, rows, at, slots, loaded);
+        multiply(loaded);
+        at += stride;
+      }
+    }
+  }
+
+  /// The same as far as vectors are whole; returns how far. Where registers allow, columns are loaded while the ones
+  /// before are multiplied.
+  __device__ int64_t run_whole(Strip const& strip, int64_t at, int64_t last, int64_t stride) {
+    constexpr bool ahead = loaded_blocks <= 6 && !std::is_same_v<Storage, double>;
+    Vector<Storage> now[loaded_blocks];
+    if constexpr (ahead) load(at, now);
+    bool more = true;
+    FASTMTL_NO_UNROLL
+    while (more) {
+      int64_t const after = at + stride;
+      more = after < last && is_whole(strip, after, columns);
+      if constexpr (ahead) {
+        Vector<Storage> next[loaded_blocks];
+        load(more ? after : at, next);
+        multiply(now);
+        FASTMTL_UNROLL
+        for (int b = 0; b < loaded_blocks; ++b) now[b] = next[b];
+      } else {
+        load(at, now);
+        multiply(now);
+      }
+      at = after;
+    }
+    return at;
+  }
+
+  /// Whether a float32 sum of squares of the lane's rows cannot be trusted.
+  __device__ bool exceeds(LaunchTable const& table, int s, int64_t first, int64_t last, int64_t stride) const {
+    if constexpr (!diagonal || std::is_same_v<Storage, double>) {
+      return false;
+    } else {
+      bool found = false;
+      unsigned zeros = 0;
+      FASTMTL_UNROLL
+      for (int b = 0; b < left_blocks; ++b) {
+        // Row r of a block meets itself in the lane that has columns r and its neighbour.
+        float const* const tile = sum[b / 2][b];
+        float const own = group() % 2 == 0 ? tile[b % 2 * 2] : tile[b % 2 * 2 + 1];
+        float const square = __shfl_sync(0xffffffffu, own, 4 * group() + group() / 2);
+        if (row[b] != nullptr && !trusted(square)) {
+          found |= square != 0;
+          zeros |= 1u << b;
+        }
+      }
+      FASTMTL_NO_UNROLL
+      for (int b = 0; zeros >> b != 0 && !found; ++b) {
+        if ((zeros >> b & 1) == 0) continue;
+        found = any_nonzero<Storage>(table.pointer(s, 8 * (left_block + b) + group()), first + place() * lanes, last,
+                                     stride, lanes, table.strip(s).length);
+      }
+      __syncwarp();
+      return found;
+    }
+  }
+
+  /// sums += the products.
+  __device__ void flush(int rows, double* sums) const {
+    // Or the compiler keeps the places of all sums in registers while the rows are multiplied.
+    FASTMTL_OPAQUE(rows);
+    FASTMTL_UNROLL
+    for (int i = 0; i < tiles_down; ++i) {
+      FASTMTL_UNROLL
+      for (int j = 0; j < right_blocks; ++j) {
+        if (has(i, j)) {
+          FASTMTL_UNROLL
+          for (int c = 0; c < Unit::entries; ++c) {
+            int const r = 8 * (left_block + i * Unit::height + c / 2) + group();
+            int const t = 8 * (right_block + j) + 2 * place() + c % 2;
+            if (r <= t && t < rows) sums[pair_of(rows, r, t)] += static_cast<double>(sum[i][j][c]);
+          }
+        }
+      }
+    }
+  }
+};
+
+/// All pieces of a block, by a warp that has `pairs`; `sharers` warps have the same pairs at other columns, of which
+/// this is number `number`. Every warp of the block is in some instance of this function, at the same barrier.
+template <class Storage, class Pairs>
+__device__ inline void multiply_pieces(LaunchTable const& table, int rows, Pairs pairs, int number, int sharers,
+                                       Vector<Storage>* slots, double* sums) {
+  int64_t const stride = int64_t{sharers} * Pairs::columns;
+  for_each_range(table, blockIdx.x, [&](int s, int64_t first, int64_t last) {
+    pairs.take_rows(table, s, rows);
+    FASTMTL_NO_UNROLL
+    for (int64_t piece = first; piece < last; piece += table.piece) {
+      int64_t const end = piece + table.piece < last ? piece + table.piece : last;
+      int64_t const own = piece + int64_t{number} * Pairs::columns;
+      pairs.clear();
+      pairs.run(table, s, rows, own, end, stride, slots);
+      if (__syncthreads_or(pairs.exceeds(table, s, own, end, stride))) {
+        multiply_wide<Storage>(table, s, rows, piece, end, sums);
+      } else {
+        for (int turn = 0; turn < sharers; ++turn) {
+          if (turn == number) pairs.flush(rows, sums);
+          __syncthreads();
+        }
+      }
+    }
+  });
+}
+
+/// Blocks of a processor, as registers allow.
+constexpr int gram_matrix_blocks(int blocks16) { return blocks16 == 1 ? 4 : blocks16 == 2 ? 3 : 2; }
+
+/// Up to 16 `blocks16` rows, or up to 128 where it is 8.
+template <class Storage, int blocks16>
+__global__ void __launch_bounds__(kMatrixThreads, gram_matrix_blocks(blocks16))
+    gram_matrix_kernel(__grid_constant__ LaunchTable const table, int rows, double* partial) {
+  FASTMTL_DYNAMIC_SHARED(double, sums);
+  int const pairs = rows * (rows + 1) / 2;
+  for (int p = static_cast<int>(threadIdx.x); p < pairs; p += kMatrixThreads) sums[p] = 0;
+  __syncthreads();
+  constexpr int loaded_blocks = blocks16 <= 4 ? 2 * blocks16 : 12;
+  __shared__ Vector<Storage> slots[loaded_blocks * kMatrixThreads];
+  Vector<Storage>* const own = slots + threadIdx.x;
+  auto const warp = static_cast<int>(threadIdx.x / 32);
+  if constexpr (blocks16 <= 4) {
+    constexpr int blocks = 2 * blocks16;
+    multiply_pieces<Storage>(table, rows, PairsOfRows<Storage, blocks, blocks, true>(0, 0), warp, kMatrixWarps, own,
+                             sums);
+  } else if (warp < 2) {
+    multiply_pieces<Storage>(table, rows, PairsOfRows<Storage, 8, 8, true>(8 * warp, 8 * warp), 0, 1, own, sums);
+  } else {
+    multiply_pieces<Storage>(table, rows, PairsOfRows<Storage, 4, 8, false>(4 * (warp - 2), 8), 0, 1, own, sums);
+  }
+  __syncthreads();
+  for (int p = static_cast<int>(threadIdx.x); p < pairs; p += kMatrixThreads) {
+    partial[int64_t{p} * gridDim.x + blockIdx.x] = sums[p];
+  }
+}
+
+}  // namespace fastmtl

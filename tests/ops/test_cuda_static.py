@@ -1,0 +1,70 @@
+"""What nvcc makes of the CUDA kernels: no spills, wide loads, the units that were meant, and the committed table."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from fastmtl.benchmarks.gpu import static
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[static.Row]:
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc was not found")
+    return static.measure(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1))
+
+
+@pytest.mark.slow
+def test_no_kernel_breaks_the_rules(rows: list[static.Row]) -> None:
+    assert static.broken_rules(rows) == []
+
+
+@pytest.mark.slow
+def test_every_source_and_architecture_is_measured(rows: list[static.Row]) -> None:
+    sources = {path.name for path in (static.ROOT / "kernels").glob("*.cu")} - {"register.cu"}
+    assert {(row["source"], row["arch"]) for row in rows} == {(s, a) for s in sources for a in static.ARCHITECTURES}
+
+
+@pytest.mark.slow
+def test_the_table_is_what_the_compiler_makes(rows: list[static.Row]) -> None:
+    assert static.differences(rows, static.read_table()) == []
+
+
+def test_the_committed_table_keeps_the_rules() -> None:
+    table = static.read_table()
+    assert {row["source"] for row in table} >= {"gram.cu", "combine.cu", "min_norm.cu"}
+    assert static.broken_rules(table) == []
+
+
+def test_a_change_is_named() -> None:
+    table = static.read_table()
+    worse = [dict(row) for row in table]
+    worse[0]["registers"] = "1000"
+    assert any("registers" in said and "1000" in said for said in static.differences(worse, table))
+    assert static.differences(worse[1:], table) == [f"{table[0]['kernel']} for sm_{table[0]['arch']} is gone."]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "change", "words"),
+    [
+        ("gram_tile_kernel<float, 2>", {"spill_loads": "4"}, "spills"),
+        ("gram_tile_kernel<float, 2>", {"local": "1"}, "local memory"),
+        ("combine_kernel<float, true>", {"loads_128": "0"}, "loads of 128 bits"),
+        ("combine_kernel<float, true>", {"stores_128": "0"}, "stores of 128 bits"),
+        ("combine_kernel<float, true>", {"float64": "3"}, "float64"),
+        ("gram_matrix_kernel<float, 4>", {"local_hot": "1"}, "local memory while it multiplies"),
+        ("gram_matrix_kernel<float, 4>", {"matrix": "0"}, "tensor cores"),
+    ],
+)
+def test_each_rule_is_seen_to_be_broken(kernel: str, change: dict[str, str], words: str) -> None:
+    row = next(row for row in static.read_table() if row["kernel"] == kernel)
+    assert any(words in said for said in static.broken_rules([row | change]))
+
+
+def test_missing_tools_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(static.StaticError, match="nvcc was not found"):
+        static.measure()
