@@ -124,6 +124,21 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         pair = (ops.implementation("combine", x)(flat, num_rows, weights) for x in ("cpp", "reference"))
         for a, b in zip(*pair, strict=True):
             assert torch.allclose(a, b, rtol=4 * torch.finfo(dtype).eps, atol=1e-5)
+        numbers = torch.tensor([3, 4])
+        whole = [(t * 2).round() for t in flat]
+        for op, args in (("graddrop_rows", (whole, num_rows, torch.full((num_rows,), 0.5), numbers, [])),
+                         ("graddrop", ([whole[1][None]], [t[None] for t in whole[1:2]], 0.5, numbers))):
+            pair = (ops.implementation(op, x)(*args) for x in ("cpp", "reference"))
+            for a, b in zip(*pair, strict=True):
+                assert torch.allclose(a, b, rtol=4 * torch.finfo(dtype).eps, atol=1e-5)
+        states = [[t.abs().float() for t in flat] for _ in range(2)]
+        ones = torch.full((num_rows,), 0.5)
+        pair = zip(("cpp", "reference"), states, strict=True)
+        a, b = (ops.implementation("ema_gram_", x)(s, flat, num_rows, ones, ones) for x, s in pair)
+        assert ((a - b).abs() <= 2e-6 * b.diagonal().sqrt()[:, None] * b.diagonal().sqrt() + 1e-30).all()
+        pair = zip(("cpp", "reference"), states, strict=True)
+        a, b = (ops.implementation("excess_risk_", x)(s, flat, num_rows, 1e-7) for x, s in pair)
+        assert torch.allclose(a, b, rtol=1e-5)
 """
     done = run(code, FASTMTL_ISA=isa)
     assert done.returncode == 0, done.stderr
