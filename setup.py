@@ -166,6 +166,7 @@ def get_build_parameters(torch: Torch | None, pybind11: str | None) -> list[Exte
                 "kernels/imtl.cu",
                 "kernels/min_norm.cu",
                 "kernels/nash.cu",
+                "kernels/nonneg_qp.cu",
                 "kernels/pcgrad.cu",
                 "kernels/upgrad.cu",
             ],

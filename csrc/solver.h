@@ -36,8 +36,9 @@ inline Tensor empty_double(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
 /// The tensor itself where it is dense float64, else a copy that is.
 inline Tensor dense_double(Tensor const& tensor) {
   if (tensor.scalar_type() == ScalarType::Double && tensor.is_contiguous()) return tensor;
-  Tensor copy = tensor.is_cpu() ? empty_double(tensor.sizes())
-                                : torch::stable::empty(tensor.sizes(), ScalarType::Double, std::nullopt, tensor.device());
+  Tensor copy = tensor.is_cpu()
+                    ? empty_double(tensor.sizes())
+                    : torch::stable::empty(tensor.sizes(), ScalarType::Double, std::nullopt, tensor.device());
   torch::stable::copy_(copy, tensor);
   return copy;
 }

@@ -18,7 +18,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import sysconfig
 from collections import Counter
 from collections.abc import Iterator
@@ -274,4 +273,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -274,8 +274,8 @@ FASTMTL_TEAM_TEMPLATE FASTMTL_HD void solve_cosines(Team const& team, int n, dou
 /// Doubles of workspace that nonneg_qp needs for n variables.
 FASTMTL_HD inline int64_t nonneg_qp_workspace(int n) { return NonnegQpWork::storage(n) + 2 * int64_t{n}; }
 
-/// Writes the n numbers y >= 0 that minimise 1/2 y'Gy - b'y for the row-major n x n matrix `gram` and the n numbers b of
-/// `linear`; NaN if either has a non-finite entry. A variable whose diagonal entry is zero stays zero.
+/// Writes the n numbers y >= 0 that minimise 1/2 y'Gy - b'y for the row-major n x n matrix `gram` and the n numbers b
+/// of `linear`; NaN if either has a non-finite entry. A variable whose diagonal entry is zero stays zero.
 FASTMTL_TEAM_TEMPLATE FASTMTL_HD void nonneg_qp(Team const& team, int n, double const* gram, double const* linear,
                                                 double* solution, double* workspace) {
   bool const finite = all_finite(team, int64_t{n} * n, gram) && all_finite(team, n, linear);
