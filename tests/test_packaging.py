@@ -128,7 +128,8 @@ def test_environment_variables_are_documented() -> None:
     elsewhere = {
         "FASTMTL_BUILD_CPP",
         "FASTMTL_BUILD_CUDA",
-        "FASTMTL_GOLDEN", "FASTMTL_LIBMTL",
+        "FASTMTL_GOLDEN",
+        "FASTMTL_LIBMTL",
         "FASTMTL_TEST_LARGE",
         "MAX_JOBS",
     }
