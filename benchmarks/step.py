@@ -41,15 +41,16 @@ Row = dict[str, Any]
 
 def _trainer_step(work: Work, weighting: str, precision: str, compile: bool) -> Contender:
     """Return our step as the trainer runs it: metrics and log included."""
-    encoder, decoders = work.modules()
+    decoders = work.modules()[1]
     task_dict = {
         task: {"metrics": ["Acc"], "metrics_fn": AccMetric(), "loss_fn": CELoss(), "weight": [1]} for task in work.tasks
     }
     optim = {"optim": "sgd", "lr": work.lr}
+    torch.manual_seed(0)
     with contextlib.redirect_stdout(io.StringIO()):
         trainer = Trainer(
-            task_dict, weighting, work.arch, lambda: encoder, decoders, False, False, optim, None,
-            device=work.device, precision=precision, compile=compile,
+            task_dict, weighting, work.arch, lambda: work.modules()[0], decoders, False, False, optim, None,
+            device=work.device, precision=precision, compile=compile, arch_args=work.arch_args,
         )  # fmt: skip
     trainer.model.epoch, trainer.model.epochs = 0, 1
     trainer.model.train()

@@ -67,7 +67,9 @@ def libmtl_step(work: Work, weighting: str, checkout: Path) -> Contender:
     def make_encoder() -> nn.Module:
         if work.net != "resnet18":
             return work.modules()[0]
-        encoder: nn.Module = models.resnet18(pretrained=False)
+        # What an encoder's initial weights take from the generator is not to be missing elsewhere.
+        with torch.random.fork_rng():
+            encoder: nn.Module = models.resnet18(pretrained=False)
         encoder.load_state_dict(state)
         return encoder
 
@@ -79,11 +81,18 @@ def libmtl_step(work: Work, weighting: str, checkout: Path) -> Contender:
     if weighting == "EW":
         hyper = {}
     optim = {"optim": "sgd", "lr": work.lr}
+    torch.manual_seed(0)
     with contextlib.redirect_stdout(io.StringIO()):
         trainer = module.Trainer(
             task_dict, weighting, work.arch, make_encoder, work.modules()[1], False, False, optim, None,
-            weight_args=hyper, arch_args={},
+            weight_args=hyper, arch_args=work.arch_args,
         )  # fmt: skip
+    if hasattr(trainer.model, "_binary_codes"):
+        # It reads the codes from text, of which numpy 2 takes "0" for true too.
+        count = work.arch_args["num_experts"][0]
+        width = max(1, (count - 1).bit_length())
+        codes = [[int(bit) for bit in f"{expert:0{width}b}"] for expert in range(count)]
+        trainer.model._binary_codes = torch.tensor([codes], dtype=torch.bool, device=work.device)
     trainer.model.epoch, trainer.model.epochs = 0, 1
     trainer.model.train()
     labels = dict(work.labels)
