@@ -9,7 +9,7 @@ Example::
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,9 @@ from torch import Tensor
 
 from fastmtl.errors import UsageError
 from fastmtl.running import RunningMean
+
+if TYPE_CHECKING:
+    from fastmtl.distributed import Peers
 
 __all__ = ["AbsLoss", "CELoss", "DepthLoss", "KLDivLoss", "L1Loss", "MSELoss", "NormalLoss", "SegLoss"]
 
@@ -84,6 +87,12 @@ class AbsLoss:
         self.record = []
         self.bs = []
         self._running.reset()
+
+    def _sync(self, peers: Peers) -> None:
+        """Take in what the other processes have accumulated."""
+        self.record = [loss for losses in peers.gather(self.record) for loss in losses]
+        self.bs = [size for sizes in peers.gather(self.bs) for size in sizes]
+        self._running.sync(peers)
 
 
 class CELoss(AbsLoss):

@@ -14,7 +14,7 @@ Example::
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,9 @@ from torch import Tensor
 
 from fastmtl.errors import UsageError
 from fastmtl.running import RunningMean
+
+if TYPE_CHECKING:
+    from fastmtl.distributed import Peers
 
 __all__ = [
     "AbsMetric",
@@ -76,6 +79,22 @@ class AbsMetric:
         self.record = []
         self.bs = []
 
+    def sync(self, peers: Peers) -> None:
+        """Take in what the other processes know, before a score; override it if there is further state.
+
+        ``record`` and ``bs`` become the lists of all processes, one after the other, on the CPU.
+        """
+        self.record = _joined(peers.gather(_on_cpu(self.record)))
+        self.bs = _joined(peers.gather(_on_cpu(self.bs)))
+
+
+def _on_cpu(values: Any) -> Any:
+    return [value.cpu() if isinstance(value, Tensor) else value for value in values]
+
+
+def _joined(lists: list[list[Any]]) -> list[Any]:
+    return [value for each in lists for value in each]
+
 
 class _MeanMetric(AbsMetric):
     def __init__(self) -> None:
@@ -96,6 +115,11 @@ class _MeanMetric(AbsMetric):
         """Forget all batches."""
         super().reinit()
         self._running.reset()
+
+    def sync(self, peers: Peers) -> None:
+        """Take in what the other processes know."""
+        super().sync(peers)
+        self._running.sync(peers)
 
 
 class AccMetric(_MeanMetric):
@@ -136,6 +160,11 @@ class _Sums(AbsMetric):
         """Forget all batches."""
         super().reinit()
         self._sums = None
+
+    def sync(self, peers: Peers) -> None:
+        """Take in what the other processes know."""
+        super().sync(peers)
+        self._sums = peers.total(self._sums)
 
 
 def _wide(values: Tensor) -> Tensor:
@@ -290,12 +319,17 @@ class NormalMetric(_Sums):
         super().reinit()
         self._histogram = None
 
+    def sync(self, peers: Peers) -> None:
+        """Take in what the other processes know."""
+        super().sync(peers)
+        self._histogram = peers.total(self._histogram)
+
 
 class TorchMetric(AbsMetric):
     """Any metric of torchmetrics as a metric of a task.
 
     Most of them wait for a GPU in every update (they count with ``torch.bincount``), which the metrics of this module
-    do not.
+    do not. With several processes torchmetrics itself brings their counts together.
 
     Args:
         *metrics: Metrics of torchmetrics, one per score of the task.

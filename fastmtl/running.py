@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from fastmtl.distributed import Peers
 
 __all__ = ["RunningMean"]
 
@@ -34,6 +39,11 @@ class RunningMean:
             self._total = torch.zeros((), dtype=dtype, device=value.device)
         self._total = self._total.add(value, alpha=factor)
         self._weight += weight
+
+    def sync(self, peers: Peers) -> None:
+        """Become the mean of what all processes have; waits for them."""
+        self._total = peers.total(self._total)
+        self._weight = sum(peers.gather(self._weight))
 
     @property
     def empty(self) -> bool:

@@ -95,6 +95,7 @@ def build_trainer(
         update_weights_every=config.update_weights_every,
         weight_momentum=config.weight_momentum,
         tasks_per_step=config.tasks_per_step,
+        gram=config.gram,
         weight_args=config.weight_args,
         arch_args=config.arch_args,
     )

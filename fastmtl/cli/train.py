@@ -16,7 +16,9 @@ from fastmtl.cli.banner import print_banner
 from fastmtl.cli.build import build_trainer, load_data
 from fastmtl.cli.options import split_values
 from fastmtl.data import DataBundle
+from fastmtl.distributed import Peers, join, shard
 from fastmtl.errors import CheckpointError, FastmtlError, UsageError
+from fastmtl.trainer import Trainer
 from fastmtl.trainer.config import TrainConfig, read_config
 from fastmtl.trainer.jsonl import JsonlLogger
 from fastmtl.trainer.logger import Logger
@@ -45,6 +47,10 @@ def train(*, config: Path | None, run_dir: Path | None, resume: Path | None, **v
         typer.Exit: Ctrl-C, with exit code 130.
     """
     settings, hyper = split_values(values)
+    peers = join()
+    if peers is not None and not peers.leads:
+        _train_behind(peers, config, resume, settings, hyper)
+        return
     if resume is not None:
         if config is not None or run_dir is not None:
             raise UsageError("--resume goes on with a run as it is configured: leave out --config and --run-dir.")
@@ -59,6 +65,30 @@ def train(*, config: Path | None, run_dir: Path | None, resume: Path | None, **v
     else:
         run = RunDirectory.create_named(bundle.name, complete.arch, complete.weighting, datetime.now())
     _train_in(run, complete, bundle, resume=None)
+
+
+def _train_behind(
+    peers: Peers, config: Path | None, resume: Path | None, settings: Mapping[str, Any], hyper: Mapping[str, Any]
+) -> None:
+    """Do this process's part of a run that another one prints, logs and saves."""
+    if resume is not None:
+        run = RunDirectory.open(resume)
+        complete, bundle = load_data(_config_to_resume(run, settings, hyper))
+        last: Path | None = run.last
+    else:
+        asked = read_config(config, **settings) if config is not None else TrainConfig(**settings)
+        complete, bundle = load_data(asked.with_hyper(hyper))
+        last = None
+    _run(build_trainer(complete, bundle, resume=last), complete, bundle)
+
+
+def _run(trainer: Trainer, config: TrainConfig, bundle: DataBundle) -> None:
+    train, test, val = bundle.train, bundle.test, bundle.val if config.validate else None
+    if trainer.peers is not None:
+        train = shard(train, trainer.peers)
+        test = shard(test, trainer.peers, whole=True)
+        val = None if val is None else shard(val, trainer.peers, whole=True)
+    trainer.train(train, test, config.epochs, val_dataloaders=val)
 
 
 def _config_to_resume(run: RunDirectory, settings: Mapping[str, Any], hyper: Mapping[str, Any]) -> TrainConfig:
@@ -84,12 +114,7 @@ def _train_in(run: RunDirectory, config: TrainConfig, bundle: DataBundle, resume
                 config, bundle, save_path=run.path, resume=resume, logger=[*_file_loggers(config, run), progress]
             )
             write_atomically(run.config, config.as_yaml())
-            trainer.train(
-                bundle.train,
-                bundle.test,
-                config.epochs,
-                val_dataloaders=bundle.val if config.validate else None,
-            )
+            _run(trainer, config, bundle)
         except KeyboardInterrupt:
             progress.close()
             _say_how_to_go_on(run)

@@ -8,20 +8,22 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastmtl.distributed import Peers
 from fastmtl.errors import BackendError, UsageError
 
 __all__ = ["check_tasks", "find_device"]
 
 
-def find_device(device: str | torch.device | None) -> torch.device:
-    """Return the device that was asked for, or the best there is.
+def find_device(device: str | torch.device | None, peers: Peers | None = None) -> torch.device:
+    """Return the device that was asked for, or the best there is; with several processes, this one's GPU.
 
     Raises:
         UsageError: No name of a device.
         BackendError: The device is not there.
     """
     if device is None:
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        index = 0 if peers is None or not torch.cuda.is_available() else torch.cuda.current_device()
+        return torch.device(f"cuda:{index}" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(device)
     except RuntimeError:
@@ -33,6 +35,8 @@ def find_device(device: str | torch.device | None) -> torch.device:
             )
         if found.index is not None and found.index >= torch.cuda.device_count():
             raise BackendError(f"device is {device}, but there are only {torch.cuda.device_count()} CUDA GPUs.")
+        if peers is not None and str(found) == "cuda":
+            found = torch.device("cuda", torch.cuda.current_device())
     if found.type == "mps" and not torch.backends.mps.is_available():
         raise BackendError(
             f"device is {device}, but torch {torch.__version__} finds no MPS device here; use --device cpu."

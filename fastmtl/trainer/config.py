@@ -16,6 +16,7 @@ from fastmtl.errors import UsageError
 from fastmtl.hyper import Hyper, fill_hyper
 from fastmtl.names import resolve_name
 from fastmtl.trainer.optimizer import OPTIMIZERS, SCHEDULERS
+from fastmtl.trainer.options import GRAMS
 from fastmtl.trainer.precision import PRECISIONS
 from fastmtl.weighting import WEIGHTINGS
 
@@ -88,6 +89,12 @@ class TrainConfig:
         0.0, "Optimisation", "Decay of a moving average of the task weights (CR-MOGM); 0 for none."
     )
     tasks_per_step: int | None = _setting(None, "Optimisation", "Tasks trained in a step, in turn; all if not given.")
+    gram: str = _setting(
+        "exact",
+        "Optimisation",
+        "With several processes: exact for the whole batch's Gram matrix, local for the mean of the processes' own.",
+        GRAMS,
+    )
     seed: int = _setting(0, "Optimisation", "Seed of every random number.")
 
     device: str | None = _setting(None, "Machine", "cpu, cuda, cuda:1, mps; the best there is if not given.")

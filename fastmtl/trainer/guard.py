@@ -24,7 +24,7 @@ class FiniteGuard:
 
     def __init__(self, device: torch.device, task_name: list[str]) -> None:
         self.task_name = task_name
-        self.found_inf = torch.zeros((), device=device)
+        self.found_inf = torch.zeros((), dtype=torch.float32, device=device)
         self._step = torch.zeros((), dtype=torch.int64, device=device)
         self._first = torch.zeros((), dtype=torch.int64, device=device)
         self._bad = torch.zeros(2, len(task_name), dtype=torch.bool, device=device)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastmtl.distributed import Peers
 from fastmtl.loss import AbsLoss
 from fastmtl.metrics import AbsMetric
 from fastmtl.trainer.task_parts import as_loss, as_metric
@@ -24,15 +25,20 @@ class PerformanceMeter:
     Args:
         task_dict: The task dictionary of the trainer.
         base_result: Scores to measure the improvement against; those of the first epoch if None.
+        peers: The processes that each see a part of the data.
 
     Attributes:
         best_result: ``improvement``, ``epoch`` and ``result`` of the best epoch so far.
     """
 
     def __init__(
-        self, task_dict: Mapping[str, Mapping[str, Any]], base_result: dict[str, list[float]] | None = None
+        self,
+        task_dict: Mapping[str, Mapping[str, Any]],
+        base_result: dict[str, list[float]] | None = None,
+        peers: Peers | None = None,
     ) -> None:
         self.task_dict = task_dict
+        self.peers = peers
         self.task_name = list(task_dict)
         self.weight: dict[str, list[int]] = {task: task_dict[task]["weight"] for task in self.task_name}
         self.losses: dict[str, AbsLoss] = {task: as_loss(task, task_dict[task]["loss_fn"]) for task in self.task_name}
@@ -65,7 +71,11 @@ class PerformanceMeter:
 
     @torch.no_grad()
     def end(self) -> None:
-        """End a pass: read ``results`` and ``loss_item``."""
+        """End a pass: read ``results`` and ``loss_item``, with several processes those of all of them."""
+        if self.peers is not None:
+            for task in self.task_name:
+                self.losses[task]._sync(self.peers)
+                self.metrics[task].sync(self.peers)
         self.results = {task: [float(score) for score in self.metrics[task].score_fun()] for task in self.task_name}
         self.loss_item = np.array([self.losses[task]._average_loss() for task in self.task_name])
         self.seconds = time.perf_counter() - self._begin

@@ -11,7 +11,9 @@ from fastmtl.names import resolve_name
 from fastmtl.trainer.precision import PRECISIONS
 from fastmtl.weighting import AbsWeighting
 
-__all__ = ["StepOptions", "check_options"]
+__all__ = ["GRAMS", "StepOptions", "check_distributed", "check_options"]
+
+GRAMS = ("exact", "local")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +29,8 @@ class StepOptions:
             one hold in between.
         weight_momentum: Decay of a moving average of the weights.
         tasks_per_step: Tasks of a step; all if None.
+        gram: With several processes, ``"exact"``: the Gram matrix of the whole batch's gradients; ``"local"``: the mean
+            of the processes' own.
     """
 
     compile: bool | Literal["auto"] = False
@@ -36,6 +40,7 @@ class StepOptions:
     update_weights_every: int = 1
     weight_momentum: float = 0.0
     tasks_per_step: int | None = None
+    gram: str = "exact"
 
 
 def check_options(model: Any, weighting: str, hyper: Mapping[str, Any], options: StepOptions) -> StepOptions:
@@ -60,7 +65,25 @@ def check_options(model: Any, weighting: str, hyper: Mapping[str, Any], options:
         raise UsageError(f"{weighting} runs backward passes of its own, so precision must be fp32 or bf16, got fp16.")
     options = replace(options, precision=precision, update_weights_every=_interval(model, weighting, hyper, options))
     _check_accumulation(model, weighting, options, legacy)
+    options = replace(options, gram=resolve_name(options.gram, {name: name for name in GRAMS}, "gram"))
     return replace(options, tasks_per_step=_sampled(model, weighting, options, legacy))
+
+
+def check_distributed(model: Any, weighting: str, options: StepOptions) -> None:
+    """Refuse what several processes cannot share.
+
+    Raises:
+        UsageError: The strategy or an option works in one process only.
+    """
+    reasons = {
+        f"{weighting}, which runs backward passes of its own": model.backward.__func__ is not AbsWeighting.backward,
+        f"{weighting}, which looks ahead on halves of a batch": model.needs == "lookahead",
+        f"{weighting}, which remembers the gradients of all tasks": model.needs == "rows",
+        "tasks_per_step": options.tasks_per_step is not None,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise UsageError(f"Several processes cannot train with {reason}: start one.")
 
 
 def _interval(model: Any, weighting: str, hyper: Mapping[str, Any], options: StepOptions) -> int:

@@ -31,6 +31,7 @@ class Problem:
 
     Attributes:
         factor: What all losses are multiplied by before they are differentiated, a scalar tensor; None for 1.
+        share: (T,) share of this process in the batch, by which losses are multiplied too; None if it is the only one.
     """
 
     def __init__(
@@ -46,11 +47,18 @@ class Problem:
         self.process_preds = process_preds
         self.low_precision = low_precision
         self.factor: Tensor | None = None
+        self.share: Tensor | None = None
         self.shared_params = [param for param in model.get_share_params() if param.requires_grad]
         known = {id(param) for param in self.shared_params}
         self.own_params: list[nn.Parameter] = [
             param for param in model.parameters() if param.requires_grad and id(param) not in known
         ]
+
+    def factors(self) -> Tensor | None:
+        """Return what the losses are multiplied by: a scalar or (T,) tensor, None for 1."""
+        if self.factor is None or self.share is None:
+            return self.share if self.factor is None else self.factor
+        return self.factor * self.share
 
     def trunk(self, inputs: Any) -> Features:
         """Return the shared features."""

@@ -6,7 +6,7 @@ predictions, the rows of the Jacobian where autograd left them, and what to do o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
@@ -64,7 +64,12 @@ class Route:
         problem: What to differentiate.
         regions: The problem's functions, compiled or not.
         weighs_heads: Whether the task-specific parameters' gradients will be weighted.
+
+    Attributes:
+        send: Takes each row of the shared parameters as soon as it is known, and returns what stands for it.
     """
+
+    send: Callable[[list[Tensor | None]], list[Tensor | None]] | None = None
 
     def __init__(self, problem: Problem, regions: Regions, weighs_heads: bool) -> None:
         self.problem = problem
@@ -92,13 +97,20 @@ class Route:
         done.write_shared(shared)
         return done
 
+    def sent(self, row: list[Tensor | None]) -> list[Tensor | None]:
+        """Return what stands for a row from now on."""
+        return row if self.send is None else self.send(row)
+
     def seeds(self, losses: Sequence[Tensor], weights: Tensor | None = None) -> list[Tensor | None]:
         """Return the cotangents of the losses: their weights, ones if None, times the factor on all losses."""
-        factor = self.problem.factor
+        factors = self.problem.factors()
+        if weights is None and factors is None:
+            return [None] * len(losses)
         if weights is None:
-            return [None if factor is None else factor.to(loss.dtype) for loss in losses]
-        if factor is not None:
-            weights = weights * factor
+            assert factors is not None
+            weights = factors.expand(len(losses))
+        elif factors is not None:
+            weights = weights * factors
         return [weight.to(loss.dtype) for weight, loss in zip(weights, losses, strict=True)]
 
     def set_shared(self, rows: Rows, weights: Tensor, groups: list[int] | None) -> None:
@@ -136,8 +148,9 @@ class Route:
             cotangents = [[next(found) for _ in each] for each in leaves]
         else:
             parts, cotangents = [], []
+            seeds = self.seeds(losses)
             for t, loss in enumerate(losses):
-                grads = vjp([loss], self.seeds([loss]), [*leaves[t], *own], retain=t + 1 < count)
+                grads = vjp([loss], [seeds[t]], [*leaves[t], *own], retain=t + 1 < count)
                 cotangents.append(grads[: len(leaves[t])])
                 parts.append(grads[len(leaves[t]) :])
         return cotangents, OwnGradients(own, parts, self._places())
@@ -218,7 +231,8 @@ class SplitRoute(Route):
         features, losses, preds, cotangents, own = self._heads(inputs, labels)
         rows = []
         for t, cotangent in enumerate(cotangents):
-            rows.append(vjp(features, cotangent, self.problem.shared_params, retain=t + 1 < len(cotangents)))
+            row = vjp(features, cotangent, self.problem.shared_params, retain=t + 1 < len(cotangents))
+            rows.append(self.sent(row))
         return RowsPass(self, losses, preds, rows, own)
 
     def frozen(self, inputs: Any, labels: Any, shared: Tensor, heads: Tensor | None) -> Pass:
@@ -251,9 +265,10 @@ class WholeRoute(Route):
         shared, own = self.problem.shared_params, self.problem.own_params
         one_graph = not self.problem.model.multi_input
         rows, parts = [], []
+        seeds = self.seeds(losses)
         for t, loss in enumerate(losses):
-            grads = vjp([loss], self.seeds([loss]), [*shared, *own], retain=one_graph and t + 1 < len(losses))
-            rows.append(grads[: len(shared)])
+            grads = vjp([loss], [seeds[t]], [*shared, *own], retain=one_graph and t + 1 < len(losses))
+            rows.append(self.sent(grads[: len(shared)]))
             parts.append(grads[len(shared) :])
         return RowsPass(self, losses, preds, rows, OwnGradients(own, parts))
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastmtl import ops
+from fastmtl.distributed import Peers
+from fastmtl.distributed.exchange import Exchange
 from fastmtl.trainer.batches import joined
 from fastmtl.trainer.guard import FiniteGuard
 from fastmtl.trainer.lookahead import LookAhead
@@ -37,6 +40,7 @@ class TrainingStep:
         on_compile: Told of every compilation.
         hyper: Hyper-parameters of the strategy.
         options: Checked options.
+        peers: The processes that each have a part of every batch.
 
     Attributes:
         route: How the gradients are had, compiled or not.
@@ -52,6 +56,7 @@ class TrainingStep:
         on_compile: Callable[[str], None],
         hyper: Mapping[str, Any],
         options: StepOptions,
+        peers: Peers | None = None,
     ) -> None:
         rule: Any = problem.model
         self.model = rule
@@ -76,6 +81,12 @@ class TrainingStep:
             choose_route(problem, Regions(problem, compiled, on_compile), needs_gradients, rule.weighs_heads)
             for compiled in ((False, True) if options.compile == "auto" else (bool(options.compile),))
         ]
+        self.exchange: Exchange | None = None
+        if peers is not None:
+            # Rows of representations are small: they are summed as they are.
+            exact = options.gram == "exact" and rule.needs == "gram" and not rule.rep_grad
+            self.exchange = Exchange(peers, problem.shared_params, problem.own_params, exact)
+        self._sends = self.exchange is not None and self.exchange.exact
         self.trial = Trial(routes, on_compile) if len(routes) > 1 else None
         self.route = routes[0]
 
@@ -170,8 +181,25 @@ class TrainingStep:
 
     def _mean_losses(self, batches: Sequence[tuple[Any, Any]]) -> Tensor:
         """Return the losses (T,) of a forward pass of each batch, averaged."""
-        scored = [forward(self.problem, self.route.regions, *batch)[0] for batch in batches]
-        return torch.stack([torch.stack(list(each)) for each in scored]).mean(0)
+        scored = []
+        for batch in batches:
+            self._weigh_batch(batch)
+            losses = torch.stack(list(forward(self.problem, self.route.regions, *batch)[0]))
+            scored.append(losses if self.exchange is None else self.exchange.mean(losses))
+        return torch.stack(scored).mean(0)
+
+    def _weigh_batch(self, batch: tuple[Any, Any]) -> None:
+        """Find this process's share in a batch, if there are others."""
+        if self.exchange is not None:
+            self.problem.share = self.exchange.weigh_batch(batch[1], self.problem.tasks, self.model.device)
+
+    def _pass(self, batch: tuple[Any, Any], differentiate: Callable[..., Pass] | None = None) -> Pass:
+        """Run forward pass and VJPs of a batch, by the route unless another way is given; the losses are all parts'."""
+        self._weigh_batch(batch)
+        done = (self.route if differentiate is None else differentiate)(*batch)
+        if self.exchange is not None:
+            done.losses = self.exchange.mean(done.losses)
+        return done
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs of the weights held between two solves."""
@@ -201,10 +229,13 @@ class TrainingStep:
             return self._look_ahead(batches)
         if self.model.needs == "losses" and len(batches) > 1:
             return self._accumulate_losses(batches)
-        passes = [self.route(*batches[0])]
+        if self.exchange is not None and self._sends:
+            # Rows that will be added up are sent when they are, see _rows.
+            self.route.send = self.exchange.send if len(batches) == 1 or self.model.samples > 1 else None
+        passes = [self._pass(batches[0])]
         all_losses, preds = [passes[0].losses], [passes[0].preds]
         for batch in batches[1:]:
-            each = self.route(*batch)
+            each = self._pass(batch)
             all_losses.append(each.losses)
             preds.append(each.preds)
             if self.model.samples > 1:
@@ -234,11 +265,13 @@ class TrainingStep:
             before = [param.grad for param in params]
             for param in params:
                 param.grad = None
-            done = self.route.frozen(*batch, held.shared, held.heads)
+            done = self._pass(batch, partial(self.route.frozen, shared=held.shared, heads=held.heads))
             losses.append(done.losses)
             preds.append(done.preds)
             for param, (grad,) in zip(params, summed([[g] for g in before], [[p.grad] for p in params]), strict=True):
                 param.grad = grad
+        if self.exchange is not None:
+            self.exchange.reduce()
         if held.max_norm is not None:
             limit: Any = held.max_norm if self.scaler is None else held.max_norm * self.scaler.scale
             torch.nn.utils.clip_grad_norm_(self.problem.shared_params, limit)
@@ -261,15 +294,19 @@ class TrainingStep:
         weights: Weights | None = None
         losses, preds = [], []
         for batch in batches:
-            done = self.route(*batch)
+            done = self._pass(batch)
             if weights is None:
                 weights = self.model.weigh(done.losses if known is None else known, None, **self.hyper)
+                if self.exchange is not None:
+                    self.exchange.agree(weights)
                 if self.options.weight_momentum:
                     self._smooth(weights)
             done.write_shared(weights.shared)
             losses.append(done.losses)
             preds.append(done.preds)
         assert weights is not None
+        if self.exchange is not None:
+            self.exchange.reduce()
         self._write_own(weights)
         logged = weights.shared if weights.logged is None else weights.logged
         return torch.stack(losses).mean(0), joined(preds), logged, None
@@ -296,9 +333,14 @@ class TrainingStep:
         if isinstance(done, RepPass) and model.needs == "reps":
             done.write_heads(None)
             # Masks depend on signs and shares only: the scale of the gradients does not matter.
-            done.send(model.mask_reps(losses, done.reps, done.grads, **self.hyper))
+            mask = partial(model.mask_reps, **self.hyper)
+            if self.exchange is None:
+                done.send(mask(losses, done.reps, done.grads))
+            else:
+                done.send(self.exchange.mask(mask, losses, done.reps, done.grads))
+                self.exchange.reduce()
             return None, None
-        rows = [row for each in passes for row in each.rows or []]
+        rows = self._rows(passes)
         gram, groups = None, None
         if model.needs == "rows":
             given = rows if scale is None else _divided(rows, scale)
@@ -308,13 +350,18 @@ class TrainingStep:
                 weights.rows, weights.shared = weights.rows or given, weights.shared * scale
         elif model.needs == "gram":
             groups = model.groups(**self.hyper)
-            gram = ops.gram(rows, groups)
+            if self.exchange is None or isinstance(done, RepPass):
+                gram = ops.gram(rows, groups)
+            else:
+                gram = self.exchange.gram(rows, groups)
             if scale is not None:
                 gram = gram / scale.to(gram.dtype) ** 2
             weights = model.weigh(losses, gram, **self.hyper)
             gram = gram.sum(0) if groups is not None else _mean_block(gram, len(passes))
         else:
             weights = model.weigh(losses, None, **self.hyper)
+        if self.exchange is not None:
+            self.exchange.agree(weights)
         if self.options.weight_momentum:
             self._smooth(weights)
         heads = [None] * len(passes) if weights.heads is None else weights.heads.chunk(len(passes))
@@ -323,8 +370,25 @@ class TrainingStep:
         shared = weights.shared
         if weights.max_norm is not None and gram is not None:
             shared = shared * _cap(shared, gram, weights.max_norm)
+        if self.exchange is not None and self._sends:
+            self.exchange.write_shared(rows, shared, groups)
+            return weights, gram
         done.write_shared(shared, rows if weights.rows is None else weights.rows, groups)
+        if self.exchange is not None:
+            self.exchange.reduce()
         return weights, gram
+
+    def _rows(self, passes: Sequence[Pass]) -> list[list[Tensor | None]]:
+        """Return the rows of all passes; with several processes, this one's pieces of them."""
+        rows = [row for each in passes for row in each.rows or []]
+        if self.exchange is None or not rows:
+            return rows
+        if isinstance(passes[0], RepPass):
+            return self.exchange.whole_rows(rows)
+        if self._sends:
+            rows = rows if self.route.send is not None else [self.exchange.send(row) for row in rows]
+            self.exchange.wait()
+        return rows
 
     def _smooth(self, weights: Weights) -> None:
         """Put moving averages in the place of the weights."""

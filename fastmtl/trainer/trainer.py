@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from fastmtl.architecture import ARCHITECTURES, AbsArchitecture
+from fastmtl.distributed import join
 from fastmtl.errors import CheckpointError, UsageError
 from fastmtl.hyper import fill_hyper
 from fastmtl.names import resolve_name
@@ -32,7 +34,7 @@ from fastmtl.trainer.loading import (
 from fastmtl.trainer.logger import Logger, RunInfo, as_logger
 from fastmtl.trainer.meter import PerformanceMeter
 from fastmtl.trainer.optimizer import make_optimizer, make_scheduler
-from fastmtl.trainer.options import StepOptions, check_options
+from fastmtl.trainer.options import StepOptions, check_distributed, check_options
 from fastmtl.trainer.precision import PRECISIONS
 from fastmtl.trainer.problem import Problem
 from fastmtl.trainer.records import StepBuffer
@@ -81,6 +83,9 @@ class Trainer(nn.Module):
             al., "On the Convergence of Stochastic Multi-Objective Gradient Manipulation and Beyond", NeurIPS 2022).
         tasks_per_step: Train this many tasks in a step, dealt out so that all come up equally often; the parameters and
             the state of the others stay as they are. All if None.
+        gram: With several processes, ``"exact"``: the Gram matrix of the whole batch's gradients, which makes training
+            what it is in one process; ``"local"``: the mean of the Gram matrices of the processes' parts, which is less
+            traffic and another matrix.
         log_every: Steps between two reads of the device for the loggers.
         limit_batches: Steps per pass at most.
         kwargs: ``weight_args`` and ``arch_args``, the hyper-parameters of strategy and architecture.
@@ -122,12 +127,15 @@ class Trainer(nn.Module):
         update_weights_every: int = 1,
         weight_momentum: float = 0.0,
         tasks_per_step: int | None = None,
+        gram: str = "exact",
         log_every: int = 50,
         limit_batches: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        self.device = find_device(device)
+        self.peers = join()
+        self.device = find_device(device, self.peers)
+        self._leads = self.peers is None or self.peers.leads
         self.task_dict = task_dict
         self.task_name = check_tasks(task_dict, decoders)
         self.task_num = len(self.task_name)
@@ -139,14 +147,15 @@ class Trainer(nn.Module):
         self.channels_last = channels_last
         self.log_every = log_every
         self.limit_batches = limit_batches
-        self.logger = as_logger(logger)
+        self.logger = as_logger(logger if self._leads else None)
         self.kwargs = {"weight_args": {}, "arch_args": {}} | kwargs
         self.batch_weight: np.ndarray = np.zeros((self.task_num, 0, 0))
 
-        self._prepare_model(weighting, architecture, encoder_class, decoders)
-        self._prepare_optimizer(optim_param, scheduler_param)
-        self.meter = PerformanceMeter(task_dict)
-        self.meter.display_format()
+        with self._one_voice():
+            self._prepare_model(weighting, architecture, encoder_class, decoders)
+            self._prepare_optimizer(optim_param, scheduler_param)
+            self.meter = PerformanceMeter(task_dict, peers=self.peers)
+            self.meter.display_format()
         self._guard = FiniteGuard(self.device, self.task_name)
         options = StepOptions(
             compile=compile,
@@ -156,16 +165,28 @@ class Trainer(nn.Module):
             update_weights_every=update_weights_every,
             weight_momentum=weight_momentum,
             tasks_per_step=tasks_per_step,
+            gram=gram,
         )
         hyper = self.kwargs["weight_args"]
         options = check_options(self.model, self.weighting, hyper, options)
         problem = Problem(self.model, self.meter.losses, self.process_preds, PRECISIONS[options.precision])
-        self.step = TrainingStep(problem, self.optimizer, self._guard, self.logger.on_compile, hyper, options)
+        if self.peers is not None:
+            check_distributed(self.model, self.weighting, options)
+        self.step = TrainingStep(
+            problem, self.optimizer, self._guard, self.logger.on_compile, hyper, options, self.peers
+        )
         self.compile_report: CompileReport | None = None
         self._generators: list[torch.Generator] = []
         self._start = _BEGINNING
         if resume is not None:
             self._resume(Path(resume))
+        if self.peers is not None:
+            self.peers.from_leader([*self.model.parameters(), *self.model.buffers()])
+            if not self._leads:
+                self.save_path = None
+
+    def _one_voice(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.peers is None else self.peers.one_voice()
 
     def _prepare_model(
         self,
@@ -262,6 +283,12 @@ class Trainer(nn.Module):
         """
         if isinstance(train_dataloaders, bool):
             return super().train(train_dataloaders)
+        with self._one_voice():
+            return self._train(train_dataloaders, test_dataloaders, epochs, val_dataloaders, return_weight)
+
+    def _train(
+        self, train_dataloaders: Any, test_dataloaders: Any, epochs: int, val_dataloaders: Any, return_weight: bool
+    ) -> Any:
         given = {"train_dataloaders": train_dataloaders, "test_dataloaders": test_dataloaders}
         if val_dataloaders is not None:
             given["val_dataloaders"] = val_dataloaders
@@ -269,6 +296,8 @@ class Trainer(nn.Module):
             check_loaders(loaders, self.task_name, self.multi_input, what)
         self.meter.has_val = val_dataloaders is not None
         batches = count_batches(train_dataloaders, self.multi_input, self.limit_batches)
+        if self.peers is not None and len(counts := set(self.peers.gather(batches))) > 1:
+            raise UsageError(f"train_dataloaders must have the same length in all processes, got {sorted(counts)}.")
         steps = -(-batches // self.step.options.accumulate)
         self.batch_weight = np.zeros((self.task_num, epochs, steps))
         self.model.train_loss_buffer = np.zeros((self.task_num, epochs))
@@ -389,12 +418,16 @@ class Trainer(nn.Module):
             return_improvement: Return the improvement over the first epoch, or over the baseline.
         """
         check_loaders(test_dataloaders, self.task_name, self.multi_input, f"{mode}_dataloaders")
-        self._evaluate(test_dataloaders, mode, epoch)
+        with self._one_voice():
+            self._evaluate(test_dataloaders, mode, epoch)
         return self.meter.improvement if return_improvement else None
 
     @torch.no_grad()
     def _evaluate(self, loaders: Any, mode: str, epoch: int | None) -> None:
         self.model.eval()
+        if self.peers is not None:
+            # Batch statistics are each process's own; what is saved is the leader's.
+            self.peers.from_leader(self.model.buffers())
         self.meter.begin()
         for task, inputs, labels in eval_batches(loaders, self.task_name, self.multi_input, self.limit_batches):
             inputs, labels = self._to_device((inputs, labels))

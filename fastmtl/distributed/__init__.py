@@ -1,0 +1,8 @@
+"""Training in several processes, each with its part of every batch: the same updates as one process's."""
+
+from __future__ import annotations
+
+from fastmtl.distributed.loading import shard
+from fastmtl.distributed.peers import Peers, find_peers, join
+
+__all__ = ["Peers", "find_peers", "join", "shard"]

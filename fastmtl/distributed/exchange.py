@@ -1,0 +1,136 @@
+"""What a training step asks of the other processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmtl import ops
+from fastmtl.distributed.peers import Peers
+from fastmtl.distributed.shards import Row, Shards
+from fastmtl.weighting import Weights
+
+__all__ = ["Exchange"]
+
+
+class Exchange:
+    """Makes the processes' parts of a batch one batch.
+
+    Each loss, a mean over its part, is multiplied by the part's share of the rows before it is differentiated; sums
+    over the processes are then those of one process with the whole batch.
+
+    Args:
+        peers: The processes.
+        shared: The shared parameters.
+        own: The task-specific parameters.
+        exact: Weights from the Gram matrix of the whole batch's gradients; otherwise from the mean over the processes
+            of the Gram matrices of their own parts, so that no row leaves its process.
+    """
+
+    def __init__(
+        self, peers: Peers, shared: Sequence[nn.Parameter], own: Sequence[nn.Parameter], exact: bool = True
+    ) -> None:
+        self.peers = peers
+        self.own = own
+        self.params = [*shared, *own]
+        self.exact = exact
+        self.share: Tensor | None = None
+        self._shards = Shards(shared, peers) if exact and shared else None
+        self._used: dict[bool, list[bool]] = {}
+
+    def weigh_batch(self, labels: Mapping[str, Any], tasks: Sequence[str], device: torch.device) -> Tensor:
+        """Return this part's share (T,) of the rows of a batch, task by task."""
+        # Numbers from the host would be a copy that waits; these are filled in on the device.
+        sizes = torch.stack([torch.full((), _rows(labels[task]), dtype=torch.float64, device=device) for task in tasks])
+        self.share = sizes / self.peers.sum_(sizes.clone())
+        return self.share
+
+    def mean(self, losses: Tensor) -> Tensor:
+        """Return the losses (T,) of the batch that was weighed last, from those of its parts."""
+        assert self.share is not None
+        return self.peers.sum_(losses.detach().to(self.share.dtype) * self.share).to(losses.dtype)
+
+    def send(self, row: Row) -> Row:
+        """Begin to sum a row over the processes; see :meth:`Shards.send`."""
+        assert self._shards is not None
+        return self._shards.send(row)
+
+    def wait(self) -> None:
+        """Wait for the rows that were sent."""
+        assert self._shards is not None
+        self._shards.wait()
+
+    def whole_rows(self, rows: Sequence[Row]) -> list[Row]:
+        """Return rows of one small tensor each, such as representations' gradients, summed over the processes."""
+        stacked = torch.stack([row[0] for row in rows if row[0] is not None])
+        return [[row] for row in self.peers.sum_(stacked)]
+
+    def gram(self, rows: Sequence[Row], groups: Sequence[int] | None) -> Tensor:
+        """Return the Gram matrix of the whole batch, or what stands for it; rows are pieces if it is to be exact."""
+        if self._shards is not None:
+            return self._shards.gram(rows, groups)
+        assert self.share is not None
+        gram = ops.gram(rows, groups)
+        # The rows carry their share, of which a mean of Gram matrices takes one in place of two.
+        scale = self.share.repeat(len(rows) // len(self.share)).rsqrt().to(gram.dtype)
+        return self.peers.sum_(gram * scale[:, None] * scale)
+
+    def agree(self, weights: Weights) -> None:
+        """Give all processes the leader's weights: random numbers, and the last bits of solvers, may differ."""
+        self.peers.from_leader([weights.shared] if weights.heads is None else [weights.shared, weights.heads])
+
+    def write_shared(self, rows: Sequence[Row], weights: Tensor, groups: Sequence[int] | None) -> None:
+        """Fill ``.grad`` of the shared parameters from pieces, and sum that of the others over the processes."""
+        assert self._shards is not None
+        self._shards.write(rows, weights, groups)
+        self.reduce(own_only=True)
+
+    @torch.no_grad()
+    def reduce(self, own_only: bool = False) -> None:
+        """Sum ``.grad`` of all parameters, or of the task-specific ones, over the processes.
+
+        Which of them have one in any process is learned in the first step.
+        """
+        params = self.own if own_only else self.params
+        if not params:
+            return
+        if own_only not in self._used:
+            self._used[own_only] = self.peers.any_([param.grad is not None for param in params], params[0].device)
+        used = [param for param, is_used in zip(params, self._used[own_only], strict=True) if is_used]
+        for _, same in groupby(used, key=lambda param: param.dtype):
+            some = list(same)
+            flat = torch.cat(
+                [(torch.zeros_like(param) if param.grad is None else param.grad).reshape(-1) for param in some]
+            )
+            parts = self.peers.sum_(flat).split([param.numel() for param in some])
+            for param, part in zip(some, parts, strict=True):
+                param.grad = part.view(param.shape)
+
+    def mask(
+        self,
+        mask_reps: Callable[..., Sequence[Tensor]],
+        losses: Tensor,
+        reps: Sequence[Tensor],
+        grads: Sequence[Tensor],
+    ) -> list[Tensor]:
+        """Let a strategy that masks by sums over the batch see those of the whole batch.
+
+        One row more, of representation 1, holds what the sums of the other parts add to this one's.
+        """
+        signed = torch.stack([(grad * rep.sign()).sum(0) for rep, grad in zip(reps, grads, strict=True)])
+        rest = self.peers.sum_(signed.clone()) - signed
+        longer = {id(rep): torch.cat([rep, torch.ones_like(rep[:1])]) for rep in reps}
+        more = [torch.cat([grad, each[None]]) for grad, each in zip(grads, rest, strict=True)]
+        return [each[:-1] for each in mask_reps(losses, [longer[id(rep)] for rep in reps], more)]
+
+
+def _rows(labels: Any) -> int:
+    """Return the number of rows of a batch's labels, of the first tensor if there are several."""
+    if isinstance(labels, Tensor):
+        return len(labels) if labels.dim() else 1
+    values = list(labels.values()) if isinstance(labels, Mapping) else list(labels)
+    return _rows(values[0]) if values and not isinstance(values[0], int | float | str) else len(values)

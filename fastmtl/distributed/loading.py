@@ -1,0 +1,72 @@
+"""Loaders that give each process its part of every batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from fastmtl.distributed.peers import Peers
+from fastmtl.errors import UsageError
+
+__all__ = ["shard"]
+
+
+def shard(loaders: Any, peers: Peers, *, whole: bool = False) -> Any:
+    """Return loaders that draw the same batches as the given ones, and of each batch this process's rows only.
+
+    All processes draw the same order, so their generators must have the same seed. The parts of a batch differ in
+    size by one row at most.
+
+    Args:
+        loaders: A loader with a batch size, or one for each task.
+        peers: The processes.
+        whole: Leave out no row: a process may then get one batch less than another, so this is for evaluation.
+            Otherwise batches of fewer rows than processes are left out.
+
+    Raises:
+        UsageError: A loader without batches of indices, or one whose batches have fewer rows than there are processes.
+    """
+    if isinstance(loaders, Mapping):
+        return {task: shard(loader, peers, whole=whole) for task, loader in loaders.items()}
+    batches = getattr(loaders, "batch_sampler", None)
+    if not isinstance(loaders, DataLoader) or batches is None:
+        raise UsageError(f"A loader to be shared must be a DataLoader with a batch size, got {loaders!r}.")
+    if not whole and batches.batch_size < peers.size:
+        raise UsageError(
+            f"batch_size must be at least {peers.size}, the number of processes, got {batches.batch_size}."
+        )
+    return DataLoader(
+        loaders.dataset,
+        batch_sampler=_Parts(batches, peers.rank, peers.size, whole),
+        collate_fn=loaders.collate_fn,
+        generator=loaders.generator,
+        num_workers=loaders.num_workers,
+        persistent_workers=loaders.persistent_workers,
+        pin_memory=loaders.pin_memory,
+    )
+
+
+class _Parts:
+    """The indices of each batch that belong to one process."""
+
+    def __init__(self, batches: Any, rank: int, size: int, whole: bool) -> None:
+        self.batches = batches
+        self.rank = rank
+        self.size = size
+        self.whole = whole
+        rows, batch = len(batches.sampler), batches.batch_size
+        left = 0 if batches.drop_last else rows % batch
+        # Evaluation may stop a batch earlier here than elsewhere, training must not.
+        least = rank + 1 if whole else size
+        self._count = rows // batch + (left >= least)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self.batches:
+            mine = batch[self.rank :: self.size]
+            if mine and (self.whole or len(batch) >= self.size):
+                yield mine

@@ -1,0 +1,119 @@
+"""The processes that train together, and what they say to each other."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["Peers", "find_peers", "join"]
+
+# The names that torch is moving to; torch 2.11 has the old ones only.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def join() -> Peers | None:
+    """Meet the other processes that ``torchrun`` started; each then has a GPU of its own as its current device.
+
+    Tensors on GPUs travel through NCCL, those on the CPU through gloo.
+
+    Returns:
+        The processes, None if this one was started alone.
+    """
+    if not dist.is_available():
+        return None
+    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+    if launched and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    return find_peers()
+
+
+def find_peers() -> Peers | None:
+    """Return the processes of torch's default group, None if there is no group or it has one process."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return None
+    return Peers()
+
+
+class Peers:
+    """A group of processes of ``torch.distributed``.
+
+    Elements that a process sends are counted by the ring model: for n elements over W processes reduce-scatter and
+    all-gather take n (W - 1) / W, all-reduce twice that. NCCL's rings do so; gloo implements reduce-scatter as an
+    all-reduce of which each process keeps its part, which costs twice as much on the wire.
+
+    Args:
+        group: The group, torch's default one if None.
+
+    Attributes:
+        rank: This process's number.
+        size: The number of processes W.
+        leads: Whether this is the process that logs and saves.
+    """
+
+    def __init__(self, group: Any = None) -> None:
+        self.group = group
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+        self.leads = self.rank == 0
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Replace a tensor by its sum over all processes."""
+        dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def any_(self, flags: list[bool], device: torch.device) -> list[bool]:
+        """Return which flags are set in any process; waits for the device."""
+        found = torch.tensor(flags, dtype=torch.int32, device=device)
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)
+        return [bool(each) for each in found.tolist()]
+
+    def reduce_scatter(self, out: Tensor, flat: Tensor) -> Any:
+        """Begin to fill (n / W,) ``out`` with this process's part of the sum of (n,) ``flat``; return what to wait for.
+
+        Both must stay as they are until then.
+        """
+        return _reduce_scatter(out, flat, group=self.group, async_op=True)
+
+    def all_gather(self, out: Tensor, part: Tensor) -> Any:
+        """Begin to fill (n,) ``out`` with the (n / W,) parts of all processes; return what to wait for."""
+        return _all_gather(out, part, group=self.group, async_op=True)
+
+    def from_leader(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite tensors with those of the leading process."""
+        for tensor in tensors:
+            dist.broadcast(tensor.detach(), group=self.group, group_src=0)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return a picklable value of each process, in the order of their ranks."""
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, group=self.group)
+        return found
+
+    def total(self, tensor: Tensor | None) -> Tensor | None:
+        """Return the sum of a tensor that some processes may not have, None if none of them has it."""
+        shapes = self.gather(None if tensor is None else (tuple(tensor.shape), tensor.dtype, str(tensor.device.type)))
+        known = next((shape for shape in shapes if shape is not None), None)
+        if known is None:
+            return None
+        if tensor is None:
+            device = torch.device(known[2], torch.cuda.current_device()) if known[2] == "cuda" else known[2]
+            tensor = torch.zeros(known[0], dtype=known[1], device=device)
+        return self.sum_(tensor.clone())
+
+    @contextlib.contextmanager
+    def one_voice(self) -> Iterator[None]:
+        """Let only the leading process print."""
+        if self.leads:
+            yield
+            return
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+            yield

@@ -1,0 +1,172 @@
+"""The task gradients, each process with a part of every one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmtl import ops
+from fastmtl.distributed.peers import Peers
+
+__all__ = ["BUCKET_BYTES", "Shards"]
+
+BUCKET_BYTES = 25 * 2**20
+
+Row = list[Tensor | None]
+
+
+@dataclass(slots=True)
+class _Bucket:
+    """Neighbouring parameters of one dtype, flat one after the other.
+
+    Attributes:
+        params: Their places among the shared parameters.
+        flat: (n,) gradients on their way out, then the update; n is a multiple of the number of processes.
+        views: The part of ``flat`` of each parameter, in its shape.
+        pieces: The place of each parameter in this process's part of ``flat``: parameter, begin, end.
+    """
+
+    params: list[int]
+    flat: Tensor
+    views: list[Tensor]
+    pieces: list[tuple[int, int, int]]
+
+
+class Shards:
+    """Sums gradients of the shared parameters over all processes, each of which keeps 1/W of every sum.
+
+    Gradients are copied into flat buckets and reduce-scattered while the caller goes on. A process's part of a row is a
+    list of pieces, one for each parameter that lies in it, so that :func:`fastmtl.ops.gram` and
+    :func:`fastmtl.ops.combine_` take parts as they take rows.
+
+    Args:
+        params: The shared parameters.
+        peers: The processes.
+        bucket_bytes: Size of a bucket; a greater parameter has one of its own.
+    """
+
+    def __init__(self, params: Sequence[nn.Parameter], peers: Peers, bucket_bytes: int = BUCKET_BYTES) -> None:
+        self.params = params
+        self.peers = peers
+        self._buckets = [self._bucket(places) for places in _cut(params, bucket_bytes)]
+        self._owners = [piece[0] for bucket in self._buckets for piece in bucket.pieces]
+        self._on_the_way: list[Any] = []
+        self._seen = [False] * len(params)
+        self._used: list[bool] | None = None
+
+    def _bucket(self, places: list[int]) -> _Bucket:
+        params = [self.params[k] for k in places]
+        ends = list(accumulate(param.numel() for param in params))
+        begins = [0, *ends[:-1]]
+        part = -(-ends[-1] // self.peers.size)
+        flat = torch.zeros(part * self.peers.size, dtype=params[0].dtype, device=params[0].device)
+        views = [flat[a:b].view(param.shape) for a, b, param in zip(begins, ends, params, strict=True)]
+        first, last = self.peers.rank * part, (self.peers.rank + 1) * part
+        # The padding, always zero, counts as the last parameter's, so that every process has some piece.
+        ends[-1] = len(flat)
+        pieces = [
+            (k, max(a, first) - first, min(b, last) - first)
+            for k, a, b in zip(places, begins, ends, strict=True)
+            if min(b, last) > max(a, first)
+        ]
+        return _Bucket(places, flat, views, pieces)
+
+    @torch.no_grad()
+    def send(self, row: Sequence[Tensor | None]) -> Row:
+        """Begin to sum a gradient over the processes; return this process's pieces, valid after :meth:`wait`.
+
+        Args:
+            row: One gradient for each parameter; None is zero.
+        """
+        # The buckets hold one row at a time; the one before had a whole VJP to leave them.
+        self.wait()
+        found: Row = []
+        for bucket in self._buckets:
+            targets, sources = [], []
+            for k, view in zip(bucket.params, bucket.views, strict=True):
+                grad = row[k]
+                if grad is None:
+                    view.zero_()
+                    continue
+                self._seen[k] = True
+                targets.append(view)
+                sources.append(grad)
+            torch._foreach_copy_(targets, sources) if targets else None
+            part = bucket.flat.new_empty(len(bucket.flat) // self.peers.size)
+            self._on_the_way.append(self.peers.reduce_scatter(part, bucket.flat))
+            found += [part[a:b] for _, a, b in bucket.pieces]
+        return found
+
+    def wait(self) -> None:
+        """Wait until all that was sent has arrived; on a GPU the stream waits, not the host."""
+        for work in self._on_the_way:
+            work.wait()
+        self._on_the_way.clear()
+
+    def groups(self, groups: Sequence[int] | None) -> list[int] | None:
+        """Return the group of each piece from that of each parameter."""
+        return None if groups is None else [groups[k] for k in self._owners]
+
+    def gram(self, rows: Sequence[Row], groups: Sequence[int] | None) -> Tensor:
+        """Return the float64 Gram matrix of the summed gradients, from all processes' pieces of them.
+
+        Args:
+            rows: T rows of pieces.
+            groups: The group of each parameter, 0 .. L-1.
+
+        Returns:
+            (T, T), or (L, T, T) with groups.
+        """
+        gram = ops.gram(rows, self.groups(groups))
+        if groups is not None:
+            # This part may have no piece of the last groups.
+            gram = torch.cat([gram, gram.new_zeros(max(groups) + 1 - len(gram), *gram.shape[1:])])
+        return self.peers.sum_(gram.contiguous())
+
+    @torch.no_grad()
+    def write(self, rows: Sequence[Row], weights: Tensor, groups: Sequence[int] | None) -> None:
+        """Fill ``.grad`` of all parameters that some task reaches with ``sum_t w_t row_t``.
+
+        Which those are is learned in the first step.
+
+        Args:
+            rows: Rows of pieces.
+            weights: One for each row; (L, rows) with groups.
+            groups: The group of each parameter.
+        """
+        device = self.params[0].device
+        if self._used is None:
+            self._used = self.peers.any_(self._seen, device)
+        parts = [bucket.flat.new_empty(len(bucket.flat) // self.peers.size) for bucket in self._buckets]
+        out = [part[a:b] for part, bucket in zip(parts, self._buckets, strict=True) for _, a, b in bucket.pieces]
+        of_piece = self.groups(groups)
+        if of_piece is not None:
+            weights = weights[: max(of_piece) + 1]
+        ops.combine_(out, rows, weights, of_piece)
+        coming = [self.peers.all_gather(bucket.flat, part) for bucket, part in zip(self._buckets, parts, strict=True)]
+        for work in coming:
+            work.wait()
+        for bucket in self._buckets:
+            for k, view in zip(bucket.params, bucket.views, strict=True):
+                if self._used[k]:
+                    self.params[k].grad = view
+
+
+def _cut(params: Sequence[nn.Parameter], most: int) -> list[list[int]]:
+    """Return the places of the parameters of each bucket."""
+    found: list[list[int]] = []
+    for _, same in groupby(range(len(params)), key=lambda k: params[k].dtype):
+        size = most + 1
+        for k in same:
+            bytes_of_k = params[k].numel() * params[k].element_size()
+            if size + bytes_of_k > most:
+                found.append([])
+                size = 0
+            found[-1].append(k)
+            size += bytes_of_k
+    return found

@@ -1,0 +1,88 @@
+"""Runs the same training in one process and in several, and brings back the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+from fastmtl.architecture.MTAN import MTAN
+from fastmtl.distributed import find_peers, shard
+from tests.trainer.toy import flat, loaders, make_trainer
+
+TASKS = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """A training run of a few steps.
+
+    Attributes:
+        name: What it is called in the tests.
+        weighting: The strategy.
+        batch: Rows of a batch, of which there are 24 in all.
+        options: Further arguments of the trainer.
+    """
+
+    name: str
+    weighting: str
+    batch: int = 8
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+class FixedMTAN(MTAN):
+    """MTAN whose batch norms keep their statistics: those of a batch are not those of its parts."""
+
+    def train(self, mode: bool = True) -> FixedMTAN:
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm1d):
+                module.eval()
+        return self
+
+
+def train(case: Case, epochs: int = 4) -> tuple[Tensor, Tensor, list[float]]:
+    """Return parameters and losses after the run, and the test scores, of this process's trainer."""
+    multi_input = case.options.get("multi_input", False)
+    options = dict(case.options)
+    trainer = make_trainer(case.weighting, options.pop("architecture", "HPS"), TASKS, **options)
+    torch.manual_seed(7)
+    given = loaders(TASKS, batch=case.batch, multi_input=multi_input, shuffle=True, generator=_seeded())
+    held_out = loaders(TASKS, rows=10, batch=5, multi_input=multi_input, seed=5)
+    peers = find_peers()
+    if peers is not None:
+        given, held_out = shard(given, peers), shard(held_out, peers, whole=True)
+    trainer.train(given, held_out, epochs)
+    scores = [score for each in trainer.meter.results.values() for score in each]
+    return flat(trainer.model.parameters()), torch.tensor(trainer.meter.loss_item), scores
+
+
+def _seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(3)
+
+
+def _member(rank: int, size: int, folder: str, work: Any, given: Any) -> None:
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
+    try:
+        torch.save(work(given), f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def in_processes(size: int, folder: Path, work: Any, given: Any) -> list[Any]:
+    """Return what ``work(given)`` returns in each of ``size`` processes; both must be picklable."""
+    mp.spawn(_member, (size, str(folder), work, given), nprocs=size)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]
+
+
+def train_all(cases: Sequence[Case]) -> list[Any]:
+    """Return what :func:`train` returns of each case."""
+    return [train(case) for case in cases]

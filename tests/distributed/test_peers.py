@@ -1,0 +1,164 @@
+"""Sharing loaders, refusals, and the local Gram matrix."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastmtl import Trainer
+from fastmtl.distributed import Peers, find_peers, join, shard
+from fastmtl.errors import UsageError
+from fastmtl.metrics import AbsMetric, NormalMetric
+from fastmtl.trainer.records import StepBuffer
+from tests.distributed.group import TASKS, in_processes
+from tests.trainer.toy import flat, loaders, make_trainer
+
+
+class _Seat(Peers):
+    """A place in a group that is never met."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size, self.leads = rank, size, rank == 0
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize(("rows", "size"), [(24, 2), (26, 3), (25, 3), (7, 4)])
+def test_parts_of_batches_make_the_batches(rows: int, size: int, whole: bool) -> None:
+    given = loaders(rows=rows, batch=6, shuffle=True, generator=torch.Generator().manual_seed(0))
+    wanted = [sorted(x[:, 0].tolist()) for x, _ in given]
+    found: list[list[float]] = [[] for _ in wanted]
+    for rank in range(size):
+        given.generator.manual_seed(0)
+        mine = shard(given, _Seat(rank, size), whole=whole)
+        parts = [x[:, 0].tolist() for x, _ in mine]
+        assert len(parts) == len(mine)
+        for all_rows, part in zip(found, parts, strict=False):
+            all_rows += part
+    kept = [batch for batch in wanted if whole or len(batch) >= size]
+    assert [sorted(batch) for batch in found if batch] == kept
+
+
+def test_batches_smaller_than_the_group_are_refused() -> None:
+    with pytest.raises(UsageError, match="at least 9, the number of processes, got 8"):
+        shard(loaders(), _Seat(0, 9))
+
+
+def test_alone_there_are_no_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert join() is None
+    assert find_peers() is None
+
+
+def test_unknown_gram_is_refused() -> None:
+    with pytest.raises(UsageError, match="gram"):
+        make_trainer(gram="lokal")
+
+
+class _Listed(AbsMetric):
+    def update_fun(self, pred: Any, gt: Any) -> None:
+        self.record.append(pred.sum())
+        self.bs.append(len(pred))
+
+    def score_fun(self) -> list[float]:
+        return [float(sum(self.record)), sum(self.bs)]
+
+
+def _meet(_: None) -> dict[str, Any]:
+    peers = find_peers()
+    assert peers is not None
+    found: dict[str, Any] = {"refused": []}
+    options: dict[str, dict[str, Any]] = {"MoCo": {}, "MOML": {}, "MGDA": {"tasks_per_step": 1}}
+    for weighting, more in options.items():
+        with pytest.raises(UsageError) as caught:
+            make_trainer(weighting, **more)
+        found["refused"].append(str(caught.value))
+    trainer = make_trainer("MGDA", "HPS", TASKS, gram="local")
+    buffer = StepBuffer()
+    trainer.step([next(iter(shard(loaders(TASKS), peers)))], buffer)
+    found["gram"] = torch.as_tensor(buffer.flush(0, 1).gram)[0]
+    listed, normals = _Listed(), NormalMetric()
+    listed.update_fun(torch.full((2,), float(peers.rank)), None)
+    if peers.leads:
+        normals.update_fun(torch.ones(1, 3, 1, 1), torch.ones(1, 3, 1, 1) / 3**0.5)
+    for metric in (listed, normals):
+        metric.sync(peers)
+    found["scores"] = [listed.score_fun(), normals.score_fun()[2:]]
+    with pytest.raises(UsageError, match="same length"):
+        trainer.train(loaders(TASKS, rows=8 + 8 * peers.rank), loaders(TASKS))
+    return found
+
+
+def test_two_processes_meet(tmp_path: Path) -> None:
+    one, two = in_processes(2, tmp_path, _meet, None)
+    assert all("Several processes cannot train with" in sentence for sentence in one["refused"])
+    for found in (one, two):
+        assert found["scores"] == [[2.0, 4], [1.0, 1.0, 1.0]]
+    torch.set_default_dtype(torch.float64)
+    try:
+        inputs, labels = next(iter(loaders(TASKS)))
+        halves = []
+        for rank in range(2):
+            buffer = StepBuffer()
+            part = inputs[rank::2], {task: label[rank::2] for task, label in labels.items()}
+            make_trainer("MGDA", "HPS", TASKS).step([part], buffer)
+            halves.append(torch.as_tensor(buffer.flush(0, 1).gram)[0])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for found in (one, two):
+        assert torch.allclose(found["gram"], sum(halves) / 2, rtol=1e-9)
+
+
+def _train_half(folder: str) -> None:
+    peers = find_peers()
+    assert peers is not None
+    _run(make_trainer("Nash_MTL", "HPS", TASKS, save_path=folder), peers, 2)
+
+
+def _run(trainer: Trainer, peers: Peers | None, epochs: int) -> Trainer:
+    generator = torch.Generator().manual_seed(3)
+    given = loaders(TASKS, batch=6, shuffle=True, generator=generator)
+    held_out = loaders(TASKS, rows=10, seed=5)
+    if peers is not None:
+        given, held_out = shard(given, peers), shard(held_out, peers, whole=True)
+    trainer.train(given, held_out, epochs)
+    return trainer
+
+
+def test_one_process_goes_on_where_two_stopped(tmp_path: Path) -> None:
+    in_processes(2, tmp_path, _train_half, str(tmp_path))
+    torch.set_default_dtype(torch.float64)
+    try:
+        whole = _run(make_trainer("Nash_MTL", "HPS", TASKS), None, 4)
+        resumed = make_trainer("Nash_MTL", "HPS", TASKS, resume=str(tmp_path / "last.pt"))
+        _run(resumed, None, 4)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    wanted = flat(whole.model.parameters())
+    assert (flat(resumed.model.parameters()) - wanted).norm() <= 1e-9 * wanted.norm()
+
+
+@pytest.mark.slow
+def test_the_command_in_two_processes(tmp_path: Path) -> None:
+    options = (
+        "--weighting mgda --train-size 64 --batch-size 16 --limit-batches 2 --device cpu --no-plot --no-tensorboard"
+    )
+    launched = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    done = subprocess.run(
+        [*launched, "-m", "fastmtl", "train", *options.split(), "--run-dir", str(tmp_path / "run")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Epoch: 0000 | TRAIN:") == 1
+    assert {"best.pt", "last.pt", "config.yaml", "metrics.jsonl"} <= {
+        file.name for file in (tmp_path / "run").iterdir()
+    }

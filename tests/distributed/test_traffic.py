@@ -1,0 +1,64 @@
+"""What a step sends is what docs/distributed.md says, by the ring model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from fastmtl.distributed import find_peers, peers, shard
+from fastmtl.model import MLPEncoder
+from fastmtl.trainer.records import StepBuffer
+from tests.distributed.group import TASKS, in_processes
+from tests.trainer.toy import loaders, make_trainer
+
+SHARED = 6 * 200 + 200 + 200 * 8 + 8
+OWN = 2 * (8 * 3 + 3) + 8 + 1
+CASES: list[tuple[str, dict[str, Any], float]] = [
+    ("MGDA", {}, (TASKS + 1) * SHARED + 2 * OWN),
+    ("Nash_MTL", {}, (TASKS + 1) * SHARED + 2 * OWN),
+    ("MGDA", {"gram": "local"}, 2 * (SHARED + OWN)),
+    ("MGDA", {"rep_grad": True}, 2 * (SHARED + OWN + TASKS * 8)),
+    ("EW", {}, 2 * (SHARED + OWN)),
+]
+
+
+def _count(given: list[tuple[str, dict[str, Any]]]) -> list[float]:
+    """Return for each case the elements of messages greater than (T, T) that a process sends in its second step."""
+    return [_count_step(weighting, options) for weighting, options in given]
+
+
+def _count_step(weighting: str, options: dict[str, Any]) -> float:
+    group = find_peers()
+    assert group is not None
+    options = {"encoder_class": lambda: MLPEncoder(6, [200, 8]), **options}
+    trainer = make_trainer(weighting, "HPS", TASKS, **options)
+    first, second = list(shard(loaders(TASKS), group))[:2]
+    trainer.step([first], StepBuffer())
+    sent = 0.0
+
+    def counted(function: Callable[..., Any], place: int, passes: int) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal sent
+            count = args[place].numel()
+            sent += passes * count * (group.size - 1) / group.size if count > TASKS * TASKS else 0
+            return function(*args, **kwargs)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_reduce", counted(dist.all_reduce, 0, 2))
+        patch.setattr(peers, "_reduce_scatter", counted(peers._reduce_scatter, 1, 1))
+        patch.setattr(peers, "_all_gather", counted(peers._all_gather, 0, 1))
+        trainer.step([second], StepBuffer())
+    return sent
+
+
+def test_elements_sent(tmp_path: Path) -> None:
+    size = 2
+    for found in in_processes(size, tmp_path, _count, [case[:2] for case in CASES]):
+        for sent, (weighting, options, wanted) in zip(found, CASES, strict=True):
+            assert sent == pytest.approx(wanted * (size - 1) / size, rel=0.01), (weighting, options)
