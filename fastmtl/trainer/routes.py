@@ -152,8 +152,8 @@ class Route:
         return [places.get(owner, 0) for owner in self._owners]
 
     def learn_owners(self, inputs: Any, labels: Any) -> None:
-        """Find out once which task each task-specific parameter belongs to."""
-        if not self._owners_known:
+        """Find out once, at the first batch with labels of all tasks, whose each task-specific parameter is."""
+        if not self._owners_known and all(task in labels for task in self.problem.model.task_name):
             self._owners = find_owners(self.problem, inputs, labels)
             self._owners_known = True
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastmtl import ops
+from fastmtl.errors import UsageError
 from fastmtl.trainer.batches import joined
 from fastmtl.trainer.guard import FiniteGuard
 from fastmtl.trainer.lookahead import LookAhead
@@ -20,7 +23,7 @@ from fastmtl.trainer.problem import Problem
 from fastmtl.trainer.records import StepBuffer
 from fastmtl.trainer.regions import Regions
 from fastmtl.trainer.routes import Pass, RepPass, choose_route, forward
-from fastmtl.trainer.sampling import TaskSampler, only, spread
+from fastmtl.trainer.sampling import OWN, TaskSampler, keeping, narrowed, only, spread, write_back
 from fastmtl.trainer.trial import Trial
 from fastmtl.weighting import AbsWeighting, Weights
 
@@ -85,7 +88,7 @@ class TrainingStep:
         return self.route.regions.compiled
 
     def __call__(
-        self, batches: Sequence[tuple[Any, Any]], buffer: StepBuffer
+        self, batches: Sequence[tuple[Any, Any]], buffer: StepBuffer, present: Sequence[int] | None = None
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Run one step.
 
@@ -93,6 +96,7 @@ class TrainingStep:
             batches: As many as the strategy takes samples, or as are accumulated, each the inputs and the labels by
                 task; if multi-input the inputs are by task too.
             buffer: Where losses, weights and Gram matrix are kept for the log.
+            present: The tasks that have labels, in order; all if None.
 
         Returns:
             By task the losses, averaged over the batches, and the predictions: of the last sample, or of all
@@ -105,13 +109,26 @@ class TrainingStep:
                 self.trial = None
         self.warmth += 1
         self.optimizer.optimizer.zero_grad(set_to_none=not self.legacy)
-        if self.sampler is not None:
-            return self._some_tasks(self.sampler.draw(), batches, buffer)
+        tasks = self._tasks(present)
+        if tasks is not None:
+            return self._some_tasks(tasks, batches, buffer)
         losses, preds, weights, gram = self._gradients(batches)
         self._update(losses, gram)
         self._look_back(batches)
         buffer.add(losses, weights, gram)
         return dict(zip(self.problem.tasks, losses, strict=True)), preds
+
+    def _tasks(self, present: Sequence[int] | None) -> list[int] | None:
+        """Return the tasks of this step if they are not all."""
+        drawn = None if self.sampler is None else self.sampler.draw()
+        if present is None:
+            return drawn
+        if self.legacy:
+            raise UsageError(
+                f"A batch has no labels for some tasks, but {type(self.model).__mro__[2].__name__} is written for all "
+                "tasks in every batch."
+            )
+        return [task for task in present if drawn is None or task in drawn]
 
     def _update(self, losses: Tensor, gram: Tensor | None) -> None:
         """Let the optimizer use the gradients, unless something was not finite."""
@@ -151,16 +168,48 @@ class TrainingStep:
         self, tasks: list[int], batches: Sequence[tuple[Any, Any]], buffer: StepBuffer
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Run the rest of a step of some tasks; the parameters and the state of the others stay as they are."""
-        count = len(self.problem.tasks)
-        with only(self.problem, tasks):
+        count, names = len(self.problem.tasks), self.problem.tasks
+        if not tasks:
+            nothing = torch.zeros(count, device=self.guard.found_inf.device)
+            self.guard.watch(nothing, None)
+            buffer.add(nothing / 0, None, None)
+            return {}, {}
+        with self._narrowed(tasks), only(self.problem, tasks):
             losses, preds, weights, gram = self._gradients(batches)
+        scale = getattr(self.model, OWN, None)
+        with nullcontext() if scale is None else keeping(self.optimizer.optimizer, scale, tasks):
             self._update(spread(losses, tasks, count, 0.0), None if gram is None else spread(gram, tasks, count, 0.0))
-            self._look_back(batches)
-            found = dict(zip(self.problem.tasks, losses, strict=True))
+        if self.model.looks_back:
+            with only(self.problem, tasks):
+                self._look_back(batches)
         seen = [None if each is None else spread(each, tasks, count, torch.nan) for each in (losses, weights, gram)]
         assert seen[0] is not None
         buffer.add(seen[0], seen[1], seen[2])
-        return found, preds
+        return dict(zip([names[task] for task in tasks], losses, strict=True)), preds
+
+    @contextmanager
+    def _narrowed(self, tasks: list[int]) -> Iterator[None]:
+        """Let what is held between steps be of some tasks; a solve of those alone is not held for steps of all."""
+        held, average, since = self._held, self._average, self._since_solved
+        if held is not None:
+            shared, heads = narrowed(held.shared, tasks), narrowed(held.heads, tasks)
+            assert shared is not None
+            self._held = replace(held, shared=shared, heads=heads)
+        if average is not None:
+            shared, heads = (narrowed(each, tasks) for each in average)
+            assert shared is not None
+            self._average = shared, heads
+        solves = held is None or since >= self.options.update_weights_every
+        try:
+            yield
+        finally:
+            part, self._held, self._average = self._average, held, average
+            if solves:
+                self._since_solved = since
+            if average is not None and part is not None:
+                for whole, some in zip(average, part, strict=True):
+                    if whole is not None and some is not None:
+                        write_back(whole, some, tasks)
 
     def _look_back(self, batches: Sequence[tuple[Any, Any]]) -> None:
         if not self.model.looks_back or self.legacy:

@@ -20,6 +20,7 @@ from fastmtl.trainer.checkpoint import load_model_state, read_checkpoint, rng_st
 from fastmtl.trainer.checks import check_tasks, find_device
 from fastmtl.trainer.guard import FiniteGuard
 from fastmtl.trainer.interrupt import DeferredInterrupt
+from fastmtl.trainer.labels import present_tasks
 from fastmtl.trainer.loading import (
     check_loaders,
     count_batches,
@@ -247,7 +248,8 @@ class Trainer(nn.Module):
 
         Args:
             train_dataloaders: A loader of (inputs, labels by task), or, if multi-input, a dictionary of loaders of
-                (inputs, labels) by task.
+                (inputs, labels) by task. Missing labels are NaN, or the loss's ``ignore_index``; a batch may leave
+                out tasks.
             test_dataloaders: The same, of test data.
             epochs: Passes over the training data.
             val_dataloaders: The same, of validation data, which then chooses the best epoch.
@@ -318,8 +320,11 @@ class Trainer(nn.Module):
         self.meter.begin()
         buffer = StepBuffer()
         for batch in range(skip, steps):
-            given = [self._to_device(each) for each in islice(batches, per_step)]
-            losses, preds = self._run_step(given, buffer)
+            fetched = list(islice(batches, per_step))
+            # Before the copy: on the device, finding out would wait for it.
+            present = present_tasks(self.meter.losses, [labels for _, labels in fetched])
+            given = [self._to_device(each) for each in fetched]
+            losses, preds = self._run_step(given, buffer, present)
             scored = given if accumulate > 1 else given[-1:]
             self.meter.update(losses, preds, joined([labels for _, labels in scored]))
             if len(buffer) == self.log_every or batch + 1 == steps:
@@ -333,18 +338,22 @@ class Trainer(nn.Module):
                 raise
         self.meter.end()
         self._report("train", epoch)
-        model.train_loss_buffer[:, epoch] = self.meter.loss_item
+        # A task without any label in this epoch keeps the loss of the one before.
+        before = model.train_loss_buffer[:, epoch - 1] if epoch else np.ones(self.task_num)
+        model.train_loss_buffer[:, epoch] = np.where(np.isnan(self.meter.loss_item), before, self.meter.loss_item)
 
     def _to_device(self, batch: tuple[Any, Any]) -> tuple[Any, Any]:
         inputs, labels = to_device(batch, self.device)
         return (to_channels_last(inputs) if self.channels_last else inputs), labels
 
-    def _run_step(self, batches: list[tuple[Any, Any]], buffer: StepBuffer) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _run_step(
+        self, batches: list[tuple[Any, Any]], buffer: StepBuffer, present: list[int] | None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Run one step; once, when it is compiled and warm, also tell how much of it was."""
         if not self.step.compiled or self.compile_report is not None or self.step.warmth < 2:
-            return self.step(batches, buffer)
+            return self.step(batches, buffer, present)
         results: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        report = measure_compiled(lambda: results.append(self.step(batches, buffer)), self.step.route.regions)
+        report = measure_compiled(lambda: results.append(self.step(batches, buffer, present)), self.step.route.regions)
         self.compile_report = report
         self.logger.on_compile(str(report))
         return results[0]
@@ -401,7 +410,9 @@ class Trainer(nn.Module):
             problem = self.step.problem
             if task is None:
                 losses, preds = problem.whole(inputs, labels)
-                self.meter.update(dict(zip(self.task_name, losses, strict=True)), preds, labels)
+                self.meter.update(
+                    dict(zip(filter(labels.__contains__, self.task_name), losses, strict=True)), preds, labels
+                )
             else:
                 loss, pred = problem.single(inputs, labels, task)
                 self.meter.update({task: loss}, {task: pred}, {task: labels})
