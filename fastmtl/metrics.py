@@ -263,7 +263,7 @@ class NormalMetric(_Sums):
     """Angle between predicted and true normals ``(batch, 3, h, w)``: mean and median in degrees, shares below a limit.
 
     The scores are ``[mean, median, <11.25, <22.5, <30]`` over all pixels whose true components sum neither to 0 nor to
-    NaN (a missing normal). The median is that of angles counted in ``BINS`` steps of 180 degrees, exact to 1e-4 degrees,
+    NaN (a missing normal). The median is that of angles counted in ``BINS`` steps of 180 degrees, exact to 1e-4,
     so that a pass over a data set needs 8 MB and not all of its pixels.
     """
 
