@@ -17,6 +17,7 @@ from fastmtl.autojac.vjp import vjp
 from fastmtl.errors import UsageError
 from fastmtl.trainer.own import OwnGradients, find_owners, summed
 from fastmtl.trainer.problem import Features, Problem
+from fastmtl.trainer.profiling import part
 from fastmtl.trainer.regions import Regions
 
 __all__ = ["Pass", "RepPass", "Route", "choose_route", "forward"]
@@ -111,7 +112,8 @@ class Route:
         some = None if groups is None else [groups[k] for k in used]
         if some is not None:
             weights = weights[: max(some, default=-1) + 1]
-        ops.combine_(out, [[row[k] for k in used] for row in rows], weights, some)
+        with part("combine"):
+            ops.combine_(out, [[row[k] for k in used] for row in rows], weights, some)
         for k, grad in zip(used, out, strict=True):
             params[k].grad = grad
 
@@ -199,7 +201,8 @@ class SumPass(Pass):
 
     def write_shared(self, weights: Tensor, rows: Rows | None = None, groups: list[int] | None = None) -> None:
         """Run the backward pass."""
-        torch.autograd.backward(self.attached, self.route.seeds(self.attached, weights))
+        with part("VJPs"):
+            torch.autograd.backward(self.attached, self.route.seeds(self.attached, weights))
 
 
 class SumRoute(Route):
@@ -217,15 +220,17 @@ class SplitRoute(Route):
         """Run the forward pass and all VJPs."""
         features, losses, preds, cotangents, own = self._heads(inputs, labels)
         rows = []
-        for t, cotangent in enumerate(cotangents):
-            rows.append(vjp(features, cotangent, self.problem.shared_params, retain=t + 1 < len(cotangents)))
+        with part("VJPs"):
+            for t, cotangent in enumerate(cotangents):
+                rows.append(vjp(features, cotangent, self.problem.shared_params, retain=t + 1 < len(cotangents)))
         return RowsPass(self, losses, preds, rows, own)
 
     def frozen(self, inputs: Any, labels: Any, shared: Tensor, heads: Tensor | None) -> Pass:
         """Send the weighted sum of the tasks' cotangents through the trunk, once."""
         features, losses, preds, cotangents, own = self._heads(inputs, labels)
         total = [_weighted(shared, column) for column in zip(*cotangents, strict=True)]
-        rows = [vjp(features, total, self.problem.shared_params, retain=False)]
+        with part("VJPs"):
+            rows = [vjp(features, total, self.problem.shared_params, retain=False)]
         done = RowsPass(self, losses, preds, rows, own)
         done.write_heads(heads)
         for param, grad in zip(self.problem.shared_params, rows[0], strict=True):
@@ -235,10 +240,12 @@ class SplitRoute(Route):
     def _heads(self, inputs: Any, labels: Any) -> tuple[Features, Sequence[Tensor], dict[str, Any], Rows, OwnGradients]:
         if self.weighs_heads:
             self.learn_owners(inputs, labels)
-        features = self.regions.trunk(inputs)
-        aliases = [_cut(features) for _ in self.problem.tasks]
-        losses, preds = self.regions.heads(aliases, labels)
-        cotangents, own = self.own_gradients(losses, aliases)
+        with part("forward"):
+            features = self.regions.trunk(inputs)
+            aliases = [_cut(features) for _ in self.problem.tasks]
+            losses, preds = self.regions.heads(aliases, labels)
+        with part("VJPs"):
+            cotangents, own = self.own_gradients(losses, aliases)
         return features, losses, preds, cotangents, own
 
 
@@ -251,10 +258,11 @@ class WholeRoute(Route):
         shared, own = self.problem.shared_params, self.problem.own_params
         one_graph = not self.problem.model.multi_input
         rows, parts = [], []
-        for t, loss in enumerate(losses):
-            grads = vjp([loss], self.seeds([loss]), [*shared, *own], retain=one_graph and t + 1 < len(losses))
-            rows.append(grads[: len(shared)])
-            parts.append(grads[len(shared) :])
+        with part("VJPs"):
+            for t, loss in enumerate(losses):
+                grads = vjp([loss], self.seeds([loss]), [*shared, *own], retain=one_graph and t + 1 < len(losses))
+                rows.append(grads[: len(shared)])
+                parts.append(grads[len(shared) :])
         return RowsPass(self, losses, preds, rows, OwnGradients(own, parts))
 
     def frozen(self, inputs: Any, labels: Any, shared: Tensor, heads: Tensor | None) -> Pass:
@@ -337,7 +345,8 @@ class RepPass(Pass):
     def send(self, grads: Sequence[Tensor]) -> None:
         """Send down to the shared parameters T gradients of the representations, or their sum where they share one."""
         fits = len(grads) == len(self.attached)
-        torch.autograd.backward(self.attached, list(grads) if fits else [torch.stack(list(grads)).sum(0)])
+        with part("VJPs"):
+            torch.autograd.backward(self.attached, list(grads) if fits else [torch.stack(list(grads)).sum(0)])
 
 
 class RepRoute(Route):
@@ -347,8 +356,10 @@ class RepRoute(Route):
         """Run the forward pass and the backward pass of the heads."""
         if self.weighs_heads and not self.problem.model.multi_input:
             self.learn_owners(inputs, labels)
-        reps, losses, preds, cuts = self._represent(inputs, labels)
-        found, own = self.own_gradients(losses, [[cut] for cut in cuts])
+        with part("forward"):
+            reps, losses, preds, cuts = self._represent(inputs, labels)
+        with part("VJPs"):
+            found, own = self.own_gradients(losses, [[cut] for cut in cuts])
         grads = [torch.zeros_like(cut) if grad is None else grad for (grad,), cut in zip(found, cuts, strict=True)]
         sizes = {grad.shape[1:].numel() for grad in grads}
         if len(sizes) > 1:
@@ -381,7 +392,7 @@ class ForwardRepRoute(RepRoute):
 
     def _represent(self, inputs: Any, labels: Any) -> tuple[Features, Sequence[Tensor], dict[str, Any], list[Tensor]]:
         model = self.problem.model
-        losses, preds = forward(self.problem, self.regions, inputs, labels)
+        losses, preds = _forward(self.problem, self.regions, inputs, labels)
         rep = model.rep
         reps = tuple(rep[task] for task in self.problem.tasks) if isinstance(rep, dict) else (rep,)
         return reps, losses, preds, [model.rep_tasks[task] for task in self.problem.tasks]
@@ -417,6 +428,11 @@ def choose_route(problem: Problem, regions: Regions, needs_gradients: bool, weig
 
 def forward(problem: Problem, regions: Regions, inputs: Any, labels: Any) -> tuple[Sequence[Tensor], dict[str, Any]]:
     """Run the network with the graph in one piece, task by task if each has its own batch."""
+    with part("forward"):
+        return _forward(problem, regions, inputs, labels)
+
+
+def _forward(problem: Problem, regions: Regions, inputs: Any, labels: Any) -> tuple[Sequence[Tensor], dict[str, Any]]:
     if not problem.model.multi_input:
         return regions.whole(inputs, labels)
     losses, preds = [], {}

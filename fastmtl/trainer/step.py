@@ -20,6 +20,7 @@ from fastmtl.trainer.options import StepOptions
 from fastmtl.trainer.own import summed
 from fastmtl.trainer.precision import LossScaler
 from fastmtl.trainer.problem import Problem
+from fastmtl.trainer.profiling import part
 from fastmtl.trainer.records import StepBuffer
 from fastmtl.trainer.regions import Regions
 from fastmtl.trainer.routes import Pass, RepPass, choose_route, forward
@@ -133,13 +134,14 @@ class TrainingStep:
     def _update(self, losses: Tensor, gram: Tensor | None) -> None:
         """Let the optimizer use the gradients, unless something was not finite."""
         # A float16 gradient that overflows is no error: the step is skipped, and the scale falls.
-        self.guard.watch(losses, gram if self.scaler is None else None)
-        if self.options.clip_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_grad_norm)
-        if self.scaler is not None:
-            torch.maximum(self.guard.found_inf, self.scaler.found_inf, out=self._masked)
-            self.scaler.update()
-        self.optimizer.step()
+        with part("optimizer"):
+            self.guard.watch(losses, gram if self.scaler is None else None)
+            if self.options.clip_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_grad_norm)
+            if self.scaler is not None:
+                torch.maximum(self.guard.found_inf, self.scaler.found_inf, out=self._masked)
+                self.scaler.update()
+            self.optimizer.step()
 
     def _gradients(
         self, batches: Sequence[tuple[Any, Any]]
@@ -345,30 +347,37 @@ class TrainingStep:
         if isinstance(done, RepPass) and model.needs == "reps":
             done.write_heads(None)
             # Masks depend on signs and shares only: the scale of the gradients does not matter.
-            done.send(model.mask_reps(losses, done.reps, done.grads, **self.hyper))
+            with part("solver"):
+                masked = model.mask_reps(losses, done.reps, done.grads, **self.hyper)
+            done.send(masked)
             return None, None
         rows = [row for each in passes for row in each.rows or []]
         gram, groups = None, None
         if model.needs == "rows":
             given = rows if scale is None else _divided(rows, scale)
-            weights = model.weigh_rows(losses, given, **self.hyper)
+            with part("solver"):
+                weights = model.weigh_rows(losses, given, **self.hyper)
             gram = weights.gram
             if scale is not None:
                 weights.rows, weights.shared = weights.rows or given, weights.shared * scale
         elif model.needs == "gram":
             groups = model.groups(**self.hyper)
-            gram = ops.gram(rows, groups)
-            if scale is not None:
-                gram = gram / scale.to(gram.dtype) ** 2
-            weights = model.weigh(losses, gram, **self.hyper)
+            with part("gram"):
+                gram = ops.gram(rows, groups)
+                if scale is not None:
+                    gram = gram / scale.to(gram.dtype) ** 2
+            with part("solver"):
+                weights = model.weigh(losses, gram, **self.hyper)
             gram = gram.sum(0) if groups is not None else _mean_block(gram, len(passes))
         else:
-            weights = model.weigh(losses, None, **self.hyper)
+            with part("solver"):
+                weights = model.weigh(losses, None, **self.hyper)
         if self.options.weight_momentum:
             self._smooth(weights)
         heads = [None] * len(passes) if weights.heads is None else weights.heads.chunk(len(passes))
-        for each, own in zip(passes, heads, strict=True):
-            each.write_heads(own)
+        with part("combine"):
+            for each, own in zip(passes, heads, strict=True):
+                each.write_heads(own)
         shared = weights.shared
         if weights.max_norm is not None and gram is not None:
             shared = shared * _cap(shared, gram, weights.max_norm)
@@ -389,7 +398,8 @@ class TrainingStep:
     def _legacy(self, inputs: Any, labels: Any) -> tuple[Tensor, dict[str, Any], Tensor | None, None]:
         losses, preds = forward(self.problem, self.route.regions, inputs, labels)
         stacked = torch.stack(list(losses))
-        weights = self.model.backward(stacked, **self.hyper)
+        with part("VJPs"):
+            weights = self.model.backward(stacked, **self.hyper)
         return stacked.detach(), preds, None if weights is None else torch.as_tensor(weights).to(stacked), None
 
 

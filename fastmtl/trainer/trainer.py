@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from fastmtl.architecture import ARCHITECTURES, AbsArchitecture
-from fastmtl.errors import CheckpointError, UsageError
+from fastmtl.errors import CheckpointError
 from fastmtl.hyper import fill_hyper
 from fastmtl.names import resolve_name
 from fastmtl.trainer.batches import joined
 from fastmtl.trainer.checkpoint import load_model_state, read_checkpoint, rng_state, save_atomically, set_rng_state
-from fastmtl.trainer.checks import check_tasks, find_device
+from fastmtl.trainer.checks import check_tasks, check_weighting, find_device
 from fastmtl.trainer.guard import FiniteGuard
 from fastmtl.trainer.interrupt import DeferredInterrupt
 from fastmtl.trainer.labels import present_tasks
@@ -34,8 +34,9 @@ from fastmtl.trainer.logger import Logger, RunInfo, as_logger
 from fastmtl.trainer.meter import PerformanceMeter
 from fastmtl.trainer.optimizer import make_optimizer, make_scheduler
 from fastmtl.trainer.options import StepOptions, check_options
-from fastmtl.trainer.precision import PRECISIONS
+from fastmtl.trainer.precision import PRECISIONS, set_tf32
 from fastmtl.trainer.problem import Problem
+from fastmtl.trainer.profiling import StepProfiler, part
 from fastmtl.trainer.records import StepBuffer
 from fastmtl.trainer.regions import CompileReport, measure_compiled
 from fastmtl.trainer.step import TrainingStep
@@ -73,6 +74,7 @@ class Trainer(nn.Module):
         resume: A ``last.pt`` to go on from.
         precision: ``"fp32"``; ``"bf16"`` or ``"fp16"`` compute the network in that dtype where it is safe (autocast),
             with losses, Gram matrix and update in float32; fp16 scales the losses and skips steps that overflow.
+        tf32: On CUDA, let float32 matrix products and convolutions round to TF32, or forbid it; torch's settings if None.
         channels_last: Keep images and convolutions in channels-last memory format, which GPUs prefer.
         accumulate: Batches of a step: their gradients, task by task, are averaged before the strategy sees them.
         clip_grad_norm: Greatest norm of the update's gradients together; applied last.
@@ -84,6 +86,7 @@ class Trainer(nn.Module):
             the state of the others stay as they are. All if None.
         log_every: Steps between two reads of the device for the loggers.
         limit_batches: Steps per pass at most.
+        profile: File for a Chrome trace of a few warm steps; where they went is printed too.
         kwargs: ``weight_args`` and ``arch_args``, the hyper-parameters of strategy and architecture.
 
     Raises:
@@ -117,6 +120,7 @@ class Trainer(nn.Module):
         logger: Logger | Sequence[Logger] | None = None,
         resume: str | None = None,
         precision: str = "fp32",
+        tf32: bool | None = None,
         channels_last: bool = False,
         accumulate: int = 1,
         clip_grad_norm: float | None = None,
@@ -125,10 +129,13 @@ class Trainer(nn.Module):
         tasks_per_step: int | None = None,
         log_every: int = 50,
         limit_batches: int | None = None,
+        profile: str | Path | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__()
         self.device = find_device(device)
+        if tf32 is not None:
+            set_tf32(tf32, self.device)
         self.task_dict = task_dict
         self.task_name = check_tasks(task_dict, decoders)
         self.task_num = len(self.task_name)
@@ -163,6 +170,7 @@ class Trainer(nn.Module):
         problem = Problem(self.model, self.meter.losses, self.process_preds, PRECISIONS[options.precision])
         self.step = TrainingStep(problem, self.optimizer, self._guard, self.logger.on_compile, hyper, options)
         self.compile_report: CompileReport | None = None
+        self._profiler = None if profile is None else StepProfiler(Path(profile), self.device)
         self._generators: list[torch.Generator] = []
         self._start = _BEGINNING
         if resume is not None:
@@ -203,15 +211,7 @@ class Trainer(nn.Module):
         if self.channels_last:
             self.model.to(memory_format=torch.channels_last)
         if rule.backward is AbsWeighting.backward:
-            if self.rep_grad and not rule.allows_rep_grad:
-                raise UsageError(f"{self.weighting} balances the gradients of parameters: rep_grad must be False.")
-            if rule.needs == "reps" and not self.rep_grad:
-                raise UsageError(f"{self.weighting} works on the gradients of representations: rep_grad must be True.")
-            if rule.needs in ("gram", "rows", "reps") and not any(True for _ in self.model.get_share_params()):
-                raise UsageError(
-                    f"{self.weighting} balances the gradients of shared parameters, and {self.architecture} has none: "
-                    "use EW."
-                )
+            check_weighting(self.model, rule, self.architecture, self.rep_grad)
         if rule.needs == "losses" and rule.backward is AbsWeighting.backward:
             # Only the losses count, so the graph stays in one piece: cut at the representation, the encoder would get
             # no gradient.
@@ -292,6 +292,8 @@ class Trainer(nn.Module):
                     self._evaluate_epoch(val_dataloaders, test_dataloaders, epoch)
                     interrupt.check()
         finally:
+            if self._profiler is not None:
+                self._profiler.stop()
             self.logger.on_end(self.meter.best_result["epoch"], self.meter.best_result["result"] or {})
         self.meter.display_best_result()
         return self.batch_weight if return_weight else None
@@ -320,13 +322,19 @@ class Trainer(nn.Module):
         self.meter.begin()
         buffer = StepBuffer()
         for batch in range(skip, steps):
-            fetched = list(islice(batches, per_step))
-            # Before the copy: on the device, finding out would wait for it.
-            present = present_tasks(self.meter.losses, [labels for _, labels in fetched])
-            given = [self._to_device(each) for each in fetched]
-            losses, preds = self._run_step(given, buffer, present)
-            scored = given if accumulate > 1 else given[-1:]
-            self.meter.update(losses, preds, joined([labels for _, labels in scored]))
+            if self._profiler is not None and self.step.trial is None:
+                self._profiler.before_step(self.step.warmth)
+            with part("step"):
+                with part("loader"):
+                    fetched = list(islice(batches, per_step))
+                    # Before the copy: on the device, finding out would wait for it.
+                    present = present_tasks(self.meter.losses, [labels for _, labels in fetched])
+                    given = [self._to_device(each) for each in fetched]
+                losses, preds = self._run_step(given, buffer, present)
+                scored = given if accumulate > 1 else given[-1:]
+                self.meter.update(losses, preds, joined([labels for _, labels in scored]))
+            if self._profiler is not None:
+                self._profiler.after_step()
             if len(buffer) == self.log_every or batch + 1 == steps:
                 self._log(buffer, epoch, epoch * steps + batch + 1)
             try:
@@ -336,6 +344,8 @@ class Trainer(nn.Module):
                     self._log(buffer, epoch, epoch * steps + batch + 1)
                 self._save_last(epoch, batch + 1, epoch_rng)
                 raise
+        if self._profiler is not None:
+            self._profiler.finish()
         self.meter.end()
         self._report("train", epoch)
         # A task without any label in this epoch keeps the loss of the one before.
