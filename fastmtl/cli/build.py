@@ -86,6 +86,7 @@ def build_trainer(
         load_path=None if resume is not None else config.load_path,
         device=config.device,
         compile="auto" if config.compile == "auto" else bool(config.compile),
+        cuda_graph=config.cuda_graph,
         logger=logger,
         resume=None if resume is None else str(resume),
         log_every=config.log_every,

@@ -28,7 +28,18 @@ from fastmtl.trainer.tensorboard import TensorBoardLogger
 __all__ = ["train"]
 
 # What may differ when a run goes on; everything else decides what has been learned so far.
-_CHANGEABLE = ("epochs", "device", "compile", "threads", "workers", "log_every", "tensorboard", "plot", "profile")
+_CHANGEABLE = (
+    "epochs",
+    "device",
+    "compile",
+    "cuda_graph",
+    "threads",
+    "workers",
+    "log_every",
+    "tensorboard",
+    "plot",
+    "profile",
+)
 
 
 def train(*, config: Path | None, run_dir: Path | None, resume: Path | None, **values: Any) -> None:

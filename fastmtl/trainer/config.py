@@ -97,6 +97,7 @@ class TrainConfig:
     )
     channels_last: bool = _setting(False, "Machine", "Keep images in channels-last memory format.")
     compile: bool | str = _setting(False, "Machine", "Compile the step; auto tries both and keeps the faster.")
+    cuda_graph: bool = _setting(False, "Machine", "Capture the step as a CUDA graph, where that can be.")
     workers: int | None = _setting(None, "Machine", "Processes that load training data; none where data are in memory.")
     threads: int | None = _setting(None, "Machine", "CPU threads; PyTorch's choice if not given.")
 

@@ -20,6 +20,7 @@ class StepOptions:
 
     Attributes:
         compile: Compile the forward and backward passes; ``"auto"`` finds out whether to.
+        cuda_graph: Capture the step as a CUDA graph and replay it, where that can be.
         precision: ``"fp32"``; or ``"bf16"``, ``"fp16"``: autocast, the latter with a loss scale.
         accumulate: Batches of a step.
         clip_grad_norm: Greatest norm of all gradients together; None for no limit.
@@ -30,6 +31,7 @@ class StepOptions:
     """
 
     compile: bool | Literal["auto"] = False
+    cuda_graph: bool = False
     precision: str = "fp32"
     accumulate: int = 1
     clip_grad_norm: float | None = None

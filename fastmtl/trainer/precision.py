@@ -16,8 +16,7 @@ PRECISIONS: Mapping[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bflo
 def set_tf32(tf32: bool, device: torch.device) -> None:
     """Choose whether a CUDA GPU multiplies float32 matrices and convolves in TF32, with 10 bits of mantissa.
 
-    The choice is the process's. Other devices have no TF32, and nothing changes there. fastmtl's Gram matrices are as exact
-    either way.
+    The choice is the process's. Other devices have no TF32, and nothing changes there.
     """
     if device.type == "cuda":
         # The settings by operator, fp32_precision, make reading these raise, and inductor reads them.

@@ -109,5 +109,5 @@ class StepProfiler:
         """Record what runs inside under a name."""
         with record_function(_PREFIX + name):
             yield
-            if self.device.type == "cuda":
+            if self.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
                 torch.cuda.synchronize(self.device)

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastmtl import ops
 from fastmtl.errors import UsageError
 from fastmtl.trainer.batches import joined
+from fastmtl.trainer.capture import CudaGraph, StepCapture, reason_against
 from fastmtl.trainer.guard import FiniteGuard
 from fastmtl.trainer.lookahead import LookAhead
 from fastmtl.trainer.optimizer import MaskedOptimizer
@@ -82,6 +83,14 @@ class TrainingStep:
         ]
         self.trial = Trial(routes, on_compile) if len(routes) > 1 else None
         self.route = routes[0]
+        self.capture: StepCapture | None = None
+        if options.cuda_graph:
+            device = guard.found_inf.device
+            reason = reason_against(rule, optimizer, options, self.legacy, device)
+            if reason is None:
+                self.capture = StepCapture(rule, optimizer, CudaGraph(device), on_compile)
+            else:
+                on_compile(f"cuda_graph: the step runs eagerly, as {reason}")
 
     @property
     def compiled(self) -> bool:
@@ -113,11 +122,21 @@ class TrainingStep:
         tasks = self._tasks(present)
         if tasks is not None:
             return self._some_tasks(tasks, batches, buffer)
+        if self.capture is None:
+            losses, preds, weights, gram = self._body(batches)
+        else:
+            losses, preds, *logged = self.capture(self._body, batches)
+            # The next replay writes where these are.
+            losses, weights, gram = (None if each is None else each.clone() for each in (losses, *logged))
+        buffer.add(losses, weights, gram)
+        return dict(zip(self.problem.tasks, losses, strict=True)), preds
+
+    def _body(self, batches: Sequence[tuple[Any, Any]]) -> tuple[Tensor, dict[str, Any], Tensor | None, Tensor | None]:
+        """Run what happens on the device in a step of all tasks."""
         losses, preds, weights, gram = self._gradients(batches)
         self._update(losses, gram)
         self._look_back(batches)
-        buffer.add(losses, weights, gram)
-        return dict(zip(self.problem.tasks, losses, strict=True)), preds
+        return losses, preds, weights, gram
 
     def _tasks(self, present: Sequence[int] | None) -> list[int] | None:
         """Return the tasks of this step if they are not all."""

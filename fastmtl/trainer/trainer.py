@@ -70,11 +70,12 @@ class Trainer(nn.Module):
         device: Where to train; the first GPU if there is one, else the CPU.
         compile: Compile the forward and backward passes with ``torch.compile``. ``"auto"`` trains the first steps
             both ways, keeps the faster and says which.
+        cuda_graph: Capture the step as a CUDA graph and replay it; where that cannot be, it runs eagerly and says why.
         logger: A `Logger`, or several.
         resume: A ``last.pt`` to go on from.
         precision: ``"fp32"``; ``"bf16"`` or ``"fp16"`` compute the network in that dtype where it is safe (autocast),
             with losses, Gram matrix and update in float32; fp16 scales the losses and skips steps that overflow.
-        tf32: On CUDA, let float32 matrix products and convolutions round to TF32, or forbid it; torch's settings if None.
+        tf32: On CUDA, let float32 products and convolutions round to TF32, or forbid it; torch's settings if None.
         channels_last: Keep images and convolutions in channels-last memory format, which GPUs prefer.
         accumulate: Batches of a step: their gradients, task by task, are averaged before the strategy sees them.
         clip_grad_norm: Greatest norm of the update's gradients together; applied last.
@@ -117,6 +118,7 @@ class Trainer(nn.Module):
         *,
         device: str | torch.device | None = None,
         compile: bool | Literal["auto"] = False,
+        cuda_graph: bool = False,
         logger: Logger | Sequence[Logger] | None = None,
         resume: str | None = None,
         precision: str = "fp32",
@@ -158,6 +160,7 @@ class Trainer(nn.Module):
         self._guard = FiniteGuard(self.device, self.task_name)
         options = StepOptions(
             compile=compile,
+            cuda_graph=cuda_graph,
             precision=precision,
             accumulate=accumulate,
             clip_grad_norm=clip_grad_norm,

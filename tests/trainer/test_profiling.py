@@ -102,7 +102,7 @@ def test_workers() -> None:
     with pytest.raises(UsageError, match="num_workers must be at least 0"):
         data.load("multimnist", num_workers=-1)
     bundle = data.load("multimnist", n_train=128, num_workers=1)
-    assert bundle.train.num_workers == 1  # type: ignore[union-attr]
+    assert bundle.train.num_workers == 1
     alone = data.load("multimnist", n_train=128)
     for (x, y), (same_x, same_y) in zip(bundle.train, alone.train, strict=True):
         assert torch.equal(x, same_x)
