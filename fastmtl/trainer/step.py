@@ -127,7 +127,8 @@ class TrainingStep:
         else:
             losses, preds, *logged = self.capture(self._body, batches)
             # The next replay writes where these are.
-            losses, weights, gram = (None if each is None else each.clone() for each in (losses, *logged))
+            losses = losses.clone()
+            weights, gram = (None if each is None else each.clone() for each in logged)
         buffer.add(losses, weights, gram)
         return dict(zip(self.problem.tasks, losses, strict=True)), preds
 
