@@ -38,12 +38,16 @@ class AbsLoss:
     """Base of all losses: override ``compute_loss`` and nothing else.
 
     ``compute_loss`` is pure and may run inside ``torch.compile``. ``accumulate`` is called outside of it, once per
-    batch.
+    batch. The losses of this module average over the labels that are there, :meth:`labelled`; a batch without any gives
+    0 with zero gradients.
 
     Attributes:
+        ignore_index: The class label that stands for a missing one. Among real numbers it is NaN.
         record: Empty unless a subclass overrides ``_update_loss`` and appends its losses here, as floats.
         bs: The batch sizes that belong to ``record``.
     """
+
+    ignore_index: int = -100
 
     def __init__(self) -> None:
         self.record: list[float] = []
@@ -59,8 +63,16 @@ class AbsLoss:
         """
         raise NotImplementedError(f"{type(self).__name__} must define compute_loss(pred, gt)")
 
-    def accumulate(self, loss: Tensor, batch_size: int) -> None:
+    def labelled(self, gt: Tensor) -> Tensor:
+        """Return where labels are there, as booleans that have an entry, or several, for each row of the batch."""
+        return ~gt.isnan() if gt.is_floating_point() else gt != self.ignore_index
+
+    def accumulate(self, loss: Tensor, batch_size: int | Tensor) -> None:
         """Add the loss of one batch to the running mean, weighted by ``batch_size``; never waits for the device.
+
+        Args:
+            loss: Scalar.
+            batch_size: Rows of the batch that have a label.
 
         Raises:
             UsageError: ``loss`` is not a scalar.
@@ -96,39 +108,69 @@ class AbsLoss:
 
 
 class CELoss(AbsLoss):
-    """Cross-entropy of logits ``(batch, classes, ...)`` and class indices ``(batch, ...)``, averaged over entries."""
+    """Cross-entropy of logits ``(batch, classes, ...)`` and labels, averaged over the labelled entries.
+
+    Labels are class indices ``(batch, ...)`` or probabilities ``(batch, classes, ...)``.
+
+    Args:
+        ignore_index: The class index that stands for a missing label.
+    """
+
+    def __init__(self, ignore_index: int = -100) -> None:
+        super().__init__()
+        self.ignore_index = ignore_index
 
     def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
         """Return the mean cross-entropy."""
-        return F.cross_entropy(pred, gt)
+        known = self.labelled(gt)
+        if gt.is_floating_point():
+            known = known.all(1)
+            # Probabilities of zero give no loss and no gradient.
+            total = F.cross_entropy(pred, torch.where(known.unsqueeze(1), gt, 0), reduction="sum")
+        else:
+            total = F.cross_entropy(pred, gt, ignore_index=self.ignore_index, reduction="sum")
+        return total / known.sum().clamp(min=1)
 
 
 class KLDivLoss(AbsLoss):
-    """Kullback-Leibler divergence of log-probabilities and probabilities, averaged over all entries.
+    """Kullback-Leibler divergence of log-probabilities and probabilities, averaged over all labelled entries.
 
     This is ``torch.nn.KLDivLoss()`` as LibMTL uses it: the mean is over entries, not over the batch.
     """
 
     def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
         """Return the mean of ``gt * (log gt - pred)``."""
-        # reduction="mean" gives the same number with a warning in every step.
-        return F.kl_div(pred, gt, reduction="none").mean()
+        known, filled = _filled(self, gt)
+        return _mean(F.kl_div(pred, filled, reduction="none"), known)
 
 
 class L1Loss(AbsLoss):
-    """Mean absolute error."""
+    """Mean absolute error of the labelled entries."""
 
     def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
         """Return the mean of ``|pred - gt|``."""
-        return F.l1_loss(pred, gt)
+        known, filled = _filled(self, gt)
+        return _mean(F.l1_loss(pred, filled, reduction="none"), known)
 
 
 class MSELoss(AbsLoss):
-    """Mean squared error."""
+    """Mean squared error of the labelled entries."""
 
     def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
         """Return the mean of ``(pred - gt)^2``."""
-        return F.mse_loss(pred, gt)
+        known, filled = _filled(self, gt)
+        return _mean(F.mse_loss(pred, filled, reduction="none"), known)
+
+
+def _filled(loss: AbsLoss, gt: Tensor) -> tuple[Tensor, Tensor]:
+    """Return where labels are there, and labels that are 0 elsewhere: a NaN would pass through a gradient of zero."""
+    known = loss.labelled(gt)
+    return known, torch.where(known, gt, 0)
+
+
+def _mean(values: Tensor, known: Tensor) -> Tensor:
+    known = known.expand_as(values)
+    return torch.where(known, values, 0).sum() / known.sum().clamp(min=1)
 
 
 class SegLoss(AbsLoss):
@@ -144,31 +186,51 @@ class SegLoss(AbsLoss):
         super().__init__()
         self.ignore_index = ignore_index
 
+    def labelled(self, gt: Tensor) -> Tensor:
+        """Return where pixels have a class."""
+        return (gt != self.ignore_index) & ~gt.isnan()
+
     def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
         """Return the mean cross-entropy of the labelled pixels."""
-        labels = gt.long()
+        known = self.labelled(gt)
+        labels = torch.where(known, gt, self.ignore_index).long()
         total = F.cross_entropy(pred, labels, ignore_index=self.ignore_index, reduction="sum")
-        return total / (labels != self.ignore_index).sum().clamp(min=1)
+        return total / known.sum().clamp(min=1)
 
 
 class DepthLoss(AbsLoss):
-    """Mean absolute error of depths ``(batch, 1, h, w)`` over the pixels whose true depth is not 0; 0 without any."""
+    """Mean absolute error of depths ``(batch, 1, h, w)`` over the pixels whose true depth is neither 0 nor NaN.
+
+    A batch without any such pixel gives 0.
+    """
+
+    def labelled(self, gt: Tensor) -> Tensor:
+        """Return which pixels have a depth, ``(batch, 1, h, w)``."""
+        return _there(gt.sum(1, keepdim=True))
 
     def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
         """Return the mean of ``|pred - gt|`` over the pixels with a depth."""
-        valid = gt.sum(1, keepdim=True) != 0
+        valid = self.labelled(gt)
         return torch.where(valid, (pred - gt).abs(), 0).sum() / valid.sum().clamp(min=1)
 
 
 class NormalLoss(AbsLoss):
     """One minus the cosine of the angle to true unit normals ``(batch, 3, h, w)``, averaged; 0 without any normal.
 
-    Pixels whose true components sum to 0 do not count, as in LibMTL: that is how a missing normal is stored. The
-    prediction needs no unit length.
+    Pixels whose true components sum to 0 do not count, as in LibMTL: that is how a missing normal is stored; nor do
+    those with a NaN. The prediction needs no unit length.
     """
+
+    def labelled(self, gt: Tensor) -> Tensor:
+        """Return which pixels have a normal, ``(batch, h, w)``."""
+        return _there(gt.sum(1))
 
     def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
         """Return the mean of ``1 - <pred, gt> / |pred|`` over the pixels with a normal."""
-        valid = gt.sum(1) != 0
-        cosine = (F.normalize(pred, dim=1) * gt).sum(1)
+        valid = self.labelled(gt)
+        cosine = (F.normalize(pred, dim=1) * torch.where(valid.unsqueeze(1), gt, 0)).sum(1)
         return torch.where(valid, 1 - cosine, 0).sum() / valid.sum().clamp(min=1)
+
+
+def _there(values: Tensor) -> Tensor:
+    return (values != 0) & ~values.isnan()

@@ -123,21 +123,33 @@ class _MeanMetric(AbsMetric):
 
 
 class AccMetric(_MeanMetric):
-    """Accuracy: the share of labels ``gt`` (any shape) equal to the arg max of ``pred`` ``(*gt.shape, classes)``."""
+    """Accuracy: the share of labels ``gt`` (any shape) equal to the arg max of ``pred`` ``(*gt.shape, classes)``.
+
+    Args:
+        ignore_index: Label of entries that do not count.
+    """
+
+    def __init__(self, ignore_index: int = -100) -> None:
+        super().__init__()
+        self.ignore_index = ignore_index
 
     def update_fun(self, pred: Tensor, gt: Tensor) -> None:
         """Count the right predictions of one batch."""
         if gt.numel():
             # The mean of a batch times its count is not exact in float32, the count of right ones is.
-            self._running.add_sum(pred.argmax(-1).eq(gt).sum(), gt.numel())
+            self._running.add_sum(pred.argmax(-1).eq(gt).sum(), (gt != self.ignore_index).sum())
 
 
 class L1Metric(_MeanMetric):
-    """Mean absolute error, each batch's mean weighted by its size."""
+    """Mean absolute error of the labels that are not NaN, each batch's mean weighted by its labelled rows."""
 
     def update_fun(self, pred: Tensor, gt: Tensor) -> None:
         """Take in the mean absolute error of one batch."""
-        self._running.add((pred - gt).abs().mean(), pred.shape[0])
+        error = pred - gt
+        known = ~gt.isnan()
+        all_known = known.expand_as(error)
+        mean = torch.where(all_known, error.abs(), 0).sum() / all_known.sum().clamp(min=1)
+        self._running.add(mean, known.reshape(len(known), -1).any(1).sum())
 
 
 class _Sums(AbsMetric):
@@ -194,7 +206,7 @@ class _Confusion(_Sums):
                 f"{type(self).__name__} is for {count} classes, so pred must be (batch, {count}, ...), "
                 f"got shape {tuple(pred.shape)}."
             )
-        labels, chosen = gt.long().flatten(), pred.argmax(1).flatten()
+        labels, chosen = torch.where(gt.isnan(), -1, gt).long().flatten(), pred.argmax(1).flatten()
         known = (labels >= 0) & (labels < count)
         # One bin more for what is skipped: selecting the known labels would wait for their number.
         bins = torch.where(known, count * labels + chosen, count * count)
@@ -259,12 +271,13 @@ class F1Metric(_Confusion):
 class DepthMetric(_Sums):
     """Absolute and relative error of depths ``(batch, 1, h, w)``, ``[abs_err, rel_err]``.
 
-    Means of ``|pred - gt|`` and ``|pred - gt| / gt`` over all pixels whose true depth is not 0.
+    Means of ``|pred - gt|`` and ``|pred - gt| / gt`` over all pixels whose true depth is neither 0 nor NaN.
     """
 
     def update_fun(self, pred: Tensor, gt: Tensor) -> None:
         """Take in one batch."""
-        valid = gt.sum(1, keepdim=True) != 0
+        depth = gt.sum(1, keepdim=True)
+        valid = (depth != 0) & ~depth.isnan()
         error = torch.where(valid, (pred - gt).abs(), 0)
         relative = error / torch.where(valid, gt, 1)
         self._add(torch.stack([_wide(error).sum(), _wide(relative).sum(), _wide(valid).sum()]))
@@ -278,8 +291,8 @@ class DepthMetric(_Sums):
 class NormalMetric(_Sums):
     """Angle between predicted and true normals ``(batch, 3, h, w)``: mean and median in degrees, shares below a limit.
 
-    The scores are ``[mean, median, <11.25, <22.5, <30]`` over all pixels whose true components do not sum to 0 (a
-    missing normal). The median is that of angles counted in ``BINS`` steps of 180 degrees, exact to 1e-4 degrees,
+    The scores are ``[mean, median, <11.25, <22.5, <30]`` over all pixels whose true components sum neither to 0 nor to
+    NaN (a missing normal). The median is that of angles counted in ``BINS`` steps of 180 degrees, exact to 1e-4,
     so that a pass over a data set needs 8 MB and not all of its pixels.
     """
 
@@ -292,8 +305,10 @@ class NormalMetric(_Sums):
 
     def update_fun(self, pred: Tensor, gt: Tensor) -> None:
         """Take in one batch; the true normals have unit length."""
-        valid = (gt.sum(1) != 0).flatten()
-        cosine = (F.normalize(pred, dim=1) * gt).sum(1).clamp(-1, 1).flatten()
+        total = gt.sum(1)
+        present = (total != 0) & ~total.isnan()
+        valid = present.flatten()
+        cosine = (F.normalize(pred, dim=1) * torch.where(present.unsqueeze(1), gt, 0)).sum(1).clamp(-1, 1).flatten()
         degrees = torch.where(valid, torch.rad2deg(torch.acos(cosine)), 0)
         below = [_wide((degrees < limit) & valid).sum() for limit in self.LIMITS]
         self._add(torch.stack([_wide(degrees).sum(), *below, _wide(valid).sum()]))

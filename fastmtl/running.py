@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,22 +23,22 @@ class RunningMean:
 
     def __init__(self) -> None:
         self._total: Tensor | None = None
-        self._weight = 0.0
+        self._weight: float | Tensor = 0.0
 
-    def add(self, value: Tensor, weight: float) -> None:
-        """Add one value, a tensor with one element, of this weight."""
+    def add(self, value: Tensor, weight: float | Tensor) -> None:
+        """Add one value, a tensor with one element, of this weight, a number or a scalar tensor."""
         self._add(value, weight, weight)
 
-    def add_sum(self, total: Tensor, weight: float) -> None:
+    def add_sum(self, total: Tensor, weight: float | Tensor) -> None:
         """Add the sum of values whose weights sum to ``weight``."""
         self._add(total, 1, weight)
 
-    def _add(self, value: Tensor, factor: float, weight: float) -> None:
+    def _add(self, value: Tensor, factor: float | Tensor, weight: float | Tensor) -> None:
         value = value.detach().reshape(())
         if self._total is None:
             dtype = torch.float32 if value.device.type == "mps" else torch.float64
             self._total = torch.zeros((), dtype=dtype, device=value.device)
-        self._total = self._total.add(value, alpha=factor)
+        self._total = self._total + value.to(self._total.dtype) * factor
         self._weight += weight
 
     def sync(self, peers: Peers) -> None:
@@ -48,13 +49,14 @@ class RunningMean:
     @property
     def empty(self) -> bool:
         """Whether nothing was added since the last ``reset``."""
-        return self._weight == 0
+        return self._total is None
 
     def value(self) -> float:
-        """The mean; waits for the device. Raises ``ZeroDivisionError`` when empty."""
-        if self._total is None or self.empty:
+        """The mean, NaN if all weights are 0; waits for the device. Raises ``ZeroDivisionError`` when empty."""
+        if self._total is None:
             raise ZeroDivisionError("the mean of no values")
-        return self._total.item() / self._weight
+        weight = float(self._weight)
+        return self._total.item() / weight if weight else math.nan
 
     def reset(self) -> None:
         """Forget everything, the device included."""

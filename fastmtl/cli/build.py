@@ -37,6 +37,7 @@ def load_data(config: TrainConfig) -> tuple[TrainConfig, DataBundle]:
         augment=config.aug,
         encoder=config.encoder,
         pretrained=config.pretrained,
+        num_workers=config.workers,
         pin_memory=torch.cuda.is_available() and config.device != "cpu",
     )
     if config.multi_input not in (None, bundle.multi_input):
@@ -59,6 +60,7 @@ def build_trainer(
     bundle: DataBundle,
     *,
     save_path: Path | None = None,
+    profile: Path | None = None,
     resume: Path | None = None,
     logger: list[Logger] | Logger | None = None,
 ) -> Trainer:
@@ -84,11 +86,14 @@ def build_trainer(
         load_path=None if resume is not None else config.load_path,
         device=config.device,
         compile="auto" if config.compile == "auto" else bool(config.compile),
+        cuda_graph=config.cuda_graph,
         logger=logger,
         resume=None if resume is None else str(resume),
         log_every=config.log_every,
         limit_batches=config.limit_batches,
+        profile=profile,
         precision=config.precision,
+        tf32=config.tf32,
         channels_last=config.channels_last,
         accumulate=config.accumulate,
         clip_grad_norm=config.clip_grad_norm,

@@ -30,7 +30,18 @@ from fastmtl.trainer.tensorboard import TensorBoardLogger
 __all__ = ["train"]
 
 # What may differ when a run goes on; everything else decides what has been learned so far.
-_CHANGEABLE = ("epochs", "device", "compile", "threads", "log_every", "tensorboard", "plot")
+_CHANGEABLE = (
+    "epochs",
+    "device",
+    "compile",
+    "cuda_graph",
+    "threads",
+    "workers",
+    "log_every",
+    "tensorboard",
+    "plot",
+    "profile",
+)
 
 
 def train(*, config: Path | None, run_dir: Path | None, resume: Path | None, **values: Any) -> None:
@@ -111,7 +122,12 @@ def _train_in(run: RunDirectory, config: TrainConfig, bundle: DataBundle, resume
         try:
             print_banner(config, bundle, run)
             trainer = build_trainer(
-                config, bundle, save_path=run.path, resume=resume, logger=[*_file_loggers(config, run), progress]
+                config,
+                bundle,
+                save_path=run.path,
+                profile=run.trace if config.profile else None,
+                resume=resume,
+                logger=[*_file_loggers(config, run), progress],
             )
             write_atomically(run.config, config.as_yaml())
             _run(trainer, config, bundle)

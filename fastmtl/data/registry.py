@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -44,7 +45,7 @@ class LoaderOptions:
         seed: Draws the order of the training rows. The rows themselves do not depend on it.
         path: A folder to read from, where the data set allows one.
         n_train: Number of training rows; the data set's own number if None.
-        num_workers: Worker processes of each loader.
+        num_workers: Worker processes of each loader that loads rows from files.
         pin_memory: Page-lock the batches, for copies to a GPU.
         augment: Change the training rows at random each time, where the data set knows how.
     """
@@ -63,6 +64,8 @@ class LoaderOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} must be at least 1, got {value}.")
+        if self.num_workers < 0:
+            raise UsageError(f"num_workers must be at least 0, got {self.num_workers}.")
         if self.n_train is not None and self.n_train < self.batch_size:
             raise UsageError(
                 f"n_train must be at least batch_size ({self.batch_size}) to give a whole batch, got {self.n_train}."
@@ -108,6 +111,7 @@ class DatasetInfo:
         needs_path: The data must be given as a folder.
         batch_size: Rows of a training batch by default.
         test_batch_size: Rows of a batch of validation and test by default.
+        in_memory: Loading a batch is a copy in memory, which worker processes would only slow down.
     """
 
     name: str
@@ -124,6 +128,7 @@ class DatasetInfo:
     needs_path: bool = False
     batch_size: int = 64
     test_batch_size: int = 256
+    in_memory: bool = False
 
 
 @dataclass(kw_only=True, slots=True)
@@ -222,7 +227,7 @@ def load(
     seed: int = 0,
     path: str | Path | None = None,
     n_train: int | None = None,
-    num_workers: int = 0,
+    num_workers: int | None = None,
     pin_memory: bool = False,
     augment: bool = False,
     encoder: str | None = None,
@@ -237,7 +242,8 @@ def load(
         seed: Draws the order of the training rows; the rows are the same for every seed.
         path: A folder to read the data from, where the data set allows one.
         n_train: Number of training rows.
-        num_workers: Worker processes of each loader; none are needed for data in memory.
+        num_workers: Worker processes of each loader. If None, none for data in memory or without ``pin_memory``, which
+            says that there is a GPU; else up to 4, the loaders of all tasks sharing all cores but one.
         pin_memory: Page-lock the batches, for copies to a GPU.
         augment: Change the training rows at random each time.
         encoder: A name of ``ENCODERS`` that fits the data set; its default if None.
@@ -263,7 +269,7 @@ def load(
         seed=seed,
         path=folder,
         n_train=n_train,
-        num_workers=num_workers,
+        num_workers=_default_workers(info, pin_memory) if num_workers is None else num_workers,
         pin_memory=pin_memory,
         augment=augment,
     )
@@ -287,6 +293,14 @@ def load(
         outputs=dict(info.outputs),
         make_head=info.make_head if splits.image_size is None else partial(info.make_head, size=splits.image_size),
     )
+
+
+def _default_workers(info: DatasetInfo, pin_memory: bool) -> int:
+    # Without a GPU the step keeps all cores busy; with one, a core is left to the process that drives it.
+    if info.in_memory or not pin_memory:
+        return 0
+    loaders = len(info.outputs) if info.multi_input else 1
+    return min(4, ((os.cpu_count() or 1) - 1) // loaders)
 
 
 def describe_all() -> list[dict[str, str]]:

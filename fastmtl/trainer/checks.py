@@ -10,8 +10,9 @@ from torch import nn
 
 from fastmtl.distributed import Peers
 from fastmtl.errors import BackendError, UsageError
+from fastmtl.weighting import AbsWeighting
 
-__all__ = ["check_tasks", "find_device"]
+__all__ = ["check_tasks", "check_weighting", "find_device"]
 
 
 def find_device(device: str | torch.device | None, peers: Peers | None = None) -> torch.device:
@@ -64,3 +65,19 @@ def check_tasks(task_dict: dict[str, dict[str, Any]], decoders: Mapping[str, nn.
         if task not in decoders:
             raise UsageError(f"decoders has no module for the task {task!r}.")
     return list(task_dict)
+
+
+def check_weighting(model: Any, rule: type[AbsWeighting], architecture: str, rep_grad: bool) -> None:
+    """Refuse a strategy that cannot balance what the model has.
+
+    Raises:
+        UsageError: Says what it would need.
+    """
+    if rep_grad and not rule.allows_rep_grad:
+        raise UsageError(f"{rule.__name__} balances the gradients of parameters: rep_grad must be False.")
+    if rule.needs == "reps" and not rep_grad:
+        raise UsageError(f"{rule.__name__} works on the gradients of representations: rep_grad must be True.")
+    if rule.needs in ("gram", "rows", "reps") and not any(True for _ in model.get_share_params()):
+        raise UsageError(
+            f"{rule.__name__} balances the gradients of shared parameters, and {architecture} has none: use EW."
+        )

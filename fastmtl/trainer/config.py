@@ -99,13 +99,19 @@ class TrainConfig:
 
     device: str | None = _setting(None, "Machine", "cpu, cuda, cuda:1, mps; the best there is if not given.")
     precision: str = _setting("fp32", "Machine", "What the network computes in.", tuple(PRECISIONS))
+    tf32: bool | None = _setting(
+        None, "Machine", "Round float32 products to TF32 on CUDA; torch's choice if not given."
+    )
     channels_last: bool = _setting(False, "Machine", "Keep images in channels-last memory format.")
     compile: bool | str = _setting(False, "Machine", "Compile the step; auto tries both and keeps the faster.")
+    cuda_graph: bool = _setting(False, "Machine", "Capture the step as a CUDA graph, where that can be.")
+    workers: int | None = _setting(None, "Machine", "Processes that load training data; none where data are in memory.")
     threads: int | None = _setting(None, "Machine", "CPU threads; PyTorch's choice if not given.")
 
     validate: bool = _setting(True, "Logging", "Choose best.pt by the validation split, not by the test split.")
     log_every: int = _setting(20, "Logging", "Steps between two reads of losses and weights from the device.")
     tensorboard: bool = _setting(True, "Logging", "Write TensorBoard events.")
+    profile: bool = _setting(False, "Logging", "Write trace.json of a few warm steps, and print where they went.")
     plot: bool = _setting(True, "Logging", "Draw curves.png at the end of every epoch.")
 
     def __post_init__(self) -> None:
@@ -217,6 +223,7 @@ _LEAST = {
     "eta_min": 0,
     "patience": 0,
     "seed": 0,
+    "workers": 0,
     "threads": 1,
     "log_every": 1,
 }

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastmtl import ops
 from fastmtl.trainer.batches import halves, joined
 from fastmtl.trainer.problem import Problem
+from fastmtl.trainer.profiling import part
 from fastmtl.trainer.regions import Regions
 from fastmtl.trainer.routes import forward
 
@@ -53,17 +54,19 @@ class LookAhead:
     def rows(self, batch: tuple[Any, Any]) -> tuple[Tensor, list[Row]]:
         """Return the (T,) losses and the gradient of each."""
         losses, detached = self._forward(batch)
-        rows: list[Row] = [
-            list(torch.autograd.grad(loss, self.params, retain_graph=t + 1 < len(losses), allow_unused=True))
-            for t, loss in enumerate(losses)
-        ]
+        with part("VJPs"):
+            rows: list[Row] = [
+                list(torch.autograd.grad(loss, self.params, retain_graph=t + 1 < len(losses), allow_unused=True))
+                for t, loss in enumerate(losses)
+            ]
         return detached, rows
 
     def gradient(self, batch: tuple[Any, Any], weights: Tensor) -> tuple[Tensor, Row]:
         """Return the (T,) losses and the gradient of their weighted sum."""
         losses, detached = self._forward(batch)
         cotangents = [weight.to(loss.dtype) for weight, loss in zip(weights, losses, strict=True)]
-        return detached, list(torch.autograd.grad(losses, self.params, cotangents, allow_unused=True))
+        with part("VJPs"):
+            return detached, list(torch.autograd.grad(losses, self.params, cotangents, allow_unused=True))
 
     @contextmanager
     def moved(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from fastmtl.distributed import Peers
 from fastmtl.loss import AbsLoss
 from fastmtl.metrics import AbsMetric
+from fastmtl.trainer.labels import labelled_rows
 from fastmtl.trainer.task_parts import as_loss, as_metric
 from fastmtl.utils import count_improvement
 
@@ -53,32 +55,48 @@ class PerformanceMeter:
         self.loss_item: np.ndarray = np.zeros(len(self.task_name))
         self.seconds = 0.0
         self._begin = 0.0
+        self._seen: set[str] = set()
 
     def begin(self) -> None:
         """Start a pass: the clock and empty sums."""
         for task in self.task_name:
             self.losses[task]._reinit()
             self.metrics[task].reinit()
+        self._seen.clear()
         self._begin = time.perf_counter()
 
     @torch.no_grad()
     def update(self, losses: Mapping[str, Tensor], preds: Mapping[str, Any], labels: Mapping[str, Any]) -> None:
         """Take in the losses, predictions and labels of one batch, by task."""
         for task, loss in losses.items():
-            size = len(preds[task]) if hasattr(preds[task], "__len__") else 1
-            self.losses[task].accumulate(loss, size)
+            self.losses[task].accumulate(loss, labelled_rows(self.losses[task], labels[task]))
             self.metrics[task].update_fun(preds[task], labels[task])
+            self._seen.add(task)
 
     @torch.no_grad()
     def end(self) -> None:
-        """End a pass: read ``results`` and ``loss_item``, with several processes those of all of them."""
+        """End a pass: read ``results`` and ``loss_item``, with several processes those of all of them.
+
+        They are NaN for a task that no batch had labels of.
+        """
         if self.peers is not None:
             for task in self.task_name:
                 self.losses[task]._sync(self.peers)
                 self.metrics[task].sync(self.peers)
-        self.results = {task: [float(score) for score in self.metrics[task].score_fun()] for task in self.task_name}
-        self.loss_item = np.array([self.losses[task]._average_loss() for task in self.task_name])
+        self.results = {
+            task: [float(score) for score in self.metrics[task].score_fun()]
+            if self._had(task)
+            else [math.nan] * len(self.weight[task])
+            for task in self.task_name
+        }
+        self.loss_item = np.array(
+            [self.losses[task]._average_loss() if self._had(task) else math.nan for task in self.task_name]
+        )
         self.seconds = time.perf_counter() - self._begin
+
+    def _had(self, task: str) -> bool:
+        # A pass without any batch is an error, which the losses and metrics report.
+        return task in self._seen or not self._seen
 
     def display_format(self) -> None:
         """Print what the columns of the epoch lines are."""

@@ -22,6 +22,7 @@ class StepOptions:
 
     Attributes:
         compile: Compile the forward and backward passes; ``"auto"`` finds out whether to.
+        cuda_graph: Capture the step as a CUDA graph and replay it, where that can be.
         precision: ``"fp32"``; or ``"bf16"``, ``"fp16"``: autocast, the latter with a loss scale.
         accumulate: Batches of a step.
         clip_grad_norm: Greatest norm of all gradients together; None for no limit.
@@ -34,6 +35,7 @@ class StepOptions:
     """
 
     compile: bool | Literal["auto"] = False
+    cuda_graph: bool = False
     precision: str = "fp32"
     accumulate: int = 1
     clip_grad_norm: float | None = None
@@ -80,6 +82,7 @@ def check_distributed(model: Any, weighting: str, options: StepOptions) -> None:
         f"{weighting}, which looks ahead on halves of a batch": model.needs == "lookahead",
         f"{weighting}, which remembers the gradients of all tasks": model.needs == "rows",
         "tasks_per_step": options.tasks_per_step is not None,
+        "cuda_graph": options.cuda_graph,
     }
     for reason, holds in reasons.items():
         if holds:

@@ -8,9 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["PRECISIONS", "LossScaler"]
+__all__ = ["PRECISIONS", "LossScaler", "set_tf32"]
 
 PRECISIONS: Mapping[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def set_tf32(tf32: bool, device: torch.device) -> None:
+    """Choose whether a CUDA GPU multiplies float32 matrices and convolves in TF32, with 10 bits of mantissa.
+
+    The choice is the process's. Other devices have no TF32, and nothing changes there.
+    """
+    if device.type == "cuda":
+        # The settings by operator, fp32_precision, make reading these raise, and inductor reads them.
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = tf32
 
 
 class LossScaler:

@@ -122,4 +122,5 @@ class Problem:
 
     def _score(self, preds: dict[str, Any], labels: Mapping[str, Any]) -> Scored:
         preds = self.process_preds({task: self._full(pred) for task, pred in preds.items()})
-        return tuple(self.losses[task].compute_loss(preds[task], labels[task]) for task in self.tasks), preds
+        tasks = [task for task in self.tasks if task in labels]
+        return tuple(self.losses[task].compute_loss(preds[task], labels[task]) for task in tasks), preds

@@ -17,6 +17,7 @@ from fastmtl.autojac.vjp import vjp
 from fastmtl.errors import UsageError
 from fastmtl.trainer.own import OwnGradients, find_owners, summed
 from fastmtl.trainer.problem import Features, Problem
+from fastmtl.trainer.profiling import part
 from fastmtl.trainer.regions import Regions
 
 __all__ = ["Pass", "RepPass", "Route", "choose_route", "forward"]
@@ -123,7 +124,8 @@ class Route:
         some = None if groups is None else [groups[k] for k in used]
         if some is not None:
             weights = weights[: max(some, default=-1) + 1]
-        ops.combine_(out, [[row[k] for k in used] for row in rows], weights, some)
+        with part("combine"):
+            ops.combine_(out, [[row[k] for k in used] for row in rows], weights, some)
         for k, grad in zip(used, out, strict=True):
             params[k].grad = grad
 
@@ -165,8 +167,8 @@ class Route:
         return [places.get(owner, 0) for owner in self._owners]
 
     def learn_owners(self, inputs: Any, labels: Any) -> None:
-        """Find out once which task each task-specific parameter belongs to."""
-        if not self._owners_known:
+        """Find out once, at the first batch with labels of all tasks, whose each task-specific parameter is."""
+        if not self._owners_known and all(task in labels for task in self.problem.model.task_name):
             self._owners = find_owners(self.problem, inputs, labels)
             self._owners_known = True
 
@@ -212,7 +214,8 @@ class SumPass(Pass):
 
     def write_shared(self, weights: Tensor, rows: Rows | None = None, groups: list[int] | None = None) -> None:
         """Run the backward pass."""
-        torch.autograd.backward(self.attached, self.route.seeds(self.attached, weights))
+        with part("VJPs"):
+            torch.autograd.backward(self.attached, self.route.seeds(self.attached, weights))
 
 
 class SumRoute(Route):
@@ -230,16 +233,18 @@ class SplitRoute(Route):
         """Run the forward pass and all VJPs."""
         features, losses, preds, cotangents, own = self._heads(inputs, labels)
         rows = []
-        for t, cotangent in enumerate(cotangents):
-            row = vjp(features, cotangent, self.problem.shared_params, retain=t + 1 < len(cotangents))
-            rows.append(self.sent(row))
+        with part("VJPs"):
+            for t, cotangent in enumerate(cotangents):
+                row = vjp(features, cotangent, self.problem.shared_params, retain=t + 1 < len(cotangents))
+                rows.append(self.sent(row))
         return RowsPass(self, losses, preds, rows, own)
 
     def frozen(self, inputs: Any, labels: Any, shared: Tensor, heads: Tensor | None) -> Pass:
         """Send the weighted sum of the tasks' cotangents through the trunk, once."""
         features, losses, preds, cotangents, own = self._heads(inputs, labels)
         total = [_weighted(shared, column) for column in zip(*cotangents, strict=True)]
-        rows = [vjp(features, total, self.problem.shared_params, retain=False)]
+        with part("VJPs"):
+            rows = [vjp(features, total, self.problem.shared_params, retain=False)]
         done = RowsPass(self, losses, preds, rows, own)
         done.write_heads(heads)
         for param, grad in zip(self.problem.shared_params, rows[0], strict=True):
@@ -249,10 +254,12 @@ class SplitRoute(Route):
     def _heads(self, inputs: Any, labels: Any) -> tuple[Features, Sequence[Tensor], dict[str, Any], Rows, OwnGradients]:
         if self.weighs_heads:
             self.learn_owners(inputs, labels)
-        features = self.regions.trunk(inputs)
-        aliases = [_cut(features) for _ in self.problem.tasks]
-        losses, preds = self.regions.heads(aliases, labels)
-        cotangents, own = self.own_gradients(losses, aliases)
+        with part("forward"):
+            features = self.regions.trunk(inputs)
+            aliases = [_cut(features) for _ in self.problem.tasks]
+            losses, preds = self.regions.heads(aliases, labels)
+        with part("VJPs"):
+            cotangents, own = self.own_gradients(losses, aliases)
         return features, losses, preds, cotangents, own
 
 
@@ -266,10 +273,11 @@ class WholeRoute(Route):
         one_graph = not self.problem.model.multi_input
         rows, parts = [], []
         seeds = self.seeds(losses)
-        for t, loss in enumerate(losses):
-            grads = vjp([loss], [seeds[t]], [*shared, *own], retain=one_graph and t + 1 < len(losses))
-            rows.append(self.sent(grads[: len(shared)]))
-            parts.append(grads[len(shared) :])
+        with part("VJPs"):
+            for t, loss in enumerate(losses):
+                grads = vjp([loss], [seeds[t]], [*shared, *own], retain=one_graph and t + 1 < len(losses))
+                rows.append(self.sent(grads[: len(shared)]))
+                parts.append(grads[len(shared) :])
         return RowsPass(self, losses, preds, rows, OwnGradients(own, parts))
 
     def frozen(self, inputs: Any, labels: Any, shared: Tensor, heads: Tensor | None) -> Pass:
@@ -352,7 +360,8 @@ class RepPass(Pass):
     def send(self, grads: Sequence[Tensor]) -> None:
         """Send down to the shared parameters T gradients of the representations, or their sum where they share one."""
         fits = len(grads) == len(self.attached)
-        torch.autograd.backward(self.attached, list(grads) if fits else [torch.stack(list(grads)).sum(0)])
+        with part("VJPs"):
+            torch.autograd.backward(self.attached, list(grads) if fits else [torch.stack(list(grads)).sum(0)])
 
 
 class RepRoute(Route):
@@ -362,8 +371,10 @@ class RepRoute(Route):
         """Run the forward pass and the backward pass of the heads."""
         if self.weighs_heads and not self.problem.model.multi_input:
             self.learn_owners(inputs, labels)
-        reps, losses, preds, cuts = self._represent(inputs, labels)
-        found, own = self.own_gradients(losses, [[cut] for cut in cuts])
+        with part("forward"):
+            reps, losses, preds, cuts = self._represent(inputs, labels)
+        with part("VJPs"):
+            found, own = self.own_gradients(losses, [[cut] for cut in cuts])
         grads = [torch.zeros_like(cut) if grad is None else grad for (grad,), cut in zip(found, cuts, strict=True)]
         sizes = {grad.shape[1:].numel() for grad in grads}
         if len(sizes) > 1:
@@ -396,7 +407,7 @@ class ForwardRepRoute(RepRoute):
 
     def _represent(self, inputs: Any, labels: Any) -> tuple[Features, Sequence[Tensor], dict[str, Any], list[Tensor]]:
         model = self.problem.model
-        losses, preds = forward(self.problem, self.regions, inputs, labels)
+        losses, preds = _forward(self.problem, self.regions, inputs, labels)
         rep = model.rep
         reps = tuple(rep[task] for task in self.problem.tasks) if isinstance(rep, dict) else (rep,)
         return reps, losses, preds, [model.rep_tasks[task] for task in self.problem.tasks]
@@ -432,6 +443,11 @@ def choose_route(problem: Problem, regions: Regions, needs_gradients: bool, weig
 
 def forward(problem: Problem, regions: Regions, inputs: Any, labels: Any) -> tuple[Sequence[Tensor], dict[str, Any]]:
     """Run the network with the graph in one piece, task by task if each has its own batch."""
+    with part("forward"):
+        return _forward(problem, regions, inputs, labels)
+
+
+def _forward(problem: Problem, regions: Regions, inputs: Any, labels: Any) -> tuple[Sequence[Tensor], dict[str, Any]]:
     if not problem.model.multi_input:
         return regions.whole(inputs, labels)
     losses, preds = [], {}

@@ -30,6 +30,7 @@ class RunDirectory:
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.curves = self.path / "curves.png"
+        self.trace = self.path / "trace.json"
         self.log = self.path / "train.log"
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Some tasks per step: which ones, and a strategy that sees no others."""
+"""Steps of some tasks: which ones are drawn, and a strategy that sees no others."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmtl.trainer.problem import Problem
 
-__all__ = ["TaskSampler", "only", "spread"]
+__all__ = ["OWN", "TaskSampler", "keeping", "narrowed", "only", "spread", "write_back"]
+
+OWN = "loss_scale"
 
 
 class TaskSampler:
@@ -44,7 +46,11 @@ class TaskSampler:
 
 @contextmanager
 def only(problem: Problem, tasks: Sequence[int]) -> Iterator[None]:
-    """Let a problem and its strategy see some of the tasks; what is remembered of the others stays as it is."""
+    """Let a problem and its strategy see some of the tasks; what is remembered of the others stays as it is.
+
+    The strategy's own parameter ``loss_scale`` has entries of these tasks alone too, and its gradient is 0 for the
+    others.
+    """
     model: Any = problem.model
     index = _index(tasks, model.device)
     names, count = problem.tasks, model.task_num
@@ -53,6 +59,9 @@ def only(problem: Problem, tasks: Sequence[int]) -> Iterator[None]:
     problem.tasks, model.task_num, model.active = [names[t] for t in tasks], len(tasks), list(tasks)
     for name, value in whole.items():
         setattr(model, name, _narrow(value, dims[name], index))
+    scale: nn.Parameter | None = getattr(model, OWN, None)
+    if scale is not None:
+        model.loss_scale = nn.Parameter(scale.detach().index_select(0, index))
     try:
         yield
     finally:
@@ -61,6 +70,39 @@ def only(problem: Problem, tasks: Sequence[int]) -> Iterator[None]:
             part = getattr(model, name)
             setattr(model, name, value)
             _write_back(value, part, dims[name], index)
+        if scale is not None:
+            grad = model.loss_scale.grad
+            model.loss_scale = scale
+            if grad is not None:
+                scale.grad = spread(grad, tasks, len(scale), 0.0)
+
+
+@contextmanager
+def keeping(optimizer: torch.optim.Optimizer, param: Tensor, tasks: Sequence[int]) -> Iterator[None]:
+    """Leave a (T,) parameter, and what an optimizer remembers of it, as they are but for some tasks."""
+    before = param.detach().clone()
+    known = {key: value.clone() for key, value in optimizer.state.get(param, {}).items() if _is_like(value, param)}
+    yield
+    chosen = spread(torch.ones_like(before).index_select(0, _index(tasks, before.device)), tasks, len(before), 0.0) != 0
+    with torch.no_grad():
+        param.copy_(torch.where(chosen, param, before))
+        for key, value in optimizer.state.get(param, {}).items():
+            if _is_like(value, param):
+                value.copy_(torch.where(chosen, value, known.get(key, torch.zeros_like(value))))
+
+
+def _is_like(value: Any, param: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == param.shape
+
+
+def narrowed(values: Tensor | None, tasks: Sequence[int]) -> Tensor | None:
+    """Return the entries (k,) of some tasks of (T,) values."""
+    return None if values is None else values.index_select(0, _index(tasks, values.device))
+
+
+def write_back(whole: Tensor, part: Tensor, tasks: Sequence[int]) -> None:
+    """Write the entries (k,) of some tasks into (T,) values."""
+    _write_back(whole, part, [0], _index(tasks, whole.device))
 
 
 def spread(values: Tensor, tasks: Sequence[int], count: int, fill: float) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,7 +14,9 @@ from torch import Tensor
 from fastmtl import ops
 from fastmtl.distributed import Peers
 from fastmtl.distributed.exchange import Exchange
+from fastmtl.errors import UsageError
 from fastmtl.trainer.batches import joined
+from fastmtl.trainer.capture import CudaGraph, StepCapture, reason_against
 from fastmtl.trainer.guard import FiniteGuard
 from fastmtl.trainer.lookahead import LookAhead
 from fastmtl.trainer.optimizer import MaskedOptimizer
@@ -20,10 +24,11 @@ from fastmtl.trainer.options import StepOptions
 from fastmtl.trainer.own import summed
 from fastmtl.trainer.precision import LossScaler
 from fastmtl.trainer.problem import Problem
+from fastmtl.trainer.profiling import part
 from fastmtl.trainer.records import StepBuffer
 from fastmtl.trainer.regions import Regions
 from fastmtl.trainer.routes import Pass, RepPass, choose_route, forward
-from fastmtl.trainer.sampling import TaskSampler, only, spread
+from fastmtl.trainer.sampling import OWN, TaskSampler, keeping, narrowed, only, spread, write_back
 from fastmtl.trainer.trial import Trial
 from fastmtl.weighting import AbsWeighting, Weights
 
@@ -89,6 +94,14 @@ class TrainingStep:
         self._sends = self.exchange is not None and self.exchange.exact
         self.trial = Trial(routes, on_compile) if len(routes) > 1 else None
         self.route = routes[0]
+        self.capture: StepCapture | None = None
+        if options.cuda_graph:
+            device = guard.found_inf.device
+            reason = reason_against(rule, optimizer, options, self.legacy, device)
+            if reason is None:
+                self.capture = StepCapture(rule, optimizer, CudaGraph(device), on_compile)
+            else:
+                on_compile(f"cuda_graph: the step runs eagerly, as {reason}")
 
     @property
     def compiled(self) -> bool:
@@ -96,7 +109,7 @@ class TrainingStep:
         return self.route.regions.compiled
 
     def __call__(
-        self, batches: Sequence[tuple[Any, Any]], buffer: StepBuffer
+        self, batches: Sequence[tuple[Any, Any]], buffer: StepBuffer, present: Sequence[int] | None = None
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Run one step.
 
@@ -104,6 +117,7 @@ class TrainingStep:
             batches: As many as the strategy takes samples, or as are accumulated, each the inputs and the labels by
                 task; if multi-input the inputs are by task too.
             buffer: Where losses, weights and Gram matrix are kept for the log.
+            present: The tasks that have labels, in order; all if None.
 
         Returns:
             By task the losses, averaged over the batches, and the predictions: of the last sample, or of all
@@ -116,24 +130,49 @@ class TrainingStep:
                 self.trial = None
         self.warmth += 1
         self.optimizer.optimizer.zero_grad(set_to_none=not self.legacy)
-        if self.sampler is not None:
-            return self._some_tasks(self.sampler.draw(), batches, buffer)
+        tasks = self._tasks(present)
+        if tasks is not None:
+            return self._some_tasks(tasks, batches, buffer)
+        if self.capture is None:
+            losses, preds, weights, gram = self._body(batches)
+        else:
+            losses, preds, *logged = self.capture(self._body, batches)
+            # The next replay writes where these are.
+            losses = losses.clone()
+            weights, gram = (None if each is None else each.clone() for each in logged)
+        buffer.add(losses, weights, gram)
+        return dict(zip(self.problem.tasks, losses, strict=True)), preds
+
+    def _body(self, batches: Sequence[tuple[Any, Any]]) -> tuple[Tensor, dict[str, Any], Tensor | None, Tensor | None]:
+        """Run what happens on the device in a step of all tasks."""
         losses, preds, weights, gram = self._gradients(batches)
         self._update(losses, gram)
         self._look_back(batches)
-        buffer.add(losses, weights, gram)
-        return dict(zip(self.problem.tasks, losses, strict=True)), preds
+        return losses, preds, weights, gram
+
+    def _tasks(self, present: Sequence[int] | None) -> list[int] | None:
+        """Return the tasks of this step if they are not all."""
+        drawn = None if self.sampler is None else self.sampler.draw()
+        if present is None:
+            return drawn
+        if self.legacy:
+            raise UsageError(
+                f"A batch has no labels for some tasks, but {type(self.model).__mro__[2].__name__} is written for all "
+                "tasks in every batch."
+            )
+        return [task for task in present if drawn is None or task in drawn]
 
     def _update(self, losses: Tensor, gram: Tensor | None) -> None:
         """Let the optimizer use the gradients, unless something was not finite."""
         # A float16 gradient that overflows is no error: the step is skipped, and the scale falls.
-        self.guard.watch(losses, gram if self.scaler is None else None)
-        if self.options.clip_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_grad_norm)
-        if self.scaler is not None:
-            torch.maximum(self.guard.found_inf, self.scaler.found_inf, out=self._masked)
-            self.scaler.update()
-        self.optimizer.step()
+        with part("optimizer"):
+            self.guard.watch(losses, gram if self.scaler is None else None)
+            if self.options.clip_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_grad_norm)
+            if self.scaler is not None:
+                torch.maximum(self.guard.found_inf, self.scaler.found_inf, out=self._masked)
+                self.scaler.update()
+            self.optimizer.step()
 
     def _gradients(
         self, batches: Sequence[tuple[Any, Any]]
@@ -162,16 +201,48 @@ class TrainingStep:
         self, tasks: list[int], batches: Sequence[tuple[Any, Any]], buffer: StepBuffer
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Run the rest of a step of some tasks; the parameters and the state of the others stay as they are."""
-        count = len(self.problem.tasks)
-        with only(self.problem, tasks):
+        count, names = len(self.problem.tasks), self.problem.tasks
+        if not tasks:
+            nothing = torch.zeros(count, device=self.guard.found_inf.device)
+            self.guard.watch(nothing, None)
+            buffer.add(nothing / 0, None, None)
+            return {}, {}
+        with self._narrowed(tasks), only(self.problem, tasks):
             losses, preds, weights, gram = self._gradients(batches)
+        scale = getattr(self.model, OWN, None)
+        with nullcontext() if scale is None else keeping(self.optimizer.optimizer, scale, tasks):
             self._update(spread(losses, tasks, count, 0.0), None if gram is None else spread(gram, tasks, count, 0.0))
-            self._look_back(batches)
-            found = dict(zip(self.problem.tasks, losses, strict=True))
+        if self.model.looks_back:
+            with only(self.problem, tasks):
+                self._look_back(batches)
         seen = [None if each is None else spread(each, tasks, count, torch.nan) for each in (losses, weights, gram)]
         assert seen[0] is not None
         buffer.add(seen[0], seen[1], seen[2])
-        return found, preds
+        return dict(zip([names[task] for task in tasks], losses, strict=True)), preds
+
+    @contextmanager
+    def _narrowed(self, tasks: list[int]) -> Iterator[None]:
+        """Let what is held between steps be of some tasks; a solve of those alone is not held for steps of all."""
+        held, average, since = self._held, self._average, self._since_solved
+        if held is not None:
+            shared, heads = narrowed(held.shared, tasks), narrowed(held.heads, tasks)
+            assert shared is not None
+            self._held = replace(held, shared=shared, heads=heads)
+        if average is not None:
+            shared, heads = (narrowed(each, tasks) for each in average)
+            assert shared is not None
+            self._average = shared, heads
+        solves = held is None or since >= self.options.update_weights_every
+        try:
+            yield
+        finally:
+            part, self._held, self._average = self._average, held, average
+            if solves:
+                self._since_solved = since
+            if average is not None and part is not None:
+                for whole, some in zip(average, part, strict=True):
+                    if whole is not None and some is not None:
+                        write_back(whole, some, tasks)
 
     def _look_back(self, batches: Sequence[tuple[Any, Any]]) -> None:
         if not self.model.looks_back or self.legacy:
@@ -334,39 +405,47 @@ class TrainingStep:
             done.write_heads(None)
             # Masks depend on signs and shares only: the scale of the gradients does not matter.
             mask = partial(model.mask_reps, **self.hyper)
-            if self.exchange is None:
-                done.send(mask(losses, done.reps, done.grads))
-            else:
-                done.send(self.exchange.mask(mask, losses, done.reps, done.grads))
+            with part("solver"):
+                if self.exchange is None:
+                    masked = mask(losses, done.reps, done.grads)
+                else:
+                    masked = self.exchange.mask(mask, losses, done.reps, done.grads)
+            done.send(masked)
+            if self.exchange is not None:
                 self.exchange.reduce()
             return None, None
         rows = self._rows(passes)
         gram, groups = None, None
         if model.needs == "rows":
             given = rows if scale is None else _divided(rows, scale)
-            weights = model.weigh_rows(losses, given, **self.hyper)
+            with part("solver"):
+                weights = model.weigh_rows(losses, given, **self.hyper)
             gram = weights.gram
             if scale is not None:
                 weights.rows, weights.shared = weights.rows or given, weights.shared * scale
         elif model.needs == "gram":
             groups = model.groups(**self.hyper)
-            if self.exchange is None or isinstance(done, RepPass):
-                gram = ops.gram(rows, groups)
-            else:
-                gram = self.exchange.gram(rows, groups)
-            if scale is not None:
-                gram = gram / scale.to(gram.dtype) ** 2
-            weights = model.weigh(losses, gram, **self.hyper)
+            with part("gram"):
+                if self.exchange is None or isinstance(done, RepPass):
+                    gram = ops.gram(rows, groups)
+                else:
+                    gram = self.exchange.gram(rows, groups)
+                if scale is not None:
+                    gram = gram / scale.to(gram.dtype) ** 2
+            with part("solver"):
+                weights = model.weigh(losses, gram, **self.hyper)
             gram = gram.sum(0) if groups is not None else _mean_block(gram, len(passes))
         else:
-            weights = model.weigh(losses, None, **self.hyper)
+            with part("solver"):
+                weights = model.weigh(losses, None, **self.hyper)
         if self.exchange is not None:
             self.exchange.agree(weights)
         if self.options.weight_momentum:
             self._smooth(weights)
         heads = [None] * len(passes) if weights.heads is None else weights.heads.chunk(len(passes))
-        for each, own in zip(passes, heads, strict=True):
-            each.write_heads(own)
+        with part("combine"):
+            for each, own in zip(passes, heads, strict=True):
+                each.write_heads(own)
         shared = weights.shared
         if weights.max_norm is not None and gram is not None:
             shared = shared * _cap(shared, gram, weights.max_norm)
@@ -404,7 +483,8 @@ class TrainingStep:
     def _legacy(self, inputs: Any, labels: Any) -> tuple[Tensor, dict[str, Any], Tensor | None, None]:
         losses, preds = forward(self.problem, self.route.regions, inputs, labels)
         stacked = torch.stack(list(losses))
-        weights = self.model.backward(stacked, **self.hyper)
+        with part("VJPs"):
+            weights = self.model.backward(stacked, **self.hyper)
         return stacked.detach(), preds, None if weights is None else torch.as_tensor(weights).to(stacked), None
 
 

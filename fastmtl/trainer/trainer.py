@@ -19,9 +19,10 @@ from fastmtl.hyper import fill_hyper
 from fastmtl.names import resolve_name
 from fastmtl.trainer.batches import joined
 from fastmtl.trainer.checkpoint import load_model_state, read_checkpoint, rng_state, save_atomically, set_rng_state
-from fastmtl.trainer.checks import check_tasks, find_device
+from fastmtl.trainer.checks import check_tasks, check_weighting, find_device
 from fastmtl.trainer.guard import FiniteGuard
 from fastmtl.trainer.interrupt import DeferredInterrupt
+from fastmtl.trainer.labels import present_tasks
 from fastmtl.trainer.loading import (
     check_loaders,
     count_batches,
@@ -35,8 +36,9 @@ from fastmtl.trainer.logger import Logger, RunInfo, as_logger
 from fastmtl.trainer.meter import PerformanceMeter
 from fastmtl.trainer.optimizer import make_optimizer, make_scheduler
 from fastmtl.trainer.options import StepOptions, check_distributed, check_options
-from fastmtl.trainer.precision import PRECISIONS
+from fastmtl.trainer.precision import PRECISIONS, set_tf32
 from fastmtl.trainer.problem import Problem
+from fastmtl.trainer.profiling import StepProfiler, part
 from fastmtl.trainer.records import StepBuffer
 from fastmtl.trainer.regions import CompileReport, measure_compiled
 from fastmtl.trainer.step import TrainingStep
@@ -70,10 +72,12 @@ class Trainer(nn.Module):
         device: Where to train; the first GPU if there is one, else the CPU.
         compile: Compile the forward and backward passes with ``torch.compile``. ``"auto"`` trains the first steps
             both ways, keeps the faster and says which.
+        cuda_graph: Capture the step as a CUDA graph and replay it; where that cannot be, it runs eagerly and says why.
         logger: A `Logger`, or several.
         resume: A ``last.pt`` to go on from.
         precision: ``"fp32"``; ``"bf16"`` or ``"fp16"`` compute the network in that dtype where it is safe (autocast),
             with losses, Gram matrix and update in float32; fp16 scales the losses and skips steps that overflow.
+        tf32: On CUDA, let float32 products and convolutions round to TF32, or forbid it; torch's settings if None.
         channels_last: Keep images and convolutions in channels-last memory format, which GPUs prefer.
         accumulate: Batches of a step: their gradients, task by task, are averaged before the strategy sees them.
         clip_grad_norm: Greatest norm of the update's gradients together; applied last.
@@ -88,6 +92,7 @@ class Trainer(nn.Module):
             traffic and another matrix.
         log_every: Steps between two reads of the device for the loggers.
         limit_batches: Steps per pass at most.
+        profile: File for a Chrome trace of a few warm steps; where they went is printed too.
         kwargs: ``weight_args`` and ``arch_args``, the hyper-parameters of strategy and architecture.
 
     Raises:
@@ -118,9 +123,11 @@ class Trainer(nn.Module):
         *,
         device: str | torch.device | None = None,
         compile: bool | Literal["auto"] = False,
+        cuda_graph: bool = False,
         logger: Logger | Sequence[Logger] | None = None,
         resume: str | None = None,
         precision: str = "fp32",
+        tf32: bool | None = None,
         channels_last: bool = False,
         accumulate: int = 1,
         clip_grad_norm: float | None = None,
@@ -130,12 +137,15 @@ class Trainer(nn.Module):
         gram: str = "exact",
         log_every: int = 50,
         limit_batches: int | None = None,
+        profile: str | Path | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__()
         self.peers = join()
         self.device = find_device(device, self.peers)
         self._leads = self.peers is None or self.peers.leads
+        if tf32 is not None:
+            set_tf32(tf32, self.device)
         self.task_dict = task_dict
         self.task_name = check_tasks(task_dict, decoders)
         self.task_num = len(self.task_name)
@@ -159,6 +169,7 @@ class Trainer(nn.Module):
         self._guard = FiniteGuard(self.device, self.task_name)
         options = StepOptions(
             compile=compile,
+            cuda_graph=cuda_graph,
             precision=precision,
             accumulate=accumulate,
             clip_grad_norm=clip_grad_norm,
@@ -176,6 +187,7 @@ class Trainer(nn.Module):
             problem, self.optimizer, self._guard, self.logger.on_compile, hyper, options, self.peers
         )
         self.compile_report: CompileReport | None = None
+        self._profiler = None if profile is None else StepProfiler(Path(profile), self.device)
         self._generators: list[torch.Generator] = []
         self._start = _BEGINNING
         if resume is not None:
@@ -223,15 +235,7 @@ class Trainer(nn.Module):
         if self.channels_last:
             self.model.to(memory_format=torch.channels_last)
         if rule.backward is AbsWeighting.backward:
-            if self.rep_grad and not rule.allows_rep_grad:
-                raise UsageError(f"{self.weighting} balances the gradients of parameters: rep_grad must be False.")
-            if rule.needs == "reps" and not self.rep_grad:
-                raise UsageError(f"{self.weighting} works on the gradients of representations: rep_grad must be True.")
-            if rule.needs in ("gram", "rows", "reps") and not any(True for _ in self.model.get_share_params()):
-                raise UsageError(
-                    f"{self.weighting} balances the gradients of shared parameters, and {self.architecture} has none: "
-                    "use EW."
-                )
+            check_weighting(self.model, rule, self.architecture, self.rep_grad)
         if rule.needs == "losses" and rule.backward is AbsWeighting.backward:
             # Only the losses count, so the graph stays in one piece: cut at the representation, the encoder would get
             # no gradient.
@@ -268,7 +272,8 @@ class Trainer(nn.Module):
 
         Args:
             train_dataloaders: A loader of (inputs, labels by task), or, if multi-input, a dictionary of loaders of
-                (inputs, labels) by task.
+                (inputs, labels) by task. Missing labels are NaN, or the loss's ``ignore_index``; a batch may leave
+                out tasks.
             test_dataloaders: The same, of test data.
             epochs: Passes over the training data.
             val_dataloaders: The same, of validation data, which then chooses the best epoch.
@@ -319,6 +324,8 @@ class Trainer(nn.Module):
                     self._evaluate_epoch(val_dataloaders, test_dataloaders, epoch)
                     interrupt.check()
         finally:
+            if self._profiler is not None:
+                self._profiler.stop()
             self.logger.on_end(self.meter.best_result["epoch"], self.meter.best_result["result"] or {})
         self.meter.display_best_result()
         return self.batch_weight if return_weight else None
@@ -347,10 +354,21 @@ class Trainer(nn.Module):
         self.meter.begin()
         buffer = StepBuffer()
         for batch in range(skip, steps):
-            given = [self._to_device(each) for each in islice(batches, per_step)]
-            losses, preds = self._run_step(given, buffer)
-            scored = given if accumulate > 1 else given[-1:]
-            self.meter.update(losses, preds, joined([labels for _, labels in scored]))
+            if self._profiler is not None and self.step.trial is None:
+                self._profiler.before_step(self.step.warmth)
+            with part("step"):
+                with part("loader"):
+                    fetched = list(islice(batches, per_step))
+                    # Before the copy: on the device, finding out would wait for it.
+                    present = present_tasks(self.meter.losses, [labels for _, labels in fetched])
+                    if present is not None and self.peers is not None:
+                        raise UsageError("Several processes need labels of every task in each of their batches.")
+                    given = [self._to_device(each) for each in fetched]
+                losses, preds = self._run_step(given, buffer, present)
+                scored = given if accumulate > 1 else given[-1:]
+                self.meter.update(losses, preds, joined([labels for _, labels in scored]))
+            if self._profiler is not None:
+                self._profiler.after_step()
             if len(buffer) == self.log_every or batch + 1 == steps:
                 self._log(buffer, epoch, epoch * steps + batch + 1)
             try:
@@ -360,20 +378,26 @@ class Trainer(nn.Module):
                     self._log(buffer, epoch, epoch * steps + batch + 1)
                 self._save_last(epoch, batch + 1, epoch_rng)
                 raise
+        if self._profiler is not None:
+            self._profiler.finish()
         self.meter.end()
         self._report("train", epoch)
-        model.train_loss_buffer[:, epoch] = self.meter.loss_item
+        # A task without any label in this epoch keeps the loss of the one before.
+        before = model.train_loss_buffer[:, epoch - 1] if epoch else np.ones(self.task_num)
+        model.train_loss_buffer[:, epoch] = np.where(np.isnan(self.meter.loss_item), before, self.meter.loss_item)
 
     def _to_device(self, batch: tuple[Any, Any]) -> tuple[Any, Any]:
         inputs, labels = to_device(batch, self.device)
         return (to_channels_last(inputs) if self.channels_last else inputs), labels
 
-    def _run_step(self, batches: list[tuple[Any, Any]], buffer: StepBuffer) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _run_step(
+        self, batches: list[tuple[Any, Any]], buffer: StepBuffer, present: list[int] | None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Run one step; once, when it is compiled and warm, also tell how much of it was."""
         if not self.step.compiled or self.compile_report is not None or self.step.warmth < 2:
-            return self.step(batches, buffer)
+            return self.step(batches, buffer, present)
         results: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        report = measure_compiled(lambda: results.append(self.step(batches, buffer)), self.step.route.regions)
+        report = measure_compiled(lambda: results.append(self.step(batches, buffer, present)), self.step.route.regions)
         self.compile_report = report
         self.logger.on_compile(str(report))
         return results[0]
@@ -434,7 +458,9 @@ class Trainer(nn.Module):
             problem = self.step.problem
             if task is None:
                 losses, preds = problem.whole(inputs, labels)
-                self.meter.update(dict(zip(self.task_name, losses, strict=True)), preds, labels)
+                self.meter.update(
+                    dict(zip(filter(labels.__contains__, self.task_name), losses, strict=True)), preds, labels
+                )
             else:
                 loss, pred = problem.single(inputs, labels, task)
                 self.meter.update({task: loss}, {task: pred}, {task: labels})

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastmtl.ops._registry import OPS
 from fastmtl.cli import main
+from fastmtl.ops._registry import OPS
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl.errors import UsageError
-from fastmtl.trainer.precision import LossScaler
+from fastmtl.trainer.precision import LossScaler, set_tf32
 from fastmtl.trainer.records import StepBuffer
 from fastmtl.weighting import WEIGHTINGS
 from fastmtl.weighting.base import AbsWeighting, Weights
@@ -168,3 +168,17 @@ def test_channels_last_reaches_inputs_and_weights() -> None:
     )
     trainer.step([(inputs, labels)], StepBuffer())
     assert trainer.model.encoder.conv.weight.grad is not None
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_tf32_is_set_on_cuda_alone(tf32: bool) -> None:
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        make_trainer("EW", tf32=tf32)
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
+        set_tf32(tf32, torch.device("cuda"))
+        assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
+        assert torch.backends.cudnn.allow_tf32 == tf32
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]

@@ -1,0 +1,57 @@
+"""Which labels of a batch are there: by row, by task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from fastmtl.errors import UsageError
+from fastmtl.loss import AbsLoss
+
+__all__ = ["labelled_rows", "present_tasks"]
+
+
+def labelled_rows(loss: AbsLoss, labels: Any) -> int | Tensor:
+    """Return how many rows of a batch have a label, as a scalar on the device where the labels are tensors."""
+    if not isinstance(labels, Tensor) or labels.dim() == 0:
+        return len(labels) if hasattr(labels, "__len__") else 1
+    known = _known(loss, labels)
+    return known.reshape(len(known), -1).any(1).sum()
+
+
+def present_tasks(losses: Mapping[str, AbsLoss], labels: Sequence[Mapping[str, Any]]) -> list[int] | None:
+    """Return the tasks that have a label in the batches of a step, None for all of them.
+
+    Labels are read where they are in the host's memory. On a GPU, where that would wait, they count as being there.
+
+    Args:
+        losses: The loss of each task.
+        labels: The labels by task, batch by batch.
+
+    Raises:
+        UsageError: A task is left out of some of the batches only.
+    """
+    found = []
+    for t, (task, loss) in enumerate(losses.items()):
+        given = [each[task] for each in labels if task in each]
+        if given and len(given) < len(labels):
+            raise UsageError(
+                f"The batches of one step must label the same tasks, but {len(labels) - len(given)} of {len(labels)} "
+                f"have no {task!r}: mark missing labels with NaN or the loss's ignore_index instead."
+            )
+        if any(_has_any(loss, each) for each in given):
+            found.append(t)
+    return None if len(found) == len(losses) else found
+
+
+def _has_any(loss: AbsLoss, labels: Any) -> bool:
+    if not isinstance(labels, Tensor) or labels.device.type != "cpu":
+        return True
+    return bool(_known(loss, labels).any())
+
+
+def _known(loss: AbsLoss, labels: Tensor) -> Tensor:
+    # Losses written for LibMTL derive from a class of its own.
+    return loss.labelled(labels) if hasattr(loss, "labelled") else AbsLoss().labelled(labels)

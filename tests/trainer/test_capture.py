@@ -1,0 +1,143 @@
+"""Captured steps: with a stand-in for the graph everywhere, with CUDA's where there is a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from fastmtl.trainer.capture import CudaGraph, StepCapture, make_capturable, reason_against
+from fastmtl.trainer.logger import Logger
+from fastmtl.trainer.options import StepOptions
+from fastmtl.weighting import WEIGHTINGS
+from tests.trainer.toy import flat, loaders, make_trainer
+
+CAPTURED = sorted(name for name, rule in WEIGHTINGS.items() if rule.needs != "lookahead")
+CUDA = torch.device("cuda")
+
+
+class Rerun(CudaGraph):
+    """Records the function and runs it again at each replay, writing results where the first ones were."""
+
+    def __init__(self) -> None:
+        self.captures = 0
+        self.reason = ""
+
+    def eagerly(self, function: Callable[[], Any]) -> Any:
+        return function()
+
+    def capture(self, function: Callable[[], Any]) -> Any:
+        if self.reason:
+            raise RuntimeError(self.reason)
+        self.captures += 1
+        self.function = function
+        self.result: list[Any] = [None] * 4
+        return self.result
+
+    def replay(self) -> None:
+        found = self.function()
+        if self.result[0] is None:
+            self.result[:] = found
+            return
+        for mine, new in zip(self.result, found, strict=True):
+            for place, value in zip(_flat(mine), _flat(new), strict=True):
+                place.detach().copy_(value)
+
+
+def _flat(value: Any) -> list[torch.Tensor]:
+    return [] if value is None else list(value.values()) if isinstance(value, dict) else [value]
+
+
+def _captured(name: str, **options: Any) -> tuple[Any, Rerun, list[str]]:
+    trainer = make_trainer(name, count=3, rep_grad=WEIGHTINGS[name].needs == "reps", **options)
+    graph, said = Rerun(), list[str]()
+    trainer.step.capture = StepCapture(trainer.model, trainer.optimizer, graph, said.append)
+    return trainer, graph, said
+
+
+@pytest.mark.parametrize("name", CAPTURED)
+def test_equals_eager_steps(name: str) -> None:
+    scheduler = {"scheduler_param": {"scheduler": "step", "step_size": 1, "gamma": 0.5}}
+    eager = make_trainer(name, count=3, rep_grad=WEIGHTINGS[name].needs == "reps", **scheduler)
+    captured, graph, said = _captured(name, **scheduler)
+    # Of six batches the last is smaller.
+    for trainer in (eager, captured):
+        torch.manual_seed(5)
+        trainer.train(loaders(3, rows=44), loaders(3), 2, return_weight=True)
+    for key, value in eager.model.state_dict().items():
+        torch.testing.assert_close(captured.model.state_dict()[key], value, msg=key)
+    assert (eager.batch_weight == captured.batch_weight).all()
+    assert graph.captures == 2
+    assert captured.step.capture.replays >= 4
+    assert said == ["cuda_graph: captured the step"]
+
+
+def test_a_capture_that_fails_leaves_the_step_eager() -> None:
+    eager = make_trainer("MGDA", count=3)
+    captured, graph, said = _captured("MGDA")
+    graph.reason = "operation not permitted when stream is capturing\nCompile with ..."
+    for trainer in (eager, captured):
+        trainer.train(loaders(3, rows=48), loaders(3), 2)
+    assert torch.equal(flat(eager.model.parameters()), flat(captured.model.parameters()))
+    assert len(said) == 1
+    assert said[0].endswith("cannot be captured: operation not permitted when stream is capturing")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "reason"),
+    [
+        ("MGDA", {"compile": True}, "compile is on"),
+        ("MGDA", {"tasks_per_step": 1}, "draws the tasks"),
+        ("MGDA", {"update_weights_every": 2}, "update_weights_every"),
+        ("MGDA", {"weight_momentum": 0.5}, "weight_momentum"),
+        ("MOML", {}, "looks ahead"),
+    ],
+    ids=str,
+)
+def test_reasons(name: str, options: dict[str, Any], reason: str) -> None:
+    trainer = make_trainer(name)
+    found = reason_against(trainer.model, trainer.optimizer, StepOptions(**options), False, CUDA)
+    assert found is not None
+    assert reason in found
+    assert reason_against(make_trainer("MGDA").model, trainer.optimizer, StepOptions(), False, CUDA) is None
+    written_for_libmtl = reason_against(trainer.model, trainer.optimizer, StepOptions(), True, CUDA)
+    assert "LibMTL" in str(written_for_libmtl)
+
+
+def test_adagrad_and_the_cpu_are_reasons() -> None:
+    trainer = make_trainer("MGDA", optim_param={"optim": "adagrad", "lr": 1e-2})
+    assert "Adagrad" in str(reason_against(trainer.model, trainer.optimizer, StepOptions(), False, CUDA))
+    said: list[str] = []
+
+    class Told(Logger):
+        def on_compile(self, message: str) -> None:
+            said.append(message)
+
+    trainer = make_trainer("MGDA", cuda_graph=True, logger=Told())
+    trainer.train(loaders(), loaders(), 1)
+    assert said == ["cuda_graph: the step runs eagerly, as device is cpu, and only CUDA has graphs"]
+
+
+def test_optimizers_are_made_capturable() -> None:
+    param = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.Adam([param], fused=False)
+    make_capturable(optimizer)
+    assert optimizer.param_groups[0]["capturable"]
+    make_capturable(torch.optim.SGD([param], lr=0.1))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("optim", ["sgd", "adam", "rmsprop"])
+@pytest.mark.parametrize("name", ["EW", "MGDA", "UW", "Nash_MTL", "MoCo", "FAMO"])
+def test_equals_eager_steps_on_cuda(name: str, optim: str) -> None:
+    results = []
+    for cuda_graph in (False, True):
+        optimizer = {"optim": optim, "lr": 1e-2}
+        trainer = make_trainer(name, count=3, device="cuda", cuda_graph=cuda_graph, optim_param=optimizer)
+        trainer.train(loaders(3, rows=64), loaders(3), 1)
+        if cuda_graph:
+            assert trainer.step.capture.replays == 5
+        results.append(flat(trainer.model.parameters()))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)

@@ -1,0 +1,205 @@
+"""Missing labels: entries of a batch, and whole tasks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from fastmtl.errors import UsageError
+from fastmtl.loss import AbsLoss, CELoss, DepthLoss, KLDivLoss, L1Loss, MSELoss, NormalLoss, SegLoss
+from fastmtl.metrics import AccMetric, DepthMetric, L1Metric, NormalMetric, SegMetric
+from fastmtl.trainer.labels import labelled_rows, present_tasks
+from fastmtl.trainer.records import StepBuffer
+from fastmtl.weighting import WEIGHTINGS
+from tests.host_reads import NoHostRead
+from tests.trainer.toy import flat, loaders, make_trainer
+
+IMAGE = (4, 3, 5, 6)
+
+
+def _cases() -> list[tuple[AbsLoss, Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    pred = torch.randn(IMAGE, generator=generator)
+    classes = torch.randint(3, (4, 5, 6), generator=generator)
+    return [
+        (CELoss(), pred, classes),
+        (CELoss(ignore_index=7), pred, classes),
+        (CELoss(), pred, pred.flip(0).softmax(1)),
+        (SegLoss(), pred, classes.float()),
+        (MSELoss(), pred, pred.flip(0)),
+        (L1Loss(), pred, pred.flip(0)),
+        (KLDivLoss(), pred.log_softmax(1), pred.flip(0).softmax(1)),
+        (DepthLoss(), pred[:, :1], pred.flip(0)[:, :1]),
+        (NormalLoss(), pred, F.normalize(pred.flip(0), dim=1)),
+    ]
+
+
+def _without(loss: AbsLoss, labels: Tensor, rows: list[int]) -> Tensor:
+    labels = labels.clone()
+    labels[rows] = torch.nan if labels.is_floating_point() else loss.ignore_index
+    return labels
+
+
+@pytest.mark.parametrize(("loss", "pred", "labels"), _cases(), ids=lambda value: type(value).__name__)
+class TestLosses:
+    def test_average_over_the_rows_that_have_a_label(self, loss: AbsLoss, pred: Tensor, labels: Tensor) -> None:
+        pred = pred.clone().requires_grad_()
+        with NoHostRead():
+            value = loss.compute_loss(pred, _without(loss, labels, [1, 3]))
+            (grad,) = torch.autograd.grad(value, pred)
+        expected = loss.compute_loss(pred[::2], labels[::2])
+        torch.testing.assert_close(value, expected)
+        torch.testing.assert_close(grad, torch.autograd.grad(expected, pred)[0])
+
+    def test_no_label_at_all_gives_zero(self, loss: AbsLoss, pred: Tensor, labels: Tensor) -> None:
+        pred = pred.clone().requires_grad_()
+        value = loss.compute_loss(pred, _without(loss, labels, [0, 1, 2, 3]))
+        assert value.item() == 0
+        assert not torch.autograd.grad(value, pred)[0].any()
+
+    def test_rows_are_counted(self, loss: AbsLoss, pred: Tensor, labels: Tensor) -> None:
+        assert labelled_rows(loss, labels) == 4
+        assert labelled_rows(loss, _without(loss, labels, [2])) == 3
+
+
+@pytest.mark.parametrize(
+    ("metric", "pred", "labels"),
+    [
+        (AccMetric(), torch.eye(3)[[0, 1, 1, 2]], torch.tensor([0, 1, 2, 2])),
+        (L1Metric(), torch.arange(4.0)[:, None], torch.zeros(4, 1)),
+        (SegMetric(3), *_cases()[3][1:]),
+        (DepthMetric(), *_cases()[7][1:]),
+        (NormalMetric(), *_cases()[8][1:]),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_metrics_skip_missing_labels(metric: Any, pred: Tensor, labels: Tensor) -> None:
+    with NoHostRead():
+        metric.update_fun(pred, _without(AbsLoss(), labels, [1, 3]))
+        metric.update_fun(pred, _without(AbsLoss(), labels, [0, 1, 2, 3]))
+    found = metric.score_fun()
+    metric.reinit()
+    metric.update_fun(pred[::2], labels[::2])
+    assert found == pytest.approx(metric.score_fun(), rel=1e-6, nan_ok=True)
+
+
+def _masked(labels: dict[str, Tensor], missing: dict[str, list[int]]) -> dict[str, Tensor]:
+    return {task: _without(AbsLoss(), each, missing.get(task, [])) for task, each in labels.items()}
+
+
+def test_partial_labels_train_as_the_subset_does() -> None:
+    partial, subset = make_trainer("EW", count=2), make_trainer("EW", count=2)
+    x, labels = next(iter(loaders(2)))
+    for step in range(3):
+        have = [row for row in range(len(x)) if row % 3 != step]
+        lack = [row for row in range(len(x)) if row % 3 == step]
+        everywhere = _masked(labels, {"task0": lack, "task1": lack})
+        partial.step([(x, everywhere)], StepBuffer())
+        subset.step([(x[have], {task: each[have] for task, each in labels.items()})], StepBuffer())
+    torch.testing.assert_close(flat(partial.model.parameters()), flat(subset.model.parameters()))
+
+
+OPTIMIZER = {"optim": "adam", "lr": 1e-2, "weight_decay": 0.1}
+
+
+@pytest.mark.parametrize("name", sorted(WEIGHTINGS))
+@pytest.mark.parametrize("how", ["left out", "masked"])
+def test_absent_tasks_keep_their_state(name: str, how: str) -> None:
+    trainer = make_trainer(name, count=4, rep_grad=WEIGHTINGS[name].needs == "reps", optim_param=OPTIMIZER)
+    model = trainer.model
+    model.epoch, model.epochs = 1, 2
+    x, labels = next(iter(loaders(4)))
+    batches = [(x, labels)] * trainer.step.batches
+    trainer.step(batches, StepBuffer())
+    if how == "left out":
+        fewer = {task: labels[task] for task in ("task0", "task3")}
+    else:
+        fewer = _masked(labels, {"task1": list(range(len(x))), "task2": list(range(len(x)))})
+    present = present_tasks(trainer.meter.losses, [fewer] * len(batches))
+    assert present == [0, 3]
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    buffer = StepBuffer()
+    with NoHostRead():
+        losses, _ = trainer.step([(x, fewer)] * len(batches), buffer, present)
+    assert list(losses) == ["task0", "task3"]
+    assert buffer._losses[0].isnan().tolist() == [False, True, True, False]
+    for key, value in model.state_dict().items():
+        if key.startswith(("decoders.task1.", "decoders.task2.")):
+            assert torch.equal(value, before[key]), key
+        if model.task_dims.get(key) == (0,) or key == "loss_scale":
+            assert torch.equal(value[1:3], before[key][1:3]), key
+    assert not all(torch.equal(p, before[key]) for key, p in model.named_parameters())
+    trainer.step(batches, buffer)
+    assert flat(model.parameters()).isfinite().all()
+
+
+def test_a_step_without_any_label_changes_nothing() -> None:
+    trainer = make_trainer("MGDA")
+    x, labels = next(iter(loaders()))
+    before = flat(trainer.model.parameters())
+    assert trainer.step([(x, labels)], StepBuffer(), []) == ({}, {})
+    assert torch.equal(flat(trainer.model.parameters()), before)
+    assert present_tasks(trainer.meter.losses, [{}]) == []
+
+
+@pytest.mark.parametrize("option", [{"update_weights_every": 3}, {"weight_momentum": 0.5}], ids=str)
+def test_held_weights_are_those_of_the_present_tasks(option: dict[str, Any]) -> None:
+    trainer = make_trainer("MGDA", count=3, **option)
+    batch = next(iter(loaders(3)))
+    trainer.step([batch], StepBuffer())
+    kept = trainer.step._held.shared if "update_weights_every" in option else trainer.step._average[0]
+    before = kept.clone()
+    trainer.step([batch], StepBuffer(), [0, 2])
+    after = trainer.step._held.shared if "update_weights_every" in option else trainer.step._average[0]
+    assert after[1] == before[1]
+    assert torch.equal(after, before) == ("update_weights_every" in option)
+    trainer.step([batch], StepBuffer())
+    assert len(after) == 3
+
+
+class _Sparse(Dataset[Any]):
+    """Rows of three tasks; every batch lacks one of them in turn, and the second task's labels are few."""
+
+    def __getitem__(self, index: int) -> Any:
+        x, labels = next(iter(loaders(3, seed=index)))
+        given = {task: each for t, (task, each) in enumerate(labels.items()) if t != index % 3}
+        return x, _masked(given, {"task1": [0, 1, 2, 5]})
+
+    def __len__(self) -> int:
+        return 6
+
+
+@pytest.mark.parametrize("name", ["EW", "MGDA", "UW", "DWA", "Nash_MTL", "MoCo"])
+def test_trains_and_resumes(name: str, tmp_path: Path) -> None:
+    data = DataLoader(_Sparse(), batch_size=None)
+
+    def run(epochs: int, **more: Any) -> Tensor:
+        trainer = make_trainer(name, count=3, **more)
+        trainer.train(data, data, epochs)
+        assert all(loss >= 0 for loss in trainer.meter.loss_item)
+        return flat([*trainer.model.parameters(), *trainer.model.buffers()])
+
+    run(1, save_path=str(tmp_path))
+    assert torch.equal(run(3, resume=str(tmp_path / "last.pt")), run(3))
+
+
+def test_a_task_without_labels_for_an_epoch_has_no_score() -> None:
+    x, labels = next(iter(loaders(2)))
+    trainer = make_trainer("DWA")
+    trainer.train([(x, {"task0": labels["task0"]})], [(x, labels)], 3)
+    trainer.test([(x, {"task0": labels["task0"]})])
+    assert str(trainer.meter.loss_item[1]) == "nan"
+    assert flat(trainer.model.parameters()).isfinite().all()
+
+
+def test_batches_of_a_step_must_label_the_same_tasks() -> None:
+    x, labels = next(iter(loaders(2)))
+    trainer = make_trainer("EW", accumulate=2)
+    with pytest.raises(UsageError, match="1 of 2 have no 'task1'"):
+        trainer.train([(x, labels), (x, {"task0": labels["task0"]})], [(x, labels)], 1)
