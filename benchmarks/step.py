@@ -29,7 +29,7 @@ from fastmtl.names import resolve_name
 from fastmtl.trainer.records import StepBuffer
 from fastmtl.weighting import WEIGHTINGS
 
-__all__ = ["PEERS", "run_step"]
+__all__ = ["PEERS", "peak_bytes", "run_step"]
 
 PEERS = ("libmtl", "torchjd")
 # Their update depends on random numbers, so that of one step cannot be compared.
@@ -103,7 +103,7 @@ def _update(contender: Contender) -> Tensor:
     return torch.cat([(old - param.detach()).flatten() for old, param in zip(before, contender.shared, strict=True)])
 
 
-def _peak(contender: Contender, device: torch.device) -> int:
+def peak_bytes(contender: Contender, device: torch.device) -> int:
     """Return the bytes between the least memory in use, old gradients freed, and the most during a step."""
     contender.run()
     # The profiler announces itself on stderr at any lower level.
@@ -211,7 +211,7 @@ def _compare(name: str, work: Work, make: dict[str, Callable[[], Contender]], se
         theirs = [distances[each] for each in ("LibMTL", "TorchJD") if each in distances]
         if theirs and min(theirs) > 0.01:
             contenders = {library: each for library, each in contenders.items() if not library.startswith("fastmtl")}
-    peaks = {library: _peak(each, work.device) for library, each in contenders.items()}
+    peaks = {library: peak_bytes(each, work.device) for library, each in contenders.items()}
     memory = probes(work.device)
     rates: list[tuple[float, float]] = []
 

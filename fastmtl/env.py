@@ -37,7 +37,7 @@ VARIABLES: Mapping[str, Variable] = {
     ),
     "FASTMTL_CACHE": Variable(
         default="~/.cache/fastmtl",
-        meaning="Folder for data sets that fastmtl makes, such as rooms.",
+        meaning="Folder for data sets that fastmtl makes or downloads, such as rooms.",
     ),
     "FASTMTL_TRACEBACK": Variable(
         default="0",

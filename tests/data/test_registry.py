@@ -42,7 +42,8 @@ def test_a_bundle_fits_together(name: str) -> None:
 @pytest.mark.parametrize("name", ENCODERS)
 def test_encoders_give_the_channels_they_announce(name: str) -> None:
     with torch.no_grad():
-        features = ENCODERS[name].build().eval()(torch.zeros(1, 3, 32, 32))
+        inputs = torch.ones(1, 12, dtype=torch.int32) if name == "lstm" else torch.zeros(1, 3, 32, 32)
+        features = ENCODERS[name].build().eval()(inputs)
     assert features.shape[1] == ENCODERS[name].feature_dim
 
 

