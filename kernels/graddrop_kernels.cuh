@@ -151,7 +151,8 @@ __global__ void __launch_bounds__(kDropThreads) graddrop_kernel(__grid_constant_
 
 constexpr int64_t kDropPiece = 4096;
 /// Rows that are kept in registers between the sums and the pass that drops; more are read again, from the caches.
-constexpr int kDropRows = 8;
+template <class Storage>
+constexpr int drop_rows_of = sizeof(Storage) == 2 ? 4 : 8;
 
 struct DropRowsArguments {
   double const* leaks;  // (T,)
@@ -167,12 +168,14 @@ __device__ inline void drop_vector(LaunchTable const& table, int s, DropRowsArgu
                                    Stream const& stream, int64_t at, int64_t length) {
   using Acc = DropAcc<Storage>;
   constexpr int lanes = lanes_of<Storage>;
+  // Guarded loads of several rows would take more registers than there are.
+  constexpr int depth = whole ? drop_rows_of<Storage> : 1;
   Acc sum[lanes] = {};
   Acc size[lanes] = {};
-  Vector<Storage> loaded[kDropRows];
+  Vector<Storage> loaded[depth];
   auto const load = [&](int first) {
     FASTMTL_UNROLL
-    for (int d = 0; d < kDropRows; ++d) {
+    for (int d = 0; d < depth; ++d) {
       loaded[d] = {};
       if (first + d >= given.rows) continue;
       auto const* const row = static_cast<Storage const*>(table.pointer(s, first + d));
@@ -180,10 +183,10 @@ __device__ inline void drop_vector(LaunchTable const& table, int s, DropRowsArgu
     }
   };
   FASTMTL_NO_UNROLL
-  for (int first = 0; first < given.rows; first += kDropRows) {
+  for (int first = 0; first < given.rows; first += depth) {
     load(first);
     FASTMTL_UNROLL
-    for (int d = 0; d < kDropRows; ++d) {
+    for (int d = 0; d < depth; ++d) {
       FASTMTL_UNROLL
       for (int i = 0; i < lanes; ++i) {
         Acc const value = widen<Acc>(loaded[d].value[i]);
@@ -210,10 +213,10 @@ __device__ inline void drop_vector(LaunchTable const& table, int s, DropRowsArgu
   }
 
   FASTMTL_NO_UNROLL
-  for (int first = 0; first < given.rows; first += kDropRows) {
-    if (given.rows > kDropRows) load(first);
+  for (int first = 0; first < given.rows; first += depth) {
+    if (given.rows > depth) load(first);
     FASTMTL_UNROLL
-    for (int d = 0; d < kDropRows; ++d) {
+    for (int d = 0; d < depth; ++d) {
       if (first + d < given.rows) {
         auto const leak = static_cast<Acc>(given.leaks[first + d]);
         FASTMTL_UNROLL

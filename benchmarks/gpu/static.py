@@ -44,6 +44,11 @@ _THREADS = {
     "gram_matrix_kernel": 128,
     "gram_reduce_kernel": 256,
     "combine_kernel": 256,
+    "graddrop_kernel": 256,
+    "graddrop_rows_kernel": 256,
+    "ema_kernel": 256,
+    "excess_risk_kernel": 256,
+    "risk_reduce_kernel": 256,
     "sort_by_key": 128,
     "add_rows": 128,
 }
@@ -52,6 +57,9 @@ _THREADS = {
 _CROWDED = re.compile(
     r"combine_kernel<(Bf16|F16), false>|gram_matrix_kernel<(Bf16|F16), [248]>|gram_matrix_kernel<float, 8>"
 )
+
+# Kernels whose time is that of the memory they read.
+_STREAMS = ("gram_tile", "gram_matrix", "combine", "graddrop", "ema", "excess_risk")
 
 Row = dict[str, str]
 
@@ -218,7 +226,7 @@ def broken_rules(rows: list[Row]) -> list[str]:
     faults = []
     for row in rows:
         name = f"{row['kernel']} for sm_{row['arch']}"
-        streams = row["kernel"].startswith(("gram_tile", "gram_matrix", "combine"))
+        streams = row["kernel"].startswith(_STREAMS)
         multiplies = row["kernel"].startswith("gram_matrix")
         crowded = _CROWDED.fullmatch(row["kernel"]) is not None
         # ptxas fills the registers that a matrix kernel may have; what it puts aside must not be wanted in the loops.

@@ -125,6 +125,17 @@ def bench_step(weightings: Sequence[str], *, threads: int | None, **options: Any
         raise typer.Exit(1)
 
 
+def model_step(card: str, **options: Any) -> None:
+    """Print what a training step must cost on a card.
+
+    Raises:
+        UsageError: An unknown card, network or precision.
+    """
+    from fastmtl.benchmarks.model import print_model
+
+    print_model(card, **options)
+
+
 def list_benches() -> None:
     """Print the operators that have a benchmark."""
     from fastmtl.benchmarks.registry import BENCHES
