@@ -54,9 +54,7 @@ _THREADS = {
 }
 
 # Kernels that still use local memory in or near their loops; the table says how much. None may join them.
-_CROWDED = re.compile(
-    r"combine_kernel<(Bf16|F16), false>|gram_matrix_kernel<(Bf16|F16), [248]>|gram_matrix_kernel<float, 8>"
-)
+_CROWDED = re.compile(r"gram_matrix_kernel<(Bf16|F16), [48]>|gram_matrix_kernel<float, 8>")
 
 # Kernels whose time is that of the memory they read.
 _STREAMS = ("gram_tile", "gram_matrix", "combine", "graddrop", "ema", "excess_risk")
