@@ -185,8 +185,10 @@ __global__ void __launch_bounds__(kCombineThreads, kCombineBlocks)
     Strip const strip = table.strip(s);
     auto* const out = const_cast<void*>(table.pointer(s, given.rows + result));
     constexpr int few = kCombineLoads / 2;
+    // Float64 sums of two vectors of 16-bit elements would not fit the registers.
+    constexpr int vectors = same || sizeof(Storage) > 2 ? 2 : 1;
     if (terms.count <= few) {
-      combine_range<same, few, 2>(terms, out, given, strip, first, last);
+      combine_range<same, few, vectors>(terms, out, given, strip, first, last);
     } else {
       combine_range<same, kCombineLoads, 1>(terms, out, given, strip, first, last);
     }

@@ -4,6 +4,7 @@
 #include <numeric>
 #include <vector>
 
+#include "gram.h"
 #include "gram_matrix.cuh"
 #include "register.h"
 #include "rows.cuh"
@@ -86,7 +87,9 @@ bool one_launch_fills(std::vector<StripPlan> const& plans, int64_t all_plans, in
   return groups == num_groups;
 }
 
-Tensor gram(TensorList const& flat, int64_t num_rows, std::optional<std::vector<int64_t>> const& groups) {
+}  // namespace
+
+Tensor gram_of_rows(TensorList const& flat, int64_t num_rows, std::optional<std::vector<int64_t>> const& groups) {
   static_assert(kGramThreads == kMatrixThreads);
   OnDevice const on(first_tensor(flat));
   check_device(on, flat);
@@ -120,7 +123,6 @@ Tensor gram(TensorList const& flat, int64_t num_rows, std::optional<std::vector<
   return result;
 }
 
-FASTMTL_CUDA_KERNEL(gram, gram);
+FASTMTL_CUDA_KERNEL(gram, gram_of_rows);
 
-}  // namespace
 }  // namespace fastmtl

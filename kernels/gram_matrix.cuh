@@ -141,7 +141,7 @@ struct PairsOfRows {
   /// The same as far as vectors are whole; returns how far. Where registers allow, columns are loaded while the ones
   /// before are multiplied.
   __device__ int64_t run_whole(Strip const& strip, int64_t at, int64_t last, int64_t stride) {
-    constexpr bool ahead = loaded_blocks <= 6 && !std::is_same_v<Storage, double>;
+    constexpr bool ahead = loaded_blocks <= (sizeof(Storage) == 2 ? 2 : 6) && !std::is_same_v<Storage, double>;
     Vector<Storage> now[loaded_blocks];
     if constexpr (ahead) load(at, now);
     bool more = true;

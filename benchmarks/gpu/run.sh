@@ -57,10 +57,12 @@ status=$out/status.csv
 [ -f "$status" ] || echo "part,step,exit,seconds" >"$status"
 broken=0
 
-# step PART LIMIT NAME COMMAND...: runs it under its time limit, its output to NAME.log, its fate to status.csv.
+# step PART LIMIT NAME COMMAND...: runs it under its time limit, its output to NAME.log, its fate to status.csv. All limits
+# together are less than ten minutes; a dry run's shared processor gets more.
 step() {
   local part=$1 limit=$2 what=$3 begin=$SECONDS code
   shift 3
+  [ $dry = 0 ] || limit=$((limit * 4))
   printf '== %s\n' "$what"
   timeout --kill-after=10 "$limit" "$@" >"$out/$what.log" 2>&1
   code=$?
@@ -83,25 +85,25 @@ for part in "${parts[@]}"; do
       if [ $dry = 1 ]; then
         step build 60 build "$python" setup.py --version
       else
-        FASTMTL_BUILD_CUDA=1 step build 180 build "$python" -m pip install --no-build-isolation --no-deps --no-index --editable .
+        FASTMTL_BUILD_CUDA=1 step build 110 build "$python" -m pip install --no-build-isolation --no-deps --no-index --editable .
       fi
-      step build 60 doctor "$python" -m fastmtl doctor --json
-      step build 60 environment "$python" -m fastmtl.benchmarks.gpu.environment "$device"
+      step build 15 doctor "$python" -m fastmtl doctor --json
+      step build 10 environment "$python" -m fastmtl.benchmarks.gpu.environment "$device"
       ;;
     tests)
       if [ $dry = 1 ]; then
         step tests 120 tests "$python" -m pytest -q -p no:cacheprovider tests/ops/test_rows.py
       else
-        step tests 150 tests "$python" -m pytest -q -p no:cacheprovider tests/ops -k "cuda or triton" -m "not slow"
+        step tests 90 tests "$python" -m pytest -q -p no:cacheprovider tests/ops -k "cuda or triton" -m "not slow"
         for tool in memcheck racecheck; do
           if command -v compute-sanitizer >/dev/null; then
-            step tests 90 "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m fastmtl.benchmarks.gpu.small
+            step tests 35 "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m fastmtl.benchmarks.gpu.small
           else
             missing tests "$tool" "compute-sanitizer is not installed"
           fi
         done
       fi
-      step tests 60 small "$python" -m fastmtl.benchmarks.gpu.small --device "$device"
+      step tests 20 small "$python" -m fastmtl.benchmarks.gpu.small --device "$device"
       ;;
     kernels)
       # One step for each op: what is done by the time limit of another one stays.
@@ -109,7 +111,7 @@ for part in "${parts[@]}"; do
       quick=()
       [ $dry = 0 ] || { ops=(min_norm); quick=(--quick); }
       for op in "${ops[@]}"; do
-        step kernels 60 "kernels-$op" \
+        step kernels 20 "kernels-$op" \
           "$python" -m fastmtl bench kernels --op "$op" --device "$device" --csv "$out/kernels-$op.csv" "${quick[@]}"
       done
       ;;
@@ -117,15 +119,24 @@ for part in "${parts[@]}"; do
       if [ $dry = 1 ]; then
         missing step solvers "it has no small cases"
       else
-        step step 90 solvers "$python" -m fastmtl bench solvers --csv "$out/solvers.csv" ${libmtl:+--libmtl "$libmtl"}
+        step step 25 solvers "$python" -m fastmtl bench solvers --csv "$out/solvers.csv" ${libmtl:+--libmtl "$libmtl"}
       fi
-      if "$python" -m fastmtl bench step --help >/dev/null 2>&1; then
-        quick=()
-        [ $dry = 0 ] || quick=(--quick)
-        step step 120 step "$python" -m fastmtl bench step --device "$device" --csv "$out/step.csv" "${quick[@]}" ${libmtl:+--libmtl "$libmtl"}
+      peers=()
+      [ -z "$libmtl" ] || peers+=(--peer libmtl --libmtl "$libmtl")
+      if "$python" -c "import torchjd" >/dev/null 2>&1; then peers+=(--peer torchjd); fi
+      if [ $dry = 1 ]; then
+        load=(--net mlp --batch 4 --tasks 2 --seconds 0)
       else
-        missing step step "this version has no step benchmark"
+        load=(--net resnet18 --batch 32 --size 64 --tasks 3 --tasks 8 --seconds 4)
       fi
+      # One step for each strategy: a peer that fails takes the time of its own strategy alone.
+      strategies=(MGDA PCGrad)
+      [ $dry = 0 ] || strategies=(MGDA)
+      for strategy in "${strategies[@]}"; do
+        step step 35 "step-$strategy" "$python" -m fastmtl bench step --weighting "$strategy" --device "$device" \
+          "${load[@]}" "${peers[@]}" --csv "$out/step-$strategy.csv" --plot "$out/step-$strategy.png"
+      done
+      step step 15 model "$python" -m fastmtl bench step --model H100 "${load[@]:0:$((${#load[@]} - 2))}"
       ;;
     profile)
       if ! command -v ncu >/dev/null; then
@@ -135,7 +146,7 @@ for part in "${parts[@]}"; do
       else
         # The ops furthest from what memory allows.
         for op in $("$python" -m fastmtl.benchmarks.gpu.slowest "$out"/kernels-*.csv); do
-          step profile 60 "profile-$op" ncu --set full --launch-count 4 --target-processes all \
+          step profile 25 "profile-$op" ncu --set full --launch-count 4 --target-processes all \
             "$python" -m fastmtl.benchmarks.gpu.small --device "$device" --op "$op"
         done
       fi

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,6 +45,14 @@ def cases(device: torch.device) -> Iterator[tuple[str, tuple[Any, ...]]]:
         yield "gram", (flat, num_rows)
         yield "gram", (flat, num_rows, [0, 1, 1, 2, 2])
         yield "combine", (flat, num_rows, weights)
+        random = torch.tensor([7, 11], device=device)
+        yield "graddrop_rows", (flat, num_rows, weights.abs(), random, [])
+        state = [torch.ones_like(flat[k]) for _ in range(num_rows) for k in range(-len(_SHAPES), 0)]
+        yield "ema_gram_", (state, flat, num_rows, weights, weights)
+        yield "excess_risk_", ([torch.ones_like(own) for own in state], flat, num_rows, 1e-7)
+        grads = [torch.ones(5, 3, 7, device=device) * (t + 1) for t in range(num_rows)]
+        yield "graddrop", (grads[:1], grads, 0.25, random)
+        yield "graddrop", (grads, grads, 0.25, random)
     for size in (2, 8, 40):
         jacobian = torch.randn(size, 100, dtype=torch.float64, generator=torch.Generator().manual_seed(size)).to(device)
         gram = jacobian @ jacobian.T
@@ -69,8 +78,12 @@ def check(device: torch.device, only: str | None = None) -> int:
     for name, arguments in cases(device):
         if only not in (None, name):
             continue
+        # State is written: both start from the same one, and it is compared too.
+        again = copy.deepcopy(arguments)
         got = _tensors(getattr(torch.ops.fastmtl, name)(*arguments))
-        want = _tensors(ops.implementation(name, "reference")(*arguments))
+        want = _tensors(ops.implementation(name, "reference")(*again))
+        if name.endswith("_"):
+            got, want = [*got, *arguments[0]], [*want, *again[0]]
         for one, other in zip(got, want, strict=True):
             # Sums that nearly cancel keep the rounding of what they are sums of.
             scale = float(other.abs().max()) if other.numel() else 0.0

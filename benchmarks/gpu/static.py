@@ -33,6 +33,8 @@ COLUMNS = (
     *("warps", "loads", "loads_128", "stores_128", "local", "local_hot", "float64", "matrix"),
 )
 
+_INCLUDE = ("csrc", "csrc/include", "kernels")
+
 # Per processor, the same for sm_80 and sm_90.
 _REGISTERS, _WARPS, _BLOCKS = 65536, 64, 32
 _SHARED = {"80": 164 * 1024, "90a": 228 * 1024}
@@ -42,14 +44,20 @@ _THREADS = {
     "gram_matrix_kernel": 128,
     "gram_reduce_kernel": 256,
     "combine_kernel": 256,
+    "graddrop_kernel": 256,
+    "graddrop_rows_kernel": 256,
+    "ema_kernel": 256,
+    "excess_risk_kernel": 256,
+    "risk_reduce_kernel": 256,
     "sort_by_key": 128,
     "add_rows": 128,
 }
 
 # Kernels that still use local memory in or near their loops; the table says how much. None may join them.
-_CROWDED = re.compile(
-    r"combine_kernel<(Bf16|F16), false>|gram_matrix_kernel<(Bf16|F16), [248]>|gram_matrix_kernel<float, 8>"
-)
+_CROWDED = re.compile(r"gram_matrix_kernel<(Bf16|F16), [48]>|gram_matrix_kernel<float, 8>")
+
+# Kernels whose time is that of the memory they read.
+_STREAMS = ("gram_tile", "gram_matrix", "combine", "graddrop", "ema", "excess_risk")
 
 Row = dict[str, str]
 
@@ -86,17 +94,30 @@ def _flags() -> list[str]:
     return [
         *("-O3", "-std=c++20", "-DNDEBUG", "-Xcompiler=-fPIC", "--expt-relaxed-constexpr", "-Xptxas=-v"),
         *("-DUSE_CUDA", "-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE", "-DTORCH_TARGET_VERSION=0x020b000000000000"),
-        *("-DPy_LIMITED_API=0x030B0000", "-Icsrc", "-Icsrc/include", "-Ikernels"),
+        *("-DPy_LIMITED_API=0x030B0000", *(f"-I{folder}" for folder in _INCLUDE)),
         *(f"-isystem={path}" for path in system),
     ]
 
 
+def _included(source: Path) -> set[Path]:
+    """Return a source and every file of the repository that it includes, directly or not."""
+    found, pending = {source}, [source]
+    while pending:
+        path = pending.pop()
+        for name in re.findall(r'^ *# *include +"(.+)"', path.read_text(), re.MULTILINE):
+            for folder in (path.parent, *(ROOT / each for each in _INCLUDE)):
+                inner = (folder / name).resolve()
+                if inner.is_file() and inner not in found:
+                    found.add(inner)
+                    pending.append(inner)
+    return found
+
+
 def _compile(source: Path, arch: str) -> tuple[Path, str]:
     """Return the object of one source and what ptxas said, from the last build where nothing changed since."""
-    headers = [path for folder in ("csrc", "kernels") for path in (ROOT / folder).rglob("*.*h")]
     command = [_tool("nvcc"), "-c", str(source), *_flags(), f"-gencode=arch=compute_{arch},code=sm_{arch}"]
     digest = hashlib.sha256(json.dumps(command).encode())
-    for path in [source, *sorted(headers)]:
+    for path in sorted(_included(source)):
         digest.update(path.read_bytes())
     result = BUILD / f"{source.stem}.sm_{arch}.{digest.hexdigest()[:12]}.o"
     log = result.with_suffix(".log")
@@ -203,7 +224,7 @@ def broken_rules(rows: list[Row]) -> list[str]:
     faults = []
     for row in rows:
         name = f"{row['kernel']} for sm_{row['arch']}"
-        streams = row["kernel"].startswith(("gram_tile", "gram_matrix", "combine"))
+        streams = row["kernel"].startswith(_STREAMS)
         multiplies = row["kernel"].startswith("gram_matrix")
         crowded = _CROWDED.fullmatch(row["kernel"]) is not None
         # ptxas fills the registers that a matrix kernel may have; what it puts aside must not be wanted in the loops.

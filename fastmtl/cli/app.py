@@ -219,10 +219,16 @@ def _bench_step(
     plot: Annotated[Path | None, typer.Option(help="Picture to draw, time over the number of tasks.")] = None,
     seconds: Annotated[float, typer.Option(help="Time for each strategy and number of tasks.")] = 20.0,
     threads: Annotated[int | None, typer.Option(help="CPU threads; PyTorch's choice if not given.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="H100, H200 or A100: print what a step must cost there, and measure nothing.")
+    ] = None,
 ) -> None:
     """Time whole training steps beside their floor, the sum of the losses, LibMTL and TorchJD, all in turn."""
-    from fastmtl.cli.listing import bench_step
+    from fastmtl.cli.listing import bench_step, model_step
 
+    if model is not None:
+        model_step(model, net=net, tasks=tasks, batch=batch, size=size, precision=precision)
+        return
     bench_step(
         weighting, threads=threads, peers=peer or [], libmtl=libmtl, arch=arch, tasks=tasks, net=net, batch=batch,
         size=size, device=device, precision=precision, compile=compile, csv_path=csv, plot_path=plot, seconds=seconds,

@@ -170,6 +170,17 @@ def bench_autojac(*, threads: int | None, **options: Any) -> None:
         raise typer.Exit(1)
 
 
+def model_step(card: str, **options: Any) -> None:
+    """Print what a training step must cost on a card.
+
+    Raises:
+        UsageError: An unknown card, network or precision.
+    """
+    from fastmtl.benchmarks.model import print_model
+
+    print_model(card, **options)
+
+
 def list_benches() -> None:
     """Print the operators that have a benchmark."""
     from fastmtl.benchmarks.registry import BENCHES

@@ -8,9 +8,11 @@
 
 #if defined(__CUDACC__)
 #define FASTMTL_PHILOX __host__ __device__ __forceinline__
+#define FASTMTL_PHILOX_UNROLL _Pragma("unroll")
 #else
 // Inlined into kernels of every instruction set, and vectorised there.
 #define FASTMTL_PHILOX inline __attribute__((always_inline))
+#define FASTMTL_PHILOX_UNROLL _Pragma("GCC unroll 10")
 #endif
 
 namespace fastmtl {
@@ -21,7 +23,7 @@ constexpr int kPhiloxRounds = 10;
 FASTMTL_PHILOX void philox(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3, uint64_t seed) {
   auto k0 = static_cast<uint32_t>(seed);
   auto k1 = static_cast<uint32_t>(seed >> 32);
-#pragma GCC unroll 10
+  FASTMTL_PHILOX_UNROLL
   for (int round = 0; round < kPhiloxRounds; ++round) {
     const uint64_t p0 = uint64_t{0xD2511F53} * c0;
     const uint64_t p1 = uint64_t{0xCD9E8D57} * c2;
