@@ -47,7 +47,7 @@ def cases(device: torch.device) -> Iterator[tuple[str, tuple[Any, ...]]]:
         yield "combine", (flat, num_rows, weights)
         random = torch.tensor([7, 11], device=device)
         yield "graddrop_rows", (flat, num_rows, weights.abs(), random, [])
-        state = [torch.ones_like(flat[k]) for _ in range(num_rows) for k in range(-len(_SHAPES), 0)]
+        state = [torch.ones(shape, device=device) for _ in range(num_rows) for shape in _SHAPES]
         yield "ema_gram_", (state, flat, num_rows, weights, weights)
         yield "excess_risk_", ([torch.ones_like(own) for own in state], flat, num_rows, 1e-7)
         grads = [torch.ones(5, 3, 7, device=device) * (t + 1) for t in range(num_rows)]

@@ -12,7 +12,19 @@ from torch import Tensor
 
 from fastmtl.errors import UsageError
 from fastmtl.ops import ema_gram_, excess_risk_
-from tests.ops.rows import BACKENDS, DTYPES, LAYOUTS, SHAPES, TASKS, Flat, any_rows, backend_kernel, make_rows, relaid
+from tests.ops.rows import (
+    BACKENDS,
+    DTYPES,
+    LAYOUTS,
+    SHAPES,
+    TASKS,
+    Flat,
+    any_rows,
+    backend_kernel,
+    make_rows,
+    relaid,
+    row_kernel,
+)
 
 Kernel = Callable[..., Tensor]
 EPS = torch.finfo(torch.float32).eps
@@ -21,12 +33,12 @@ EPSILON = 1e-7
 
 @pytest.fixture(params=BACKENDS)
 def ema(request: pytest.FixtureRequest) -> Kernel:
-    return backend_kernel("ema_gram_", request.param)
+    return row_kernel("ema_gram_", request.param)
 
 
 @pytest.fixture(params=BACKENDS)
 def excess(request: pytest.FixtureRequest) -> Kernel:
-    return backend_kernel("excess_risk_", request.param)
+    return row_kernel("excess_risk_", request.param)
 
 
 def factors(num_rows: int) -> tuple[Tensor, Tensor]:
@@ -128,9 +140,9 @@ def test_any_rows(drawn: tuple[Flat, int]) -> None:
     shapes = [next((row.shape for row in flat[k::width] if row is not None), torch.Size([3])) for k in range(width)]
     for backend in BACKENDS:
         state = make_rows(num_rows, tuple(shapes), seed=3)
-        check_ema(backend_kernel("ema_gram_", backend), state, flat, num_rows)
+        check_ema(row_kernel("ema_gram_", backend), state, flat, num_rows)
         sums = [t.square() for t in make_rows(num_rows, tuple(shapes), seed=3)]
-        check_excess(backend_kernel("excess_risk_", backend), sums, flat, num_rows)
+        check_excess(row_kernel("excess_risk_", backend), sums, flat, num_rows)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -193,7 +205,7 @@ def test_opcheck() -> None:
     flat = make_rows(3, ((5, 3), (7,)))
     flat[1] = None
     for namespace, name in ((torch.ops.fastmtl, "reference"), (torch.ops.fastmtl_cpp, "cpp")):
-        backend_kernel("ema_gram_", name)
+        row_kernel("ema_gram_", name)
         state = make_rows(3, ((5, 3), (7,)), seed=1)
         torch.library.opcheck(namespace.ema_gram_.default, (state, flat, 3, *factors(3)))
         torch.library.opcheck(namespace.excess_risk_.default, ([t.square() for t in state], flat, 3, EPSILON))

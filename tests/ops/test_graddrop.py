@@ -14,7 +14,18 @@ from torch import Tensor
 from fastmtl.errors import UsageError
 from fastmtl.ops import graddrop, graddrop_rows
 from fastmtl.ops._philox import uniform
-from tests.ops.rows import BACKENDS, DTYPES, LAYOUTS, SHAPES, Flat, any_rows, backend_kernel, make_rows, relaid
+from tests.ops.rows import (
+    BACKENDS,
+    DTYPES,
+    LAYOUTS,
+    SHAPES,
+    Flat,
+    any_rows,
+    backend_kernel,
+    make_rows,
+    relaid,
+    row_kernel,
+)
 
 Kernel = Callable[..., list[Tensor]]
 NAN = float("nan")
@@ -23,12 +34,12 @@ RANDOM = torch.tensor([0x0123456789ABCDEF, 2**40 + 3])
 
 @pytest.fixture(params=BACKENDS)
 def kernel(request: pytest.FixtureRequest) -> Kernel:
-    return backend_kernel("graddrop", request.param)
+    return row_kernel("graddrop", request.param)
 
 
 @pytest.fixture(params=BACKENDS)
 def rows_kernel(request: pytest.FixtureRequest) -> Kernel:
-    return backend_kernel("graddrop_rows", request.param)
+    return row_kernel("graddrop_rows", request.param)
 
 
 def whole_numbers(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -115,8 +126,8 @@ def test_all_backends_draw_the_same_numbers(layout: str) -> None:
     flat = [relaid(whole_numbers((4, 6, 5, 3), seed), layout) for seed in range(6)]
     results = []
     for backend in BACKENDS:
-        own = backend_kernel("graddrop", backend)(reps, grads, 0.5, RANDOM)
-        rows = backend_kernel("graddrop_rows", backend)(flat, 3, torch.zeros(3), RANDOM, [])
+        own = row_kernel("graddrop", backend)(reps, grads, 0.5, RANDOM)
+        rows = row_kernel("graddrop_rows", backend)(flat, 3, torch.zeros(3), RANDOM, [])
         results.append([*own, *rows])
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
@@ -216,7 +227,7 @@ def test_any_rows(drawn: tuple[Flat, int], seed: int) -> None:
     exact: Flat = [None if row is None else (row * 2).round() for row in flat]
     leak = torch.linspace(0, 0.5, num_rows)
     random = torch.tensor([seed, 5])
-    results = [backend_kernel("graddrop_rows", b)(exact, num_rows, leak, random, []) for b in BACKENDS]
+    results = [row_kernel("graddrop_rows", b)(exact, num_rows, leak, random, []) for b in BACKENDS]
     for one, other in zip(*results, strict=True):
         assert one.dtype == other.dtype
         assert one.stride() == other.stride()
@@ -242,7 +253,7 @@ def any_reps(draw: st.DrawFn) -> tuple[list[Tensor], list[Tensor]]:
 @given(drawn=any_reps(), leak=st.sampled_from([0.0, 0.5, 1.0]))
 def test_any_reps(drawn: tuple[list[Tensor], list[Tensor]], leak: float) -> None:
     reps, grads = drawn
-    results = [backend_kernel("graddrop", b)(reps, grads, leak, RANDOM) for b in BACKENDS]
+    results = [row_kernel("graddrop", b)(reps, grads, leak, RANDOM) for b in BACKENDS]
     for one, other in zip(*results, strict=True):
         assert one.dtype == other.dtype
         assert one.stride() == other.stride()
@@ -277,7 +288,7 @@ def test_opcheck() -> None:
     flat = make_rows(3, ((5, 3), (7,)))
     flat[1] = None
     for namespace, name in ((torch.ops.fastmtl, "reference"), (torch.ops.fastmtl_cpp, "cpp")):
-        backend_kernel("graddrop", name)
+        row_kernel("graddrop", name)
         torch.library.opcheck(namespace.graddrop.default, (reps, grads, 0.5, RANDOM))
         torch.library.opcheck(namespace.graddrop.default, (own, grads, 0.5, RANDOM, torch.rand(3, 5)))
         torch.library.opcheck(namespace.graddrop_rows.default, (flat, 3, torch.zeros(3), RANDOM, []))
