@@ -116,7 +116,7 @@ class _Balance:
     def __call__(self, scale: Tensor | None) -> Tensor | None:
         """Write the gradients of the losses times ``scale``."""
         from fastmtl.autojac.fields import add_grads, check_writable
-        from fastmtl.autojac.vjp import jacobians
+        from fastmtl.vjp import jacobians
 
         shared, own = self._parameters()
         check_writable([*shared, *own], ".grad")

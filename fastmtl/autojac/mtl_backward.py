@@ -13,8 +13,8 @@ from fastmtl.autojac.fields import add_grads, add_jacobians, check_writable
 from fastmtl.autojac.graph import leaf_tensors
 from fastmtl.autojac.jac import chunk_for
 from fastmtl.autojac.jac_to_grad import jac_to_grad
-from fastmtl.autojac.vjp import Cotangents, batched_jacobians, jacobians, vjp
 from fastmtl.errors import UsageError
+from fastmtl.vjp import Cotangents, batched_jacobians, jacobians, vjp
 
 if TYPE_CHECKING:
     from fastmtl.aggregation import Aggregator

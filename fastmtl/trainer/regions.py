@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from fastmtl.autojac.compiled import allow_repeated_backwards
+from fastmtl.repeated import allow_repeated_backwards
 from fastmtl.trainer.problem import Problem
 
 __all__ = ["CompileReport", "Regions", "measure_compiled"]

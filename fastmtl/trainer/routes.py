@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl.autojac.vjp import vjp
 from fastmtl.errors import UsageError
 from fastmtl.trainer.own import OwnGradients, find_owners, summed
 from fastmtl.trainer.problem import Features, Problem
 from fastmtl.trainer.profiling import part
 from fastmtl.trainer.regions import Regions
+from fastmtl.vjp import vjp
 
 __all__ = ["Pass", "RepPass", "Route", "choose_route", "forward"]
 
