@@ -126,7 +126,7 @@ class _Balance:
             return self.aggregator.write(found, shared)
 
     def _parameters(self) -> tuple[list[Tensor], list[Tensor]]:
-        from fastmtl.autojac.graph import leaf_tensors
+        from fastmtl.graph import leaf_tensors
 
         reached = [leaf_tensors([loss], "losses") for loss in self.losses]
         count = Counter(leaf for leaves in reached for leaf in leaves)

@@ -15,6 +15,7 @@ from fastmtl.distributed.exchange import Exchange
 from fastmtl.errors import UsageError
 from fastmtl.trainer.balancer import Balancer
 from fastmtl.trainer.batches import joined
+from fastmtl.trainer.candidates import routes_to_try
 from fastmtl.trainer.capture import CudaGraph, StepCapture, reason_against
 from fastmtl.trainer.guard import FiniteGuard
 from fastmtl.trainer.lookahead import LookAhead
@@ -25,8 +26,7 @@ from fastmtl.trainer.precision import LossScaler
 from fastmtl.trainer.problem import Problem
 from fastmtl.trainer.profiling import part
 from fastmtl.trainer.records import StepBuffer
-from fastmtl.trainer.regions import Regions
-from fastmtl.trainer.routes import Pass, choose_route, forward
+from fastmtl.trainer.routes import Pass, forward
 from fastmtl.trainer.sampling import OWN, TaskSampler, keeping, only, spread
 from fastmtl.trainer.trial import Trial
 from fastmtl.weighting import AbsWeighting, Weights
@@ -77,19 +77,15 @@ class TrainingStep:
         # Batches that a step takes: the strategy's samples, or what is accumulated.
         self.batches: int = options.accumulate if self.legacy else max(rule.samples, options.accumulate)
         self.sampler = TaskSampler(len(problem.tasks), options.tasks_per_step) if options.tasks_per_step else None
-        needs_gradients = rule.needs not in ("losses", "lookahead")
-        routes = [
-            choose_route(problem, Regions(problem, compiled, on_compile), needs_gradients, rule.weighs_heads)
-            for compiled in ((False, True) if options.compile == "auto" else (bool(options.compile),))
-        ]
         self.exchange: Exchange | None = None
         if peers is not None:
             # Rows of representations are small: they are summed as they are.
             exact = options.gram == "exact" and rule.needs == "gram" and not rule.rep_grad
             self.exchange = Exchange(peers, problem.shared_params, problem.own_params, exact)
         self.balancer = Balancer(rule, hyper, options, self.scaler, self.exchange)
+        routes = routes_to_try(problem, hyper, options, on_compile, alone=peers is None)
         self.trial = Trial(routes, on_compile) if len(routes) > 1 else None
-        self.route = routes[0]
+        self.route = next(iter(routes.values()))
         self.capture: StepCapture | None = None
         if options.cuda_graph:
             device = guard.found_inf.device

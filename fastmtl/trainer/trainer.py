@@ -72,6 +72,10 @@ class Trainer(nn.Module):
         compile: Compile the forward and backward passes with ``torch.compile``. ``"auto"`` trains the first steps
             both ways, keeps the faster and says which.
         cuda_graph: Capture the step as a CUDA graph and replay it; where that cannot be, it runs eagerly and says why.
+        vjps: How the tasks' gradients go through the shared network: ``"sequential"``, one after the other;
+            ``"batched"``, together, by torch's batching rules; ``"compressed"``, for linear layers only as far as the
+            Gram matrix needs them. Where a way cannot be gone, they come one after the other. ``"auto"`` is sequential
+            below 8 tasks; from there on it trains the first steps each way, keeps the fastest and says which.
         logger: A `Logger`, or several.
         resume: A ``last.pt`` to go on from.
         precision: ``"fp32"``; ``"bf16"`` or ``"fp16"`` compute the network in that dtype where it is safe (autocast),
@@ -123,6 +127,7 @@ class Trainer(nn.Module):
         device: str | torch.device | None = None,
         compile: bool | Literal["auto"] = False,
         cuda_graph: bool = False,
+        vjps: str = "auto",
         logger: Logger | Sequence[Logger] | None = None,
         resume: str | None = None,
         precision: str = "fp32",
@@ -169,6 +174,7 @@ class Trainer(nn.Module):
         options = StepOptions(
             compile=compile,
             cuda_graph=cuda_graph,
+            vjps=vjps,
             precision=precision,
             accumulate=accumulate,
             clip_grad_norm=clip_grad_norm,
