@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 
 from fastmtl.graph import batches_well
@@ -22,7 +21,7 @@ class BatchedRoute(SplitRoute):
         regions: The problem's functions, not compiled: compiled backward passes have no batching rules.
         weighs_heads: Whether the task-specific parameters' gradients will be weighted.
         tell: Told why, if it is not possible.
-        forced: Try operators too that are known to be slower batched, such as convolutions.
+        forced: Batch operators too that are known not to gain, such as convolutions and recurrent networks.
     """
 
     def __init__(
@@ -44,11 +43,8 @@ class BatchedRoute(SplitRoute):
             self._give_up("the trunk has operators that do not gain")
         if self.possible:
             try:
-                with warnings.catch_warnings():
-                    # A loop over the tasks within an operator is what torch calls a drop in performance.
-                    warnings.filterwarnings("error", message=".*performance drop")
-                    return batched_vjps(features, cotangents, self.problem.shared_params)
-            except (RuntimeError, UserWarning, NotImplementedError) as cause:
+                return batched_vjps(features, cotangents, self.problem.shared_params)
+            except RuntimeError as cause:
                 self._give_up(str(cause).splitlines()[0])
         return super().rows_of(features, cotangents)
 

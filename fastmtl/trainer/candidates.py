@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
+from fastmtl.repeated import allow_repeated_backwards
 from fastmtl.trainer.batched import BatchedRoute
 from fastmtl.trainer.compressed import CompressedRoute
 from fastmtl.trainer.options import StepOptions
 from fastmtl.trainer.problem import Problem
-from fastmtl.trainer.regions import Regions
+from fastmtl.trainer.regions import Regions, is_compiled
 from fastmtl.trainer.routes import Route, SplitRoute, choose_route
 from fastmtl.weighting import AbsWeighting
 
@@ -38,6 +41,12 @@ def routes_to_try(
     rule: Any = problem.model
     weighs_heads = rule.weighs_heads
     needs_gradients = rule.needs not in ("losses", "lookahead")
+
+    if needs_gradients and is_compiled(rule):
+        # Backward passes that were compiled before may overwrite what the next task's needs.
+        allow_repeated_backwards()
+        torch.compiler.reset()
+        tell("parts of the network were compiled before: they are compiled anew, for one backward pass per task")
 
     def choose(compiled: bool) -> Route:
         return choose_route(problem, Regions(problem, compiled, tell), needs_gradients, weighs_heads)
@@ -87,6 +96,7 @@ def _against_compression(compressed: CompressedRoute, hyper: Mapping[str, Any], 
         "the strategy needs more than one Gram matrix": rule.needs != "gram" or rule.samples > 1,
         "gradients are accumulated": options.accumulate > 1,
         "the precision is not fp32": options.precision != "fp32",
+        "parts of the network are compiled": is_compiled(rule),
         "the device has no float64": rule.device.type == "mps",
         "the shared network has no linear layers": not compressed.layers,
     }

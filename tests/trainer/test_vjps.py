@@ -73,6 +73,16 @@ class _Hooked(nn.Module):
         return self.last(self.first(inputs).tanh())
 
 
+class _Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.LSTM(8, 64, batch_first=True)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        found: Tensor = self.cell(inputs.unflatten(1, (8, 8)))[0][:, -1].neg()
+        return found
+
+
 def _mlp(*between: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     return lambda: nn.Sequential(
         nn.Linear(6, 64), *(make() for make in between), nn.ReLU(inplace=True), nn.Linear(64, 64, bias=False), nn.Tanh()
@@ -91,6 +101,7 @@ ENCODERS: dict[str, Callable[[], nn.Module]] = {
     "sequence": _Sequence,
     "tied": _Tied,
     "hooked": _Hooked,
+    "recurrent": _mlp(_Recurrent),
 }
 
 
@@ -218,20 +229,9 @@ class _NoRule(nn.Module):
         return found
 
 
-class _Recurrent(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.cell = nn.LSTM(8, 64, batch_first=True)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        found: Tensor = self.cell(inputs.unflatten(1, (8, 8)))[0][:, -1].tanh()
-        return found
-
-
-@pytest.mark.parametrize("layer", [_NoRule, _Recurrent])
-def test_what_cannot_be_batched_comes_one_after_the_other(layer: Callable[[], nn.Module]) -> None:
+def test_what_cannot_be_batched_comes_one_after_the_other() -> None:
     listener = Listener()
-    encoder, batch = _mlp(layer), _batch()
+    encoder, batch = _mlp(_NoRule), _batch()
     trainer = _trainer(encoder, "batched", logger=listener)
     want = _grads(_trainer(encoder, "sequential"), [batch])
     for _ in range(2):
@@ -282,6 +282,15 @@ def test_auto_is_sequential_with_few_tasks() -> None:
     trainer = _trainer(ENCODERS["mlp"], "auto")
     assert trainer.step.trial is None
     assert type(trainer.step.route) is SplitRoute
+
+
+def test_auto_batches_nothing_that_is_known_not_to_gain() -> None:
+    listener = Listener()
+    trainer = _trainer(ENCODERS["convolution"], "auto", count=8, logger=listener)
+    batched = trainer.step.trial.routes[trainer.step.trial.names.index("batched")]
+    batched(*_batch(8))
+    assert not batched.possible
+    assert "do not gain" in listener.messages[0]
 
 
 def test_auto_measures_with_many_tasks_and_training_is_the_same() -> None:
