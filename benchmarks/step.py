@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import csv
 import io
 import os
@@ -66,6 +67,13 @@ def _trainer_step(work: Work, weighting: str, precision: str, compile: bool) -> 
         if len(buffer) == _LOG_EVERY:
             buffer.flush(0, done)
 
+    if trainer.step.trial is not None:
+        # What is timed is the way the trainer settles on, from the same start as everybody's.
+        start = copy.deepcopy((trainer.model.state_dict(), trainer.optimizer.state_dict()))
+        while trainer.step.trial is not None:
+            step()
+        trainer.model.load_state_dict(start[0])
+        trainer.optimizer.load_state_dict(start[1])
     return Contender(run=step, shared=trainer.step.problem.shared_params)
 
 

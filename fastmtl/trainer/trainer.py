@@ -14,7 +14,7 @@ from torch import nn
 
 from fastmtl.architecture import ARCHITECTURES, AbsArchitecture
 from fastmtl.distributed import join
-from fastmtl.errors import CheckpointError, UsageError
+from fastmtl.errors import UsageError
 from fastmtl.hyper import fill_hyper
 from fastmtl.names import resolve_name
 from fastmtl.trainer.batches import joined
@@ -41,13 +41,12 @@ from fastmtl.trainer.problem import Problem
 from fastmtl.trainer.profiling import StepProfiler, part
 from fastmtl.trainer.records import StepBuffer, StepSignals
 from fastmtl.trainer.regions import CompileReport, measure_compiled
+from fastmtl.trainer.resuming import BEGINNING, resume_run, run_state
 from fastmtl.trainer.step import TrainingStep
 from fastmtl.utils import count_parameters
 from fastmtl.weighting import WEIGHTINGS, AbsWeighting
 
 __all__ = ["Trainer"]
-
-_BEGINNING: Mapping[str, Any] = {"epoch": 0, "batch": 0, "train_losses": [], "loss_sums": {}}
 
 
 class Trainer(nn.Module):
@@ -73,6 +72,10 @@ class Trainer(nn.Module):
         compile: Compile the forward and backward passes with ``torch.compile``. ``"auto"`` trains the first steps
             both ways, keeps the faster and says which.
         cuda_graph: Capture the step as a CUDA graph and replay it; where that cannot be, it runs eagerly and says why.
+        vjps: How the tasks' gradients go through the shared network: ``"sequential"``, one after the other;
+            ``"batched"``, together, by torch's batching rules; ``"compressed"``, for linear layers only as far as the
+            Gram matrix needs them. Where a way cannot be gone, they come one after the other. ``"auto"`` is sequential
+            below 8 tasks; from there on it trains the first steps each way, keeps the fastest and says which.
         logger: A `Logger`, or several.
         resume: A ``last.pt`` to go on from.
         precision: ``"fp32"``; ``"bf16"`` or ``"fp16"`` compute the network in that dtype where it is safe (autocast),
@@ -124,6 +127,7 @@ class Trainer(nn.Module):
         device: str | torch.device | None = None,
         compile: bool | Literal["auto"] = False,
         cuda_graph: bool = False,
+        vjps: str = "auto",
         logger: Logger | Sequence[Logger] | None = None,
         resume: str | None = None,
         precision: str = "fp32",
@@ -170,6 +174,7 @@ class Trainer(nn.Module):
         options = StepOptions(
             compile=compile,
             cuda_graph=cuda_graph,
+            vjps=vjps,
             precision=precision,
             accumulate=accumulate,
             clip_grad_norm=clip_grad_norm,
@@ -189,9 +194,9 @@ class Trainer(nn.Module):
         self.compile_report: CompileReport | None = None
         self._profiler = None if profile is None else StepProfiler(Path(profile), self.device)
         self._generators: list[torch.Generator] = []
-        self._start = _BEGINNING
+        self._start = BEGINNING
         if resume is not None:
-            self._resume(Path(resume))
+            self._start = resume_run(self, Path(resume))
         if self.peers is not None:
             self.peers.from_leader([*self.model.parameters(), *self.model.buffers()])
             if not self._leads:
@@ -313,7 +318,7 @@ class Trainer(nn.Module):
         self.model.train_loss_buffer = np.zeros((self.task_num, epochs))
         self.logger.on_start(self._run_info(epochs, steps))
         # Where a checkpoint left off; a further call begins anew, from the parameters of now.
-        start, self._start = self._start, _BEGINNING
+        start, self._start = self._start, BEGINNING
         self._generators = generators(train_dataloaders, self.multi_input)
         if "rng" in start:
             set_rng_state(start["rng"], self._generators)
@@ -325,7 +330,7 @@ class Trainer(nn.Module):
                 for epoch in range(start["epoch"], epochs):
                     if start["batch"] < steps:
                         self._train_epoch(train_dataloaders, epoch, steps, start, interrupt)
-                    start = _BEGINNING
+                    start = BEGINNING
                     self._evaluate_epoch(val_dataloaders, test_dataloaders, epoch)
                     interrupt.check()
         finally:
@@ -514,36 +519,7 @@ class Trainer(nn.Module):
             return
         self._guard.check(self._last_checkpoint())
         path = self.save_path / "last.pt"
-        state = {
-            "model": self.model.state_dict(),
-            "step": self.step.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
-            "base_result": self.meter.base_result,
-            "best_result": self.meter.best_result,
-            "train_losses": self.model.train_loss_buffer.tolist(),
-            "loss_sums": self.meter.loss_sums() if batch else {},
-            "epoch": epoch,
-            "batch": batch,
-            "rng": rng_state(self._generators),
-            "epoch_rng": epoch_rng,
-            "names": [self.weighting, self.architecture, self.task_name],
-        }
-        save_atomically(state, path)
+        place = {"epoch": epoch, "batch": batch, "rng": rng_state(self._generators), "epoch_rng": epoch_rng}
+        place["loss_sums"] = self.meter.loss_sums() if batch else {}
+        save_atomically(run_state(self) | place, path)
         self.logger.on_checkpoint(path, "last")
-
-    def _resume(self, path: Path) -> None:
-        state = read_checkpoint(path, self.device)
-        if not isinstance(state, dict) or "names" not in state:
-            raise CheckpointError(f"{path} is not a last.pt: to start from the weights of a best.pt, use load_path.")
-        names = [self.weighting, self.architecture, self.task_name]
-        if list(state["names"]) != names:
-            raise CheckpointError(f"The checkpoint {path} is of {state['names']}, this run is of {names}.")
-        load_model_state(self.model, state["model"], path)
-        self.step.load_state_dict(state["step"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.scheduler is not None and state["scheduler"] is not None:
-            self.scheduler.load_state_dict(state["scheduler"])
-        self.meter.base_result = state["base_result"]
-        self.meter.best_result = state["best_result"]
-        self._start = {key: state[key] for key in (*_BEGINNING, "rng", "epoch_rng")}
