@@ -67,11 +67,12 @@ def _trainer_step(work: Work, weighting: str, precision: str, compile: bool) -> 
         if len(buffer) == _LOG_EVERY:
             buffer.flush(0, done)
 
-    if trainer.step.trial is not None:
-        # What is timed is the way the trainer settles on, from the same start as everybody's.
-        start = copy.deepcopy((trainer.model.state_dict(), trainer.optimizer.state_dict()))
-        while trainer.step.trial is not None:
-            step()
+    # What is timed is the way the trainer settles on, from the same start as everybody's.
+    states = trainer.model.state_dict(), trainer.optimizer.state_dict()
+    start = None if trainer.step.trial is None else copy.deepcopy(states)
+    while trainer.step.trial is not None:
+        step()
+    if start is not None:
         trainer.model.load_state_dict(start[0])
         trainer.optimizer.load_state_dict(start[1])
     return Contender(run=step, shared=trainer.step.problem.shared_params)

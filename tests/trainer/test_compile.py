@@ -199,7 +199,7 @@ def test_many_tasks_with_inputs_of_their_own_stay_compiled() -> None:
 def test_a_network_compiled_before_gives_every_tasks_gradient(vjps: str, in_place: bool) -> None:
     """It has run with the backward pass that torch compiles by itself, which runs once only."""
     torch.compiler.reset()
-    config: Any = torch._functorch.config  # type: ignore[attr-defined]
+    config: Any = torch._functorch.config
     with config.patch(donated_buffer=True):
         compiled = nn.Sequential(nn.Linear(6, 64), nn.Tanh(), nn.Linear(64, 8), nn.Tanh())
         plain = copy.deepcopy(compiled)
