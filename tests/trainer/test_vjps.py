@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.nn import functional
 from fastmtl import ops
 from fastmtl.errors import UsageError
 from fastmtl.trainer.batched import BatchedRoute
+from fastmtl.trainer.candidates import routes_to_try
 from fastmtl.trainer.compressed import CompressedRoute
 from fastmtl.trainer.logger import Logger
 from fastmtl.trainer.records import StepBuffer
@@ -280,6 +282,22 @@ def test_an_unknown_way_is_refused() -> None:
 
 def test_auto_is_sequential_with_few_tasks() -> None:
     trainer = _trainer(ENCODERS["mlp"], "auto")
+    assert trainer.step.trial is None
+    assert type(trainer.step.route) is SplitRoute
+
+
+@pytest.mark.parametrize("vjps", ["auto", "batched", "compressed"])
+def test_several_processes_take_one_after_the_other(vjps: str) -> None:
+    step = _trainer(ENCODERS["mlp"], "sequential", count=8).step
+    said: list[str] = []
+    options = replace(step.options, vjps=vjps)
+    routes = routes_to_try(step.problem, step.hyper, options, said.append, alone=False)
+    assert [type(route) for route in routes.values()] == [SplitRoute]
+    assert len(said) == (0 if vjps == "auto" else 1)
+
+
+def test_what_is_captured_is_not_tried_first() -> None:
+    trainer = _trainer(ENCODERS["mlp"], "auto", count=8, cuda_graph=True)
     assert trainer.step.trial is None
     assert type(trainer.step.route) is SplitRoute
 
