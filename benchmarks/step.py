@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from fastmtl.benchmarks.machine import facts, probes, wait_for
-from fastmtl.benchmarks.peers import libmtl_step, torchjd_step
+from fastmtl.benchmarks.peers import libmtl_can, libmtl_step, torchjd_can, torchjd_step
 from fastmtl.benchmarks.runner import time_in_turn
 from fastmtl.benchmarks.work import Contender, Work
 from torch import Tensor
@@ -180,34 +180,52 @@ def run_step(
         raise UsageError("The peer libmtl needs the folder of a LibMTL checkout (--libmtl).")
     known = facts(device)
     print("  ".join(f"{key} {value}" for key, value in known.items()))
+    if libmtl is not None and not (libmtl / "LibMTL").is_dir():
+        raise UsageError(f"There is no LibMTL in {libmtl}; give the folder of a checkout.")
     rows: list[Row] = []
-    for count in tasks:
-        work = Work(net=net, arch=arch, count=count, batch=batch, size=size, device=device)
-        for name in names:
-            make: dict[str, Callable[[], Contender]] = {
-                "fastmtl": partial(_trainer_step, work, name, precision, compile=False)
-            }
-            if compile:
-                make["fastmtl compiled"] = partial(_trainer_step, work, name, precision, compile=True)
-            if arch == "HPS":
-                make |= {"floor": partial(_floor_step, work, True), "sum": partial(_floor_step, work, False)}
-            if "libmtl" in peers:
-                assert libmtl is not None
-                make["LibMTL"] = partial(libmtl_step, work, name, libmtl)
-            if "torchjd" in peers:
-                make["TorchJD"] = partial(torchjd_step, work, name)
-            for row in _compare(name, work, make, seconds):
-                print(_line(row), flush=True)
-                rows.append(row | {"arch": arch, "net": net, "batch": batch, "size": size} | known)
-    if csv_path is not None:
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        with csv_path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(rows)
+    try:
+        for count in tasks:
+            work = Work(net=net, arch=arch, count=count, batch=batch, size=size, device=device)
+            for name in names:
+                make: dict[str, Callable[[], Contender]] = {
+                    "fastmtl": partial(_trainer_step, work, name, precision, compile=False)
+                }
+                if compile:
+                    make["fastmtl compiled"] = partial(_trainer_step, work, name, precision, compile=True)
+                if arch == "HPS":
+                    make |= {"floor": partial(_floor_step, work, True), "sum": partial(_floor_step, work, False)}
+                make |= _peer_steps(work, name, peers, libmtl)
+                for row in _compare(name, work, make, seconds):
+                    print(_line(row), flush=True)
+                    rows.append(row | {"arch": arch, "net": net, "batch": batch, "size": size} | known)
+    finally:
+        # What was measured before an interruption is not lost.
+        if csv_path is not None and rows:
+            _write(rows, csv_path)
     if plot_path is not None:
         _plot(rows, plot_path)
     return rows
+
+
+def _peer_steps(work: Work, name: str, peers: Sequence[str], libmtl: Path | None) -> dict[str, Callable[[], Contender]]:
+    """Return what builds the peers' steps; say so where one has no such step."""
+    found: dict[str, Callable[[], Contender]] = {}
+    if libmtl is not None and "libmtl" in peers and libmtl_can(libmtl, work.arch, name):
+        found["LibMTL"] = partial(libmtl_step, work, name, libmtl)
+    if "torchjd" in peers and torchjd_can(work.arch, name):
+        found["TorchJD"] = partial(torchjd_step, work, name)
+    for peer in peers:
+        if peer not in map(str.lower, found):
+            print(f"{name:11} T={work.count:<3} {peer} has no such step on {work.arch} and is left out")
+    return found
+
+
+def _write(rows: Sequence[Row], path: Path) -> None:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def _compare(name: str, work: Work, make: dict[str, Callable[[], Contender]], seconds: float) -> list[Row]:

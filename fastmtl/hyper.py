@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 from fastmtl.errors import UsageError
@@ -26,6 +27,8 @@ class Hyper:
         help: One line for ``--help``.
         choices: The allowed values, if they are few.
         many: Whether it takes a list of values.
+        least: The least value allowed.
+        above: What the value must be greater than.
     """
 
     type: type
@@ -33,21 +36,39 @@ class Hyper:
     help: str
     choices: tuple[Any, ...] | None = None
     many: bool = False
+    least: float | None = None
+    above: float | None = None
+
+    def problem(self, value: Any) -> str | None:
+        """Return what a value would have to be, None if it is that."""
+        if self.choices is not None:
+            return None if value in self.choices else f"one of {', '.join(map(str, self.choices))}"
+        if self.many:
+            return None
+        kinds: dict[type, type] = {int: Integral, float: Real}
+        if not isinstance(value, kinds.get(self.type, self.type)) or (isinstance(value, bool) and self.type is not bool):
+            return {int: "an integer", float: "a number", bool: "true or false", str: "a string"}[self.type]
+        number: Any = value
+        if self.least is not None and not number >= self.least:
+            return f"at least {self.least}"
+        if self.above is not None and not number > self.above:
+            return f"above {self.above}"
+        return None
 
 
 def fill_hyper(owner: str, declared: Mapping[str, Hyper], given: Mapping[str, Any]) -> dict[str, Any]:
     """Return all hyper-parameters of ``owner``: the given ones checked, the others at their defaults.
 
     Raises:
-        UsageError: An unknown name, or a value outside ``choices``.
+        UsageError: An unknown name, or a value of another type or range.
     """
     filled = {name: spec.default for name, spec in declared.items()}
     for given_name, value in given.items():
         if not declared:
             raise UsageError(f"{owner} has no hyper-parameters, got {given_name!r}.")
         name = resolve_name(given_name, {each: each for each in declared}, f"hyper-parameter of {owner}")
-        choices = declared[name].choices
-        if choices is not None and value not in choices:
-            raise UsageError(f"{name} of {owner} must be one of {', '.join(map(str, choices))}, got {value!r}.")
+        wanted = declared[name].problem(value)
+        if wanted is not None:
+            raise UsageError(f"{name} of {owner} must be {wanted}, got {value!r}.")
         filled[name] = value
     return filled

@@ -100,6 +100,14 @@ class AbsLoss:
         self.bs = []
         self._running.reset()
 
+    def _state(self) -> tuple[Any, ...]:
+        """Return what has been accumulated, for :meth:`_restore`."""
+        return self.record, self.bs, self._running.state()
+
+    def _restore(self, state: tuple[Any, ...]) -> None:
+        self.record, self.bs, running = state
+        self._running.restore(running)
+
     def _sync(self, peers: Peers) -> None:
         """Take in what the other processes have accumulated."""
         self.record = [loss for losses in peers.gather(self.record) for loss in losses]

@@ -58,6 +58,14 @@ class RunningMean:
         weight = float(self._weight)
         return self._total.item() / weight if weight else math.nan
 
+    def state(self) -> tuple[Tensor | None, float | Tensor]:
+        """Return the sums, for :meth:`restore`."""
+        return self._total, self._weight
+
+    def restore(self, state: tuple[Tensor | None, float | Tensor]) -> None:
+        """Go on from the sums of a :meth:`state`."""
+        self._total, self._weight = state
+
     def reset(self) -> None:
         """Forget everything, the device included."""
         self._total = None

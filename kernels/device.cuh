@@ -23,7 +23,7 @@ class OnDevice {
   explicit OnDevice(Tensor const& tensor)
       : device_(tensor.get_device_index()), place_(tensor.device()), guard_(device_) {
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
   }
 

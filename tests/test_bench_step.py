@@ -56,6 +56,30 @@ def test_a_wrong_update_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ["median_ms" in row for row in rows if row["library"] == "fastmtl"] == [False]
 
 
+def test_a_peer_without_the_strategy_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "LibMTL").mkdir()
+    rows = bench.run_step(["SI"], ["libmtl", "torchjd"], tmp_path, **SMALL)
+    assert [row["library"] for row in rows] == ["fastmtl", "floor", "sum"]
+    printed = capsys.readouterr().out
+    assert "libmtl has no such step on HPS" in printed
+    assert "torchjd has no such step on HPS" in printed
+
+
+def test_rows_outlive_an_interruption(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compare = bench._compare
+
+    def once(name: str, *args: Any) -> list[Any]:
+        if name == "EW":
+            raise KeyboardInterrupt
+        return compare(name, *args)
+
+    monkeypatch.setattr(bench, "_compare", once)
+    with pytest.raises(KeyboardInterrupt):
+        bench.run_step(["MGDA", "EW"], csv_path=tmp_path / "rows.csv", **SMALL)
+    with (tmp_path / "rows.csv").open() as file:
+        assert {row["strategy"] for row in csv.DictReader(file)} == {"MGDA"}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -24,7 +24,7 @@ from fastmtl.errors import UsageError
 from fastmtl.hyper import fill_hyper
 from fastmtl.weighting import WEIGHTINGS
 
-__all__ = ["libmtl_solvers", "libmtl_step"]
+__all__ = ["libmtl_can", "libmtl_solvers", "libmtl_step"]
 
 Solver = Callable[[Tensor], Tensor]
 """From J (T, P) to the update (P,)."""
@@ -50,6 +50,22 @@ def libmtl_solvers(checkout: Path, size: int) -> dict[str, Callable[[Tensor], Te
         "UPGrad": {"UPGrad_norm_eps": 1e-4, "UPGrad_reg_eps": 1e-4},
     }
     return {name: _solver(getattr(weighting, name), args, size) for name, args in hyper.items()}
+
+
+def libmtl_can(checkout: Path, arch: str, weighting: str) -> bool:
+    """Return whether LibMTL has architecture and strategy, and trains with one batch a step and parameters' gradients.
+
+    Args:
+        checkout: The folder that holds the package ``LibMTL``.
+        arch: The architecture.
+        weighting: The strategy.
+    """
+    rule = WEIGHTINGS[weighting]
+    known = all(
+        (checkout / "LibMTL" / kind / f"{name}.py").is_file()
+        for kind, name in (("architecture", arch), ("weighting", weighting))
+    )
+    return known and rule.needs in ("losses", "gram", "rows") and rule.samples == 1
 
 
 def libmtl_step(work: Work, weighting: str, checkout: Path) -> Contender:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastmtl.errors import UsageError
 
-__all__ = ["torchjd_solvers", "torchjd_step"]
+__all__ = ["torchjd_can", "torchjd_solvers", "torchjd_step"]
 
 Solver = Callable[[Tensor], Tensor]
 """From J (T, P) to the weights (T,)."""
@@ -54,34 +54,45 @@ def torchjd_solvers(size: int) -> dict[str, Solver]:
     return solvers
 
 
+# From the number of tasks to the aggregator of the same strategy.
+_AGGREGATORS: dict[str, Callable[[Any, int], Any]] = {
+    "Aligned_MTL": lambda module, size: module.AlignedMTL(),
+    "CAGrad": lambda module, size: module.CAGrad(c=0.5),
+    "ConFIG": lambda module, size: module.ConFIG(),
+    "DualProj": lambda module, size: module.DualProj(),
+    "EW": lambda module, size: module.Sum(),
+    "FairGrad": lambda module, size: module.FairGrad(alpha=1.0),
+    "GradVac": lambda module, size: module.GradVac(),
+    "IMTL": lambda module, size: module.IMTLG(),
+    "MGDA": lambda module, size: module.MGDA(),
+    "Nash_MTL": lambda module, size: module.NashMTL(n_tasks=size),
+    "PCGrad": lambda module, size: module.PCGrad(),
+    "UPGrad": lambda module, size: module.UPGrad(),
+}
+
+
+def torchjd_can(arch: str, weighting: str) -> bool:
+    """Return whether TorchJD has the strategy, for a network of one encoder."""
+    return arch == "HPS" and weighting in _AGGREGATORS
+
+
 def torchjd_step(work: Work, weighting: str) -> Contender:
     """Return a training step by ``mtl_backward`` and ``jac_to_grad``.
 
+    Args:
+        work: What to train; of architecture HPS.
+        weighting: A strategy for which :func:`torchjd_can` holds.
+
     Raises:
-        UsageError: TorchJD is not installed, or has no such strategy, or the architecture is not HPS.
+        UsageError: TorchJD is not installed.
     """
     try:
         aggregation: Any = importlib.import_module("torchjd.aggregation")
         autojac: Any = importlib.import_module("torchjd.autojac")
     except ImportError:
         raise UsageError("TorchJD is not installed; pip install torchjd.") from None
-    make: dict[str, Callable[[], Any]] = {
-        "Aligned_MTL": lambda: aggregation.AlignedMTL(),
-        "CAGrad": lambda: aggregation.CAGrad(c=0.5),
-        "ConFIG": lambda: aggregation.ConFIG(),
-        "DualProj": lambda: aggregation.DualProj(),
-        "EW": lambda: aggregation.Sum(),
-        "FairGrad": lambda: aggregation.FairGrad(alpha=1.0),
-        "IMTL": lambda: aggregation.IMTLG(),
-        "MGDA": lambda: aggregation.MGDA(),
-        "Nash_MTL": lambda: aggregation.NashMTL(n_tasks=len(work.tasks)),
-        "PCGrad": lambda: aggregation.PCGrad(),
-        "UPGrad": lambda: aggregation.UPGrad(),
-    }
-    if weighting not in make or work.arch != "HPS":
-        raise UsageError(f"TorchJD is compared on HPS with {', '.join(make)}; got {work.arch} with {weighting}.")
     encoder, decoders = work.modules()
-    aggregator = make[weighting]()
+    aggregator = _AGGREGATORS[weighting](aggregation, len(work.tasks))
     optimizer = torch.optim.SGD([*encoder.parameters(), *decoders.parameters()], lr=work.lr)
     shared = list(encoder.parameters())
 

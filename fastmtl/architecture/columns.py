@@ -40,4 +40,5 @@ def mix_columns(units: Tensor, reps: Sequence[Tensor]) -> Sequence[Tensor]:
         units: (T, T).
         reps: T tensors of one shape.
     """
-    return torch.tensordot(units, torch.stack(list(reps)), 1).unbind()
+    stacked = torch.stack(list(reps))
+    return torch.tensordot(units.to(stacked.dtype), stacked, 1).unbind()

@@ -1,4 +1,4 @@
-"""Non-finite losses and gradients: noticed on the device, reported when the device is read anyway."""
+"""Non-finite losses, gradients and weights: noticed on the device, reported when the device is read anyway."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["FiniteGuard"]
 
 
 class FiniteGuard:
-    """Remembers the first training step with a NaN or infinite loss or gradient, without a host sync.
+    """Remembers the first training step with a NaN or infinite loss, gradient or task weight, without a host sync.
 
     Attributes:
         found_inf: Scalar float tensor, 1 from that step on. Optimizers leave the parameters alone while it is 1, so
@@ -27,15 +27,16 @@ class FiniteGuard:
         self.found_inf = torch.zeros((), dtype=torch.float32, device=device)
         self._step = torch.zeros((), dtype=torch.int64, device=device)
         self._first = torch.zeros((), dtype=torch.int64, device=device)
-        self._bad = torch.zeros(2, len(task_name), dtype=torch.bool, device=device)
+        self._bad = torch.zeros(3, len(task_name), dtype=torch.bool, device=device)
 
     def start(self, step: int) -> None:
         """Count training steps from ``step``."""
         self._step.fill_(step)
 
-    def watch(self, losses: Tensor, gram: Tensor | None) -> None:
-        """Look at the losses (T,) and, from the diagonal of the Gram matrix (T, T), at the gradients of one step."""
-        bad = ~torch.stack([losses, losses if gram is None else gram.diagonal().to(losses.dtype)]).isfinite()
+    def watch(self, losses: Tensor, gram: Tensor | None, weights: Tensor | None) -> None:
+        """Look at a step's losses (T,), gradients, by the diagonal of the Gram matrix (T, T), and weights (T,)."""
+        norms = losses if gram is None else gram.diagonal().to(losses.dtype)
+        bad = ~torch.stack([losses, norms, losses if weights is None else weights.to(losses.dtype)]).isfinite()
         fresh = bad.any() & (self.found_inf == 0)
         self._first.copy_(torch.where(fresh, self._step, self._first))
         self._bad.copy_(torch.where(fresh, bad, self._bad))
@@ -53,11 +54,10 @@ class FiniteGuard:
         """
         if self.found_inf.item() == 0:
             return
-        bad_loss, bad_gradient = self._bad.tolist()
-        what = "loss" if any(bad_loss) else "gradient"
-        tasks = [
-            task for task, bad in zip(self.task_name, bad_loss if any(bad_loss) else bad_gradient, strict=True) if bad
-        ]
+        found = zip(("loss", "gradient", "weight"), self._bad.tolist(), strict=True)
+        # The first of them is the cause of the others.
+        what, bad_tasks = next((what, bad) for what, bad in found if any(bad))
+        tasks = [task for task, bad in zip(self.task_name, bad_tasks, strict=True) if bad]
         where = "no checkpoint was written" if last_checkpoint is None else f"the last checkpoint is {last_checkpoint}"
         raise NonFiniteError(
             f"The {what} of {', '.join(tasks)} became NaN or infinite in training step {self._first.item()}; "

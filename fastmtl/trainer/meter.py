@@ -73,6 +73,15 @@ class PerformanceMeter:
             self.metrics[task].update_fun(preds[task], labels[task])
             self._seen.add(task)
 
+    def loss_sums(self) -> dict[str, Any]:
+        """Return the losses of the pass so far by task, for :meth:`go_on`."""
+        return {task: self.losses[task]._state() for task in self._seen}
+
+    def go_on(self, loss_sums: Mapping[str, Any]) -> None:
+        """Take up a pass that was interrupted: its losses, which strategies may read; its metrics begin anew."""
+        for task, state in loss_sums.items():
+            self.losses[task]._restore(state)
+
     @torch.no_grad()
     def end(self) -> None:
         """End a pass: read ``results`` and ``loss_item``, with several processes those of all of them.

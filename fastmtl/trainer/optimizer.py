@@ -92,7 +92,7 @@ class MaskedOptimizer:
     def step(self) -> None:
         """Update the parameters from their gradients unless the flag is 1."""
         if self.fused:
-            self._start_late_momentum()
+            self._start_momentum()
             self.optimizer.step()
             return
         params = [param for group in self.optimizer.param_groups for param in group["params"] if param.grad is not None]
@@ -102,17 +102,18 @@ class MaskedOptimizer:
         for param, old in zip(params, before, strict=True):
             param.copy_(torch.where(masked, old, param))
 
-    def _start_late_momentum(self) -> None:
-        """Give parameters whose first gradient comes later than others' the momentum fused SGD does not find.
+    def _start_momentum(self) -> None:
+        """Give parameters their momentum at their first gradient.
 
+        Fused SGD does so only where all of them begin together, and leaves it uninitialised if that step is skipped.
         The buffer is such that the first update is the gradient itself, as SGD begins.
         """
         for group in self.optimizer.param_groups:
             if not isinstance(self.optimizer, torch.optim.SGD) or not group["momentum"]:
                 continue
-            moving = [param for param in group["params"] if param.grad is not None]
-            late = [param for param in moving if self.optimizer.state[param].get("momentum_buffer") is None]
-            if len(late) < len(moving):
-                for param in late:
-                    buffer = param.grad * (group["dampening"] / group["momentum"])
-                    self.optimizer.state[param]["momentum_buffer"] = buffer
+            for param in group["params"]:
+                state = self.optimizer.state[param]
+                if param.grad is None or state.get("momentum_buffer") is not None:
+                    continue
+                begun = param.grad * (group["dampening"] / group["momentum"])
+                state["momentum_buffer"] = torch.where(self.found_inf != 0, 0.0, begun)

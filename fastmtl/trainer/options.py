@@ -64,10 +64,12 @@ def check_options(model: Any, weighting: str, hyper: Mapping[str, Any], options:
     """
     if not 0 <= options.weight_momentum < 1:
         raise UsageError(f"weight_momentum must be at least 0 and below 1, got {options.weight_momentum}.")
+    legacy = model.backward.__func__ is not AbsWeighting.backward
+    if options.weight_momentum and (legacy or model.samples > 1 or model.needs in ("reps", "lookahead")):
+        raise UsageError(f"weight_momentum must be 0 for {weighting}, which has no weights of one step to average.")
     if options.clip_grad_norm is not None and not options.clip_grad_norm > 0:
         raise UsageError(f"clip_grad_norm must be above 0, got {options.clip_grad_norm}.")
     precision = resolve_name(options.precision, {name: name for name in PRECISIONS}, "precision")
-    legacy = model.backward.__func__ is not AbsWeighting.backward
     if precision == "fp16" and (legacy or model.needs == "lookahead"):
         raise UsageError(f"{weighting} runs backward passes of its own, so precision must be fp32 or bf16, got fp16.")
     options = replace(options, precision=precision, update_weights_every=_interval(model, weighting, hyper, options))
@@ -136,7 +138,6 @@ def _sampled(model: Any, weighting: str, options: StepOptions, legacy: bool) -> 
         "weight_momentum": options.weight_momentum > 0,
         "update_weights_every": options.update_weights_every > 1,
         f"{weighting}, which is written for all tasks": legacy,
-        f"{weighting}, whose own parameters are trained together": hasattr(model, "loss_scale"),
     }
     for reason, holds in reasons.items():
         if holds:

@@ -4,13 +4,51 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fastmtl.trainer.logger import StepRecords
 
-__all__ = ["StepBuffer"]
+__all__ = ["StepBuffer", "StepSignals"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepSignals:
+    """What one step showed, on the device: reading it waits, computing with it does not.
+
+    Attributes:
+        losses: (T,) losses; NaN for a task that was not in the step, as in the others.
+        weights: (T,) task weights, None if the strategy has none.
+        gram: (T, T) inner products of the task gradients, None if the strategy needs none.
+    """
+
+    losses: Tensor
+    weights: Tensor | None
+    gram: Tensor | None
+
+    @property
+    def norms(self) -> Tensor | None:
+        """(T,) gradient norms."""
+        return None if self.gram is None else self.gram.diagonal().clamp(min=0).sqrt()
+
+    @property
+    def cosines(self) -> Tensor | None:
+        """(T, T) cosines of the task gradients; NaN where one is zero."""
+        norms = self.norms
+        if self.gram is None or norms is None:
+            return None
+        return (self.gram / norms[:, None] / norms).clamp(-1, 1)
+
+    @property
+    def conflict_rate(self) -> Tensor | None:
+        """Share of the pairs of tasks, of those in the step, whose gradients have a negative inner product."""
+        if self.gram is None:
+            return None
+        row, column = torch.triu_indices(len(self.gram), len(self.gram), 1, device=self.gram.device)
+        pairs = self.gram[row, column]
+        return (pairs < 0).sum() / (~pairs.isnan()).sum()
 
 
 class StepBuffer:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BEGINNING", "resume_run", "run_state"]
 
-BEGINNING: Mapping[str, Any] = {"epoch": 0, "batch": 0, "train_losses": []}
+BEGINNING: Mapping[str, Any] = {"epoch": 0, "batch": 0, "train_losses": [], "loss_sums": {}}
 
 
 def run_state(trainer: Trainer) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def resume_run(trainer: Trainer, path: Path) -> Mapping[str, Any]:
         trainer.scheduler.load_state_dict(state["scheduler"])
     trainer.meter.base_result = state["base_result"]
     trainer.meter.best_result = state["best_result"]
-    return {key: state[key] for key in ("epoch", "batch", "rng", "epoch_rng", "train_losses")}
+    return {key: state[key] for key in (*BEGINNING, "rng", "epoch_rng")}
 
 
 def _names(trainer: Trainer) -> list[Any]:

@@ -292,7 +292,7 @@ class WholeRoute(Route):
             self.learn_owners(inputs, labels)
         losses, preds = forward(problem, self.regions, inputs, labels)
         own_weights = torch.ones_like(shared) if heads is None else heads
-        if self._owners is not None and all(loss.dtype != torch.float16 for loss in losses):
+        if self._owners is not None and problem.low_precision != torch.float16:
             # Each task's own gradients come out scaled by its shared weight, which is taken back; for that it must not
             # be zero, and 1e-12 of the greatest is as good.
             greatest = shared.abs().max()
@@ -413,6 +413,11 @@ class ForwardRepRoute(RepRoute):
     def _represent(self, inputs: Any, labels: Any) -> tuple[Features, Sequence[Tensor], dict[str, Any], list[Tensor]]:
         model = self.problem.model
         losses, preds = _forward(self.problem, self.regions, inputs, labels)
+        if set(self.problem.tasks) - set(model.rep_tasks):
+            raise UsageError(
+                f"rep_grad must be False for {type(model).__mro__[1].__name__}: its forward passes no representation "
+                "to _prepare_rep."
+            )
         rep = model.rep
         reps = tuple(rep[task] for task in self.problem.tasks) if isinstance(rep, dict) else (rep,)
         return reps, losses, preds, [model.rep_tasks[task] for task in self.problem.tasks]

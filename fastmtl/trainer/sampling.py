@@ -96,13 +96,13 @@ def _is_like(value: Any, param: Tensor) -> bool:
 
 
 def narrowed(values: Tensor | None, tasks: Sequence[int]) -> Tensor | None:
-    """Return the entries (k,) of some tasks of (T,) values."""
-    return None if values is None else values.index_select(0, _index(tasks, values.device))
+    """Return the entries (..., k) of some tasks of (..., T) values."""
+    return None if values is None else values.index_select(-1, _index(tasks, values.device))
 
 
 def write_back(whole: Tensor, part: Tensor, tasks: Sequence[int]) -> None:
-    """Write the entries (k,) of some tasks into (T,) values."""
-    _write_back(whole, part, [0], _index(tasks, whole.device))
+    """Write the entries (..., k) of some tasks into (..., T) values."""
+    _write_back(whole, part, [whole.dim() - 1], _index(tasks, whole.device))
 
 
 def spread(values: Tensor, tasks: Sequence[int], count: int, fill: float) -> Tensor:

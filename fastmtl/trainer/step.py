@@ -25,7 +25,7 @@ from fastmtl.trainer.own import summed
 from fastmtl.trainer.precision import LossScaler
 from fastmtl.trainer.problem import Problem
 from fastmtl.trainer.profiling import part
-from fastmtl.trainer.records import StepBuffer
+from fastmtl.trainer.records import StepBuffer, StepSignals
 from fastmtl.trainer.routes import Pass, forward
 from fastmtl.trainer.sampling import OWN, TaskSampler, keeping, only, spread
 from fastmtl.trainer.trial import Trial
@@ -50,6 +50,7 @@ class TrainingStep:
         route: How the gradients are had, compiled or not.
         warmth: Steps run on this route so far.
         scaler: The loss scale of float16 steps.
+        latest: What the last step showed.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class TrainingStep:
         # A strategy written for LibMTL runs its own backward passes.
         self.legacy = rule.backward.__func__ is not AbsWeighting.backward
         self.warmth = 0
+        self.latest: StepSignals | None = None
         # Batches that a step takes: the strategy's samples, or what is accumulated.
         self.batches: int = options.accumulate if self.legacy else max(rule.samples, options.accumulate)
         self.sampler = TaskSampler(len(problem.tasks), options.tasks_per_step) if options.tasks_per_step else None
@@ -132,13 +134,17 @@ class TrainingStep:
             # The next replay writes where these are.
             losses = losses.clone()
             weights, gram = (None if each is None else each.clone() for each in logged)
-        buffer.add(losses, weights, gram)
+        self._note(buffer, losses, weights, gram)
         return dict(zip(self.problem.tasks, losses, strict=True)), preds
+
+    def _note(self, buffer: StepBuffer, losses: Tensor, weights: Tensor | None, gram: Tensor | None) -> None:
+        self.latest = StepSignals(losses=losses, weights=weights, gram=gram)
+        buffer.add(losses, weights, gram)
 
     def _body(self, batches: Sequence[tuple[Any, Any]]) -> tuple[Tensor, dict[str, Any], Tensor | None, Tensor | None]:
         """Run what happens on the device in a step of all tasks."""
         losses, preds, weights, gram = self._gradients(batches)
-        self._update(losses, gram)
+        self._update(losses, gram, weights)
         self._look_back(batches)
         return losses, preds, weights, gram
 
@@ -149,16 +155,16 @@ class TrainingStep:
             return drawn
         if self.legacy:
             raise UsageError(
-                f"A batch has no labels for some tasks, but {type(self.model).__mro__[2].__name__} is written for all "
-                "tasks in every batch."
+                f"A batch has no labels for some tasks, but {type(self.model).__bases__[1].__name__} is written for "
+                "all tasks in every batch."
             )
         return [task for task in present if drawn is None or task in drawn]
 
-    def _update(self, losses: Tensor, gram: Tensor | None) -> None:
+    def _update(self, losses: Tensor, gram: Tensor | None, weights: Tensor | None) -> None:
         """Let the optimizer use the gradients, unless something was not finite."""
         # A float16 gradient that overflows is no error: the step is skipped, and the scale falls.
         with part("optimizer"):
-            self.guard.watch(losses, gram if self.scaler is None else None)
+            self.guard.watch(losses, *((gram, weights) if self.scaler is None else (None, None)))
             if self.options.clip_grad_norm is not None:
                 torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_grad_norm)
             if self.scaler is not None:
@@ -196,20 +202,22 @@ class TrainingStep:
         count, names = len(self.problem.tasks), self.problem.tasks
         if not tasks:
             nothing = torch.zeros(count, device=self.guard.found_inf.device)
-            self.guard.watch(nothing, None)
-            buffer.add(nothing / 0, None, None)
+            self.guard.watch(nothing, None, None)
+            self._note(buffer, nothing / 0, None, None)
             return {}, {}
         with self.balancer.narrowed(tasks), only(self.problem, tasks):
             losses, preds, weights, gram = self._gradients(batches)
         scale = getattr(self.model, OWN, None)
+        watched = [None if each is None else spread(each, tasks, count, 0.0) for each in (losses, gram, weights)]
+        assert watched[0] is not None
         with nullcontext() if scale is None else keeping(self.optimizer.optimizer, scale, tasks):
-            self._update(spread(losses, tasks, count, 0.0), None if gram is None else spread(gram, tasks, count, 0.0))
+            self._update(watched[0], watched[1], watched[2])
         if self.model.looks_back:
             with only(self.problem, tasks):
                 self._look_back(batches)
         seen = [None if each is None else spread(each, tasks, count, torch.nan) for each in (losses, weights, gram)]
         assert seen[0] is not None
-        buffer.add(seen[0], seen[1], seen[2])
+        self._note(buffer, seen[0], seen[1], seen[2])
         return dict(zip([names[task] for task in tasks], losses, strict=True)), preds
 
     def _look_back(self, batches: Sequence[tuple[Any, Any]]) -> None:
@@ -279,7 +287,7 @@ class TrainingStep:
         losses = torch.stack(all_losses)
         shown = losses if self.model.samples > 1 else losses.mean(0)
         weights, gram = self.balancer.solve(passes, shown, self.route.send is not None)
-        logged = None if weights is None else weights.shared if weights.logged is None else weights.logged
+        logged = None if weights is None else weights.reported
         return losses.mean(0), preds[-1] if self.model.samples > 1 else joined(preds), logged, gram
 
     def _frozen(self, batches: Sequence[tuple[Any, Any]], held: Weights) -> tuple[Tensor, dict[str, Any]]:
@@ -333,8 +341,7 @@ class TrainingStep:
         if self.exchange is not None:
             self.exchange.reduce()
         self.balancer.write_own(weights)
-        logged = weights.shared if weights.logged is None else weights.logged
-        return torch.stack(losses).mean(0), joined(preds), logged, None
+        return torch.stack(losses).mean(0), joined(preds), weights.reported, None
 
     def _look_ahead(self, batches: Sequence[tuple[Any, Any]]) -> tuple[Tensor, dict[str, Any], Tensor | None, None]:
         """Let a bilevel strategy look ahead on the first batch; it decides the update or weights for the last batch."""
@@ -356,4 +363,9 @@ class TrainingStep:
         stacked = torch.stack(list(losses))
         with part("VJPs"):
             weights = self.model.backward(stacked, **self.hyper)
+        if self.warmth == 1 and self.model.rep_grad and all(p.grad is None for p in self.problem.shared_params):
+            raise UsageError(
+                f"{type(self.model).__bases__[1].__name__} leaves the shared parameters without gradients if rep_grad "
+                "is True: its backward must send those of the representation on, as _backward_new_grads does."
+            )
         return stacked.detach(), preds, None if weights is None else torch.as_tensor(weights).to(stacked), None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -39,7 +39,7 @@ from fastmtl.trainer.options import StepOptions, check_distributed, check_option
 from fastmtl.trainer.precision import PRECISIONS, set_tf32
 from fastmtl.trainer.problem import Problem
 from fastmtl.trainer.profiling import StepProfiler, part
-from fastmtl.trainer.records import StepBuffer
+from fastmtl.trainer.records import StepBuffer, StepSignals
 from fastmtl.trainer.regions import CompileReport, measure_compiled
 from fastmtl.trainer.resuming import BEGINNING, resume_run, run_state
 from fastmtl.trainer.step import TrainingStep
@@ -256,6 +256,11 @@ class Trainer(nn.Module):
         self.optimizer = make_optimizer(self.model, optim_param, self.device)
         self.scheduler = make_scheduler(self.optimizer, scheduler_param)
 
+    @property
+    def latest(self) -> StepSignals | None:
+        """Losses, task weights and Gram matrix of the last step, with its norms, cosines and conflict rate; tensors."""
+        return self.step.latest
+
     def process_preds(self, preds: Any, task_name: str | None = None) -> Any:
         """Change the predictions before losses and metrics see them; override it, it does nothing here.
 
@@ -357,6 +362,7 @@ class Trainer(nn.Module):
             set_rng_state(start["rng"], self._generators)
         self._guard.start(epoch * steps + skip)
         self.meter.begin()
+        self.meter.go_on(start["loss_sums"])
         buffer = StepBuffer()
         for batch in range(skip, steps):
             if self._profiler is not None and self.step.trial is None:
@@ -376,13 +382,9 @@ class Trainer(nn.Module):
                 self._profiler.after_step()
             if len(buffer) == self.log_every or batch + 1 == steps:
                 self._log(buffer, epoch, epoch * steps + batch + 1)
-            try:
-                interrupt.check()
-            except KeyboardInterrupt:
-                if len(buffer):
-                    self._log(buffer, epoch, epoch * steps + batch + 1)
-                self._save_last(epoch, batch + 1, epoch_rng)
-                raise
+            if batch + 1 < steps:
+                with self._saving(epoch, batch + 1, epoch_rng, buffer, steps):
+                    interrupt.check()
         if self._profiler is not None:
             self._profiler.finish()
         self.meter.end()
@@ -390,6 +392,21 @@ class Trainer(nn.Module):
         # A task without any label in this epoch keeps the loss of the one before.
         before = model.train_loss_buffer[:, epoch - 1] if epoch else np.ones(self.task_num)
         model.train_loss_buffer[:, epoch] = np.where(np.isnan(self.meter.loss_item), before, self.meter.loss_item)
+        with self._saving(epoch, steps, epoch_rng, buffer, steps):
+            interrupt.check()
+
+    @contextmanager
+    def _saving(
+        self, epoch: int, batch: int, epoch_rng: dict[str, Any], buffer: StepBuffer, steps: int
+    ) -> Iterator[None]:
+        """Leave a checkpoint of where training was when it is interrupted in the block."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            if len(buffer):
+                self._log(buffer, epoch, epoch * steps + batch)
+            self._save_last(epoch, batch, epoch_rng)
+            raise
 
     def _to_device(self, batch: tuple[Any, Any]) -> tuple[Any, Any]:
         inputs, labels = to_device(batch, self.device)
@@ -503,5 +520,6 @@ class Trainer(nn.Module):
         self._guard.check(self._last_checkpoint())
         path = self.save_path / "last.pt"
         place = {"epoch": epoch, "batch": batch, "rng": rng_state(self._generators), "epoch_rng": epoch_rng}
+        place["loss_sums"] = self.meter.loss_sums() if batch else {}
         save_atomically(run_state(self) | place, path)
         self.logger.on_checkpoint(path, "last")

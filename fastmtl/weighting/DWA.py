@@ -25,7 +25,9 @@ class DWA(AbsWeighting):
 
     needs = "losses"
     reads_losses = False
-    hyper = {"T": Hyper(type=float, default=2.0, help="Temperature: the higher, the more equal the weights.")}  # noqa: RUF012
+    hyper = {  # noqa: RUF012
+        "T": Hyper(type=float, default=2.0, above=0, help="Temperature: the higher, the more equal the weights.")
+    }
 
     epoch_weights: Tensor
 

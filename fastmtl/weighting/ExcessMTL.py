@@ -20,7 +20,8 @@ class ExcessMTL(AbsWeighting):
     """ExcessMTL: tasks far from their optimum get more weight, however noisy their labels.
 
     The excess risk of task t is estimated as ``g_t^T diag(h_t)^(-1/2) g_t`` with h_t the sum of the squared gradients
-    so far, relative to that of the first step; weights grow by ``exp(robust_step_size excess_t)`` and sum to T.
+    so far, relative to that of the task's first step with a gradient; weights grow by
+    ``exp(robust_step_size excess_t)`` and sum to T.
 
     Source: He et al., "Robust Multi-Task Learning with Excess Risks", ICML 2024.
     """
@@ -44,9 +45,10 @@ class ExcessMTL(AbsWeighting):
     def weigh_rows(self, losses: Tensor, rows: Rows, *, robust_step_size: float = 1e-2, **hyper: Any) -> Weights:
         """Return the weights, of decoders too."""
         risk = ops.excess_risk_(self.squares.rows, rows).to(losses.dtype)
-        first = (self.initial_w == 0).all()
-        self.initial_w.copy_(torch.where(first, risk, self.initial_w))
-        grown = self.task_num * raised(self.loss_weight, risk / self.initial_w, robust_step_size)
-        self.loss_weight.copy_(torch.where(first, self.loss_weight, grown))
+        known = self.initial_w != 0
+        relative = torch.where(known, risk / torch.where(known, self.initial_w, 1.0), 0.0)
+        self.initial_w.copy_(torch.where(known, self.initial_w, risk))
+        grown = self.task_num * raised(self.loss_weight, relative, robust_step_size)
+        self.loss_weight.copy_(torch.where(known.any(), grown, self.loss_weight))
         weights = self.loss_weight.clone()
         return Weights(shared=weights, heads=weights)

@@ -38,16 +38,16 @@ class GradVac(AbsWeighting):
         self.remember("rho", torch.zeros(max(count, 1), self.task_num, self.task_num, dtype=torch.float64), (1, 2))
         self._groups: dict[int, list[int]] = {}
 
-    def groups(self, *, GradVac_group_type: int = 0, **hyper: Any) -> list[int]:
-        """Return the group of each shared parameter."""
+    def groups(self, *, GradVac_group_type: int = 0, **hyper: Any) -> list[int] | None:
+        """Return the group of each shared parameter, None if there is one."""
+        if GradVac_group_type == 0:
+            return None
         if GradVac_group_type not in self._groups:
             self._groups[GradVac_group_type] = self._find_groups(GradVac_group_type)
         return self._groups[GradVac_group_type]
 
     def _find_groups(self, kind: int) -> list[int]:
         params = [param for param in self.get_share_params() if param.requires_grad]
-        if kind == 0:
-            return [0] * len(params)
         if kind == 2:
             return list(range(len(params)))
         owner = {id(param): id(module) for module in self.modules() for param in module._parameters.values()}
@@ -59,9 +59,9 @@ class GradVac(AbsWeighting):
         return torch.rand_like(like)
 
     def weigh(self, losses: Tensor, gram: Tensor | None, *, GradVac_beta: float = 0.5, **hyper: Any) -> Weights:
-        """Return (L, T) weights; their mean over the groups is logged."""
+        """Return (T,) weights, with groups (L, T)."""
         assert gram is not None
-        count = len(gram)
-        weights, rho = ops.gradvac(gram, self.draw_orders(gram[0]), self.rho[:count], GradVac_beta)
-        self.rho[:count] = rho
-        return Weights(shared=weights, logged=weights.mean(0))
+        each = gram if gram.dim() == 3 else gram[None]
+        weights, rho = ops.gradvac(each, self.draw_orders(each[0]), self.rho[: len(each)], GradVac_beta)
+        self.rho[: len(each)] = rho
+        return Weights(shared=weights if gram.dim() == 3 else weights[0])

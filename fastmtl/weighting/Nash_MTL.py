@@ -26,7 +26,7 @@ class Nash_MTL(AbsWeighting):
     weighs_heads = True
     allows_rep_grad = False
     hyper = {  # noqa: RUF012
-        "update_weights_every": Hyper(type=int, default=1, help="Steps between two bargains."),
+        "update_weights_every": Hyper(type=int, default=1, least=1, help="Steps between two bargains."),
         "optim_niter": Hyper(type=int, default=20, help="Taken for LibMTL's sake; the solution is exact."),
         "max_norm": Hyper(type=float, default=1.0, help="Greatest norm of the shared update; 0 for none."),
     }

@@ -29,7 +29,7 @@ class SDMGrad(AbsWeighting):
     allows_rep_grad = False
     hyper = {  # noqa: RUF012
         "SDMGrad_lamda": Hyper(type=float, default=0.3, help="Pull towards the average gradient."),
-        "SDMGrad_niter": Hyper(type=int, default=20, help="Steps of the solver in each training step."),
+        "SDMGrad_niter": Hyper(type=int, default=20, least=1, help="Steps of the solver in each training step."),
     }
 
     w: Tensor

@@ -24,8 +24,10 @@ class STCH(AbsWeighting):
 
     needs = "losses"
     hyper = {  # noqa: RUF012
-        "STCH_mu": Hyper(type=float, default=1.0, help="Smoothing: towards 0 only the worst task counts."),
-        "STCH_warmup_epoch": Hyper(type=int, default=4, help="Epoch whose mean losses the later ones are measured in."),
+        "STCH_mu": Hyper(type=float, default=1.0, above=0, help="Smoothing: towards 0 only the worst task counts."),
+        "STCH_warmup_epoch": Hyper(
+            type=int, default=4, least=0, help="Epoch whose mean losses the later ones are measured in."
+        ),
     }
 
     loss_sum: Tensor
@@ -34,7 +36,7 @@ class STCH(AbsWeighting):
     def init_param(self) -> None:
         """Create the sum of the losses and their number."""
         self.remember("loss_sum", torch.zeros(self.task_num))
-        self.remember("loss_count", torch.zeros(()))
+        self.remember("loss_count", torch.zeros(self.task_num))
 
     def weigh(
         self,
@@ -52,6 +54,10 @@ class STCH(AbsWeighting):
                 self.loss_sum.add_(losses)
                 self.loss_count.add_(1)
             return Weights(shared=1 / (losses + tiny))
+        # A task without labels in the warm-up epoch is measured in its first loss after it.
+        missing = self.loss_count == 0
+        self.loss_sum.copy_(torch.where(missing, losses, self.loss_sum))
+        self.loss_count.add_(missing)
         nadir = self.loss_sum / self.loss_count
         share = torch.softmax(torch.log(losses / nadir + tiny) / STCH_mu, dim=-1)
         return Weights(shared=len(losses) * share / (losses + tiny * nadir))

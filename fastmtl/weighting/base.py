@@ -32,7 +32,7 @@ class Weights:
             with several groups of parameters (L, T), with k samples (k T,).
         heads: (T,), or (k T,), weights of the task-specific parameters' gradients. A strategy that ``weighs_heads``
             gives them; for the others they are ones. With ``needs = "losses"`` everything has the weights ``shared``.
-        logged: (T,). What is reported as the task weights; ``shared`` unless given.
+        logged: (T,). What is reported as the task weights; ``shared`` unless given, of groups its mean.
         rows: What ``shared`` combines in place of the task gradients.
         gram: (T, T) Gram matrix for the log, from a strategy that takes rows.
         max_norm: Greatest norm of the shared update.
@@ -46,6 +46,13 @@ class Weights:
     gram: Tensor | None = None
     max_norm: float | None = None
     own_grads: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def reported(self) -> Tensor:
+        """Return the (T,) task weights for the log."""
+        if self.logged is not None:
+            return self.logged
+        return self.shared if self.shared.dim() == 1 else self.shared.mean(0)
 
 
 class AbsWeighting(nn.Module):
@@ -180,7 +187,7 @@ class AbsWeighting(nn.Module):
         """
         from fastmtl import ops
 
-        if self.samples > 1 or self.needs in ("reps", "lookahead"):
+        if self.samples > 1 or self.looks_back or self.needs in ("reps", "lookahead"):
             raise UsageError(f"{type(self).__name__} needs fastmtl's Trainer; its backward cannot be called alone.")
         detached = losses.detach()
         if self.needs == "losses":
@@ -204,10 +211,11 @@ class AbsWeighting(nn.Module):
                 update = [torch.zeros_like(param) for param in self.get_share_params()]
                 ops.combine_(update, rows, weights.shared, self.groups(**kwargs))
                 self._reset_grad(torch.cat([grad.flatten() for grad in update]))
+        if weights.max_norm is not None:
+            nn.utils.clip_grad_norm_(list(self.get_share_params()), weights.max_norm)
         for name, grad in weights.own_grads.items():
             self.get_parameter(name).grad = grad
-        logged = weights.shared if weights.logged is None else weights.logged
-        return np.asarray(logged.detach().cpu().numpy())
+        return np.asarray(weights.reported.detach().cpu().numpy())
 
     def _gram(self, grads: Tensor, **hyper: Any) -> Tensor:
         """Return the Gram matrix of (T, P) gradients, by groups of parameters if the strategy has them."""

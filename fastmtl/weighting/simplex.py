@@ -13,6 +13,8 @@ def project_simplex(point: Tensor) -> Tensor:
 
     Source: Duchi et al., "Efficient Projections onto the l1-Ball for Learning in High Dimensions", ICML 2008.
     """
+    # The projection does not change with a shift; without one, the 1 is lost beside entries of 1e8.
+    point = point - point.max()
     falling = point.sort(descending=True).values
     position = torch.arange(1, len(point) + 1, dtype=point.dtype, device=point.device)
     thresholds = (falling.cumsum(0) - 1) / position

@@ -32,6 +32,14 @@ def test_cross_stitch_mixes_what_the_stages_put_out() -> None:
         torch.testing.assert_close(rep, second[t](mixed))
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("name", ["Cross_stitch", "LTB"])
+def test_columns_mix_in_low_precision(name: str, precision: str) -> None:
+    trainer = make_trainer("MGDA", name, precision=precision)
+    trainer.train(loaders(), loaders(), 1)
+    assert all(param.isfinite().all() for param in trainer.model.parameters())
+
+
 class TestLTB:
     def test_the_temperature_falls_from_epoch_to_epoch(self) -> None:
         network = build("LTB")

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import quadprog
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -117,6 +116,7 @@ def test_matches_reference_projection(solver: Solver, case: Case) -> None:
 @pytest.mark.parametrize("case", params(zoo((2, 3, 8, 40))))
 def test_no_longer_than_quadprogs(solver: Solver, case: Case) -> None:
     """The objective is at most quadprog's, which solves the same problem on a G that is made definite."""
+    quadprog = pytest.importorskip("quadprog")
     size = len(case.gram)
     gram = case.gram / case.gram.diagonal().max().clamp(min=1e-300) + 1e-8 * torch.eye(size, dtype=torch.float64)
     wanted = torch.cat([upgrad(size), mixed(size)])

@@ -64,6 +64,22 @@ def test_loaders_with_generators_of_their_own(multi_input: bool, tmp_path: Path)
     assert torch.equal(flat(second.model.parameters()), flat(whole.model.parameters()))
 
 
+@pytest.mark.parametrize("step", [4, 5])
+@pytest.mark.parametrize("weighting", ["DWA", "GradNorm"])
+def test_strategies_that_read_the_losses_of_epochs(weighting: str, step: int, tmp_path: Path) -> None:
+    """A step within the second of three epochs of three steps, and its last one."""
+    torch.manual_seed(5)
+    whole = make_trainer(weighting, **OPTIONS)
+    whole.train(loaders(), loaders(), 4)
+    first = make_trainer(weighting, save_path=str(tmp_path), logger=InterruptAt(step), **OPTIONS)
+    with pytest.raises(KeyboardInterrupt):
+        first.train(loaders(), loaders(), 4)
+    second = make_trainer(weighting, resume=str(tmp_path / "last.pt"), **OPTIONS)
+    second.train(loaders(), loaders(), 4)
+    assert (second.model.train_loss_buffer == whole.model.train_loss_buffer).all()
+    assert torch.equal(flat(second.model.parameters()), flat(whole.model.parameters()))
+
+
 @pytest.mark.parametrize("step", [1, 3, 5])
 def test_after_ctrl_c_in_mid_epoch(step: int, tmp_path: Path) -> None:
     first = make_trainer(save_path=str(tmp_path), logger=InterruptAt(step), **OPTIONS)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastmtl import Trainer
 from fastmtl.architecture import HPS
+from fastmtl.errors import UsageError
 from fastmtl.ops import combine, gram, min_norm
 from fastmtl.trainer.records import StepBuffer
 from fastmtl.trainer.routes import RepRoute, SplitRoute, SumRoute, WholeRoute
@@ -231,6 +232,37 @@ def test_a_strategy_written_for_libmtl(rep_grad: bool, multi_input: bool) -> Non
     records = buffer.flush(0, 1)
     assert records.weights is not None
     np.testing.assert_allclose(records.weights, [[0.5, 0.5]])
+
+
+def test_a_backward_that_leaves_the_encoder_out_is_refused() -> None:
+    class Losses(AbsWeighting):
+        def backward(self, losses: Tensor, **kwargs: Any) -> np.ndarray:
+            losses.sum().backward()
+            return np.ones(self.task_num)
+
+    with pytest.raises(UsageError, match="Losses leaves the shared parameters without gradients"):
+        make_trainer(Losses, rep_grad=True).step([_batch()], StepBuffer())
+    trainer = make_trainer(Losses)
+    trainer.step([_batch()], StepBuffer())
+    assert all(param.grad is not None for param in trainer.step.problem.shared_params)
+
+
+def test_rep_grad_without_prepare_rep_is_refused() -> None:
+    class Forgetful(OnePiece):
+        def _prepare_rep(self, rep: Any, task: str, same_rep: Any = None) -> Any:
+            return rep
+
+    with pytest.raises(UsageError, match="rep_grad must be False for Forgetful"):
+        make_trainer("MGDA", Forgetful, rep_grad=True).step([_batch()], StepBuffer())
+
+
+def test_backward_alone_limits_the_norm_as_the_trainer_does() -> None:
+    inputs, labels = _batch()
+    trainer = make_trainer("Nash_MTL", weight_args={"max_norm": 1e-3})
+    losses = trainer.step.problem.whole(inputs, labels)[0]
+    trainer.model.backward(torch.stack(list(losses)), **trainer.kwargs["weight_args"])
+    norm = torch.cat([param.grad.flatten() for param in trainer.step.problem.shared_params]).norm()
+    torch.testing.assert_close(norm, torch.tensor(1e-3), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("weighting", ["EW", "MGDA"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from fastmtl.errors import UsageError
+from fastmtl.errors import NonFiniteError, UsageError
+from fastmtl.loss import MSELoss
 from fastmtl.trainer.loading import to_device
 from fastmtl.trainer.records import StepBuffer
 from fastmtl.weighting import WEIGHTINGS
+from fastmtl.weighting.simplex import project_simplex
 from tests.host_reads import NoHostRead
-from tests.trainer.toy import flat, loaders, make_trainer
+from tests.trainer.toy import flat, loaders, make_trainer, task_dict
 
 GRAM = sorted(name for name, rule in WEIGHTINGS.items() if rule.needs == "gram" and rule.samples == 1)
-HOLDS = [name for name in GRAM if name != "GradVac"]
 
 
 def _trainer(name: str, **options: Any) -> Any:
@@ -93,7 +95,7 @@ def test_best_checkpoint_holds_parameters_alone(name: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("architecture", ["HPS", "whole"])
-@pytest.mark.parametrize("name", HOLDS)
+@pytest.mark.parametrize("name", GRAM)
 def test_held_weights_give_the_step_of_the_full_one(name: str, architecture: str) -> None:
     from fastmtl.architecture import HPS
 
@@ -127,10 +129,12 @@ def test_held_weights_give_the_step_of_the_full_one(name: str, architecture: str
     assert held.step.balancer.held is not weights
 
 
-@pytest.mark.parametrize("name", ["EW", "GradVac", "MoDo", "MoCo"])
-def test_weights_that_cannot_be_held_are_refused(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "args"), [("EW", {}), ("GradVac", {"GradVac_group_type": 2}), ("MoDo", {}), ("MoCo", {})]
+)
+def test_weights_that_cannot_be_held_are_refused(name: str, args: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=f"update_weights_every must be 1 for {name}"):
-        _trainer(name, update_weights_every=2)
+        _trainer(name, update_weights_every=2, weight_args=args)
 
 
 def test_nash_has_the_option_as_its_own() -> None:
@@ -152,6 +156,97 @@ def test_momentum_averages_the_weights(name: str) -> None:
         trainer.step(batches, buffer)
     want = 0.75 * second._weights[0] + 0.25 * first._weights[1]
     torch.testing.assert_close(second._weights[1], want)
+
+
+def test_momentum_of_groups_is_logged_as_their_mean() -> None:
+    trainer = _trainer("GradVac", weight_momentum=0.5, weight_args={"GradVac_group_type": 2})
+    x, labels = next(iter(loaders(3)))
+    trainer.train([(x, labels), (x, {key: labels[key] for key in ("task0", "task2")})], loaders(3), 2)
+    assert trainer.latest.weights.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("name", ["MoDo", "SDMGrad", "GradDrop", "FORUM"])
+def test_momentum_without_weights_of_a_step_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match=f"weight_momentum must be 0 for {name}"):
+        _trainer(name, weight_momentum=0.5)
+
+
+@pytest.mark.parametrize("name", sorted(name for name in WEIGHTINGS if name != "GradDrop"))
+def test_a_task_whose_gradient_is_zero_leaves_everything_finite(name: str) -> None:
+    trainer = _trainer(name)
+    with torch.no_grad():
+        trainer.model.decoders["task0"].weight.zero_()
+    trainer.train(loaders(3), loaders(3), 3)
+    assert flat([*trainer.model.parameters(), *trainer.model.buffers()]).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["SI", "GLS"])
+def test_a_loss_of_zero_is_reported_before_it_is_saved(name: str, tmp_path: Path) -> None:
+    class Nothing(MSELoss):
+        def compute_loss(self, pred: Any, gt: Any) -> torch.Tensor:
+            return 0 * super().compute_loss(pred, gt)
+
+    tasks = task_dict(3)
+    tasks["task1"]["loss_fn"] = Nothing()
+    trainer = _trainer(name, task_dict=tasks, save_path=str(tmp_path))
+    before = flat(trainer.model.parameters()).clone()
+    with pytest.raises(NonFiniteError, match=r"weight of .* became NaN or infinite in training step 0"):
+        trainer.train(loaders(3), loaders(3), 1)
+    assert torch.equal(flat(trainer.model.parameters()), before)
+    assert not list(tmp_path.iterdir())
+
+
+def test_signals_of_the_last_step_are_on_the_device() -> None:
+    trainer, buffer = _trainer("MGDA"), StepBuffer()
+    batches = _batches(trainer)
+    with NoHostRead():
+        trainer.step(batches, buffer)
+        signals = trainer.latest
+        shown = [signals.losses, signals.weights, signals.gram, signals.norms, signals.cosines, signals.conflict_rate]
+    records = buffer.flush(0, 1)
+    upper = torch.triu_indices(3, 3, 1)
+    wanted = [records.losses, records.weights, records.gram, records.norms, records.cosines, records.conflicts]
+    for key, (found, want) in enumerate(zip(shown, wanted, strict=True)):
+        found = found[upper[0], upper[1]] if key == 4 else found
+        assert np.allclose(found.numpy(), want[0])
+
+
+def test_excessmtl_meets_a_task_late() -> None:
+    trainer = _trainer("ExcessMTL", weight_args={"robust_step_size": 1.0})
+    x, labels = next(iter(loaders(3)))
+    some = {key: labels[key] for key in ("task0", "task1")}
+    trainer.train([(x, some), (x, some), (x, labels), (x, labels)], loaders(3), 2)
+    weights = trainer.model.loss_weight
+    assert weights.isfinite().all()
+    assert (trainer.model.initial_w > 0).all()
+    torch.testing.assert_close(weights.sum(), torch.tensor(3.0))
+    assert weights.std() > 0
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e8, 1e30])
+def test_the_simplex_keeps_its_sum_at_any_scale(scale: float) -> None:
+    point = scale * torch.tensor([3.0, -1.0, 2.9999])
+    found = project_simplex(point)
+    exact = project_simplex(point.double())
+    assert found.sum() == pytest.approx(1)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "message"),
+    [
+        ("STCH", {"STCH_warmup_epoch": -1}, "STCH_warmup_epoch of STCH must be at least 0, got -1"),
+        ("DWA", {"T": 0}, "T of DWA must be above 0, got 0"),
+        ("CAGrad", {"calpha": "0.5"}, "calpha of CAGrad must be a number, got '0.5'"),
+        ("Nash_MTL", {"update_weights_every": 0}, "update_weights_every of Nash_MTL must be at least 1"),
+        ("Nash_MTL", {"update_weights_every": 1.5}, "update_weights_every of Nash_MTL must be an integer"),
+        ("MGDA", {"mgda_gn": "l3"}, "mgda_gn of MGDA must be one of"),
+    ],
+    ids=str,
+)
+def test_hyper_parameters_outside_their_range_are_refused(name: str, args: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)):
+        _trainer(name, weight_args=args)
 
 
 @pytest.mark.parametrize("momentum", [-0.1, 1.0])

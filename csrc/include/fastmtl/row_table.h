@@ -33,9 +33,11 @@ inline int32_t torch_dtype(DType dtype) {
   }
 }
 
+inline int64_t bytes_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+
 inline DType dtype_of(const Tensor& tensor) {
   int32_t dtype = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
   for (const DType known : {DType::f32, DType::f64, DType::bf16, DType::f16}) {
     if (dtype == torch_dtype(known)) return known;
   }
@@ -54,12 +56,12 @@ inline Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector
   int32_t type = aoti_torch_device_type_cpu();
   int32_t index = 0;
   if (beside != nullptr) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(beside->get(), &type));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(beside->get(), &index));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(beside->get(), &type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(beside->get(), &index));
   }
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                         strides.data(), torch_dtype(dtype), type, index, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                                  torch_dtype(dtype), type, index, &handle));
   return Tensor(handle);
 }
 
@@ -71,11 +73,11 @@ struct Shape {
 
   Shape() = default;
   explicit Shape(const Tensor& tensor) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor.get(), &dim));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor.get(), &dim));
     int64_t* borrowed = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor.get(), &borrowed));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor.get(), &borrowed));
     sizes = borrowed;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor.get(), &borrowed));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor.get(), &borrowed));
     strides = borrowed;
   }
 
@@ -208,7 +210,7 @@ class RowTable {
       const std::optional<Tensor>& given = flat[t * width() + k];
       if (!given.has_value()) continue;
       int32_t layout = 0;
-      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(given->get(), &layout));
+      TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(given->get(), &layout));
       STD_TORCH_CHECK(layout == aoti_torch_layout_strided(), "rows must be dense tensors");
       Row& row = rows_[k * num_rows_ + t];
       row.tensor = &*given;
