@@ -89,6 +89,8 @@ def build_trainer(
         cuda_graph=config.cuda_graph,
         logger=logger,
         resume=None if resume is None else str(resume),
+        checkpoint_every=config.checkpoint_every,
+        peer_timeout=config.peer_timeout,
         log_every=config.log_every,
         limit_batches=config.limit_batches,
         profile=profile,

@@ -90,6 +90,9 @@ class Trainer(nn.Module):
         gram: With several processes, ``"exact"``: the Gram matrix of the whole batch's gradients, which makes training
             what it is in one process; ``"local"``: the mean of the Gram matrices of the processes' parts, which is less
             traffic and another matrix.
+        checkpoint_every: Write ``last.pt`` after this many steps of an epoch too, not only at its end.
+        peer_timeout: With several processes, seconds one waits for another before it ends with an error; torch's
+            default if None, or what the processes met with if they already have.
         log_every: Steps between two reads of the device for the loggers.
         limit_batches: Steps per pass at most.
         profile: File for a Chrome trace of a few warm steps; where they went is printed too.
@@ -135,13 +138,17 @@ class Trainer(nn.Module):
         weight_momentum: float = 0.0,
         tasks_per_step: int | None = None,
         gram: str = "exact",
+        checkpoint_every: int | None = None,
+        peer_timeout: float | None = None,
         log_every: int = 50,
         limit_batches: int | None = None,
         profile: str | Path | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        self.peers = join()
+        if checkpoint_every is not None and checkpoint_every < 1:
+            raise UsageError(f"checkpoint_every must be at least 1, got {checkpoint_every}.")
+        self.peers = join(peer_timeout)
         self.device = find_device(device, self.peers)
         self._leads = self.peers is None or self.peers.leads
         if tf32 is not None:
@@ -155,6 +162,7 @@ class Trainer(nn.Module):
         self.save_path = None if save_path is None else Path(save_path)
         self.load_path = load_path
         self.channels_last = channels_last
+        self.checkpoint_every = checkpoint_every
         self.log_every = log_every
         self.limit_batches = limit_batches
         self.logger = as_logger(logger if self._leads else None)
@@ -369,8 +377,11 @@ class Trainer(nn.Module):
                 self.meter.update(losses, preds, joined([labels for _, labels in scored]))
             if self._profiler is not None:
                 self._profiler.after_step()
-            if len(buffer) == self.log_every or batch + 1 == steps:
+            saves = self.checkpoint_every is not None and (batch + 1) % self.checkpoint_every == 0
+            if len(buffer) == self.log_every or batch + 1 == steps or saves:
                 self._log(buffer, epoch, epoch * steps + batch + 1)
+            if saves:
+                self._save_last(epoch, batch + 1, epoch_rng)
             try:
                 interrupt.check()
             except KeyboardInterrupt:

@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from fastmtl.architecture.MTAN import MTAN
-from fastmtl.distributed import find_peers, shard
+from fastmtl.distributed import find_peers, leave, shard
 from tests.trainer.toy import flat, loaders, make_trainer
 
 TASKS = 3
@@ -71,10 +71,12 @@ def _member(rank: int, size: int, folder: str, work: Any, given: Any) -> None:
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
+    done = False
     try:
         torch.save(work(given), f"{folder}/{rank}.pt")
+        done = True
     finally:
-        dist.destroy_process_group()
+        leave(wait=done)
 
 
 def in_processes(size: int, folder: Path, work: Any, given: Any) -> list[Any]:
