@@ -89,6 +89,7 @@ def build_trainer(
         cuda_graph=config.cuda_graph,
         logger=logger,
         resume=None if resume is None else str(resume),
+        sync_batch_norm=config.sync_batch_norm,
         checkpoint_every=config.checkpoint_every,
         peer_timeout=config.peer_timeout,
         log_every=config.log_every,

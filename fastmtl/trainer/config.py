@@ -98,6 +98,9 @@ class TrainConfig:
     checkpoint_every: int | None = _setting(
         None, "Optimisation", "Steps after which last.pt is written; at the end of an epoch if not given."
     )
+    sync_batch_norm: bool = _setting(
+        False, "Optimisation", "With several processes, batch norms take the statistics of the whole batch."
+    )
     seed: int = _setting(0, "Optimisation", "Seed of every random number.")
 
     device: str | None = _setting(None, "Machine", "cpu, cuda, cuda:1, mps; the best there is if not given.")
