@@ -50,9 +50,10 @@ def join(timeout: float | None = None) -> Peers | None:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         patience: dict[str, Any] = {} if timeout is None else {"timeout": timedelta(seconds=timeout)}
-        store, rank, size = next(iter(dist.rendezvous("env://", **patience)))
+        store, rank, size = next(iter(dist.rendezvous("env://", **patience)))  # type: ignore[attr-defined]
         # torchrun's store outlives a restart, and with it the addresses of the processes that are gone.
-        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"start {start}", store)  # type: ignore[attr-defined]
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
             store=store,

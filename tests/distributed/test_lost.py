@@ -84,11 +84,16 @@ def test_a_lost_process_ends_the_other_with_a_sentence(tmp_path: Path, doom: str
     assert "error: Another process is gone, or did not answer in time" in said
 
 
-def test_checkpoints_within_an_epoch(tmp_path: Path) -> None:
+def test_checkpoints_within_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer(save_path=str(tmp_path), checkpoint_every=2)
     seen = []
     save = trainer._save_last
-    trainer._save_last = lambda epoch, batch, rng: seen.append((epoch, batch)) or save(epoch, batch, rng)
+
+    def noted(epoch: int, batch: int, epoch_rng: Any) -> None:
+        seen.append((epoch, batch))
+        save(epoch, batch, epoch_rng)
+
+    monkeypatch.setattr(trainer, "_save_last", noted)
     trainer.train(loaders(rows=40), loaders(), 2)
     assert seen == [(0, 2), (0, 4), (1, 0), (1, 2), (1, 4), (2, 0)]
 
