@@ -57,8 +57,8 @@ def _count_step(weighting: str, options: dict[str, Any]) -> float:
     return sent
 
 
-def test_elements_sent(tmp_path: Path) -> None:
-    size = 2
+@pytest.mark.parametrize("size", [2, 4])
+def test_elements_sent(tmp_path: Path, size: int) -> None:
     for found in in_processes(size, tmp_path, _count, [case[:2] for case in CASES]):
         for sent, (weighting, options, wanted) in zip(found, CASES, strict=True):
             assert sent == pytest.approx(wanted * (size - 1) / size, rel=0.01), (weighting, options)
