@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastmtl import ops
 from fastmtl.distributed.peers import Peers
 from fastmtl.distributed.shards import Row, Shards
-from fastmtl.weighting import Weights
+from fastmtl.weighting import AbsWeighting, Weights
 
 __all__ = ["Exchange"]
 
@@ -41,6 +41,31 @@ class Exchange:
         self.share: Tensor | None = None
         self._shards = Shards(shared, peers) if exact and shared else None
         self._used: dict[bool, list[bool]] = {}
+
+    def cut_states(self, rule: AbsWeighting) -> None:
+        """Let a strategy that keeps something as large as the rows keep this process's pieces of it."""
+        if self._shards is not None and rule.row_states:
+            rule.sum_parts = self.peers.sum_
+            for state in rule.row_states.values():
+                state.cut(self._shards.shapes)
+
+    def whole_states(self, state: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+        """Return a ``state_dict`` with whole rows (T, P), for the leading process, in the place of pieces."""
+        if self._shards is None:
+            return state
+        found = {name: [self._shards.whole_of(row) for row in state[name]] for name in names}
+        return state | {
+            name: torch.stack([row for row in rows if row is not None])
+            for name, rows in found.items()
+            if self.peers.leads
+        }
+
+    def part_states(self, state: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+        """Return a ``state_dict`` with this process's pieces in the place of whole rows (T, P)."""
+        if self._shards is None:
+            return state
+        parts = self._shards.part_of
+        return state | {name: torch.stack([parts(row) for row in state[name]]) for name in names if name in state}
 
     def weigh_batch(self, labels: Mapping[str, Any], tasks: Sequence[str], device: torch.device) -> Tensor:
         """Return this part's share (T,) of the rows of a batch, task by task."""

@@ -108,6 +108,34 @@ class Shards:
             work.wait()
         self._on_the_way.clear()
 
+    @property
+    def shapes(self) -> list[torch.Size]:
+        """The shapes of this process's pieces of a row."""
+        return [torch.Size([b - a]) for bucket in self._buckets for _, a, b in bucket.pieces]
+
+    def part_of(self, row: Tensor) -> Tensor:
+        """Return this process's pieces of a row (P,) over all parameters, one after the other."""
+        whole = row.split([param.numel() for param in self.params])
+        parts = []
+        for bucket in self._buckets:
+            flat = torch.cat([whole[k] for k in bucket.params])
+            flat = nn.functional.pad(flat, (0, len(bucket.flat) - len(flat)))
+            parts.append(flat.chunk(self.peers.size)[self.peers.rank])
+        return torch.cat(parts)
+
+    def whole_of(self, part: Tensor) -> Tensor | None:
+        """Return a row (P,), on the CPU, in the leading process from all processes' pieces of it; None elsewhere."""
+        parts = self.peers.to_leader(part.contiguous())
+        if parts is None:
+            return None
+        sizes = [len(bucket.flat) // self.peers.size for bucket in self._buckets]
+        flats = [torch.cat(column) for column in zip(*(each.cpu().split(sizes) for each in parts), strict=True)]
+        found: dict[int, Tensor] = {}
+        for bucket, flat in zip(self._buckets, flats, strict=True):
+            numbers = [self.params[k].numel() for k in bucket.params]
+            found |= zip(bucket.params, flat[: sum(numbers)].split(numbers), strict=True)
+        return torch.cat([found[k] for k in range(len(self.params))])
+
     def groups(self, groups: Sequence[int] | None) -> list[int] | None:
         """Return the group of each piece from that of each parameter."""
         return None if groups is None else [groups[k] for k in self._owners]

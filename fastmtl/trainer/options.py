@@ -82,7 +82,7 @@ def check_distributed(model: Any, weighting: str, options: StepOptions) -> None:
     reasons = {
         f"{weighting}, which runs backward passes of its own": model.backward.__func__ is not AbsWeighting.backward,
         f"{weighting}, which looks ahead on halves of a batch": model.needs == "lookahead",
-        f"{weighting}, which remembers the gradients of all tasks": model.needs == "rows",
+        f"gram='local' and {weighting}, which remembers gradients": model.needs == "rows" and options.gram == "local",
         "tasks_per_step": options.tasks_per_step is not None,
         "cuda_graph": options.cuda_graph,
     }

@@ -91,8 +91,9 @@ class TrainingStep:
         self.exchange: Exchange | None = None
         if peers is not None:
             # Rows of representations are small: they are summed as they are.
-            exact = options.gram == "exact" and rule.needs == "gram" and not rule.rep_grad
+            exact = options.gram == "exact" and rule.needs in ("gram", "rows") and not rule.rep_grad
             self.exchange = Exchange(peers, problem.shared_params, problem.own_params, exact)
+            self.exchange.cut_states(rule)
         self._sends = self.exchange is not None and self.exchange.exact
         self.trial = Trial(routes, on_compile) if len(routes) > 1 else None
         self.route = routes[0]
@@ -109,6 +110,11 @@ class TrainingStep:
     def compiled(self) -> bool:
         """Whether the route is compiled."""
         return self.route.regions.compiled
+
+    @property
+    def spread(self) -> bool:
+        """Whether each process keeps a part of what the strategy remembers."""
+        return self._sends and bool(self.model.row_states)
 
     def __call__(
         self, batches: Sequence[tuple[Any, Any]], buffer: StepBuffer, present: Sequence[int] | None = None
@@ -457,7 +463,7 @@ class TrainingStep:
         if weights.max_norm is not None and gram is not None:
             shared = shared * _cap(shared, gram, weights.max_norm)
         if self.exchange is not None and self._sends:
-            self.exchange.write_shared(rows, shared, groups)
+            self.exchange.write_shared(rows if weights.rows is None else weights.rows, shared, groups)
             return weights, gram
         done.write_shared(shared, rows if weights.rows is None else weights.rows, groups)
         if self.exchange is not None:

@@ -190,12 +190,19 @@ class Trainer(nn.Module):
         self._profiler = None if profile is None else StepProfiler(Path(profile), self.device)
         self._generators: list[torch.Generator] = []
         self._start = _BEGINNING
+        self._gathers = False
         if resume is not None:
             self._resume(Path(resume))
         if self.peers is not None:
-            self.peers.from_leader([*self.model.parameters(), *self.model.buffers()])
+            self.peers.from_leader([*self.model.parameters(), *self._common_buffers()])
+            self._gathers = self.step.spread and bool(self.peers.gather(self.save_path is not None)[0])
             if not self._leads:
                 self.save_path = None
+
+    def _common_buffers(self) -> list[torch.Tensor]:
+        """Return the buffers that every process has whole."""
+        spread = self.model.row_states if self.step.spread else ()
+        return [buffer for name, buffer in self.model.named_buffers() if name not in spread]
 
     def _one_voice(self) -> AbstractContextManager[None]:
         return nullcontext() if self.peers is None else self.peers.one_voice()
@@ -400,7 +407,9 @@ class Trainer(nn.Module):
         except KeyboardInterrupt:
             if len(buffer):
                 self._log(buffer, epoch, epoch * steps + batch)
-            self._save_last(epoch, batch, epoch_rng)
+            # Processes are interrupted at different steps, so what they would have to collect is not one state.
+            if not self._gathers:
+                self._save_last(epoch, batch, epoch_rng)
             raise
 
     def _to_device(self, batch: tuple[Any, Any]) -> tuple[Any, Any]:
@@ -445,7 +454,7 @@ class Trainer(nn.Module):
                 save_atomically(state, best)
                 print(f"Save Model {epoch} to {best}")
                 self.logger.on_checkpoint(best, "best")
-            self._save_last(epoch + 1, 0, None)
+        self._save_last(epoch + 1, 0, None)
 
     def test(
         self, test_dataloaders: Any, epoch: int | None = None, mode: str = "test", return_improvement: bool = False
@@ -468,7 +477,7 @@ class Trainer(nn.Module):
         self.model.eval()
         if self.peers is not None:
             # Batch statistics are each process's own; what is saved is the leader's.
-            self.peers.from_leader(self.model.buffers())
+            self.peers.from_leader(self._common_buffers())
         self.meter.begin()
         for task, inputs, labels in eval_batches(loaders, self.task_name, self.multi_input, self.limit_batches):
             inputs, labels = self._to_device((inputs, labels))
@@ -510,12 +519,17 @@ class Trainer(nn.Module):
 
     def _save_last(self, epoch: int, batch: int, epoch_rng: dict[str, Any] | None) -> None:
         """Write everything that is needed to go on with batch ``batch`` of epoch ``epoch``."""
+        if self.save_path is None and not self._gathers:
+            return
+        model_state: dict[str, Any] = self.model.state_dict()
+        if self._gathers and self.step.exchange is not None:
+            model_state = self.step.exchange.whole_states(model_state, self.model.row_states)
         if self.save_path is None:
             return
         self._guard.check(self._last_checkpoint())
         path = self.save_path / "last.pt"
         state = {
-            "model": self.model.state_dict(),
+            "model": model_state,
             "step": self.step.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
@@ -539,7 +553,10 @@ class Trainer(nn.Module):
         names = [self.weighting, self.architecture, self.task_name]
         if list(state["names"]) != names:
             raise CheckpointError(f"The checkpoint {path} is of {state['names']}, this run is of {names}.")
-        load_model_state(self.model, state["model"], path)
+        model_state = state["model"]
+        if self.step.spread and self.step.exchange is not None:
+            model_state = self.step.exchange.part_states(model_state, self.model.row_states)
+        load_model_state(self.model, model_state, path)
         self.step.load_state_dict(state["step"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None and state["scheduler"] is not None:

@@ -73,7 +73,7 @@ def _meet(_: None) -> dict[str, Any]:
     peers = find_peers()
     assert peers is not None
     found: dict[str, Any] = {"refused": []}
-    options: dict[str, dict[str, Any]] = {"MoCo": {}, "MOML": {}, "MGDA": {"tasks_per_step": 1}}
+    options: dict[str, dict[str, Any]] = {"MoCo": {"gram": "local"}, "MOML": {}, "MGDA": {"tasks_per_step": 1}}
     for weighting, more in options.items():
         with pytest.raises(UsageError) as caught:
             make_trainer(weighting, **more)
@@ -114,10 +114,25 @@ def test_two_processes_meet(tmp_path: Path) -> None:
         assert torch.allclose(found["gram"], sum(halves) / 2, rtol=1e-9)
 
 
+RESUMED = ("Nash_MTL", "MoCo", "ExcessMTL")
+
+
 def _train_half(folder: str) -> None:
     peers = find_peers()
     assert peers is not None
-    _run(make_trainer("Nash_MTL", "HPS", TASKS, save_path=folder), peers, 2)
+    for weighting in RESUMED:
+        place = Path(folder) / weighting
+        place.mkdir(exist_ok=True)
+        _run(make_trainer(weighting, "HPS", TASKS, save_path=str(place)), peers, 2)
+
+
+def _train_on(folder: str) -> list[Any]:
+    peers = find_peers()
+    found = []
+    for weighting in RESUMED:
+        resumed = make_trainer(weighting, "HPS", TASKS, resume=f"{folder}/{weighting}/last.pt")
+        found.append(flat(_run(resumed, peers, 4).model.parameters()))
+    return found
 
 
 def _run(trainer: Trainer, peers: Peers | None, epochs: int) -> Trainer:
@@ -130,17 +145,24 @@ def _run(trainer: Trainer, peers: Peers | None, epochs: int) -> Trainer:
     return trainer
 
 
-def test_one_process_goes_on_where_two_stopped(tmp_path: Path) -> None:
-    in_processes(2, tmp_path, _train_half, str(tmp_path))
+def test_one_process_goes_on_where_two_stopped_and_two_where_one_did(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        folder.mkdir()
     torch.set_default_dtype(torch.float64)
     try:
-        whole = _run(make_trainer("Nash_MTL", "HPS", TASKS), None, 4)
-        resumed = make_trainer("Nash_MTL", "HPS", TASKS, resume=str(tmp_path / "last.pt"))
-        _run(resumed, None, 4)
+        wanted = []
+        for weighting in RESUMED:
+            (one / weighting).mkdir()
+            _run(make_trainer(weighting, "HPS", TASKS, save_path=str(one / weighting)), None, 2)
+            wanted.append(flat(_run(make_trainer(weighting, "HPS", TASKS), None, 4).model.parameters()))
+        in_processes(2, two, _train_half, str(two))
+        resumed = [_train_on(str(two)), *in_processes(2, one, _train_on, str(one))]
     finally:
         torch.set_default_dtype(torch.float32)
-    wanted = flat(whole.model.parameters())
-    assert (flat(resumed.model.parameters()) - wanted).norm() <= 1e-9 * wanted.norm()
+    for found in resumed:
+        for params, other in zip(found, wanted, strict=True):
+            assert (params - other).norm() <= 1e-9 * other.norm()
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ OWN = 2 * (8 * 3 + 3) + 8 + 1
 CASES: list[tuple[str, dict[str, Any], float]] = [
     ("MGDA", {}, (TASKS + 1) * SHARED + 2 * OWN),
     ("Nash_MTL", {}, (TASKS + 1) * SHARED + 2 * OWN),
+    ("MoCo", {}, (TASKS + 1) * SHARED + 2 * OWN),
     ("MGDA", {"gram": "local"}, 2 * (SHARED + OWN)),
     ("MGDA", {"rep_grad": True}, 2 * (SHARED + OWN + TASKS * 8)),
     ("EW", {}, 2 * (SHARED + OWN)),
