@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from fastmtl import ops
 from fastmtl.distributed.peers import Peers
 from fastmtl.distributed.shards import Row, Shards
 from fastmtl.weighting import AbsWeighting, Weights
+
+if TYPE_CHECKING:
+    from fastmtl.distributed.sharded import GradientShards
 
 __all__ = ["Exchange"]
 
@@ -39,8 +42,18 @@ class Exchange:
         self.params = [*shared, *own]
         self.exact = exact
         self.share: Tensor | None = None
-        self._shards = Shards(shared, peers) if exact and shared else None
+        self._shards: Shards | GradientShards | None = Shards(shared, peers) if exact and shared else None
         self._used: dict[bool, list[bool]] = {}
+
+    def gather(self) -> None:
+        """Make sure that the model has whole parameters."""
+
+    def free(self) -> None:
+        """Let go of what whole parameters this process need not keep."""
+
+    def clip(self, params: Sequence[nn.Parameter] | None, max_norm: Any) -> None:
+        """Bring the norm of the gradients of some parameters together, all if None, down to ``max_norm``."""
+        nn.utils.clip_grad_norm_(self.params if params is None else params, max_norm)
 
     def cut_states(self, rule: AbsWeighting) -> None:
         """Let a strategy that keeps something as large as the rows keep this process's pieces of it."""
@@ -81,12 +94,12 @@ class Exchange:
 
     def send(self, row: Row) -> Row:
         """Begin to sum a row over the processes; see :meth:`Shards.send`."""
-        assert self._shards is not None
+        assert isinstance(self._shards, Shards)
         return self._shards.send(row)
 
     def wait(self) -> None:
         """Wait for the rows that were sent."""
-        assert self._shards is not None
+        assert isinstance(self._shards, Shards)
         self._shards.wait()
 
     def whole_rows(self, rows: Sequence[Row]) -> list[Row]:

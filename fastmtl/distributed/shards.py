@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastmtl import ops
 from fastmtl.distributed.peers import Peers
 
-__all__ = ["BUCKET_BYTES", "Shards"]
+__all__ = ["BUCKET_BYTES", "Shards", "cut_buckets"]
 
 BUCKET_BYTES = 25 * 2**20
 
@@ -53,7 +53,7 @@ class Shards:
     def __init__(self, params: Sequence[nn.Parameter], peers: Peers, bucket_bytes: int = BUCKET_BYTES) -> None:
         self.params = params
         self.peers = peers
-        self._buckets = [self._bucket(places) for places in _cut(params, bucket_bytes)]
+        self._buckets = [self._bucket(places) for places in cut_buckets(params, bucket_bytes)]
         self._owners = [piece[0] for bucket in self._buckets for piece in bucket.pieces]
         self._on_the_way: list[Any] = []
         self._seen = [False] * len(params)
@@ -185,7 +185,7 @@ class Shards:
                     self.params[k].grad = view
 
 
-def _cut(params: Sequence[nn.Parameter], most: int) -> list[list[int]]:
+def cut_buckets(params: Sequence[nn.Parameter], most: int) -> list[list[int]]:
     """Return the places of the parameters of each bucket."""
     found: list[list[int]] = []
     for _, same in groupby(range(len(params)), key=lambda k: params[k].dtype):

@@ -16,7 +16,7 @@ from fastmtl.errors import UsageError
 from fastmtl.hyper import Hyper, fill_hyper
 from fastmtl.names import resolve_name
 from fastmtl.trainer.optimizer import OPTIMIZERS, SCHEDULERS
-from fastmtl.trainer.options import GRAMS
+from fastmtl.trainer.options import GRAMS, SHARDS
 from fastmtl.trainer.precision import PRECISIONS
 from fastmtl.weighting import WEIGHTINGS
 
@@ -94,6 +94,12 @@ class TrainConfig:
         "Optimisation",
         "With several processes: exact for the whole batch's Gram matrix, local for the mean of the processes' own.",
         GRAMS,
+    )
+    shard: str = _setting(
+        "none",
+        "Optimisation",
+        "With several processes: fsdp for a shard of the parameters and the optimizer's state in each.",
+        SHARDS,
     )
     seed: int = _setting(0, "Optimisation", "Seed of every random number.")
 

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmtl import ops
 from fastmtl.distributed import Peers
@@ -32,6 +32,9 @@ from fastmtl.trainer.sampling import OWN, TaskSampler, keeping, narrowed, only, 
 from fastmtl.trainer.trial import Trial
 from fastmtl.weighting import AbsWeighting, Weights
 
+if TYPE_CHECKING:
+    from fastmtl.distributed.sharded import ShardedModel
+
 __all__ = ["TrainingStep"]
 
 
@@ -46,6 +49,7 @@ class TrainingStep:
         hyper: Hyper-parameters of the strategy.
         options: Checked options.
         peers: The processes that each have a part of every batch.
+        sharded: The parameters, if each process has a shard of them.
 
     Attributes:
         route: How the gradients are had, compiled or not.
@@ -63,6 +67,7 @@ class TrainingStep:
         hyper: Mapping[str, Any],
         options: StepOptions,
         peers: Peers | None = None,
+        sharded: ShardedModel | None = None,
     ) -> None:
         rule: Any = problem.model
         self.model = rule
@@ -92,7 +97,13 @@ class TrainingStep:
         if peers is not None:
             # Rows of representations are small: they are summed as they are.
             exact = options.gram == "exact" and rule.needs in ("gram", "rows") and not rule.rep_grad
-            self.exchange = Exchange(peers, problem.shared_params, problem.own_params, exact)
+            if sharded is None:
+                self.exchange = Exchange(peers, problem.shared_params, problem.own_params, exact)
+            else:
+                from fastmtl.distributed.sharded_exchange import ShardedExchange
+
+                self.exchange = ShardedExchange(sharded, problem.shared_params, problem.own_params, exact)
+                routes[0].stream = self.exchange.stream if exact else None
             self.exchange.cut_states(rule)
         self._sends = self.exchange is not None and self.exchange.exact
         self.trial = Trial(routes, on_compile) if len(routes) > 1 else None
@@ -178,13 +189,22 @@ class TrainingStep:
         """Let the optimizer use the gradients, unless something was not finite."""
         # A float16 gradient that overflows is no error: the step is skipped, and the scale falls.
         with part("optimizer"):
+            if self.exchange is not None:
+                self.exchange.free()
             self.guard.watch(losses, *((gram, weights) if self.scaler is None else (None, None)))
             if self.options.clip_grad_norm is not None:
-                torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_grad_norm)
+                self._clip(None, self.options.clip_grad_norm)
             if self.scaler is not None:
                 torch.maximum(self.guard.found_inf, self.scaler.found_inf, out=self._masked)
                 self.scaler.update()
             self.optimizer.step()
+
+    def _clip(self, params: Sequence[nn.Parameter] | None, max_norm: Any) -> None:
+        """Bring the norm of the gradients, of all parameters if None is given, down to ``max_norm``."""
+        if self.exchange is not None:
+            self.exchange.clip(params, max_norm)
+        else:
+            nn.utils.clip_grad_norm_(self.model.parameters() if params is None else params, max_norm)
 
     def _gradients(
         self, batches: Sequence[tuple[Any, Any]]
@@ -274,8 +294,9 @@ class TrainingStep:
         return torch.stack(scored).mean(0)
 
     def _weigh_batch(self, batch: tuple[Any, Any]) -> None:
-        """Find this process's share in a batch, if there are others."""
+        """Find this process's share in a batch and have the whole parameters, if there are others."""
         if self.exchange is not None:
+            self.exchange.gather()
             self.problem.share = self.exchange.weigh_batch(batch[1], self.problem.tasks, self.model.device)
 
     def _pass(self, batch: tuple[Any, Any], differentiate: Callable[..., Pass] | None = None) -> Pass:
@@ -359,7 +380,7 @@ class TrainingStep:
             self.exchange.reduce()
         if held.max_norm is not None:
             limit: Any = held.max_norm if self.scaler is None else held.max_norm * self.scaler.scale
-            torch.nn.utils.clip_grad_norm_(self.problem.shared_params, limit)
+            self._clip(self.problem.shared_params, limit)
         return torch.stack(losses).mean(0), joined(preds)
 
     def _accumulate_losses(

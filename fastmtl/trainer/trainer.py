@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -44,6 +44,9 @@ from fastmtl.trainer.regions import CompileReport, measure_compiled
 from fastmtl.trainer.step import TrainingStep
 from fastmtl.utils import count_parameters
 from fastmtl.weighting import WEIGHTINGS, AbsWeighting
+
+if TYPE_CHECKING:
+    from fastmtl.distributed.sharded import ShardedModel
 
 __all__ = ["Trainer"]
 
@@ -90,6 +93,8 @@ class Trainer(nn.Module):
         gram: With several processes, ``"exact"``: the Gram matrix of the whole batch's gradients, which makes training
             what it is in one process; ``"local"``: the mean of the Gram matrices of the processes' parts, which is less
             traffic and another matrix.
+        shard: With several processes, ``"fsdp"``: each has a shard of the parameters, gradients and optimizer's state, by
+            ``torch.distributed.fsdp.fully_shard``; ``"none"``: all have all of them.
         log_every: Steps between two reads of the device for the loggers.
         limit_batches: Steps per pass at most.
         profile: File for a Chrome trace of a few warm steps; where they went is printed too.
@@ -135,6 +140,7 @@ class Trainer(nn.Module):
         weight_momentum: float = 0.0,
         tasks_per_step: int | None = None,
         gram: str = "exact",
+        shard: str = "none",
         log_every: int = 50,
         limit_batches: int | None = None,
         profile: str | Path | None = None,
@@ -144,6 +150,7 @@ class Trainer(nn.Module):
         self.peers = join()
         self.device = find_device(device, self.peers)
         self._leads = self.peers is None or self.peers.leads
+        self._sharded: ShardedModel | None = None
         if tf32 is not None:
             set_tf32(tf32, self.device)
         self.task_dict = task_dict
@@ -163,7 +170,6 @@ class Trainer(nn.Module):
 
         with self._one_voice():
             self._prepare_model(weighting, architecture, encoder_class, decoders)
-            self._prepare_optimizer(optim_param, scheduler_param)
             self.meter = PerformanceMeter(task_dict, peers=self.peers)
             self.meter.display_format()
         self._guard = FiniteGuard(self.device, self.task_name)
@@ -177,14 +183,21 @@ class Trainer(nn.Module):
             weight_momentum=weight_momentum,
             tasks_per_step=tasks_per_step,
             gram=gram,
+            shard=shard,
         )
         hyper = self.kwargs["weight_args"]
         options = check_options(self.model, self.weighting, hyper, options)
-        problem = Problem(self.model, self.meter.losses, self.process_preds, PRECISIONS[options.precision])
         if self.peers is not None:
             check_distributed(self.model, self.weighting, options)
+            self.peers.from_leader([*self.model.parameters(), *self.model.buffers()])
+            if options.shard == "fsdp":
+                from fastmtl.distributed.sharded import ShardedModel
+
+                self._sharded = ShardedModel(self.model, self.peers, self._strategy_params)
+        self._prepare_optimizer(optim_param, scheduler_param)
+        problem = Problem(self.model, self.meter.losses, self.process_preds, PRECISIONS[options.precision])
         self.step = TrainingStep(
-            problem, self.optimizer, self._guard, self.logger.on_compile, hyper, options, self.peers
+            problem, self.optimizer, self._guard, self.logger.on_compile, hyper, options, self.peers, self._sharded
         )
         self.compile_report: CompileReport | None = None
         self._profiler = None if profile is None else StepProfiler(Path(profile), self.device)
@@ -194,8 +207,10 @@ class Trainer(nn.Module):
         if resume is not None:
             self._resume(Path(resume))
         if self.peers is not None:
-            self.peers.from_leader([*self.model.parameters(), *self._common_buffers()])
-            self._gathers = self.step.spread and bool(self.peers.gather(self.save_path is not None)[0])
+            params = self.model.parameters() if self._sharded is None else self._sharded.kept
+            self.peers.from_leader([*params, *self._common_buffers()])
+            spread = self.step.spread or self._sharded is not None
+            self._gathers = spread and bool(self.peers.gather(self.save_path is not None)[0])
             if not self._leads:
                 self.save_path = None
 
@@ -237,7 +252,9 @@ class Trainer(nn.Module):
             device=self.device,
             **self.kwargs["arch_args"],
         )
+        network_params = set(self.model.parameters())
         self.model.init_param()
+        self._strategy_params = [param for param in self.model.parameters() if param not in network_params]
         self.model.to(self.device)
         if self.channels_last:
             self.model.to(memory_format=torch.channels_last)
@@ -255,7 +272,8 @@ class Trainer(nn.Module):
         count_parameters(self.model)
 
     def _prepare_optimizer(self, optim_param: Mapping[str, Any], scheduler_param: Mapping[str, Any] | None) -> None:
-        self.optimizer = make_optimizer(self.model, optim_param, self.device)
+        params = self.model.parameters() if self._sharded is None else self._sharded.trained
+        self.optimizer = make_optimizer(params, optim_param, self.device)
         self.scheduler = make_scheduler(self.optimizer, scheduler_param)
 
     @property
@@ -445,15 +463,10 @@ class Trainer(nn.Module):
                 self.scheduler.step(self.meter.improvement or 0.0)
             else:
                 self.scheduler.step()
-        if self.save_path is not None:
+        if self.save_path is not None or self._gathers:
             self._guard.check(self._last_checkpoint())
             if self.meter.best_result["epoch"] == epoch:
-                best = self.save_path / "best.pt"
-                remembered = self.model.remembered()
-                state = {key: value for key, value in self.model.state_dict().items() if key not in remembered}
-                save_atomically(state, best)
-                print(f"Save Model {epoch} to {best}")
-                self.logger.on_checkpoint(best, "best")
+                self._save_best(epoch)
         self._save_last(epoch + 1, 0, None)
 
     def test(
@@ -475,6 +488,8 @@ class Trainer(nn.Module):
     @torch.no_grad()
     def _evaluate(self, loaders: Any, mode: str, epoch: int | None) -> None:
         self.model.eval()
+        if self.step.exchange is not None:
+            self.step.exchange.gather()
         if self.peers is not None:
             # Batch statistics are each process's own; what is saved is the leader's.
             self.peers.from_leader(self._common_buffers())
@@ -517,13 +532,32 @@ class Trainer(nn.Module):
             return None
         return str(self.save_path / "last.pt")
 
+    def _model_state(self) -> dict[str, Any]:
+        """Return the model's ``state_dict``, in the first process with whole tensors; all processes must call it."""
+        state: dict[str, Any] = self.model.state_dict()
+        if self._sharded is not None:
+            state = self._sharded.whole_state(state)
+        if self.step.spread and self.step.exchange is not None:
+            state = self.step.exchange.whole_states(state, self.model.row_states)
+        return state
+
+    def _save_best(self, epoch: int) -> None:
+        remembered = self.model.remembered()
+        state = self.model.state_dict() if self._sharded is None else self._sharded.whole_state(self.model.state_dict())
+        if self.save_path is None:
+            return
+        best = self.save_path / "best.pt"
+        save_atomically({key: value for key, value in state.items() if key not in remembered}, best)
+        print(f"Save Model {epoch} to {best}")
+        self.logger.on_checkpoint(best, "best")
+
     def _save_last(self, epoch: int, batch: int, epoch_rng: dict[str, Any] | None) -> None:
         """Write everything that is needed to go on with batch ``batch`` of epoch ``epoch``."""
         if self.save_path is None and not self._gathers:
             return
-        model_state: dict[str, Any] = self.model.state_dict()
-        if self._gathers and self.step.exchange is not None:
-            model_state = self.step.exchange.whole_states(model_state, self.model.row_states)
+        model_state, optimizer_state = self._model_state(), self.optimizer.state_dict()
+        if self._sharded is not None:
+            optimizer_state = self._sharded.whole_optimizer(optimizer_state)
         if self.save_path is None:
             return
         self._guard.check(self._last_checkpoint())
@@ -531,7 +565,7 @@ class Trainer(nn.Module):
         state = {
             "model": model_state,
             "step": self.step.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer_state,
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "base_result": self.meter.base_result,
             "best_result": self.meter.best_result,
@@ -556,9 +590,13 @@ class Trainer(nn.Module):
         model_state = state["model"]
         if self.step.spread and self.step.exchange is not None:
             model_state = self.step.exchange.part_states(model_state, self.model.row_states)
+        optimizer_state = state["optimizer"]
+        if self._sharded is not None:
+            model_state = self._sharded.load_shards(model_state)
+            optimizer_state = self._sharded.part_optimizer(optimizer_state)
         load_model_state(self.model, model_state, path)
         self.step.load_state_dict(state["step"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(optimizer_state)
         if self.scheduler is not None and state["scheduler"] is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         self.meter.base_result = state["base_result"]
