@@ -46,7 +46,9 @@ class Hyper:
         if self.many:
             return None
         kinds: dict[type, type] = {int: Integral, float: Real}
-        if not isinstance(value, kinds.get(self.type, self.type)) or (isinstance(value, bool) and self.type is not bool):
+        if not isinstance(value, kinds.get(self.type, self.type)) or (
+            isinstance(value, bool) and self.type is not bool
+        ):
             return {int: "an integer", float: "a number", bool: "true or false", str: "a string"}[self.type]
         number: Any = value
         if self.least is not None and not number >= self.least:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,9 +43,7 @@ class ShardedModel:
     def __init__(self, model: nn.Module, peers: Peers, kept: Sequence[nn.Parameter]) -> None:
         for name, param in model.named_parameters():
             if isinstance(param, DTensor):
-                raise UsageError(
-                    f"shard='fsdp' cuts whole parameters, and {name} is a DTensor of another mesh already."
-                )
+                raise UsageError(f"shard='fsdp' cuts whole parameters, and {name} is a DTensor already.")
             if not param.is_contiguous():
                 raise UsageError(f"shard='fsdp' needs contiguous parameters, and {name} is not: is channels_last on?")
         self.peers = peers
@@ -57,10 +55,10 @@ class ShardedModel:
         )
         self._model.set_requires_gradient_sync(False)
         self._model.set_reshard_after_backward(False)
+        cut: dict[str, Any] = {name: param for name, param in model.named_parameters() if isinstance(param, DTensor)}
         shards = {
             name: nn.Parameter(param.detach().to_local(), requires_grad=param.requires_grad)
-            for name, param in model.named_parameters()
-            if isinstance(param, DTensor)
+            for name, param in cut.items()
         }
         self.trained = [shards.get(name, param) for name, param in model.named_parameters()]
         self.kept = [param for param in model.parameters() if param in whole]
@@ -106,7 +104,7 @@ class ShardedModel:
         return state | {"state": self._each(state["state"], lambda value, _, shape: self._part(value, shape), True)}
 
     def _each(
-        self, state: dict[int, dict[str, Any]], change: Callable[..., Any], whole: bool = False
+        self, state: Mapping[int, Mapping[str, Any]], change: Callable[..., Any], whole: bool = False
     ) -> dict[int, Any]:
         found: dict[int, Any] = {}
         for index in sorted(state):
@@ -160,7 +158,7 @@ class GradientShards:
         shared: The gathered shared parameters.
         own: The gathered task-specific parameters.
         model: Whose parameters they are.
-        bucket_bytes: Size of a bucket; a greater parameter has one of its own.
+        bucket_bytes: Size of a bucket, `BUCKET_BYTES` if None; a greater parameter has one of its own.
     """
 
     def __init__(
@@ -168,7 +166,7 @@ class GradientShards:
         shared: Sequence[nn.Parameter],
         own: Sequence[nn.Parameter],
         model: ShardedModel,
-        bucket_bytes: int = BUCKET_BYTES,
+        bucket_bytes: int | None = None,
     ) -> None:
         self.peers = model.peers
         self.model = model
@@ -178,6 +176,7 @@ class GradientShards:
             raise UsageError("shard='fsdp' cannot cut shared parameters that are scalars.")
         self._own = self.params[len(shared) :]
         self._pads = [-(-param.shape[0] // self.peers.size) * param[:1].numel() for param in self.params]
+        bucket_bytes = BUCKET_BYTES if bucket_bytes is None else bucket_bytes
         places = [
             *cut_buckets(shared, bucket_bytes),
             *([k + len(shared) for k in some] for some in cut_buckets(self._own, bucket_bytes)),

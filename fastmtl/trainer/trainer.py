@@ -93,8 +93,8 @@ class Trainer(nn.Module):
         gram: With several processes, ``"exact"``: the Gram matrix of the whole batch's gradients, which makes training
             what it is in one process; ``"local"``: the mean of the Gram matrices of the processes' parts, which is less
             traffic and another matrix.
-        shard: With several processes, ``"fsdp"``: each has a shard of the parameters, gradients and optimizer's state, by
-            ``torch.distributed.fsdp.fully_shard``; ``"none"``: all have all of them.
+        shard: With several processes, ``"fsdp"``: each has a shard of the parameters, gradients and optimizer's state
+            (``torch.distributed.fsdp.fully_shard``); ``"none"``: all have all of them.
         log_every: Steps between two reads of the device for the loggers.
         limit_batches: Steps per pass at most.
         profile: File for a Chrome trace of a few warm steps; where they went is printed too.

@@ -55,9 +55,10 @@ def test_alone_there_are_no_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_peers() is None
 
 
-def test_unknown_gram_is_refused() -> None:
-    with pytest.raises(UsageError, match="gram"):
-        make_trainer(gram="lokal")
+def test_unknown_choices_are_refused() -> None:
+    for option in ("gram", "shard"):
+        with pytest.raises(UsageError, match=option):
+            make_trainer(**{option: "lokal"})
 
 
 class _Listed(AbsMetric):
@@ -78,6 +79,11 @@ def _meet(_: None) -> dict[str, Any]:
         with pytest.raises(UsageError) as caught:
             make_trainer(weighting, **more)
         found["refused"].append(str(caught.value))
+    found["unsharded"] = []
+    for together in ({"compile": True}, {"precision": "fp16"}, {"gram": "local"}):
+        with pytest.raises(UsageError) as caught:
+            make_trainer("MGDA", shard="fsdp", **together)
+        found["unsharded"].append(str(caught.value))
     trainer = make_trainer("MGDA", "HPS", TASKS, gram="local")
     buffer = StepBuffer()
     trainer.step([next(iter(shard(loaders(TASKS), peers)))], buffer)
@@ -97,6 +103,7 @@ def _meet(_: None) -> dict[str, Any]:
 def test_two_processes_meet(tmp_path: Path) -> None:
     one, two = in_processes(2, tmp_path, _meet, None)
     assert all("Several processes cannot train with" in sentence for sentence in one["refused"])
+    assert all("shard='fsdp' cannot be combined with" in sentence for sentence in one["unsharded"])
     for found in (one, two):
         assert found["scores"] == [[2.0, 4], [1.0, 1.0, 1.0]]
     torch.set_default_dtype(torch.float64)
@@ -114,23 +121,31 @@ def test_two_processes_meet(tmp_path: Path) -> None:
         assert torch.allclose(found["gram"], sum(halves) / 2, rtol=1e-9)
 
 
-RESUMED = ("Nash_MTL", "MoCo", "ExcessMTL")
+ADAM = {"optim_param": {"optim": "adam", "lr": 1e-2}}
+RESUMED: dict[str, tuple[str, dict[str, Any]]] = {
+    "Nash_MTL": ("Nash_MTL", {}),
+    "MoCo": ("MoCo", {}),
+    "ExcessMTL": ("ExcessMTL", {}),
+    "shards": ("MGDA", {"shard": "fsdp", **ADAM}),
+    "shards of rows": ("DB_MTL", {"shard": "fsdp"}),
+    "shards and own parameters": ("UW", {"shard": "fsdp", **ADAM}),
+}
 
 
 def _train_half(folder: str) -> None:
     peers = find_peers()
     assert peers is not None
-    for weighting in RESUMED:
-        place = Path(folder) / weighting
+    for name, (weighting, options) in RESUMED.items():
+        place = Path(folder) / name
         place.mkdir(exist_ok=True)
-        _run(make_trainer(weighting, "HPS", TASKS, save_path=str(place)), peers, 2)
+        _run(make_trainer(weighting, "HPS", TASKS, save_path=str(place), **options), peers, 2)
 
 
 def _train_on(folder: str) -> list[Any]:
     peers = find_peers()
     found = []
-    for weighting in RESUMED:
-        resumed = make_trainer(weighting, "HPS", TASKS, resume=f"{folder}/{weighting}/last.pt")
+    for name, (weighting, options) in RESUMED.items():
+        resumed = make_trainer(weighting, "HPS", TASKS, resume=f"{folder}/{name}/last.pt", **options)
         found.append(flat(_run(resumed, peers, 4).model.parameters()))
     return found
 
@@ -152,14 +167,17 @@ def test_one_process_goes_on_where_two_stopped_and_two_where_one_did(tmp_path: P
     torch.set_default_dtype(torch.float64)
     try:
         wanted = []
-        for weighting in RESUMED:
-            (one / weighting).mkdir()
-            _run(make_trainer(weighting, "HPS", TASKS, save_path=str(one / weighting)), None, 2)
-            wanted.append(flat(_run(make_trainer(weighting, "HPS", TASKS), None, 4).model.parameters()))
+        for name, (weighting, options) in RESUMED.items():
+            (one / name).mkdir()
+            _run(make_trainer(weighting, "HPS", TASKS, save_path=str(one / name), **options), None, 2)
+            wanted.append(flat(_run(make_trainer(weighting, "HPS", TASKS, **options), None, 4).model.parameters()))
         in_processes(2, two, _train_half, str(two))
         resumed = [_train_on(str(two)), *in_processes(2, one, _train_on, str(one))]
     finally:
         torch.set_default_dtype(torch.float32)
+    for name in RESUMED:
+        alone, shared = (torch.load(folder / name / "best.pt") for folder in (one, two))
+        assert {key: value.shape for key, value in alone.items()} == {key: v.shape for key, v in shared.items()}
     for found in resumed:
         for params, other in zip(found, wanted, strict=True):
             assert (params - other).norm() <= 1e-9 * other.norm()
