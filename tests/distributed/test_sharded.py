@@ -50,7 +50,7 @@ def _float64() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def several(tmp_path_factory: pytest.TempPathFactory) -> Mapping[tuple[int, str], list[Any]]:
     """What each of two and of four processes has after each case."""
-    found = {}
+    found: dict[tuple[int, str], list[Any]] = {}
     for size, cases in ((2, CASES), (4, OF_FOUR)):
         ranks = in_processes(size, tmp_path_factory.mktemp(str(size)), train_all, cases)
         found |= {(size, case.name): [rank[index] for rank in ranks] for index, case in enumerate(cases)}
