@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import importlib
 import statistics
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ import torch
 from fastmtl.benchmarks.machine import facts
 from fastmtl.benchmarks.runner import time_in_turn
 from fastmtl.benchmarks.step import peak_bytes
+from fastmtl.benchmarks.tables import write_rows
 from fastmtl.benchmarks.work import Contender, Work
 from torch import Tensor
 
@@ -99,11 +99,7 @@ def run_autojac(
             print(_line(row), flush=True)
             rows.append(row | {"net": net, "aggregator": aggregator, "batch": batch, "size": size} | known)
     if csv_path is not None:
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        with csv_path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(rows, csv_path)
     return rows
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from fastmtl.benchmarks.machine import Probes, cold_seconds, facts, probes, wait_for
 from fastmtl.benchmarks.registry import BENCHES, Case, cases_of
+from fastmtl.benchmarks.tables import plot_kernels, write_rows
 
 from fastmtl.errors import UsageError
 from fastmtl.names import resolve_name
@@ -141,6 +141,7 @@ def run_kernels(
     ops: Sequence[str] | None = None,
     device: torch.device | str = "cpu",
     csv_path: Path | None = None,
+    plot_path: Path | None = None,
     quick: bool = False,
 ) -> list[Row]:
     """Benchmark ops and return one row per op, case and variant; print them as they come.
@@ -152,6 +153,7 @@ def run_kernels(
         ops: Names of ops; all if None.
         device: Where to run.
         csv_path: File to write the rows to.
+        plot_path: File for a picture of them.
         quick: Few cases and little time.
 
     Raises:
@@ -163,16 +165,17 @@ def run_kernels(
     names = [resolve_name(name, {known: known for known in BENCHES}, "op") for name in ops or BENCHES]
     known_facts = facts(device)
     print("  ".join(f"{key} {value}" for key, value in known_facts.items()))
-    rows = []
-    for op in names:
-        for case in cases_of(op, device, quick):
-            for row in _rows_of(op, case, device, seconds=0.5 if quick else 1.0 if device.type == "cuda" else 6.0):
-                print(_line(row), flush=True)
-                rows.append(row | known_facts)
-    if csv_path is not None:
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        with csv_path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(rows)
+    rows: list[Row] = []
+    try:
+        for op in names:
+            for case in cases_of(op, device, quick):
+                for row in _rows_of(op, case, device, seconds=0.5 if quick else 1.0 if device.type == "cuda" else 6.0):
+                    print(_line(row), flush=True)
+                    rows.append(row | known_facts)
+    finally:
+        # What was measured before an interruption is not lost.
+        if csv_path is not None and rows:
+            write_rows(rows, csv_path)
+    if plot_path is not None:
+        plot_kernels(rows, plot_path)
     return rows

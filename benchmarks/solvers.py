@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -14,6 +13,7 @@ import torch
 from fastmtl.benchmarks.machine import facts
 from fastmtl.benchmarks.peers import libmtl_solvers, torchjd_solvers
 from fastmtl.benchmarks.runner import time_in_turn
+from fastmtl.benchmarks.tables import write_rows
 from torch import Tensor
 
 from fastmtl import ops
@@ -108,11 +108,7 @@ def run_solvers(libmtl: Path | None = None, csv_path: Path | None = None, second
                 print(_line(row), flush=True)
                 rows.append(row | known)
     if csv_path is not None:
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        with csv_path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(rows, csv_path)
     return rows
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import csv
+import copy
 import io
 import os
 import statistics
@@ -16,6 +16,7 @@ import torch
 from fastmtl.benchmarks.machine import facts, probes, wait_for
 from fastmtl.benchmarks.peers import libmtl_can, libmtl_step, torchjd_can, torchjd_step
 from fastmtl.benchmarks.runner import time_in_turn
+from fastmtl.benchmarks.tables import write_rows
 from fastmtl.benchmarks.work import Contender, Work
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -66,6 +67,14 @@ def _trainer_step(work: Work, weighting: str, precision: str, compile: bool) -> 
         if len(buffer) == _LOG_EVERY:
             buffer.flush(0, done)
 
+    # What is timed is the way the trainer settles on, from the same start as everybody's.
+    states = trainer.model.state_dict(), trainer.optimizer.state_dict()
+    start = None if trainer.step.trial is None else copy.deepcopy(states)
+    while trainer.step.trial is not None:
+        step()
+    if start is not None:
+        trainer.model.load_state_dict(start[0])
+        trainer.optimizer.load_state_dict(start[1])
     return Contender(run=step, shared=trainer.step.problem.shared_params)
 
 
@@ -192,7 +201,7 @@ def run_step(
     finally:
         # What was measured before an interruption is not lost.
         if csv_path is not None and rows:
-            _write(rows, csv_path)
+            write_rows(rows, csv_path)
     if plot_path is not None:
         _plot(rows, plot_path)
     return rows
@@ -209,14 +218,6 @@ def _peer_steps(work: Work, name: str, peers: Sequence[str], libmtl: Path | None
         if peer not in map(str.lower, found):
             print(f"{name:11} T={work.count:<3} {peer} has no such step on {work.arch} and is left out")
     return found
-
-
-def _write(rows: Sequence[Row], path: Path) -> None:
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def _compare(name: str, work: Work, make: dict[str, Callable[[], Contender]], seconds: float) -> list[Row]:

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <type_traits>
 #include <vector>
@@ -66,6 +67,7 @@ struct RowsJob {
   std::vector<Target> targets{};
   std::vector<Segment> segments{};
   int64_t chunk = 0;
+  bool streams = false;  // Whether results go past the caches.
 };
 
 }  // namespace
@@ -79,6 +81,8 @@ namespace {
 
 constexpr int64_t kMinSliceElements = 32768;
 constexpr int64_t kCacheFloats = 131072;
+// Results of so many elements are written past the caches.
+constexpr int64_t kStreamedElements = int64_t{2} << 20;
 constexpr int64_t kLineFeatures = 64;
 // Few enough that a chunk of some rows and what is summed beside it stay in the first-level cache.
 constexpr int64_t kRowsChunk = 512;
@@ -187,6 +191,7 @@ std::vector<Tensor> graddrop_rows(const TensorList& flat, int64_t num_rows, cons
     job.noises.back().given = static_cast<const double*>(kept.back().const_data_ptr());
   }
   job.chunk = kRowsChunk;
+  job.streams = next >= kStreamedElements;
   const std::vector<Slice> slices = cut(job.segments, kMinSliceElements / num_rows);
   run_parallel(static_cast<int64_t>(slices.size()),
                [&](int64_t s) { FASTMTL_DISPATCH(graddrop_rows_slice, job, slices[s]); });

@@ -116,7 +116,7 @@ class _Balance:
     def __call__(self, scale: Tensor | None) -> Tensor | None:
         """Write the gradients of the losses times ``scale``."""
         from fastmtl.autojac.fields import add_grads, check_writable
-        from fastmtl.autojac.vjp import jacobians
+        from fastmtl.vjp import jacobians
 
         shared, own = self._parameters()
         check_writable([*shared, *own], ".grad")
@@ -126,7 +126,7 @@ class _Balance:
             return self.aggregator.write(found, shared)
 
     def _parameters(self) -> tuple[list[Tensor], list[Tensor]]:
-        from fastmtl.autojac.graph import leaf_tensors
+        from fastmtl.graph import leaf_tensors
 
         reached = [leaf_tensors([loss], "losses") for loss in self.losses]
         count = Counter(leaf for leaves in reached for leaf in leaves)

@@ -69,3 +69,8 @@ def test_the_trainer_is_reached_from_the_package() -> None:
 def test_the_probe_sees_heavy_imports() -> None:
     facts = probe("import matplotlib, torch._dynamo")
     assert {"matplotlib", "torch._dynamo"} <= set(loaded(facts, HEAVY))
+
+
+def test_the_trainer_leaves_autojac_and_its_setting_alone() -> None:
+    """Importing autojac turns torch's donated buffers off for the whole process."""
+    assert loaded(probe("import fastmtl.trainer"), ("fastmtl.autojac",)) == []

@@ -96,9 +96,9 @@ def _rows(tasks: int, device: torch.device) -> Case:
 
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     """Yield representations of a ResNet's last stages, then rows."""
-    for tasks in (3,) if quick else (2, 3, 8, 16):
+    for tasks in (3,) if quick else (2, 3, 8, 16, 40):
         yield _reps(tasks, 64, (512, 7, 7), device)
     if not quick:
         yield _reps(3, 128, (512,), device)
-    for tasks in (3,) if quick else (3, 8):
+    for tasks in (3,) if quick else (2, 3, 8, 16, 40):
         yield _rows(tasks, device)

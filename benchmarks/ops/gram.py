@@ -47,7 +47,7 @@ def _case(num_rows: int, device: torch.device, dtype: torch.dtype) -> Case:
 
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     """Yield the cases."""
-    for num_rows in (3,) if quick else (2, 3, 8, 16):
+    for num_rows in (3,) if quick else (2, 3, 8, 16, 40):
         yield _case(num_rows, device, torch.float32)
     if not quick:
         yield _case(3, device, torch.bfloat16)

@@ -10,10 +10,10 @@ once per task.
 from __future__ import annotations
 
 from fastmtl.autojac.backward import backward
-from fastmtl.autojac.compiled import allow_repeated_backwards
 from fastmtl.autojac.jac import jac
 from fastmtl.autojac.jac_to_grad import jac_to_grad
 from fastmtl.autojac.mtl_backward import mtl_backward
+from fastmtl.repeated import allow_repeated_backwards
 
 __all__ = ["backward", "jac", "jac_to_grad", "mtl_backward"]
 

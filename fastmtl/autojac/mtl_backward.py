@@ -10,11 +10,11 @@ from torch import Tensor
 
 from fastmtl.autojac.checks import as_list, check_chunk, check_lengths, check_outputs, check_shapes, unique
 from fastmtl.autojac.fields import add_grads, add_jacobians, check_writable
-from fastmtl.autojac.graph import leaf_tensors
 from fastmtl.autojac.jac import chunk_for
 from fastmtl.autojac.jac_to_grad import jac_to_grad
-from fastmtl.autojac.vjp import Cotangents, batched_jacobians, jacobians, vjp
 from fastmtl.errors import UsageError
+from fastmtl.graph import leaf_tensors
+from fastmtl.vjp import Cotangents, batched_jacobians, jacobians, vjp
 
 if TYPE_CHECKING:
     from fastmtl.aggregation import Aggregator

@@ -180,13 +180,14 @@ def _bench_kernels(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")] = "cpu",
     csv: Annotated[Path | None, typer.Option(help="File to write the rows to.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture to draw of them.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few cases and little time.")] = False,
     threads: Annotated[int | None, typer.Option(help="CPU threads; PyTorch's choice if not given.")] = None,
 ) -> None:
     """Time each operator against its baselines and the memory bandwidth; a wrong result gets no time."""
     from fastmtl.cli.listing import bench_kernels
 
-    bench_kernels(op, device=device, csv_path=csv, quick=quick, threads=threads)
+    bench_kernels(op, device=device, csv_path=csv, plot_path=plot, quick=quick, threads=threads)
 
 
 @_bench.command("solvers", cls=Command)

@@ -87,6 +87,7 @@ def build_trainer(
         device=config.device,
         compile="auto" if config.compile == "auto" else bool(config.compile),
         cuda_graph=config.cuda_graph,
+        vjps=config.vjps,
         logger=logger,
         resume=None if resume is None else str(resume),
         log_every=config.log_every,

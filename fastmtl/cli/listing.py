@@ -102,7 +102,13 @@ def doctor(*, as_json: bool) -> None:
 
 
 def bench_kernels(
-    ops: Sequence[str] | None, *, device: str, csv_path: Path | None, quick: bool, threads: int | None
+    ops: Sequence[str] | None,
+    *,
+    device: str,
+    csv_path: Path | None,
+    plot_path: Path | None,
+    quick: bool,
+    threads: int | None,
 ) -> None:
     """Run the operator benchmarks; exit code 1 if a kernel of ours is wrong.
 
@@ -116,7 +122,7 @@ def bench_kernels(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    rows = run_kernels(ops, device, csv_path, quick)
+    rows = run_kernels(ops, device, csv_path, plot_path, quick)
     if any(row["variant"] == "fastmtl" and row["error"] > row["allowed_error"] for row in rows):
         raise typer.Exit(1)
 

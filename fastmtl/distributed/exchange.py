@@ -32,7 +32,12 @@ class Exchange:
         own: The task-specific parameters.
         exact: Weights from the Gram matrix of the whole batch's gradients; otherwise from the mean over the processes
             of the Gram matrices of their own parts, so that no row leaves its process.
+
+    Attributes:
+        stream: What takes the place of the VJPs of shared parameters; see :class:`fastmtl.trainer.routes.Route`.
     """
+
+    stream: Callable[..., tuple[Row, Row]] | None = None
 
     def __init__(
         self, peers: Peers, shared: Sequence[nn.Parameter], own: Sequence[nn.Parameter], exact: bool = True

@@ -225,7 +225,8 @@ def graddrop(
     contiguous tensors, gets number i of the Philox4x32-10 stream (seed, offset), the same on every backend.
 
     Args:
-        reps: T representations (B_t, ...) with the same features, or one that all tasks share.
+        reps: T representations (B_t, ...) with the same features, or one that all tasks share; on CUDA T is at most
+            128.
         grads: T gradients of them, of any float dtype.
         leak: Share of the dropped gradients that flows on.
         random: (2,) int64 seed and offset on the device of ``grads``; add 1 to the offset for the next numbers.

@@ -16,7 +16,7 @@ from fastmtl.errors import UsageError
 from fastmtl.hyper import Hyper, fill_hyper
 from fastmtl.names import resolve_name
 from fastmtl.trainer.optimizer import OPTIMIZERS, SCHEDULERS
-from fastmtl.trainer.options import GRAMS, SHARDS
+from fastmtl.trainer.options import GRAMS, SHARDS, VJPS
 from fastmtl.trainer.precision import PRECISIONS
 from fastmtl.weighting import WEIGHTINGS
 
@@ -111,6 +111,13 @@ class TrainConfig:
     channels_last: bool = _setting(False, "Machine", "Keep images in channels-last memory format.")
     compile: bool | str = _setting(False, "Machine", "Compile the step; auto tries both and keeps the faster.")
     cuda_graph: bool = _setting(False, "Machine", "Capture the step as a CUDA graph, where that can be.")
+    vjps: str = _setting(
+        "auto",
+        "Machine",
+        "How the tasks' gradients go through the shared network: one after the other, batched, or as far as the Gram "
+        "matrix needs them; auto tries all from 8 tasks on and keeps the fastest.",
+        VJPS,
+    )
     workers: int | None = _setting(None, "Machine", "Processes that load training data; none where data are in memory.")
     threads: int | None = _setting(None, "Machine", "CPU threads; PyTorch's choice if not given.")
 

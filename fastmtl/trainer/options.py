@@ -11,10 +11,11 @@ from fastmtl.names import resolve_name
 from fastmtl.trainer.precision import PRECISIONS
 from fastmtl.weighting import AbsWeighting
 
-__all__ = ["GRAMS", "SHARDS", "StepOptions", "check_distributed", "check_options"]
+__all__ = ["GRAMS", "SHARDS", "VJPS", "StepOptions", "check_distributed", "check_options"]
 
 GRAMS = ("exact", "local")
 SHARDS = ("none", "fsdp")
+VJPS = ("auto", "sequential", "batched", "compressed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +25,9 @@ class StepOptions:
     Attributes:
         compile: Compile the forward and backward passes; ``"auto"`` finds out whether to.
         cuda_graph: Capture the step as a CUDA graph and replay it, where that can be.
+        vjps: How the tasks' gradients go through the shared network: ``"sequential"``, one after the other;
+            ``"batched"``, together; ``"compressed"``, as far as their Gram matrix needs them; ``"auto"`` measures from
+            8 tasks on.
         precision: ``"fp32"``; or ``"bf16"``, ``"fp16"``: autocast, the latter with a loss scale.
         accumulate: Batches of a step.
         clip_grad_norm: Greatest norm of all gradients together; None for no limit.
@@ -38,6 +42,7 @@ class StepOptions:
 
     compile: bool | Literal["auto"] = False
     cuda_graph: bool = False
+    vjps: str = "auto"
     precision: str = "fp32"
     accumulate: int = 1
     clip_grad_norm: float | None = None
@@ -74,6 +79,7 @@ def check_options(model: Any, weighting: str, hyper: Mapping[str, Any], options:
     _check_accumulation(model, weighting, options, legacy)
     options = replace(options, gram=resolve_name(options.gram, {name: name for name in GRAMS}, "gram"))
     options = replace(options, shard=resolve_name(options.shard, {name: name for name in SHARDS}, "shard"))
+    options = replace(options, vjps=resolve_name(options.vjps, {name: name for name in VJPS}, "vjps"))
     return replace(options, tasks_per_step=_sampled(model, weighting, options, legacy))
 
 

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from fastmtl.autojac.compiled import allow_repeated_backwards
+from fastmtl.repeated import allow_repeated_backwards
 from fastmtl.trainer.problem import Problem
 
-__all__ = ["CompileReport", "Regions", "measure_compiled"]
+__all__ = ["CompileReport", "Regions", "is_compiled", "measure_compiled"]
 
 _NAMES = ("trunk", "heads", "reps", "decode", "whole", "single", "single_rep", "single_decode")
 
@@ -113,6 +114,14 @@ def _configure_backwards() -> None:
     # Backward graphs are compiled with the forward ones, so that progress is told where time is spent.
     if hasattr(functorch_config, "force_non_lazy_backward_lowering"):
         functorch_config.force_non_lazy_backward_lowering = True
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Return whether a part of a network was compiled by ``torch.compile(module)`` or ``module.compile()``."""
+    return any(
+        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
 
 
 def _allow_a_graph_per_task(tasks: int) -> None:

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl.autojac.vjp import vjp
 from fastmtl.errors import UsageError
 from fastmtl.trainer.own import OwnGradients, find_owners, summed
 from fastmtl.trainer.problem import Features, Problem
 from fastmtl.trainer.profiling import part
 from fastmtl.trainer.regions import Regions
+from fastmtl.vjp import vjp
 
-__all__ = ["Pass", "RepPass", "Route", "choose_route", "forward"]
+__all__ = ["Pass", "RepPass", "Route", "RowsPass", "SplitRoute", "choose_route", "forward", "weighted"]
 
 Rows = list[list[Tensor | None]]
 
@@ -249,16 +249,21 @@ class SplitRoute(Route):
     def __call__(self, inputs: Any, labels: Any) -> Pass:
         """Run the forward pass and all VJPs."""
         features, losses, preds, cotangents, own = self._heads(inputs, labels)
-        rows = []
         with part("VJPs"):
-            for t, cotangent in enumerate(cotangents):
-                rows.append(self.row(features, cotangent, [], retain=t + 1 < len(cotangents))[0])
+            rows = self.rows_of(features, cotangents)
         return RowsPass(self, losses, preds, rows, own)
+
+    def rows_of(self, features: Features, cotangents: Rows) -> Rows:
+        """Return the VJPs through the trunk, one row per cotangent."""
+        rows = []
+        for t, cotangent in enumerate(cotangents):
+            rows.append(self.row(features, cotangent, [], retain=t + 1 < len(cotangents))[0])
+        return rows
 
     def frozen(self, inputs: Any, labels: Any, shared: Tensor, heads: Tensor | None) -> Pass:
         """Send the weighted sum of the tasks' cotangents through the trunk, once."""
         features, losses, preds, cotangents, own = self._heads(inputs, labels)
-        total = [_weighted(shared, column) for column in zip(*cotangents, strict=True)]
+        total = [weighted(shared, column) for column in zip(*cotangents, strict=True)]
         with part("VJPs"):
             rows = [vjp(features, total, self.problem.shared_params, retain=False)]
         done = RowsPass(self, losses, preds, rows, own)
@@ -478,7 +483,7 @@ def _forward(problem: Problem, regions: Regions, inputs: Any, labels: Any) -> tu
     return losses, preds
 
 
-def _weighted(weights: Tensor, grads: Sequence[Tensor | None]) -> Tensor | None:
+def weighted(weights: Tensor, grads: Sequence[Tensor | None]) -> Tensor | None:
     """Return ``sum_t w_t grad_t``."""
     terms = [weight.to(grad.dtype) * grad for weight, grad in zip(weights, grads, strict=True) if grad is not None]
     return torch.stack(terms).sum(0) if terms else None

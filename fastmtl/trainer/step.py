@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from fastmtl import ops
 from fastmtl.distributed import Peers
 from fastmtl.distributed.exchange import Exchange
 from fastmtl.errors import UsageError
+from fastmtl.trainer.balancer import Balancer
 from fastmtl.trainer.batches import joined
+from fastmtl.trainer.candidates import routes_to_try
 from fastmtl.trainer.capture import CudaGraph, StepCapture, reason_against
 from fastmtl.trainer.guard import FiniteGuard
 from fastmtl.trainer.lookahead import LookAhead
@@ -26,9 +26,8 @@ from fastmtl.trainer.precision import LossScaler
 from fastmtl.trainer.problem import Problem
 from fastmtl.trainer.profiling import part
 from fastmtl.trainer.records import StepBuffer, StepSignals
-from fastmtl.trainer.regions import Regions
-from fastmtl.trainer.routes import Pass, RepPass, choose_route, forward
-from fastmtl.trainer.sampling import OWN, TaskSampler, keeping, narrowed, only, spread, write_back
+from fastmtl.trainer.routes import Pass, forward
+from fastmtl.trainer.sampling import OWN, TaskSampler, keeping, only, spread
 from fastmtl.trainer.trial import Trial
 from fastmtl.weighting import AbsWeighting, Weights
 
@@ -85,14 +84,6 @@ class TrainingStep:
         # Batches that a step takes: the strategy's samples, or what is accumulated.
         self.batches: int = options.accumulate if self.legacy else max(rule.samples, options.accumulate)
         self.sampler = TaskSampler(len(problem.tasks), options.tasks_per_step) if options.tasks_per_step else None
-        self._average: tuple[Tensor, Tensor | None] | None = None
-        self._since_solved = 0
-        self._held: Weights | None = None
-        needs_gradients = rule.needs not in ("losses", "lookahead")
-        routes = [
-            choose_route(problem, Regions(problem, compiled, on_compile), needs_gradients, rule.weighs_heads)
-            for compiled in ((False, True) if options.compile == "auto" else (bool(options.compile),))
-        ]
         self.exchange: Exchange | None = None
         if peers is not None:
             # Rows of representations are small: they are summed as they are.
@@ -103,11 +94,13 @@ class TrainingStep:
                 from fastmtl.distributed.sharded_exchange import ShardedExchange
 
                 self.exchange = ShardedExchange(sharded, problem.shared_params, problem.own_params, exact)
-                routes[0].stream = self.exchange.stream if exact else None
             self.exchange.cut_states(rule)
-        self._sends = self.exchange is not None and self.exchange.exact
+        self.balancer = Balancer(rule, hyper, options, self.scaler, self.exchange)
+        routes = routes_to_try(problem, hyper, options, on_compile, alone=peers is None)
         self.trial = Trial(routes, on_compile) if len(routes) > 1 else None
-        self.route = routes[0]
+        self.route = next(iter(routes.values()))
+        if self.exchange is not None and self.exchange.exact:
+            self.route.stream = self.exchange.stream
         self.capture: StepCapture | None = None
         if options.cuda_graph:
             device = guard.found_inf.device
@@ -118,6 +111,10 @@ class TrainingStep:
                 on_compile(f"cuda_graph: the step runs eagerly, as {reason}")
 
     @property
+    def _rule_name(self) -> str:
+        return type(self.model).__bases__[1].__name__
+
+    @property
     def compiled(self) -> bool:
         """Whether the route is compiled."""
         return self.route.regions.compiled
@@ -125,7 +122,7 @@ class TrainingStep:
     @property
     def spread(self) -> bool:
         """Whether each process keeps a part of what the strategy remembers."""
-        return self._sends and bool(self.model.row_states)
+        return self.balancer.sends and bool(self.model.row_states)
 
     def __call__(
         self, batches: Sequence[tuple[Any, Any]], buffer: StepBuffer, present: Sequence[int] | None = None
@@ -180,8 +177,7 @@ class TrainingStep:
             return drawn
         if self.legacy:
             raise UsageError(
-                f"A batch has no labels for some tasks, but {type(self.model).__bases__[1].__name__} is written for all "
-                "tasks in every batch."
+                f"A batch has no labels for some tasks, but {self._rule_name} is written for all tasks in every batch."
             )
         return [task for task in present if drawn is None or task in drawn]
 
@@ -239,7 +235,7 @@ class TrainingStep:
             self.guard.watch(nothing, None, None)
             self._note(buffer, nothing / 0, None, None)
             return {}, {}
-        with self._narrowed(tasks), only(self.problem, tasks):
+        with self.balancer.narrowed(tasks), only(self.problem, tasks):
             losses, preds, weights, gram = self._gradients(batches)
         scale = getattr(self.model, OWN, None)
         watched = [None if each is None else spread(each, tasks, count, 0.0) for each in (losses, gram, weights)]
@@ -253,30 +249,6 @@ class TrainingStep:
         assert seen[0] is not None
         self._note(buffer, seen[0], seen[1], seen[2])
         return dict(zip([names[task] for task in tasks], losses, strict=True)), preds
-
-    @contextmanager
-    def _narrowed(self, tasks: list[int]) -> Iterator[None]:
-        """Let what is held between steps be of some tasks; a solve of those alone is not held for steps of all."""
-        held, average, since = self._held, self._average, self._since_solved
-        if held is not None:
-            shared, heads = narrowed(held.shared, tasks), narrowed(held.heads, tasks)
-            assert shared is not None
-            self._held = replace(held, shared=shared, heads=heads)
-        if average is not None:
-            shared, heads = (narrowed(each, tasks) for each in average)
-            assert shared is not None
-            self._average = shared, heads
-        solves = held is None or since >= self.options.update_weights_every
-        try:
-            yield
-        finally:
-            part, self._held, self._average = self._average, held, average
-            if solves:
-                self._since_solved = since
-            if average is not None and part is not None:
-                for whole, some in zip(average, part, strict=True):
-                    if whole is not None and some is not None:
-                        write_back(whole, some, tasks)
 
     def _look_back(self, batches: Sequence[tuple[Any, Any]]) -> None:
         if not self.model.looks_back or self.legacy:
@@ -308,18 +280,13 @@ class TrainingStep:
         return done
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs of the weights held between two solves."""
-        held = self._held
-        kept = None if held is None else {"shared": held.shared, "heads": held.heads, "max_norm": held.max_norm}
-        left = [] if self.sampler is None else self.sampler.left
-        state = {"since_solved": self._since_solved, "held": kept, "average": self._average, "tasks_left": left}
+        """Return what a resumed run needs."""
+        state = self.balancer.state_dict() | {"tasks_left": [] if self.sampler is None else self.sampler.left}
         return state if self.scaler is None else state | {"scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
-        self._since_solved = state["since_solved"]
-        self._held = None if state["held"] is None else Weights(**state["held"])
-        self._average = state["average"]
+        self.balancer.load_state_dict(state)
         if self.sampler is not None:
             self.sampler.left = list(state["tasks_left"])
         if self.scaler is not None and "scaler" in state:
@@ -328,15 +295,15 @@ class TrainingStep:
     def _differentiate(
         self, batches: Sequence[tuple[Any, Any]]
     ) -> tuple[Tensor, dict[str, Any], Tensor | None, Tensor | None]:
-        if self._held is not None and self._since_solved < self.options.update_weights_every:
-            self._since_solved += 1
-            return *self._frozen(batches, self._held), self._held.shared, None
+        held = self.balancer.weights_in_force()
+        if held is not None:
+            return *self._frozen(batches, held), held.shared, None
         if self.model.needs == "lookahead":
             return self._look_ahead(batches)
         if self.model.needs == "losses" and len(batches) > 1:
             return self._accumulate_losses(batches)
-        if self.exchange is not None and self._sends:
-            # Rows that will be added up are sent when they are, see _rows.
+        if self.exchange is not None and self.balancer.sends:
+            # Rows that will be added up are sent when they are, see Balancer.
             self.route.send = self.exchange.send if len(batches) == 1 or self.model.samples > 1 else None
         passes = [self._pass(batches[0])]
         all_losses, preds = [passes[0].losses], [passes[0].preds]
@@ -349,19 +316,10 @@ class TrainingStep:
             else:
                 passes[0].absorb(each)
         losses = torch.stack(all_losses)
-        weights, gram = self._weigh(passes, losses if self.model.samples > 1 else losses.mean(0))
-        if weights is not None:
-            self._write_own(weights)
-            if self.options.update_weights_every > 1:
-                self._held, self._since_solved = weights, 1
+        shown = losses if self.model.samples > 1 else losses.mean(0)
+        weights, gram = self.balancer.solve(passes, shown, self.route.send is not None)
         logged = None if weights is None else weights.reported
         return losses.mean(0), preds[-1] if self.model.samples > 1 else joined(preds), logged, gram
-
-    def _write_own(self, weights: Weights) -> None:
-        """Write the gradients of the strategy's own parameters."""
-        for param, grad in weights.own_grads.items():
-            factor = None if self.scaler is None else self.scaler.scale
-            self.model.get_parameter(param).grad = grad if factor is None else grad * factor
 
     def _frozen(self, batches: Sequence[tuple[Any, Any]], held: Weights) -> tuple[Tensor, dict[str, Any]]:
         """Fill all ``.grad`` with weights known beforehand."""
@@ -406,14 +364,14 @@ class TrainingStep:
                 if self.exchange is not None:
                     self.exchange.agree(weights)
                 if self.options.weight_momentum:
-                    self._smooth(weights)
+                    self.balancer.smooth(weights)
             done.write_shared(weights.shared)
             losses.append(done.losses)
             preds.append(done.preds)
         assert weights is not None
         if self.exchange is not None:
             self.exchange.reduce()
-        self._write_own(weights)
+        self.balancer.write_own(weights)
         return torch.stack(losses).mean(0), joined(preds), weights.reported, None
 
     def _look_ahead(self, batches: Sequence[tuple[Any, Any]]) -> tuple[Tensor, dict[str, Any], Tensor | None, None]:
@@ -426,93 +384,10 @@ class TrainingStep:
                 param.grad = grad
             return *ahead.seen(), weights.logged, None
         if self.options.weight_momentum:
-            self._smooth(weights)
+            self.balancer.smooth(weights)
         done = self.route(*batches[-1])
         done.write_shared(weights.shared)
         return done.losses, done.preds, weights.shared, None
-
-    def _weigh(self, passes: Sequence[Pass], losses: Tensor) -> tuple[Weights | None, Tensor | None]:
-        """Let the strategy decide and fill all ``.grad``; return the weights and a (T, T) Gram matrix for the log."""
-        model, done = self.model, passes[-1]
-        scale = None if self.scaler is None else self.scaler.scale
-        if isinstance(done, RepPass) and model.needs == "reps":
-            done.write_heads(None)
-            # Masks depend on signs and shares only: the scale of the gradients does not matter.
-            mask = partial(model.mask_reps, **self.hyper)
-            with part("solver"):
-                if self.exchange is None:
-                    masked = mask(losses, done.reps, done.grads)
-                else:
-                    masked = self.exchange.mask(mask, losses, done.reps, done.grads)
-            done.send(masked)
-            if self.exchange is not None:
-                self.exchange.reduce()
-            return None, None
-        rows = self._rows(passes)
-        gram, groups = None, None
-        if model.needs == "rows":
-            given = rows if scale is None else _divided(rows, scale)
-            with part("solver"):
-                weights = model.weigh_rows(losses, given, **self.hyper)
-            gram = weights.gram
-            if scale is not None:
-                weights.rows, weights.shared = weights.rows or given, weights.shared * scale
-        elif model.needs == "gram":
-            groups = model.groups(**self.hyper)
-            with part("gram"):
-                if self.exchange is None or isinstance(done, RepPass):
-                    gram = ops.gram(rows, groups)
-                else:
-                    gram = self.exchange.gram(rows, groups)
-                if scale is not None:
-                    gram = gram / scale.to(gram.dtype) ** 2
-            with part("solver"):
-                weights = model.weigh(losses, gram, **self.hyper)
-            gram = gram.sum(0) if groups is not None else _mean_block(gram, len(passes))
-        else:
-            with part("solver"):
-                weights = model.weigh(losses, None, **self.hyper)
-        if self.exchange is not None:
-            self.exchange.agree(weights)
-        if self.options.weight_momentum:
-            self._smooth(weights)
-        heads = [None] * len(passes) if weights.heads is None else weights.heads.chunk(len(passes))
-        with part("combine"):
-            for each, own in zip(passes, heads, strict=True):
-                each.write_heads(own)
-        shared = weights.shared
-        if weights.max_norm is not None and gram is not None:
-            shared = shared * _cap(shared, gram, weights.max_norm)
-        if self.exchange is not None and self._sends:
-            self.exchange.write_shared(rows if weights.rows is None else weights.rows, shared, groups)
-            return weights, gram
-        done.write_shared(shared, rows if weights.rows is None else weights.rows, groups)
-        if self.exchange is not None:
-            self.exchange.reduce()
-        return weights, gram
-
-    def _rows(self, passes: Sequence[Pass]) -> list[list[Tensor | None]]:
-        """Return the rows of all passes; with several processes, this one's pieces of them."""
-        rows = [row for each in passes for row in each.rows or []]
-        if self.exchange is None or not rows:
-            return rows
-        if isinstance(passes[0], RepPass):
-            return self.exchange.whole_rows(rows)
-        if self._sends:
-            rows = rows if self.route.send is not None else [self.exchange.send(row) for row in rows]
-            self.exchange.wait()
-        return rows
-
-    def _smooth(self, weights: Weights) -> None:
-        """Put moving averages in the place of the weights."""
-        if self._average is None:
-            self._average = weights.shared, weights.heads
-        shared, heads = self._average
-        weights.shared = torch.lerp(weights.shared, shared, self.options.weight_momentum)
-        if weights.heads is not None and heads is not None:
-            weights.heads = torch.lerp(weights.heads, heads, self.options.weight_momentum)
-        weights.logged = None
-        self._average = weights.shared, weights.heads
 
     def _legacy(self, inputs: Any, labels: Any) -> tuple[Tensor, dict[str, Any], Tensor | None, None]:
         losses, preds = forward(self.problem, self.route.regions, inputs, labels)
@@ -521,25 +396,7 @@ class TrainingStep:
             weights = self.model.backward(stacked, **self.hyper)
         if self.warmth == 1 and self.model.rep_grad and all(p.grad is None for p in self.problem.shared_params):
             raise UsageError(
-                f"{type(self.model).__bases__[1].__name__} leaves the shared parameters without gradients if rep_grad is "
-                "True: its backward must send those of the representation on, as _backward_new_grads does."
+                f"{self._rule_name} leaves the shared parameters without gradients if rep_grad is True: its backward "
+                "must send those of the representation on, as _backward_new_grads does."
             )
         return stacked.detach(), preds, None if weights is None else torch.as_tensor(weights).to(stacked), None
-
-
-def _divided(rows: Sequence[Sequence[Tensor | None]], scale: Tensor) -> list[list[Tensor | None]]:
-    """Return rows that carry the loss scale without it."""
-    inverse = scale.reciprocal()
-    return [[None if grad is None else grad * inverse.to(grad.dtype) for grad in row] for row in rows]
-
-
-def _cap(weights: Tensor, gram: Tensor, max_norm: float) -> Tensor:
-    """Return the factor, at most 1, that brings the norm of ``sum_t w_t g_t`` down to ``max_norm``."""
-    norm = (weights @ gram @ weights).clamp(min=0).sqrt()
-    return (max_norm / (norm + 1e-6)).clamp(max=1)
-
-
-def _mean_block(gram: Tensor, samples: int) -> Tensor:
-    """Return the mean of the samples' own (T, T) Gram matrices."""
-    size = len(gram) // samples
-    return torch.stack([gram[at : at + size, at : at + size] for at in range(0, len(gram), size)]).mean(0)

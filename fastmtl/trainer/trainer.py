@@ -14,7 +14,7 @@ from torch import nn
 
 from fastmtl.architecture import ARCHITECTURES, AbsArchitecture
 from fastmtl.distributed import join
-from fastmtl.errors import CheckpointError, UsageError
+from fastmtl.errors import UsageError
 from fastmtl.hyper import fill_hyper
 from fastmtl.names import resolve_name
 from fastmtl.trainer.batches import joined
@@ -41,6 +41,7 @@ from fastmtl.trainer.problem import Problem
 from fastmtl.trainer.profiling import StepProfiler, part
 from fastmtl.trainer.records import StepBuffer, StepSignals
 from fastmtl.trainer.regions import CompileReport, measure_compiled
+from fastmtl.trainer.resuming import BEGINNING, resume_run, run_state
 from fastmtl.trainer.step import TrainingStep
 from fastmtl.utils import count_parameters
 from fastmtl.weighting import WEIGHTINGS, AbsWeighting
@@ -49,8 +50,6 @@ if TYPE_CHECKING:
     from fastmtl.distributed.sharded import ShardedModel
 
 __all__ = ["Trainer"]
-
-_BEGINNING: Mapping[str, Any] = {"epoch": 0, "batch": 0, "train_losses": [], "loss_sums": {}}
 
 
 class Trainer(nn.Module):
@@ -76,6 +75,10 @@ class Trainer(nn.Module):
         compile: Compile the forward and backward passes with ``torch.compile``. ``"auto"`` trains the first steps
             both ways, keeps the faster and says which.
         cuda_graph: Capture the step as a CUDA graph and replay it; where that cannot be, it runs eagerly and says why.
+        vjps: How the tasks' gradients go through the shared network: ``"sequential"``, one after the other;
+            ``"batched"``, together, by torch's batching rules; ``"compressed"``, for linear layers only as far as the
+            Gram matrix needs them. Where a way cannot be gone, they come one after the other. ``"auto"`` is sequential
+            below 8 tasks; from there on it trains the first steps each way, keeps the fastest and says which.
         logger: A `Logger`, or several.
         resume: A ``last.pt`` to go on from.
         precision: ``"fp32"``; ``"bf16"`` or ``"fp16"`` compute the network in that dtype where it is safe (autocast),
@@ -129,6 +132,7 @@ class Trainer(nn.Module):
         device: str | torch.device | None = None,
         compile: bool | Literal["auto"] = False,
         cuda_graph: bool = False,
+        vjps: str = "auto",
         logger: Logger | Sequence[Logger] | None = None,
         resume: str | None = None,
         precision: str = "fp32",
@@ -150,7 +154,7 @@ class Trainer(nn.Module):
         self.peers = join()
         self.device = find_device(device, self.peers)
         self._leads = self.peers is None or self.peers.leads
-        self._sharded: ShardedModel | None = None
+        self.sharded: ShardedModel | None = None
         if tf32 is not None:
             set_tf32(tf32, self.device)
         self.task_dict = task_dict
@@ -176,6 +180,7 @@ class Trainer(nn.Module):
         options = StepOptions(
             compile=compile,
             cuda_graph=cuda_graph,
+            vjps=vjps,
             precision=precision,
             accumulate=accumulate,
             clip_grad_norm=clip_grad_norm,
@@ -193,23 +198,23 @@ class Trainer(nn.Module):
             if options.shard == "fsdp":
                 from fastmtl.distributed.sharded import ShardedModel
 
-                self._sharded = ShardedModel(self.model, self.peers, self._strategy_params)
+                self.sharded = ShardedModel(self.model, self.peers, self._strategy_params)
         self._prepare_optimizer(optim_param, scheduler_param)
         problem = Problem(self.model, self.meter.losses, self.process_preds, PRECISIONS[options.precision])
         self.step = TrainingStep(
-            problem, self.optimizer, self._guard, self.logger.on_compile, hyper, options, self.peers, self._sharded
+            problem, self.optimizer, self._guard, self.logger.on_compile, hyper, options, self.peers, self.sharded
         )
         self.compile_report: CompileReport | None = None
         self._profiler = None if profile is None else StepProfiler(Path(profile), self.device)
         self._generators: list[torch.Generator] = []
-        self._start = _BEGINNING
+        self._start = BEGINNING
         self._gathers = False
         if resume is not None:
-            self._resume(Path(resume))
+            self._start = resume_run(self, Path(resume))
         if self.peers is not None:
-            params = self.model.parameters() if self._sharded is None else self._sharded.kept
+            params = self.model.parameters() if self.sharded is None else self.sharded.kept
             self.peers.from_leader([*params, *self._common_buffers()])
-            spread = self.step.spread or self._sharded is not None
+            spread = self.step.spread or self.sharded is not None
             self._gathers = spread and bool(self.peers.gather(self.save_path is not None)[0])
             if not self._leads:
                 self.save_path = None
@@ -272,7 +277,7 @@ class Trainer(nn.Module):
         count_parameters(self.model)
 
     def _prepare_optimizer(self, optim_param: Mapping[str, Any], scheduler_param: Mapping[str, Any] | None) -> None:
-        params = self.model.parameters() if self._sharded is None else self._sharded.trained
+        params = self.model.parameters() if self.sharded is None else self.sharded.trained
         self.optimizer = make_optimizer(params, optim_param, self.device)
         self.scheduler = make_scheduler(self.optimizer, scheduler_param)
 
@@ -338,7 +343,7 @@ class Trainer(nn.Module):
         self.model.train_loss_buffer = np.zeros((self.task_num, epochs))
         self.logger.on_start(self._run_info(epochs, steps))
         # Where a checkpoint left off; a further call begins anew, from the parameters of now.
-        start, self._start = self._start, _BEGINNING
+        start, self._start = self._start, BEGINNING
         self._generators = generators(train_dataloaders, self.multi_input)
         if "rng" in start:
             set_rng_state(start["rng"], self._generators)
@@ -350,7 +355,7 @@ class Trainer(nn.Module):
                 for epoch in range(start["epoch"], epochs):
                     if start["batch"] < steps:
                         self._train_epoch(train_dataloaders, epoch, steps, start, interrupt)
-                    start = _BEGINNING
+                    start = BEGINNING
                     self._evaluate_epoch(val_dataloaders, test_dataloaders, epoch)
                     interrupt.check()
         finally:
@@ -532,18 +537,9 @@ class Trainer(nn.Module):
             return None
         return str(self.save_path / "last.pt")
 
-    def _model_state(self) -> dict[str, Any]:
-        """Return the model's ``state_dict``, in the first process with whole tensors; all processes must call it."""
-        state: dict[str, Any] = self.model.state_dict()
-        if self._sharded is not None:
-            state = self._sharded.whole_state(state)
-        if self.step.spread and self.step.exchange is not None:
-            state = self.step.exchange.whole_states(state, self.model.row_states)
-        return state
-
     def _save_best(self, epoch: int) -> None:
         remembered = self.model.remembered()
-        state = self.model.state_dict() if self._sharded is None else self._sharded.whole_state(self.model.state_dict())
+        state = self.model.state_dict() if self.sharded is None else self.sharded.whole_state(self.model.state_dict())
         if self.save_path is None:
             return
         best = self.save_path / "best.pt"
@@ -555,50 +551,12 @@ class Trainer(nn.Module):
         """Write everything that is needed to go on with batch ``batch`` of epoch ``epoch``."""
         if self.save_path is None and not self._gathers:
             return
-        model_state, optimizer_state = self._model_state(), self.optimizer.state_dict()
-        if self._sharded is not None:
-            optimizer_state = self._sharded.whole_optimizer(optimizer_state)
+        state = run_state(self)
         if self.save_path is None:
             return
         self._guard.check(self._last_checkpoint())
         path = self.save_path / "last.pt"
-        state = {
-            "model": model_state,
-            "step": self.step.state_dict(),
-            "optimizer": optimizer_state,
-            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
-            "base_result": self.meter.base_result,
-            "best_result": self.meter.best_result,
-            "train_losses": self.model.train_loss_buffer.tolist(),
-            "loss_sums": self.meter.loss_sums() if batch else {},
-            "epoch": epoch,
-            "batch": batch,
-            "rng": rng_state(self._generators),
-            "epoch_rng": epoch_rng,
-            "names": [self.weighting, self.architecture, self.task_name],
-        }
-        save_atomically(state, path)
+        place = {"epoch": epoch, "batch": batch, "rng": rng_state(self._generators), "epoch_rng": epoch_rng}
+        place["loss_sums"] = self.meter.loss_sums() if batch else {}
+        save_atomically(state | place, path)
         self.logger.on_checkpoint(path, "last")
-
-    def _resume(self, path: Path) -> None:
-        state = read_checkpoint(path, self.device)
-        if not isinstance(state, dict) or "names" not in state:
-            raise CheckpointError(f"{path} is not a last.pt: to start from the weights of a best.pt, use load_path.")
-        names = [self.weighting, self.architecture, self.task_name]
-        if list(state["names"]) != names:
-            raise CheckpointError(f"The checkpoint {path} is of {state['names']}, this run is of {names}.")
-        model_state = state["model"]
-        if self.step.spread and self.step.exchange is not None:
-            model_state = self.step.exchange.part_states(model_state, self.model.row_states)
-        optimizer_state = state["optimizer"]
-        if self._sharded is not None:
-            model_state = self._sharded.load_shards(model_state)
-            optimizer_state = self._sharded.part_optimizer(optimizer_state)
-        load_model_state(self.model, model_state, path)
-        self.step.load_state_dict(state["step"])
-        self.optimizer.load_state_dict(optimizer_state)
-        if self.scheduler is not None and state["scheduler"] is not None:
-            self.scheduler.load_state_dict(state["scheduler"])
-        self.meter.base_result = state["base_result"]
-        self.meter.best_result = state["best_result"]
-        self._start = {key: state[key] for key in (*_BEGINNING, "rng", "epoch_rng")}

@@ -1,9 +1,9 @@
-"""Eager or compiled: both are tried in the first steps of training, which are good steps either way."""
+"""Several routes to the same gradients: all are tried in the first steps of training, which are good steps anyhow."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -15,15 +15,16 @@ _WARM_UP, _TIMED = 2, 5
 
 
 class Trial:
-    """Hands out the routes in turn, times them, and settles on the faster.
+    """Hands out the routes in turn, times them, and settles on the fastest.
 
     Args:
-        routes: The eager and the compiled one.
+        routes: By name.
         on_compile: Told of the decision.
     """
 
-    def __init__(self, routes: Sequence[Route], on_compile: Callable[[str], None]) -> None:
-        self.routes = routes
+    def __init__(self, routes: Mapping[str, Route], on_compile: Callable[[str], None]) -> None:
+        self.names = list(routes)
+        self.routes = list(routes.values())
         self.on_compile = on_compile
         self.decided = False
         self._seconds: list[list[float]] = [[] for _ in routes]
@@ -45,7 +46,6 @@ class Trial:
         self.decided = True
         times = [sorted(seconds[_WARM_UP:])[_TIMED // 2] for seconds in self._seconds]
         best = min(range(len(times)), key=times.__getitem__)
-        names = ["compiled" if route.regions.compiled else "eager" for route in self.routes]
-        measured = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in zip(names, times, strict=True))
-        self.on_compile(f"a step takes {measured}: going on {names[best]}")
+        measured = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in zip(self.names, times, strict=True))
+        self.on_compile(f"a step takes {measured}: going on {self.names[best]}")
         return self.routes[best]

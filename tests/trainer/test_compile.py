@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -190,3 +191,42 @@ def test_many_tasks_with_inputs_of_their_own_stay_compiled() -> None:
     report = measure_compiled(lambda: trainer.step([(inputs, labels)], StepBuffer()), trainer.step.route.regions)
     assert (report.graph_breaks, report.recompiles) == (0, 0)
     assert trainer.step.route.regions.single.graphs == count
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("vjps", ["sequential", "batched", "compressed"])
+def test_a_network_compiled_before_gives_every_tasks_gradient(vjps: str, in_place: bool) -> None:
+    """It has run with the backward pass that torch compiles by itself, which runs once only."""
+    torch.compiler.reset()
+    config: Any = torch._functorch.config
+    with config.patch(donated_buffer=True):
+        compiled = nn.Sequential(nn.Linear(6, 64), nn.Tanh(), nn.Linear(64, 8), nn.Tanh())
+        plain = copy.deepcopy(compiled)
+        encoder: Any = compiled
+        if in_place:
+            compiled.compile()
+        else:
+            encoder = torch.compile(compiled)
+        encoder(torch.randn(8, 6)).sum().backward()
+        compiled.zero_grad()
+        want, got = make_trainer(encoder_class=lambda: plain), make_trainer(encoder_class=lambda: encoder, vjps=vjps)
+        batch = next(iter(loaders()))
+        for trainer in (want, got):
+            trainer.step._gradients([batch])
+    assert any(param.grad is not None for param in plain.parameters())
+    for a, b in zip(compiled.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_other_sizes_of_the_last_batch_compile_once_more_at_most() -> None:
+    torch.compiler.reset()
+    trainer = make_trainer(compile=True)
+    batches = {rows: next(iter(loaders(rows=rows, batch=rows))) for rows in (8, 5, 7, 3, 6)}
+    graphs = []
+    for rows in (8, 5, 8, 7, 3, 6):
+        trainer.step([batches[rows]], StepBuffer())
+        graphs.append((trainer.step.route.regions.trunk.graphs, trainer.step.route.regions.heads.graphs))
+    assert graphs[0] == (1, 1)
+    assert graphs[1] == graphs[-1] == (2, 2)

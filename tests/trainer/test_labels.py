@@ -153,10 +153,10 @@ def test_held_weights_are_those_of_the_present_tasks(option: dict[str, Any]) -> 
     trainer = make_trainer("MGDA", count=3, **option)
     batch = next(iter(loaders(3)))
     trainer.step([batch], StepBuffer())
-    kept = trainer.step._held.shared if "update_weights_every" in option else trainer.step._average[0]
+    kept = trainer.step.balancer.held.shared if "update_weights_every" in option else trainer.step.balancer.average[0]
     before = kept.clone()
     trainer.step([batch], StepBuffer(), [0, 2])
-    after = trainer.step._held.shared if "update_weights_every" in option else trainer.step._average[0]
+    after = trainer.step.balancer.held.shared if "update_weights_every" in option else trainer.step.balancer.average[0]
     assert after[1] == before[1]
     assert torch.equal(after, before) == ("update_weights_every" in option)
     trainer.step([batch], StepBuffer())

@@ -18,6 +18,10 @@
 namespace fastmtl {
 
 constexpr int kPhiloxRounds = 10;
+constexpr uint32_t kPhiloxMultiplier0 = 0xD2511F53;
+constexpr uint32_t kPhiloxMultiplier1 = 0xCD9E8D57;
+constexpr uint32_t kPhiloxKey0 = 0x9E3779B9;
+constexpr uint32_t kPhiloxKey1 = 0xBB67AE85;
 
 /// Replaces four counter words by four random words.
 FASTMTL_PHILOX void philox(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3, uint64_t seed) {
@@ -25,14 +29,14 @@ FASTMTL_PHILOX void philox(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c
   auto k1 = static_cast<uint32_t>(seed >> 32);
   FASTMTL_PHILOX_UNROLL
   for (int round = 0; round < kPhiloxRounds; ++round) {
-    const uint64_t p0 = uint64_t{0xD2511F53} * c0;
-    const uint64_t p1 = uint64_t{0xCD9E8D57} * c2;
+    const uint64_t p0 = uint64_t{kPhiloxMultiplier0} * c0;
+    const uint64_t p1 = uint64_t{kPhiloxMultiplier1} * c2;
     c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
     c1 = static_cast<uint32_t>(p1);
     c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
     c3 = static_cast<uint32_t>(p0);
-    k0 += 0x9E3779B9;
-    k1 += 0xBB67AE85;
+    k0 += kPhiloxKey0;
+    k1 += kPhiloxKey1;
   }
 }
 

@@ -33,6 +33,8 @@ inline int32_t torch_dtype(DType dtype) {
   }
 }
 
+inline int64_t bytes_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+
 inline DType dtype_of(const Tensor& tensor) {
   int32_t dtype = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));

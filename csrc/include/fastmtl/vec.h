@@ -22,6 +22,43 @@ using Vec = typename VecOf<Scalar>::type;
 template <class Scalar>
 constexpr int64_t kLanes = kVectorBytes / static_cast<int64_t>(sizeof(Scalar));
 
+// 64-bit lanes of unsigned integers.
+typedef uint64_t VecU64 __attribute__((vector_size(FASTMTL_VECTOR_BYTES)));
+constexpr int64_t kLanes64 = kVectorBytes / 8;
+
+// The products of the low 32 bits of each lane.
+inline VecU64 multiply_low(VecU64 a, VecU64 b) {
+#if FASTMTL_ISA_LEVEL == 2
+  return (VecU64)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+#elif FASTMTL_ISA_LEVEL == 1
+  return (VecU64)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#else
+  return (a & 0xFFFFFFFF) * (b & 0xFFFFFFFF);
+#endif
+}
+
+// a0, b0, a2, b2, ...
+inline VecU64 interleave_even(VecU64 a, VecU64 b) {
+#if FASTMTL_ISA_LEVEL == 2
+  return (VecU64)_mm512_unpacklo_epi64((__m512i)a, (__m512i)b);
+#elif FASTMTL_ISA_LEVEL == 1
+  return (VecU64)_mm256_unpacklo_epi64((__m256i)a, (__m256i)b);
+#else
+  return VecU64{a[0], b[0]};
+#endif
+}
+
+// a1, b1, a3, b3, ...
+inline VecU64 interleave_odd(VecU64 a, VecU64 b) {
+#if FASTMTL_ISA_LEVEL == 2
+  return (VecU64)_mm512_unpackhi_epi64((__m512i)a, (__m512i)b);
+#elif FASTMTL_ISA_LEVEL == 1
+  return (VecU64)_mm256_unpackhi_epi64((__m256i)a, (__m256i)b);
+#else
+  return VecU64{a[1], b[1]};
+#endif
+}
+
 // Loads kLanes<Acc> elements from any address, widened to Acc.
 template <class Acc, class Storage>
 inline Vec<Acc> load(const Storage* from) {

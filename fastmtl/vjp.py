@@ -3,40 +3,83 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from fastmtl.ops._rows import is_dense
 
-__all__ = ["Cotangents", "identity_rows", "jacobians", "vjp"]
+__all__ = ["Cotangents", "batched_jacobians", "batched_vjps", "identity_rows", "jacobians", "vjp"]
 
 Cotangents = Sequence[Tensor | None]
 
 
 def vjp(
-    outputs: Sequence[Tensor], cotangents: Cotangents, inputs: Sequence[Tensor], retain: bool
+    outputs: Sequence[Tensor], cotangents: Cotangents, inputs: Sequence[Tensor | GradientEdge], retain: bool
 ) -> list[Tensor | None]:
     """Return the gradients of ``sum <output, cotangent>``; None as the cotangent of a scalar loss is 1.
 
     An output that is no loss and has no cotangent takes no part; an input that requires no gradient has none.
     """
-    wanted = [each for each in inputs if each.requires_grad]
+    wanted = [each for each in inputs if isinstance(each, GradientEdge) or each.requires_grad]
     pairs = [
         (o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad and (c is not None or not o.dim())
     ]
     if not pairs or not wanted:
         return [None] * len(inputs)
+    # Torch's annotation allows no mixture of the two.
+    sources: Any = wanted
     found = iter(
         torch.autograd.grad(
             [o for o, _ in pairs],
-            wanted,
+            sources,
             [torch.ones_like(o) if c is None else c for o, c in pairs],
             retain_graph=retain,
             allow_unused=True,
         )
     )
-    return [next(found) if each.requires_grad else None for each in inputs]
+    return [next(found) if isinstance(each, GradientEdge) or each.requires_grad else None for each in inputs]
+
+
+def batched_vjps(
+    outputs: Sequence[Tensor], cotangents: Sequence[Cotangents], inputs: Sequence[Tensor]
+) -> list[list[Tensor | None]]:
+    """Return `vjp` of each of the T cotangents, from one backward pass; the graph stays.
+
+    Returns:
+        T lists of views of (T, ...) gradients.
+
+    Raises:
+        RuntimeError: An operator of the graph has no batching rule.
+    """
+    pairs = [
+        (output, torch.stack([torch.zeros_like(output) if each is None else each for each in column]))
+        for output, column in zip(outputs, zip(*cotangents, strict=True), strict=True)
+        if output.requires_grad and any(each is not None for each in column)
+    ]
+    wanted = [each for each in inputs if each.requires_grad]
+    if not pairs or not wanted:
+        return [[None] * len(inputs) for _ in cotangents]
+    found = iter(
+        torch.autograd.grad(
+            [output for output, _ in pairs],
+            wanted,
+            [stacked for _, stacked in pairs],
+            retain_graph=True,
+            allow_unused=True,
+            is_grads_batched=True,
+        )
+    )
+    columns: list[Sequence[Tensor | None]] = []
+    for each in inputs:
+        grad = next(found) if each.requires_grad else None
+        columns.append([None] * len(cotangents) if grad is None else grad.unbind(0))
+    return [
+        [row if row is None or is_dense(row) else row.contiguous() for row in each]
+        for each in zip(*columns, strict=True)
+    ]
 
 
 def identity_rows(outputs: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:

@@ -1,0 +1,106 @@
+"""Which routes a run may take: one, or several among which the first steps decide."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from fastmtl.repeated import allow_repeated_backwards
+from fastmtl.trainer.batched import BatchedRoute
+from fastmtl.trainer.compressed import CompressedRoute
+from fastmtl.trainer.options import StepOptions
+from fastmtl.trainer.problem import Problem
+from fastmtl.trainer.regions import Regions, is_compiled
+from fastmtl.trainer.routes import Route, SplitRoute, choose_route
+from fastmtl.weighting import AbsWeighting
+
+__all__ = ["routes_to_try"]
+
+# With fewer tasks than this, what batching saves is less than what it costs.
+_MANY_TASKS = 8
+
+
+def routes_to_try(
+    problem: Problem,
+    hyper: Mapping[str, Any],
+    options: StepOptions,
+    tell: Callable[[str], None],
+    alone: bool,
+) -> dict[str, Route]:
+    """Return the routes by name, the plainest one first.
+
+    Args:
+        problem: What to differentiate.
+        hyper: Hyper-parameters of the strategy.
+        options: Checked options.
+        tell: Told of compilations, and why a route that was asked for cannot be taken.
+        alone: There are no other processes.
+    """
+    rule: Any = problem.model
+    weighs_heads = rule.weighs_heads
+    needs_gradients = rule.needs not in ("losses", "lookahead")
+
+    if needs_gradients and is_compiled(rule):
+        # Backward passes that were compiled before may overwrite what the next task's needs.
+        allow_repeated_backwards()
+        torch.compiler.reset()
+        tell("parts of the network were compiled before: they are compiled anew, for one backward pass per task")
+
+    def choose(compiled: bool) -> Route:
+        return choose_route(problem, Regions(problem, compiled, tell), needs_gradients, weighs_heads)
+
+    if options.compile is True:
+        if options.vjps in ("batched", "compressed"):
+            tell("vjps: one after the other, as compiled backward passes know no other way")
+        return {"compiled": choose(True)}
+    plain = choose(False)
+    routes: dict[str, Route] = {"eager": plain}
+    batched = BatchedRoute(problem, plain.regions, weighs_heads, tell, forced=options.vjps == "batched")
+    compressed = CompressedRoute(problem, plain.regions, weighs_heads)
+    against_batching = _against_batching(plain, rule, alone)
+    reasons = {
+        "batched": against_batching,
+        "compressed": _against_compression(compressed, hyper, options) or against_batching,
+    }
+    others: dict[str, Route] = {"batched": batched, "compressed": compressed}
+    if options.vjps == "auto":
+        if len(problem.tasks) >= _MANY_TASKS and not options.cuda_graph and options.tasks_per_step is None:
+            routes |= {name: route for name, route in others.items() if reasons[name] is None}
+    elif options.vjps != "sequential":
+        reason = reasons[options.vjps]
+        if reason is None:
+            routes = {options.vjps: others[options.vjps]}
+        else:
+            tell(f"vjps: one after the other, as {reason}")
+    if options.compile == "auto":
+        routes["compiled"] = choose(True)
+    return routes
+
+
+def _against_batching(plain: Route, rule: Any, alone: bool) -> str | None:
+    """Return why the cotangents cannot go through the trunk together, in a few words; None if nothing is known."""
+    reasons = {
+        "the strategy or the network does not have one VJP per task go through a trunk": type(plain) is not SplitRoute,
+        "the strategy runs backward passes of its own": type(rule).backward is not AbsWeighting.backward,
+        "several processes send each row when it is known": not alone,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _against_compression(compressed: CompressedRoute, hyper: Mapping[str, Any], options: StepOptions) -> str | None:
+    """Return why the rows are needed, in a few words; None if nothing is known."""
+    rule: Any = compressed.problem.model
+    reasons = {
+        "the strategy needs more than one Gram matrix": rule.needs != "gram" or rule.samples > 1,
+        "gradients are accumulated": options.accumulate > 1,
+        "the precision is not fp32": options.precision != "fp32",
+        "parts of the network are compiled": is_compiled(rule),
+        "the device has no float64": rule.device.type == "mps",
+        "the shared network has no linear layers": not compressed.layers,
+    }
+    found = next((reason for reason, holds in reasons.items() if holds), None)
+    if found is None and rule.groups(**hyper) is not None:
+        return "the strategy weighs groups of parameters apart"
+    return found

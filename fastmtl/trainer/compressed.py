@@ -1,0 +1,139 @@
+"""Gram matrices without the Jacobian: of linear layers, a short stand-in for each row, and one more VJP at the end.
+
+With the inputs X (n, in) and the gradient D_t (n, out) of the outputs, the gradient of a linear layer's weight and bias
+is ``[X, 1]^T D_t``. For any L with ``L L^T = [X, 1] [X, 1]^T``, the products of the tasks' gradients are those of
+``L^T D_t``, which is as small as the layer's output and, with fewer examples n than inputs, less work. The update
+``sum_t w_t row_t`` needs no rows either: it is the VJP of the weighted cotangents.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+
+from fastmtl.graph import graph_nodes
+from fastmtl.trainer.own import OwnGradients
+from fastmtl.trainer.problem import Features, Problem
+from fastmtl.trainer.profiling import part
+from fastmtl.trainer.regions import Regions
+from fastmtl.trainer.routes import Rows, RowsPass, SplitRoute, weighted
+from fastmtl.vjp import vjp
+
+__all__ = ["CompressedRoute"]
+
+
+class CompressedPass(RowsPass):
+    """A pass whose rows have the Jacobian's Gram matrix and are no gradients; the update is one more VJP."""
+
+    def __init__(
+        self,
+        route: SplitRoute,
+        losses: Sequence[Tensor],
+        preds: dict[str, Any],
+        rows: Rows,
+        own: OwnGradients,
+        features: Features,
+        cotangents: Rows,
+    ) -> None:
+        super().__init__(route, losses, preds, rows, own)
+        self.features = features
+        self.cotangents = cotangents
+
+    def write_shared(self, weights: Tensor, rows: Rows | None = None, groups: list[int] | None = None) -> None:
+        """Send the weighted sum of the cotangents through the trunk."""
+        with part("VJPs"):
+            total = [weighted(weights, column) for column in zip(*self.cotangents, strict=True)]
+            params = self.route.problem.shared_params
+            for param, grad in zip(params, vjp(self.features, total, params, retain=False), strict=True):
+                param.grad = grad
+
+
+class CompressedRoute(SplitRoute):
+    """For strategies that need the gradients for one Gram matrix only.
+
+    A linear layer counts if its parameters are used once, on fewer examples than it has inputs. Of all other parameters
+    the rows are gradients as ever.
+    """
+
+    def __init__(self, problem: Problem, regions: Regions, weighs_heads: bool) -> None:
+        super().__init__(problem, regions, weighs_heads)
+        shared = set(problem.shared_params)
+        self.layers = [
+            module
+            for module in problem.model.modules()
+            if type(module) is nn.Linear and module.weight in shared and (module.bias is None or module.bias in shared)
+        ]
+
+    def __call__(self, inputs: Any, labels: Any) -> CompressedPass:
+        """Run the forward pass and the VJPs down to the outputs of the layers that count."""
+        with self._calls() as calls:
+            features, losses, preds, cotangents, own = self._heads(inputs, labels)
+        with part("VJPs"):
+            rows = self._compressed(features, cotangents, calls)
+        return CompressedPass(self, losses, preds, rows, own, features, cotangents)
+
+    @contextmanager
+    def _calls(self) -> Iterator[list[tuple[nn.Linear, Tensor, GradientEdge]]]:
+        """Note each call of a layer: its input and where its output's gradient passes."""
+        calls: list[tuple[nn.Linear, Tensor, GradientEdge]] = []
+
+        def note(layer: Any, args: tuple[Any, ...], output: Tensor) -> None:
+            if output.grad_fn is not None and len(args) == 1:
+                calls.append((layer, args[0].detach(), GradientEdge(output.grad_fn, output.output_nr)))
+
+        # A hook of the user's may return something else than the layer does.
+        handles = [layer.register_forward_hook(note) for layer in self.layers if not layer._forward_hooks]
+        try:
+            yield calls
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _compressed(
+        self, features: Features, cotangents: Rows, calls: list[tuple[nn.Linear, Tensor, GradientEdge]]
+    ) -> Rows:
+        uses: Counter[Tensor] = Counter()
+        for node in graph_nodes(feature.grad_fn for feature in features if feature.grad_fn is not None):
+            uses.update(child.variable for child, _ in node.next_functions if hasattr(child, "variable"))
+        called = Counter(layer for layer, _, _ in calls)
+        chosen = [
+            (layer, given, edge)
+            for layer, given, edge in calls
+            if called[layer] == 1
+            and all(uses[param] == 1 for param in layer.parameters())
+            and given.shape[:-1].numel() + len(cotangents) < layer.in_features
+        ]
+        factors = [_factor(layer, given) for layer, given, _ in chosen]
+        covered = {param for layer, _, _ in chosen for param in layer.parameters()}
+        others = [param for param in self.problem.shared_params if param not in covered]
+        wanted: list[Tensor | GradientEdge] = [*others, *(edge for _, _, edge in chosen)]
+        rows: Rows = []
+        for cotangent in cotangents:
+            # The graph is needed once more, for the update.
+            grads = vjp(features, cotangent, wanted, retain=True)
+            short = [
+                None if grad is None else factor.mT @ grad.reshape(len(factor), -1)
+                for factor, grad in zip(factors, grads[len(others) :], strict=True)
+            ]
+            rows.append([*grads[: len(others)], *short])
+        return rows
+
+
+def _factor(layer: nn.Linear, given: Tensor) -> Tensor:
+    """Return a square L with ``L L^T = X X^T``, of the layer's inputs X with a column of ones for the bias.
+
+    Of rows that depend on each other no factor would exist by rounding alone; what is added to the diagonal is far
+    below what float32 can tell.
+    """
+    flat = given.reshape(-1, layer.in_features).double()
+    products = flat @ flat.mT
+    if layer.bias is not None:
+        products += 1
+    products.diagonal().add_(1e-13 * products.diagonal().sum())
+    return torch.linalg.cholesky_ex(products).L.to(given.dtype)

@@ -1,0 +1,329 @@
+"""The ways the tasks' gradients go through the shared network: all give the same gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fastmtl import ops
+from fastmtl.errors import UsageError
+from fastmtl.trainer.batched import BatchedRoute
+from fastmtl.trainer.candidates import routes_to_try
+from fastmtl.trainer.compressed import CompressedRoute
+from fastmtl.trainer.logger import Logger
+from fastmtl.trainer.records import StepBuffer
+from fastmtl.trainer.routes import SplitRoute
+from tests.trainer.toy import loaders, make_trainer
+
+WAYS = ["batched", "compressed"]
+TASKS = 3
+
+
+class Listener(Logger):
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def on_compile(self, message: str) -> None:
+        self.messages.append(message)
+
+
+class _Tied(nn.Module):
+    """A linear layer called once, whose weight is used a second time without the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 64), nn.Linear(64, 64)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return functional.linear(self.last(self.first(inputs)).tanh(), self.last.weight)
+
+
+class _Sequence(nn.Module):
+    """A linear layer on (B, 2, 64), and one without a bias that is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.wide, self.twice = nn.Linear(3, 64), nn.Linear(64, 64), nn.Linear(64, 64, bias=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        wide = self.wide(self.first(inputs.unflatten(1, (2, 3))).relu())
+        return self.twice(self.twice(wide).tanh()).sum(1)
+
+
+class _Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.last = nn.Embedding(5, 16), nn.Linear(96, 64)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.last(self.table(inputs.abs().long() % 5).flatten(1))
+
+
+class _Hooked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 64), nn.Linear(64, 64)
+        self.last.register_forward_hook(lambda module, args, output: 2 * output)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.last(self.first(inputs).tanh())
+
+
+class _Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.LSTM(8, 64, batch_first=True)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        found: Tensor = self.cell(inputs.unflatten(1, (8, 8)))[0][:, -1].neg()
+        return found
+
+
+def _mlp(*between: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    return lambda: nn.Sequential(
+        nn.Linear(6, 64), *(make() for make in between), nn.ReLU(inplace=True), nn.Linear(64, 64, bias=False), nn.Tanh()
+    )
+
+
+ENCODERS: dict[str, Callable[[], nn.Module]] = {
+    "mlp": _mlp(),
+    "batch-norm": _mlp(lambda: nn.BatchNorm1d(64)),
+    "layer-norm": _mlp(lambda: nn.LayerNorm(64)),
+    "dropout": _mlp(lambda: nn.Dropout(0.5)),
+    "convolution": lambda: nn.Sequential(
+        nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 12, 1), nn.GELU(), nn.Flatten(), nn.Linear(72, 64)
+    ),
+    "embedding": _Words,
+    "sequence": _Sequence,
+    "tied": _Tied,
+    "hooked": _Hooked,
+    "recurrent": _mlp(_Recurrent),
+}
+
+
+def _trainer(encoder: Callable[[], nn.Module], vjps: str, weighting: str = "MGDA", **options: Any) -> Any:
+    count = options.pop("count", TASKS)
+    torch.manual_seed(0)
+    decoders = nn.ModuleDict({f"task{t}": nn.Linear(64, 1 if t % 2 else 3) for t in range(count)})
+    return make_trainer(weighting, "HPS", count, encoder_class=encoder, decoders=decoders, vjps=vjps, **options)
+
+
+def _batch(count: int = TASKS) -> Any:
+    return next(iter(loaders(count)))
+
+
+def _grads(trainer: Any, batches: Any) -> dict[str, Tensor | None]:
+    """The gradients of one step, which moves nothing."""
+    torch.manual_seed(5)
+    trainer.step._gradients(batches)
+    return {name: param.grad for name, param in trainer.model.named_parameters()}
+
+
+def _assert_same(got: dict[str, Tensor | None], want: dict[str, Tensor | None], tolerance: float) -> None:
+    # A bias before batch norm has a gradient that is zero but for rounding.
+    whole = torch.cat([grad.flatten() for grad in want.values() if grad is not None]).norm()
+    assert whole > 0
+    for name, grad in want.items():
+        found = got[name]
+        assert (found is None) == (grad is None), name
+        if grad is not None and found is not None:
+            assert (found - grad).norm() <= tolerance * (grad.norm() + 0.01 * whole), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("weighting", ["MGDA", "Nash_MTL"])
+@pytest.mark.parametrize("encoder", ENCODERS.values(), ids=ENCODERS)
+@pytest.mark.parametrize("way", WAYS)
+def test_the_gradients_are_those_of_one_after_the_other(
+    way: str, encoder: Callable[[], nn.Module], weighting: str, dtype: torch.dtype
+) -> None:
+    inputs, labels = _batch()
+    given = (
+        inputs.to(dtype),
+        {task: each.to(dtype) if each.is_floating_point() else each for task, each in labels.items()},
+    )
+    found = []
+    for vjps in ("sequential", way):
+        trainer = _trainer(encoder, vjps, weighting)
+        trainer.model.to(dtype)
+        found.append(_grads(trainer, [given]))
+    _assert_same(found[1], found[0], 1e-4 if dtype == torch.float32 else 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("way", "kind"), [("sequential", SplitRoute), ("batched", BatchedRoute), ("compressed", CompressedRoute)]
+)
+def test_the_way_asked_for_is_gone(way: str, kind: type) -> None:
+    listener = Listener()
+    trainer = _trainer(ENCODERS["mlp"], way, logger=listener)
+    assert type(trainer.step.route) is kind
+    done = trainer.step.route(*_batch())
+    places = {row[0].untyped_storage().data_ptr() for row in done.rows}
+    assert len(places) == (1 if way == "batched" else TASKS)
+    assert listener.messages == []
+
+
+def test_compressed_rows_have_the_jacobians_gram_matrix_and_less_numbers() -> None:
+    inputs, labels = _batch()
+    # Rows that depend on each other have no factor in exact arithmetic.
+    inputs = inputs[:1].expand_as(inputs).clone()
+    passes = {way: _trainer(ENCODERS["mlp"], way).step.route(inputs, labels) for way in ("sequential", "compressed")}
+    want, got = (ops.gram(each.rows) for each in passes.values())
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.diagonal().max()))
+    sizes = {way: sum(grad.numel() for grad in each.rows[0]) for way, each in passes.items()}
+    # The last layer's 64 x 64 weights become 8 examples' 64 numbers; the first has too few inputs.
+    assert sizes["sequential"] - sizes["compressed"] == 64 * 64 - 8 * 64
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("option", [{"tasks_per_step": 2}, {"update_weights_every": 2}, {"clip_grad_norm": 0.1}, {}])
+def test_training_is_the_same(way: str, option: dict[str, Any]) -> None:
+    """Batches lack the labels of a task now and then."""
+
+    def batches() -> list[Any]:
+        found = list(loaders(rows=40))
+        del found[1][1]["task0"]
+        found[2][1]["task1"][3] = torch.nan
+        return found
+
+    ends = []
+    for vjps in ("sequential", way):
+        trainer = _trainer(ENCODERS["mlp"], vjps, count=2, **option)
+        trainer.train(batches(), loaders(), 2)
+        ends.append(torch.cat([param.detach().flatten() for param in trainer.model.parameters()]))
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-4, atol=1e-5)
+
+
+def test_batches_are_accumulated() -> None:
+    batches = list(loaders(TASKS))[:2]
+    want, got = (_grads(_trainer(ENCODERS["mlp"], way, accumulate=2), batches) for way in ("sequential", "batched"))
+    _assert_same(got, want, 1e-4)
+
+
+def test_batched_in_bfloat16() -> None:
+    want, got = (
+        _grads(_trainer(ENCODERS["layer-norm"], way, precision="bf16"), [_batch()]) for way in ("sequential", "batched")
+    )
+    _assert_same(got, want, 2e-2)
+
+
+class _Stubborn(torch.autograd.Function):
+    """Its backward pass reads a number on the host, which a batch of gradients does not have."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor) -> Tensor:
+        return inputs.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0] * (2.0 if grads[0].sum().item() == 1.25 else 1.0)
+
+
+class _NoRule(nn.Module):
+    def forward(self, inputs: Tensor) -> Tensor:
+        found: Tensor = _Stubborn.apply(inputs)
+        return found
+
+
+def test_what_cannot_be_batched_comes_one_after_the_other() -> None:
+    listener = Listener()
+    encoder, batch = _mlp(_NoRule), _batch()
+    trainer = _trainer(encoder, "batched", logger=listener)
+    want = _grads(_trainer(encoder, "sequential"), [batch])
+    for _ in range(2):
+        trainer.model.zero_grad()
+        _assert_same(_grads(trainer, [batch]), want, 1e-6)
+    assert not trainer.step.route.possible
+    assert len(listener.messages) == 1
+    assert "cannot be batched" in listener.messages[0]
+
+
+def _convolution() -> nn.Module:
+    return nn.Sequential(nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 64, 6), nn.Flatten())
+
+
+@pytest.mark.parametrize(
+    ("way", "options", "reason"),
+    [
+        ("batched", {"weighting": "EW"}, "does not have one VJP per task"),
+        ("batched", {"rep_grad": True}, "does not have one VJP per task"),
+        ("compressed", {"weighting": "GradVac", "weight_args": {"GradVac_group_type": 1}}, "groups of parameters"),
+        ("compressed", {"weighting": "MoCo"}, "more than one Gram matrix"),
+        ("compressed", {"accumulate": 2}, "accumulated"),
+        ("compressed", {"precision": "bf16"}, "not fp32"),
+        (
+            "compressed",
+            {"encoder": lambda: nn.Sequential(nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 64, 6), nn.Flatten())},
+            "no linear",
+        ),
+        ("compressed", {"compile": True}, "compiled"),
+    ],
+)
+def test_what_cannot_be_is_said(way: str, options: dict[str, Any], reason: str) -> None:
+    listener = Listener()
+    given = {"encoder": ENCODERS["mlp"], **options}
+    trainer = _trainer(given.pop("encoder"), way, logger=listener, **given)
+    assert not isinstance(trainer.step.route, BatchedRoute | CompressedRoute)
+    assert len(listener.messages) == 1
+    assert listener.messages[0].startswith("vjps: one after the other, as ")
+    assert reason in listener.messages[0]
+
+
+def test_an_unknown_way_is_refused() -> None:
+    with pytest.raises(UsageError, match="vjps"):
+        _trainer(ENCODERS["mlp"], "parallel")
+
+
+def test_auto_is_sequential_with_few_tasks() -> None:
+    trainer = _trainer(ENCODERS["mlp"], "auto")
+    assert trainer.step.trial is None
+    assert type(trainer.step.route) is SplitRoute
+
+
+@pytest.mark.parametrize("vjps", ["auto", "batched", "compressed"])
+def test_several_processes_take_one_after_the_other(vjps: str) -> None:
+    step = _trainer(ENCODERS["mlp"], "sequential", count=8).step
+    said: list[str] = []
+    options = replace(step.options, vjps=vjps)
+    routes = routes_to_try(step.problem, step.hyper, options, said.append, alone=False)
+    assert [type(route) for route in routes.values()] == [SplitRoute]
+    assert len(said) == (0 if vjps == "auto" else 1)
+
+
+def test_what_is_captured_is_not_tried_first() -> None:
+    trainer = _trainer(ENCODERS["mlp"], "auto", count=8, cuda_graph=True)
+    assert trainer.step.trial is None
+    assert type(trainer.step.route) is SplitRoute
+
+
+def test_auto_batches_nothing_that_is_known_not_to_gain() -> None:
+    listener = Listener()
+    trainer = _trainer(ENCODERS["convolution"], "auto", count=8, logger=listener)
+    batched = trainer.step.trial.routes[trainer.step.trial.names.index("batched")]
+    batched(*_batch(8))
+    assert not batched.possible
+    assert "do not gain" in listener.messages[0]
+
+
+def test_auto_measures_with_many_tasks_and_training_is_the_same() -> None:
+    listener, count = Listener(), 8
+    ends = []
+    for vjps in ("auto", "sequential"):
+        trainer = _trainer(ENCODERS["mlp"], vjps, count=count, logger=listener if vjps == "auto" else None)
+        buffer = StepBuffer()
+        for _ in range(3):
+            for batch in loaders(count, rows=72):
+                trainer.step([batch], buffer)
+        assert trainer.step.trial is None
+        ends.append(torch.cat([param.detach().flatten() for param in trainer.model.parameters()]))
+    assert len(listener.messages) == 1
+    assert listener.messages[0].startswith("a step takes eager ")
+    assert "batched" in listener.messages[0]
+    assert "compressed" in listener.messages[0]
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-4, atol=1e-5)
