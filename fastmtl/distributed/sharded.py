@@ -37,13 +37,11 @@ class ShardedModel:
         shard_of: The shard of each parameter that is cut, by the gathered parameter.
 
     Raises:
-        UsageError: A parameter is a DTensor already, or not contiguous.
+        UsageError: A parameter is not contiguous.
     """
 
     def __init__(self, model: nn.Module, peers: Peers, kept: Sequence[nn.Parameter]) -> None:
         for name, param in model.named_parameters():
-            if isinstance(param, DTensor):
-                raise UsageError(f"shard='fsdp' cuts whole parameters, and {name} is a DTensor already.")
             if not param.is_contiguous():
                 raise UsageError(f"shard='fsdp' needs contiguous parameters, and {name} is not: is channels_last on?")
         self.peers = peers

@@ -89,7 +89,11 @@ def check_distributed(model: Any, weighting: str, options: StepOptions) -> None:
     Raises:
         UsageError: The strategy or an option works in one process only.
     """
+    from torch.distributed.tensor import DTensor
+
+    on_mesh = [name for name, param in model.named_parameters() if isinstance(param, DTensor)]
     reasons = {
+        f"parameters on a mesh, such as those of tensor parallelism ({', '.join(on_mesh[:2])})": bool(on_mesh),
         f"{weighting}, which runs backward passes of its own": model.backward.__func__ is not AbsWeighting.backward,
         f"{weighting}, which looks ahead on halves of a batch": model.needs == "lookahead",
         f"gram='local' and {weighting}, which remembers gradients": model.needs == "rows" and options.gram == "local",

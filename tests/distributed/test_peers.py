@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from fastmtl import Trainer
 from fastmtl.distributed import Peers, find_peers, join, shard
@@ -17,7 +18,7 @@ from fastmtl.errors import UsageError
 from fastmtl.metrics import AbsMetric, NormalMetric
 from fastmtl.trainer.records import StepBuffer
 from tests.distributed.group import TASKS, in_processes
-from tests.trainer.toy import flat, loaders, make_trainer
+from tests.trainer.toy import encoder, flat, loaders, make_trainer
 
 
 class _Seat(Peers):
@@ -70,6 +71,33 @@ class _Listed(AbsMetric):
         return [float(sum(self.record)), sum(self.bs)]
 
 
+def _on_mesh() -> nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_module
+
+    return distribute_module(encoder(), init_device_mesh("cpu", (2,)))
+
+
+def _turned() -> nn.Module:
+    found = nn.Linear(6, 8)
+    found.weight = nn.Parameter(found.weight.detach().T.contiguous().T)
+    return found
+
+
+def _left_alone(weighting: str, peers: Peers) -> bool:
+    """Return whether shards stay as they are when one process sees a NaN, and move when none does."""
+    trainer = make_trainer(weighting, "HPS", TASKS, shard="fsdp")
+    assert trainer.sharded is not None
+    first, second = list(shard(loaders(TASKS), peers))[:2]
+    states = [flat(trainer.sharded.trained)]
+    trainer.step([first], StepBuffer())
+    states.append(flat(trainer.sharded.trained))
+    inputs, labels = second
+    trainer.step([(inputs * torch.nan if peers.leads else inputs, labels)], StepBuffer())
+    states.append(flat(trainer.sharded.trained))
+    return not torch.equal(states[0], states[1]) and torch.equal(states[1], states[2])
+
+
 def _meet(_: None) -> dict[str, Any]:
     peers = find_peers()
     assert peers is not None
@@ -79,11 +107,17 @@ def _meet(_: None) -> dict[str, Any]:
         with pytest.raises(UsageError) as caught:
             make_trainer(weighting, **more)
         found["refused"].append(str(caught.value))
+    with pytest.raises(UsageError) as caught:
+        make_trainer("EW", encoder_class=_on_mesh)
+    found["refused"].append(str(caught.value))
     found["unsharded"] = []
     for together in ({"compile": True}, {"precision": "fp16"}, {"gram": "local"}):
         with pytest.raises(UsageError) as caught:
             make_trainer("MGDA", shard="fsdp", **together)
         found["unsharded"].append(str(caught.value))
+    with pytest.raises(UsageError, match="needs contiguous parameters"):
+        make_trainer("MGDA", shard="fsdp", encoder_class=_turned)
+    found["masked"] = [_left_alone(weighting, peers) for weighting in ("MGDA", "EW")]
     trainer = make_trainer("MGDA", "HPS", TASKS, gram="local")
     buffer = StepBuffer()
     trainer.step([next(iter(shard(loaders(TASKS), peers)))], buffer)
@@ -105,6 +139,7 @@ def test_two_processes_meet(tmp_path: Path) -> None:
     assert all("Several processes cannot train with" in sentence for sentence in one["refused"])
     assert all("shard='fsdp' cannot be combined with" in sentence for sentence in one["unsharded"])
     for found in (one, two):
+        assert found["masked"] == [True, True]
         assert found["scores"] == [[2.0, 4], [1.0, 1.0, 1.0]]
     torch.set_default_dtype(torch.float64)
     try:
@@ -184,13 +219,14 @@ def test_one_process_goes_on_where_two_stopped_and_two_where_one_did(tmp_path: P
 
 
 @pytest.mark.slow
-def test_the_command_in_two_processes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", ["", " --shard fsdp"], ids=["whole", "shards"])
+def test_the_command_in_two_processes(tmp_path: Path, more: str) -> None:
     options = (
         "--weighting mgda --train-size 64 --batch-size 16 --limit-batches 2 --device cpu --no-plot --no-tensorboard"
     )
     launched = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     done = subprocess.run(
-        [*launched, "-m", "fastmtl", "train", *options.split(), "--run-dir", str(tmp_path / "run")],
+        [*launched, "-m", "fastmtl", "train", *(options + more).split(), "--run-dir", str(tmp_path / "run")],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         cwd=Path(__file__).parents[2],
         capture_output=True,
