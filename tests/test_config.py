@@ -43,7 +43,7 @@ def test_hyper_parameters_of_architectures_are_spelled_as_in_libmtl() -> None:
 def test_every_optimizer_and_scheduler_can_be_built(optim: str, scheduler: str) -> None:
     line = f"--optim {optim.upper()} --scheduler {scheduler} --lr 0.3 --weight_decay 0.1 --gamma 0.25 --T_max 7"
     _, optim_param, scheduler_param = prepare_args(_parse(line))
-    optimizer = make_optimizer(nn.Linear(2, 2), optim_param, torch.device("cpu"))
+    optimizer = make_optimizer(nn.Linear(2, 2).parameters(), optim_param, torch.device("cpu"))
     assert type(optimizer) is OPTIMIZERS[optim]
     assert optimizer.param_groups[0]["lr"] == 0.3
     assert optimizer.param_groups[0]["weight_decay"] == 0.1

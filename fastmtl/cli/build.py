@@ -105,6 +105,7 @@ def build_trainer(
         weight_momentum=config.weight_momentum,
         tasks_per_step=config.tasks_per_step,
         gram=config.gram,
+        shard=config.shard,
         weight_args=config.weight_args,
         arch_args=config.arch_args,
     )

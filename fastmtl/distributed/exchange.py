@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from fastmtl import ops
 from fastmtl.distributed.peers import Peers
 from fastmtl.distributed.shards import Row, Shards
-from fastmtl.weighting import Weights
+from fastmtl.weighting import AbsWeighting, Weights
+
+if TYPE_CHECKING:
+    from fastmtl.distributed.sharded import GradientShards
 
 __all__ = ["Exchange"]
 
@@ -29,7 +32,12 @@ class Exchange:
         own: The task-specific parameters.
         exact: Weights from the Gram matrix of the whole batch's gradients; otherwise from the mean over the processes
             of the Gram matrices of their own parts, so that no row leaves its process.
+
+    Attributes:
+        stream: What takes the place of the VJPs of shared parameters; see :class:`fastmtl.trainer.routes.Route`.
     """
+
+    stream: Callable[..., tuple[Row, Row]] | None = None
 
     def __init__(
         self, peers: Peers, shared: Sequence[nn.Parameter], own: Sequence[nn.Parameter], exact: bool = True
@@ -39,8 +47,43 @@ class Exchange:
         self.params = [*shared, *own]
         self.exact = exact
         self.share: Tensor | None = None
-        self._shards = Shards(shared, peers) if exact and shared else None
+        self._shards: Shards | GradientShards | None = Shards(shared, peers) if exact and shared else None
         self._used: dict[bool, list[bool]] = {}
+
+    def gather(self) -> None:
+        """Make sure that the model has whole parameters."""
+
+    def free(self) -> None:
+        """Let go of what whole parameters this process need not keep."""
+
+    def clip(self, params: Sequence[nn.Parameter] | None, max_norm: Any) -> None:
+        """Bring the norm of the gradients of some parameters together, all if None, down to ``max_norm``."""
+        nn.utils.clip_grad_norm_(self.params if params is None else params, max_norm)
+
+    def cut_states(self, rule: AbsWeighting) -> None:
+        """Let a strategy that keeps something as large as the rows keep this process's pieces of it."""
+        if self._shards is not None and rule.row_states:
+            rule.sum_parts = self.peers.sum_
+            for state in rule.row_states.values():
+                state.cut(self._shards.shapes)
+
+    def whole_states(self, state: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+        """Return a ``state_dict`` with whole rows (T, P), for the leading process, in the place of pieces."""
+        if self._shards is None:
+            return state
+        found = {name: [self._shards.whole_of(row) for row in state[name]] for name in names}
+        return state | {
+            name: torch.stack([row for row in rows if row is not None])
+            for name, rows in found.items()
+            if self.peers.leads
+        }
+
+    def part_states(self, state: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+        """Return a ``state_dict`` with this process's pieces in the place of whole rows (T, P)."""
+        if self._shards is None:
+            return state
+        parts = self._shards.part_of
+        return state | {name: torch.stack([parts(row) for row in state[name]]) for name in names if name in state}
 
     def weigh_batch(self, labels: Mapping[str, Any], tasks: Sequence[str], device: torch.device) -> Tensor:
         """Return this part's share (T,) of the rows of a batch, task by task."""
@@ -56,12 +99,12 @@ class Exchange:
 
     def send(self, row: Row) -> Row:
         """Begin to sum a row over the processes; see :meth:`Shards.send`."""
-        assert self._shards is not None
+        assert isinstance(self._shards, Shards)
         return self._shards.send(row)
 
     def wait(self) -> None:
         """Wait for the rows that were sent."""
-        assert self._shards is not None
+        assert isinstance(self._shards, Shards)
         self._shards.wait()
 
     def whole_rows(self, rows: Sequence[Row]) -> list[Row]:

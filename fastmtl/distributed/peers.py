@@ -159,6 +159,12 @@ class Peers:
             with _heard():
                 dist.broadcast(tensor.detach(), group=self.group, group_src=0)
 
+    def to_leader(self, tensor: Tensor) -> list[Tensor] | None:
+        """Return the tensors of all processes, of one shape, in the leading one; None elsewhere."""
+        found = [torch.empty_like(tensor) for _ in range(self.size)] if self.leads else None
+        dist.gather(tensor, found, group=self.group, group_dst=0)
+        return found
+
     def gather(self, value: Any) -> list[Any]:
         """Return a picklable value of each process, in the order of their ranks."""
         found: list[Any] = [None] * self.size

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastmtl import ops
 from fastmtl.distributed.peers import Peers
 
-__all__ = ["BUCKET_BYTES", "Shards"]
+__all__ = ["BUCKET_BYTES", "Shards", "cut_buckets"]
 
 BUCKET_BYTES = 25 * 2**20
 
@@ -53,7 +53,7 @@ class Shards:
     def __init__(self, params: Sequence[nn.Parameter], peers: Peers, bucket_bytes: int = BUCKET_BYTES) -> None:
         self.params = params
         self.peers = peers
-        self._buckets = [self._bucket(places) for places in _cut(params, bucket_bytes)]
+        self._buckets = [self._bucket(places) for places in cut_buckets(params, bucket_bytes)]
         self._owners = [piece[0] for bucket in self._buckets for piece in bucket.pieces]
         self._on_the_way: list[Any] = []
         self._seen = [False] * len(params)
@@ -108,6 +108,34 @@ class Shards:
             work.wait()
         self._on_the_way.clear()
 
+    @property
+    def shapes(self) -> list[torch.Size]:
+        """The shapes of this process's pieces of a row."""
+        return [torch.Size([b - a]) for bucket in self._buckets for _, a, b in bucket.pieces]
+
+    def part_of(self, row: Tensor) -> Tensor:
+        """Return this process's pieces of a row (P,) over all parameters, one after the other."""
+        whole = row.split([param.numel() for param in self.params])
+        parts = []
+        for bucket in self._buckets:
+            flat = torch.cat([whole[k] for k in bucket.params])
+            flat = nn.functional.pad(flat, (0, len(bucket.flat) - len(flat)))
+            parts.append(flat.chunk(self.peers.size)[self.peers.rank])
+        return torch.cat(parts)
+
+    def whole_of(self, part: Tensor) -> Tensor | None:
+        """Return a row (P,), on the CPU, in the leading process from all processes' pieces of it; None elsewhere."""
+        parts = self.peers.to_leader(part.contiguous())
+        if parts is None:
+            return None
+        sizes = [len(bucket.flat) // self.peers.size for bucket in self._buckets]
+        flats = [torch.cat(column) for column in zip(*(each.cpu().split(sizes) for each in parts), strict=True)]
+        found: dict[int, Tensor] = {}
+        for bucket, flat in zip(self._buckets, flats, strict=True):
+            numbers = [self.params[k].numel() for k in bucket.params]
+            found |= zip(bucket.params, flat[: sum(numbers)].split(numbers), strict=True)
+        return torch.cat([found[k] for k in range(len(self.params))])
+
     def groups(self, groups: Sequence[int] | None) -> list[int] | None:
         """Return the group of each piece from that of each parameter."""
         return None if groups is None else [groups[k] for k in self._owners]
@@ -157,7 +185,7 @@ class Shards:
                     self.params[k].grad = view
 
 
-def _cut(params: Sequence[nn.Parameter], most: int) -> list[list[int]]:
+def cut_buckets(params: Sequence[nn.Parameter], most: int) -> list[list[int]]:
     """Return the places of the parameters of each bucket."""
     found: list[list[int]] = []
     for _, same in groupby(range(len(params)), key=lambda k: params[k].dtype):

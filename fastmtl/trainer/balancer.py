@@ -133,7 +133,7 @@ class Balancer:
         if weights.max_norm is not None and gram is not None:
             shared = shared * _cap(shared, gram, weights.max_norm)
         if self.exchange is not None and self.sends:
-            self.exchange.write_shared(rows, shared, groups)
+            self.exchange.write_shared(rows if weights.rows is None else weights.rows, shared, groups)
             return weights, gram
         done.write_shared(shared, rows if weights.rows is None else weights.rows, groups)
         if self.exchange is not None:

@@ -16,7 +16,7 @@ from fastmtl.errors import UsageError
 from fastmtl.hyper import Hyper, fill_hyper
 from fastmtl.names import resolve_name
 from fastmtl.trainer.optimizer import OPTIMIZERS, SCHEDULERS
-from fastmtl.trainer.options import GRAMS, VJPS
+from fastmtl.trainer.options import GRAMS, SHARDS, VJPS
 from fastmtl.trainer.precision import PRECISIONS
 from fastmtl.weighting import WEIGHTINGS
 
@@ -100,6 +100,12 @@ class TrainConfig:
     )
     sync_batch_norm: bool = _setting(
         False, "Optimisation", "With several processes, batch norms take the statistics of the whole batch."
+    )
+    shard: str = _setting(
+        "none",
+        "Optimisation",
+        "With several processes: fsdp for a shard of the parameters and the optimizer's state in each.",
+        SHARDS,
     )
     seed: int = _setting(0, "Optimisation", "Seed of every random number.")
 

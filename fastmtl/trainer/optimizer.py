@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -30,8 +30,10 @@ SCHEDULERS: dict[str, Any] = {
 _FUSED = ("sgd", "adam", "adamw", "adagrad")
 
 
-def make_optimizer(model: nn.Module, optim_param: Mapping[str, Any], device: torch.device) -> torch.optim.Optimizer:
-    """Return the optimizer that ``{"optim": name, ...}`` describes, over all parameters; fused where torch has that.
+def make_optimizer(
+    params: Iterable[nn.Parameter], optim_param: Mapping[str, Any], device: torch.device
+) -> torch.optim.Optimizer:
+    """Return the optimizer that ``{"optim": name, ...}`` describes; fused where torch has that.
 
     Raises:
         UsageError: No or an unknown name, or an argument the optimizer does not take.
@@ -39,7 +41,7 @@ def make_optimizer(model: nn.Module, optim_param: Mapping[str, Any], device: tor
     args = {key: value for key, value in optim_param.items() if key != "optim"}
     name = _name_of(optim_param, "optim", "optim_param")
     kind = resolve_name(name, OPTIMIZERS, "optimizer")
-    params = list(model.parameters())
+    params = list(params)
     fused = (
         kind in [OPTIMIZERS[each] for each in _FUSED]
         and device.type in ("cpu", "cuda")

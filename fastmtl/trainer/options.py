@@ -11,9 +11,10 @@ from fastmtl.names import resolve_name
 from fastmtl.trainer.precision import PRECISIONS
 from fastmtl.weighting import AbsWeighting
 
-__all__ = ["GRAMS", "VJPS", "StepOptions", "check_distributed", "check_options"]
+__all__ = ["GRAMS", "SHARDS", "VJPS", "StepOptions", "check_distributed", "check_options"]
 
 GRAMS = ("exact", "local")
+SHARDS = ("none", "fsdp")
 VJPS = ("auto", "sequential", "batched", "compressed")
 
 
@@ -36,6 +37,7 @@ class StepOptions:
         tasks_per_step: Tasks of a step; all if None.
         gram: With several processes, ``"exact"``: the Gram matrix of the whole batch's gradients; ``"local"``: the mean
             of the processes' own.
+        shard: With several processes, ``"fsdp"`` if each has a shard of the parameters; ``"none"`` if all have all.
     """
 
     compile: bool | Literal["auto"] = False
@@ -48,6 +50,7 @@ class StepOptions:
     weight_momentum: float = 0.0
     tasks_per_step: int | None = None
     gram: str = "exact"
+    shard: str = "none"
 
 
 def check_options(model: Any, weighting: str, hyper: Mapping[str, Any], options: StepOptions) -> StepOptions:
@@ -75,6 +78,7 @@ def check_options(model: Any, weighting: str, hyper: Mapping[str, Any], options:
     options = replace(options, precision=precision, update_weights_every=_interval(model, weighting, hyper, options))
     _check_accumulation(model, weighting, options, legacy)
     options = replace(options, gram=resolve_name(options.gram, {name: name for name in GRAMS}, "gram"))
+    options = replace(options, shard=resolve_name(options.shard, {name: name for name in SHARDS}, "shard"))
     options = replace(options, vjps=resolve_name(options.vjps, {name: name for name in VJPS}, "vjps"))
     return replace(options, tasks_per_step=_sampled(model, weighting, options, legacy))
 
@@ -85,16 +89,28 @@ def check_distributed(model: Any, weighting: str, options: StepOptions) -> None:
     Raises:
         UsageError: The strategy or an option works in one process only.
     """
+    from torch.distributed.tensor import DTensor
+
+    on_mesh = [name for name, param in model.named_parameters() if isinstance(param, DTensor)]
     reasons = {
+        f"parameters on a mesh, such as those of tensor parallelism ({', '.join(on_mesh[:2])})": bool(on_mesh),
         f"{weighting}, which runs backward passes of its own": model.backward.__func__ is not AbsWeighting.backward,
         f"{weighting}, which looks ahead on halves of a batch": model.needs == "lookahead",
-        f"{weighting}, which remembers the gradients of all tasks": model.needs == "rows",
+        f"gram='local' and {weighting}, which remembers gradients": model.needs == "rows" and options.gram == "local",
         "tasks_per_step": options.tasks_per_step is not None,
         "cuda_graph": options.cuda_graph,
     }
     for reason, holds in reasons.items():
         if holds:
             raise UsageError(f"Several processes cannot train with {reason}: start one.")
+    unsharded = {
+        "compile": bool(options.compile),
+        "precision='fp16'": options.precision == "fp16",
+        "gram='local'": options.gram == "local",
+    }
+    for reason, holds in unsharded.items():
+        if holds and options.shard == "fsdp":
+            raise UsageError(f"shard='fsdp' cannot be combined with {reason}.")
 
 
 def _interval(model: Any, weighting: str, hyper: Mapping[str, Any], options: StepOptions) -> int:

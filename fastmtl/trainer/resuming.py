@@ -18,12 +18,20 @@ BEGINNING: Mapping[str, Any] = {"epoch": 0, "batch": 0, "train_losses": [], "los
 
 
 def run_state(trainer: Trainer) -> dict[str, Any]:
-    """Return the state of everything that learns or remembers."""
+    """Return the state of everything that learns or remembers.
+
+    Where processes have parts of it all of them must call this; the first one then has it whole.
+    """
     scheduler = trainer.scheduler
+    model, optimizer = trainer.model.state_dict(), trainer.optimizer.state_dict()
+    if trainer.sharded is not None:
+        model, optimizer = trainer.sharded.whole_state(model), trainer.sharded.whole_optimizer(optimizer)
+    if trainer.step.spread and trainer.step.exchange is not None:
+        model = trainer.step.exchange.whole_states(model, trainer.model.row_states)
     return {
-        "model": trainer.model.state_dict(),
+        "model": model,
         "step": trainer.step.state_dict(),
-        "optimizer": trainer.optimizer.state_dict(),
+        "optimizer": optimizer,
         "scheduler": None if scheduler is None else scheduler.state_dict(),
         "base_result": trainer.meter.base_result,
         "best_result": trainer.meter.best_result,
@@ -43,9 +51,14 @@ def resume_run(trainer: Trainer, path: Path) -> Mapping[str, Any]:
         raise CheckpointError(f"{path} is not a last.pt: to start from the weights of a best.pt, use load_path.")
     if list(state["names"]) != _names(trainer):
         raise CheckpointError(f"The checkpoint {path} is of {state['names']}, this run is of {_names(trainer)}.")
-    load_model_state(trainer.model, state["model"], path)
+    model, optimizer = state["model"], state["optimizer"]
+    if trainer.step.spread and trainer.step.exchange is not None:
+        model = trainer.step.exchange.part_states(model, trainer.model.row_states)
+    if trainer.sharded is not None:
+        model, optimizer = trainer.sharded.load_shards(model), trainer.sharded.part_optimizer(optimizer)
+    load_model_state(trainer.model, model, path)
     trainer.step.load_state_dict(state["step"])
-    trainer.optimizer.load_state_dict(state["optimizer"])
+    trainer.optimizer.load_state_dict(optimizer)
     if trainer.scheduler is not None and state["scheduler"] is not None:
         trainer.scheduler.load_state_dict(state["scheduler"])
     trainer.meter.base_result = state["base_result"]

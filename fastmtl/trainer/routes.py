@@ -68,9 +68,12 @@ class Route:
 
     Attributes:
         send: Takes each row of the shared parameters as soon as it is known, and returns what stands for it.
+        stream: Differentiates outputs with cotangents, returns what stands for the row of the shared parameters and the
+            gradients of further ones; None where autograd's gradients are the rows.
     """
 
     send: Callable[[list[Tensor | None]], list[Tensor | None]] | None = None
+    stream: Callable[..., tuple[list[Tensor | None], list[Tensor | None]]] | None = None
 
     def __init__(self, problem: Problem, regions: Regions, weighs_heads: bool) -> None:
         self.problem = problem
@@ -97,6 +100,20 @@ class Route:
         done.write_heads(heads)
         done.write_shared(shared)
         return done
+
+    def row(
+        self,
+        outputs: Sequence[Tensor],
+        cotangents: Sequence[Tensor | None],
+        own: Sequence[Tensor],
+        retain: bool,
+    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """Return a row of the shared parameters, or what stands for it, and the gradients of ``own``."""
+        if self.stream is not None:
+            return self.stream(outputs, cotangents, own, retain)
+        shared = self.problem.shared_params
+        grads = vjp(outputs, cotangents, [*shared, *own], retain=retain)
+        return self.sent(grads[: len(shared)]), grads[len(shared) :]
 
     def sent(self, row: list[Tensor | None]) -> list[Tensor | None]:
         """Return what stands for a row from now on."""
@@ -240,8 +257,7 @@ class SplitRoute(Route):
         """Return the VJPs through the trunk, one row per cotangent."""
         rows = []
         for t, cotangent in enumerate(cotangents):
-            row = vjp(features, cotangent, self.problem.shared_params, retain=t + 1 < len(cotangents))
-            rows.append(self.sent(row))
+            rows.append(self.row(features, cotangent, [], retain=t + 1 < len(cotangents))[0])
         return rows
 
     def frozen(self, inputs: Any, labels: Any, shared: Tensor, heads: Tensor | None) -> Pass:
@@ -274,15 +290,15 @@ class WholeRoute(Route):
     def __call__(self, inputs: Any, labels: Any) -> Pass:
         """Run the forward pass and all VJPs."""
         losses, preds = forward(self.problem, self.regions, inputs, labels)
-        shared, own = self.problem.shared_params, self.problem.own_params
+        own = self.problem.own_params
         one_graph = not self.problem.model.multi_input
         rows, parts = [], []
         seeds = self.seeds(losses)
         with part("VJPs"):
             for t, loss in enumerate(losses):
-                grads = vjp([loss], [seeds[t]], [*shared, *own], retain=one_graph and t + 1 < len(losses))
-                rows.append(self.sent(grads[: len(shared)]))
-                parts.append(grads[len(shared) :])
+                row, of_own = self.row([loss], [seeds[t]], own, retain=one_graph and t + 1 < len(losses))
+                rows.append(row)
+                parts.append(of_own)
         return RowsPass(self, losses, preds, rows, OwnGradients(own, parts))
 
     def frozen(self, inputs: Any, labels: Any, shared: Tensor, heads: Tensor | None) -> Pass:

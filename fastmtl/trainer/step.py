@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmtl.distributed import Peers
 from fastmtl.distributed.exchange import Exchange
@@ -31,6 +31,9 @@ from fastmtl.trainer.sampling import OWN, TaskSampler, keeping, only, spread
 from fastmtl.trainer.trial import Trial
 from fastmtl.weighting import AbsWeighting, Weights
 
+if TYPE_CHECKING:
+    from fastmtl.distributed.sharded import ShardedModel
+
 __all__ = ["TrainingStep"]
 
 
@@ -45,6 +48,7 @@ class TrainingStep:
         hyper: Hyper-parameters of the strategy.
         options: Checked options.
         peers: The processes that each have a part of every batch.
+        sharded: The parameters, if each process has a shard of them.
 
     Attributes:
         route: How the gradients are had, compiled or not.
@@ -62,6 +66,7 @@ class TrainingStep:
         hyper: Mapping[str, Any],
         options: StepOptions,
         peers: Peers | None = None,
+        sharded: ShardedModel | None = None,
     ) -> None:
         rule: Any = problem.model
         self.model = rule
@@ -82,12 +87,20 @@ class TrainingStep:
         self.exchange: Exchange | None = None
         if peers is not None:
             # Rows of representations are small: they are summed as they are.
-            exact = options.gram == "exact" and rule.needs == "gram" and not rule.rep_grad
-            self.exchange = Exchange(peers, problem.shared_params, problem.own_params, exact)
+            exact = options.gram == "exact" and rule.needs in ("gram", "rows") and not rule.rep_grad
+            if sharded is None:
+                self.exchange = Exchange(peers, problem.shared_params, problem.own_params, exact)
+            else:
+                from fastmtl.distributed.sharded_exchange import ShardedExchange
+
+                self.exchange = ShardedExchange(sharded, problem.shared_params, problem.own_params, exact)
+            self.exchange.cut_states(rule)
         self.balancer = Balancer(rule, hyper, options, self.scaler, self.exchange)
         routes = routes_to_try(problem, hyper, options, on_compile, alone=peers is None)
         self.trial = Trial(routes, on_compile) if len(routes) > 1 else None
         self.route = next(iter(routes.values()))
+        if self.exchange is not None and self.exchange.exact:
+            self.route.stream = self.exchange.stream
         self.capture: StepCapture | None = None
         if options.cuda_graph:
             device = guard.found_inf.device
@@ -105,6 +118,11 @@ class TrainingStep:
     def compiled(self) -> bool:
         """Whether the route is compiled."""
         return self.route.regions.compiled
+
+    @property
+    def spread(self) -> bool:
+        """Whether each process keeps a part of what the strategy remembers."""
+        return self.balancer.sends and bool(self.model.row_states)
 
     def __call__(
         self, batches: Sequence[tuple[Any, Any]], buffer: StepBuffer, present: Sequence[int] | None = None
@@ -167,13 +185,22 @@ class TrainingStep:
         """Let the optimizer use the gradients, unless something was not finite."""
         # A float16 gradient that overflows is no error: the step is skipped, and the scale falls.
         with part("optimizer"):
+            if self.exchange is not None:
+                self.exchange.free()
             self.guard.watch(losses, *((gram, weights) if self.scaler is None else (None, None)))
             if self.options.clip_grad_norm is not None:
-                torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_grad_norm)
+                self._clip(None, self.options.clip_grad_norm)
             if self.scaler is not None:
                 torch.maximum(self.guard.found_inf, self.scaler.found_inf, out=self._masked)
                 self.scaler.update()
             self.optimizer.step()
+
+    def _clip(self, params: Sequence[nn.Parameter] | None, max_norm: Any) -> None:
+        """Bring the norm of the gradients, of all parameters if None is given, down to ``max_norm``."""
+        if self.exchange is not None:
+            self.exchange.clip(params, max_norm)
+        else:
+            nn.utils.clip_grad_norm_(self.model.parameters() if params is None else params, max_norm)
 
     def _gradients(
         self, batches: Sequence[tuple[Any, Any]]
@@ -239,8 +266,9 @@ class TrainingStep:
         return torch.stack(scored).mean(0)
 
     def _weigh_batch(self, batch: tuple[Any, Any]) -> None:
-        """Find this process's share in a batch, if there are others."""
+        """Find this process's share in a batch and have the whole parameters, if there are others."""
         if self.exchange is not None:
+            self.exchange.gather()
             self.problem.share = self.exchange.weigh_batch(batch[1], self.problem.tasks, self.model.device)
 
     def _pass(self, batch: tuple[Any, Any], differentiate: Callable[..., Pass] | None = None) -> Pass:
@@ -310,7 +338,7 @@ class TrainingStep:
             self.exchange.reduce()
         if held.max_norm is not None:
             limit: Any = held.max_norm if self.scaler is None else held.max_norm * self.scaler.scale
-            torch.nn.utils.clip_grad_norm_(self.problem.shared_params, limit)
+            self._clip(self.problem.shared_params, limit)
         return torch.stack(losses).mean(0), joined(preds)
 
     def _accumulate_losses(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -46,6 +46,9 @@ from fastmtl.trainer.resuming import BEGINNING, resume_run, run_state
 from fastmtl.trainer.step import TrainingStep
 from fastmtl.utils import count_parameters
 from fastmtl.weighting import WEIGHTINGS, AbsWeighting
+
+if TYPE_CHECKING:
+    from fastmtl.distributed.sharded import ShardedModel
 
 __all__ = ["Trainer"]
 
@@ -98,6 +101,8 @@ class Trainer(nn.Module):
         checkpoint_every: Write ``last.pt`` after this many steps of an epoch too, not only at its end.
         peer_timeout: With several processes, seconds one waits for another before it ends with an error; torch's
             default if None, or what the processes met with if they already have.
+        shard: With several processes, ``"fsdp"``: each has a shard of the parameters, gradients and optimizer's state
+            (``torch.distributed.fsdp.fully_shard``); ``"none"``: all have all of them.
         log_every: Steps between two reads of the device for the loggers.
         limit_batches: Steps per pass at most.
         profile: File for a Chrome trace of a few warm steps; where they went is printed too.
@@ -147,6 +152,7 @@ class Trainer(nn.Module):
         sync_batch_norm: bool = False,
         checkpoint_every: int | None = None,
         peer_timeout: float | None = None,
+        shard: str = "none",
         log_every: int = 50,
         limit_batches: int | None = None,
         profile: str | Path | None = None,
@@ -158,6 +164,7 @@ class Trainer(nn.Module):
         self.peers = join(peer_timeout)
         self.device = find_device(device, self.peers)
         self._leads = self.peers is None or self.peers.leads
+        self.sharded: ShardedModel | None = None
         if tf32 is not None:
             set_tf32(tf32, self.device)
         self.task_dict = task_dict
@@ -179,7 +186,6 @@ class Trainer(nn.Module):
 
         with self._one_voice():
             self._prepare_model(weighting, architecture, encoder_class, decoders)
-            self._prepare_optimizer(optim_param, scheduler_param)
             self.meter = PerformanceMeter(task_dict, peers=self.peers)
             self.meter.display_format()
         self._guard = FiniteGuard(self.device, self.task_name)
@@ -194,27 +200,43 @@ class Trainer(nn.Module):
             weight_momentum=weight_momentum,
             tasks_per_step=tasks_per_step,
             gram=gram,
+            shard=shard,
         )
         hyper = self.kwargs["weight_args"]
         options = check_options(self.model, self.weighting, hyper, options)
-        problem = Problem(self.model, self.meter.losses, self.process_preds, PRECISIONS[options.precision])
         if self.peers is not None:
             check_distributed(self.model, self.weighting, options)
             if sync_batch_norm and compile:
                 raise UsageError("sync_batch_norm cannot be combined with compile: its messages cannot be compiled.")
+            self.peers.from_leader([*self.model.parameters(), *self.model.buffers()])
+            if options.shard == "fsdp":
+                from fastmtl.distributed.sharded import ShardedModel
+
+                self.sharded = ShardedModel(self.model, self.peers, self._strategy_params)
+        self._prepare_optimizer(optim_param, scheduler_param)
+        problem = Problem(self.model, self.meter.losses, self.process_preds, PRECISIONS[options.precision])
         self.step = TrainingStep(
-            problem, self.optimizer, self._guard, self.logger.on_compile, hyper, options, self.peers
+            problem, self.optimizer, self._guard, self.logger.on_compile, hyper, options, self.peers, self.sharded
         )
         self.compile_report: CompileReport | None = None
         self._profiler = None if profile is None else StepProfiler(Path(profile), self.device)
         self._generators: list[torch.Generator] = []
         self._start = BEGINNING
+        self._gathers = False
         if resume is not None:
             self._start = resume_run(self, Path(resume))
         if self.peers is not None:
-            self.peers.from_leader([*self.model.parameters(), *self.model.buffers()])
+            params = self.model.parameters() if self.sharded is None else self.sharded.kept
+            self.peers.from_leader([*params, *self._common_buffers()])
+            spread = self.step.spread or self.sharded is not None
+            self._gathers = spread and bool(self.peers.gather(self.save_path is not None)[0])
             if not self._leads:
                 self.save_path = None
+
+    def _common_buffers(self) -> list[torch.Tensor]:
+        """Return the buffers that every process has whole."""
+        spread = self.model.row_states if self.step.spread else ()
+        return [buffer for name, buffer in self.model.named_buffers() if name not in spread]
 
     def _one_voice(self) -> AbstractContextManager[None]:
         return nullcontext() if self.peers is None else self.peers.one_voice()
@@ -249,7 +271,9 @@ class Trainer(nn.Module):
             device=self.device,
             **self.kwargs["arch_args"],
         )
+        network_params = set(self.model.parameters())
         self.model.init_param()
+        self._strategy_params = [param for param in self.model.parameters() if param not in network_params]
         self.model.to(self.device)
         if self._sync_batch_norm and self.peers is not None:
             synchronize(self.model, self.peers)
@@ -269,7 +293,8 @@ class Trainer(nn.Module):
         count_parameters(self.model)
 
     def _prepare_optimizer(self, optim_param: Mapping[str, Any], scheduler_param: Mapping[str, Any] | None) -> None:
-        self.optimizer = make_optimizer(self.model, optim_param, self.device)
+        params = self.model.parameters() if self.sharded is None else self.sharded.trained
+        self.optimizer = make_optimizer(params, optim_param, self.device)
         self.scheduler = make_scheduler(self.optimizer, scheduler_param)
 
     @property
@@ -424,7 +449,9 @@ class Trainer(nn.Module):
         except KeyboardInterrupt:
             if len(buffer):
                 self._log(buffer, epoch, epoch * steps + batch)
-            self._save_last(epoch, batch, epoch_rng)
+            # Processes are interrupted at different steps, so what they would have to collect is not one state.
+            if not self._gathers:
+                self._save_last(epoch, batch, epoch_rng)
             raise
 
     def _to_device(self, batch: tuple[Any, Any]) -> tuple[Any, Any]:
@@ -460,16 +487,11 @@ class Trainer(nn.Module):
                 self.scheduler.step(self.meter.improvement or 0.0)
             else:
                 self.scheduler.step()
-        if self.save_path is not None:
+        if self.save_path is not None or self._gathers:
             self._guard.check(self._last_checkpoint())
             if self.meter.best_result["epoch"] == epoch:
-                best = self.save_path / "best.pt"
-                remembered = self.model.remembered()
-                state = {key: value for key, value in self.model.state_dict().items() if key not in remembered}
-                save_atomically(state, best)
-                print(f"Save Model {epoch} to {best}")
-                self.logger.on_checkpoint(best, "best")
-            self._save_last(epoch + 1, 0, None)
+                self._save_best(epoch)
+        self._save_last(epoch + 1, 0, None)
 
     def test(
         self, test_dataloaders: Any, epoch: int | None = None, mode: str = "test", return_improvement: bool = False
@@ -490,9 +512,11 @@ class Trainer(nn.Module):
     @torch.no_grad()
     def _evaluate(self, loaders: Any, mode: str, epoch: int | None) -> None:
         self.model.eval()
+        if self.step.exchange is not None:
+            self.step.exchange.gather()
         if self.peers is not None:
             # Batch statistics are each process's own; what is saved is the leader's.
-            self.peers.from_leader(self.model.buffers())
+            self.peers.from_leader(self._common_buffers())
         self.meter.begin()
         for task, inputs, labels in eval_batches(loaders, self.task_name, self.multi_input, self.limit_batches):
             inputs, labels = self._to_device((inputs, labels))
@@ -532,13 +556,26 @@ class Trainer(nn.Module):
             return None
         return str(self.save_path / "last.pt")
 
+    def _save_best(self, epoch: int) -> None:
+        remembered = self.model.remembered()
+        state = self.model.state_dict() if self.sharded is None else self.sharded.whole_state(self.model.state_dict())
+        if self.save_path is None:
+            return
+        best = self.save_path / "best.pt"
+        save_atomically({key: value for key, value in state.items() if key not in remembered}, best)
+        print(f"Save Model {epoch} to {best}")
+        self.logger.on_checkpoint(best, "best")
+
     def _save_last(self, epoch: int, batch: int, epoch_rng: dict[str, Any] | None) -> None:
         """Write everything that is needed to go on with batch ``batch`` of epoch ``epoch``."""
+        if self.save_path is None and not self._gathers:
+            return
+        state = run_state(self)
         if self.save_path is None:
             return
         self._guard.check(self._last_checkpoint())
         path = self.save_path / "last.pt"
         place = {"epoch": epoch, "batch": batch, "rng": rng_state(self._generators), "epoch_rng": epoch_rng}
         place["loss_sums"] = self.meter.loss_sums() if batch else {}
-        save_atomically(run_state(self) | place, path)
+        save_atomically(state | place, path)
         self.logger.on_checkpoint(path, "last")

@@ -47,6 +47,6 @@ class DB_MTL(AbsWeighting):
         decay = DB_beta / self.steps**DB_beta_sigma
         heads = 1 / (losses + 1e-8)
         averages = self.averages.rows
-        gram = ops.ema_gram_(averages, rows, decay, (1 - decay) * heads)
+        gram = self.whole(ops.ema_gram_(averages, rows, decay, (1 - decay) * heads))
         length = gram.diagonal().sqrt()
         return Weights(shared=length.max() / (length + 1e-8), heads=heads, rows=averages, gram=gram)

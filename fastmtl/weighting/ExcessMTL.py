@@ -44,7 +44,7 @@ class ExcessMTL(AbsWeighting):
 
     def weigh_rows(self, losses: Tensor, rows: Rows, *, robust_step_size: float = 1e-2, **hyper: Any) -> Weights:
         """Return the weights, of decoders too."""
-        risk = ops.excess_risk_(self.squares.rows, rows).to(losses.dtype)
+        risk = self.whole(ops.excess_risk_(self.squares.rows, rows)).to(losses.dtype)
         known = self.initial_w != 0
         relative = torch.where(known, risk / torch.where(known, self.initial_w, 1.0), 0.0)
         self.initial_w.copy_(torch.where(known, self.initial_w, risk))

@@ -58,11 +58,12 @@ class MoCo(AbsWeighting):
     ) -> Weights:
         """Return weights of the averages."""
         self.steps.add_(1)
-        gram = ops.gram(rows)
+        gram = self.whole(ops.gram(rows))
         rate = MoCo_beta / self.steps**MoCo_beta_sigma
         gains = rate * losses / (gram.diagonal().sqrt().to(losses.dtype) + 1e-8)
         averages = self.averages.rows
-        pull = ops.ema_gram_(averages, rows, 1 - rate, gains).to(self.lambd.dtype) @ self.lambd + MoCo_rho * self.lambd
+        products = self.whole(ops.ema_gram_(averages, rows, 1 - rate, gains)).to(self.lambd.dtype)
+        pull = products @ self.lambd + MoCo_rho * self.lambd
         self.lambd.copy_(torch.softmax(self.lambd - MoCo_gamma / self.steps**MoCo_gamma_sigma * pull, dim=-1))
         weights = self.lambd.clone()
         return Weights(shared=weights, rows=averages, gram=gram)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -16,6 +16,7 @@ from fastmtl.hyper import Hyper
 
 if TYPE_CHECKING:
     from fastmtl.trainer.lookahead import LookAhead
+    from fastmtl.weighting.row_state import RowState
 
 __all__ = ["AbsWeighting", "Needs", "Rows", "Weights"]
 
@@ -74,6 +75,8 @@ class AbsWeighting(nn.Module):
         looks_back: Whether :meth:`after_step` wants the batch's losses after the update, from a second forward pass.
         allows_rep_grad: Whether ``rep_grad`` can be on.
         active: The tasks of this step if it has only some; ``task_num`` is then their number.
+        row_states: What it keeps that is as large as the task gradients, by name.
+        sum_parts: Sums a tensor over the processes that each have a part of every gradient; None if one has them whole.
     """
 
     needs: ClassVar[Needs] = "losses"
@@ -85,6 +88,8 @@ class AbsWeighting(nn.Module):
     allows_rep_grad: ClassVar[bool] = True
 
     active: list[int] | None = None
+    row_states: Mapping[str, RowState] = MappingProxyType({})
+    sum_parts: Callable[[Tensor], Tensor] | None = None
     task_dims: Mapping[str, tuple[int, ...]] = MappingProxyType({})
     task_num: int
     task_name: list[str]
@@ -112,6 +117,13 @@ class AbsWeighting(nn.Module):
         self.register_buffer(name, value)
         dims = range(min(value.dim(), 1)) if task_dims is None else task_dims
         self.task_dims = {**self.task_dims, name: tuple(dims)}
+
+    def whole(self, sums: Tensor) -> Tensor:
+        """Return sums over all entries of the gradients, such as a Gram matrix, from those over the entries given.
+
+        A strategy that ``needs`` rows calls it, as with several processes each has a part of every row.
+        """
+        return sums if self.sum_parts is None else self.sum_parts(sums.contiguous())
 
     def remembered(self) -> list[str]:
         """Return the names of what :meth:`remember` keeps."""
@@ -142,6 +154,7 @@ class AbsWeighting(nn.Module):
         Args:
             losses: (T,) detached losses.
             rows: T gradients, each a list over the shared parameters with None where a parameter has none; read-only.
+                With several processes, lists of the pieces this one has; see :meth:`whole`.
             hyper: The hyper-parameters.
         """
         raise NotImplementedError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,15 @@ class RowState:
         self._seen: Tensor | None = None
         self._rows: list[list[Tensor | None]] = []
         owner.remember(name, torch.zeros(owner.task_num, sum(self._sizes)))
+        owner.row_states = {**owner.row_states, name: self}
+
+    def cut(self, shapes: Sequence[torch.Size]) -> None:
+        """Start anew with rows in the shapes of the pieces that this process has of each."""
+        self._shapes = list(shapes)
+        self._sizes = [shape.numel() for shape in shapes]
+        self._seen = None
+        old: Tensor = getattr(self._owner, self._name)
+        setattr(self._owner, self._name, old.new_zeros(len(old), sum(self._sizes)))
 
     @property
     def rows(self) -> list[list[Tensor | None]]:

@@ -12,7 +12,7 @@ import torch
 from fastmtl.weighting import WEIGHTINGS
 from tests.distributed.group import Case, FixedMTAN, in_processes, normed_encoder, train, train_all
 
-SUPPORTED = [name for name, rule in WEIGHTINGS.items() if rule.needs in ("losses", "gram")]
+SUPPORTED = [name for name, rule in WEIGHTINGS.items() if rule.needs in ("losses", "gram", "rows")]
 MMOE = {"architecture": "MMoE", "arch_args": {"img_size": [6], "num_experts": [2]}}
 CASES = [
     *(Case(name, name) for name in SUPPORTED),
@@ -28,6 +28,12 @@ CASES = [
     Case("multi rep", "MGDA", options={"multi_input": True, "rep_grad": True}),
     Case("accumulate", "FairGrad", options={"accumulate": 2}),
     Case("accumulate losses", "UW", options={"accumulate": 2}),
+    Case("accumulate rows", "MoCo", options={"accumulate": 2}),
+    Case("uneven rows", "ExcessMTL", batch=7),
+    Case(
+        "rows of MMoE", "DB_MTL", options={"architecture": "MMoE", "arch_args": {"img_size": [6], "num_experts": [2]}}
+    ),
+    Case("rows and momentum", "MoCo", options={"weight_momentum": 0.5}),
     Case("held", "Nash_MTL", options={"update_weights_every": 3}),
     Case("held rep", "MGDA", options={"update_weights_every": 3, "rep_grad": True}),
     Case("momentum and clip", "MGDA", options={"weight_momentum": 0.5, "clip_grad_norm": 0.1}),

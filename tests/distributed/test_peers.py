@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from fastmtl import Trainer
 from fastmtl.distributed import Peers, find_peers, join, shard
@@ -17,7 +18,7 @@ from fastmtl.errors import UsageError
 from fastmtl.metrics import AbsMetric, NormalMetric
 from fastmtl.trainer.records import StepBuffer
 from tests.distributed.group import TASKS, in_processes
-from tests.trainer.toy import flat, loaders, make_trainer
+from tests.trainer.toy import encoder, flat, loaders, make_trainer
 
 
 class _Seat(Peers):
@@ -55,9 +56,10 @@ def test_alone_there_are_no_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_peers() is None
 
 
-def test_unknown_gram_is_refused() -> None:
-    with pytest.raises(UsageError, match="gram"):
-        make_trainer(gram="lokal")
+def test_unknown_choices_are_refused() -> None:
+    for option in ("gram", "shard"):
+        with pytest.raises(UsageError, match=option):
+            make_trainer(**{option: "lokal"})
 
 
 class _Listed(AbsMetric):
@@ -69,15 +71,53 @@ class _Listed(AbsMetric):
         return [float(sum(self.record)), sum(self.bs)]
 
 
+def _on_mesh() -> nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_module
+
+    return distribute_module(encoder(), init_device_mesh("cpu", (2,)))
+
+
+def _turned() -> nn.Module:
+    found = nn.Linear(6, 8)
+    found.weight = nn.Parameter(found.weight.detach().T.contiguous().T)
+    return found
+
+
+def _left_alone(weighting: str, peers: Peers) -> bool:
+    """Return whether shards stay as they are when one process sees a NaN, and move when none does."""
+    trainer = make_trainer(weighting, "HPS", TASKS, shard="fsdp")
+    assert trainer.sharded is not None
+    first, second = list(shard(loaders(TASKS), peers))[:2]
+    states = [flat(trainer.sharded.trained)]
+    trainer.step([first], StepBuffer())
+    states.append(flat(trainer.sharded.trained))
+    inputs, labels = second
+    trainer.step([(inputs * torch.nan if peers.leads else inputs, labels)], StepBuffer())
+    states.append(flat(trainer.sharded.trained))
+    return not torch.equal(states[0], states[1]) and torch.equal(states[1], states[2])
+
+
 def _meet(_: None) -> dict[str, Any]:
     peers = find_peers()
     assert peers is not None
     found: dict[str, Any] = {"refused": []}
-    options: dict[str, dict[str, Any]] = {"MoCo": {}, "MOML": {}, "MGDA": {"tasks_per_step": 1}}
+    options: dict[str, dict[str, Any]] = {"MoCo": {"gram": "local"}, "MOML": {}, "MGDA": {"tasks_per_step": 1}}
     for weighting, more in options.items():
         with pytest.raises(UsageError) as caught:
             make_trainer(weighting, **more)
         found["refused"].append(str(caught.value))
+    with pytest.raises(UsageError) as caught:
+        make_trainer("EW", encoder_class=_on_mesh)
+    found["refused"].append(str(caught.value))
+    found["unsharded"] = []
+    for together in ({"compile": True}, {"precision": "fp16"}, {"gram": "local"}):
+        with pytest.raises(UsageError) as caught:
+            make_trainer("MGDA", shard="fsdp", **together)
+        found["unsharded"].append(str(caught.value))
+    with pytest.raises(UsageError, match="needs contiguous parameters"):
+        make_trainer("MGDA", shard="fsdp", encoder_class=_turned)
+    found["masked"] = [_left_alone(weighting, peers) for weighting in ("MGDA", "EW")]
     trainer = make_trainer("MGDA", "HPS", TASKS, gram="local")
     buffer = StepBuffer()
     trainer.step([next(iter(shard(loaders(TASKS), peers)))], buffer)
@@ -100,7 +140,9 @@ def _meet(_: None) -> dict[str, Any]:
 def test_two_processes_meet(tmp_path: Path) -> None:
     one, two = in_processes(2, tmp_path, _meet, None)
     assert all("Several processes cannot train with" in sentence for sentence in one["refused"])
+    assert all("shard='fsdp' cannot be combined with" in sentence for sentence in one["unsharded"])
     for found in (one, two):
+        assert found["masked"] == [True, True]
         assert found["scores"] == [[2.0, 4], [1.0, 1.0, 1.0]]
     for name, value in one["bf16"].items():
         assert value.isfinite().all()
@@ -120,10 +162,33 @@ def test_two_processes_meet(tmp_path: Path) -> None:
         assert torch.allclose(found["gram"], sum(halves) / 2, rtol=1e-9)
 
 
+ADAM = {"optim_param": {"optim": "adam", "lr": 1e-2}}
+RESUMED: dict[str, tuple[str, dict[str, Any]]] = {
+    "Nash_MTL": ("Nash_MTL", {}),
+    "MoCo": ("MoCo", {}),
+    "ExcessMTL": ("ExcessMTL", {}),
+    "shards": ("MGDA", {"shard": "fsdp", **ADAM}),
+    "shards of rows": ("DB_MTL", {"shard": "fsdp"}),
+    "shards and own parameters": ("UW", {"shard": "fsdp", **ADAM}),
+}
+
+
 def _train_half(folder: str) -> None:
     peers = find_peers()
     assert peers is not None
-    _run(make_trainer("Nash_MTL", "HPS", TASKS, save_path=folder), peers, 2)
+    for name, (weighting, options) in RESUMED.items():
+        place = Path(folder) / name
+        place.mkdir(exist_ok=True)
+        _run(make_trainer(weighting, "HPS", TASKS, save_path=str(place), **options), peers, 2)
+
+
+def _train_on(folder: str) -> list[Any]:
+    peers = find_peers()
+    found = []
+    for name, (weighting, options) in RESUMED.items():
+        resumed = make_trainer(weighting, "HPS", TASKS, resume=f"{folder}/{name}/last.pt", **options)
+        found.append(flat(_run(resumed, peers, 4).model.parameters()))
+    return found
 
 
 def _run(trainer: Trainer, peers: Peers | None, epochs: int) -> Trainer:
@@ -136,27 +201,38 @@ def _run(trainer: Trainer, peers: Peers | None, epochs: int) -> Trainer:
     return trainer
 
 
-def test_one_process_goes_on_where_two_stopped(tmp_path: Path) -> None:
-    in_processes(2, tmp_path, _train_half, str(tmp_path))
+def test_one_process_goes_on_where_two_stopped_and_two_where_one_did(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        folder.mkdir()
     torch.set_default_dtype(torch.float64)
     try:
-        whole = _run(make_trainer("Nash_MTL", "HPS", TASKS), None, 4)
-        resumed = make_trainer("Nash_MTL", "HPS", TASKS, resume=str(tmp_path / "last.pt"))
-        _run(resumed, None, 4)
+        wanted = []
+        for name, (weighting, options) in RESUMED.items():
+            (one / name).mkdir()
+            _run(make_trainer(weighting, "HPS", TASKS, save_path=str(one / name), **options), None, 2)
+            wanted.append(flat(_run(make_trainer(weighting, "HPS", TASKS, **options), None, 4).model.parameters()))
+        in_processes(2, two, _train_half, str(two))
+        resumed = [_train_on(str(two)), *in_processes(2, one, _train_on, str(one))]
     finally:
         torch.set_default_dtype(torch.float32)
-    wanted = flat(whole.model.parameters())
-    assert (flat(resumed.model.parameters()) - wanted).norm() <= 1e-9 * wanted.norm()
+    for name in RESUMED:
+        alone, shared = (torch.load(folder / name / "best.pt") for folder in (one, two))
+        assert {key: value.shape for key, value in alone.items()} == {key: v.shape for key, v in shared.items()}
+    for found in resumed:
+        for params, other in zip(found, wanted, strict=True):
+            assert (params - other).norm() <= 1e-9 * other.norm()
 
 
 @pytest.mark.slow
-def test_the_command_in_two_processes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", ["", " --shard fsdp"], ids=["whole", "shards"])
+def test_the_command_in_two_processes(tmp_path: Path, more: str) -> None:
     options = (
         "--weighting mgda --train-size 64 --batch-size 16 --limit-batches 2 --device cpu --no-plot --no-tensorboard"
     )
     launched = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     done = subprocess.run(
-        [*launched, "-m", "fastmtl", "train", *options.split(), "--run-dir", str(tmp_path / "run")],
+        [*launched, "-m", "fastmtl", "train", *(options + more).split(), "--run-dir", str(tmp_path / "run")],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         cwd=Path(__file__).parents[2],
         capture_output=True,

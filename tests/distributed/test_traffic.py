@@ -20,9 +20,13 @@ OWN = 2 * (8 * 3 + 3) + 8 + 1
 CASES: list[tuple[str, dict[str, Any], float]] = [
     ("MGDA", {}, (TASKS + 1) * SHARED + 2 * OWN),
     ("Nash_MTL", {}, (TASKS + 1) * SHARED + 2 * OWN),
+    ("MoCo", {}, (TASKS + 1) * SHARED + 2 * OWN),
     ("MGDA", {"gram": "local"}, 2 * (SHARED + OWN)),
     ("MGDA", {"rep_grad": True}, 2 * (SHARED + OWN + TASKS * 8)),
     ("EW", {}, 2 * (SHARED + OWN)),
+    ("MGDA", {"shard": "fsdp"}, (TASKS + 1) * SHARED + 2 * OWN),
+    ("MoCo", {"shard": "fsdp"}, (TASKS + 1) * SHARED + 2 * OWN),
+    ("EW", {"shard": "fsdp"}, 2 * (SHARED + OWN)),
 ]
 
 
@@ -53,6 +57,10 @@ def _count_step(weighting: str, options: dict[str, Any]) -> float:
         patch.setattr(dist, "all_reduce", counted(dist.all_reduce, 0, 2))
         patch.setattr(peers, "_reduce_scatter", counted(peers._reduce_scatter, 1, 1))
         patch.setattr(peers, "_all_gather", counted(peers._all_gather, 0, 1))
+        # FSDP gathers parameters by one of its names.
+        for name in ("all_gather_single", "all_gather_into_tensor"):
+            if hasattr(dist, name):
+                patch.setattr(dist, name, counted(getattr(dist, name), 0, 1))
         trainer.step([second], StepBuffer())
     return sent
 

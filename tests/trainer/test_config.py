@@ -180,6 +180,6 @@ def test_every_optimizer_and_scheduler_can_be_made(optim: str, scheduler: str) -
 
     config = TrainConfig(optim=optim, scheduler=scheduler)
     assert config.scheduler_param is not None
-    optimizer = make_optimizer(torch.nn.Linear(2, 2), config.optim_param, torch.device("cpu"))
+    optimizer = make_optimizer(torch.nn.Linear(2, 2).parameters(), config.optim_param, torch.device("cpu"))
     assert optimizer.param_groups[0]["lr"] == config.lr
     assert make_scheduler(optimizer, config.scheduler_param) is not None

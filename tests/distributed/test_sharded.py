@@ -1,0 +1,67 @@
+"""With shards of the parameters several processes do what one does with the whole batch, too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.group import Case, FixedMTAN, in_processes, train, train_all
+
+MMOE = {"architecture": "MMoE", "arch_args": {"img_size": [6], "num_experts": [2]}}
+STRATEGIES = [
+    *("EW", "UW", "DWA", "FAMO", "GradNorm", "MGDA", "PCGrad", "CAGrad", "Nash_MTL", "GradVac", "MoDo"),
+    *("IMTL", "MoCo", "DB_MTL", "ExcessMTL"),
+]
+PLAIN = [
+    *(Case(name, name) for name in STRATEGIES),
+    Case("uneven", "MGDA", batch=7),
+    Case("uneven losses", "UW", batch=7),
+    Case("MMoE", "PCGrad", options=MMOE),
+    Case("MMoE losses", "EW", options=MMOE),
+    Case("MMoE rows", "MoCo", options=MMOE),
+    Case("MTAN", "MGDA", options={"architecture": FixedMTAN}),
+    Case("MTAN losses", "EW", options={"architecture": FixedMTAN}),
+    Case("MTAN of groups", "GradVac", options={"architecture": FixedMTAN}),
+    Case("rep", "MGDA", options={"rep_grad": True}),
+    Case("GradDrop", "GradDrop", options={"rep_grad": True}),
+    Case("multi", "PCGrad", options={"multi_input": True}),
+    Case("accumulate", "FairGrad", options={"accumulate": 2}),
+    Case("accumulate losses", "UW", options={"accumulate": 2}),
+    Case("held", "Nash_MTL", options={"update_weights_every": 3}),
+    Case("momentum and clip", "MGDA", options={"weight_momentum": 0.5, "clip_grad_norm": 0.1}),
+    Case("clip losses", "UW", options={"clip_grad_norm": 0.1}),
+    Case("adam", "UPGrad", options={"optim_param": {"optim": "adam", "lr": 1e-2, "weight_decay": 1e-3}}),
+    Case("rmsprop", "MGDA", options={"optim_param": {"optim": "rmsprop", "lr": 1e-3}}),
+]
+CASES = [Case(each.name, each.weighting, each.batch, {**each.options, "shard": "fsdp"}) for each in PLAIN]
+OF_FOUR = [case for case in CASES if case.name in ("EW", "MGDA", "MoCo", "uneven", "MMoE")]
+
+
+@pytest.fixture(autouse=True)
+def _float64() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> Mapping[tuple[int, str], list[Any]]:
+    """What each of two and of four processes has after each case."""
+    found: dict[tuple[int, str], list[Any]] = {}
+    for size, cases in ((2, CASES), (4, OF_FOUR)):
+        ranks = in_processes(size, tmp_path_factory.mktemp(str(size)), train_all, cases)
+        found |= {(size, case.name): [rank[index] for rank in ranks] for index, case in enumerate(cases)}
+    return found
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_shards_train_as_one_process(case: Case, several: Mapping[tuple[int, str], list[Any]]) -> None:
+    params, losses, scores = train(case)
+    for size in (2, 4):
+        for of_rank, losses_of_rank, scores_of_rank in several.get((size, case.name), []):
+            assert (of_rank - params).norm() <= 1e-9 * params.norm()
+            assert torch.allclose(losses_of_rank, losses, rtol=1e-9)
+            assert scores_of_rank == pytest.approx(scores, rel=1e-9)
