@@ -17,8 +17,8 @@ STRATEGIES = [
 ]
 PLAIN = [
     *(Case(name, name) for name in STRATEGIES),
-    Case("uneven", "MGDA", batch=7),
-    Case("uneven losses", "UW", batch=7),
+    Case("uneven", "MGDA", batch=9),
+    Case("uneven losses", "UW", batch=9),
     Case("MMoE", "PCGrad", options=MMOE),
     Case("MMoE losses", "EW", options=MMOE),
     Case("MMoE rows", "MoCo", options=MMOE),
