@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["BackendError", "CheckpointError", "FastmtlError", "NonFiniteError", "UsageError"]
+__all__ = ["BackendError", "CheckpointError", "FastmtlError", "NonFiniteError", "PeerError", "UsageError"]
 
 
 class FastmtlError(Exception):
@@ -19,6 +19,10 @@ class BackendError(FastmtlError, RuntimeError):
 
 class CheckpointError(FastmtlError, RuntimeError):
     """A checkpoint is missing, damaged or belongs to another model."""
+
+
+class PeerError(FastmtlError, RuntimeError):
+    """Another process that trains with this one is gone or does not answer."""
 
 
 class NonFiniteError(FastmtlError, FloatingPointError):

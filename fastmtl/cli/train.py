@@ -16,7 +16,7 @@ from fastmtl.cli.banner import print_banner
 from fastmtl.cli.build import build_trainer, load_data
 from fastmtl.cli.options import split_values
 from fastmtl.data import DataBundle
-from fastmtl.distributed import Peers, join, shard
+from fastmtl.distributed import elastic, shard, together
 from fastmtl.errors import CheckpointError, FastmtlError, UsageError
 from fastmtl.trainer import Trainer
 from fastmtl.trainer.config import TrainConfig, read_config
@@ -38,6 +38,8 @@ _CHANGEABLE = (
     "threads",
     "workers",
     "log_every",
+    "checkpoint_every",
+    "peer_timeout",
     "tensorboard",
     "plot",
     "profile",
@@ -57,40 +59,42 @@ def train(*, config: Path | None, run_dir: Path | None, resume: Path | None, **v
         FastmtlError: Anything about the run cannot be as asked.
         typer.Exit: Ctrl-C, with exit code 130.
     """
+    if resume is not None and (config is not None or run_dir is not None):
+        raise UsageError("--resume goes on with a run as it is configured: leave out --config and --run-dir.")
     settings, hyper = split_values(values)
-    peers = join()
-    if peers is not None and not peers.leads:
-        _train_behind(peers, config, resume, settings, hyper)
-        return
-    if resume is not None:
-        if config is not None or run_dir is not None:
-            raise UsageError("--resume goes on with a run as it is configured: leave out --config and --run-dir.")
-        run = RunDirectory.open(resume)
-        complete, bundle = load_data(_config_to_resume(run, settings, hyper))
-        _train_in(run, complete, bundle, resume=run.last)
-        return
-    asked = read_config(config, **settings) if config is not None else TrainConfig(**settings)
-    complete, bundle = load_data(asked.with_hyper(hyper))
-    if run_dir is not None:
-        run = RunDirectory.create(run_dir)
-    else:
-        run = RunDirectory.create_named(bundle.name, complete.arch, complete.weighting, datetime.now())
-    _train_in(run, complete, bundle, resume=None)
-
-
-def _train_behind(
-    peers: Peers, config: Path | None, resume: Path | None, settings: Mapping[str, Any], hyper: Mapping[str, Any]
-) -> None:
-    """Do this process's part of a run that another one prints, logs and saves."""
-    if resume is not None:
-        run = RunDirectory.open(resume)
-        complete, bundle = load_data(_config_to_resume(run, settings, hyper))
-        last: Path | None = run.last
-    else:
+    began = _began_before(run_dir)
+    if began is not None and began.last.exists():
+        resume = began.path
+    if resume is None:
         asked = read_config(config, **settings) if config is not None else TrainConfig(**settings)
-        complete, bundle = load_data(asked.with_hyper(hyper))
-        last = None
-    _run(build_trainer(complete, bundle, resume=last), complete, bundle)
+        asked = asked.with_hyper(hyper)
+    else:
+        asked = _config_to_resume(RunDirectory.open(resume), settings, hyper)
+    with together(asked.peer_timeout) as peers:
+        last = None if resume is None else RunDirectory(resume).last
+        complete, bundle = load_data(asked)
+        if peers is not None and not peers.leads:
+            _run(build_trainer(complete, bundle, resume=last), complete, bundle)
+        else:
+            _train_in(_place(run_dir, resume, began, complete, bundle), complete, bundle, resume=last)
+
+
+def _began_before(run_dir: Path | None) -> RunDirectory | None:
+    """Return the run directory if ``torchrun`` started this process again to go on with it."""
+    return RunDirectory(run_dir) if run_dir is not None and elastic.began_here(run_dir) else None
+
+
+def _place(
+    run_dir: Path | None, resume: Path | None, began: RunDirectory | None, config: TrainConfig, bundle: DataBundle
+) -> RunDirectory:
+    """Return the run directory, made if the run is new."""
+    if resume is not None:
+        return RunDirectory.open(resume)
+    if run_dir is None:
+        return RunDirectory.create_named(bundle.name, config.arch, config.weighting, datetime.now())
+    run = RunDirectory.create(run_dir) if began is None else RunDirectory.create_again(run_dir)
+    elastic.mark(run.path)
+    return run
 
 
 def _run(trainer: Trainer, config: TrainConfig, bundle: DataBundle) -> None:

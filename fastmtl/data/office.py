@@ -28,18 +28,21 @@ class OfficeDataset(Dataset[tuple[Tensor, int]]):
     Args:
         root: Folder of the images.
         listing: File with one image per line, its path below ``root`` and its class, as LibMTL's ``data_txt``.
+        augmentation: Cut a random part of 8 to 100 % of each image's area in place of the whole, and mirror half of
+            them, as is usual in training on ImageNet (Szegedy et al., CVPR 2015).
 
     Raises:
         UsageError: The listing is missing, empty or has a line of another form.
     """
 
-    def __init__(self, root: str | Path, listing: str | Path) -> None:
+    def __init__(self, root: str | Path, listing: str | Path, augmentation: bool = False) -> None:
         self.root = Path(root).expanduser()
         self.rows = _read_listing(Path(listing))
         transforms = import_torchvision().transforms
-        self._transform = transforms.Compose(
-            [transforms.Resize((_SIZE, _SIZE)), transforms.ToTensor(), transforms.Normalize(_MEAN, _STD)]
-        )
+        framed = [transforms.Resize((_SIZE, _SIZE))]
+        if augmentation:
+            framed = [transforms.RandomResizedCrop(_SIZE), transforms.RandomHorizontalFlip()]
+        self._transform = transforms.Compose([*framed, transforms.ToTensor(), transforms.Normalize(_MEAN, _STD)])
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -12,7 +12,6 @@ from fastmtl.data.multimnist_sets import classification_head, classification_tas
 from fastmtl.data.office import DOMAINS, OfficeDataset
 from fastmtl.data.registry import DatasetInfo, LoaderOptions, Splits, register
 from fastmtl.data.tensors import row_loader
-from fastmtl.errors import UsageError
 
 __all__ = ["office_splits"]
 
@@ -22,15 +21,13 @@ def office_splits(name: str) -> Callable[[LoaderOptions], Splits]:
 
     def load_splits(options: LoaderOptions) -> Splits:
         assert options.path is not None
-        if options.augment:
-            raise UsageError(f"aug must be off for {name}: there is no augmentation of it.")
         loaders: dict[str, dict[str, Any]] = {split: {} for split in SPLITS}
         rows = dict.fromkeys(SPLITS, 0)
         for number, domain in enumerate(DOMAINS[name]):
             for split in SPLITS:
                 train = split == "train"
                 listing = options.path / "data_txt" / name / f"{domain}_{split}.txt"
-                images: Any = OfficeDataset(options.path, listing)
+                images: Any = OfficeDataset(options.path, listing, augmentation=options.augment and train)
                 if train and options.n_train is not None:
                     images = Subset(images, range(min(options.n_train, len(images))))
                 loaders[split][domain] = row_loader(

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from fastmtl.distributed.loading import shard
-from fastmtl.distributed.peers import Peers, find_peers, join
+from fastmtl.distributed.peers import Peers, find_peers, join, leave, together
 
-__all__ = ["Peers", "find_peers", "join", "shard"]
+__all__ = ["Peers", "find_peers", "join", "leave", "shard", "together"]

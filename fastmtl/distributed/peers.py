@@ -2,38 +2,100 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 from collections.abc import Iterable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Peers", "find_peers", "join"]
+from fastmtl.errors import PeerError, UsageError
+
+__all__ = ["Peers", "find_peers", "join", "leave", "together"]
+
+# How long whoever is done waits for the others to be done too, in seconds.
+_PARTING = 30.0
 
 # The names that torch is moving to; torch 2.11 has the old ones only.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def join() -> Peers | None:
+def join(timeout: float | None = None) -> Peers | None:
     """Meet the other processes that ``torchrun`` started; each then has a GPU of its own as its current device.
 
-    Tensors on GPUs travel through NCCL, those on the CPU through gloo.
+    Tensors on GPUs travel through NCCL, those on the CPU through gloo. :func:`leave` parts again, at the latest when
+    the program ends.
+
+    Args:
+        timeout: Seconds a process waits for another before it ends with an error; torch's default if None. It counts
+            for the call that meets the others.
 
     Returns:
         The processes, None if this one was started alone.
+
+    Raises:
+        UsageError: ``timeout`` is not above 0.
     """
+    if timeout is not None and not timeout > 0:
+        raise UsageError(f"timeout must be above 0 seconds, got {timeout}.")
     if not dist.is_available():
         return None
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
     if launched and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        patience: dict[str, Any] = {} if timeout is None else {"timeout": timedelta(seconds=timeout)}
+        store, rank, size = next(iter(dist.rendezvous("env://", **patience)))  # type: ignore[attr-defined]
+        # torchrun's store outlives a restart, and with it the addresses of the processes that are gone.
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"start {start}", store)  # type: ignore[attr-defined]
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+            store=store,
+            rank=rank,
+            world_size=size,
+            **patience,
+        )
+        atexit.register(leave, wait=False)
     return find_peers()
+
+
+def leave(*, wait: bool = True) -> None:
+    """Part from the other processes, if this one has met any.
+
+    Args:
+        wait: Wait until all of them leave, half a minute at most: a connection must not close while another process
+            still uses it. Not after an error, when the others may be in the middle of something else.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    try:
+        if wait:
+            with contextlib.suppress(RuntimeError):
+                dist.all_reduce(torch.zeros(1), async_op=True).wait(timedelta(seconds=_PARTING))
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def together(timeout: float | None = None) -> Iterator[Peers | None]:
+    """Train with the other processes for the length of a ``with`` block; see :func:`join` and :func:`leave`.
+
+    A group that was there before stays.
+    """
+    met_before = dist.is_available() and dist.is_initialized()
+    done = False
+    try:
+        yield join(timeout)
+        done = True
+    finally:
+        if not met_before:
+            leave(wait=done)
 
 
 def find_peers() -> Peers | None:
@@ -67,13 +129,15 @@ class Peers:
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Replace a tensor by its sum over all processes."""
-        dist.all_reduce(tensor, group=self.group)
+        with _heard():
+            dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def any_(self, flags: list[bool], device: torch.device) -> list[bool]:
         """Return which flags are set in any process; waits for the device."""
         found = torch.tensor(flags, dtype=torch.int32, device=device)
-        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)
+        with _heard():
+            dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)
         return [bool(each) for each in found.tolist()]
 
     def reduce_scatter(self, out: Tensor, flat: Tensor) -> Any:
@@ -81,16 +145,19 @@ class Peers:
 
         Both must stay as they are until then.
         """
-        return _reduce_scatter(out, flat, group=self.group, async_op=True)
+        with _heard():
+            return _Arrival(_reduce_scatter(out, flat, group=self.group, async_op=True))
 
     def all_gather(self, out: Tensor, part: Tensor) -> Any:
         """Begin to fill (n,) ``out`` with the (n / W,) parts of all processes; return what to wait for."""
-        return _all_gather(out, part, group=self.group, async_op=True)
+        with _heard():
+            return _Arrival(_all_gather(out, part, group=self.group, async_op=True))
 
     def from_leader(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite tensors with those of the leading process."""
         for tensor in tensors:
-            dist.broadcast(tensor.detach(), group=self.group, group_src=0)
+            with _heard():
+                dist.broadcast(tensor.detach(), group=self.group, group_src=0)
 
     def to_leader(self, tensor: Tensor) -> list[Tensor] | None:
         """Return the tensors of all processes, of one shape, in the leading one; None elsewhere."""
@@ -101,7 +168,8 @@ class Peers:
     def gather(self, value: Any) -> list[Any]:
         """Return a picklable value of each process, in the order of their ranks."""
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value, group=self.group)
+        with _heard():
+            dist.all_gather_object(found, value, group=self.group)
         return found
 
     def total(self, tensor: Tensor | None) -> Tensor | None:
@@ -123,3 +191,28 @@ class Peers:
             return
         with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
             yield
+
+
+class _Arrival:
+    """A message under way."""
+
+    def __init__(self, work: Any) -> None:
+        self._work = work
+
+    def wait(self) -> None:
+        """Wait until it has arrived."""
+        with _heard():
+            self._work.wait()
+
+
+@contextlib.contextmanager
+def _heard() -> Iterator[None]:
+    """Say in a sentence that another process no longer answers."""
+    try:
+        yield
+    except RuntimeError as cause:
+        first = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
+        raise PeerError(
+            f"Another process is gone, or did not answer in time; go on from last.pt, or let torchrun --max-restarts "
+            f"do so: {first}"
+        ) from cause

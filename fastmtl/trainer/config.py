@@ -101,6 +101,12 @@ class TrainConfig:
         "With several processes: fsdp for a shard of the parameters and the optimizer's state in each.",
         SHARDS,
     )
+    checkpoint_every: int | None = _setting(
+        None, "Optimisation", "Steps after which last.pt is written; at the end of an epoch if not given."
+    )
+    sync_batch_norm: bool = _setting(
+        False, "Optimisation", "With several processes, batch norms take the statistics of the whole batch."
+    )
     seed: int = _setting(0, "Optimisation", "Seed of every random number.")
 
     device: str | None = _setting(None, "Machine", "cpu, cuda, cuda:1, mps; the best there is if not given.")
@@ -120,6 +126,9 @@ class TrainConfig:
     )
     workers: int | None = _setting(None, "Machine", "Processes that load training data; none where data are in memory.")
     threads: int | None = _setting(None, "Machine", "CPU threads; PyTorch's choice if not given.")
+    peer_timeout: float | None = _setting(
+        None, "Machine", "With several processes, seconds one waits for another; torch's choice if not given."
+    )
 
     validate: bool = _setting(True, "Logging", "Choose best.pt by the validation split, not by the test split.")
     log_every: int = _setting(20, "Logging", "Steps between two reads of losses and weights from the device.")
@@ -145,6 +154,8 @@ class TrainConfig:
                 raise UsageError(f"{name} must be at least {least}, got {value}.")
         if not self.lr > 0:
             raise UsageError(f"lr must be above 0, got {self.lr}.")
+        if self.peer_timeout is not None and not self.peer_timeout > 0:
+            raise UsageError(f"peer_timeout must be above 0, got {self.peer_timeout}.")
         if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
             raise UsageError(f"clip_grad_norm must be above 0, got {self.clip_grad_norm}.")
 
@@ -239,6 +250,7 @@ _LEAST = {
     "workers": 0,
     "threads": 1,
     "log_every": 1,
+    "checkpoint_every": 1,
 }
 
 

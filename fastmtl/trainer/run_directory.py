@@ -54,6 +54,14 @@ class RunDirectory:
         return run
 
     @classmethod
+    def create_again(cls, path: str | Path) -> RunDirectory:
+        """Take a folder whose run ended before it saved anything."""
+        run = cls(path)
+        for file in (run.config, run.metrics):
+            file.unlink(missing_ok=True)
+        return cls.create(path)
+
+    @classmethod
     def create_named(
         cls, dataset: str, arch: str, weighting: str, now: datetime, root: str | Path = "runs"
     ) -> RunDirectory:

@@ -14,6 +14,7 @@ from torch import nn
 
 from fastmtl.architecture import ARCHITECTURES, AbsArchitecture
 from fastmtl.distributed import join
+from fastmtl.distributed.norm import synchronize
 from fastmtl.errors import UsageError
 from fastmtl.hyper import fill_hyper
 from fastmtl.names import resolve_name
@@ -98,6 +99,10 @@ class Trainer(nn.Module):
             traffic and another matrix.
         shard: With several processes, ``"fsdp"``: each has a shard of the parameters, gradients and optimizer's state
             (``torch.distributed.fsdp.fully_shard``); ``"none"``: all have all of them.
+        sync_batch_norm: With several processes, let batch norms take the statistics of the whole batch.
+        checkpoint_every: Write ``last.pt`` after this many steps of an epoch too, not only at its end.
+        peer_timeout: With several processes, seconds one waits for another before it ends with an error; torch's
+            default if None, or what the processes met with if they already have.
         log_every: Steps between two reads of the device for the loggers.
         limit_batches: Steps per pass at most.
         profile: File for a Chrome trace of a few warm steps; where they went is printed too.
@@ -145,13 +150,18 @@ class Trainer(nn.Module):
         tasks_per_step: int | None = None,
         gram: str = "exact",
         shard: str = "none",
+        sync_batch_norm: bool = False,
+        checkpoint_every: int | None = None,
+        peer_timeout: float | None = None,
         log_every: int = 50,
         limit_batches: int | None = None,
         profile: str | Path | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        self.peers = join()
+        if checkpoint_every is not None and checkpoint_every < 1:
+            raise UsageError(f"checkpoint_every must be at least 1, got {checkpoint_every}.")
+        self.peers = join(peer_timeout)
         self.device = find_device(device, self.peers)
         self._leads = self.peers is None or self.peers.leads
         self.sharded: ShardedModel | None = None
@@ -166,6 +176,8 @@ class Trainer(nn.Module):
         self.save_path = None if save_path is None else Path(save_path)
         self.load_path = load_path
         self.channels_last = channels_last
+        self._sync_batch_norm = sync_batch_norm
+        self.checkpoint_every = checkpoint_every
         self.log_every = log_every
         self.limit_batches = limit_batches
         self.logger = as_logger(logger if self._leads else None)
@@ -194,6 +206,8 @@ class Trainer(nn.Module):
         options = check_options(self.model, self.weighting, hyper, options)
         if self.peers is not None:
             check_distributed(self.model, self.weighting, options)
+            if sync_batch_norm and compile:
+                raise UsageError("sync_batch_norm cannot be combined with compile: its messages cannot be compiled.")
             self.peers.from_leader([*self.model.parameters(), *self.model.buffers()])
             if options.shard == "fsdp":
                 from fastmtl.distributed.sharded import ShardedModel
@@ -261,6 +275,8 @@ class Trainer(nn.Module):
         self.model.init_param()
         self._strategy_params = [param for param in self.model.parameters() if param not in network_params]
         self.model.to(self.device)
+        if self._sync_batch_norm and self.peers is not None:
+            synchronize(self.model, self.peers)
         if self.channels_last:
             self.model.to(memory_format=torch.channels_last)
         if rule.backward is AbsWeighting.backward:
@@ -405,9 +421,12 @@ class Trainer(nn.Module):
                 self.meter.update(losses, preds, joined([labels for _, labels in scored]))
             if self._profiler is not None:
                 self._profiler.after_step()
-            if len(buffer) == self.log_every or batch + 1 == steps:
+            saves = self.checkpoint_every is not None and (batch + 1) % self.checkpoint_every == 0
+            if len(buffer) == self.log_every or batch + 1 == steps or saves:
                 self._log(buffer, epoch, epoch * steps + batch + 1)
             if batch + 1 < steps:
+                if saves:
+                    self._save_last(epoch, batch + 1, epoch_rng)
                 with self._saving(epoch, batch + 1, epoch_rng, buffer, steps):
                     interrupt.check()
         if self._profiler is not None:

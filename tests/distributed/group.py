@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +15,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from fastmtl.architecture.MTAN import MTAN
-from fastmtl.distributed import find_peers, shard
+from fastmtl.distributed import find_peers, leave, shard
 from tests.trainer.toy import flat, loaders, make_trainer
 
 TASKS = 3
@@ -28,12 +30,14 @@ class Case:
         weighting: The strategy.
         batch: Rows of a batch, of which there are 24 in all.
         options: Further arguments of the trainer.
+        dtype: What is computed in.
     """
 
     name: str
     weighting: str
     batch: int = 8
     options: dict[str, Any] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float64
 
 
 class FixedMTAN(MTAN):
@@ -47,8 +51,27 @@ class FixedMTAN(MTAN):
         return self
 
 
+def normed_encoder() -> nn.Module:
+    """An encoder with batch norms of both kinds."""
+    return nn.Sequential(
+        nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.BatchNorm1d(8, affine=False, momentum=None)
+    )
+
+
 def train(case: Case, epochs: int = 4) -> tuple[Tensor, Tensor, list[float]]:
-    """Return parameters and losses after the run, and the test scores, of this process's trainer."""
+    """Return parameters and losses after the run, and the test scores, of this process's trainer.
+
+    With the parameters come the running statistics of batch norms.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(case.dtype)
+    try:
+        return _train(case, epochs)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _train(case: Case, epochs: int) -> tuple[Tensor, Tensor, list[float]]:
     multi_input = case.options.get("multi_input", False)
     options = dict(case.options)
     trainer = make_trainer(case.weighting, options.pop("architecture", "HPS"), TASKS, **options)
@@ -60,7 +83,8 @@ def train(case: Case, epochs: int = 4) -> tuple[Tensor, Tensor, list[float]]:
         given, held_out = shard(given, peers), shard(held_out, peers, whole=True)
     trainer.train(given, held_out, epochs)
     scores = [score for each in trainer.meter.results.values() for score in each]
-    return flat(trainer.model.parameters()), torch.tensor(trainer.meter.loss_item), scores
+    statistics = [value for name, value in trainer.model.named_buffers() if "running_" in name]
+    return flat([*trainer.model.parameters(), *statistics]), torch.tensor(trainer.meter.loss_item), scores
 
 
 def _seeded() -> torch.Generator:
@@ -71,10 +95,15 @@ def _member(rank: int, size: int, folder: str, work: Any, given: Any) -> None:
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
+    done = False
     try:
         torch.save(work(given), f"{folder}/{rank}.pt")
+        done = True
     finally:
-        dist.destroy_process_group()
+        leave(wait=done)
+    # See fastmtl/__main__.py.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def in_processes(size: int, folder: Path, work: Any, given: Any) -> list[Any]:

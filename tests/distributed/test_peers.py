@@ -129,6 +129,9 @@ def _meet(_: None) -> dict[str, Any]:
     for metric in (listed, normals):
         metric.sync(peers)
     found["scores"] = [listed.score_fun(), normals.score_fun()[2:]]
+    found["bf16"] = _run(make_trainer("Nash_MTL", "HPS", TASKS, precision="bf16"), peers, 1).model.state_dict()
+    with pytest.raises(UsageError, match="sync_batch_norm cannot be combined with compile"):
+        make_trainer(sync_batch_norm=True, compile=True)
     with pytest.raises(UsageError, match="same length"):
         trainer.train(loaders(TASKS, rows=8 + 8 * peers.rank), loaders(TASKS))
     return found
@@ -141,6 +144,9 @@ def test_two_processes_meet(tmp_path: Path) -> None:
     for found in (one, two):
         assert found["masked"] == [True, True]
         assert found["scores"] == [[2.0, 4], [1.0, 1.0, 1.0]]
+    for name, value in one["bf16"].items():
+        assert value.isfinite().all()
+        assert torch.equal(two["bf16"][name], value)
     torch.set_default_dtype(torch.float64)
     try:
         inputs, labels = next(iter(loaders(TASKS)))

@@ -1,0 +1,125 @@
+"""Batch norm whose statistics are those of the whole batch, on any device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from fastmtl.distributed.peers import Peers
+
+__all__ = ["SyncBatchNorm", "synchronize"]
+
+_KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm over the parts of a batch that several processes have; ``torch.nn.SyncBatchNorm`` needs a GPU.
+
+    In training, means and variances, and in the backward pass the two sums that they add to the gradient, are those of
+    all processes. The gradients of weight and bias are this process's terms of a sum, as those of other parameters are.
+    In evaluation it is the batch norm that it came from.
+
+    Args:
+        norm: A batch norm, whose parameters and running statistics it takes over.
+        peers: The processes; all must run it equally often, in the same order.
+    """
+
+    def __init__(self, norm: nn.modules.batchnorm._BatchNorm, peers: Peers) -> None:
+        super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+        self._parameters.update(norm._parameters)
+        self._buffers.update(norm._buffers)
+        self.training = norm.training
+        self.peers = peers
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2 dimensions, got {input.dim()}")
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise (rows, C, ...) inputs channel by channel."""
+        if not self.training:
+            return super().forward(input)
+        self._check_input_dim(input)
+        out, mean, var, count = _Normalize.apply(input, self.weight, self.bias, self.eps, self.peers)
+        if self.running_mean is not None and self.running_var is not None:
+            self._remember(mean, var, count)
+        return out
+
+    @torch.no_grad()
+    def _remember(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
+        """Move the running statistics towards those of a batch, whose variance is divided by ``count - 1``."""
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        step = self.num_batches_tracked.double().reciprocal() if self.momentum is None else self.momentum
+        unbiased = var * (count / (count - 1))
+        for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
+            running.copy_(running + (new.to(running.dtype) - running) * step)
+
+
+class _Normalize(torch.autograd.Function):
+    """Normalises by the statistics of all parts; also returns mean, variance and count."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, peers: Peers
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        exact = x.to(torch.promote_types(x.dtype, torch.float32))
+        var, mean = (each.double() for each in torch.var_mean(exact, _others(x), correction=0))
+        count = torch.full((1,), x.numel() // x.shape[1], dtype=torch.float64, device=x.device)
+        # Sums of squares cancel; in float64 they can.
+        sums = peers.sum_(torch.cat([mean * count, (var + mean * mean) * count, count]))
+        total, squares, count = sums.split([len(mean), len(mean), 1])
+        mean = total / count
+        var = (squares / count - mean * mean).clamp(min=0)
+        scale = (var + eps).rsqrt()
+        normal = (exact - _wide(mean, exact)) * _wide(scale, exact)
+        ctx.save_for_backward(normal, weight, scale, count)
+        ctx.peers = peers
+        ctx.has_bias = bias is not None
+        out = normal if weight is None else normal * _wide(weight, exact)
+        out = out if bias is None else out + _wide(bias, exact)
+        ctx.mark_non_differentiable(mean, var, count)
+        return out.to(x.dtype, copy=out is normal), mean, var, count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        normal, weight, scale, count = ctx.saved_tensors
+        exact = grad.to(normal.dtype)
+        dims = _others(grad)
+        of_bias, of_weight = exact.sum(dims), (exact * normal).sum(dims)
+        sums = ctx.peers.sum_(torch.cat([of_bias, of_weight]).double()) / count
+        shift, tilt = sums.chunk(2)
+        factor = scale if weight is None else scale * weight.double()
+        of_x = (exact - _wide(shift, exact) - normal * _wide(tilt, exact)) * _wide(factor, exact)
+        own = (None if weight is None else of_weight.to(weight.dtype), of_bias if ctx.has_bias else None)
+        return of_x.to(grad.dtype), *own, None, None
+
+
+def _others(x: Tensor) -> list[int]:
+    """Return all dimensions but the channels'."""
+    return [0, *range(2, x.dim())]
+
+
+def _wide(values: Tensor, like: Tensor) -> Tensor:
+    """Return (C,) values in the dtype of (rows, C, ...) ones, so that they can be multiplied."""
+    return values.to(like.dtype).view(-1, *[1] * (like.dim() - 2))
+
+
+def synchronize(model: nn.Module, peers: Peers) -> None:
+    """Put :class:`SyncBatchNorm` in the place of a model's batch norms; names and tensors stay.
+
+    Classes derived from torch's batch norms keep what they do.
+    """
+    made: dict[nn.Module, SyncBatchNorm] = {}
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if type(child) in _KINDS:
+                assert isinstance(child, nn.modules.batchnorm._BatchNorm)
+                made.setdefault(child, SyncBatchNorm(child, peers))
+                module._modules[name] = made[child]

@@ -1,0 +1,132 @@
+"""Processes that are lost: the others go on from the last checkpoint, or end with a sentence."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastmtl.distributed import elastic, join
+from fastmtl.errors import UsageError
+from fastmtl.trainer.run_directory import RunDirectory
+from tests.trainer.toy import loaders, make_trainer
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = str(Path(__file__).with_name("doomed.py"))
+OPTIONS = (
+    "train --weighting mgda --train-size 64 --batch-size 16 --epochs 3 --limit-batches 4 --device cpu "
+    "--no-plot --no-tensorboard --checkpoint-every 2 --peer-timeout {timeout} --run-dir"
+)
+
+
+def _env(**more: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more}
+
+
+def _launch(folder: Path, doom: str, *options: str) -> Any:
+    launched = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", *options]
+    done = subprocess.run(
+        [*launched, SCRIPT, *OPTIONS.format(timeout=60).split(), str(folder)],
+        env=_env(DOOM=doom),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return torch.load(folder / "last.pt", weights_only=True), done.stdout
+
+
+@pytest.mark.slow
+def test_a_killed_process_changes_nothing(tmp_path: Path) -> None:
+    whole, _ = _launch(tmp_path / "whole", "SIGKILL:0")
+    resumed, printed = _launch(tmp_path / "killed", "SIGKILL:7", "--max-restarts", "1")
+    # The epochs' lines are printed once, but for the one that was cut off.
+    assert printed.count("Epoch: 0000 | TRAIN:") == 1
+    assert resumed["epoch"] == whole["epoch"] == 3
+    for name, wanted in whole["model"].items():
+        assert torch.equal(resumed["model"][name], wanted), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("doom", ["SIGKILL", "SIGSTOP"])
+def test_a_lost_process_ends_the_other_with_a_sentence(tmp_path: Path, doom: str) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, SCRIPT, *OPTIONS.format(timeout=8).split(), str(tmp_path / "run")]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "DOOM": f"{doom}:3"}
+    ranks = [
+        subprocess.Popen(
+            command,
+            env=_env(RANK=str(rank), **place),
+            cwd=ROOT,
+            text=True,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+        )
+        for rank in range(2)
+    ]
+    try:
+        _, said = ranks[0].communicate(timeout=120)
+    finally:
+        for each in ranks:
+            each.send_signal(signal.SIGKILL)
+            each.communicate()
+    assert ranks[0].returncode > 0
+    assert "error: Another process is gone, or did not answer in time" in said
+
+
+def test_checkpoints_within_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer(save_path=str(tmp_path), checkpoint_every=2)
+    seen = []
+    save = trainer._save_last
+
+    def noted(epoch: int, batch: int, epoch_rng: Any) -> None:
+        seen.append((epoch, batch))
+        save(epoch, batch, epoch_rng)
+
+    monkeypatch.setattr(trainer, "_save_last", noted)
+    trainer.train(loaders(rows=40), loaders(), 2)
+    assert seen == [(0, 2), (0, 4), (1, 0), (1, 2), (1, 4), (2, 0)]
+
+
+def test_bad_numbers_are_refused() -> None:
+    with pytest.raises(UsageError, match="checkpoint_every must be at least 1, got 0"):
+        make_trainer(checkpoint_every=0)
+    with pytest.raises(UsageError, match="timeout must be above 0 seconds, got 0"):
+        join(0)
+
+
+@pytest.mark.parametrize("launch", ["abc", "none"])
+def test_only_a_restart_of_the_same_launch_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launch: str
+) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    elastic.mark(tmp_path)
+    assert not elastic.began_here(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", launch)
+    elastic.mark(tmp_path)
+    assert elastic.began_here(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert not elastic.began_here(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
+    assert not elastic.began_here(tmp_path)
+
+
+def test_a_run_that_saved_nothing_begins_anew(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").touch()
+    assert RunDirectory.create_again(tmp_path).path == tmp_path
+    assert not (tmp_path / "config.yaml").exists()
+    (tmp_path / "best.pt").touch()
+    with pytest.raises(UsageError, match="already holds a run"):
+        RunDirectory.create_again(tmp_path)
