@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.group import Case, FixedMTAN, in_processes, train, train_all
+from tests.distributed.group import Case, FixedMTAN, in_processes, normed_encoder, train, train_all
 
 MMOE = {"architecture": "MMoE", "arch_args": {"img_size": [6], "num_experts": [2]}}
 STRATEGIES = [
@@ -17,14 +17,15 @@ STRATEGIES = [
 ]
 PLAIN = [
     *(Case(name, name) for name in STRATEGIES),
-    Case("uneven", "MGDA", batch=7),
-    Case("uneven losses", "UW", batch=7),
+    Case("uneven", "MGDA", batch=9),
+    Case("uneven losses", "UW", batch=9),
     Case("MMoE", "PCGrad", options=MMOE),
     Case("MMoE losses", "EW", options=MMOE),
     Case("MMoE rows", "MoCo", options=MMOE),
     Case("MTAN", "MGDA", options={"architecture": FixedMTAN}),
     Case("MTAN losses", "EW", options={"architecture": FixedMTAN}),
     Case("MTAN of groups", "GradVac", options={"architecture": FixedMTAN}),
+    Case("batch norm", "MGDA", options={"encoder_class": normed_encoder, "sync_batch_norm": True}),
     Case("rep", "MGDA", options={"rep_grad": True}),
     Case("GradDrop", "GradDrop", options={"rep_grad": True}),
     Case("multi", "PCGrad", options={"multi_input": True}),
