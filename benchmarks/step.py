@@ -117,7 +117,7 @@ def peak_bytes(contender: Contender, device: torch.device) -> int:
     contender.run()
     # The profiler announces itself on stderr at any lower level.
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         contender.run()
         wait_for(device)
     in_use = least = most = 0

@@ -63,25 +63,30 @@ class Balancer:
         self._since_solved += 1
         return self.held
 
-    def solve(self, passes: Sequence[Pass], losses: Tensor, sent: bool = False) -> tuple[Weights | None, Tensor | None]:
+    def solve(
+        self, passes: Sequence[Pass], losses: Tensor, sent: bool = False, held: Weights | None = None
+    ) -> tuple[Weights | None, Tensor | None]:
         """Let the strategy decide and fill all ``.grad``.
 
         Args:
             passes: One per sample of the strategy.
             losses: What the strategy is shown: (T,), or (samples, T).
             sent: The rows have been handed to the other processes.
+            held: Weights that hold in place of a decision.
 
         Returns:
             The weights, and a (T, T) Gram matrix for the log.
         """
-        weights, gram = self._weigh(passes, losses, sent)
-        if weights is not None:
+        weights, gram = self._weigh(passes, losses, sent, held)
+        if weights is not None and held is None:
             self.write_own(weights)
             if self.options.update_weights_every > 1:
                 self.held, self._since_solved = weights, 1
         return weights, gram
 
-    def _weigh(self, passes: Sequence[Pass], losses: Tensor, sent: bool) -> tuple[Weights | None, Tensor | None]:
+    def _weigh(
+        self, passes: Sequence[Pass], losses: Tensor, sent: bool, held: Weights | None
+    ) -> tuple[Weights | None, Tensor | None]:
         model, done = self.model, passes[-1]
         scale = None if self.scaler is None else self.scaler.scale
         if isinstance(done, RepPass) and model.needs == "reps":
@@ -106,6 +111,8 @@ class Balancer:
             gram = weights.gram
             if scale is not None:
                 weights.rows, weights.shared = weights.rows or given, weights.shared * scale
+        elif held is not None:
+            weights, groups = held, model.groups(**self.hyper)
         elif model.needs == "gram":
             groups = model.groups(**self.hyper)
             with part("gram"):
@@ -121,9 +128,9 @@ class Balancer:
         else:
             with part("solver"):
                 weights = model.weigh(losses, None, **self.hyper)
-        if self.exchange is not None:
+        if self.exchange is not None and held is None:
             self.exchange.agree(weights)
-        if self.options.weight_momentum:
+        if self.options.weight_momentum and held is None:
             self.smooth(weights)
         heads = [None] * len(passes) if weights.heads is None else weights.heads.chunk(len(passes))
         with part("combine"):
@@ -174,9 +181,9 @@ class Balancer:
         """Let what is held between steps be of some tasks; a solve of those alone is not held for steps of all."""
         held, average, since = self.held, self.average, self._since_solved
         if held is not None:
-            shared, heads = narrowed(held.shared, tasks), narrowed(held.heads, tasks)
+            shared, heads = (self._narrowed(each, tasks) for each in (held.shared, held.heads))
             assert shared is not None
-            self.held = replace(held, shared=shared, heads=heads)
+            self.held = replace(held, shared=shared, heads=heads, logged=narrowed(held.logged, tasks))
         if average is not None:
             shared, heads = (narrowed(each, tasks) for each in average)
             assert shared is not None
@@ -193,10 +200,19 @@ class Balancer:
                     if whole is not None and some is not None:
                         write_back(whole, some, tasks)
 
+    def _narrowed(self, weights: Tensor | None, tasks: list[int]) -> Tensor | None:
+        """Return the entries of some tasks, sample by sample."""
+        if weights is None:
+            return None
+        found = narrowed(weights.unflatten(-1, (self.model.samples, -1)), tasks)
+        assert found is not None
+        return found.flatten(-2)
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs of the weights held between two solves."""
         held = self.held
-        kept = None if held is None else {"shared": held.shared, "heads": held.heads, "max_norm": held.max_norm}
+        names = ("shared", "heads", "logged", "max_norm")
+        kept = None if held is None else {name: getattr(held, name) for name in names}
         return {"since_solved": self._since_solved, "held": kept, "average": self.average}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -119,11 +119,8 @@ def _interval(model: Any, weighting: str, hyper: Mapping[str, Any], options: Ste
     if given < 1:
         raise UsageError(f"update_weights_every must be at least 1, got {given}.")
     interval = max(given, hyper.get("update_weights_every", 1))
-    one_gram = model.needs == "gram" and model.samples == 1 and model.groups(**hyper) is None
-    if interval > 1 and not one_gram:
-        raise UsageError(
-            f"update_weights_every must be 1 for {weighting}: its weights do not come from one Gram matrix."
-        )
+    if interval > 1 and model.needs != "gram":
+        raise UsageError(f"update_weights_every must be 1 for {weighting}: its weights do not come from a Gram matrix.")
     return interval
 
 

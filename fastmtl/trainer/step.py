@@ -296,8 +296,9 @@ class TrainingStep:
         self, batches: Sequence[tuple[Any, Any]]
     ) -> tuple[Tensor, dict[str, Any], Tensor | None, Tensor | None]:
         held = self.balancer.weights_in_force()
-        if held is not None:
-            return *self._frozen(batches, held), held.shared, None
+        # Groups of parameters have no sum of the losses in common, and samples each have a part of the weights.
+        if held is not None and held.shared.dim() == 1 and self.model.samples == 1:
+            return *self._frozen(batches, held), held.reported, None
         if self.model.needs == "lookahead":
             return self._look_ahead(batches)
         if self.model.needs == "losses" and len(batches) > 1:
@@ -317,7 +318,7 @@ class TrainingStep:
                 passes[0].absorb(each)
         losses = torch.stack(all_losses)
         shown = losses if self.model.samples > 1 else losses.mean(0)
-        weights, gram = self.balancer.solve(passes, shown, self.route.send is not None)
+        weights, gram = self.balancer.solve(passes, shown, self.route.send is not None, held)
         logged = None if weights is None else weights.reported
         return losses.mean(0), preds[-1] if self.model.samples > 1 else joined(preds), logged, gram
 

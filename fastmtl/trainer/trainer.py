@@ -89,7 +89,8 @@ class Trainer(nn.Module):
         accumulate: Batches of a step: their gradients, task by task, are averaged before the strategy sees them.
         clip_grad_norm: Greatest norm of the update's gradients together; applied last.
         update_weights_every: Steps between two solves of a strategy that balances gradients; in between its last
-            weights hold, and a step costs one backward pass in place of one per task.
+            weights hold, and a step costs one backward pass in place of one per task. Where weights are those of groups
+            of parameters or of several batches (GradVac, MoDo, SDMGrad), only the solve is saved.
         weight_momentum: Decay of a moving average of the task weights, which then takes their place (CR-MOGM: Zhou et
             al., "On the Convergence of Stochastic Multi-Objective Gradient Manipulation and Beyond", NeurIPS 2022).
         tasks_per_step: Train this many tasks in a step, dealt out so that all come up equally often; the parameters and

@@ -130,11 +130,49 @@ def test_held_weights_give_the_step_of_the_full_one(name: str, architecture: str
 
 
 @pytest.mark.parametrize(
-    ("name", "args"), [("EW", {}), ("GradVac", {"GradVac_group_type": 2}), ("MoDo", {}), ("MoCo", {})]
+    ("name", "args"), [("GradVac", {"GradVac_group_type": 2}), ("MoDo", {"MoDo_gamma": 0.5}), ("SDMGrad", {})]
 )
-def test_weights_that_cannot_be_held_are_refused(name: str, args: dict[str, Any]) -> None:
+def test_held_weights_of_groups_and_samples(name: str, args: dict[str, Any], tmp_path: Path) -> None:
+    data = loaders(3)
+    options: dict[str, Any] = {"weight_args": args, "update_weights_every": 2}
+
+    def run(epochs: int, **more: Any) -> tuple[torch.Tensor, Any]:
+        trainer = _trainer(name, **options, **more)
+        if "resume" not in more:
+            torch.manual_seed(5)
+        weights = trainer.train(data, data, epochs, return_weight=True)
+        return flat([*trainer.model.parameters(), *trainer.model.buffers()]), weights
+
+    run(1, save_path=str(tmp_path))
+    resumed, _ = run(4, resume=str(tmp_path / "last.pt"))
+    whole, weights = run(4)
+    assert torch.equal(resumed, whole)
+    steps = weights.reshape(3, -1)
+    assert (steps[:, 0::2][:, : steps.shape[1] // 2] == steps[:, 1::2]).all()
+    # Within one step, held weights give what the solve that found them gave.
+    held, full = _trainer(name, **options), _trainer(name, weight_args=args)
+    batches = _batches(held)
+    held.step(batches, StepBuffer())
+    full.model.load_state_dict(held.model.state_dict())
+    weights = held.step.balancer.held
+    full.model.weigh = lambda *args, **kwargs: weights
+    for trainer in (held, full):
+        trainer.step(batches, StepBuffer())
+    for one, other in zip(held.model.parameters(), full.model.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+    # A step of some tasks has their part of the weights.
+    x, labels = batches[0]
+    again = _trainer(name, **options)
+    some = [(x, {key: labels[key] for key in ("task0", "task2")})] * again.step.batches
+    again.step(batches, StepBuffer())
+    again.step(some, StepBuffer(), [0, 2])
+    assert again.latest.weights.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("name", ["EW", "MoCo", "GradDrop", "MOML"])
+def test_weights_that_cannot_be_held_are_refused(name: str) -> None:
     with pytest.raises(UsageError, match=f"update_weights_every must be 1 for {name}"):
-        _trainer(name, update_weights_every=2, weight_args=args)
+        _trainer(name, update_weights_every=2)
 
 
 def test_nash_has_the_option_as_its_own() -> None:
