@@ -106,6 +106,8 @@ def get_build_parameters(torch: Torch | None, pybind11: str | None) -> list[Exte
         "--expt-relaxed-constexpr",
         "-gencode=arch=compute_80,code=[sm_80,compute_80]",
         "-gencode=arch=compute_90a,code=sm_90a",
+        # Both at once.
+        "--threads=2",
     ]
     headers = sorted(str(p.relative_to(ROOT)) for d in ("csrc", "kernels") for p in (ROOT / d).rglob("*.*h"))
     stable_abi = [("TORCH_TARGET_VERSION", TORCH_TARGET), ("Py_LIMITED_API", "0x030B0000")]
