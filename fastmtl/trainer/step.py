@@ -98,6 +98,7 @@ class TrainingStep:
         self.balancer = Balancer(rule, hyper, options, self.scaler, self.exchange)
         routes = routes_to_try(problem, hyper, options, on_compile, alone=peers is None)
         self.trial = Trial(routes, on_compile) if len(routes) > 1 else None
+        self._chosen: str | None = None
         self.route = next(iter(routes.values()))
         if self.exchange is not None and self.exchange.exact:
             self.route.stream = self.exchange.stream
@@ -142,8 +143,8 @@ class TrainingStep:
         if self.trial is not None:
             self.route = self.trial.next_route()
             self.warmth = 0
-            if self.trial.decided:
-                self.trial = None
+            if self.trial.chosen is not None:
+                self._chosen, self.trial = self.trial.chosen, None
         self.warmth += 1
         self.optimizer.optimizer.zero_grad(set_to_none=not self.legacy)
         tasks = self._tasks(present)
@@ -282,11 +283,16 @@ class TrainingStep:
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs."""
         state = self.balancer.state_dict() | {"tasks_left": [] if self.sampler is None else self.sampler.left}
+        state["route"] = self._chosen
         return state if self.scaler is None else state | {"scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
         self.balancer.load_state_dict(state)
+        # Routes round differently.
+        settled = None if self.trial is None or state.get("route") is None else self.trial.settle(state["route"])
+        if settled is not None:
+            self.route, self._chosen, self.trial = settled, state["route"], None
         if self.sampler is not None:
             self.sampler.left = list(state["tasks_left"])
         if self.scaler is not None and "scaler" in state:

@@ -20,13 +20,16 @@ class Trial:
     Args:
         routes: By name.
         on_compile: Told of the decision.
+
+    Attributes:
+        chosen: The name of the fastest, None as long as it is not known.
     """
 
     def __init__(self, routes: Mapping[str, Route], on_compile: Callable[[str], None]) -> None:
         self.names = list(routes)
         self.routes = list(routes.values())
         self.on_compile = on_compile
-        self.decided = False
+        self.chosen: str | None = None
         self._seconds: list[list[float]] = [[] for _ in routes]
         self._at = 0
         self._started: float | None = None
@@ -43,9 +46,17 @@ class Trial:
         self._started = now
         if self._at < len(self.routes):
             return self.routes[self._at]
-        self.decided = True
         times = [sorted(seconds[_WARM_UP:])[_TIMED // 2] for seconds in self._seconds]
         best = min(range(len(times)), key=times.__getitem__)
         measured = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in zip(self.names, times, strict=True))
-        self.on_compile(f"a step takes {measured}: going on {self.names[best]}")
+        self.chosen = self.names[best]
+        self.on_compile(f"a step takes {measured}: going on {self.chosen}")
         return self.routes[best]
+
+    def settle(self, name: str) -> Route | None:
+        """Return the route that an earlier part of the run has chosen, None if it is not among these."""
+        if name not in self.names:
+            return None
+        self.chosen = name
+        self.on_compile(f"going on {name}, as before")
+        return self.routes[self.names.index(name)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from fastmtl.trainer.compressed import CompressedRoute
 from fastmtl.trainer.logger import Logger
 from fastmtl.trainer.records import StepBuffer
 from fastmtl.trainer.routes import SplitRoute
-from tests.trainer.toy import loaders, make_trainer
+from tests.trainer.toy import flat, loaders, make_trainer
 
 WAYS = ["batched", "compressed"]
 TASKS = 3
@@ -327,3 +328,21 @@ def test_auto_measures_with_many_tasks_and_training_is_the_same() -> None:
     assert "batched" in listener.messages[0]
     assert "compressed" in listener.messages[0]
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_resumed_run_keeps_the_way_it_had_chosen(tmp_path: Path) -> None:
+    def run(epochs: int, **options: Any) -> Any:
+        trainer = make_trainer("MGDA", count=8, **options)
+        trainer.train(loaders(8, rows=8 * 24), loaders(8), epochs)
+        return trainer
+
+    first = run(1, save_path=str(tmp_path))
+    assert first.step.trial is None
+    told = Listener()
+    second = make_trainer("MGDA", count=8, resume=str(tmp_path / "last.pt"), logger=told)
+    assert second.step.trial is None
+    assert type(second.step.route) is type(first.step.route)
+    assert any(message.endswith("as before") for message in told.messages)
+    for trainer in (first, second):
+        trainer.step([next(iter(loaders(8)))], StepBuffer())
+    assert torch.equal(flat(first.model.parameters()), flat(second.model.parameters()))
