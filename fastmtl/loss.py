@@ -128,11 +128,15 @@ class CELoss(AbsLoss):
         super().__init__()
         self.ignore_index = ignore_index
 
+    def labelled(self, gt: Tensor) -> Tensor:
+        """Return where labels are there, ``(batch, ...)``."""
+        known = super().labelled(gt)
+        return known.all(1) if gt.is_floating_point() else known
+
     def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
         """Return the mean cross-entropy."""
         known = self.labelled(gt)
         if gt.is_floating_point():
-            known = known.all(1)
             # Probabilities of zero give no loss and no gradient.
             total = F.cross_entropy(pred, torch.where(known.unsqueeze(1), gt, 0), reduction="sum")
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +48,8 @@ class Exchange:
         self.exact = exact
         self.share: Tensor | None = None
         self._shards: Shards | GradientShards | None = Shards(shared, peers) if exact and shared else None
-        self._used: dict[bool, list[bool]] = {}
+        self._tasks: tuple[int, ...] = ()
+        self._used: dict[tuple[bool, tuple[int, ...]], list[bool]] = {}
 
     def gather(self) -> None:
         """Make sure that the model has whole parameters."""
@@ -85,11 +86,30 @@ class Exchange:
         parts = self._shards.part_of
         return state | {name: torch.stack([parts(row) for row in state[name]]) for name in names if name in state}
 
-    def weigh_batch(self, labels: Mapping[str, Any], tasks: Sequence[str], device: torch.device) -> Tensor:
-        """Return this part's share (T,) of the rows of a batch, task by task."""
-        # Numbers from the host would be a copy that waits; these are filled in on the device.
-        sizes = torch.stack([torch.full((), _rows(labels[task]), dtype=torch.float64, device=device) for task in tasks])
-        self.share = sizes / self.peers.sum_(sizes.clone())
+    def agree_on_tasks(
+        self, present: Sequence[int] | None, drawn: Sequence[int] | None, count: int
+    ) -> list[int] | None:
+        """Return the tasks of this step: those with labels in any process, of those the leading process has drawn.
+
+        Args:
+            present: The tasks that have labels here, all if None.
+            drawn: What the leading process has drawn, all if None; not looked at elsewhere.
+            count: Number of tasks T.
+
+        Returns:
+            The tasks in order, None for all.
+        """
+        here = set(range(count) if present is None else present)
+        chosen = set(range(count) if drawn is None else drawn) if self.peers.leads else set()
+        flags = self.peers.any_([t in here for t in range(count)] + [t in chosen for t in range(count)])
+        tasks = [t for t in range(count) if flags[t] and flags[count + t]]
+        self._tasks = tuple(tasks)
+        return None if len(tasks) == count else tasks
+
+    def weigh_batch(self, counts: Sequence[int | Tensor], device: torch.device) -> Tensor:
+        """Return this part's share (T,) of a batch, from how many entries each task's loss averages over here."""
+        sizes = torch.stack([_on_device(count, device) for count in counts])
+        self.share = sizes / self.peers.sum_(sizes.clone()).clamp(min=1)
         return self.share
 
     def mean(self, losses: Tensor) -> Tensor:
@@ -112,6 +132,11 @@ class Exchange:
         stacked = torch.stack([row[0] for row in rows if row[0] is not None])
         return [[row] for row in self.peers.sum_(stacked)]
 
+    def whole_row(self, row: Row) -> Row:
+        """Return a row over all parameters, None at the same places in all processes, summed over them."""
+        found = iter(self._sums([grad for grad in row if grad is not None]))
+        return [None if grad is None else next(found) for grad in row]
+
     def gram(self, rows: Sequence[Row], groups: Sequence[int] | None) -> Tensor:
         """Return the Gram matrix of the whole batch, or what stands for it; rows are pieces if it is to be exact."""
         if self._shards is not None:
@@ -119,7 +144,8 @@ class Exchange:
         assert self.share is not None
         gram = ops.gram(rows, groups)
         # The rows carry their share, of which a mean of Gram matrices takes one in place of two.
-        scale = self.share.repeat(len(rows) // len(self.share)).rsqrt().to(gram.dtype)
+        scale = self.share.where(self.share > 0, torch.inf).rsqrt()
+        scale = scale.repeat(len(rows) // len(scale)).to(gram.dtype)
         return self.peers.sum_(gram * scale[:, None] * scale)
 
     def agree(self, weights: Weights) -> None:
@@ -129,29 +155,35 @@ class Exchange:
     def write_shared(self, rows: Sequence[Row], weights: Tensor, groups: Sequence[int] | None) -> None:
         """Fill ``.grad`` of the shared parameters from pieces, and sum that of the others over the processes."""
         assert self._shards is not None
-        self._shards.write(rows, weights, groups)
+        self._shards.write(rows, weights, groups, self._tasks)
         self.reduce(own_only=True)
 
     @torch.no_grad()
     def reduce(self, own_only: bool = False) -> None:
         """Sum ``.grad`` of all parameters, or of the task-specific ones, over the processes.
 
-        Which of them have one in any process is learned in the first step.
+        Which of them have one in any process is learned in the first step of the same tasks.
         """
         params = self.own if own_only else self.params
         if not params:
             return
-        if own_only not in self._used:
-            self._used[own_only] = self.peers.any_([param.grad is not None for param in params], params[0].device)
-        used = [param for param, is_used in zip(params, self._used[own_only], strict=True) if is_used]
-        for _, same in groupby(used, key=lambda param: param.dtype):
+        key = own_only, self._tasks
+        if key not in self._used:
+            self._used[key] = self.peers.any_([param.grad is not None for param in params])
+        used = [param for param, is_used in zip(params, self._used[key], strict=True) if is_used]
+        summed = self._sums([torch.zeros_like(param) if param.grad is None else param.grad for param in used])
+        for param, grad in zip(used, summed, strict=True):
+            param.grad = grad
+
+    def _sums(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the sums of tensors over the processes."""
+        found: list[Tensor] = []
+        for _, same in groupby(tensors, key=lambda tensor: tensor.dtype):
             some = list(same)
-            flat = torch.cat(
-                [(torch.zeros_like(param) if param.grad is None else param.grad).reshape(-1) for param in some]
-            )
-            parts = self.peers.sum_(flat).split([param.numel() for param in some])
-            for param, part in zip(some, parts, strict=True):
-                param.grad = part.view(param.shape)
+            flat = self.peers.sum_(torch.cat([tensor.reshape(-1) for tensor in some]))
+            parts = flat.split([tensor.numel() for tensor in some])
+            found += [part.view(tensor.shape) for part, tensor in zip(parts, some, strict=True)]
+        return found
 
     def mask(
         self,
@@ -171,9 +203,8 @@ class Exchange:
         return [each[:-1] for each in mask_reps(losses, [longer[id(rep)] for rep in reps], more)]
 
 
-def _rows(labels: Any) -> int:
-    """Return the number of rows of a batch's labels, of the first tensor if there are several."""
-    if isinstance(labels, Tensor):
-        return len(labels) if labels.dim() else 1
-    values = list(labels.values()) if isinstance(labels, Mapping) else list(labels)
-    return _rows(values[0]) if values and not isinstance(values[0], int | float | str) else len(values)
+def _on_device(count: int | Tensor, device: torch.device) -> Tensor:
+    """Return a float64 scalar; a number is filled in on the device, as a copy from the host would wait."""
+    if isinstance(count, Tensor):
+        return count.to(device, torch.float64)
+    return torch.full((), count, dtype=torch.float64, device=device)

@@ -126,6 +126,7 @@ class Peers:
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         self.leads = self.rank == 0
+        self._host = "cpu" if "cpu:" in dist.get_backend_config(group) else "cuda"
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Replace a tensor by its sum over all processes."""
@@ -133,9 +134,9 @@ class Peers:
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
-    def any_(self, flags: list[bool], device: torch.device) -> list[bool]:
-        """Return which flags are set in any process; waits for the device."""
-        found = torch.tensor(flags, dtype=torch.int32, device=device)
+    def any_(self, flags: list[bool]) -> list[bool]:
+        """Return which flags are set in any process; the host waits for the others' hosts."""
+        found = torch.tensor(flags, dtype=torch.int32, device=self._host)
         with _heard():
             dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)
         return [bool(each) for each in found.tolist()]

@@ -136,6 +136,7 @@ class _Bucket:
         size: Length of a part.
         flat: (W, size) gradients that wait for the others of the bucket; None before the first.
         arrived: Which are there.
+        reached: Which have been there since the parts were collected.
         parts: (size,) sums that were sent for, this process's part.
     """
 
@@ -143,6 +144,7 @@ class _Bucket:
     size: int
     flat: Tensor | None = None
     arrived: set[int] = field(default_factory=set)
+    reached: set[int] = field(default_factory=set)
     parts: list[Tensor] = field(default_factory=list)
 
 
@@ -222,6 +224,7 @@ class GradientShards:
         flat = bucket.flat
         assert flat is not None
         bucket.flat = None
+        bucket.reached |= bucket.arrived
         bucket.arrived.clear()
         self._wait()
         part = flat.new_empty(bucket.size)
@@ -243,9 +246,10 @@ class GradientShards:
         for bucket in self._buckets:
             if bucket.parts:
                 part = bucket.parts[0] if len(bucket.parts) == 1 else torch.stack(bucket.parts).sum(0)
-                bucket.parts = []
-                for k, begin in bucket.begins.items():
+                for k in bucket.reached:
+                    begin = bucket.begins[k]
                     found[k] = part[begin : begin + self._pads[k]]
+                bucket.parts, bucket.reached = [], set()
         return found
 
     def stream(
@@ -302,7 +306,9 @@ class GradientShards:
         return self.peers.sum_(ops.gram(rows, None if groups is None else list(groups)).contiguous())
 
     @torch.no_grad()
-    def write(self, rows: Sequence[Row], weights: Tensor, groups: Sequence[int] | None) -> None:
+    def write(
+        self, rows: Sequence[Row], weights: Tensor, groups: Sequence[int] | None, tasks: tuple[int, ...] = ()
+    ) -> None:
         """Fill ``.grad`` of the shared parameters' shards with ``sum_t w_t row_t``; see :meth:`Shards.write`."""
         used = [k for k in range(self._count) if any(row[k] is not None for row in rows)]
         like = [next(row[k] for row in rows if row[k] is not None) for k in used]

@@ -57,7 +57,7 @@ class Shards:
         self._owners = [piece[0] for bucket in self._buckets for piece in bucket.pieces]
         self._on_the_way: list[Any] = []
         self._seen = [False] * len(params)
-        self._used: list[bool] | None = None
+        self._used: dict[tuple[int, ...], list[bool]] = {}
 
     def _bucket(self, places: list[int]) -> _Bucket:
         params = [self.params[k] for k in places]
@@ -157,19 +157,22 @@ class Shards:
         return self.peers.sum_(gram.contiguous())
 
     @torch.no_grad()
-    def write(self, rows: Sequence[Row], weights: Tensor, groups: Sequence[int] | None) -> None:
+    def write(
+        self, rows: Sequence[Row], weights: Tensor, groups: Sequence[int] | None, tasks: tuple[int, ...] = ()
+    ) -> None:
         """Fill ``.grad`` of all parameters that some task reaches with ``sum_t w_t row_t``.
 
-        Which those are is learned in the first step.
+        Which those are is learned in the first step of the same tasks.
 
         Args:
             rows: Rows of pieces.
             weights: One for each row; (L, rows) with groups.
             groups: The group of each parameter.
+            tasks: The tasks whose rows these are.
         """
-        device = self.params[0].device
-        if self._used is None:
-            self._used = self.peers.any_(self._seen, device)
+        if tasks not in self._used:
+            self._used[tasks] = self.peers.any_(self._seen)
+        self._seen = [False] * len(self.params)
         parts = [bucket.flat.new_empty(len(bucket.flat) // self.peers.size) for bucket in self._buckets]
         out = [part[a:b] for part, bucket in zip(parts, self._buckets, strict=True) for _, a, b in bucket.pieces]
         of_piece = self.groups(groups)
@@ -181,7 +184,7 @@ class Shards:
             work.wait()
         for bucket in self._buckets:
             for k, view in zip(bucket.params, bucket.views, strict=True):
-                if self._used[k]:
+                if self._used[tasks][k]:
                     self.params[k].grad = view
 
 

@@ -22,6 +22,8 @@ def halves(batch: tuple[Any, Any]) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
             return value[middle:] if second else value[:middle]
         if isinstance(value, Mapping):
             return {key: half(each, second) for key, each in value.items()}
+        if value is None:
+            return None
         return type(value)(half(each, second) for each in value)
 
     inputs, labels = batch

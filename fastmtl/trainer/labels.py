@@ -10,7 +10,7 @@ from torch import Tensor
 from fastmtl.errors import UsageError
 from fastmtl.loss import AbsLoss
 
-__all__ = ["labelled_rows", "present_tasks"]
+__all__ = ["labelled_entries", "labelled_rows", "present_tasks"]
 
 
 def labelled_rows(loss: AbsLoss, labels: Any) -> int | Tensor:
@@ -19,6 +19,21 @@ def labelled_rows(loss: AbsLoss, labels: Any) -> int | Tensor:
         return len(labels) if hasattr(labels, "__len__") else 1
     known = _known(loss, labels)
     return known.reshape(len(known), -1).any(1).sum()
+
+
+def labelled_entries(loss: AbsLoss, labels: Any) -> int | Tensor:
+    """Return how many entries of a batch's labels a loss averages over, as :func:`labelled_rows` does the rows.
+
+    None stands for the labels of a task that has none.
+    """
+    if labels is None:
+        return 0
+    if isinstance(labels, Tensor):
+        return _known(loss, labels).sum() if labels.dim() else 1
+    if isinstance(labels, Mapping):
+        return labelled_entries(loss, next(iter(labels.values()))) if labels else 0
+    values = list(labels)
+    return len(values) if not values or isinstance(values[0], int | float | str) else labelled_entries(loss, values[0])
 
 
 def present_tasks(losses: Mapping[str, AbsLoss], labels: Sequence[Mapping[str, Any]]) -> list[int] | None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
+from fastmtl.distributed.exchange import Exchange
 from fastmtl.trainer.batches import halves, joined
 from fastmtl.trainer.problem import Problem
 from fastmtl.trainer.profiling import part
@@ -31,17 +32,26 @@ class LookAhead:
         regions: The problem's functions, compiled or not.
         batch: Inputs and labels.
         lr: Learning rate of the model's optimizer.
+        exchange: The other processes, if there are any; losses and gradients are then those of all of them.
 
     Attributes:
         inner: The half for the lower level: the training loss that the weights shape.
         outer: The half for the upper level: the losses that the weights are judged by.
     """
 
-    def __init__(self, problem: Problem, regions: Regions, batch: tuple[Any, Any], lr: float) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        regions: Regions,
+        batch: tuple[Any, Any],
+        lr: float,
+        exchange: Exchange | None = None,
+    ) -> None:
         self.problem = problem
         self.regions = regions
         self.inner, self.outer = halves(batch)
         self.lr = lr
+        self.exchange = exchange
         self.params = [*problem.shared_params, *problem.own_params]
         self._moved = False
         self._seen: list[tuple[Tensor, dict[str, Any]]] = []
@@ -49,24 +59,27 @@ class LookAhead:
     @torch.no_grad()
     def losses(self, batch: tuple[Any, Any]) -> Tensor:
         """Return the (T,) losses."""
-        return torch.stack(list(forward(self.problem, self.regions, *batch)[0]))
+        self._weigh(batch)
+        losses = torch.stack(list(forward(self.problem, self.regions, *batch)[0]))
+        return losses if self.exchange is None else self.exchange.mean(losses)
 
     def rows(self, batch: tuple[Any, Any]) -> tuple[Tensor, list[Row]]:
         """Return the (T,) losses and the gradient of each."""
         losses, detached = self._forward(batch)
+        seeds = self._seeds(losses, torch.ones_like(detached))
         with part("VJPs"):
             rows: list[Row] = [
-                list(torch.autograd.grad(loss, self.params, retain_graph=t + 1 < len(losses), allow_unused=True))
-                for t, loss in enumerate(losses)
+                list(torch.autograd.grad(loss, self.params, seed, t + 1 < len(losses), allow_unused=True))
+                for t, (loss, seed) in enumerate(zip(losses, seeds, strict=True))
             ]
-        return detached, rows
+        return detached, [self._summed(row) for row in rows]
 
     def gradient(self, batch: tuple[Any, Any], weights: Tensor) -> tuple[Tensor, Row]:
         """Return the (T,) losses and the gradient of their weighted sum."""
         losses, detached = self._forward(batch)
-        cotangents = [weight.to(loss.dtype) for weight, loss in zip(weights, losses, strict=True)]
         with part("VJPs"):
-            return detached, list(torch.autograd.grad(losses, self.params, cotangents, allow_unused=True))
+            row = torch.autograd.grad(losses, self.params, self._seeds(losses, weights), allow_unused=True)
+        return detached, self._summed(list(row))
 
     @contextmanager
     def moved(self) -> Iterator[None]:
@@ -101,8 +114,23 @@ class LookAhead:
         return torch.stack(losses).mean(0), joined(preds)
 
     def _forward(self, batch: tuple[Any, Any]) -> tuple[Sequence[Tensor], Tensor]:
+        self._weigh(batch)
         losses, preds = forward(self.problem, self.regions, *batch)
         detached = torch.stack([loss.detach() for loss in losses])
+        if self.exchange is not None:
+            detached = self.exchange.mean(detached)
         if not self._moved:
             self._seen.append((detached, preds))
         return losses, detached
+
+    def _weigh(self, batch: tuple[Any, Any]) -> None:
+        if self.exchange is not None:
+            self.problem.weigh_batch(self.exchange, batch[1])
+
+    def _seeds(self, losses: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
+        factors = self.problem.factors()
+        weights = weights if factors is None else weights * factors
+        return [weight.to(loss.dtype) for weight, loss in zip(weights, losses, strict=True)]
+
+    def _summed(self, row: Row) -> Row:
+        return row if self.exchange is None else self.exchange.whole_row(row)

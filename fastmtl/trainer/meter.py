@@ -69,6 +69,8 @@ class PerformanceMeter:
     def update(self, losses: Mapping[str, Tensor], preds: Mapping[str, Any], labels: Mapping[str, Any]) -> None:
         """Take in the losses, predictions and labels of one batch, by task."""
         for task, loss in losses.items():
+            if labels.get(task) is None:
+                continue
             self.losses[task].accumulate(loss, labelled_rows(self.losses[task], labels[task]))
             self.metrics[task].update_fun(preds[task], labels[task])
             self._seen.add(task)
@@ -89,6 +91,7 @@ class PerformanceMeter:
         They are NaN for a task that no batch had labels of.
         """
         if self.peers is not None:
+            self._seen.update(*self.peers.gather(self._seen))
             for task in self.task_name:
                 self.losses[task]._sync(self.peers)
                 self.metrics[task].sync(self.peers)

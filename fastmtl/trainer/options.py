@@ -95,9 +95,7 @@ def check_distributed(model: Any, weighting: str, options: StepOptions) -> None:
     reasons = {
         f"parameters on a mesh, such as those of tensor parallelism ({', '.join(on_mesh[:2])})": bool(on_mesh),
         f"{weighting}, which runs backward passes of its own": model.backward.__func__ is not AbsWeighting.backward,
-        f"{weighting}, which looks ahead on halves of a batch": model.needs == "lookahead",
         f"gram='local' and {weighting}, which remembers gradients": model.needs == "rows" and options.gram == "local",
-        "tasks_per_step": options.tasks_per_step is not None,
         "cuda_graph": options.cuda_graph,
     }
     for reason, holds in reasons.items():
@@ -107,6 +105,7 @@ def check_distributed(model: Any, weighting: str, options: StepOptions) -> None:
         "compile": bool(options.compile),
         "precision='fp16'": options.precision == "fp16",
         "gram='local'": options.gram == "local",
+        f"{weighting}, which moves all parameters to look ahead": model.needs == "lookahead",
     }
     for reason, holds in unsharded.items():
         if holds and options.shard == "fsdp":

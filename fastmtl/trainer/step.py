@@ -148,6 +148,8 @@ class TrainingStep:
         self.warmth += 1
         self.optimizer.optimizer.zero_grad(set_to_none=not self.legacy)
         tasks = self._tasks(present)
+        if self.exchange is not None:
+            batches = [self._completed(batch, tasks) for batch in batches]
         if tasks is not None:
             return self._some_tasks(tasks, batches, buffer)
         if self.capture is None:
@@ -174,6 +176,8 @@ class TrainingStep:
     def _tasks(self, present: Sequence[int] | None) -> list[int] | None:
         """Return the tasks of this step if they are not all."""
         drawn = None if self.sampler is None else self.sampler.draw()
+        if self.exchange is not None:
+            return self.exchange.agree_on_tasks(present, drawn, len(self.problem.tasks))
         if present is None:
             return drawn
         if self.legacy:
@@ -181,6 +185,11 @@ class TrainingStep:
                 f"A batch has no labels for some tasks, but {self._rule_name} is written for all tasks in every batch."
             )
         return [task for task in present if drawn is None or task in drawn]
+
+    def _completed(self, batch: tuple[Any, Any], tasks: Sequence[int] | None) -> tuple[Any, Any]:
+        """Return a batch with None for the labels that only other processes have."""
+        names = self.problem.tasks if tasks is None else [self.problem.tasks[t] for t in tasks]
+        return batch[0], {**dict.fromkeys(names), **batch[1]}
 
     def _update(self, losses: Tensor, gram: Tensor | None, weights: Tensor | None) -> None:
         """Let the optimizer use the gradients, unless something was not finite."""
@@ -270,7 +279,7 @@ class TrainingStep:
         """Find this process's share in a batch and have the whole parameters, if there are others."""
         if self.exchange is not None:
             self.exchange.gather()
-            self.problem.share = self.exchange.weigh_batch(batch[1], self.problem.tasks, self.model.device)
+            self.problem.weigh_batch(self.exchange, batch[1])
 
     def _pass(self, batch: tuple[Any, Any], differentiate: Callable[..., Pass] | None = None) -> Pass:
         """Run forward pass and VJPs of a batch, by the route unless another way is given; the losses are all parts'."""
@@ -384,16 +393,20 @@ class TrainingStep:
     def _look_ahead(self, batches: Sequence[tuple[Any, Any]]) -> tuple[Tensor, dict[str, Any], Tensor | None, None]:
         """Let a bilevel strategy look ahead on the first batch; it decides the update or weights for the last batch."""
         lr = self.optimizer.optimizer.param_groups[0]["lr"]
-        ahead = LookAhead(self.problem, self.route.regions, batches[0], lr)
+        ahead = LookAhead(self.problem, self.route.regions, batches[0], lr, self.exchange)
         weights = self.model.look_ahead(ahead, **self.hyper)
+        if self.exchange is not None:
+            self.exchange.agree(weights)
         if weights.rows is not None:
             for param, grad in zip(ahead.params, ahead.weighted(weights.rows, weights.shared), strict=True):
                 param.grad = grad
             return *ahead.seen(), weights.logged, None
         if self.options.weight_momentum:
             self.balancer.smooth(weights)
-        done = self.route(*batches[-1])
+        done = self._pass(batches[-1])
         done.write_shared(weights.shared)
+        if self.exchange is not None:
+            self.exchange.reduce()
         return done.losses, done.preds, weights.shared, None
 
     def _legacy(self, inputs: Any, labels: Any) -> tuple[Tensor, dict[str, Any], Tensor | None, None]:

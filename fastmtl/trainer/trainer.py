@@ -414,8 +414,6 @@ class Trainer(nn.Module):
                     fetched = list(islice(batches, per_step))
                     # Before the copy: on the device, finding out would wait for it.
                     present = present_tasks(self.meter.losses, [labels for _, labels in fetched])
-                    if present is not None and self.peers is not None:
-                        raise UsageError("Several processes need labels of every task in each of their batches.")
                     given = [self._to_device(each) for each in fetched]
                 losses, preds = self._run_step(given, buffer, present)
                 scored = given if accumulate > 1 else given[-1:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,9 +14,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, default_collate
 
 from fastmtl.architecture.MTAN import MTAN
 from fastmtl.distributed import find_peers, leave, shard
+from fastmtl.weighting import WEIGHTINGS
 from tests.trainer.toy import flat, loaders, make_trainer
 
 TASKS = 3
@@ -31,6 +34,7 @@ class Case:
         batch: Rows of a batch, of which there are 24 in all.
         options: Further arguments of the trainer.
         dtype: What is computed in.
+        partial: Labels are missing in some rows, so that some tasks are absent from some parts or whole batches.
     """
 
     name: str
@@ -38,6 +42,7 @@ class Case:
     batch: int = 8
     options: dict[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float64
+    partial: bool = False
 
 
 class FixedMTAN(MTAN):
@@ -76,15 +81,30 @@ def _train(case: Case, epochs: int) -> tuple[Tensor, Tensor, list[float]]:
     options = dict(case.options)
     trainer = make_trainer(case.weighting, options.pop("architecture", "HPS"), TASKS, **options)
     torch.manual_seed(7)
+    # Only the leading process draws tasks.
+    peers = find_peers()
+    random.seed(7 if peers is None or peers.leads else 8)
     given = loaders(TASKS, batch=case.batch, multi_input=multi_input, shuffle=True, generator=_seeded())
     held_out = loaders(TASKS, rows=10, batch=5, multi_input=multi_input, seed=5)
-    peers = find_peers()
+    if case.partial:
+        given.dataset.labels["task0"][::3] = -100
+        given.dataset.labels["task1"][[row for row in range(24) if row % 6]] = torch.nan
+        given.dataset.labels["task2"][5:] = -100
+        # Where a step takes several batches, all of them must name the same tasks.
+        collate = _leave_out if WEIGHTINGS[case.weighting].samples == 1 else default_collate
+        given = DataLoader(given.dataset, sampler=given.sampler, batch_size=case.batch, collate_fn=collate)
     if peers is not None:
         given, held_out = shard(given, peers), shard(held_out, peers, whole=True)
     trainer.train(given, held_out, epochs)
     scores = [score for each in trainer.meter.results.values() for score in each]
     statistics = [value for name, value in trainer.model.named_buffers() if "running_" in name]
     return flat([*trainer.model.parameters(), *statistics]), torch.tensor(trainer.meter.loss_item), scores
+
+
+def _leave_out(rows: list[Any]) -> Any:
+    """Return a batch without the tasks that have no label in it."""
+    inputs, labels = default_collate(rows)
+    return inputs, {task: each for task, each in labels.items() if (each.isfinite() & (each != -100)).any()}
 
 
 def _seeded() -> torch.Generator:

@@ -12,7 +12,7 @@ import torch
 from fastmtl.weighting import WEIGHTINGS
 from tests.distributed.group import Case, FixedMTAN, in_processes, normed_encoder, train, train_all
 
-SUPPORTED = [name for name, rule in WEIGHTINGS.items() if rule.needs in ("losses", "gram", "rows")]
+SUPPORTED = [name for name, rule in WEIGHTINGS.items() if rule.needs != "reps"]
 MMOE = {"architecture": "MMoE", "arch_args": {"img_size": [6], "num_experts": [2]}}
 CASES = [
     *(Case(name, name) for name in SUPPORTED),
@@ -37,6 +37,18 @@ CASES = [
     Case("held", "Nash_MTL", options={"update_weights_every": 3}),
     Case("held rep", "MGDA", options={"update_weights_every": 3, "rep_grad": True}),
     Case("momentum and clip", "MGDA", options={"weight_momentum": 0.5, "clip_grad_norm": 0.1}),
+    Case("compiled partial", "MGDA", options={"compile": True}, partial=True),
+    Case("tasks per step", "PCGrad", options={"tasks_per_step": 2}),
+    Case("tasks per step of losses", "UW", options={"tasks_per_step": 1}),
+    *(
+        Case(f"partial {name}", name, partial=True)
+        for name in ("EW", "UW", "FAMO", "MGDA", "IMTL", "GradVac", "MoCo", "ExcessMTL", "MoDo", "AutoLambda", "FORUM")
+    ),
+    Case("partial rep", "MGDA", options={"rep_grad": True}, partial=True),
+    Case("partial GradDrop", "GradDrop", options={"rep_grad": True}, partial=True),
+    Case("partial held", "Nash_MTL", options={"update_weights_every": 3}, partial=True),
+    Case("partial MTAN", "CAGrad", options={"architecture": FixedMTAN}, partial=True),
+    Case("partial tasks per step", "PCGrad", options={"tasks_per_step": 2}, partial=True),
     Case("adam", "UPGrad", options={"optim_param": {"optim": "adam", "lr": 1e-2, "weight_decay": 1e-3}}),
 ]
 NORMED = {"encoder_class": normed_encoder, "sync_batch_norm": True}

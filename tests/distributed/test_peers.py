@@ -102,7 +102,7 @@ def _meet(_: None) -> dict[str, Any]:
     peers = find_peers()
     assert peers is not None
     found: dict[str, Any] = {"refused": []}
-    options: dict[str, dict[str, Any]] = {"MoCo": {"gram": "local"}, "MOML": {}, "MGDA": {"tasks_per_step": 1}}
+    options: dict[str, dict[str, Any]] = {"MoCo": {"gram": "local"}, "MGDA": {"cuda_graph": True}}
     for weighting, more in options.items():
         with pytest.raises(UsageError) as caught:
             make_trainer(weighting, **more)
@@ -115,6 +115,8 @@ def _meet(_: None) -> dict[str, Any]:
         with pytest.raises(UsageError) as caught:
             make_trainer("MGDA", shard="fsdp", **together)
         found["unsharded"].append(str(caught.value))
+    with pytest.raises(UsageError, match="MOML, which moves all parameters"):
+        make_trainer("MOML", shard="fsdp")
     with pytest.raises(UsageError, match="needs contiguous parameters"):
         make_trainer("MGDA", shard="fsdp", encoder_class=_turned)
     found["masked"] = [_left_alone(weighting, peers) for weighting in ("MGDA", "EW")]

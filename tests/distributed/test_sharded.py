@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -33,11 +34,15 @@ PLAIN = [
     Case("accumulate losses", "UW", options={"accumulate": 2}),
     Case("held", "Nash_MTL", options={"update_weights_every": 3}),
     Case("momentum and clip", "MGDA", options={"weight_momentum": 0.5, "clip_grad_norm": 0.1}),
+    Case("tasks per step", "PCGrad", options={"tasks_per_step": 2}),
+    Case("partial losses", "UW", partial=True),
+    Case("partial", "MGDA", partial=True),
+    Case("partial rows", "MoCo", partial=True),
     Case("clip losses", "UW", options={"clip_grad_norm": 0.1}),
     Case("adam", "UPGrad", options={"optim_param": {"optim": "adam", "lr": 1e-2, "weight_decay": 1e-3}}),
     Case("rmsprop", "MGDA", options={"optim_param": {"optim": "rmsprop", "lr": 1e-3}}),
 ]
-CASES = [Case(each.name, each.weighting, each.batch, {**each.options, "shard": "fsdp"}) for each in PLAIN]
+CASES = [replace(each, options={**each.options, "shard": "fsdp"}) for each in PLAIN]
 OF_FOUR = [case for case in CASES if case.name in ("EW", "MGDA", "MoCo", "uneven", "MMoE")]
 
 
