@@ -1,4 +1,4 @@
-"""Accelerate: give the balanced loss to ``accelerator.backward``."""
+"""Accelerate: give the balanced loss to ``accelerator.backward``, in one process or, with ``torchrun``, in several."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def train(epochs: int = 10) -> list[dict[str, float]]:
     for _ in range(epochs):
         for batch in loader:
             with accelerator.accumulate(model):
-                losses = model.losses(*batch)
-                accelerator.backward(fastmtl.balanced(losses, shared=model.shared, weighting="upgrad"))
+                losses = model(*batch)
+                accelerator.backward(fastmtl.balanced(losses, weighting="upgrad"))
                 accelerator.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()

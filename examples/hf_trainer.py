@@ -19,7 +19,7 @@ class Trainer(transformers.Trainer):
 
     def compute_loss(self, model: Any, inputs: list[Tensor], return_outputs: bool = False, **rest: Any) -> Any:
         """Return the balanced loss."""
-        loss = fastmtl.balanced(model.losses(*inputs), shared=model.shared, weighting="upgrad")
+        loss = fastmtl.balanced(model(*inputs), weighting="upgrad")
         return (loss, {}) if return_outputs else loss
 
 

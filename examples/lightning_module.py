@@ -1,7 +1,11 @@
-"""PyTorch Lightning: return the balanced loss; logging, clipping, accumulation and precision stay Lightning's."""
+"""PyTorch Lightning: return the balanced loss; logging, clipping, accumulation and precision stay Lightning's.
+
+With several processes: ``torchrun --nproc-per-node 2 examples/lightning_module.py``.
+"""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import lightning
@@ -23,7 +27,7 @@ class Module(lightning.LightningModule):
 
     def training_step(self, batch: list[Tensor], index: int) -> Tensor:
         """Return the balanced loss."""
-        losses = self.net.losses(*batch)
+        losses = self.net(*batch)
         self.log_dict({f"loss_{task}": loss.detach() for task, loss in losses.items()}, prog_bar=True)
         return fastmtl.balanced(losses, shared=self.net.shared, weighting=self.weighting)
 
@@ -35,7 +39,8 @@ class Module(lightning.LightningModule):
 def train(epochs: int = 10, **options: Any) -> lightning.Trainer:
     """Return the trainer after training; ``options`` go to it."""
     lightning.seed_everything(0, verbose=False)
-    trainer = lightning.Trainer(max_epochs=epochs, accelerator="cpu", devices=1, logger=False, **options)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    trainer = lightning.Trainer(max_epochs=epochs, accelerator="cpu", devices=processes, logger=False, **options)
     trainer.fit(Module(), DataLoader(data(), batch_size=64, shuffle=True))
     return trainer
 

@@ -18,7 +18,7 @@ class TwoTasks(nn.Module):
         self.classify = nn.Linear(32, 3)
         self.regress = nn.Linear(32, 1)
 
-    def losses(self, inputs: Tensor, label: Tensor, number: Tensor) -> dict[str, Tensor]:
+    def forward(self, inputs: Tensor, label: Tensor, number: Tensor) -> dict[str, Tensor]:
         """Return the loss of each task."""
         features = self.shared(inputs)
         return {

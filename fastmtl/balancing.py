@@ -14,6 +14,7 @@ from fastmtl.names import resolve_name
 
 if TYPE_CHECKING:
     from fastmtl.aggregation import Aggregator
+    from fastmtl.distributed import Peers
 
 __all__ = ["balance", "balanced"]
 
@@ -28,6 +29,10 @@ def balance(
 
     The shared parameters get what the weighting makes of the T gradients, all others the gradient of the sum of the
     losses. Each loss is differentiated once.
+
+    In a process group of ``torch.distributed`` all processes call this with their parts of a batch, and all get the
+    same gradients: those of the means of the losses over the processes. A ``DistributedDataParallel`` around the model
+    is not needed, and has nothing left to average where it is used with :func:`balanced`.
 
     Args:
         losses: T scalar losses of one forward pass, as a list or by task.
@@ -57,8 +62,8 @@ def balanced(
     """Return the sum of the losses as a scalar whose ``backward()`` does what :func:`balance` does.
 
     A trainer that calls ``backward()`` by itself, divides the loss for accumulated batches or scales it for float16
-    needs nothing else: return this as the loss. Gradients are computed where the backward pass begins, not by the
-    scalar's own graph, so hooks that wait for it, as those of ``DistributedDataParallel``, are not called.
+    needs nothing else: return this as the loss. The parameters are the leaves of the scalar's graph, so that hooks on
+    their gradients, such as those of ``DistributedDataParallel``, are called with the balanced ones.
 
     Args:
         losses: See :func:`balance`.
@@ -67,33 +72,36 @@ def balanced(
         hyper: See :func:`balance`.
 
     Raises:
-        UsageError: As :func:`balance`; and with several processes, whose gradients nothing would bring together.
+        UsageError: As :func:`balance`.
     """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        count = torch.distributed.get_world_size()
-        if count > 1:
-            raise UsageError(f"balanced works in a single process, got a group of {count}.")
     work = _Balance(losses, shared, weighting, hyper)
     total = torch.stack([loss.detach() for loss in work.losses]).sum()
     if not torch.is_grad_enabled():
         return total
-    result: Tensor = _Deferred.apply(torch.zeros_like(total, requires_grad=True), total, work)
+    result: Tensor = _Deferred.apply(total, work, *work.parameters())
     return result
 
 
 class _Deferred(torch.autograd.Function):
-    """A scalar that is connected to nothing: its backward pass runs those of the losses."""
+    """A scalar function of the parameters whose gradient is the balanced one."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, total: Tensor, work: _Balance) -> Tensor:
-        ctx.work = work
+    def forward(ctx: Any, total: Tensor, work: _Balance, *params: Tensor) -> Tensor:
+        ctx.work, ctx.params = work, params
         return total.clone()
 
     @staticmethod
-    def backward(ctx: Any, *scales: Tensor) -> tuple[None, None, None]:
-        with torch.enable_grad():
-            ctx.work(scales[0])
-        return None, None, None
+    def backward(ctx: Any, *scales: Tensor) -> tuple[Tensor | None, ...]:
+        kept = [param.grad for param in ctx.params]
+        for param in ctx.params:
+            param.grad = None
+        try:
+            with torch.enable_grad():
+                ctx.work(scales[0])
+            return None, None, *(param.grad for param in ctx.params)
+        finally:
+            for param, grad in zip(ctx.params, kept, strict=True):
+                param.grad = grad
 
 
 class _Balance:
@@ -113,17 +121,41 @@ class _Balance:
         if hyper and not isinstance(weighting, str):
             raise UsageError(f"weighting must be a name to take {', '.join(hyper)}, got {weighting}.")
 
+    def parameters(self) -> list[Tensor]:
+        """Return what the losses depend on."""
+        shared, own = self._parameters()
+        return [*shared, *own]
+
     def __call__(self, scale: Tensor | None) -> Tensor | None:
-        """Write the gradients of the losses times ``scale``."""
+        """Add the gradients of the losses times ``scale`` to ``.grad``."""
         from fastmtl.autojac.fields import add_grads, check_writable
+        from fastmtl.distributed import find_peers
         from fastmtl.vjp import jacobians
 
         shared, own = self._parameters()
         check_writable([*shared, *own], ".grad")
+        peers = find_peers()
+        if peers is not None:
+            return self._with_others(scale, shared, own, peers)
         rows = [([loss], [None if scale is None else scale.to(loss)]) for loss in self.losses]
         found = jacobians(rows, len(rows), shared, False, own, lambda grads: add_grads(own, grads))
         with torch.no_grad():
             return self.aggregator.write(found, shared)
+
+    def _with_others(
+        self, scale: Tensor | None, shared: list[Tensor], own: list[Tensor], peers: Peers
+    ) -> Tensor | None:
+        from fastmtl.distributed.loop import write_balanced
+
+        params = [*shared, *own]
+        before = [param.grad for param in params]
+        for param in params:
+            param.grad = None
+        weights = write_balanced(self.losses, scale, shared, own, self.aggregator, peers)
+        for param, grad in zip(params, before, strict=True):
+            if grad is not None:
+                param.grad = grad if param.grad is None else grad + param.grad
+        return weights
 
     def _parameters(self) -> tuple[list[Tensor], list[Tensor]]:
         from fastmtl.graph import leaf_tensors

@@ -212,14 +212,20 @@ class GramianWeightedAggregator(WeightedAggregator):
         return self._seen([matrix], matrix.dtype)
 
     def _seen(self, jacobians: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        """Return the Gram matrix: as exact as it is known for the ops, in the rows' dtype for a user's weighting."""
-        gram = gram_of(jacobians)
+        return self._shown(gram_of(jacobians), dtype)
+
+    def _shown(self, gram: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return a Gram matrix as exact as it is known for the ops, in the rows' dtype for a user's weighting."""
         return gram if self._is_solved() else gram.to(dtype)
 
     def works_on_gram(self) -> bool:
         """Return whether no forward hook wants to see the (T, P) Jacobian."""
         return not (is_watched(self) or is_watched(self.weighting))
 
-    def _weights_of(self, jacobians: Sequence[Tensor]) -> Tensor:
-        weights: Tensor = self.gramian_weighting(self._seen(jacobians, jacobians[0].dtype))
+    def weights_of_gram(self, gram: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the (T,) weights from the float64 Gram matrix of rows of a dtype."""
+        weights: Tensor = self.gramian_weighting(self._shown(gram, dtype))
         return weights
+
+    def _weights_of(self, jacobians: Sequence[Tensor]) -> Tensor:
+        return self.weights_of_gram(gram_of(jacobians), jacobians[0].dtype)

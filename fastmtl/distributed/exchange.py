@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -134,7 +133,7 @@ class Exchange:
 
     def whole_row(self, row: Row) -> Row:
         """Return a row over all parameters, None at the same places in all processes, summed over them."""
-        found = iter(self._sums([grad for grad in row if grad is not None]))
+        found = iter(self.peers.sums([grad for grad in row if grad is not None]))
         return [None if grad is None else next(found) for grad in row]
 
     def gram(self, rows: Sequence[Row], groups: Sequence[int] | None) -> Tensor:
@@ -171,19 +170,9 @@ class Exchange:
         if key not in self._used:
             self._used[key] = self.peers.any_([param.grad is not None for param in params])
         used = [param for param, is_used in zip(params, self._used[key], strict=True) if is_used]
-        summed = self._sums([torch.zeros_like(param) if param.grad is None else param.grad for param in used])
-        for param, grad in zip(used, summed, strict=True):
+        sums = self.peers.sums([torch.zeros_like(param) if param.grad is None else param.grad for param in used])
+        for param, grad in zip(used, sums, strict=True):
             param.grad = grad
-
-    def _sums(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return the sums of tensors over the processes."""
-        found: list[Tensor] = []
-        for _, same in groupby(tensors, key=lambda tensor: tensor.dtype):
-            some = list(same)
-            flat = self.peers.sum_(torch.cat([tensor.reshape(-1) for tensor in some]))
-            parts = flat.split([tensor.numel() for tensor in some])
-            found += [part.view(tensor.shape) for part, tensor in zip(parts, some, strict=True)]
-        return found
 
     def mask(
         self,

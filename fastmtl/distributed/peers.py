@@ -5,8 +5,9 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -133,6 +134,16 @@ class Peers:
         with _heard():
             dist.all_reduce(tensor, group=self.group)
         return tensor
+
+    def sums(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the sums of tensors over all processes, by one message for each dtype in a row."""
+        found: list[Tensor] = []
+        for _, same in groupby(tensors, key=lambda tensor: tensor.dtype):
+            some = list(same)
+            flat = self.sum_(torch.cat([tensor.reshape(-1) for tensor in some]))
+            parts = flat.split([tensor.numel() for tensor in some])
+            found += [part.view(tensor.shape) for part, tensor in zip(parts, some, strict=True)]
+        return found
 
     def any_(self, flags: list[bool]) -> list[bool]:
         """Return which flags are set in any process; the host waits for the others' hosts."""

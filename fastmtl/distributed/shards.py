@@ -50,7 +50,7 @@ class Shards:
         bucket_bytes: Size of a bucket; a greater parameter has one of its own.
     """
 
-    def __init__(self, params: Sequence[nn.Parameter], peers: Peers, bucket_bytes: int = BUCKET_BYTES) -> None:
+    def __init__(self, params: Sequence[Tensor], peers: Peers, bucket_bytes: int = BUCKET_BYTES) -> None:
         self.params = params
         self.peers = peers
         self._buckets = [self._bucket(places) for places in cut_buckets(params, bucket_bytes)]
@@ -188,7 +188,7 @@ class Shards:
                     self.params[k].grad = view
 
 
-def cut_buckets(params: Sequence[nn.Parameter], most: int) -> list[list[int]]:
+def cut_buckets(params: Sequence[Tensor], most: int) -> list[list[int]]:
     """Return the places of the parameters of each bucket."""
     found: list[list[int]] = []
     for _, same in groupby(range(len(params)), key=lambda k: params[k].dtype):

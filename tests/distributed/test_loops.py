@@ -1,0 +1,112 @@
+"""Balanced gradients of several processes in loops of one's own, and through Lightning's and Accelerate's launchers."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import fastmtl
+from fastmtl.aggregation import IMTLG, MGDA, GradDrop, GradVac, Mean, PCGrad, TrimmedMean, UPGrad
+from fastmtl.distributed import find_peers
+from tests.distributed.group import in_processes
+
+ROWS = 12
+AGGREGATORS = {
+    "UPGrad": UPGrad,
+    "MGDA": MGDA,
+    "IMTLG": IMTLG,
+    "PCGrad": PCGrad,
+    "GradVac": GradVac,
+    "Mean": Mean,
+    "TrimmedMean": lambda: TrimmedMean(1),
+    "GradDrop": GradDrop,
+}
+
+
+@pytest.fixture(autouse=True)
+def _float64() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+class _Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.shared = nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 5))
+        self.heads = nn.ModuleList(nn.Linear(5, 1) for _ in range(3))
+
+    def forward(self, inputs: Tensor, labels: Tensor) -> list[Tensor]:
+        features = self.shared(inputs)
+        return [(head(features)[:, 0] - labels[:, t]).square().mean() for t, head in enumerate(self.heads)]
+
+
+def _train(name: str, kind: str) -> list[Tensor]:
+    """Return the parameters after two steps of two accumulated batches each."""
+    net = _Net()
+    peers = find_peers()
+    rank, size = (0, 1) if peers is None else (peers.rank, peers.size)
+    model: Any = DistributedDataParallel(net) if kind == "ddp" and peers is not None else net
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    aggregator = AGGREGATORS[name]()
+    # Only the first process's numbers count.
+    generator = torch.Generator().manual_seed(1)
+    torch.manual_seed(5 + rank)
+    for _ in range(2):
+        for _ in range(2):
+            inputs, labels = (torch.randn(ROWS, n, generator=generator)[rank::size] for n in (4, 3))
+            losses = model(inputs, labels)
+            if kind == "balance":
+                fastmtl.balance(losses, shared=net.shared, weighting=aggregator)
+            else:
+                fastmtl.balanced(losses, shared=net.shared, weighting=aggregator).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [param.detach() for param in net.parameters()]
+
+
+def _train_all(cases: list[tuple[str, str]]) -> list[Any]:
+    return [_train(*case) for case in cases]
+
+
+def test_the_gradients_are_those_of_one_process(tmp_path: Path) -> None:
+    cases = [(name, kind) for name in AGGREGATORS for kind in ("balance", "balanced", "ddp")]
+    wanted = _train_all(cases)
+    for found in in_processes(2, tmp_path, _train_all, cases):
+        for case, params, expected in zip(cases, found, wanted, strict=True):
+            for param, each in zip(params, expected, strict=True):
+                torch.testing.assert_close(param, each, rtol=1e-9, atol=1e-12, msg=f"{case}")
+
+
+@pytest.mark.parametrize("library", ["lightning", "accelerate"])
+def test_other_trainers_launch_several_processes(library: str, tmp_path: Path) -> None:
+    if importlib.util.find_spec(library) is None:
+        pytest.skip(f"{library} is not installed")
+    script = str(Path(__file__).with_name("loops.py"))
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    for folder, launcher in (("one", []), ("two", torchrun)):
+        (tmp_path / folder).mkdir()
+        done = subprocess.run(
+            [sys.executable, *launcher, script, library, str(tmp_path / folder)],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+    alone = torch.load(tmp_path / "one" / "0.pt")
+    for rank in range(2):
+        found = torch.load(tmp_path / "two" / f"{rank}.pt")
+        for name, value in alone.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12)
