@@ -136,6 +136,11 @@ class Exchange:
         found = iter(self.peers.sums([grad for grad in row if grad is not None]))
         return [None if grad is None else next(found) for grad in row]
 
+    def put(self, params: Sequence[nn.Parameter], grads: Row) -> None:
+        """Fill ``.grad`` with whole gradients that all processes have."""
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad
+
     def gram(self, rows: Sequence[Row], groups: Sequence[int] | None) -> Tensor:
         """Return the Gram matrix of the whole batch, or what stands for it; rows are pieces if it is to be exact."""
         if self._shards is not None:

@@ -88,7 +88,7 @@ class ShardedModel:
         found = dict(state)
         for name, own in self._model.state_dict().items():
             if isinstance(own, DTensor) and name in state and own.shape == state[name].shape:
-                part = self._part(state[name], own.to_local().shape)
+                part = self.part(state[name], own.to_local().shape)
                 own.to_local().copy_(part)
                 found[name] = own
         return found
@@ -99,7 +99,7 @@ class ShardedModel:
 
     def part_optimizer(self, state: dict[str, Any]) -> dict[str, Any]:
         """Return an optimizer's ``state_dict`` with this process's parts of whole tensors."""
-        return state | {"state": self._each(state["state"], lambda value, _, shape: self._part(value, shape), True)}
+        return state | {"state": self._each(state["state"], lambda value, _, shape: self.part(value, shape), True)}
 
     def _each(
         self, state: Mapping[int, Mapping[str, Any]], change: Callable[..., Any], whole: bool = False
@@ -121,7 +121,8 @@ class ShardedModel:
         parts = self.peers.to_leader(padded)
         return None if parts is None else torch.cat([each.cpu() for each in parts])[: shape[0]].clone()
 
-    def _part(self, whole: Tensor, shape: torch.Size) -> Tensor:
+    def part(self, whole: Tensor, shape: torch.Size) -> Tensor:
+        """Return a copy of this process's part, of a shape, of a whole tensor."""
         longest = -(-len(whole) // self.peers.size)
         start = min(self.peers.rank * longest, len(whole))
         return whole[start : start + shape[0]].clone()

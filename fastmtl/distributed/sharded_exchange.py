@@ -49,6 +49,15 @@ class ShardedExchange(Exchange):
     def wait(self) -> None:
         """Do nothing: the pieces are there."""
 
+    def put(self, params: Sequence[nn.Parameter], grads: Row) -> None:
+        """Fill ``.grad`` of the shards with this process's parts of whole gradients that all processes have."""
+        for param, grad in zip(params, grads, strict=True):
+            shard = self.model.shard_of.get(param)
+            if shard is None:
+                param.grad = grad
+            else:
+                shard.grad = None if grad is None else self.model.part(grad, shard.shape)
+
     def reduce(self, own_only: bool = False) -> None:
         """Sum gradients over the processes into those of the shards."""
         self._shards.reduce()

@@ -105,7 +105,6 @@ def check_distributed(model: Any, weighting: str, options: StepOptions) -> None:
         "compile": bool(options.compile),
         "precision='fp16'": options.precision == "fp16",
         "gram='local'": options.gram == "local",
-        f"{weighting}, which moves all parameters to look ahead": model.needs == "lookahead",
     }
     for reason, holds in unsharded.items():
         if holds and options.shard == "fsdp":

@@ -392,14 +392,20 @@ class TrainingStep:
 
     def _look_ahead(self, batches: Sequence[tuple[Any, Any]]) -> tuple[Tensor, dict[str, Any], Tensor | None, None]:
         """Let a bilevel strategy look ahead on the first batch; it decides the update or weights for the last batch."""
+        if self.exchange is not None:
+            self.exchange.gather()
         lr = self.optimizer.optimizer.param_groups[0]["lr"]
         ahead = LookAhead(self.problem, self.route.regions, batches[0], lr, self.exchange)
         weights = self.model.look_ahead(ahead, **self.hyper)
         if self.exchange is not None:
             self.exchange.agree(weights)
         if weights.rows is not None:
-            for param, grad in zip(ahead.params, ahead.weighted(weights.rows, weights.shared), strict=True):
-                param.grad = grad
+            update = ahead.weighted(weights.rows, weights.shared)
+            if self.exchange is not None:
+                self.exchange.put(ahead.params, update)
+            else:
+                for param, grad in zip(ahead.params, update, strict=True):
+                    param.grad = grad
             return *ahead.seen(), weights.logged, None
         if self.options.weight_momentum:
             self.balancer.smooth(weights)

@@ -25,7 +25,6 @@ STEPS = 6
 def with_lightning() -> nn.Module:
     """Clipping, accumulation and logging are Lightning's."""
     lightning, examples = import_module("lightning"), import_module("lightning_module")
-
     torch.manual_seed(0)
     module = examples.Module(weighting="upgrad")
     trainer = lightning.Trainer(
@@ -44,24 +43,22 @@ def with_lightning() -> nn.Module:
         enable_model_summary=False,
     )
     # Lightning's own sampler would shuffle.
-    rows: Any = DistributedSampler(
-        import_module("two_tasks").data(), SIZE, int(os.environ.get("RANK", "0")), shuffle=False
-    )
-    trainer.fit(module, DataLoader(rows.dataset, batch_size=64 // SIZE, sampler=rows))
+    data = examples.data()
+    rows: Any = DistributedSampler(data, SIZE, int(os.environ.get("RANK", "0")), shuffle=False)
+    trainer.fit(module, DataLoader(data, batch_size=64 // SIZE, sampler=rows))
     assert trainer.callback_metrics["loss_class"] > 0
     return module.net
 
 
 def with_accelerate() -> nn.Module:
     """Accelerate wraps the model, deals out the loader and accumulates."""
-
+    accelerate, examples = import_module("accelerate"), import_module("two_tasks")
     torch.manual_seed(0)
-    accelerator = import_module("accelerate").Accelerator(cpu=True, gradient_accumulation_steps=2)
-    model = import_module("two_tasks").TwoTasks()
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = examples.TwoTasks()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    wrapped, optimizer, loader = accelerator.prepare(
-        model, optimizer, DataLoader(import_module("two_tasks").data(), batch_size=64 // SIZE)
-    )
+    loader = DataLoader(examples.data(), batch_size=64 // SIZE)
+    wrapped, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     for step, batch in enumerate(loader):
         if step == STEPS:
             break

@@ -115,8 +115,6 @@ def _meet(_: None) -> dict[str, Any]:
         with pytest.raises(UsageError) as caught:
             make_trainer("MGDA", shard="fsdp", **together)
         found["unsharded"].append(str(caught.value))
-    with pytest.raises(UsageError, match="MOML, which moves all parameters"):
-        make_trainer("MOML", shard="fsdp")
     with pytest.raises(UsageError, match="needs contiguous parameters"):
         make_trainer("MGDA", shard="fsdp", encoder_class=_turned)
     found["masked"] = [_left_alone(weighting, peers) for weighting in ("MGDA", "EW")]

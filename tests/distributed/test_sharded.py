@@ -9,15 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from fastmtl.weighting import WEIGHTINGS
 from tests.distributed.group import Case, FixedMTAN, in_processes, normed_encoder, train, train_all
 
 MMOE = {"architecture": "MMoE", "arch_args": {"img_size": [6], "num_experts": [2]}}
-STRATEGIES = [
-    *("EW", "UW", "DWA", "FAMO", "GradNorm", "MGDA", "PCGrad", "CAGrad", "Nash_MTL", "GradVac", "MoDo"),
-    *("IMTL", "MoCo", "DB_MTL", "ExcessMTL"),
-]
 PLAIN = [
-    *(Case(name, name) for name in STRATEGIES),
+    *(Case(name, name) for name, rule in WEIGHTINGS.items() if rule.needs != "reps"),
     Case("uneven", "MGDA", batch=9),
     Case("uneven losses", "UW", batch=9),
     Case("MMoE", "PCGrad", options=MMOE),
