@@ -19,10 +19,11 @@ import re
 import shutil
 import subprocess
 import sysconfig
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from fastmtl.benchmarks.gpu.sass import count_instructions
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = Path(__file__).with_suffix(".csv")
@@ -53,11 +54,16 @@ _THREADS = {
     "add_rows": 128,
 }
 
-# Kernels that still use local memory in or near their loops; the table says how much. None may join them.
+# Kernels that have no registers left for one of their loops, of some 850 instructions, and how often that may use local
+# memory.
 _CROWDED = re.compile(r"gram_matrix_kernel<(Bf16|F16), [48]>|gram_matrix_kernel<float, 8>")
+_MOST_LOCAL_HOT = 20
 
 # Kernels whose time is that of the memory they read.
 _STREAMS = ("gram_tile", "gram_matrix", "combine", "graddrop", "ema", "excess_risk")
+# Those of them that compute in float64: sums over many elements, where float32 runs end; results wider than the rows;
+# float64 itself. GradDrop's purities are the sums over the batch or the tasks.
+_IN_FLOAT64 = re.compile(r"gram_.*|excess_risk_.*|graddrop_.*|combine_kernel<\w+, false>|.*\bdouble\b.*")
 
 Row = dict[str, str]
 
@@ -148,34 +154,6 @@ def _resources(log: str) -> Iterator[tuple[str, Row]]:
         yield name, row
 
 
-def _instructions(compiled: Path) -> dict[str, Counter[str]]:
-    """Return, by mangled name, how often each kind of instruction is in the machine code."""
-    counts: dict[str, Counter[str]] = {}
-    kinds = {
-        "loads": r"LDG?\.E",
-        "loads_128": r"LDG\.E\.(?:\w+\.)*128",
-        "stores_128": r"STG\.E\.(?:\w+\.)*128",
-        "local": r"(?:LDL|STL)",
-        "float64": r"(?:DADD|DMUL|DFMA)",
-        "matrix": r"(?:HMMA|DMMA|HGMMA)",
-    }
-    patterns = {kind: re.compile(rf"\s{pattern}\b") for kind, pattern in kinds.items()}
-    current: Counter[str] = Counter()
-    pending = 0
-    for line in _run([_tool("cuobjdump"), "-sass", str(compiled)]).splitlines():
-        if "Function :" in line:
-            current, pending = counts.setdefault(line.split(":", 1)[1].strip(), Counter()), 0
-        elif "/*" in line:
-            found = [kind for kind, pattern in patterns.items() if pattern.search(line)]
-            current.update(found)
-            # Between the first and the last matrix instruction lie the loops that multiply.
-            if "local" in found and current["matrix"]:
-                pending += 1
-            elif "matrix" in found:
-                current["local_hot"], pending = current["local_hot"] + pending, 0
-    return counts
-
-
 def _short(demangled: str) -> str:
     """Return a kernel's name without namespaces, return type and arguments."""
     name = re.sub(r"\(anonymous namespace\)::|fastmtl::|^void ", "", demangled)
@@ -207,7 +185,7 @@ def measure(jobs: int = 1) -> list[Row]:
         compiled = [pending[pair].result() for pair in pairs]
     rows: list[Row] = []
     for (source, arch), (result, log) in zip(pairs, compiled, strict=True):
-        instructions = _instructions(result)
+        instructions = count_instructions(_run([_tool("cuobjdump"), "-sass", str(result)]))
         for mangled, row in _resources(log):
             kernel = _short(_run(["c++filt", mangled]).strip())
             row |= {"nvcc": release, "source": source.name, "arch": arch, "kernel": kernel}
@@ -226,21 +204,21 @@ def broken_rules(rows: list[Row]) -> list[str]:
         name = f"{row['kernel']} for sm_{row['arch']}"
         streams = row["kernel"].startswith(_STREAMS)
         multiplies = row["kernel"].startswith("gram_matrix")
-        crowded = _CROWDED.fullmatch(row["kernel"]) is not None
         # ptxas fills the registers that a matrix kernel may have; what it puts aside must not be wanted in the loops.
-        if multiplies and int(row["local_hot"]) and not crowded:
+        allowed = _MOST_LOCAL_HOT if _CROWDED.fullmatch(row["kernel"]) else 0
+        if multiplies and int(row["local_hot"]) > allowed:
             faults.append(f"{name} uses local memory while it multiplies.")
-        if not (multiplies or crowded) and (int(row["spill_stores"]) or int(row["spill_loads"])):
+        if not multiplies and (int(row["spill_stores"]) or int(row["spill_loads"])):
             faults.append(f"{name} spills registers.")
-        if streams and not (multiplies or crowded) and (int(row["local"]) or int(row["stack"])):
+        if streams and not multiplies and (int(row["local"]) or int(row["stack"])):
             faults.append(f"{name} uses local memory.")
         if streams and not int(row["loads_128"]):
             faults.append(f"{name} has no loads of 128 bits.")
         if row["kernel"].startswith("combine") and not int(row["stores_128"]) and "true>" in row["kernel"]:
             faults.append(f"{name} has no stores of 128 bits.")
-        # Results of the rows' own type are summed in float32 unless they are float64.
-        if re.fullmatch(r"combine_kernel<(float|Bf16|F16), true>", row["kernel"]) and int(row["float64"]):
+        if streams and int(row["float64"]) and not _IN_FLOAT64.fullmatch(row["kernel"]):
             faults.append(f"{name} computes in float64.")
+        # By mma.sync on sm_90a too: wgmma takes its operands from shared memory, these lie in registers.
         if multiplies and not int(row["matrix"]):
             faults.append(f"{name} does not use the tensor cores.")
     return faults
