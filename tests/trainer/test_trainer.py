@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import pickle
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -212,9 +214,27 @@ def test_checkpoint_of_another_model(tmp_path: Any) -> None:
         make_trainer(resume=str(tmp_path / "best.pt"))
     with pytest.raises(CheckpointError, match="There is no checkpoint"):
         make_trainer(load_path=str(tmp_path / "none.pt"))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"hello\n", bytes(5000), b"\x80\x02}q\x00.", pickle.dumps({"a": Path.cwd})], ids=repr
+)
+@pytest.mark.parametrize("argument", ["load_path", "resume"])
+def test_files_that_are_no_checkpoints(argument: str, content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "damaged.pt"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="it is damaged|does not hold|is not a last"):
+        make_trainer(**{argument: str(path)})
+
+
+def test_torn_and_unreadable_checkpoints(tmp_path: Path) -> None:
+    make_trainer(save_path=str(tmp_path)).train(loaders(), loaders(), 1)
     (tmp_path / "torn.pt").write_bytes((tmp_path / "best.pt").read_bytes()[:100])
-    with pytest.raises(CheckpointError, match="is not a checkpoint that can be read"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint that can be read: it is damaged"):
         make_trainer(load_path=str(tmp_path / "torn.pt"))
+    (tmp_path / "folder.pt").mkdir()
+    with pytest.raises(CheckpointError, match="cannot be read: Is a directory"):
+        make_trainer(resume=str(tmp_path / "folder.pt"))
 
 
 def test_a_list_of_one_loss_is_that_loss() -> None:
