@@ -20,7 +20,7 @@ from fastmtl.hyper import fill_hyper
 from fastmtl.names import resolve_name
 from fastmtl.trainer.batches import joined
 from fastmtl.trainer.checkpoint import load_model_state, read_checkpoint, rng_state, save_atomically, set_rng_state
-from fastmtl.trainer.checks import check_tasks, check_weighting, find_device
+from fastmtl.trainer.checks import check_counts, check_tasks, check_weighting, find_device, make_folder
 from fastmtl.trainer.guard import FiniteGuard
 from fastmtl.trainer.interrupt import DeferredInterrupt
 from fastmtl.trainer.labels import present_tasks
@@ -160,8 +160,7 @@ class Trainer(nn.Module):
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        if checkpoint_every is not None and checkpoint_every < 1:
-            raise UsageError(f"checkpoint_every must be at least 1, got {checkpoint_every}.")
+        check_counts(checkpoint_every=checkpoint_every, log_every=log_every, limit_batches=limit_batches)
         self.peers = join(peer_timeout)
         self.device = find_device(device, self.peers)
         self._leads = self.peers is None or self.peers.leads
@@ -174,7 +173,7 @@ class Trainer(nn.Module):
         self.rep_grad = rep_grad
         self.multi_input = multi_input
         self.scheduler_param = scheduler_param
-        self.save_path = None if save_path is None else Path(save_path)
+        self.save_path = None if save_path is None else make_folder(save_path)
         self.load_path = load_path
         self.channels_last = channels_last
         self._sync_batch_norm = sync_batch_norm
@@ -346,6 +345,7 @@ class Trainer(nn.Module):
     def _train(
         self, train_dataloaders: Any, test_dataloaders: Any, epochs: int, val_dataloaders: Any, return_weight: bool
     ) -> Any:
+        check_counts(epochs=epochs)
         given = {"train_dataloaders": train_dataloaders, "test_dataloaders": test_dataloaders}
         if val_dataloaders is not None:
             given["val_dataloaders"] = val_dataloaders
@@ -358,7 +358,9 @@ class Trainer(nn.Module):
         steps = -(-batches // self.step.options.accumulate)
         self.batch_weight = np.zeros((self.task_num, epochs, steps))
         self.model.train_loss_buffer = np.zeros((self.task_num, epochs))
-        self.logger.on_start(self._run_info(epochs, steps))
+        info = self._run_info(epochs, steps)
+        if epochs <= info.start_epoch:
+            print(f"Nothing is left to train: {info.start_epoch} of {epochs} epochs are done; raise epochs to go on.")
         # Where a checkpoint left off; a further call begins anew, from the parameters of now.
         start, self._start = self._start, BEGINNING
         self._generators = generators(train_dataloaders, self.multi_input)
@@ -368,6 +370,7 @@ class Trainer(nn.Module):
         self.model.train_loss_buffer[:, : known.shape[1]] = known
         self.model.epochs = epochs
         try:
+            self.logger.on_start(info)
             with DeferredInterrupt() as interrupt:
                 for epoch in range(start["epoch"], epochs):
                     if start["batch"] < steps:

@@ -73,6 +73,18 @@ def test_unforeseen_failure_is_one_line_and_exit_code_1(
     assert capsys.readouterr().err == "error: ZeroDivisionError: first line (--traceback shows where)\n"
 
 
+def test_error_of_the_system_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*, as_json: bool) -> None:
+        Path("no such folder/file").read_text()
+
+    monkeypatch.setattr("fastmtl.cli.listing.list_data", fail)
+    assert main(["data", "list"]) == 1
+    wanted = "error: no such folder/file cannot be used: No such file or directory (--traceback shows where)\n"
+    assert capsys.readouterr().err == wanted
+
+
 def test_interrupt_is_exit_code_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupt(*, as_json: bool) -> None:
         raise KeyboardInterrupt

@@ -125,3 +125,14 @@ def test_a_disk_that_fills_up_is_one_sentence_and_leaves_the_last_checkpoint(tmp
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert read_checkpoint(path, torch.device("cpu"))["a"].shape == (3,)
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_finished_run_says_that_nothing_is_left(
+    epochs: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_trainer(save_path=str(tmp_path), **OPTIONS).train(loaders(), loaders(), 2)
+    capsys.readouterr()
+    again = make_trainer(resume=str(tmp_path / "last.pt"), **OPTIONS)
+    again.train(loaders(), loaders(), epochs)
+    assert f"Nothing is left to train: 2 of {epochs} epochs are done; raise epochs" in capsys.readouterr().out

@@ -148,7 +148,15 @@ def test_names_in_any_case_and_classes() -> None:
         ({"scheduler_param": {"scheduler": "step", "step": 3}}, "scheduler_param"),
         ({"weight_args": {"mgda_gn": "l3"}}, "must be one of none, l2, loss, loss"),
         ({"weight_args": {"mgda_g": "l2"}}, "Did you mean 'mgda_gn'"),
+        ({"optim_param": None}, "must name the optim"),
+        ({"scheduler_param": {"scheduler": "step", "step_size": 0}}, "step_size of scheduler_param must be at least 1"),
+        ({"scheduler_param": {"scheduler": "cos", "T_max": 0}}, "T_max of scheduler_param must be at least 1"),
         ({"device": "gpu"}, "device must be cpu, cuda"),
+        ({"device": "meta"}, "device must be cpu, cuda"),
+        ({"compile": "maybe"}, "compile must be True, False or 'auto', got 'maybe'"),
+        ({"log_every": 0}, "log_every must be a whole number of at least 1, got 0"),
+        ({"limit_batches": 0}, "limit_batches must be a whole number of at least 1, got 0"),
+        ({"save_path": "/dev/null/folder"}, "save_path '/dev/null/folder' cannot be made: Not a directory"),
     ],
 )
 def test_bad_arguments_are_refused(options: dict[str, Any], message: str) -> None:
@@ -165,6 +173,31 @@ def test_cuda_without_cuda() -> None:
 def test_mtan_needs_stages() -> None:
     with pytest.raises(UsageError, match=r"MTAN needs an encoder made of stages.*got Linear"):
         make_trainer("EW", "MTAN", encoder_class=lambda: nn.Linear(6, 8))
+
+
+@pytest.mark.parametrize("epochs", [0, -1, 1.5, "2", True])
+def test_epochs_that_cannot_be(epochs: Any) -> None:
+    with pytest.raises(UsageError, match="epochs must be a whole number of at least 1"):
+        make_trainer().train(loaders(), loaders(), epochs)
+
+
+@pytest.mark.parametrize("loader", [None, 3, iter([])])
+@pytest.mark.parametrize("multi_input", [False, True])
+def test_loaders_without_a_length(multi_input: bool, loader: Any) -> None:
+    good = loaders(multi_input=multi_input)
+    given = {**good, "task1": loader} if multi_input else loader
+    with pytest.raises(UsageError, match="must be a loader of known length"):
+        make_trainer(multi_input=multi_input).train(good, given, 1)
+
+
+def test_labels_that_are_no_dictionary() -> None:
+    with pytest.raises(UsageError, match="labels of a batch must be a dictionary by task, got Tensor"):
+        make_trainer().train([(torch.zeros(4, 6), torch.zeros(4))], loaders(), 1)
+
+
+def test_save_path_is_made(tmp_path: Path) -> None:
+    make_trainer(save_path=str(tmp_path / "a" / "b")).train(loaders(), loaders(), 1)
+    assert (tmp_path / "a" / "b" / "best.pt").exists()
 
 
 def test_loaders_that_do_not_fit() -> None:
@@ -223,7 +256,7 @@ def test_checkpoint_of_another_model(tmp_path: Any) -> None:
 def test_files_that_are_no_checkpoints(argument: str, content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "damaged.pt"
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match="it is damaged|does not hold|is not a last"):
+    with pytest.raises(CheckpointError, match=r"it is damaged|does not hold|is not a last"):
         make_trainer(**{argument: str(path)})
 
 
