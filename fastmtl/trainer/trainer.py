@@ -560,11 +560,16 @@ class Trainer(nn.Module):
             return None
         return str(self.save_path / "last.pt")
 
+    def _check_saved(self, state: Mapping[str, torch.Tensor]) -> None:
+        params = [state[name] for name, _ in self.model.named_parameters() if name in state]
+        self._guard.check_saved(params, self._last_checkpoint())
+
     def _save_best(self, epoch: int) -> None:
         remembered = self.model.remembered()
         state = self.model.state_dict() if self.sharded is None else self.sharded.whole_state(self.model.state_dict())
         if self.save_path is None:
             return
+        self._check_saved(state)
         best = self.save_path / "best.pt"
         save_atomically({key: value for key, value in state.items() if key not in remembered}, best)
         print(f"Save Model {epoch} to {best}")
@@ -578,6 +583,7 @@ class Trainer(nn.Module):
         if self.save_path is None:
             return
         self._guard.check(self._last_checkpoint())
+        self._check_saved(state["model"])
         path = self.save_path / "last.pt"
         place = {"epoch": epoch, "batch": batch, "rng": rng_state(self._generators), "epoch_rng": epoch_rng}
         place["loss_sums"] = self.meter.loss_sums() if batch else {}

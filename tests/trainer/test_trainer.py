@@ -125,6 +125,7 @@ def test_process_preds_is_called() -> None:
 
 
 def test_names_in_any_case_and_classes() -> None:
+    assert make_trainer("mgda", "hps", weight_args={"MGDA_gn": "Loss+"}).kwargs["weight_args"] == {"mgda_gn": "loss+"}
     from fastmtl.architecture import MTAN
     from fastmtl.weighting import EW
 
@@ -235,6 +236,14 @@ def test_infinite_loss_is_reported_and_parameters_stay_finite(optim: str, weight
         again.train(data, loaders(), 1)
     assert flat(again.model.parameters()).isfinite().all()
     assert (tmp_path / "last.pt").read_bytes() == saved
+
+
+def test_a_last_step_to_infinity_is_not_saved(tmp_path: Path) -> None:
+    """No loss has seen the parameters yet that the last step of an epoch leaves."""
+    options: dict[str, Any] = {"save_path": str(tmp_path), "optim_param": {"optim": "sgd", "lr": float("inf")}}
+    with pytest.raises(NonFiniteError, match=r"parameters became NaN or infinite .* no checkpoint was written"):
+        make_trainer("EW", limit_batches=1, **options).train(loaders(), loaders(), 1)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_checkpoint_of_another_model(tmp_path: Any) -> None:
