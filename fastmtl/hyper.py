@@ -57,6 +57,8 @@ class Hyper:
         ):
             return {int: "an integer", float: "a number", bool: "true or false", str: "a string"}[self.type]
         number: Any = value
+        if number != number:
+            return "a number"
         if self.least is not None and not number >= self.least:
             return f"at least {self.least}"
         if self.above is not None and not number > self.above:

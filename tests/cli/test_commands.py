@@ -150,6 +150,14 @@ def test_bench_refuses_an_unknown_operator(capsys: pytest.CaptureFixture[str]) -
     assert "Unknown op 'gran'. Did you mean 'gram'?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("bench", ["kernels", "step", "autojac"])
+def test_benches_refuse_devices_and_threads_that_cannot_be(bench: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", bench, "--device", "gpu"]) == 2
+    assert capsys.readouterr().err == "error: device must be cpu, cuda, cuda:<index> or mps, got 'gpu'.\n"
+    assert main(["bench", bench, "--threads", "0"]) == 2
+    assert capsys.readouterr().err.startswith("error: Invalid value for '--threads'")
+
+
 def test_bench_fails_on_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from fastmtl.benchmarks import runner
     from fastmtl.benchmarks.registry import Case, Variant

@@ -149,6 +149,8 @@ def test_names_in_any_case_and_classes() -> None:
         ({"scheduler_param": {"scheduler": "step", "step": 3}}, "scheduler_param"),
         ({"weight_args": {"mgda_gn": "l3"}}, "must be one of none, l2, loss, loss"),
         ({"weight_args": {"mgda_g": "l2"}}, "Did you mean 'mgda_gn'"),
+        ({"weighting": "CAGrad", "weight_args": {"calpha": -1.0}}, "calpha of CAGrad must be at least 0.0, got -1.0"),
+        ({"weighting": "GradNorm", "weight_args": {"alpha": math.nan}}, "alpha of GradNorm must be a number, got nan"),
         ({"optim_param": None}, "must name the optim"),
         ({"scheduler_param": {"scheduler": "step", "step_size": 0}}, "step_size of scheduler_param must be at least 1"),
         ({"scheduler_param": {"scheduler": "cos", "T_max": 0}}, "T_max of scheduler_param must be at least 1"),
