@@ -75,6 +75,10 @@ def load_model_state(model: nn.Module, state: Any, path: Path) -> None:
     Raises:
         CheckpointError: They are not; the message names the first differences.
     """
+    if isinstance(state, Mapping) and "model" in state and "names" in state:
+        raise CheckpointError(
+            f"{path} is a last.pt, which a run goes on from (resume): to start from it, use its best.pt."
+        )
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise CheckpointError(f"{path} does not hold the parameters of a model.")
     own = model.state_dict()

@@ -50,7 +50,7 @@ def find_device(device: str | torch.device | None, peers: Peers | None = None) -
     return found
 
 
-def check_counts(**counts: int | None) -> None:
+def check_counts(**counts: Any) -> None:
     """Refuse numbers, by the name of their argument, of which there must be at least one.
 
     Raises:

@@ -81,7 +81,7 @@ class Trainer(nn.Module):
             Gram matrix needs them. Where a way cannot be gone, they come one after the other. ``"auto"`` is sequential
             below 8 tasks; from there on it trains the first steps each way, keeps the fastest and says which.
         logger: A `Logger`, or several.
-        resume: A ``last.pt`` to go on from.
+        resume: A ``last.pt``, or the folder it is in, to go on from.
         precision: ``"fp32"``; ``"bf16"`` or ``"fp16"`` compute the network in that dtype where it is safe (autocast),
             with losses, Gram matrix and update in float32; fp16 scales the losses and skips steps that overflow.
         tf32: On CUDA, let float32 products and convolutions round to TF32, or forbid it; torch's settings if None.

@@ -65,9 +65,7 @@ class PCD(AbsWeighting):
     needs = "gram"
     allows_rep_grad = False
     hyper = {  # noqa: RUF012
-        "PCD_tau": Hyper(
-            type=float, default=0.02, least=0.0, help="Share of its own progress every other task gets, 0 to 1."
-        ),
+        "PCD_tau": Hyper(type=float, default=0.02, help="Share of its own progress every other task gets, 0 to 1."),
         "PCD_beta": Hyper(
             type=float, default=0.999, least=0.0, help="Decay of the moving average of the squared norms."
         ),

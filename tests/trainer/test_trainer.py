@@ -256,6 +256,14 @@ def test_checkpoint_of_another_model(tmp_path: Any) -> None:
         make_trainer("EW", resume=str(tmp_path / "last.pt"))
     with pytest.raises(CheckpointError, match=r"is not a last\.pt"):
         make_trainer(resume=str(tmp_path / "best.pt"))
+    with pytest.raises(CheckpointError, match=r"is a last\.pt, which a run goes on from"):
+        make_trainer(load_path=str(tmp_path / "last.pt"))
+    with pytest.raises(CheckpointError, match=r"is of the optimizer SGD, this run is of Adam\."):
+        make_trainer(resume=str(tmp_path), optim_param={"optim": "adam", "lr": 1e-3})
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    torch.save({key: value for key, value in state.items() if key not in ("rng", "step")}, tmp_path / "part.pt")
+    with pytest.raises(CheckpointError, match=r"is not whole: it has no step, rng\."):
+        make_trainer(resume=str(tmp_path / "part.pt"))
     with pytest.raises(CheckpointError, match="There is no checkpoint"):
         make_trainer(load_path=str(tmp_path / "none.pt"))
 
@@ -276,9 +284,10 @@ def test_torn_and_unreadable_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "torn.pt").write_bytes((tmp_path / "best.pt").read_bytes()[:100])
     with pytest.raises(CheckpointError, match="is not a checkpoint that can be read: it is damaged"):
         make_trainer(load_path=str(tmp_path / "torn.pt"))
-    (tmp_path / "folder.pt").mkdir()
-    with pytest.raises(CheckpointError, match="cannot be read: Is a directory"):
-        make_trainer(resume=str(tmp_path / "folder.pt"))
+    (tmp_path / "last.pt").unlink()
+    (tmp_path / "last.pt").mkdir()
+    with pytest.raises(CheckpointError, match=r"last\.pt cannot be read: Is a directory"):
+        make_trainer(resume=str(tmp_path))
 
 
 def test_a_list_of_one_loss_is_that_loss() -> None:
