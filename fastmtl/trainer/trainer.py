@@ -371,7 +371,7 @@ class Trainer(nn.Module):
         self.model.epochs = epochs
         try:
             self.logger.on_start(info)
-            with DeferredInterrupt() as interrupt:
+            with DeferredInterrupt(tells=self._leads) as interrupt:
                 for epoch in range(start["epoch"], epochs):
                     if start["batch"] < steps:
                         self._train_epoch(train_dataloaders, epoch, steps, start, interrupt)

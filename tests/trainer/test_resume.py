@@ -95,6 +95,12 @@ def test_after_ctrl_c_in_mid_epoch(step: int, tmp_path: Path) -> None:
     assert torch.equal(flat(second.model.parameters()), _uninterrupted(3))
 
 
+def test_the_first_ctrl_c_is_answered(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(logger=InterruptAt(1), **OPTIONS).train(loaders(), loaders(), 1)
+    assert capfd.readouterr().err == "\ninterrupted: saving after this step or evaluation; once more to stop at once\n"
+
+
 def test_files_are_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer(save_path=str(tmp_path), **OPTIONS)
     trainer.train(loaders(), loaders(), 1)
