@@ -17,6 +17,7 @@ from fastmtl.benchmarks.work import Contender, Work
 from torch import Tensor
 
 from fastmtl.errors import UsageError
+from fastmtl.trainer.checks import find_device
 
 __all__ = ["run_autojac"]
 
@@ -86,10 +87,9 @@ def run_autojac(
 
     Raises:
         UsageError: TorchJD is not installed, or an unknown name.
+        BackendError: The device is not there.
     """
-    device = torch.device(device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"device is {device}, but torch finds no CUDA device here; use cpu.")
+    device = find_device(device)
     known = facts(device)
     print("  ".join(f"{key} {value}" for key, value in known.items()))
     rows: list[Row] = []

@@ -14,8 +14,8 @@ from fastmtl.benchmarks.machine import Probes, cold_seconds, facts, probes, wait
 from fastmtl.benchmarks.registry import BENCHES, Case, cases_of
 from fastmtl.benchmarks.tables import plot_kernels, write_rows
 
-from fastmtl.errors import UsageError
 from fastmtl.names import resolve_name
+from fastmtl.trainer.checks import find_device
 
 __all__ = ["run_kernels", "time_in_turn"]
 
@@ -157,11 +157,10 @@ def run_kernels(
         quick: Few cases and little time.
 
     Raises:
-        UsageError: An unknown op, or a device that is not there.
+        UsageError: An unknown op, or no name of a device.
+        BackendError: The device is not there.
     """
-    device = torch.device(device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"device is {device}, but torch finds no CUDA device here; use cpu.")
+    device = find_device(device)
     names = [resolve_name(name, {known: known for known in BENCHES}, "op") for name in ops or BENCHES]
     known_facts = facts(device)
     print("  ".join(f"{key} {value}" for key, value in known_facts.items()))

@@ -27,6 +27,7 @@ from fastmtl.errors import UsageError
 from fastmtl.loss import CELoss
 from fastmtl.metrics import AccMetric
 from fastmtl.names import resolve_name
+from fastmtl.trainer.checks import find_device
 from fastmtl.trainer.records import StepBuffer
 from fastmtl.weighting import WEIGHTINGS
 
@@ -169,10 +170,9 @@ def run_step(
 
     Raises:
         UsageError: An unknown name, or a peer that is not there.
+        BackendError: The device is not there.
     """
-    device = torch.device(device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"device is {device}, but torch finds no CUDA device here; use cpu.")
+    device = find_device(device)
     names = [resolve_name(name, {each: each for each in WEIGHTINGS}, "weighting") for name in weightings]
     peers = [resolve_name(peer, {each: each for each in PEERS}, "peer") for peer in peers]
     arch = resolve_name(arch, {each: each for each in ARCHITECTURES}, "architecture")

@@ -39,6 +39,12 @@ class Hyper:
     least: float | None = None
     above: float | None = None
 
+    def spelled(self, value: Any) -> Any:
+        """Return the choice that a word in any case names; any other value as it is."""
+        if self.choices is None or not isinstance(value, str):
+            return value
+        return next((each for each in self.choices if str(each).lower() == value.lower()), value)
+
     def problem(self, value: Any) -> str | None:
         """Return what a value would have to be, None if it is that."""
         if self.choices is not None:
@@ -51,6 +57,8 @@ class Hyper:
         ):
             return {int: "an integer", float: "a number", bool: "true or false", str: "a string"}[self.type]
         number: Any = value
+        if number != number:
+            return "a number"
         if self.least is not None and not number >= self.least:
             return f"at least {self.least}"
         if self.above is not None and not number > self.above:
@@ -69,6 +77,7 @@ def fill_hyper(owner: str, declared: Mapping[str, Hyper], given: Mapping[str, An
         if not declared:
             raise UsageError(f"{owner} has no hyper-parameters, got {given_name!r}.")
         name = resolve_name(given_name, {each: each for each in declared}, f"hyper-parameter of {owner}")
+        value = declared[name].spelled(value)
         wanted = declared[name].problem(value)
         if wanted is not None:
             raise UsageError(f"{name} of {owner} must be {wanted}, got {value!r}.")

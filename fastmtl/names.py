@@ -31,7 +31,9 @@ def resolve_name(name: str, choices: Mapping[str, T], what: str) -> T:
     by_key = {_key(choice): value for choice, value in choices.items()}
     if _key(name) in by_key:
         return by_key[_key(name)]
-    near = difflib.get_close_matches(_key(name), list(by_key), n=1, cutoff=0.5)
+    # A beginning is nearer than any other name, however much is missing.
+    begun = [key for key in by_key if len(_key(name).strip("_")) > 1 and key.startswith(_key(name))]
+    near = begun or difflib.get_close_matches(_key(name), list(by_key), n=1, cutoff=0.5)
     spelled = {_key(choice): choice for choice in choices}
     hint = f" Did you mean {spelled[near[0]]!r}?" if near else ""
     raise UsageError(f"Unknown {what} {name!r}.{hint} Known: {', '.join(choices)}.")

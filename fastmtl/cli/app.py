@@ -182,7 +182,7 @@ def _bench_kernels(
     csv: Annotated[Path | None, typer.Option(help="File to write the rows to.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Picture to draw of them.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few cases and little time.")] = False,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; PyTorch's choice if not given.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; PyTorch's choice if not given.")] = None,
 ) -> None:
     """Time each operator against its baselines and the memory bandwidth; a wrong result gets no time."""
     from fastmtl.cli.listing import bench_kernels
@@ -219,7 +219,7 @@ def _bench_step(
     csv: Annotated[Path | None, typer.Option(help="File to write the rows to.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Picture to draw, time over the number of tasks.")] = None,
     seconds: Annotated[float, typer.Option(help="Time for each strategy and number of tasks.")] = 20.0,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; PyTorch's choice if not given.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; PyTorch's choice if not given.")] = None,
     model: Annotated[
         str | None, typer.Option(help="H100, H200 or A100: print what a step must cost there, and measure nothing.")
     ] = None,
@@ -246,7 +246,7 @@ def _bench_autojac(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")] = "cpu",
     csv: Annotated[Path | None, typer.Option(help="File to write the rows to.")] = None,
     seconds: Annotated[float, typer.Option(help="Time for each number of tasks.")] = 20.0,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; PyTorch's choice if not given.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; PyTorch's choice if not given.")] = None,
 ) -> None:
     """Time mtl_backward and jac_to_grad beside TorchJD's, in turn; a wrong gradient gets no time."""
     from fastmtl.cli.listing import bench_autojac

@@ -50,6 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except Exception as error:
+        if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
+            text = f"{error.filename} cannot be used: {error.strerror} (--traceback shows where)"
+            return _report(error, text, FAILED, shown_in_full)
         first_line = next(iter(str(error).strip().splitlines()), "")
         text = f"{type(error).__name__}: {first_line} (--traceback shows where)"
         return _report(error, text, FAILED, shown_in_full)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import traceback
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -109,8 +110,9 @@ def _run(trainer: Trainer, config: TrainConfig, bundle: DataBundle) -> None:
 def _config_to_resume(run: RunDirectory, settings: Mapping[str, Any], hyper: Mapping[str, Any]) -> TrainConfig:
     if not run.last.exists():
         raise CheckpointError(f"{run.path} has no {run.last.name} to go on from: it ended before its first checkpoint.")
+    run.check_writable()
     before = read_config(run.config).resolved()
-    after = replace(before, **settings).with_hyper(hyper)
+    after = read_config(run.config, **settings).with_hyper(hyper)
     for each in fields(TrainConfig):
         if each.name not in _CHANGEABLE and getattr(before, each.name) != getattr(after, each.name):
             raise UsageError(
@@ -171,5 +173,6 @@ def _keep_what_matters(run: RunDirectory, error: Exception) -> None:
     if foreseen and not run.config.exists():
         run.discard()
         return
-    with run.log.open("a", encoding="utf-8") as log:
+    # A disk that is full for the run is full for its log, and the error at hand says more.
+    with contextlib.suppress(OSError), run.log.open("a", encoding="utf-8") as log:
         log.write(f"error: {error}\n" if foreseen else "".join(traceback.format_exception(error)))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import pickle
 import random
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,20 @@ def save_atomically(content: Any, path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except OSError as cause:
-        part.unlink(missing_ok=True)
-        raise CheckpointError(f"The checkpoint {path} cannot be written: {cause.strerror or cause}.") from cause
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        cause = _system_error(error)
+        if cause is None:
+            raise
+        raise CheckpointError(f"The checkpoint {path} cannot be written: {cause.strerror or cause}.") from error
+
+
+def _system_error(error: BaseException | None) -> OSError | None:
+    """Return what the system said; torch.save puts an error of its own on top when a disk is full."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return error
 
 
 def read_checkpoint(path: Path, device: torch.device) -> Any:
@@ -39,12 +51,20 @@ def read_checkpoint(path: Path, device: torch.device) -> Any:
         CheckpointError: The file is missing or is no checkpoint.
     """
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"There is no checkpoint {path}.") from None
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as cause:
-        first = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
-        raise CheckpointError(f"{path} is not a checkpoint that can be read: {first}") from cause
+    except OSError as cause:
+        raise CheckpointError(f"The checkpoint {path} cannot be read: {cause.strerror or cause}.") from cause
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as cause:
+        # The bytes of any other file are read as a pickle, which fails in as many ways as there are bytes.
+        raise CheckpointError(
+            f"{path} is not a checkpoint that can be read: it is damaged, or holds more than tensors and plain values."
+        ) from cause
 
 
 def load_model_state(model: nn.Module, state: Any, path: Path) -> None:
@@ -55,6 +75,10 @@ def load_model_state(model: nn.Module, state: Any, path: Path) -> None:
     Raises:
         CheckpointError: They are not; the message names the first differences.
     """
+    if isinstance(state, Mapping) and "model" in state and "names" in state:
+        raise CheckpointError(
+            f"{path} is a last.pt, which a run goes on from (resume): to start from it, use its best.pt."
+        )
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise CheckpointError(f"{path} does not hold the parameters of a model.")
     own = model.state_dict()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from numbers import Integral
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +15,7 @@ from fastmtl.distributed import Peers
 from fastmtl.errors import BackendError, UsageError
 from fastmtl.weighting import AbsWeighting
 
-__all__ = ["check_tasks", "check_weighting", "find_device"]
+__all__ = ["check_counts", "check_tasks", "check_weighting", "find_device", "make_folder"]
 
 
 def find_device(device: str | torch.device | None, peers: Peers | None = None) -> torch.device:
@@ -29,6 +32,8 @@ def find_device(device: str | torch.device | None, peers: Peers | None = None) -
         found = torch.device(device)
     except RuntimeError:
         raise UsageError(f"device must be cpu, cuda, cuda:<index> or mps, got {device!r}.") from None
+    if found.type not in ("cpu", "cuda", "mps"):
+        raise UsageError(f"device must be cpu, cuda, cuda:<index> or mps, got {str(device)!r}.")
     if found.type == "cuda":
         if not torch.cuda.is_available():
             raise BackendError(
@@ -43,6 +48,33 @@ def find_device(device: str | torch.device | None, peers: Peers | None = None) -
             f"device is {device}, but torch {torch.__version__} finds no MPS device here; use --device cpu."
         )
     return found
+
+
+def check_counts(**counts: Any) -> None:
+    """Refuse numbers, by the name of their argument, of which there must be at least one.
+
+    Raises:
+        UsageError: One is below 1 or no whole number.
+    """
+    for name, count in counts.items():
+        if count is not None and (isinstance(count, bool) or not isinstance(count, Integral) or count < 1):
+            raise UsageError(f"{name} must be a whole number of at least 1, got {count!r}.")
+
+
+def make_folder(save_path: str | Path) -> Path:
+    """Return the folder for checkpoints, made now, as it would be too late after an epoch.
+
+    Raises:
+        UsageError: It cannot be made or written to.
+    """
+    folder = Path(save_path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as cause:
+        raise UsageError(f"save_path {str(save_path)!r} cannot be made: {cause.strerror}.") from cause
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"save_path {str(save_path)!r} cannot be written to.")
+    return folder
 
 
 def check_tasks(task_dict: dict[str, dict[str, Any]], decoders: Mapping[str, nn.Module] | nn.ModuleDict) -> list[str]:

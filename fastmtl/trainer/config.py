@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -148,10 +149,18 @@ class TrainConfig:
             if self.compile.lower() not in COMPILE_WORDS:
                 raise UsageError(f"compile must be true, false or auto, got {self.compile!r}.")
             self.compile = COMPILE_WORDS[self.compile.lower()]
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, float) and math.isinf(value):
+                raise UsageError(f"{each.name} must be a finite number, got {value}.")
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise UsageError(f"{name} must be at least {least}, got {value}.")
+        for name, most in _MOST.items():
+            value = getattr(self, name)
+            if value is not None and value > most:
+                raise UsageError(f"{name} must be at most {most}, got {value}.")
         if not self.lr > 0:
             raise UsageError(f"lr must be above 0, got {self.lr}.")
         if self.peer_timeout is not None and not self.peer_timeout > 0:
@@ -252,6 +261,10 @@ _LEAST = {
     "log_every": 1,
     "checkpoint_every": 1,
 }
+
+
+# Numpy's seeds have 32 bits; OpenMP ends the process where it cannot start as many threads as it is told to.
+_MOST = {"seed": 2**32 - 1, "threads": 1024}
 
 
 def read_config(path: str | Path, **overrides: Any) -> TrainConfig:

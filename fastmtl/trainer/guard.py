@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -54,12 +56,36 @@ class FiniteGuard:
         """
         if self.found_inf.item() == 0:
             return
+        where = _where(last_checkpoint)
         found = zip(("loss", "gradient", "weight"), self._bad.tolist(), strict=True)
         # The first of them is the cause of the others.
         what, bad_tasks = next((what, bad) for what, bad in found if any(bad))
         tasks = [task for task, bad in zip(self.task_name, bad_tasks, strict=True) if bad]
-        where = "no checkpoint was written" if last_checkpoint is None else f"the last checkpoint is {last_checkpoint}"
         raise NonFiniteError(
             f"The {what} of {', '.join(tasks)} became NaN or infinite in training step {self._first.item()}; "
             f"parameters were not updated from there on, {where}."
         )
+
+    def check_saved(self, params: Iterable[Tensor], last_checkpoint: str | None) -> None:
+        """Raise if parameters about to be saved are not finite; this reads the device.
+
+        Gradients and losses were: it is the last step's learning rate that can do this, before the next one's losses
+        show it.
+
+        Args:
+            params: The parameters.
+            last_checkpoint: What to go back to, for the message.
+
+        Raises:
+            NonFiniteError: Names the checkpoint.
+        """
+        greatest = torch._foreach_norm([param for param in params if param.is_floating_point()], float("inf"))
+        if greatest and not torch.stack([each.double() for each in greatest]).isfinite().all():
+            raise NonFiniteError(
+                f"The parameters became NaN or infinite by training step {self._step.item()}, of finite gradients: the "
+                f"learning rate is too large; {_where(last_checkpoint)}."
+            )
+
+
+def _where(last_checkpoint: str | None) -> str:
+    return "no checkpoint was written" if last_checkpoint is None else f"the last checkpoint is {last_checkpoint}"

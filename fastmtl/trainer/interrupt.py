@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -11,9 +13,14 @@ __all__ = ["DeferredInterrupt"]
 
 
 class DeferredInterrupt:
-    """Within the ``with`` block the first SIGINT or SIGTERM is kept until :meth:`check`; a second one acts at once."""
+    """Within the ``with`` block the first SIGINT or SIGTERM is kept until :meth:`check`; a second one acts at once.
 
-    def __init__(self) -> None:
+    Args:
+        tells: Say on stderr that the first one has been noticed, as a step that compiles or an evaluation may be long.
+    """
+
+    def __init__(self, tells: bool = True) -> None:
+        self._tells = tells
         self._caught = False
         self._before: dict[int, Any] = {}
 
@@ -34,6 +41,10 @@ class DeferredInterrupt:
         if self._caught:
             raise KeyboardInterrupt
         self._caught = True
+        if self._tells:
+            # The signal may come in the middle of a print, so the stream and its buffer are left alone.
+            with contextlib.suppress(OSError):
+                os.write(2, b"\ninterrupted: saving after this step or evaluation; once more to stop at once\n")
 
     def check(self) -> None:
         """Raise KeyboardInterrupt if a signal came."""

@@ -44,7 +44,7 @@ def check_loaders(loaders: Any, tasks: list[str], multi_input: bool, what: str) 
     if not multi_input:
         if isinstance(loaders, Mapping):
             raise UsageError(f"{what} must be one loader when multi_input is False, got a dictionary.")
-        if len(loaders) == 0:
+        if _length(loaders, what) == 0:
             raise UsageError(f"{what} is empty: the data set has no rows, or fewer than one batch with drop_last.")
         return
     if not isinstance(loaders, Mapping):
@@ -54,11 +54,19 @@ def check_loaders(loaders: Any, tasks: list[str], multi_input: bool, what: str) 
     for task in tasks:
         if task not in loaders:
             raise UsageError(f"{what} has no loader for the task {task!r}, only for {', '.join(map(str, loaders))}.")
-        if len(loaders[task]) == 0:
+        if _length(loaders[task], f"{what}[{task!r}]") == 0:
             raise UsageError(
                 f"{what} is empty for the task {task!r}: the data set has no rows, or fewer than one batch with "
                 "drop_last."
             )
+
+
+def _length(loader: Any, what: str) -> int:
+    try:
+        return len(loader)
+    except TypeError:
+        kind = type(loader).__name__
+        raise UsageError(f"{what} must be a loader of known length, got a {kind}, which has none.") from None
 
 
 def generators(loaders: Any, multi_input: bool) -> list[torch.Generator]:
@@ -109,6 +117,8 @@ def _endless(loader: Any) -> Iterator[Any]:
 
 
 def _checked(labels: Any, tasks: list[str]) -> Any:
+    if not isinstance(labels, Mapping):
+        raise UsageError(f"The labels of a batch must be a dictionary by task, got {type(labels).__name__}.")
     missing = [task for task in tasks if task not in labels]
     # A name nobody knows is a slip of the pen; a task left out has no labels in this batch.
     if missing and (len(missing) == len(tasks) or any(name not in tasks for name in labels)):

@@ -38,8 +38,8 @@ def make_optimizer(
     Raises:
         UsageError: No or an unknown name, or an argument the optimizer does not take.
     """
-    args = {key: value for key, value in optim_param.items() if key != "optim"}
     name = _name_of(optim_param, "optim", "optim_param")
+    args = {key: value for key, value in optim_param.items() if key != "optim"}
     kind = resolve_name(name, OPTIMIZERS, "optimizer")
     params = list(params)
     fused = (
@@ -62,8 +62,12 @@ def make_scheduler(optimizer: torch.optim.Optimizer, scheduler_param: Mapping[st
     """
     if scheduler_param is None:
         return None
-    args = {key: value for key, value in scheduler_param.items() if key != "scheduler"}
     kind = resolve_name(_name_of(scheduler_param, "scheduler", "scheduler_param"), SCHEDULERS, "scheduler")
+    args = {key: value for key, value in scheduler_param.items() if key != "scheduler"}
+    for period in ("step_size", "T_max"):
+        # Torch divides by it after the first epoch, when that epoch would be lost.
+        if not args.get(period, 1) > 0:
+            raise UsageError(f"{period} of scheduler_param must be at least 1, got {args[period]}.")
     try:
         return kind(optimizer, **args)
     except (TypeError, ValueError) as cause:
@@ -71,8 +75,8 @@ def make_scheduler(optimizer: torch.optim.Optimizer, scheduler_param: Mapping[st
 
 
 def _name_of(param: Mapping[str, Any], key: str, what: str) -> str:
-    if key not in param:
-        raise UsageError(f"{what} must name the {key} as {{{key!r}: ...}}, got {dict(param)}.")
+    if not isinstance(param, Mapping) or key not in param:
+        raise UsageError(f"{what} must name the {key} as {{{key!r}: ...}}, got {param!r}.")
     return str(param[key])
 
 

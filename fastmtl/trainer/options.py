@@ -65,6 +65,8 @@ def check_options(model: Any, weighting: str, hyper: Mapping[str, Any], options:
     Raises:
         UsageError: A value outside its range, or options that do not go together.
     """
+    if options.compile not in (True, False, "auto"):
+        raise UsageError(f"compile must be True, False or 'auto', got {options.compile!r}.")
     if not 0 <= options.weight_momentum < 1:
         raise UsageError(f"weight_momentum must be at least 0 and below 1, got {options.weight_momentum}.")
     legacy = model.backward.__func__ is not AbsWeighting.backward

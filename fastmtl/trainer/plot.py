@@ -223,7 +223,7 @@ def _draw_metric(axis: Axes, history: History, name: str, colors: Sequence[Any])
     axis.set_title(f"{name} of each epoch", loc="left", fontsize=11)
     axis.set_xlabel("Epoch")
     axis.set_ylabel(name)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axis.set_xlim(0.5, max((epoch for _, epoch in history.results), default=0) + 1.5)
     axis.legend(
         [Line2D([], [], color="#555555", **_MODES[mode]) for mode in modes],

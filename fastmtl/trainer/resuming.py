@@ -32,6 +32,7 @@ def run_state(trainer: Trainer) -> dict[str, Any]:
         "model": model,
         "step": trainer.step.state_dict(),
         "optimizer": optimizer,
+        "optimizer_name": type(trainer.optimizer).__name__,
         "scheduler": None if scheduler is None else scheduler.state_dict(),
         "base_result": trainer.meter.base_result,
         "best_result": trainer.meter.best_result,
@@ -46,11 +47,20 @@ def resume_run(trainer: Trainer, path: Path) -> Mapping[str, Any]:
     Raises:
         CheckpointError: The file is missing, is no ``last.pt``, or is of another run.
     """
+    path = path / "last.pt" if path.is_dir() else path
     state = read_checkpoint(path, trainer.device)
     if not isinstance(state, dict) or "names" not in state:
         raise CheckpointError(f"{path} is not a last.pt: to start from the weights of a best.pt, use load_path.")
     if list(state["names"]) != _names(trainer):
         raise CheckpointError(f"The checkpoint {path} is of {state['names']}, this run is of {_names(trainer)}.")
+    missing = [key for key in (*BEGINNING, *_NEEDED) if key not in state]
+    if missing:
+        raise CheckpointError(f"The checkpoint {path} is not whole: it has no {', '.join(missing)}.")
+    optimizer_name = type(trainer.optimizer).__name__
+    if state["optimizer_name"] != optimizer_name:
+        raise CheckpointError(
+            f"The checkpoint {path} is of the optimizer {state['optimizer_name']}, this run is of {optimizer_name}."
+        )
     model, optimizer = state["model"], state["optimizer"]
     if trainer.step.spread and trainer.step.exchange is not None:
         model = trainer.step.exchange.part_states(model, trainer.model.row_states)
@@ -64,6 +74,19 @@ def resume_run(trainer: Trainer, path: Path) -> Mapping[str, Any]:
     trainer.meter.base_result = state["base_result"]
     trainer.meter.best_result = state["best_result"]
     return {key: state[key] for key in (*BEGINNING, "rng", "epoch_rng")}
+
+
+_NEEDED = (
+    "model",
+    "step",
+    "optimizer",
+    "optimizer_name",
+    "scheduler",
+    "base_result",
+    "best_result",
+    "rng",
+    "epoch_rng",
+)
 
 
 def _names(trainer: Trainer) -> list[Any]:

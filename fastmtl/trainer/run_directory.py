@@ -51,6 +51,7 @@ class RunDirectory:
             run.path.mkdir(parents=True, exist_ok=True)
         except OSError as cause:
             raise UsageError(f"The run directory {run.path} cannot be made: {cause.strerror}.") from cause
+        run.check_writable()
         return run
 
     @classmethod
@@ -96,6 +97,19 @@ class RunDirectory:
             raise UsageError(f"{run.path} is not a run directory: it has no {run.config.name}.")
         return run
 
+    def check_writable(self) -> None:
+        """Find out now what would else be found out when the first checkpoint is written.
+
+        Raises:
+            UsageError: The folder cannot be written to, or a folder lies where a file has to be.
+        """
+        if not os.access(self.path, os.W_OK | os.X_OK):
+            raise UsageError(f"The run directory {self.path} cannot be written to.")
+        for file in (self.config, self.best, self.last, self.metrics, self.curves, self.trace, self.log):
+            for each in (file, part_of(file)):
+                if each.is_dir():
+                    raise UsageError(f"The run directory {self.path} needs {each.name} as a file, but it is a folder.")
+
     def discard(self) -> None:
         """Take away a run that never began: its log, and its folder if nothing else is in it."""
         self.log.unlink(missing_ok=True)
@@ -103,9 +117,14 @@ class RunDirectory:
             self.path.rmdir()
 
 
+def part_of(path: Path) -> Path:
+    """Return the file that what will be ``path`` is written to first."""
+    return path.with_name(path.name + ".part")
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a file so that whoever reads it finds the old text or the new one, never a part."""
-    part = path.with_name(path.name + ".part")
+    part = part_of(path)
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
 

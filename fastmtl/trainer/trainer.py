@@ -20,7 +20,7 @@ from fastmtl.hyper import fill_hyper
 from fastmtl.names import resolve_name
 from fastmtl.trainer.batches import joined
 from fastmtl.trainer.checkpoint import load_model_state, read_checkpoint, rng_state, save_atomically, set_rng_state
-from fastmtl.trainer.checks import check_tasks, check_weighting, find_device
+from fastmtl.trainer.checks import check_counts, check_tasks, check_weighting, find_device, make_folder
 from fastmtl.trainer.guard import FiniteGuard
 from fastmtl.trainer.interrupt import DeferredInterrupt
 from fastmtl.trainer.labels import present_tasks
@@ -81,7 +81,7 @@ class Trainer(nn.Module):
             Gram matrix needs them. Where a way cannot be gone, they come one after the other. ``"auto"`` is sequential
             below 8 tasks; from there on it trains the first steps each way, keeps the fastest and says which.
         logger: A `Logger`, or several.
-        resume: A ``last.pt`` to go on from.
+        resume: A ``last.pt``, or the folder it is in, to go on from.
         precision: ``"fp32"``; ``"bf16"`` or ``"fp16"`` compute the network in that dtype where it is safe (autocast),
             with losses, Gram matrix and update in float32; fp16 scales the losses and skips steps that overflow.
         tf32: On CUDA, let float32 products and convolutions round to TF32, or forbid it; torch's settings if None.
@@ -160,8 +160,7 @@ class Trainer(nn.Module):
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        if checkpoint_every is not None and checkpoint_every < 1:
-            raise UsageError(f"checkpoint_every must be at least 1, got {checkpoint_every}.")
+        check_counts(checkpoint_every=checkpoint_every, log_every=log_every, limit_batches=limit_batches)
         self.peers = join(peer_timeout)
         self.device = find_device(device, self.peers)
         self._leads = self.peers is None or self.peers.leads
@@ -174,7 +173,7 @@ class Trainer(nn.Module):
         self.rep_grad = rep_grad
         self.multi_input = multi_input
         self.scheduler_param = scheduler_param
-        self.save_path = None if save_path is None else Path(save_path)
+        self.save_path = None if save_path is None else make_folder(save_path)
         self.load_path = load_path
         self.channels_last = channels_last
         self._sync_batch_norm = sync_batch_norm
@@ -346,6 +345,7 @@ class Trainer(nn.Module):
     def _train(
         self, train_dataloaders: Any, test_dataloaders: Any, epochs: int, val_dataloaders: Any, return_weight: bool
     ) -> Any:
+        check_counts(epochs=epochs)
         given = {"train_dataloaders": train_dataloaders, "test_dataloaders": test_dataloaders}
         if val_dataloaders is not None:
             given["val_dataloaders"] = val_dataloaders
@@ -358,7 +358,9 @@ class Trainer(nn.Module):
         steps = -(-batches // self.step.options.accumulate)
         self.batch_weight = np.zeros((self.task_num, epochs, steps))
         self.model.train_loss_buffer = np.zeros((self.task_num, epochs))
-        self.logger.on_start(self._run_info(epochs, steps))
+        info = self._run_info(epochs, steps)
+        if epochs <= info.start_epoch:
+            print(f"Nothing is left to train: {info.start_epoch} of {epochs} epochs are done; raise epochs to go on.")
         # Where a checkpoint left off; a further call begins anew, from the parameters of now.
         start, self._start = self._start, BEGINNING
         self._generators = generators(train_dataloaders, self.multi_input)
@@ -368,7 +370,8 @@ class Trainer(nn.Module):
         self.model.train_loss_buffer[:, : known.shape[1]] = known
         self.model.epochs = epochs
         try:
-            with DeferredInterrupt() as interrupt:
+            self.logger.on_start(info)
+            with DeferredInterrupt(tells=self._leads) as interrupt:
                 for epoch in range(start["epoch"], epochs):
                     if start["batch"] < steps:
                         self._train_epoch(train_dataloaders, epoch, steps, start, interrupt)
@@ -555,11 +558,16 @@ class Trainer(nn.Module):
             return None
         return str(self.save_path / "last.pt")
 
+    def _check_saved(self, state: Mapping[str, torch.Tensor]) -> None:
+        params = [state[name] for name, _ in self.model.named_parameters() if name in state]
+        self._guard.check_saved(params, self._last_checkpoint())
+
     def _save_best(self, epoch: int) -> None:
         remembered = self.model.remembered()
         state = self.model.state_dict() if self.sharded is None else self.sharded.whole_state(self.model.state_dict())
         if self.save_path is None:
             return
+        self._check_saved(state)
         best = self.save_path / "best.pt"
         save_atomically({key: value for key, value in state.items() if key not in remembered}, best)
         print(f"Save Model {epoch} to {best}")
@@ -573,6 +581,7 @@ class Trainer(nn.Module):
         if self.save_path is None:
             return
         self._guard.check(self._last_checkpoint())
+        self._check_saved(state["model"])
         path = self.save_path / "last.pt"
         place = {"epoch": epoch, "batch": batch, "rng": rng_state(self._generators), "epoch_rng": epoch_rng}
         place["loss_sums"] = self.meter.loss_sums() if batch else {}

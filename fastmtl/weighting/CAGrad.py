@@ -25,7 +25,9 @@ class CAGrad(AbsWeighting):
     needs = "gram"
     allows_rep_grad = False
     hyper = {  # noqa: RUF012
-        "calpha": Hyper(type=float, default=0.5, help="Radius around the average gradient, relative to its norm."),
+        "calpha": Hyper(
+            type=float, default=0.5, least=0.0, help="Radius around the average gradient, relative to its norm."
+        ),
         "rescale": Hyper(
             type=int, default=1, choices=(0, 1, 2), help="Divide by 1 (0), 1 + calpha^2 (1) or 1 + calpha (2)."
         ),

@@ -28,8 +28,8 @@ class DB_MTL(AbsWeighting):
     weighs_heads = True
     allows_rep_grad = False
     hyper = {  # noqa: RUF012
-        "DB_beta": Hyper(type=float, default=0.9, help="Decay of the averages."),
-        "DB_beta_sigma": Hyper(type=float, default=0.0, help="Power of the step by which it falls."),
+        "DB_beta": Hyper(type=float, default=0.9, least=0.0, help="Decay of the averages."),
+        "DB_beta_sigma": Hyper(type=float, default=0.0, least=0.0, help="Power of the step by which it falls."),
     }
 
     steps: Tensor

@@ -30,7 +30,7 @@ class ExcessMTL(AbsWeighting):
     weighs_heads = True
     allows_rep_grad = False
     hyper = {  # noqa: RUF012
-        "robust_step_size": Hyper(type=float, default=1e-2, help="Learning rate of the weights.")
+        "robust_step_size": Hyper(type=float, default=1e-2, least=0.0, help="Learning rate of the weights.")
     }
 
     loss_weight: Tensor

@@ -27,8 +27,8 @@ class FAMO(AbsWeighting):
     needs = "losses"
     looks_back = True
     hyper = {  # noqa: RUF012
-        "FAMO_w_lr": Hyper(type=float, default=0.025, help="Learning rate of the logits of the weights."),
-        "FAMO_w_gamma": Hyper(type=float, default=1e-3, help="Weight decay of the logits of the weights."),
+        "FAMO_w_lr": Hyper(type=float, default=0.025, least=0.0, help="Learning rate of the logits of the weights."),
+        "FAMO_w_gamma": Hyper(type=float, default=1e-3, least=0.0, help="Weight decay of the logits of the weights."),
     }
 
     min_losses: Tensor

@@ -80,7 +80,9 @@ class FORUM(Bilevel):
         "outer_lr": OUTER_LR,
         "inner_lr": INNER_LR,
         "inner_step": Hyper(type=int, default=5, least=1, help="Steps the strategy looks ahead."),
-        "FORUM_phi": Hyper(type=float, default=0.1, help="Share of the lower level's descent that is insisted on."),
+        "FORUM_phi": Hyper(
+            type=float, default=0.1, least=0.0, help="Share of the lower level's descent that is insisted on."
+        ),
     }
 
     multipliers: Tensor

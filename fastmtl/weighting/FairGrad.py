@@ -24,7 +24,9 @@ class FairGrad(AbsWeighting):
     weighs_heads = True
     allows_rep_grad = False
     hyper = {  # noqa: RUF012
-        "FairGrad_alpha": Hyper(type=float, default=1.0, help="Fairness: 1 is proportional, towards infinity max-min.")
+        "FairGrad_alpha": Hyper(
+            type=float, default=1.0, above=0.0, help="Fairness: 1 is proportional, towards infinity max-min."
+        )
     }
 
     last_weights: Tensor

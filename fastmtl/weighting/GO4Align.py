@@ -28,7 +28,9 @@ class GO4Align(AbsWeighting):
     needs = "losses"
     hyper = {  # noqa: RUF012
         "GO4Align_groups": Hyper(type=int, default=2, help="Number of groups."),
-        "GO4Align_step_size": Hyper(type=float, default=1e-4, help="How fast the probabilities follow the losses."),
+        "GO4Align_step_size": Hyper(
+            type=float, default=1e-4, least=0.0, help="How fast the probabilities follow the losses."
+        ),
     }
 
     probabilities: Tensor

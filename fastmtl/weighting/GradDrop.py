@@ -29,7 +29,7 @@ class GradDrop(AbsWeighting):
 
     needs = "reps"
     hyper = {  # noqa: RUF012
-        "leak": Hyper(type=float, default=0.0, help="Share of the dropped gradients that flows on.")
+        "leak": Hyper(type=float, default=0.0, least=0.0, help="Share of the dropped gradients that flows on.")
     }
 
     seed_and_offset: Tensor

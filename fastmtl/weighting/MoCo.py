@@ -28,11 +28,11 @@ class MoCo(AbsWeighting):
     needs = "rows"
     allows_rep_grad = False
     hyper = {  # noqa: RUF012
-        "MoCo_beta": Hyper(type=float, default=0.5, help="Learning rate of the averages."),
-        "MoCo_beta_sigma": Hyper(type=float, default=0.5, help="Power of the step by which it falls."),
-        "MoCo_gamma": Hyper(type=float, default=0.1, help="Learning rate of the weights."),
-        "MoCo_gamma_sigma": Hyper(type=float, default=0.5, help="Power of the step by which it falls."),
-        "MoCo_rho": Hyper(type=float, default=0.0, help="Regularization of the weights."),
+        "MoCo_beta": Hyper(type=float, default=0.5, least=0.0, help="Learning rate of the averages."),
+        "MoCo_beta_sigma": Hyper(type=float, default=0.5, least=0.0, help="Power of the step by which it falls."),
+        "MoCo_gamma": Hyper(type=float, default=0.1, least=0.0, help="Learning rate of the weights."),
+        "MoCo_gamma_sigma": Hyper(type=float, default=0.5, least=0.0, help="Power of the step by which it falls."),
+        "MoCo_rho": Hyper(type=float, default=0.0, least=0.0, help="Regularization of the weights."),
     }
 
     lambd: Tensor

@@ -28,8 +28,8 @@ class MoDo(AbsWeighting):
     weighs_heads = True
     allows_rep_grad = False
     hyper = {  # noqa: RUF012
-        "MoDo_gamma": Hyper(type=float, default=1e-3, help="Learning rate of the weights."),
-        "MoDo_rho": Hyper(type=float, default=0.1, help="Regularization of the weights."),
+        "MoDo_gamma": Hyper(type=float, default=1e-3, least=0.0, help="Learning rate of the weights."),
+        "MoDo_rho": Hyper(type=float, default=0.1, least=0.0, help="Regularization of the weights."),
     }
 
     lambd: Tensor

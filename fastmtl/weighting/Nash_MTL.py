@@ -28,7 +28,7 @@ class Nash_MTL(AbsWeighting):
     hyper = {  # noqa: RUF012
         "update_weights_every": Hyper(type=int, default=1, least=1, help="Steps between two bargains."),
         "optim_niter": Hyper(type=int, default=20, help="Taken for LibMTL's sake; the solution is exact."),
-        "max_norm": Hyper(type=float, default=1.0, help="Greatest norm of the shared update; 0 for none."),
+        "max_norm": Hyper(type=float, default=1.0, least=0.0, help="Greatest norm of the shared update; 0 for none."),
     }
 
     last_weights: Tensor

@@ -66,8 +66,10 @@ class PCD(AbsWeighting):
     allows_rep_grad = False
     hyper = {  # noqa: RUF012
         "PCD_tau": Hyper(type=float, default=0.02, help="Share of its own progress every other task gets, 0 to 1."),
-        "PCD_beta": Hyper(type=float, default=0.999, help="Decay of the moving average of the squared norms."),
-        "PCD_eps": Hyper(type=float, default=1e-8, help="Added to that average."),
+        "PCD_beta": Hyper(
+            type=float, default=0.999, least=0.0, help="Decay of the moving average of the squared norms."
+        ),
+        "PCD_eps": Hyper(type=float, default=1e-8, least=0.0, help="Added to that average."),
         "PCD_primary": Hyper(type=int, default=0, help="Index of the primary task."),
     }
 

@@ -28,7 +28,7 @@ class SDMGrad(AbsWeighting):
     samples = 3
     allows_rep_grad = False
     hyper = {  # noqa: RUF012
-        "SDMGrad_lamda": Hyper(type=float, default=0.3, help="Pull towards the average gradient."),
+        "SDMGrad_lamda": Hyper(type=float, default=0.3, least=0.0, help="Pull towards the average gradient."),
         "SDMGrad_niter": Hyper(type=int, default=20, least=1, help="Steps of the solver in each training step."),
     }
 

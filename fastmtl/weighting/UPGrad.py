@@ -25,8 +25,8 @@ class UPGrad(AbsWeighting):
     needs = "gram"
     allows_rep_grad = False
     hyper = {  # noqa: RUF012
-        "UPGrad_norm_eps": Hyper(type=float, default=1e-4, help="Traces of G below it count as zero."),
-        "UPGrad_reg_eps": Hyper(type=float, default=1e-4, help="Added to the diagonal of the normalised G."),
+        "UPGrad_norm_eps": Hyper(type=float, default=1e-4, least=0.0, help="Traces of G below it count as zero."),
+        "UPGrad_reg_eps": Hyper(type=float, default=1e-4, least=0.0, help="Added to the diagonal of the normalised G."),
     }
 
     def weigh(

@@ -11,8 +11,8 @@ from fastmtl.weighting.base import AbsWeighting
 
 __all__ = ["INNER_LR", "INNER_STEP", "OUTER_LR", "Bilevel"]
 
-OUTER_LR = Hyper(type=float, default=1e-3, help="Learning rate of the logits of the task weights.")
-INNER_LR = Hyper(type=float, default=0.1, help="Learning rate of the steps the strategy looks ahead.")
+OUTER_LR = Hyper(type=float, default=1e-3, least=0.0, help="Learning rate of the logits of the task weights.")
+INNER_LR = Hyper(type=float, default=0.1, least=0.0, help="Learning rate of the steps the strategy looks ahead.")
 INNER_STEP = Hyper(
     type=int, default=1, help="Steps the strategy looks ahead; this one is made for a single one.", choices=(1,)
 )

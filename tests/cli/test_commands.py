@@ -73,6 +73,18 @@ def test_unforeseen_failure_is_one_line_and_exit_code_1(
     assert capsys.readouterr().err == "error: ZeroDivisionError: first line (--traceback shows where)\n"
 
 
+def test_error_of_the_system_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*, as_json: bool) -> None:
+        Path("no such folder/file").read_text()
+
+    monkeypatch.setattr("fastmtl.cli.listing.list_data", fail)
+    assert main(["data", "list"]) == 1
+    wanted = "error: no such folder/file cannot be used: No such file or directory (--traceback shows where)\n"
+    assert capsys.readouterr().err == wanted
+
+
 def test_interrupt_is_exit_code_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupt(*, as_json: bool) -> None:
         raise KeyboardInterrupt
@@ -136,6 +148,14 @@ def test_bench_list_names_the_operators(capsys: pytest.CaptureFixture[str]) -> N
 def test_bench_refuses_an_unknown_operator(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "kernels", "--op", "gran"]) == 2
     assert "Unknown op 'gran'. Did you mean 'gram'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bench", ["kernels", "step", "autojac"])
+def test_benches_refuse_devices_and_threads_that_cannot_be(bench: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", bench, "--device", "gpu"]) == 2
+    assert capsys.readouterr().err == "error: device must be cpu, cuda, cuda:<index> or mps, got 'gpu'.\n"
+    assert main(["bench", bench, "--threads", "0"]) == 2
+    assert capsys.readouterr().err.startswith("error: Invalid value for '--threads'")
 
 
 def test_bench_fails_on_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

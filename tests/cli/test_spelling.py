@@ -39,6 +39,11 @@ def test_nearest_option_is_named() -> None:
     assert str(caught.value) == "Unknown option '--mgda-gm'. Did you mean '--mgda-gn'?"
 
 
+def test_option_that_begins_so_is_the_nearest() -> None:
+    with pytest.raises(UsageError, match=r"Unknown option '--grad'\. Did you mean '--gradvac-beta'\?"):
+        _spell("--grad 3")
+
+
 def test_option_like_none_points_to_the_help() -> None:
     with pytest.raises(UsageError) as caught:
         _spell("--zzzz")

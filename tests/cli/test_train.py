@@ -103,8 +103,9 @@ def test_run_goes_on_for_more_epochs(finished: Path, tmp_path: Path) -> None:
 
 
 def test_what_was_learned_cannot_be_changed_afterwards(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "--resume", str(finished), "--lr", "1"]) == 2
-    assert capsys.readouterr().err.startswith("error: lr cannot change when a run goes on")
+    for option, value in (("lr", "1"), ("weighting", "ew"), ("arch", "mtan"), ("seed", "3")):
+        assert main(["train", "--resume", str(finished), f"--{option}", value]) == 2
+        assert capsys.readouterr().err.startswith(f"error: {option} cannot change when a run goes on")
 
 
 def test_run_without_checkpoint_cannot_go_on(
@@ -242,3 +243,10 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path: Path) -> Non
     assert main(["train", "--resume", str(run), "--epochs", str(epochs)]) == 0
     steps = [row["step"] for row in read_jsonl(run / "metrics.jsonl") if row["event"] == "steps"]
     assert steps == list(range(1, 64 * epochs + 1))
+
+
+def test_files_that_cannot_be_written_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "tensorboard").touch()
+    assert _train(tmp_path) == 1
+    wanted = f"error: {tmp_path / 'tensorboard'} cannot be used: File exists (--traceback shows where)\n"
+    assert capsys.readouterr().err == wanted

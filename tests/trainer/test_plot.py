@@ -38,6 +38,13 @@ def _played(tmp_path: Path, info: RunInfo, *, gram: bool = True, weights: bool =
     return logger
 
 
+def test_a_single_epoch_has_a_whole_number(tmp_path: Path) -> None:
+    logger = _played(tmp_path, run_info(epochs=1))
+    assert logger.history is not None
+    epochs = draw(logger.history).axes[-1].get_xticks()
+    assert [tick for tick in epochs if 0.5 <= tick <= 1.5] == [1.0]
+
+
 def test_picture_is_a_png_with_a_labelled_panel_for_each_thing(tmp_path: Path) -> None:
     logger = _played(tmp_path, run_info())
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from fastmtl.errors import CheckpointError
+from fastmtl.trainer.checkpoint import read_checkpoint, save_atomically
 from fastmtl.trainer.logger import Logger, StepRecords
 from tests.trainer.toy import flat, loaders, make_trainer
 
@@ -92,6 +95,12 @@ def test_after_ctrl_c_in_mid_epoch(step: int, tmp_path: Path) -> None:
     assert torch.equal(flat(second.model.parameters()), _uninterrupted(3))
 
 
+def test_the_first_ctrl_c_is_answered(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(logger=InterruptAt(1), **OPTIONS).train(loaders(), loaders(), 1)
+    assert capfd.readouterr().err == "\ninterrupted: saving after this step or evaluation; once more to stop at once\n"
+
+
 def test_files_are_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer(save_path=str(tmp_path), **OPTIONS)
     trainer.train(loaders(), loaders(), 1)
@@ -106,3 +115,30 @@ def test_files_are_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         trainer.train(loaders(), loaders(), 2)
     assert (tmp_path / "last.pt").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pt", "last.pt"]
+
+
+def test_a_disk_that_fills_up_is_one_sentence_and_leaves_the_last_checkpoint(tmp_path: Path) -> None:
+    """Torch reports it as an error of its own, as of torch.save's archive."""
+    path = tmp_path / "last.pt"
+    save_atomically({"a": torch.zeros(3)}, path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Python turns the signal off, so that a write beyond the limit fails as on a full disk.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, hard))
+    try:
+        with pytest.raises(CheckpointError, match=r"last\.pt cannot be written: File too large\."):
+            save_atomically({"a": torch.zeros(100_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert read_checkpoint(path, torch.device("cpu"))["a"].shape == (3,)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_finished_run_says_that_nothing_is_left(
+    epochs: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_trainer(save_path=str(tmp_path), **OPTIONS).train(loaders(), loaders(), 2)
+    capsys.readouterr()
+    again = make_trainer(resume=str(tmp_path / "last.pt"), **OPTIONS)
+    again.train(loaders(), loaders(), epochs)
+    assert f"Nothing is left to train: 2 of {epochs} epochs are done; raise epochs" in capsys.readouterr().out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -41,6 +42,20 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
         RunDirectory.create(tmp_path / "file" / "run")
     with pytest.raises(UsageError, match="cannot be made"):
         RunDirectory.create_named("a", "b", "c", NOW, tmp_path / "file")
+
+
+@pytest.mark.parametrize("name", ["train.log", "config.yaml.part", "last.pt.part", "curves.png"])
+def test_a_folder_in_the_place_of_a_file_is_found_at_once(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(UsageError, match=f"needs {name} as a file, but it is a folder"):
+        RunDirectory.create(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_to_is_found_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The superuser, who may run the tests, can write to every folder.
+    monkeypatch.setattr(os, "access", lambda path, mode: not (Path(path) == tmp_path and mode & os.W_OK))
+    with pytest.raises(UsageError, match="cannot be written to"):
+        RunDirectory.create(tmp_path)
 
 
 def test_open_wants_a_run(tmp_path: Path) -> None:

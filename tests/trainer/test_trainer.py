@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import pickle
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -123,6 +125,7 @@ def test_process_preds_is_called() -> None:
 
 
 def test_names_in_any_case_and_classes() -> None:
+    assert make_trainer("mgda", "hps", weight_args={"MGDA_gn": "Loss+"}).kwargs["weight_args"] == {"mgda_gn": "loss+"}
     from fastmtl.architecture import MTAN
     from fastmtl.weighting import EW
 
@@ -146,7 +149,17 @@ def test_names_in_any_case_and_classes() -> None:
         ({"scheduler_param": {"scheduler": "step", "step": 3}}, "scheduler_param"),
         ({"weight_args": {"mgda_gn": "l3"}}, "must be one of none, l2, loss, loss"),
         ({"weight_args": {"mgda_g": "l2"}}, "Did you mean 'mgda_gn'"),
+        ({"weighting": "CAGrad", "weight_args": {"calpha": -1.0}}, "calpha of CAGrad must be at least 0.0, got -1.0"),
+        ({"weighting": "GradNorm", "weight_args": {"alpha": math.nan}}, "alpha of GradNorm must be a number, got nan"),
+        ({"optim_param": None}, "must name the optim"),
+        ({"scheduler_param": {"scheduler": "step", "step_size": 0}}, "step_size of scheduler_param must be at least 1"),
+        ({"scheduler_param": {"scheduler": "cos", "T_max": 0}}, "T_max of scheduler_param must be at least 1"),
         ({"device": "gpu"}, "device must be cpu, cuda"),
+        ({"device": "meta"}, "device must be cpu, cuda"),
+        ({"compile": "maybe"}, "compile must be True, False or 'auto', got 'maybe'"),
+        ({"log_every": 0}, "log_every must be a whole number of at least 1, got 0"),
+        ({"limit_batches": 0}, "limit_batches must be a whole number of at least 1, got 0"),
+        ({"save_path": "/dev/null/folder"}, "save_path '/dev/null/folder' cannot be made: Not a directory"),
     ],
 )
 def test_bad_arguments_are_refused(options: dict[str, Any], message: str) -> None:
@@ -163,6 +176,31 @@ def test_cuda_without_cuda() -> None:
 def test_mtan_needs_stages() -> None:
     with pytest.raises(UsageError, match=r"MTAN needs an encoder made of stages.*got Linear"):
         make_trainer("EW", "MTAN", encoder_class=lambda: nn.Linear(6, 8))
+
+
+@pytest.mark.parametrize("epochs", [0, -1, 1.5, "2", True])
+def test_epochs_that_cannot_be(epochs: Any) -> None:
+    with pytest.raises(UsageError, match="epochs must be a whole number of at least 1"):
+        make_trainer().train(loaders(), loaders(), epochs)
+
+
+@pytest.mark.parametrize("loader", [None, 3, iter([])])
+@pytest.mark.parametrize("multi_input", [False, True])
+def test_loaders_without_a_length(multi_input: bool, loader: Any) -> None:
+    good = loaders(multi_input=multi_input)
+    given = {**good, "task1": loader} if multi_input else loader
+    with pytest.raises(UsageError, match="must be a loader of known length"):
+        make_trainer(multi_input=multi_input).train(good, given, 1)
+
+
+def test_labels_that_are_no_dictionary() -> None:
+    with pytest.raises(UsageError, match="labels of a batch must be a dictionary by task, got Tensor"):
+        make_trainer().train([(torch.zeros(4, 6), torch.zeros(4))], loaders(), 1)
+
+
+def test_save_path_is_made(tmp_path: Path) -> None:
+    make_trainer(save_path=str(tmp_path / "a" / "b")).train(loaders(), loaders(), 1)
+    assert (tmp_path / "a" / "b" / "best.pt").exists()
 
 
 def test_loaders_that_do_not_fit() -> None:
@@ -202,6 +240,14 @@ def test_infinite_loss_is_reported_and_parameters_stay_finite(optim: str, weight
     assert (tmp_path / "last.pt").read_bytes() == saved
 
 
+def test_a_last_step_to_infinity_is_not_saved(tmp_path: Path) -> None:
+    """No loss has seen the parameters yet that the last step of an epoch leaves."""
+    options: dict[str, Any] = {"save_path": str(tmp_path), "optim_param": {"optim": "sgd", "lr": float("inf")}}
+    with pytest.raises(NonFiniteError, match=r"parameters became NaN or infinite .* no checkpoint was written"):
+        make_trainer("EW", limit_batches=1, **options).train(loaders(), loaders(), 1)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_checkpoint_of_another_model(tmp_path: Any) -> None:
     make_trainer(save_path=str(tmp_path)).train(loaders(), loaders(), 1)
     with pytest.raises(CheckpointError, match=r"best\.pt is of another model: .*task2.* is missing"):
@@ -210,11 +256,38 @@ def test_checkpoint_of_another_model(tmp_path: Any) -> None:
         make_trainer("EW", resume=str(tmp_path / "last.pt"))
     with pytest.raises(CheckpointError, match=r"is not a last\.pt"):
         make_trainer(resume=str(tmp_path / "best.pt"))
+    with pytest.raises(CheckpointError, match=r"is a last\.pt, which a run goes on from"):
+        make_trainer(load_path=str(tmp_path / "last.pt"))
+    with pytest.raises(CheckpointError, match=r"is of the optimizer SGD, this run is of Adam\."):
+        make_trainer(resume=str(tmp_path), optim_param={"optim": "adam", "lr": 1e-3})
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    torch.save({key: value for key, value in state.items() if key not in ("rng", "step")}, tmp_path / "part.pt")
+    with pytest.raises(CheckpointError, match=r"is not whole: it has no step, rng\."):
+        make_trainer(resume=str(tmp_path / "part.pt"))
     with pytest.raises(CheckpointError, match="There is no checkpoint"):
         make_trainer(load_path=str(tmp_path / "none.pt"))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"hello\n", bytes(5000), b"\x80\x02}q\x00.", pickle.dumps({"a": Path.cwd})], ids=repr
+)
+@pytest.mark.parametrize("argument", ["load_path", "resume"])
+def test_files_that_are_no_checkpoints(argument: str, content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "damaged.pt"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"it is damaged|does not hold|is not a last"):
+        make_trainer(**{argument: str(path)})
+
+
+def test_torn_and_unreadable_checkpoints(tmp_path: Path) -> None:
+    make_trainer(save_path=str(tmp_path)).train(loaders(), loaders(), 1)
     (tmp_path / "torn.pt").write_bytes((tmp_path / "best.pt").read_bytes()[:100])
-    with pytest.raises(CheckpointError, match="is not a checkpoint that can be read"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint that can be read: it is damaged"):
         make_trainer(load_path=str(tmp_path / "torn.pt"))
+    (tmp_path / "last.pt").unlink()
+    (tmp_path / "last.pt").mkdir()
+    with pytest.raises(CheckpointError, match=r"last\.pt cannot be read: Is a directory"):
+        make_trainer(resume=str(tmp_path))
 
 
 def test_a_list_of_one_loss_is_that_loss() -> None:
