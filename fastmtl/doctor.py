@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import sys
-import sysconfig
 import time
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -157,19 +156,8 @@ def _fastest(work: Callable[[], object], seconds: float) -> float:
     return min(times)
 
 
-def _cpp_compiler() -> tuple[str | None, str]:
-    """Return the compiler torch.compile would call on the CPU, and why there is none."""
-    try:
-        found = importlib.import_module("torch._inductor.cpp_builder").get_cpp_compiler()
-    except Exception as error:
-        return None, f"Inductor finds no C++ compiler ({type(error).__name__}); install g++ or set CXX"
-    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
-        return None, f"Python.h is missing in {sysconfig.get_path('include')}; install Python's development files"
-    return str(found), ""
-
-
 def _compile() -> dict[str, Any]:
-    compiler, reason = _cpp_compiler()
+    compiler, reason = importlib.import_module("fastmtl.trainer.regions").cpp_compiler()
     functorch = importlib.import_module("torch._functorch.config")
     dynamo = importlib.import_module("torch._dynamo.config")
     return {

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from fastmtl.errors import BackendError
 from fastmtl.repeated import allow_repeated_backwards
 from fastmtl.trainer.batched import BatchedRoute
 from fastmtl.trainer.compressed import CompressedRoute
 from fastmtl.trainer.options import StepOptions
 from fastmtl.trainer.problem import Problem
-from fastmtl.trainer.regions import Regions, is_compiled
+from fastmtl.trainer.regions import Regions, cpp_compiler, is_compiled
 from fastmtl.trainer.routes import Route, SplitRoute, choose_route
 from fastmtl.weighting import AbsWeighting
 
@@ -37,8 +39,18 @@ def routes_to_try(
         options: Checked options.
         tell: Told of compilations, and why a route that was asked for cannot be taken.
         alone: There are no other processes.
+
+    Raises:
+        BackendError: The step is to be compiled, and there is nothing to compile it with.
     """
     rule: Any = problem.model
+    if options.compile and rule.device.type == "cpu":
+        found, missing = cpp_compiler()
+        if found is None and options.compile == "auto":
+            tell(f"compile: the step runs eagerly, as {missing}")
+            options = replace(options, compile=False)
+        elif found is None:
+            raise BackendError(f"compile must be off or auto here: {missing}.")
     weighs_heads = rule.weighs_heads
     needs_gradients = rule.needs not in ("losses", "lookahead")
 

@@ -280,8 +280,10 @@ def read_config(path: str | Path, **overrides: Any) -> TrainConfig:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"There is no configuration file {path}.") from None
-    except (OSError, UnicodeDecodeError) as cause:
-        raise UsageError(f"The configuration file {path} cannot be read: {cause}.") from cause
+    except OSError as cause:
+        raise UsageError(f"The configuration file {path} cannot be read: {cause.strerror or cause}.") from cause
+    except UnicodeDecodeError as cause:
+        raise UsageError(f"The configuration file {path} is not text in UTF-8.") from cause
     except yaml.YAMLError as cause:
         raise UsageError(f"The configuration file {path} is not valid YAML: {' '.join(str(cause).split())}.") from cause
     if content is None:

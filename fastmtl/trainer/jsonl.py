@@ -99,14 +99,16 @@ class JsonlLogger(Logger):
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """Return the rows of a ``metrics.jsonl``; none when there is no file. A torn line is left out."""
+    """Return the rows of a ``metrics.jsonl``; none when there is no file. A torn or damaged line is left out."""
     path = Path(path)
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if isinstance(row, dict) and "event" in row:
+            rows.append(row)
     return rows
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import sysconfig
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from fastmtl.repeated import allow_repeated_backwards
 from fastmtl.trainer.problem import Problem
 
-__all__ = ["CompileReport", "Regions", "is_compiled", "measure_compiled"]
+__all__ = ["CompileReport", "Regions", "cpp_compiler", "is_compiled", "measure_compiled"]
 
 _NAMES = ("trunk", "heads", "reps", "decode", "whole", "single", "single_rep", "single_decode")
 
@@ -114,6 +117,17 @@ def _configure_backwards() -> None:
     # Backward graphs are compiled with the forward ones, so that progress is told where time is spent.
     if hasattr(functorch_config, "force_non_lazy_backward_lowering"):
         functorch_config.force_non_lazy_backward_lowering = True
+
+
+def cpp_compiler() -> tuple[str | None, str]:
+    """Return the compiler torch.compile would call on the CPU, and why there is none."""
+    try:
+        found = importlib.import_module("torch._inductor.cpp_builder").get_cpp_compiler()
+    except Exception as error:
+        return None, f"Inductor finds no C++ compiler ({type(error).__name__}); install g++ or set CXX"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        return None, f"Python.h is missing in {sysconfig.get_path('include')}; install Python's development files"
+    return str(found), ""
 
 
 def is_compiled(model: nn.Module) -> bool:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["BEGINNING", "resume_run", "run_state"]
 
 BEGINNING: Mapping[str, Any] = {"epoch": 0, "batch": 0, "train_losses": [], "loss_sums": {}}
+_NEEDED = ("model", "step", "optimizer", "scheduler", "base_result", "best_result", "rng", "epoch_rng")
 
 
 def run_state(trainer: Trainer) -> dict[str, Any]:
@@ -57,10 +58,8 @@ def resume_run(trainer: Trainer, path: Path) -> Mapping[str, Any]:
     if missing:
         raise CheckpointError(f"The checkpoint {path} is not whole: it has no {', '.join(missing)}.")
     optimizer_name = type(trainer.optimizer).__name__
-    if state["optimizer_name"] != optimizer_name:
-        raise CheckpointError(
-            f"The checkpoint {path} is of the optimizer {state['optimizer_name']}, this run is of {optimizer_name}."
-        )
+    if (other := state.get("optimizer_name", optimizer_name)) != optimizer_name:
+        raise CheckpointError(f"The checkpoint {path} is of the optimizer {other}, this run is of {optimizer_name}.")
     model, optimizer = state["model"], state["optimizer"]
     if trainer.step.spread and trainer.step.exchange is not None:
         model = trainer.step.exchange.part_states(model, trainer.model.row_states)
@@ -74,19 +73,6 @@ def resume_run(trainer: Trainer, path: Path) -> Mapping[str, Any]:
     trainer.meter.base_result = state["base_result"]
     trainer.meter.best_result = state["best_result"]
     return {key: state[key] for key in (*BEGINNING, "rng", "epoch_rng")}
-
-
-_NEEDED = (
-    "model",
-    "step",
-    "optimizer",
-    "optimizer_name",
-    "scheduler",
-    "base_result",
-    "best_result",
-    "rng",
-    "epoch_rng",
-)
 
 
 def _names(trainer: Trainer) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastmtl.errors import BackendError
 from fastmtl.model import ConvEncoder
 from fastmtl.trainer.logger import Logger
 from fastmtl.trainer.records import StepBuffer
@@ -230,3 +232,18 @@ def test_other_sizes_of_the_last_batch_compile_once_more_at_most() -> None:
         graphs.append((trainer.step.route.regions.trunk.graphs, trainer.step.route.regions.heads.graphs))
     assert graphs[0] == (1, 1)
     assert graphs[1] == graphs[-1] == (2, 2)
+
+
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> str:
+        raise RuntimeError("No working C++ compiler found")
+
+    monkeypatch.setattr(importlib.import_module("torch._inductor.cpp_builder"), "get_cpp_compiler", none)
+    with pytest.raises(BackendError, match=r"compile must be off or auto here: Inductor finds no C\+\+ compiler"):
+        make_trainer(compile=True)
+    said: list[str] = []
+    listener = Logger()
+    monkeypatch.setattr(listener, "on_compile", said.append)
+    make_trainer(compile="auto", logger=listener).train(loaders(), loaders(), 1)
+    assert [line for line in said if line.startswith("compile: the step runs eagerly, as Inductor finds no")] == said
+    assert said

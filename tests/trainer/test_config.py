@@ -159,8 +159,11 @@ def test_bad_files_are_one_sentence(tmp_path: Path, text: str, message: str) -> 
 def test_missing_file_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="There is no configuration file"):
         read_config(tmp_path / "no.yaml")
-    with pytest.raises(UsageError, match="cannot be read"):
+    with pytest.raises(UsageError, match=r"cannot be read: Is a directory\."):
         read_config(tmp_path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UsageError, match="is not text in UTF-8"):
+        read_config(tmp_path / "binary.yaml")
 
 
 def test_empty_file_means_the_defaults(tmp_path: Path) -> None:

@@ -174,3 +174,9 @@ def test_missing_tensorboard_names_the_command(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UsageError, match="pip install tensorboard"):
         TensorBoardLogger(tmp_path)
+
+
+def test_damaged_lines_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"event": "run"}\n5\nnull\n[1]\n\xff\xfe\n{"no": 1}\n{"event": "end"}\n{"event": "st')
+    assert [row["event"] for row in read_jsonl(path)] == ["run", "end"]
