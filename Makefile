@@ -14,10 +14,10 @@ PACKAGE := setup.py pyproject.toml $(shell find csrc kernels -name '*.cpp' -o -n
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup train test lint format types cpp-test cuda-check bench clean
+.PHONY: help setup train test lint format types cpp-test cuda-check bench bench-small clean
 
 help:
-	@echo "make train | test | lint | format | types | cpp-test | cuda-check | bench | clean"
+	@echo "make train | test | lint | format | types | cpp-test | cuda-check | bench | bench-small | clean"
 
 # Torch comes first, as the extension is built against the torch of this environment.
 $(TORCH): constraints.txt
@@ -39,8 +39,9 @@ setup: $(DEV)
 train: $(BUILT)
 	$(BIN)/fastmtl train --arch mtan --weighting mgda --compile $(ARGS)
 
+# One process for each processor, so that each has one thread; tests of threads ask for more themselves.
 test: $(DEV)
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark -n auto --dist loadfile $(ARGS)
 
 lint: $(DEV)
 	$(BIN)/ruff check .
@@ -70,6 +71,9 @@ cuda-check: $(DEV)
 
 bench: $(DEV)
 	$(BIN)/fastmtl bench kernels $(ARGS)
+
+bench-small: $(DEV)
+	$(BIN)/python -m pytest benchmarks $(ARGS)
 
 clean:
 	rm -rf build dist $(VENV) *.egg-info fastmtl/*.so fastmtl/_build.json compile_commands.json .mypy_cache .pytest_cache .ruff_cache .hypothesis

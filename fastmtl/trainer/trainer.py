@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastmtl.architecture import ARCHITECTURES, AbsArchitecture
+from fastmtl.architecture import AbsArchitecture
 from fastmtl.distributed import join
 from fastmtl.distributed.norm import synchronize
 from fastmtl.errors import UsageError
-from fastmtl.hyper import fill_hyper
-from fastmtl.names import resolve_name
 from fastmtl.trainer.batches import joined
-from fastmtl.trainer.checkpoint import load_model_state, read_checkpoint, rng_state, save_atomically, set_rng_state
+from fastmtl.trainer.building import make_model
+from fastmtl.trainer.checkpoint import load_model_state, read_checkpoint, rng_state, set_rng_state
+from fastmtl.trainer.checkpoints import Checkpoints
 from fastmtl.trainer.checks import check_counts, check_tasks, check_weighting, find_device, make_folder
 from fastmtl.trainer.guard import FiniteGuard
 from fastmtl.trainer.interrupt import DeferredInterrupt
@@ -42,10 +42,10 @@ from fastmtl.trainer.problem import Problem
 from fastmtl.trainer.profiling import StepProfiler, part
 from fastmtl.trainer.records import StepBuffer, StepSignals
 from fastmtl.trainer.regions import CompileReport, measure_compiled
-from fastmtl.trainer.resuming import BEGINNING, resume_run, run_state
+from fastmtl.trainer.resuming import BEGINNING, resume_run
 from fastmtl.trainer.step import TrainingStep
 from fastmtl.utils import count_parameters
-from fastmtl.weighting import WEIGHTINGS, AbsWeighting
+from fastmtl.weighting import AbsWeighting
 
 if TYPE_CHECKING:
     from fastmtl.distributed.sharded import ShardedModel
@@ -188,7 +188,7 @@ class Trainer(nn.Module):
             self._prepare_model(weighting, architecture, encoder_class, decoders)
             self.meter = PerformanceMeter(task_dict, peers=self.peers)
             self.meter.display_format()
-        self._guard = FiniteGuard(self.device, self.task_name)
+        self.guard = FiniteGuard(self.device, self.task_name)
         options = StepOptions(
             compile=compile,
             cuda_graph=cuda_graph,
@@ -216,22 +216,18 @@ class Trainer(nn.Module):
         self._prepare_optimizer(optim_param, scheduler_param)
         problem = Problem(self.model, self.meter.losses, self.process_preds, PRECISIONS[options.precision])
         self.step = TrainingStep(
-            problem, self.optimizer, self._guard, self.logger.on_compile, hyper, options, self.peers, self.sharded
+            problem, self.optimizer, self.guard, self.logger.on_compile, hyper, options, self.peers, self.sharded
         )
         self.compile_report: CompileReport | None = None
         self._profiler = None if profile is None else StepProfiler(Path(profile), self.device)
-        self._generators: list[torch.Generator] = []
         self._start = BEGINNING
-        self._gathers = False
+        self.checkpoints = Checkpoints(self)
         if resume is not None:
             self._start = resume_run(self, Path(resume))
         if self.peers is not None:
             params = self.model.parameters() if self.sharded is None else self.sharded.kept
             self.peers.from_leader([*params, *self._common_buffers()])
-            spread = self.step.spread or self.sharded is not None
-            self._gathers = spread and bool(self.peers.gather(self.save_path is not None)[0])
-            if not self._leads:
-                self.save_path = None
+            self.checkpoints.agree(self.peers)
 
     def _common_buffers(self) -> list[torch.Tensor]:
         """Return the buffers that every process has whole."""
@@ -248,32 +244,20 @@ class Trainer(nn.Module):
         encoder_class: Callable[[], nn.Module],
         decoders: nn.ModuleDict | Mapping[str, nn.Module],
     ) -> None:
-        rule = resolve_name(weighting, WEIGHTINGS, "weighting") if isinstance(weighting, str) else weighting
-        network = (
-            resolve_name(architecture, ARCHITECTURES, "architecture") if isinstance(architecture, str) else architecture
-        )
-        self.weighting = rule.__name__
-        self.architecture = network.__name__
-        # A class of the user's that declares no table takes whatever it is given.
-        if rule.hyper or rule in WEIGHTINGS.values():
-            self.kwargs["weight_args"] = fill_hyper(self.weighting, rule.hyper, self.kwargs["weight_args"])
-        if network.hyper or network in ARCHITECTURES.values():
-            self.kwargs["arch_args"] = fill_hyper(self.architecture, network.hyper, self.kwargs["arch_args"])
-        # One class of both, as in LibMTL: strategies written for it find the network in ``self``.
-        model_class = type("MTLModel", (network, rule), {})
-        modules = decoders if isinstance(decoders, nn.ModuleDict) else nn.ModuleDict(decoders)
-        self.model = model_class(
+        made = make_model(
+            weighting,
+            architecture,
             task_name=self.task_name,
             encoder_class=encoder_class,
-            decoders=modules,
+            decoders=decoders,
             rep_grad=self.rep_grad,
             multi_input=self.multi_input,
             device=self.device,
-            **self.kwargs["arch_args"],
+            given=self.kwargs,
         )
-        network_params = set(self.model.parameters())
-        self.model.init_param()
-        self._strategy_params = [param for param in self.model.parameters() if param not in network_params]
+        self.model, rule = made.model, made.rule
+        self.weighting, self.architecture = rule.__name__, made.network.__name__
+        self._strategy_params = made.strategy_params
         self.model.to(self.device)
         if self._sync_batch_norm and self.peers is not None:
             synchronize(self.model, self.peers)
@@ -363,9 +347,9 @@ class Trainer(nn.Module):
             print(f"Nothing is left to train: {info.start_epoch} of {epochs} epochs are done; raise epochs to go on.")
         # Where a checkpoint left off; a further call begins anew, from the parameters of now.
         start, self._start = self._start, BEGINNING
-        self._generators = generators(train_dataloaders, self.multi_input)
+        self.checkpoints.generators = generators(train_dataloaders, self.multi_input)
         if "rng" in start:
-            set_rng_state(start["rng"], self._generators)
+            set_rng_state(start["rng"], self.checkpoints.generators)
         known = np.array(start["train_losses"]).reshape(self.task_num, -1)[:, :epochs]
         self.model.train_loss_buffer[:, : known.shape[1]] = known
         self.model.epochs = epochs
@@ -393,10 +377,10 @@ class Trainer(nn.Module):
         model.train()
         if not self.step.legacy:
             model.start_epoch(**self.kwargs["weight_args"])
-        skip, epoch_rng = start["batch"], rng_state(self._generators)
+        skip, epoch_rng = start["batch"], rng_state(self.checkpoints.generators)
         if skip:
             epoch_rng = start["epoch_rng"]
-            set_rng_state(epoch_rng, self._generators)
+            set_rng_state(epoch_rng, self.checkpoints.generators)
         per_step, accumulate = self.step.batches, self.step.options.accumulate
         # An epoch's last step accumulates what is left of it.
         total = count_batches(loaders, self.multi_input, self.limit_batches) if accumulate > 1 else steps * per_step
@@ -404,8 +388,8 @@ class Trainer(nn.Module):
         for _ in range(skip * per_step):
             next(batches)
         if skip:
-            set_rng_state(start["rng"], self._generators)
-        self._guard.start(epoch * steps + skip)
+            set_rng_state(start["rng"], self.checkpoints.generators)
+        self.guard.start(epoch * steps + skip)
         self.meter.begin()
         self.meter.go_on(start["loss_sums"])
         buffer = StepBuffer()
@@ -428,7 +412,7 @@ class Trainer(nn.Module):
                 self._log(buffer, epoch, epoch * steps + batch + 1)
             if batch + 1 < steps:
                 if saves:
-                    self._save_last(epoch, batch + 1, epoch_rng)
+                    self.checkpoints.save_last(epoch, batch + 1, epoch_rng)
                 with self._saving(epoch, batch + 1, epoch_rng, buffer, steps):
                     interrupt.check()
         if self._profiler is not None:
@@ -452,8 +436,8 @@ class Trainer(nn.Module):
             if len(buffer):
                 self._log(buffer, epoch, epoch * steps + batch)
             # Processes are interrupted at different steps, so what they would have to collect is not one state.
-            if not self._gathers:
-                self._save_last(epoch, batch, epoch_rng)
+            if not self.checkpoints.gathers:
+                self.checkpoints.save_last(epoch, batch, epoch_rng)
             raise
 
     def _to_device(self, batch: tuple[Any, Any]) -> tuple[Any, Any]:
@@ -478,7 +462,7 @@ class Trainer(nn.Module):
             first = records.first_step - epoch * self.batch_weight.shape[2]
             self.batch_weight[:, epoch, first : first + records.count] = records.weights.T
         self.logger.on_steps(records)
-        self._guard.check(self._last_checkpoint())
+        self.guard.check(self.checkpoints.last_one())
 
     def _evaluate_epoch(self, val: Any, test: Any, epoch: int) -> None:
         if val is not None:
@@ -489,11 +473,8 @@ class Trainer(nn.Module):
                 self.scheduler.step(self.meter.improvement or 0.0)
             else:
                 self.scheduler.step()
-        if self.save_path is not None or self._gathers:
-            self._guard.check(self._last_checkpoint())
-            if self.meter.best_result["epoch"] == epoch:
-                self._save_best(epoch)
-        self._save_last(epoch + 1, 0, None)
+        self.checkpoints.save_best(epoch)
+        self.checkpoints.save_last(epoch + 1, 0, None)
 
     def test(
         self, test_dataloaders: Any, epoch: int | None = None, mode: str = "test", return_improvement: bool = False
@@ -552,38 +533,3 @@ class Trainer(nn.Module):
             start_batch=self._start["batch"],
             save_path=self.save_path,
         )
-
-    def _last_checkpoint(self) -> str | None:
-        if self.save_path is None or not (self.save_path / "last.pt").exists():
-            return None
-        return str(self.save_path / "last.pt")
-
-    def _check_saved(self, state: Mapping[str, torch.Tensor]) -> None:
-        params = [state[name] for name, _ in self.model.named_parameters() if name in state]
-        self._guard.check_saved(params, self._last_checkpoint())
-
-    def _save_best(self, epoch: int) -> None:
-        remembered = self.model.remembered()
-        state = self.model.state_dict() if self.sharded is None else self.sharded.whole_state(self.model.state_dict())
-        if self.save_path is None:
-            return
-        self._check_saved(state)
-        best = self.save_path / "best.pt"
-        save_atomically({key: value for key, value in state.items() if key not in remembered}, best)
-        print(f"Save Model {epoch} to {best}")
-        self.logger.on_checkpoint(best, "best")
-
-    def _save_last(self, epoch: int, batch: int, epoch_rng: dict[str, Any] | None) -> None:
-        """Write everything that is needed to go on with batch ``batch`` of epoch ``epoch``."""
-        if self.save_path is None and not self._gathers:
-            return
-        state = run_state(self)
-        if self.save_path is None:
-            return
-        self._guard.check(self._last_checkpoint())
-        self._check_saved(state["model"])
-        path = self.save_path / "last.pt"
-        place = {"epoch": epoch, "batch": batch, "rng": rng_state(self._generators), "epoch_rng": epoch_rng}
-        place["loss_sums"] = self.meter.loss_sums() if batch else {}
-        save_atomically(state | place, path)
-        self.logger.on_checkpoint(path, "last")

@@ -87,19 +87,19 @@ def test_a_lost_process_ends_the_other_with_a_sentence(tmp_path: Path, doom: str
 def test_checkpoints_within_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer(save_path=str(tmp_path), checkpoint_every=2)
     seen = []
-    save = trainer._save_last
+    save = trainer.checkpoints.save_last
 
     def noted(epoch: int, batch: int, epoch_rng: Any) -> None:
         seen.append((epoch, batch))
         save(epoch, batch, epoch_rng)
 
-    monkeypatch.setattr(trainer, "_save_last", noted)
+    monkeypatch.setattr(trainer.checkpoints, "save_last", noted)
     trainer.train(loaders(rows=40), loaders(), 2)
     assert seen == [(0, 2), (0, 4), (1, 0), (1, 2), (1, 4), (2, 0)]
 
 
 def test_bad_numbers_are_refused() -> None:
-    with pytest.raises(UsageError, match="checkpoint_every must be at least 1, got 0"):
+    with pytest.raises(UsageError, match="checkpoint_every must be a whole number of at least 1, got 0"):
         make_trainer(checkpoint_every=0)
     with pytest.raises(UsageError, match="timeout must be above 0 seconds, got 0"):
         join(0)

@@ -91,7 +91,7 @@ def test_an_overflow_skips_the_step_and_leaves_no_trace_but_a_smaller_scale() ->
     assert torch.equal(trainer.model.last, known)
     assert trainer.step.scaler.scale == 2.0**59
     assert trainer.step.scaler.skipped == 1
-    trainer._guard.check(None)
+    trainer.guard.check(None)
     trainer.step.scaler.scale.fill_(2.0**10)
     trainer.step([batch], StepBuffer())
     assert not torch.equal(flat(trainer.model.parameters()), before)
