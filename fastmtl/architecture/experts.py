@@ -46,7 +46,9 @@ class Experts(nn.ModuleList):
     def __init__(self, experts: Iterable[nn.Module]) -> None:
         super().__init__(experts)
         first = _anatomy(self[0])
-        self.together = len(self) > 1 and first is not None and all(_anatomy(each) == first for each in self)
+        alike = first is not None and all(_anatomy(each) == first for each in self)
+        # Without parameters there is nothing to batch over.
+        self.together = len(self) > 1 and alike and any(True for _ in self[0].parameters())
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return (E, B, ...) outputs for (B, ...) inputs."""

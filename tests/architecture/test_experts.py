@@ -67,3 +67,8 @@ def test_a_hook_is_called_for_every_expert() -> None:
         expert.register_forward_hook(lambda module, inputs, output: seen.append(module))
     Experts(experts)(torch.randn(5, 6))
     assert seen == experts
+
+
+def test_experts_without_parameters() -> None:
+    inputs = torch.randn(5, 2, 3)
+    torch.testing.assert_close(Experts(nn.Flatten() for _ in range(3))(inputs), inputs.flatten(1).expand(3, 5, 6))
