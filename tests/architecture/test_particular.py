@@ -12,7 +12,7 @@ from fastmtl.errors import UsageError
 from fastmtl.model._torchvision import import_torchvision
 from fastmtl.model.resnet import BasicBlock, ResNet
 from fastmtl.trainer.records import StepBuffer
-from tests.architecture.networks import TASKS, build, make_inputs
+from tests.architecture.networks import GATED, TASKS, build, make_inputs
 from tests.trainer.toy import loaders, make_trainer
 
 
@@ -237,3 +237,24 @@ def test_mmoe_takes_a_number_too() -> None:
     assert len(build("MMoE", num_experts=5).experts_shared) == 5
     with pytest.raises(UsageError, match=r"num_experts must be at least 1, got \[0\]"):
         build("MMoE", num_experts=[0])
+
+
+@pytest.mark.parametrize("name", GATED)
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"num_experts": 2.5}, "num_experts must be an integer or a list of them, got 2.5"),
+        ({"num_experts": [2, "x"]}, r"num_experts must be an integer or a list of them, got \[2, 'x'\]"),
+        ({"img_size": None}, "img_size must be an integer or a list of them, got None"),
+        ({"img_size": [3, 0]}, r"img_size must be at least 1 in every dimension, got \[3, 0\]"),
+    ],
+)
+def test_numbers_that_are_none_are_refused(name: str, args: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        build(name, **args)
+
+
+@pytest.mark.parametrize("name", GATED)
+@pytest.mark.parametrize("size", [6, "6", ["6"], torch.Size([6])])
+def test_sizes_of_every_form(name: str, size: Any) -> None:
+    assert build(name, img_size=size)(make_inputs("table"))["task1"].shape == (4, 3)
