@@ -239,3 +239,16 @@ def test_losses_and_metrics_of_other_kinds_are_refused(key: str, value: Any, mes
     tasks["task0"][key] = value
     with pytest.raises(UsageError, match=message):
         make_trainer(task_dict=tasks)
+
+
+@pytest.mark.parametrize("scores", [0.5, torch.tensor(0.5), [], [0.5, 0.5]])
+def test_scores_that_do_not_fit_the_metrics_are_refused(scores: Any) -> None:
+    class Bad(AccMetric):
+        def score_fun(self) -> Any:
+            return scores
+
+    tasks = task_dict()
+    tasks["task0"]["metrics_fn"] = Bad()
+    trainer = make_trainer(task_dict=tasks)
+    with pytest.raises(UsageError, match="score_fun of Bad must return a list of one score per metric of 'task0', 1 "):
+        trainer.test(loaders(rows=8))
