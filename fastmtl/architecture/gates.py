@@ -44,10 +44,9 @@ def flatten(inputs: Tensor, img_size: Sequence[int]) -> Tensor:
     Raises:
         UsageError: The inputs have another size, or are not floating-point numbers.
     """
-    if not inputs.is_floating_point():
-        raise UsageError(
-            f"img_size must be left out for inputs of {inputs.dtype}: gates can only read floating-point inputs."
-        )
+    if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
+        kind = inputs.dtype if isinstance(inputs, Tensor) else type(inputs).__name__
+        raise UsageError(f"img_size must be left out for inputs of {kind}: gates can only read floating-point inputs.")
     flat = inputs.flatten(1)
     if flat.shape[1] != prod(img_size):
         raise UsageError(
