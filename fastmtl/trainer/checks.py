@@ -12,7 +12,26 @@ from fastmtl.distributed import Peers
 from fastmtl.errors import BackendError, UsageError
 from fastmtl.weighting import AbsWeighting
 
-__all__ = ["check_tasks", "check_weighting", "find_device"]
+__all__ = ["check_methods", "check_tasks", "check_weighting", "find_device"]
+
+# What LibMTL's trainer calls and fastmtl's does not, and what takes its place.
+_NOT_CALLED = {
+    "_process_data": "let the loader give (inputs, labels)",
+    "_compute_loss": "give each task a loss derived from fastmtl.loss.AbsLoss",
+    "_prepare_dataloaders": "hand the loaders to train and test",
+    "forward4loss": "override process_preds, or give each task a loss derived from fastmtl.loss.AbsLoss",
+}
+
+
+def check_methods(trainer: object) -> None:
+    """Refuse a trainer with methods that nobody would call.
+
+    Raises:
+        UsageError: It was written for a method of LibMTL's trainer that fastmtl's does not have.
+    """
+    for method, instead in _NOT_CALLED.items():
+        if hasattr(type(trainer), method):
+            raise UsageError(f"{type(trainer).__name__} has a method {method}, which fastmtl does not call: {instead}.")
 
 
 def find_device(device: str | torch.device | None, peers: Peers | None = None) -> torch.device:

@@ -16,7 +16,7 @@ from fastmtl.errors import BackendError, CheckpointError, NonFiniteError, UsageE
 from fastmtl.loss import CELoss
 from fastmtl.metrics import AccMetric
 from fastmtl.trainer.logger import Logger, RunInfo, StepRecords
-from tests.trainer.toy import flat, loaders, make_trainer, task_dict
+from tests.trainer.toy import encoder, flat, loaders, make_trainer, task_dict
 
 
 class Recorder(Logger):
@@ -252,3 +252,10 @@ def test_scores_that_do_not_fit_the_metrics_are_refused(scores: Any) -> None:
     trainer = make_trainer(task_dict=tasks)
     with pytest.raises(UsageError, match="score_fun of Bad must return a list of one score per metric of 'task0', 1 "):
         trainer.test(loaders(rows=8))
+
+
+@pytest.mark.parametrize("method", ["_process_data", "_compute_loss", "_prepare_dataloaders", "forward4loss"])
+def test_methods_of_libmtl_trainer_that_are_not_called_are_refused(method: str) -> None:
+    mine = type("Mine", (Trainer,), {method: lambda self, *args: None})
+    with pytest.raises(UsageError, match=f"Mine has a method {method}, which fastmtl does not call: "):
+        mine(task_dict(), "EW", "HPS", encoder, nn.ModuleDict(), False, False, {"optim": "sgd", "lr": 0.1}, None)
