@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from fastmtl.distributed import Peers
 from fastmtl.errors import BackendError, UsageError
 from fastmtl.weighting import AbsWeighting
 
-__all__ = ["check_methods", "check_tasks", "check_weighting", "find_device"]
+__all__ = ["check_arguments", "check_methods", "check_tasks", "check_weighting", "find_device"]
 
 # What LibMTL's trainer calls and fastmtl's does not, and what takes its place.
 _NOT_CALLED = {
@@ -21,6 +23,23 @@ _NOT_CALLED = {
     "_prepare_dataloaders": "hand the loaders to train and test",
     "forward4loss": "override process_preds, or give each task a loss derived from fastmtl.loss.AbsLoss",
 }
+
+
+def check_arguments(kwargs: Iterable[str], init: Callable[..., None]) -> None:
+    """Refuse keyword arguments that nobody would read.
+
+    Args:
+        kwargs: Names of those that are not in the signature.
+        init: The constructor.
+
+    Raises:
+        UsageError: One is neither ``weight_args`` nor ``arch_args``.
+    """
+    own = [name for name in inspect.signature(init).parameters if name not in ("self", "kwargs")]
+    for name in set(kwargs) - {"weight_args", "arch_args"}:
+        near = difflib.get_close_matches(name, [*own, "weight_args", "arch_args"], n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise UsageError(f"Trainer has no argument {name!r}.{hint} Hyper-parameters go into weight_args and arch_args.")
 
 
 def check_methods(trainer: object) -> None:

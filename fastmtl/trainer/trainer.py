@@ -20,7 +20,7 @@ from fastmtl.hyper import fill_hyper
 from fastmtl.names import resolve_name
 from fastmtl.trainer.batches import joined
 from fastmtl.trainer.checkpoint import load_model_state, read_checkpoint, rng_state, save_atomically, set_rng_state
-from fastmtl.trainer.checks import check_methods, check_tasks, check_weighting, find_device
+from fastmtl.trainer.checks import check_arguments, check_methods, check_tasks, check_weighting, find_device
 from fastmtl.trainer.guard import FiniteGuard
 from fastmtl.trainer.interrupt import DeferredInterrupt
 from fastmtl.trainer.labels import present_tasks
@@ -161,6 +161,7 @@ class Trainer(nn.Module):
     ) -> None:
         super().__init__()
         check_methods(self)
+        check_arguments(kwargs, Trainer.__init__)
         if checkpoint_every is not None and checkpoint_every < 1:
             raise UsageError(f"checkpoint_every must be at least 1, got {checkpoint_every}.")
         self.peers = join(peer_timeout)

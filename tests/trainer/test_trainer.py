@@ -259,3 +259,16 @@ def test_methods_of_libmtl_trainer_that_are_not_called_are_refused(method: str) 
     mine = type("Mine", (Trainer,), {method: lambda self, *args: None})
     with pytest.raises(UsageError, match=f"Mine has a method {method}, which fastmtl does not call: "):
         mine(task_dict(), "EW", "HPS", encoder, nn.ModuleDict(), False, False, {"optim": "sgd", "lr": 0.1}, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("preccision", "Did you mean 'precision'"),
+        ("weight_arg", "Did you mean 'weight_args'"),
+        ("calpha", "Hyper-param"),
+    ],
+)
+def test_arguments_that_nobody_reads_are_refused(name: str, hint: str) -> None:
+    with pytest.raises(UsageError, match=f"Trainer has no argument '{name}'. {hint}"):
+        make_trainer(**{name: 0.5})
