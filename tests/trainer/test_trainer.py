@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -272,3 +273,16 @@ def test_methods_of_libmtl_trainer_that_are_not_called_are_refused(method: str) 
 def test_arguments_that_nobody_reads_are_refused(name: str, hint: str) -> None:
     with pytest.raises(UsageError, match=f"Trainer has no argument '{name}'. {hint}"):
         make_trainer(**{name: 0.5})
+
+
+def test_a_score_that_is_never_a_number_hides_no_best_epoch(tmp_path: Path) -> None:
+    class Absent(AccMetric):
+        def score_fun(self) -> list[float]:
+            return [math.nan]
+
+    tasks = task_dict()
+    tasks["task0"]["metrics_fn"] = Absent()
+    trainer = make_trainer(task_dict=tasks, save_path=str(tmp_path))
+    trainer.train(loaders(), loaders(rows=8), 2)
+    assert (tmp_path / "best.pt").is_file()
+    assert math.isnan(trainer.meter.best_result["result"]["task0"][0])
