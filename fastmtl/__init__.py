@@ -16,9 +16,13 @@ if TYPE_CHECKING:
 
 # What pulls in torch or the whole training stack is imported on first use, to keep `import fastmtl` cheap.
 _LATE = {"Trainer": "fastmtl.trainer", "balance": "fastmtl.balancing", "balanced": "fastmtl.balancing"}
+# LibMTL's modules, which `import LibMTL` brings with it.
+_MODULES = frozenset({"architecture", "config", "loss", "metrics", "model", "utils", "weighting"})
 
 
 def __getattr__(name: str) -> Any:
     if name in _LATE:
         return getattr(importlib.import_module(_LATE[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"fastmtl.{name}")
     raise AttributeError(f"module 'fastmtl' has no attribute {name!r}")

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fastmtl.architecture import ARCHITECTURES
+from fastmtl.architecture import ARCHITECTURES, AbsArchitecture
 from fastmtl.errors import UsageError
 from fastmtl.hyper import Hyper, fill_hyper
 from fastmtl.names import resolve_name
@@ -95,7 +95,7 @@ def prepare_args(params: argparse.Namespace) -> tuple[dict[str, Any], dict[str, 
     """
     kwargs = {
         "weight_args": _hyper_of(params, "weighting", WEIGHTINGS),
-        "arch_args": _hyper_of(params, "arch", ARCHITECTURES),
+        "arch_args": _hyper_of(params, "arch", _architectures()),
     }
     optim_param = _optim_param(params)
     scheduler_param = _scheduler_param(params)
@@ -105,6 +105,11 @@ def prepare_args(params: argparse.Namespace) -> tuple[dict[str, Any], dict[str, 
 
 def _spelling(name: str, names: Iterable[str], what: str) -> str:
     return resolve_name(name, {each: each for each in names}, what)
+
+
+def _architectures() -> dict[str, type[AbsArchitecture]]:
+    # DIY is LibMTL's name for an architecture that the script itself defines.
+    return {**ARCHITECTURES, "DIY": AbsArchitecture}
 
 
 _WHAT = {"weighting": "weighting", "arch": "architecture"}
@@ -146,7 +151,7 @@ def _display(
     scheduler_param: Mapping[str, Any] | None,
 ) -> None:
     weighting = _spelling(params.weighting, WEIGHTINGS, "weighting")
-    arch = _spelling(params.arch, ARCHITECTURES, "architecture")
+    arch = _spelling(params.arch, _architectures(), "architecture")
     general = {
         "Mode": params.mode,
         # Spelled as LibMTL prints it, for scripts that read its logs.

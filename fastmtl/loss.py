@@ -9,7 +9,7 @@ Example::
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -49,10 +49,17 @@ class AbsLoss:
 
     ignore_index: int = -100
 
+    _running: RunningMean
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Give the loss its sums, also where a class written for LibMTL leaves out ``super().__init__()``."""
+        loss = super().__new__(cls)
+        loss._running = RunningMean()
+        return loss
+
     def __init__(self) -> None:
         self.record: list[float] = []
         self.bs: list[int] = []
-        self._running = RunningMean()
 
     def compute_loss(self, pred: Any, gt: Any) -> Tensor:
         """Return the loss of one batch, a scalar averaged over the batch.

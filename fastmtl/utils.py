@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import sys
@@ -102,7 +103,8 @@ def count_improvement(
         \Delta_p = \frac1T \sum_t \frac1{M_t} \sum_m (-1)^{w_{tm}} \frac{B_{tm} - N_{tm}}{|B_{tm}|}
 
     A baseline score of exactly 0 has no relative change: there the plain difference counts (divided by 1 in place of
-    0).
+    0). With a baseline score of NaN, as of a class that does not occur, nothing can be compared: it is left out, and so
+    is a task without any other; a new score of NaN makes the improvement NaN.
 
     Args:
         base_result: Task name to the scores B of the baseline, one per metric.
@@ -129,5 +131,7 @@ def count_improvement(
                 f"got {base.size}, {new.size} and {higher.size}."
             )
         scale = np.where(base == 0, 1.0, np.abs(base))
-        improvements.append((np.where(higher == 1, new - base, base - new) / scale).mean())
-    return float(np.mean(improvements))
+        known = ~np.isnan(base)
+        if known.any():
+            improvements.append((np.where(higher == 1, new - base, base - new) / scale)[known].mean())
+    return float(np.mean(improvements)) if improvements else math.nan

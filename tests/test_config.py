@@ -160,3 +160,8 @@ def test_a_namespace_made_by_hand_needs_no_hyper_parameters() -> None:
     values: dict[str, Any] = vars(_parse("--weighting MGDA"))
     del values["mgda_gn"]
     assert prepare_args(argparse.Namespace(**values))[0]["weight_args"] == {"mgda_gn": "none"}
+
+
+def test_a_script_may_bring_an_architecture_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    assert prepare_args(_parse("--arch DIY --img_size 3 32 32"))[0]["arch_args"] == {}
+    assert "\tArchitecture: DIY\n" in capsys.readouterr().out

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -104,6 +106,21 @@ def test_a_subclass_that_keeps_its_own_record_is_averaged() -> None:
     assert loss._average_loss() == pytest.approx(plain._average_loss(), rel=1e-12)
     loss._reinit()
     assert loss.record == []
+
+
+def test_a_subclass_that_leaves_out_the_constructor_of_its_base() -> None:
+    class Bare(AbsLoss):
+        def __init__(self) -> None:
+            self.record, self.bs = [], []
+
+        def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
+            return F.mse_loss(pred, gt)
+
+    bare, plain = copy.deepcopy(Bare()), MSELoss()
+    for pred, gt in _batches(2):
+        bare._update_loss(pred, gt)
+        plain._update_loss(pred, gt)
+    assert bare._average_loss() == plain._average_loss()
 
 
 def test_compute_loss_compiles_whole() -> None:

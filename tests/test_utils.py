@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import sys
@@ -103,6 +104,15 @@ def test_a_baseline_of_zero_counts_the_difference() -> None:
 def test_results_must_match(new: dict[str, list[float]], weight: dict[str, list[int]], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         count_improvement({"a": [1.0]}, new, weight)
+
+
+def test_a_baseline_that_is_no_number_is_left_out() -> None:
+    nan = math.nan
+    weight = {"A": [1, 0], "B": [1]}
+    base = {"A": [nan, 4.0], "B": [nan]}
+    assert count_improvement(base, {"A": [1.0, 3.0], "B": [nan]}, weight) == pytest.approx(0.25)
+    assert math.isnan(count_improvement(base, {"A": [1.0, nan], "B": [1.0]}, weight))
+    assert math.isnan(count_improvement({"B": [nan]}, {"B": [1.0]}, weight))
 
 
 def test_no_tasks_is_an_error() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastmtl.architecture.base import AbsArchitecture
 from fastmtl.architecture.experts import Experts
-from fastmtl.architecture.gates import IMG_SIZE, feature_dim, flatten, make_gate, mix, pool
+from fastmtl.architecture.gates import IMG_SIZE, feature_dim, flatten, image_size, integers, make_gate, mix, pool
 from fastmtl.errors import UsageError
 from fastmtl.hyper import Hyper
 
@@ -53,9 +53,9 @@ class MMoE(AbsArchitecture):
         **kwargs: Any,
     ) -> None:
         super().__init__(task_name, encoder_class, decoders, rep_grad, multi_input, device, **kwargs)
-        self.img_size = [int(each) for each in self.kwargs["img_size"]]
+        self.img_size = image_size(self.kwargs["img_size"])
         given = self.kwargs["num_experts"]
-        counts = [int(each) for each in ([given] if isinstance(given, int) else given)]
+        counts = integers(given, "num_experts")
         if not counts or counts[0] < 1:
             raise UsageError(f"num_experts must be at least 1, got {given}.")
         self.shared_experts = counts[0]

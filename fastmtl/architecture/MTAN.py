@@ -19,7 +19,7 @@ class MTAN(AbsArchitecture):
     """Multi-Task Attention Network: a shared encoder of stages, and soft attention over its features for each task.
 
     The encoder is a ResNet of ``fastmtl.model``, any ``fastmtl.model.StagedEncoder``, or a module that holds a ResNet
-    as ``resnet_network``. Module names and ``state_dict`` keys are LibMTL's.
+    as ``resnet_network``, which then runs once for each task. Module names and ``state_dict`` keys are LibMTL's.
 
     Source: Liu, Johns and Davison, "End-To-End Multi-Task Learning With Attention", CVPR 2019.
 
@@ -60,11 +60,15 @@ class MTAN(AbsArchitecture):
         return self.encoder is self.attention
 
     def trunk(self, inputs: Tensor, task_name: str | None = None) -> tuple[Tensor, ...]:
-        """Return the shared features of every stage; with a wrapped ResNet, what the wrapper returns."""
+        """Return the shared features of every stage; with a wrapped ResNet, what the wrapper makes of each task's."""
         if self.splits:
             return self.attention.trunk(inputs)
-        self.attention.forward_task = task_name
-        return super().trunk(inputs, task_name)
+        # The wrapper's own layers read the features of one task.
+        reps = []
+        for task in self.task_name if task_name is None else [task_name]:
+            self.attention.forward_task = task
+            reps.append(self.encoder(inputs))
+        return tuple(reps)
 
     def branch(self, features: tuple[Tensor, ...], task: str) -> Tensor:
         """Return the attended features of ``task``."""

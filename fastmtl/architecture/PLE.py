@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastmtl.architecture.base import AbsArchitecture
 from fastmtl.architecture.experts import Experts
-from fastmtl.architecture.gates import IMG_SIZE, count_experts, flatten, make_gate, mix, pool
+from fastmtl.architecture.gates import IMG_SIZE, count_experts, flatten, image_size, make_gate, mix, pool
 from fastmtl.architecture.stages import Stages
 from fastmtl.hyper import Hyper
 
@@ -59,7 +59,7 @@ class PLE(AbsArchitecture):
         self.encoder = _Extraction(
             [encoder_class() for _ in range(shared)],
             {task: [encoder_class() for _ in range(count)] for task, count in zip(task_name, own, strict=True)},
-            [int(each) for each in self.kwargs["img_size"]],
+            image_size(self.kwargs["img_size"]),
             bool(self.kwargs["shared_gate"]),
         )
 

@@ -40,17 +40,19 @@ class Experts(nn.ModuleList):
         experts: The E experts.
 
     Attributes:
-        together: Whether they run as one.
+        together: Whether they run as one, unless a hook wants to see each of them.
     """
 
     def __init__(self, experts: Iterable[nn.Module]) -> None:
         super().__init__(experts)
         first = _anatomy(self[0])
-        self.together = len(self) > 1 and first is not None and all(_anatomy(each) == first for each in self)
+        alike = first is not None and all(_anatomy(each) == first for each in self)
+        # Without parameters there is nothing to batch over.
+        self.together = len(self) > 1 and alike and any(True for _ in self[0].parameters())
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return (E, B, ...) outputs for (B, ...) inputs."""
-        if not self.together:
+        if not self.together or any(map(_is_hooked, self.modules())):
             return torch.stack([expert(inputs) for expert in self])
         names = [name for name, _ in self[0].named_parameters()]
         stacked = {name: torch.stack([expert.get_parameter(name) for expert in self]) for name in names}
@@ -68,8 +70,12 @@ def _anatomy(expert: nn.Module) -> list[object] | None:
         container = type(module) in (nn.Sequential, nn.ModuleList) or (
             isinstance(module, StagedEncoder) and type(module).forward is StagedEncoder.forward
         )
-        if not (container or type(module) in _ROW_BY_ROW) or module._forward_hooks or module._forward_pre_hooks:
+        if not (container or type(module) in _ROW_BY_ROW):
             return None
         shapes = [(key, param.shape, param.dtype) for key, param in module.named_parameters(recurse=False)]
         parts.append((name, type(module), "" if container else module.extra_repr(), shapes))
     return parts
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import prod
+from operator import index
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from fastmtl.errors import UsageError
 from fastmtl.hyper import Hyper
 
-__all__ = ["IMG_SIZE", "count_experts", "feature_dim", "flatten", "make_gate", "mix", "pool"]
+__all__ = ["IMG_SIZE", "count_experts", "feature_dim", "flatten", "image_size", "integers", "make_gate", "mix", "pool"]
 
 IMG_SIZE = Hyper(
     type=int,
@@ -42,10 +44,9 @@ def flatten(inputs: Tensor, img_size: Sequence[int]) -> Tensor:
     Raises:
         UsageError: The inputs have another size, or are not floating-point numbers.
     """
-    if not inputs.is_floating_point():
-        raise UsageError(
-            f"img_size must be left out for inputs of {inputs.dtype}: gates can only read floating-point inputs."
-        )
+    if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
+        kind = inputs.dtype if isinstance(inputs, Tensor) else type(inputs).__name__
+        raise UsageError(f"img_size must be left out for inputs of {kind}: gates can only read floating-point inputs.")
     flat = inputs.flatten(1)
     if flat.shape[1] != prod(img_size):
         raise UsageError(
@@ -77,6 +78,35 @@ def feature_dim(encoder: nn.Module) -> int:
     return dim
 
 
+def integers(given: Any, name: str) -> list[int]:
+    """Return one integer or several as a list; they may be text, as on LibMTL's command line.
+
+    Args:
+        given: The hyper-parameter's value.
+        name: Its name, for the message.
+
+    Raises:
+        UsageError: Something else.
+    """
+    several = isinstance(given, Iterable) and not isinstance(given, str)
+    try:
+        return [int(each) if isinstance(each, str) else index(each) for each in (given if several else [given])]
+    except (TypeError, ValueError):
+        raise UsageError(f"{name} must be an integer or a list of them, got {given!r}.") from None
+
+
+def image_size(given: Any) -> list[int]:
+    """Return ``img_size`` as a list, empty where none is given.
+
+    Raises:
+        UsageError: No integers, or one below 1.
+    """
+    size = integers(given, "img_size")
+    if not all(each >= 1 for each in size):
+        raise UsageError(f"img_size must be at least 1 in every dimension, got {given}.")
+    return size
+
+
 def count_experts(given: int | Sequence[int], tasks: int, owner: str) -> list[int]:
     """Return the number of shared experts and the number of every task's own.
 
@@ -88,7 +118,7 @@ def count_experts(given: int | Sequence[int], tasks: int, owner: str) -> list[in
     Raises:
         UsageError: Another number of them, or one below 1.
     """
-    counts = [int(each) for each in ([given] if isinstance(given, int) else given)]
+    counts = integers(given, "num_experts")
     counts = [counts[0], *counts[1:] * tasks] if len(counts) == 2 else counts
     if len(counts) != tasks + 1 or not all(count >= 1 for count in counts):
         raise UsageError(

@@ -13,7 +13,7 @@ __all__ = ["Stages"]
 
 
 class Stages:
-    """The parts of a ResNet, or of a ``fastmtl.model.StagedEncoder``.
+    """The parts of a ResNet, of ``fastmtl.model`` or torchvision's, or of a ``fastmtl.model.StagedEncoder``.
 
     Attributes:
         stem: What comes before the first stage.
@@ -51,14 +51,17 @@ class Stages:
         """
         if all(hasattr(encoder, name) for name in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer4")):
             stem = nn.Sequential(*(getattr(encoder, name) for name in ("conv1", "bn1", "relu", "maxpool")))
-            expansion = 4 if encoder.feature_dim == 2048 else 1
             layers = [getattr(encoder, f"layer{i}") for i in range(1, 5)]
-            return cls(stem, layers, [64 * 2**i * expansion for i in range(4)], expansion, stem_dim=64)
+            convs = [[each for each in layer.modules() if isinstance(each, nn.Conv2d)] for layer in layers]
+            if all(convs):
+                last: int = getattr(encoder, "feature_dim", convs[-1][-1].out_channels)
+                stem_dim, *dims = [each[0].in_channels for each in convs]
+                return cls(stem, layers, [*dims, last], 4 if last == 2048 else 1, stem_dim)
         if all(hasattr(encoder, name) for name in ("stem", "stages", "stage_dims")):
             stages = list(cast(nn.ModuleList, encoder.stages))
             return cls(cast(nn.Module, encoder.stem), stages, cast(list[int], encoder.stage_dims))
         raise UsageError(
-            f"{owner} needs an encoder made of stages (a fastmtl.model ResNet{also} or a StagedEncoder), "
+            f"{owner} needs an encoder made of stages (a ResNet{also} or a StagedEncoder), "
             f"got {type(encoder).__name__}."
         )
 

@@ -18,6 +18,8 @@ __all__ = ["TASKS", "NYUv2", "RandomScaleCrop"]
 
 TASKS = ("segmentation", "depth", "normal")
 _KINDS = ("image", "label", "depth", "normal")
+_CHANNELS = {"image": (3,), "label": (), "depth": (1,), "normal": (3,)}
+_CLASSES = 13
 
 
 class RandomScaleCrop:
@@ -101,26 +103,43 @@ class NYUv2(Dataset[tuple[Tensor, dict[str, Tensor]]]):
 
         Raises:
             IndexError: There is no such row.
-            UsageError: A file cannot be read.
+            UsageError: A file cannot be read, has another size than the image, or classes that NYUv2 has not.
         """
         if not 0 <= index < self._count:
             raise IndexError(index)
-        image, label, depth, normal = (self._read(kind, index) for kind in _KINDS)
+        files = [self._read(kind, index) for kind in _KINDS]
+        size = files[0].shape[:2]
+        for kind, values in zip(_KINDS, files, strict=True):
+            if values.shape != (*size, *_CHANNELS[kind]):
+                raise UsageError(
+                    f"{str(self._path(kind, index))!r} must have the shape {(*size, *_CHANNELS[kind])}, got "
+                    f"{values.shape}."
+                )
+        image, label, depth, normal = map(_channels_first, files)
+        if ((label < -1) | (label >= _CLASSES)).any():
+            raise UsageError(
+                f"{str(self._path('label', index))!r} must hold the classes 0 to {_CLASSES - 1}, and -1 for no label, "
+                f"got values from {label.min():g} to {label.max():g}."
+            )
         if self.augmentation:
             image, label, depth, normal = self._scale_crop(image, label, depth, normal)
             if _below(2):
                 image, label, depth, normal = _flip(image, label, depth, normal)
         return image, {"segmentation": label, "depth": depth, "normal": normal}
 
-    def _read(self, kind: str, index: int) -> Tensor:
-        path = self.folder / kind / f"{index}.npy"
+    def _path(self, kind: str, index: int) -> Path:
+        return self.folder / kind / f"{index}.npy"
+
+    def _read(self, kind: str, index: int) -> np.ndarray[Any, Any]:
+        path = self._path(kind, index)
         try:
-            values: Any = np.load(path)
+            return np.load(path).astype(np.float32)
         except (OSError, ValueError) as error:
             raise UsageError(f"{str(path)!r} cannot be read ({error}).") from error
-        if kind != "label":
-            values = np.moveaxis(values, -1, 0)
-        return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
+
+
+def _channels_first(values: np.ndarray[Any, Any]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(values, 2, 0) if values.ndim == 3 else values))
 
 
 def _count_rows(folder: Path) -> int:

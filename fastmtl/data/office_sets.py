@@ -12,11 +12,12 @@ from fastmtl.data.multimnist_sets import classification_head, classification_tas
 from fastmtl.data.office import DOMAINS, OfficeDataset
 from fastmtl.data.registry import DatasetInfo, LoaderOptions, Splits, register
 from fastmtl.data.tensors import row_loader
+from fastmtl.errors import UsageError
 
 __all__ = ["office_splits"]
 
 
-def office_splits(name: str) -> Callable[[LoaderOptions], Splits]:
+def office_splits(name: str, classes: int) -> Callable[[LoaderOptions], Splits]:
     """Return what loads an Office data set from ``<path>/data_txt/<name>/<domain>_<split>.txt`` and the images."""
 
     def load_splits(options: LoaderOptions) -> Splits:
@@ -28,6 +29,9 @@ def office_splits(name: str) -> Callable[[LoaderOptions], Splits]:
                 train = split == "train"
                 listing = options.path / "data_txt" / name / f"{domain}_{split}.txt"
                 images: Any = OfficeDataset(options.path, listing, augmentation=options.augment and train)
+                highest = max(label for _, label in images.rows)
+                if highest >= classes:
+                    raise UsageError(f"{str(listing)!r} must hold classes from 0 to {classes - 1}, got {highest}.")
                 if train and options.n_train is not None:
                     images = Subset(images, range(min(options.n_train, len(images))))
                 loaders[split][domain] = row_loader(
@@ -54,7 +58,7 @@ def _info(name: str, classes: int, rows: dict[str, int]) -> DatasetInfo:
         outputs=dict.fromkeys(DOMAINS[name], classes),
         rows=rows,
         encoders=("resnet18", "resnet34", "resnet50"),
-        load_splits=office_splits(name),
+        load_splits=office_splits(name, classes),
         make_task=classification_task,
         make_head=classification_head,
         needs_path=True,

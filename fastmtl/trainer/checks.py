@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,51 @@ from fastmtl.distributed import Peers
 from fastmtl.errors import BackendError, UsageError
 from fastmtl.weighting import AbsWeighting
 
-__all__ = ["check_counts", "check_tasks", "check_weighting", "find_device", "make_folder"]
+__all__ = [
+    "check_arguments",
+    "check_counts",
+    "check_methods",
+    "check_tasks",
+    "check_weighting",
+    "find_device",
+    "make_folder",
+]
+
+# What LibMTL's trainer calls and fastmtl's does not, and what takes its place.
+_NOT_CALLED = {
+    "_process_data": "let the loader give (inputs, labels)",
+    "_compute_loss": "give each task a loss derived from fastmtl.loss.AbsLoss",
+    "_prepare_dataloaders": "hand the loaders to train and test",
+    "forward4loss": "override process_preds, or give each task a loss derived from fastmtl.loss.AbsLoss",
+}
+
+
+def check_arguments(kwargs: Iterable[str], init: Callable[..., None]) -> None:
+    """Refuse keyword arguments that nobody would read.
+
+    Args:
+        kwargs: Names of those that are not in the signature.
+        init: The constructor.
+
+    Raises:
+        UsageError: One is neither ``weight_args`` nor ``arch_args``.
+    """
+    own = [name for name in inspect.signature(init).parameters if name not in ("self", "kwargs")]
+    for name in set(kwargs) - {"weight_args", "arch_args"}:
+        near = difflib.get_close_matches(name, [*own, "weight_args", "arch_args"], n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise UsageError(f"Trainer has no argument {name!r}.{hint} Hyper-parameters go into weight_args and arch_args.")
+
+
+def check_methods(trainer: object) -> None:
+    """Refuse a trainer with methods that nobody would call.
+
+    Raises:
+        UsageError: It was written for a method of LibMTL's trainer that fastmtl's does not have.
+    """
+    for method, instead in _NOT_CALLED.items():
+        if hasattr(type(trainer), method):
+            raise UsageError(f"{type(trainer).__name__} has a method {method}, which fastmtl does not call: {instead}.")
 
 
 def find_device(device: str | torch.device | None, peers: Peers | None = None) -> torch.device:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.distributed import Peers
+from fastmtl.errors import UsageError
 from fastmtl.loss import AbsLoss
 from fastmtl.metrics import AbsMetric
 from fastmtl.trainer.labels import labelled_rows
@@ -96,15 +97,26 @@ class PerformanceMeter:
                 self.losses[task]._sync(self.peers)
                 self.metrics[task].sync(self.peers)
         self.results = {
-            task: [float(score) for score in self.metrics[task].score_fun()]
-            if self._had(task)
-            else [math.nan] * len(self.weight[task])
+            task: self._scores(task) if self._had(task) else [math.nan] * len(self.weight[task])
             for task in self.task_name
         }
         self.loss_item = np.array(
             [self.losses[task]._average_loss() if self._had(task) else math.nan for task in self.task_name]
         )
         self.seconds = time.perf_counter() - self._begin
+
+    def _scores(self, task: str) -> list[float]:
+        given, wanted = self.metrics[task].score_fun(), len(self.weight[task])
+        try:
+            scores = [float(score) for score in given]
+        except TypeError:
+            scores = []
+        if len(scores) != wanted:
+            raise UsageError(
+                f"score_fun of {type(self.metrics[task]).__name__} must return a list of one score per metric of "
+                f"{task!r}, {wanted} in all, got {given!r}."
+            )
+        return scores
 
     def _had(self, task: str) -> bool:
         # A pass without any batch is an error, which the losses and metrics report.

@@ -279,8 +279,9 @@ class SplitRoute(Route):
             features = self.regions.trunk(inputs)
             aliases = [_cut(features) for _ in self.problem.tasks]
             losses, preds = self.regions.heads(aliases, labels)
+        features, *leaves = (_tensors(each) for each in (features, *aliases))
         with part("VJPs"):
-            cotangents, own = self.own_gradients(losses, aliases)
+            cotangents, own = self.own_gradients(losses, leaves)
         return features, losses, preds, cotangents, own
 
 
@@ -491,4 +492,12 @@ def weighted(weights: Tensor, grads: Sequence[Tensor | None]) -> Tensor | None:
 
 def _cut(features: Features) -> Features:
     """Return aliases of the features that start a graph of their own, at those that depend on parameters."""
-    return tuple(feature.detach().requires_grad_(feature.requires_grad) for feature in features)
+    return tuple(
+        feature.detach().requires_grad_(feature.requires_grad) if isinstance(feature, Tensor) else feature
+        for feature in features
+    )
+
+
+def _tensors(features: Sequence[Any]) -> Features:
+    """Leave out what a trunk hands on that is no tensor, such as inputs in a dictionary."""
+    return tuple(feature for feature in features if isinstance(feature, Tensor))

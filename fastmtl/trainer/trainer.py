@@ -20,7 +20,15 @@ from fastmtl.trainer.batches import joined
 from fastmtl.trainer.building import make_model
 from fastmtl.trainer.checkpoint import load_model_state, read_checkpoint, rng_state, set_rng_state
 from fastmtl.trainer.checkpoints import Checkpoints
-from fastmtl.trainer.checks import check_counts, check_tasks, check_weighting, find_device, make_folder
+from fastmtl.trainer.checks import (
+    check_arguments,
+    check_counts,
+    check_methods,
+    check_tasks,
+    check_weighting,
+    find_device,
+    make_folder,
+)
 from fastmtl.trainer.guard import FiniteGuard
 from fastmtl.trainer.interrupt import DeferredInterrupt
 from fastmtl.trainer.labels import present_tasks
@@ -160,6 +168,10 @@ class Trainer(nn.Module):
         **kwargs: Any,
     ) -> None:
         super().__init__()
+        check_methods(self)
+        if type(self).__init__ is Trainer.__init__:
+            # A subclass may read further ones from ``self.kwargs``.
+            check_arguments(kwargs, Trainer.__init__)
         check_counts(checkpoint_every=checkpoint_every, log_every=log_every, limit_batches=limit_batches)
         self.peers = join(peer_timeout)
         self.device = find_device(device, self.peers)

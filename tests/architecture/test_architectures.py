@@ -12,7 +12,7 @@ from fastmtl.architecture import ARCHITECTURES
 from fastmtl.errors import UsageError
 from fastmtl.trainer.records import StepBuffer
 from fastmtl.utils import count_improvement
-from tests.architecture.networks import ENCODERS, GATED, SPLITS, TASKS, build, make_inputs
+from tests.architecture.networks import ENCODERS, FEATURES, GATED, SPLITS, TASKS, build, make_inputs
 from tests.host_reads import NoHostRead
 from tests.trainer.toy import flat, loaders, make_trainer
 
@@ -222,3 +222,30 @@ def test_a_frozen_encoder_leaves_the_decoders_to_train(name: str) -> None:
     trainer = make_trainer("MGDA", name, 3, encoder_class=lambda: ENCODERS["table"]().requires_grad_(False))
     trainer.step([next(iter(loaders(3)))], StepBuffer())
     assert all(param.grad is not None for param in trainer.model.decoders.parameters())
+
+
+class Masked(nn.Module):
+    """A sequence model that reads a dictionary, as those of transformers do."""
+
+    feature_dim = FEATURES
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text = ENCODERS["whole text"]()
+
+    def forward(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        return (self.text(inputs["input_ids"]) * inputs["attention_mask"].unsqueeze(2)).mean(1)
+
+
+@pytest.mark.parametrize("rep_grad", [False, True], ids=["params", "rep"])
+@pytest.mark.parametrize("name", ["HPS", "MMoE", "CGC", "DSelect_k", "STL"])
+def test_inputs_in_a_dictionary(name: str, rep_grad: bool) -> None:
+    words = make_inputs("text")
+    batch = {"input_ids": words, "attention_mask": words > 2}, next(iter(loaders(3, batch=4)))[1]
+    weighting = "EW" if name == "STL" else "MGDA"
+    trainer = make_trainer(weighting, name, 3, encoder_class=Masked, rep_grad=rep_grad)
+    trainer.step([batch], StepBuffer())
+    assert [key for key, param in trainer.model.named_parameters() if param.grad is None] == []
+    if name in ("MMoE", "CGC", "DSelect_k"):
+        with pytest.raises(UsageError, match="img_size must be left out for inputs of dict"):
+            make_trainer("EW", name, 3, encoder_class=Masked, arch_args={"img_size": [9]}).step([batch], StepBuffer())

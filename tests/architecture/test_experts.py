@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from fastmtl.architecture.experts import Experts
 from fastmtl.model import ConvEncoder, MLPEncoder
@@ -61,9 +62,23 @@ def test_experts_of_different_shape_run_in_turn() -> None:
     assert not Experts([nn.Linear(6, 7)]).together
 
 
-def test_a_hook_is_called_for_every_expert() -> None:
-    experts, seen = [nn.Linear(6, 7) for _ in range(3)], []
-    for expert in experts:
+@pytest.mark.parametrize("early", [True, False])
+def test_a_hook_is_called_for_every_expert(early: bool) -> None:
+    linear, seen = [nn.Linear(6, 7) for _ in range(3)], []
+    experts = None if early else Experts(linear)
+    for expert in linear:
         expert.register_forward_hook(lambda module, inputs, output: seen.append(module))
-    Experts(experts)(torch.randn(5, 6))
-    assert seen == experts
+    (experts or Experts(linear))(torch.randn(5, 6))
+    assert seen == linear
+
+
+def test_pruned_experts_have_masks_of_their_own() -> None:
+    experts, inputs = Experts(nn.Linear(6, 7) for _ in range(3)), torch.randn(5, 6)
+    for expert in experts:
+        prune.random_unstructured(expert, "weight", 0.5)
+    torch.testing.assert_close(experts(inputs), torch.stack([expert(inputs) for expert in experts]))
+
+
+def test_experts_without_parameters() -> None:
+    inputs = torch.randn(5, 2, 3)
+    torch.testing.assert_close(Experts(nn.Flatten() for _ in range(3))(inputs), inputs.flatten(1).expand(3, 5, 6))

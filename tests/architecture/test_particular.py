@@ -6,9 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from fastmtl.errors import UsageError
-from tests.architecture.networks import TASKS, build, make_inputs
+from fastmtl.model._torchvision import import_torchvision
+from fastmtl.model.resnet import BasicBlock, ResNet
+from fastmtl.trainer.records import StepBuffer
+from tests.architecture.networks import GATED, TASKS, build, make_inputs
 from tests.trainer.toy import loaders, make_trainer
 
 
@@ -38,6 +42,60 @@ def test_columns_mix_in_low_precision(name: str, precision: str) -> None:
     trainer = make_trainer("MGDA", name, precision=precision)
     trainer.train(loaders(), loaders(), 1)
     assert all(param.isfinite().all() for param in trainer.model.parameters())
+
+
+class NarrowResNet(ResNet):
+    """A ResNet of four blocks that is an eighth as wide as the common ones."""
+
+    def __init__(self) -> None:
+        super().__init__(BasicBlock, [1, 1, 1, 1])
+        for module in list(self.modules()):
+            for name, each in list(module.named_children()):
+                if isinstance(each, nn.Conv2d):
+                    inputs = max(each.in_channels // 8, 3)
+                    args: Any = (inputs, each.out_channels // 8, each.kernel_size, each.stride, each.padding)
+                    setattr(module, name, nn.Conv2d(*args, bias=False))
+                elif isinstance(each, nn.BatchNorm2d):
+                    setattr(module, name, nn.BatchNorm2d(each.num_features // 8))
+        self.feature_dim = 64
+
+
+RESNETS = {"narrow": NarrowResNet, "torchvision's": lambda: import_torchvision().models.resnet18()}
+
+
+@pytest.mark.parametrize("kind", RESNETS)
+@pytest.mark.parametrize("name", ["MTAN", "Cross_stitch", "PLE", "LTB"])
+def test_the_stages_of_any_resnet(name: str, kind: str) -> None:
+    network, images = build(name, encoder_class=RESNETS[kind]), torch.randn(2, 3, 32, 32)
+    network.decoders = nn.ModuleDict({task: nn.Flatten() for task in TASKS})
+    preds = network(images)
+    assert {tuple(pred.shape) for pred in preds.values()} == {(2, 64 if kind == "narrow" else 512)}
+
+
+class Wrapper(nn.Module):
+    """A ResNet and layers behind it, as in LibMTL's example for the Office data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.resnet_network: nn.Module = NarrowResNet()
+        self.hidden_layer = nn.Linear(64, 8)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.hidden_layer(self.resnet_network(images).mean((2, 3)))
+
+
+@pytest.mark.parametrize("rep_grad", [False, True], ids=["params", "rep"])
+def test_mtan_in_a_wrapper_shares_one_input(rep_grad: bool) -> None:
+    images = torch.randn(4, 3, 32, 32)
+    trainer = make_trainer("MGDA", "MTAN", 3, encoder_class=Wrapper, rep_grad=rep_grad)
+    preds = trainer.model.eval()(images)
+    for task, pred in preds.items():
+        torch.testing.assert_close(pred, trainer.model(images, task)[task])
+    trainer.model.train()
+    labels = next(iter(loaders(3, batch=4)))[1]
+    trainer.step([(images, labels)], StepBuffer())
+    still = [key for key, param in trainer.model.named_parameters() if param.grad is None]
+    assert still == []
 
 
 class TestLTB:
@@ -179,3 +237,24 @@ def test_mmoe_takes_a_number_too() -> None:
     assert len(build("MMoE", num_experts=5).experts_shared) == 5
     with pytest.raises(UsageError, match=r"num_experts must be at least 1, got \[0\]"):
         build("MMoE", num_experts=[0])
+
+
+@pytest.mark.parametrize("name", GATED)
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"num_experts": 2.5}, "num_experts must be an integer or a list of them, got 2.5"),
+        ({"num_experts": [2, "x"]}, r"num_experts must be an integer or a list of them, got \[2, 'x'\]"),
+        ({"img_size": None}, "img_size must be an integer or a list of them, got None"),
+        ({"img_size": [3, 0]}, r"img_size must be at least 1 in every dimension, got \[3, 0\]"),
+    ],
+)
+def test_numbers_that_are_none_are_refused(name: str, args: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        build(name, **args)
+
+
+@pytest.mark.parametrize("name", GATED)
+@pytest.mark.parametrize("size", [6, "6", ["6"], torch.Size([6])])
+def test_sizes_of_every_form(name: str, size: Any) -> None:
+    assert build(name, img_size=size)(make_inputs("table"))["task1"].shape == (4, 3)

@@ -174,6 +174,28 @@ def test_damaged_files_and_too_few_rows_are_named(folder: Path, tmp_path: Path) 
         NYUv2(tmp_path / "copy", "val")
 
 
+@pytest.mark.parametrize(
+    ("kind", "values", "message"),
+    [
+        ("depth", np.ones((12, 16, 1)), r"depth/2.npy' must have the shape \(24, 32, 1\), got \(12, 16, 1\)"),
+        ("normal", np.ones((*SIZE, 1)), r"normal/2.npy' must have the shape \(24, 32, 3\), got \(24, 32, 1\)"),
+        ("image", np.ones(SIZE), r"image/2.npy' must have the shape \(24, 32, 3\), got \(24, 32\)"),
+        ("label", np.ones((*SIZE, 1)), r"label/2.npy' must have the shape \(24, 32\), got \(24, 32, 1\)"),
+        ("label", np.full(SIZE, 13.0), "label/2.npy' must hold the classes 0 to 12, .* got values from 13 to 13"),
+        ("label", np.full(SIZE, -2), "label/2.npy' must hold .* from -2 to -2"),
+    ],
+)
+def test_maps_that_do_not_fit_are_named(
+    kind: str, values: np.ndarray[Any, Any], message: str, folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folder, tmp_path / "copy")
+    np.save(tmp_path / f"copy/train/{kind}/2.npy", values)
+    data = NYUv2(tmp_path / "copy")
+    assert len(data[1]) == 2
+    with pytest.raises(UsageError, match=message):
+        _ = data[2]
+
+
 @pytest.mark.libmtl
 def test_libmtl_reads_the_same(folder: Path) -> None:
     theirs = load_file("examples/nyu/create_dataset.py").NYUv2(str(folder), "train")

@@ -95,6 +95,13 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         _ = OfficeDataset(tmp_path, listing)[0]
 
 
+def test_a_class_that_the_data_set_has_not_is_named(tmp_path: Path) -> None:
+    with (make_office(tmp_path, "office-31") / "data_txt" / "office-31" / "dslr_val.txt").open("a") as listing:
+        listing.write("dslr/class_31/val_9.jpg 31\n")
+    with pytest.raises(UsageError, match=r"dslr_val.txt' must hold classes from 0 to 30, got 31"):
+        load("office-31", path=tmp_path, batch_size=2)
+
+
 @pytest.mark.libmtl
 @pytest.mark.parametrize("name", DOMAINS)
 def test_the_lists_of_libmtl_are_read(name: str) -> None:

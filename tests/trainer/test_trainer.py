@@ -18,7 +18,7 @@ from fastmtl.errors import BackendError, CheckpointError, NonFiniteError, UsageE
 from fastmtl.loss import CELoss
 from fastmtl.metrics import AccMetric
 from fastmtl.trainer.logger import Logger, RunInfo, StepRecords
-from tests.trainer.toy import flat, loaders, make_trainer, task_dict
+from tests.trainer.toy import encoder, flat, loaders, make_trainer, task_dict
 
 
 class Recorder(Logger):
@@ -312,3 +312,49 @@ def test_losses_and_metrics_of_other_kinds_are_refused(key: str, value: Any, mes
     tasks["task0"][key] = value
     with pytest.raises(UsageError, match=message):
         make_trainer(task_dict=tasks)
+
+
+@pytest.mark.parametrize("scores", [0.5, torch.tensor(0.5), [], [0.5, 0.5]])
+def test_scores_that_do_not_fit_the_metrics_are_refused(scores: Any) -> None:
+    class Bad(AccMetric):
+        def score_fun(self) -> Any:
+            return scores
+
+    tasks = task_dict()
+    tasks["task0"]["metrics_fn"] = Bad()
+    trainer = make_trainer(task_dict=tasks)
+    with pytest.raises(UsageError, match="score_fun of Bad must return a list of one score per metric of 'task0', 1 "):
+        trainer.test(loaders(rows=8))
+
+
+@pytest.mark.parametrize("method", ["_process_data", "_compute_loss", "_prepare_dataloaders", "forward4loss"])
+def test_methods_of_libmtl_trainer_that_are_not_called_are_refused(method: str) -> None:
+    mine = type("Mine", (Trainer,), {method: lambda self, *args: None})
+    with pytest.raises(UsageError, match=f"Mine has a method {method}, which fastmtl does not call: "):
+        mine(task_dict(), "EW", "HPS", encoder, nn.ModuleDict(), False, False, {"optim": "sgd", "lr": 0.1}, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("preccision", "Did you mean 'precision'"),
+        ("weight_arg", "Did you mean 'weight_args'"),
+        ("calpha", "Hyper-param"),
+    ],
+)
+def test_arguments_that_nobody_reads_are_refused(name: str, hint: str) -> None:
+    with pytest.raises(UsageError, match=f"Trainer has no argument '{name}'. {hint}"):
+        make_trainer(**{name: 0.5})
+
+
+def test_a_score_that_is_never_a_number_hides_no_best_epoch(tmp_path: Path) -> None:
+    class Absent(AccMetric):
+        def score_fun(self) -> list[float]:
+            return [math.nan]
+
+    tasks = task_dict()
+    tasks["task0"]["metrics_fn"] = Absent()
+    trainer = make_trainer(task_dict=tasks, save_path=str(tmp_path))
+    trainer.train(loaders(), loaders(rows=8), 2)
+    assert (tmp_path / "best.pt").is_file()
+    assert math.isnan(trainer.meter.best_result["result"]["task0"][0])
