@@ -54,6 +54,10 @@ def _bisect(gram: Tensor, c: float) -> Tensor:
             low = math.log(shift)
         else:
             high = math.log(shift)
+    still = length == 0
+    if still.any() and float(weights @ mean + radius * (weights @ gram @ weights).clamp(min=0).sqrt()) >= 0:
+        # F is 0 at a row of zeros, which the shifts above only come near to.
+        return still / still.sum(dtype=weights.dtype)
     return weights
 
 

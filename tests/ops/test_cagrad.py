@@ -124,6 +124,11 @@ def test_bound_fuzz(solver: Solver, data: st.DataObject) -> None:
     Problem(jacobian, c).check(solver(jacobian @ jacobian.T, c))
 
 
+def test_a_row_of_zeros_that_is_best_has_all_weight(solver: Solver) -> None:
+    jacobian = torch.tensor([[0.0], [1.0], [-10.0]], dtype=torch.float64)
+    assert solver(jacobian @ jacobian.T, 3.0).tolist() == [1, 0, 0]
+
+
 @pytest.mark.parametrize("c", [1e-7, 1e-5, 0.4, 1.0, 5.0])
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
 def test_not_worse_than_slsqp_and_corners(solver: Solver, backend: str, size: int, c: float) -> None:

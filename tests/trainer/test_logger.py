@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,8 @@ def test_tensorboard_hides_what_is_done_again(tmp_path: Path) -> None:
     from fastmtl.trainer.tensorboard import TensorBoardLogger
 
     play(TensorBoardLogger(tmp_path), run_info())
+    # Event files are in the order of the second they begin in.
+    time.sleep(1)
     play(TensorBoardLogger(tmp_path), run_info(epochs=3, start_epoch=1))
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [event.step for event in events.Scalars("step_loss/left")] == [5, 10, 15, 20, 25, 30]
