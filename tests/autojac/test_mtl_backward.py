@@ -217,7 +217,7 @@ def test_hooks_watch_and_change_the_weights() -> None:
     ("base", "args"), [(UPGrad, ()), (Mean, ()), (ConFIG, ()), (TrimmedMean, (1,))], ids=lambda value: str(value)
 )
 def test_a_derived_aggregator_is_called(base: Any, args: tuple[Any, ...]) -> None:
-    class Normalised(base):  # type: ignore[misc]
+    class Normalised(base):
         def forward(self, matrix: Tensor, /) -> Tensor:
             found = super().forward(matrix)
             return found / found.norm()
