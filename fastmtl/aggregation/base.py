@@ -21,6 +21,7 @@ __all__ = [
     "MatrixWeighting",
     "WeightedAggregator",
     "Weighting",
+    "is_derived",
     "is_watched",
 ]
 
@@ -94,6 +95,11 @@ def is_watched(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
+def is_derived(module: nn.Module) -> bool:
+    """Return whether a class derived from one of this package has a ``forward`` of its own, which must be called."""
+    return not type(module).forward.__module__.startswith("fastmtl.")
+
+
 class Aggregator(nn.Module, ABC):
     """Turns a (T, P) Jacobian into one (P,) gradient."""
 
@@ -163,17 +169,18 @@ class WeightedAggregator(Aggregator):
 
     def write(self, jacobians: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor | None:
         """Add the weighted sum of the rows to ``.grad``; see :meth:`Aggregator.write`."""
-        if is_watched(self) or is_watched(self.weighting):
+        if is_watched(self) or is_derived(self) or is_watched(self.weighting):
             return self._write_watched(jacobians, tensors)
         weights = self._weights_of(jacobians)
         add_combined(tensors, jacobians, weights)
         return weights.to(torch.promote_types(jacobians[0].dtype, jacobians[-1].dtype))
 
     def _weights_of(self, jacobians: Sequence[Tensor]) -> Tensor:
-        if isinstance(self.weighting, MatrixWeighting) and self.weighting.needs_rows_only:
-            found: Tensor = self.weighting(jacobians[0].new_empty(len(jacobians[0]), 0))
+        weighting = self.weighting
+        if isinstance(weighting, MatrixWeighting) and weighting.needs_rows_only and not is_derived(weighting):
+            found: Tensor = weighting(jacobians[0].new_empty(len(jacobians[0]), 0))
         else:
-            found = self.weighting(torch.cat([as_matrix(each) for each in jacobians], dim=1))
+            found = weighting(torch.cat([as_matrix(each) for each in jacobians], dim=1))
         return found
 
     def _write_watched(self, jacobians: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor | None:
@@ -219,8 +226,8 @@ class GramianWeightedAggregator(WeightedAggregator):
         return gram if self._is_solved() else gram.to(dtype)
 
     def works_on_gram(self) -> bool:
-        """Return whether no forward hook wants to see the (T, P) Jacobian."""
-        return not (is_watched(self) or is_watched(self.weighting))
+        """Return whether no forward hook and no derived class wants to see the (T, P) Jacobian."""
+        return not (is_watched(self) or is_derived(self) or is_watched(self.weighting))
 
     def weights_of_gram(self, gram: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the (T,) weights from the float64 Gram matrix of rows of a dtype."""

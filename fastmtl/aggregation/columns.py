@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fastmtl.aggregation.base import Aggregator, is_watched
+from fastmtl.aggregation.base import Aggregator, is_derived, is_watched
 from fastmtl.aggregation.rows import as_matrix, put
 
 __all__ = ["ColumnAggregator"]
@@ -17,7 +17,7 @@ class ColumnAggregator(Aggregator):
 
     def write(self, jacobians: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor | None:
         """Aggregate one tensor after the other into ``.grad``; see :meth:`Aggregator.write`."""
-        if is_watched(self):
+        if is_watched(self) or is_derived(self):
             return super().write(jacobians, tensors)
         for jacobian, tensor in zip(jacobians, tensors, strict=True):
             put([self(as_matrix(jacobian)).reshape(tensor.shape)], [tensor])

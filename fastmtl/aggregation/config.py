@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl.aggregation.base import Aggregator, MatrixWeighting, is_watched
+from fastmtl.aggregation.base import Aggregator, MatrixWeighting, is_derived, is_watched
 from fastmtl.aggregation.constant import SumWeighting
 from fastmtl.aggregation.preference import Preference, preference_suffix
 from fastmtl.aggregation.rows import add_combined, gram_of
@@ -41,7 +41,7 @@ class ConFIG(Aggregator):
 
     def write(self, jacobians: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor | None:
         """Add the update to ``.grad``; see :meth:`Aggregator.write`."""
-        if is_watched(self):
+        if is_watched(self) or is_derived(self):
             return super().write(jacobians, tensors)
         add_combined(tensors, jacobians, self._weights(jacobians))
         return None

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastmtl import ops
 from fastmtl.aggregation.base import MatrixWeighting, WeightedAggregator
 from fastmtl.aggregation.rows import gram_of
 from fastmtl.errors import UsageError
 from fastmtl.settings import Setting, Through
 from fastmtl.stateful import Stateful
-from fastmtl.weighting.rules import bargain
 
 __all__ = ["NashMTL", "NashMTLWeighting"]
 
@@ -61,7 +61,7 @@ class NashMTLWeighting(MatrixWeighting, Stateful):
         if len(gram) != self.n_tasks:
             raise UsageError(f"matrix must have n_tasks={self.n_tasks} rows, got {len(gram)}.")
         if self._last is None or self._calls % self.update_weights_every == 0:
-            self._last = bargain(gram, None if self._last is None else self._last.to(gram))
+            self._last = ops.nash(gram, None if self._last is None else self._last.to(gram))
         self._calls += 1
         weights = self._last.to(gram)
         if self.max_norm == 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, overload
 
 from torch import Tensor
 
@@ -26,7 +26,13 @@ class Preference:
     def __init__(self, default: type[MatrixWeighting]) -> None:
         self.default = default
 
-    def __get__(self, instance: Any, owner: type) -> Tensor | None:
+    @overload
+    def __get__(self, instance: None, owner: type) -> Preference: ...
+    @overload
+    def __get__(self, instance: object, owner: type) -> Tensor | None: ...
+    def __get__(self, instance: object | None, owner: type) -> Preference | Tensor | None:
+        if instance is None:
+            return self
         found: Tensor | None = instance.__dict__["_pref_vector"]
         return found
 

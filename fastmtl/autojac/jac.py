@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.autojac.checks import as_list, check_chunk, check_outputs, check_rows, check_shapes, unique
+from fastmtl.errors import UsageError
 from fastmtl.graph import batches_well
 from fastmtl.vjp import batched_jacobians, identity_rows, jacobians
 
@@ -42,7 +43,8 @@ def jac(
         One (m, ...) tensor per input; zeros where no output depends on it.
 
     Raises:
-        UsageError: No outputs, a repeated one, cotangents that do not fit, or an empty chunk.
+        UsageError: No outputs, a repeated one, an input that does not require grad, cotangents that do not fit, or an
+            empty chunk.
 
     Example:
         >>> param = torch.tensor([1.0, 2.0], requires_grad=True)
@@ -52,6 +54,9 @@ def jac(
     """
     repeated = as_list(inputs)
     wanted = unique(repeated)
+    for index, each in enumerate(repeated):
+        if not each.requires_grad:
+            raise UsageError(f"inputs[{index}] must require grad, got a tensor that does not.")
     found = jacobians_of(
         as_list(outputs), wanted, jac_outputs, "outputs", "jac_outputs", retain_graph, parallel_chunk_size
     )

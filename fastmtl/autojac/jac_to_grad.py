@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastmtl.autojac.checks import check_rows
+from fastmtl.autojac.checks import check_rows, unique
 from fastmtl.autojac.fields import check_writable
 from fastmtl.errors import UsageError
 
@@ -31,7 +31,8 @@ def jac_to_grad(
 
     The Jacobians are not concatenated: an aggregator with weights from the Gram matrix reads them once for the matrix
     and once for the weighted sum, which is written where the gradients are. A forward hook on the aggregator or on its
-    ``weighting`` wants the whole (T, P) matrix, which is then built for it.
+    ``weighting`` wants the whole (T, P) matrix, which is then built for it; so does a derived class with a ``forward``
+    of its own.
 
     Args:
         tensors: Tensors with a ``.jac`` field (T, ...), all with the same T.
@@ -43,8 +44,8 @@ def jac_to_grad(
         The (T,) weights, None from an aggregator that has none.
 
     Raises:
-        UsageError: No tensors, one without ``.jac``, different T, or an aggregator that needs the matrix although
-            ``optimize_gramian_computation`` is on.
+        UsageError: No tensors, a repeated one, one without ``.jac``, different T, or an aggregator that needs the
+            matrix although ``optimize_gramian_computation`` is on.
 
     Example:
         >>> from fastmtl.aggregation import UPGrad
@@ -58,6 +59,8 @@ def jac_to_grad(
     wanted = list(tensors)
     if not wanted:
         raise UsageError("tensors must hold at least one tensor, got none.")
+    if len(unique(wanted)) < len(wanted):
+        raise UsageError("tensors must hold each tensor once, got one of them repeatedly.")
     if any(getattr(tensor, "jac", None) is None for tensor in wanted):
         raise UsageError("tensors must all have a .jac field: call backward or mtl_backward of fastmtl.autojac first.")
     jacobians: list[Tensor] = [tensor.jac for tensor in wanted]  # type: ignore[attr-defined]
@@ -65,8 +68,8 @@ def jac_to_grad(
     check_writable(wanted, ".grad")
     if optimize_gramian_computation and not aggregator.works_on_gram():
         raise UsageError(
-            "optimize_gramian_computation needs an aggregator with weights from the Gram matrix and without forward "
-            f"hooks, got {aggregator}."
+            "optimize_gramian_computation needs an aggregator with weights from the Gram matrix and without "
+            f"forward hooks or a forward of its own, got {aggregator}."
         )
     if not retain_jac:
         for tensor in wanted:

@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmtl import ops
 from fastmtl.hyper import Hyper
 from fastmtl.weighting.base import AbsWeighting, Weights
-from fastmtl.weighting.rules import bargain
 
 __all__ = ["Nash_MTL"]
 
 
 class Nash_MTL(AbsWeighting):
-    """Nash-MTL: the Nash bargaining solution, weights w > 0 with ``G w = 1 / w`` for G of Frobenius norm 1.
+    """Nash-MTL: the Nash bargaining solution, weights w > 0 with ``G w = 1 / w``; see :func:`fastmtl.ops.nash`.
 
     The solution is exact, so that ``optim_niter``, the steps of LibMTL's approximation, changes nothing here.
 
@@ -40,6 +40,6 @@ class Nash_MTL(AbsWeighting):
     def weigh(self, losses: Tensor, gram: Tensor | None, *, max_norm: float = 1.0, **hyper: Any) -> Weights:
         """Return the weights, of decoders too."""
         assert gram is not None
-        weights = bargain(gram, self.last_weights)
+        weights = ops.nash(gram, self.last_weights)
         self.last_weights.copy_(weights)
         return Weights(shared=weights, heads=weights, max_norm=max_norm if max_norm > 0 else None)

@@ -7,11 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastmtl import ops
 from fastmtl.weighting.simplex import project_simplex
 
 __all__ = [
-    "bargain",
     "descent_rates",
     "directed_weights",
     "even_fall",
@@ -26,17 +24,6 @@ __all__ = [
 def random_weights(like: Tensor) -> Tensor:
     """Return the softmax of (T,) standard normal numbers, of the dtype and device of ``like``: RLW."""
     return torch.softmax(torch.randn_like(like), dim=-1)
-
-
-def bargain(gram: Tensor, start: Tensor | None) -> Tensor:
-    """Return Nash-MTL's weights of G divided by its Frobenius norm.
-
-    Args:
-        gram: (T, T).
-        start: (T,) weights of an earlier G.
-    """
-    size = torch.linalg.matrix_norm(gram)
-    return ops.nash(gram / torch.where(size > 0, size, 1.0), start)
 
 
 def kept_signs(values: Tensor, noise: Tensor, function: Callable[[Tensor], Tensor] | None = None) -> Tensor:

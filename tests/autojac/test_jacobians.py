@@ -113,6 +113,7 @@ def test_errors_name_the_argument() -> None:
         (lambda: backward([y, 2 * y], jac_tensors=[torch.ones(1), torch.ones(2)]), "number of rows"),
         (lambda: jac(y, x, jac_outputs=torch.ones(3, 2)), "Shape mismatch"),
         (lambda: jac([], x), "outputs"),
+        (lambda: jac(y, [x, torch.ones(2)]), r"inputs\[1\]"),
         (lambda: jac(y.detach(), x), r"outputs\[0\]"),
     ):
         with pytest.raises(UsageError, match=words):

@@ -15,10 +15,12 @@ from fastmtl.aggregation import (
     GradDrop,
     GramianWeightedAggregator,
     Mean,
+    MeanWeighting,
     NashMTL,
     Sum,
     TrimmedMean,
     UPGrad,
+    WeightedAggregator,
     Weighting,
 )
 from fastmtl.autojac import backward, jac_to_grad, mtl_backward
@@ -140,6 +142,7 @@ def test_errors_name_the_argument() -> None:
         (lambda: mtl_backward(losses, features=shared[0]), r"features\[0\]"),
         (lambda: jac_to_grad([], UPGrad()), "tensors"),
         (lambda: jac_to_grad(shared, UPGrad()), ".jac"),
+        (lambda: jac_to_grad([shared[0], shared[0]], UPGrad()), "once"),
     ]
     for call, words in calls:
         with pytest.raises(UsageError, match=words):
@@ -208,6 +211,35 @@ def test_hooks_watch_and_change_the_weights() -> None:
     assert seen == [(3, 35)]
     with pytest.raises(UsageError, match="optimize_gramian_computation"):
         jac_to_grad(filled(), aggregator, optimize_gramian_computation=True)
+
+
+@pytest.mark.parametrize(
+    ("base", "args"), [(UPGrad, ()), (Mean, ()), (ConFIG, ()), (TrimmedMean, (1,))], ids=lambda value: str(value)
+)
+def test_a_derived_aggregator_is_called(base: Any, args: tuple[Any, ...]) -> None:
+    class Normalised(base):
+        def forward(self, matrix: Tensor, /) -> Tensor:
+            found = super().forward(matrix)
+            return found / found.norm()
+
+    net = Net()
+    losses, features = net.losses()
+    mtl_backward(losses, features=features)
+    shared = list(net.shared.parameters())
+    whole = torch.cat([param.jac.flatten(1) for param in shared], dim=1)
+    jac_to_grad(shared, Normalised(*args))
+    torch.testing.assert_close(torch.cat([param.grad.flatten() for param in shared]), Normalised(*args)(whole))
+
+
+def test_a_derived_weighting_sees_the_jacobian() -> None:
+    class Longest(MeanWeighting):
+        def forward(self, matrix: Tensor, /) -> Tensor:
+            return (matrix.norm(dim=1) == matrix.norm(dim=1).max()).to(matrix.dtype)
+
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    backward([x.sum(), (x**2).sum()])
+    weights = jac_to_grad([x], WeightedAggregator(Longest()))
+    torch.testing.assert_close(weights, torch.tensor([0.0, 1.0]))
 
 
 def test_a_weighting_of_ones_own_sees_the_gram_matrix_in_the_dtype_of_the_gradients() -> None:

@@ -175,6 +175,14 @@ def test_weights_that_cannot_be_held_are_refused(name: str) -> None:
         _trainer(name, update_weights_every=2)
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_nash_solves_the_bargain_of_the_gradients_as_they_are(scale: float) -> None:
+    rows = scale * torch.randn(3, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    gram = rows @ rows.T
+    weights = _trainer("Nash_MTL").model.weigh(torch.ones(3), gram).shared
+    torch.testing.assert_close(gram @ weights * weights, torch.ones(3, dtype=torch.float64))
+
+
 def test_nash_has_the_option_as_its_own() -> None:
     trainer = _trainer("Nash_MTL", weight_args={"update_weights_every": 5})
     assert trainer.step.options.update_weights_every == 5
