@@ -24,21 +24,25 @@ constexpr int most_on_teams = 34;
 struct Solver {
   char const* name;
   void (*run)(fuzz::Trial&);
-
   int most_on_team;  // Tasks, on a team.
 };
 
 constexpr std::array solvers{
-    Solver{"min_norm", fuzz::fuzz_min_norm, 128},   Solver{"dual_cone", fuzz::fuzz_dual_cone, 128},
-    Solver{"nonneg_qp", fuzz::fuzz_nonneg_qp, 128}, Solver{"upgrad", fuzz::fuzz_upgrad, 6},
-    Solver{"pcgrad", fuzz::fuzz_pcgrad, 128},       Solver{"gradvac", fuzz::fuzz_gradvac, 128},
-    Solver{"cagrad", fuzz::fuzz_cagrad, 64},        Solver{"fair", fuzz::fuzz_fair, 64},
-    Solver{"eigh", fuzz::fuzz_eigh, 64},            Solver{"aligned", fuzz::fuzz_aligned, 64},
-    Solver{"config", fuzz::fuzz_config, 64},        Solver{"imtl", fuzz::fuzz_imtl, 64},
+    Solver{"min_norm", fuzz::fuzz_min_norm, 128},
+    Solver{"dual_cone", fuzz::fuzz_dual_cone, 128},
+    Solver{"nonneg_qp", fuzz::fuzz_nonneg_qp, 128},
+    Solver{"upgrad", fuzz::fuzz_upgrad, 6},
+    Solver{"pcgrad", fuzz::fuzz_pcgrad, 128},
+    Solver{"gradvac", fuzz::fuzz_gradvac, 128},
+    Solver{"cagrad", fuzz::fuzz_cagrad, 64},
+    Solver{"fair", fuzz::fuzz_fair, 64},
+    Solver{"eigh", fuzz::fuzz_eigh, 64},
+    Solver{"aligned", fuzz::fuzz_aligned, 64},
+    Solver{"config", fuzz::fuzz_config, 64},
+    Solver{"imtl", fuzz::fuzz_imtl, 64},
 };
 
-constexpr std::array<fuzz::Shape, 9> shapes{
-    {{1, 2}, {1, 3}, {1, 8}, {2, 1}, {2, 2}, {3, 2}, {2, 4}, {8, 1}, {1, 32}}};
+constexpr std::array<fuzz::Shape, 9> shapes{{{1, 2}, {1, 3}, {1, 8}, {2, 1}, {2, 2}, {3, 2}, {2, 4}, {8, 1}, {1, 32}}};
 
 /// Well mixed bits of three numbers.
 std::uint64_t mix(std::uint64_t seed, std::uint64_t index, std::uint64_t part) {
@@ -68,7 +72,7 @@ int main(int count, char** arguments) {
     fuzz::Gram const gram = fuzz::draw_gram(draw, n);
     for (std::size_t s = 0; s < solvers.size(); ++s) {
       bool const together = team && n <= solvers[s].most_on_team;
-      fuzz::Trial trial{seed, index, gram, together ? shape : fuzz::Shape{}, fuzz::Draw(mix(seed, index, s)),
+      fuzz::Trial trial{seed,           index, gram, together ? shape : fuzz::Shape{}, fuzz::Draw(mix(seed, index, s)),
                         solvers[s].name};
       solvers[s].run(trial);
       failures += trial.failures;

@@ -28,7 +28,8 @@ inline Orders draw_orders(Trial& trial) {
   for (int i = 0; i < n; ++i) {
     for (std::int64_t s = 0; s < orders.steps; ++s) {
       orders.tasks.push_back(permuted ? s : draw.chance(0.1) ? draw.among(no_task) : draw.below(n));
-      if (permuted) std::swap(orders.tasks.back(), orders.tasks[i * std::int64_t{n} + draw.below(static_cast<int>(s) + 1)]);
+      if (permuted)
+        std::swap(orders.tasks.back(), orders.tasks[i * std::int64_t{n} + draw.below(static_cast<int>(s) + 1)]);
     }
   }
   trial.parameters << (permuted ? " permutations" : " any orders of ") << (permuted ? 0 : orders.steps);
@@ -75,10 +76,10 @@ inline void fuzz_pcgrad(Trial& trial) {
     for (int k = 0; k < width; ++k) update[k] += p[k];
   }
   auto solve = [&](Shape shape) {
-    return trial.solve(shape, fastmtl::pcgrad_workspace(n, shape.groups),
-                       [&](auto const& team, double* weights, double* memory) {
-                         fastmtl::pcgrad(team, n, orders.steps, gram.entries.data(), orders.tasks.data(), weights, memory);
-                       });
+    return trial.solve(
+        shape, fastmtl::pcgrad_workspace(n, shape.groups), [&](auto const& team, double* weights, double* memory) {
+          fastmtl::pcgrad(team, n, orders.steps, gram.entries.data(), orders.tasks.data(), weights, memory);
+        });
   };
   auto check = [&](Vector const& weights, std::string const& where) {
     if (gram.kind == "indefinite" || !trial.sane(weights, trial.not_finite()) || !trial.exact()) return;

@@ -19,12 +19,16 @@ class Draw {
  public:
   explicit Draw(std::uint64_t seed) : engine_(seed) {}
 
-  double uniform(double low, double high) { return low + (high - low) * 0x1p-53 * static_cast<double>(engine_() >> 11); }
+  double uniform(double low, double high) {
+    return low + (high - low) * 0x1p-53 * static_cast<double>(engine_() >> 11);
+  }
   int below(int count) { return static_cast<int>(engine_() % static_cast<std::uint64_t>(count)); }
   bool chance(double share) { return uniform(0, 1) < share; }
   double power(double low, double high) { return std::pow(10.0, uniform(low, high)); }
   double sign() { return chance(0.5) ? 1.0 : -1.0; }
-  double normal() { return std::sqrt(-2 * std::log(uniform(0x1p-53, 1))) * std::cos(2 * 3.141592653589793 * uniform(0, 1)); }
+  double normal() {
+    return std::sqrt(-2 * std::log(uniform(0x1p-53, 1))) * std::cos(2 * 3.141592653589793 * uniform(0, 1));
+  }
   template <class T, std::size_t count>
   T among(std::array<T, count> const& choices) {
     return choices[below(count)];
@@ -56,10 +60,10 @@ struct Gram {
 };
 
 inline constexpr std::array<std::string_view, 22> kinds{
-    "full rank",     "rank deficient",   "rank one",     "duplicates",     "opposite pairs",    "zero rows",
-    "all zero",      "one long row",     "far apart",    "near parallel",  "near opposite",     "stationary",
-    "part at rest",  "near stationary",  "conflicting",  "ill-conditioned", "integers",         "orthogonal",
-    "float32",       "coarse",           "indefinite",   "not finite"};
+    "full rank",    "rank deficient",  "rank one",    "duplicates",      "opposite pairs", "zero rows",
+    "all zero",     "one long row",    "far apart",   "near parallel",   "near opposite",  "stationary",
+    "part at rest", "near stationary", "conflicting", "ill-conditioned", "integers",       "orthogonal",
+    "float32",      "coarse",          "indefinite",  "not finite"};
 
 /// The kinds from here on promise less than the bounds.
 inline constexpr int first_inexact = 18;
