@@ -19,6 +19,8 @@ namespace fastmtl {
 
 /// Added to the unit diagonal.
 constexpr double fair_ridge = 1e-10;
+/// Warm weights further than that from those of tasks that do not interact are not used.
+constexpr double fair_farthest = 1e50;
 
 /// Memory of the solver; all vectors have `size` entries.
 struct FairWork {
@@ -222,7 +224,9 @@ FASTMTL_TEAM_TEMPLATE FASTMTL_HD void fair(Team const& team, int n, double p, do
     work.point[i] = work.alone[i];
     if (warm != nullptr && !zero) {
       work.point[i] = warm[i] * sqrt(square);
-      unusable += !(work.point[i] > 0 && work.point[i] <= DBL_MAX);
+      // Squares of what is further from the start than that overflow.
+      double const ratio = work.point[i] / work.alone[i];
+      unusable += !(ratio >= 1 / fair_farthest && ratio <= fair_farthest);
     }
   }
   unusable = team.sum(unusable);
