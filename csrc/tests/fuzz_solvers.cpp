@@ -15,7 +15,7 @@
 
 namespace {
 
-constexpr std::int64_t default_cases = 2000;
+constexpr std::int64_t default_cases = 1500;
 /// One case in so many is solved by a team of threads as well.
 constexpr std::int64_t team_every = 16;
 /// Teams wait at thousands of barriers: large matrices are left to few of them.
