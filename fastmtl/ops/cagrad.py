@@ -96,11 +96,11 @@ def cagrad(gram: Tensor, c: float) -> Tensor:
 
         <g_i, d> >= F(w) - 1e-8 s_i
 
-    for 1e-5 <= c <= 100, |g_0| above the rounding of G (2e-7 of the mean length) and |g_w| above 1e-4 sum_j w_j |g_j|.
-    Closer to a w with g_w = 0, where d is not determined by w, and for smaller c, F(w) is still within
-    1e-6 (s . v) of F(v) for every v on the simplex. Where |g_0| is rounding, all weights are 1 / T; for c at most 1e-8
-    the task with the smallest <g_i, g_0> has all weight. A NaN or infinity in G makes all weights NaN. The weights are
-    those of any multiple of G.
+    for 1e-5 <= c <= 100, |g_0| above 1e-3 of the mean length L of the g_i and |g_w| above 1e-4 sum_j w_j |g_j|. For a
+    smaller |g_0|, down to the rounding of G (2e-7 L), that of |g_0|^2 adds 2^-48 (L / |g_0|)^2 s_i. Closer to a w with
+    g_w = 0, where d is not determined by w, and for smaller c, F(w) is still within 1e-6 (s . v) of F(v) for every v on
+    the simplex. Where |g_0| is rounding, all weights are 1 / T; for c at most 1e-8 the task with the smallest
+    <g_i, g_0> has all weight. A NaN or infinity in G makes all weights NaN. The weights are those of any multiple of G.
 
     The kernels run in float64 without waiting for the device and always end after a bounded number of steps. Where
     several minimisers exist, one of them is returned, the same each time.
