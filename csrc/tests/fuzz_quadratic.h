@@ -85,10 +85,10 @@ inline Wide dual_cone_excess(Gram const& gram, Vector const& u, Vector const& v)
 }
 
 /// Whether two points differ by what each may be off: `mass` is the sum of both scales s.
-inline void check_orthant_agrees(Trial& trial, Vector const& one, Vector const& many, Wide mass) {
+inline void check_orthant_agrees(Trial& trial, Gram const& gram, Vector const& one, Vector const& many, Wide mass) {
   Wide way = 0;
-  for (int i = 0; i < trial.gram.n; ++i) way += std::fabs(static_cast<Wide>(one[i]) - many[i]) * trial.gram.length(i);
-  trial.check(apart(trial.gram, one, many) <= 1e-12L * mass * way * (1 + 1e-6L), "lanes disagree");
+  for (int i = 0; i < gram.n; ++i) way += std::fabs(static_cast<Wide>(one[i]) - many[i]) * gram.length(i);
+  trial.check(apart(gram, one, many) <= 1e-12L * mass * way * (1 + 1e-6L), "lanes disagree");
 }
 
 inline void fuzz_dual_cone(Trial& trial) {
@@ -121,7 +121,7 @@ inline void fuzz_dual_cone(Trial& trial) {
     for (int i = 0; i < n; ++i) {
       mass += gram.length(i) * (2 * std::fabs(target[i]) + one[i] - target[i] + many[i] - target[i]);
     }
-    check_orthant_agrees(trial, one, many, mass);
+    check_orthant_agrees(trial, gram, one, many, mass);
   };
   on_one_and_many(trial, solve, check, agree);
 }
@@ -182,7 +182,7 @@ inline void fuzz_nonneg_qp(Trial& trial) {
   };
   auto agree = [&](Vector const& one, Vector const& many) {
     if (bad || !bounded) return;
-    check_orthant_agrees(trial, one, many, program_scale(gram, linear, one) + program_scale(gram, linear, many));
+    check_orthant_agrees(trial, gram, one, many, program_scale(gram, linear, one) + program_scale(gram, linear, many));
   };
   on_one_and_many(trial, solve, check, agree);
 }
@@ -234,7 +234,7 @@ inline void fuzz_upgrad(Trial& trial) {
     for (double w : weights) trial.check(w >= 1.0 / n, "less than 1/T, " + where);
   };
   auto agree = [&](Vector const& one, Vector const& many) {
-    check_orthant_agrees(trial, one, many, n * (mass_of(matrix, one) + mass_of(matrix, many)));
+    check_orthant_agrees(trial, matrix, one, many, n * (mass_of(matrix, one) + mass_of(matrix, many)));
   };
   on_one_and_many(trial, solve, check, agree);
 }

@@ -124,7 +124,7 @@ inline void fuzz_eigh(Trial& trial) {
       }
     }
     trial.check(trace > 0 || rank == 0, "a rank without a trace, " + where);
-    if (trace > 0) trial.within(off / (4 * n * 0x1p-52L * trace), "product, " + where);
+    if (trace > 0) trial.within(off / (32 * n * 0x1p-52L * trace), "product, " + where);
   };
   on_one_and_many(trial, solve, check, [](Vector const&, Vector const&) {});
 }

@@ -262,7 +262,13 @@ FASTMTL_TEAM_TEMPLATE FASTMTL_HD void fair(Team const& team, int n, double p, do
     for (int i = team.rank(); i < n; i += team.size()) work.point[i] += length * work.step[i];
     team.barrier();
   }
-  for (int i = team.rank(); i < n; i += team.size()) weights[i] = work.point[i] * work.inverse[i];
+  // A matrix that no ridge has made definite may lead anywhere.
+  double lost = 0;
+  for (int i = team.rank(); i < n; i += team.size()) lost += !(fabs(work.point[i] * work.inverse[i]) <= DBL_MAX);
+  lost = team.sum(lost);
+  for (int i = team.rank(); i < n; i += team.size()) {
+    weights[i] = (lost > 0 ? work.alone[i] : work.point[i]) * work.inverse[i];
+  }
 }
 
 }  // namespace fastmtl
