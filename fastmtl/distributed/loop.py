@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.aggregation.base import Aggregator, GramianWeightedAggregator
+from fastmtl.autojac.fields import add_grads
 from fastmtl.distributed.peers import Peers
 from fastmtl.distributed.shards import Shards
 from fastmtl.vjp import jacobians, vjp
@@ -44,7 +45,7 @@ def write_balanced(
         weights: Tensor | None = _by_gram(losses, seeds, shared, own, aggregator, peers)
     else:
         weights = _by_rows(losses, seeds, shared, own, aggregator, peers)
-    sums = peers.sums([torch.zeros_like(param) if param.grad is None else param.grad for param in own])
+    sums = peers.sums([param.grad for param in own if param.grad is not None])
     for param, grad in zip(own, sums, strict=True):
         param.grad = grad
     return weights
@@ -63,7 +64,7 @@ def _by_gram(
     for t, (loss, seed) in enumerate(zip(losses, seeds, strict=True)):
         grads = vjp([loss], [seed], [*shared, *own], retain=t + 1 < len(losses))
         rows.append(shards.send(grads[: len(shared)]))
-        _add(own, grads[len(shared) :])
+        add_grads(own, grads[len(shared) :])
     shards.wait()
     with torch.no_grad():
         weights = aggregator.weights_of_gram(shards.gram(rows, None), shared[0].dtype)
@@ -82,16 +83,10 @@ def _by_rows(
     peers: Peers,
 ) -> Tensor | None:
     rows = [([loss], [seed]) for loss, seed in zip(losses, seeds, strict=True)]
-    found = peers.sums(jacobians(rows, len(rows), shared, False, own, lambda grads: _add(own, grads)))
+    found = peers.sums(jacobians(rows, len(rows), shared, False, own, lambda grads: add_grads(own, grads)))
     with torch.no_grad():
         weights = aggregator.write(found, shared)
     if weights is not None:
         peers.from_leader([weights])
     peers.from_leader([param.grad for param in shared if param.grad is not None])
     return weights
-
-
-def _add(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
-    for param, grad in zip(params, grads, strict=True):
-        if grad is not None:
-            param.grad = grad if param.grad is None else param.grad + grad

@@ -19,7 +19,6 @@ from fastmtl.errors import UsageError
 from fastmtl.trainer.batches import joined
 from fastmtl.trainer.building import make_model
 from fastmtl.trainer.checkpoint import load_model_state, read_checkpoint, rng_state, set_rng_state
-from fastmtl.trainer.checkpoints import Checkpoints
 from fastmtl.trainer.checks import (
     check_arguments,
     check_counts,
@@ -51,6 +50,7 @@ from fastmtl.trainer.profiling import StepProfiler, part
 from fastmtl.trainer.records import StepBuffer, StepSignals
 from fastmtl.trainer.regions import CompileReport, measure_compiled
 from fastmtl.trainer.resuming import BEGINNING, resume_run
+from fastmtl.trainer.saving import Checkpoints
 from fastmtl.trainer.step import TrainingStep
 from fastmtl.utils import count_parameters
 from fastmtl.weighting import AbsWeighting
