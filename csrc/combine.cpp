@@ -32,8 +32,9 @@ struct CombineJob {
   std::vector<Target> targets{};  // (M, K)
   std::vector<Segment> segments{};
   std::vector<bool> sums_in_double{};  // Of each parameter.
+  std::vector<bool> uniform{};         // Whether rows and results of each parameter have one type.
   int64_t chunk = 0;
-  bool converts = false;  // Whether some tensor is not of the type its sum is taken in.
+  bool converts = false;  // Whether some sum is taken in, or converted by, memory of its own.
   bool streams = false;   // Whether results go past the caches.
 
   const double* weights_of(int64_t m, int64_t k) const {
@@ -89,7 +90,8 @@ void run(CombineJob& job) {
       widest = promote(widest, job.rows.row(t, k).dtype);
     }
     job.sums_in_double.push_back(widest == DType::f64);
-    job.converts |= mixed || widest == DType::bf16 || widest == DType::f16;
+    job.uniform.push_back(!mixed);
+    job.converts |= mixed || (job.accumulate && widest != DType::f32 && widest != DType::f64);
     if (job.target(0, k).data != nullptr) job.segments.push_back({k, job.rows.parameter(k).numel, 0});
     bytes += job.rows.parameter(k).numel * 4 * job.num_results;
   }

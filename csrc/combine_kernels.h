@@ -3,20 +3,21 @@
 
 // Rows walked side by side; more would be more streams than the processor follows well.
 constexpr int64_t kGroup = 16;
-// Vectors of one row taken in a step, and how far ahead rows are called into the second-level cache, in elements.
+// Vectors of one row taken in a step, and how far ahead rows are called into the second-level cache, in bytes.
 constexpr int64_t kStep = 4;
-constexpr int64_t kAhead = 512;
+constexpr int64_t kAhead = 2048;
+constexpr int64_t kLineBytes = 64;
 
-template <class Acc>
+template <class Acc, class Storage>
 struct Term {
-  const Acc* row;
+  const Storage* row;
   Acc weight;
 };
 
 // out = start + the sum of `count` terms, for `vectors` whole vectors; a null start is zero.
-template <class Acc, int count, int64_t vectors, bool streams>
-inline __attribute__((always_inline)) void sum_vectors(const Acc* const* rows, const Vec<Acc>* weights,
-                                                       const Acc* start, Acc* out, int64_t at) {
+template <class Acc, int count, int64_t vectors, bool streams, class Storage, class Out>
+inline __attribute__((always_inline)) void sum_vectors(const Storage* const* rows, const Vec<Acc>* weights,
+                                                       const Acc* start, Out* out, int64_t at) {
 #pragma GCC unroll 4
   for (int64_t v = 0; v < vectors; ++v, at += kLanes<Acc>) {
     Vec<Acc> sum = start != nullptr ? load<Acc>(start + at) : Vec<Acc>{};
@@ -30,19 +31,20 @@ inline __attribute__((always_inline)) void sum_vectors(const Acc* const* rows, c
   }
 }
 
-template <class Acc>
-inline void sum_scalars(const Term<Acc>* terms, int64_t count, const Acc* start, Acc* out, int64_t begin, int64_t end) {
+template <class Acc, class Storage, class Out>
+inline void sum_scalars(const Term<Acc, Storage>* terms, int64_t count, const Acc* start, Out* out, int64_t begin,
+                        int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     Acc sum = start != nullptr ? start[i] : Acc{0};
-    for (int64_t t = 0; t < count; ++t) sum += terms[t].weight * terms[t].row[i];
-    out[i] = sum;
+    for (int64_t t = 0; t < count; ++t) sum += terms[t].weight * static_cast<Acc>(terms[t].row[i]);
+    out[i] = static_cast<Out>(sum);
   }
 }
 
-template <class Acc, int count, bool streams>
-void sum_group(const Term<Acc>* terms, const Acc* start, Acc* out, int64_t length) {
+template <class Acc, int count, bool streams, class Storage, class Out>
+void sum_group(const Term<Acc, Storage>* terms, const Acc* start, Out* out, int64_t length) {
   constexpr int64_t width = kLanes<Acc>;
-  const Acc* rows[kGroup];
+  const Storage* rows[kGroup];
   Vec<Acc> weights[kGroup];
   for (int t = 0; t < count; ++t) {
     rows[t] = terms[t].row;
@@ -50,15 +52,18 @@ void sum_group(const Term<Acc>* terms, const Acc* start, Acc* out, int64_t lengt
   }
   int64_t at = 0;
   if (streams) {
-    const auto past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(out) % kVectorBytes / sizeof(Acc));
-    at = std::min(length, past == 0 ? 0 : width - past);
+    const uintptr_t past = reinterpret_cast<uintptr_t>(out) % kVectorBytes;
+    at = std::min(length, static_cast<int64_t>((kVectorBytes - past) % kVectorBytes / sizeof(Out)));
     sum_scalars(terms, count, start, out, 0, at);
   }
   for (; at + kStep * width <= length; at += kStep * width) {
 #pragma GCC unroll 16
     for (int t = 0; t < count; ++t) {
+      const char* const ahead = reinterpret_cast<const char*>(rows[t] + at) + kAhead;
 #pragma GCC unroll 4
-      for (int64_t v = 0; v < kStep; ++v) __builtin_prefetch(rows[t] + at + kAhead + v * width, 0, 2);
+      for (int64_t line = 0; line < kStep * width * static_cast<int64_t>(sizeof(Storage)); line += kLineBytes) {
+        __builtin_prefetch(ahead + line, 0, 2);
+      }
     }
     sum_vectors<Acc, count, kStep, streams>(rows, weights, start, out, at);
   }
@@ -66,8 +71,8 @@ void sum_group(const Term<Acc>* terms, const Acc* start, Acc* out, int64_t lengt
   sum_scalars(terms, count, start, out, at, length);
 }
 
-template <class Acc, bool streams, int count = kGroup>
-void sum_any_group(const Term<Acc>* terms, int64_t given, const Acc* start, Acc* out, int64_t length) {
+template <class Acc, bool streams, int count = kGroup, class Storage, class Out>
+void sum_any_group(const Term<Acc, Storage>* terms, int64_t given, const Acc* start, Out* out, int64_t length) {
   if constexpr (count > 0) {
     if (given < count) return sum_any_group<Acc, streams, count - 1>(terms, given, start, out, length);
   }
@@ -75,8 +80,8 @@ void sum_any_group(const Term<Acc>* terms, int64_t given, const Acc* start, Acc*
 }
 
 // out = start + the sum of the terms, group by group.
-template <class Acc, bool streams>
-void sum_terms(const Term<Acc>* terms, int64_t count, const Acc* start, Acc* out, int64_t length) {
+template <bool streams, class Acc, class Storage>
+void sum_terms(const Term<Acc, Storage>* terms, int64_t count, const Acc* start, Storage* out, int64_t length) {
   alignas(kVectorBytes) Acc partial[kMaxChunk];
   for (; count > kGroup; terms += kGroup, count -= kGroup) {
     sum_group<Acc, kGroup, false>(terms, start, partial, length);
@@ -85,49 +90,53 @@ void sum_terms(const Term<Acc>* terms, int64_t count, const Acc* start, Acc* out
   sum_any_group<Acc, streams>(terms, count, start, out, length);
 }
 
-// One output's piece. Where `out` has another type than the sum, the sum is taken in `scratch`.
-template <class Acc>
-void combine_piece(const CombineJob& job, const Target& target, const Term<Acc>* terms, int64_t count, int64_t begin,
-                   int64_t length, Acc* scratch) {
-  const bool direct = target.dtype == (std::is_same_v<Acc, double> ? DType::f64 : DType::f32);
-  Acc* out = direct ? static_cast<Acc*>(target.data) + begin : scratch;
-  if (job.accumulate) {
-    sum_terms<Acc, false>(terms, count, as(target.data, target.dtype, begin, length, scratch), out, length);
-  } else if (job.streams && direct) {
-    sum_terms<Acc, true>(terms, count, nullptr, out, length);
-  } else {
-    sum_terms<Acc, false>(terms, count, nullptr, out, length);
-  }
-  if (direct) return;
-  switch (target.dtype) {
-    case DType::f32:
-      return convert(static_cast<float*>(target.data) + begin, scratch, length);
-    case DType::f64:
-      return convert(static_cast<double*>(target.data) + begin, scratch, length);
-    case DType::bf16:
-      return convert(static_cast<BFloat16*>(target.data) + begin, scratch, length);
-    case DType::f16:
-      return convert(static_cast<Half*>(target.data) + begin, scratch, length);
-  }
-}
-
-template <class Acc>
-void combine_chunk(const CombineJob& job, int64_t k, int64_t begin, int64_t length, Acc* scratch) {
+// A piece of one parameter whose rows and results are all Storage, or else, with Storage = Acc, are converted in
+// `scratch`.
+template <class Acc, class Storage>
+void combine_chunk(const CombineJob& job, const Piece& piece, Acc* scratch) {
+  const auto [k, begin, length] = piece;
   const int64_t num_rows = job.rows.num_rows();
-  Acc* row_scratch = scratch + length;
-  const Acc* converted[kMaxRows] = {};
-  Term<Acc> terms[kMaxRows];
+  const bool direct = job.uniform[k];
+  const Storage* rows[kMaxRows] = {};
+  Term<Acc, Storage> terms[kMaxRows];
   for (int64_t m = 0; m < job.num_results; ++m) {
     const double* weights = job.weights_of(m, k);
     int64_t count = 0;
     for (int64_t t = 0; t < num_rows; ++t) {
       const Row& row = job.rows.row(t, k);
       if (row.tensor == nullptr || weights[t] == 0) continue;
-      if (converted[t] == nullptr) converted[t] = as(row.data, row.dtype, begin, length, row_scratch + t * length);
-      terms[count++] = {converted[t], static_cast<Acc>(weights[t])};
+      if (rows[t] == nullptr) {
+        if constexpr (std::is_same_v<Storage, Acc>) {
+          rows[t] = as(row.data, row.dtype, begin, length, scratch + (t + 1) * length);
+        } else {
+          rows[t] = static_cast<const Storage*>(row.data) + begin;
+        }
+      }
+      terms[count++] = {rows[t], static_cast<Acc>(weights[t])};
     }
-    combine_piece(job, job.target(m, k), terms, count, begin, length, scratch);
+    const Target& target = job.target(m, k);
+    Storage* out = static_cast<Storage*>(target.data) + begin;
+    if constexpr (std::is_same_v<Storage, Acc>) {
+      if (!direct) out = scratch;
+    }
+    const Acc* start = job.accumulate ? as(target.data, target.dtype, begin, length, scratch) : nullptr;
+    if (job.streams && direct && !job.accumulate) {
+      sum_terms<true>(terms, count, start, out, length);
+    } else {
+      sum_terms<false>(terms, count, start, out, length);
+    }
+    if (!direct) save(scratch, target.data, target.dtype, begin, length);
   }
+}
+
+template <class Acc>
+void combine_any(const CombineJob& job, const Piece& piece, Acc* scratch) {
+  const DType dtype = job.target(0, piece.index).dtype;
+  if constexpr (std::is_same_v<Acc, float>) {
+    if (job.uniform[piece.index] && dtype == DType::bf16) return combine_chunk<Acc, BFloat16>(job, piece, scratch);
+    if (job.uniform[piece.index] && dtype == DType::f16) return combine_chunk<Acc, Half>(job, piece, scratch);
+  }
+  combine_chunk<Acc, Acc>(job, piece, scratch);
 }
 
 inline void combine_slice(const CombineJob& job, const Slice& slice) {
@@ -135,9 +144,9 @@ inline void combine_slice(const CombineJob& job, const Slice& slice) {
       std::make_unique_for_overwrite<double[]>(job.converts ? (job.rows.num_rows() + 1) * job.chunk : 0);
   for_each_chunk(job.segments, slice, job.chunk, [&](int64_t k, int64_t begin, int64_t length) {
     if (job.sums_in_double[k]) {
-      combine_chunk(job, k, begin, length, scratch.get());
+      combine_any(job, {k, begin, length}, scratch.get());
     } else {
-      combine_chunk(job, k, begin, length, reinterpret_cast<float*>(scratch.get()));
+      combine_any(job, {k, begin, length}, reinterpret_cast<float*>(scratch.get()));
     }
   });
   if (job.streams) stream_fence();

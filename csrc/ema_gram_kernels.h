@@ -17,8 +17,9 @@ inline void scale(Acc* state, Acc keep, int64_t length) {
 
 // Updates a chunk of all rows, and multiplies it while it is in the caches.
 template <class Acc>
-void ema_chunk(const EmaJob& job, int64_t k, int64_t begin, int64_t length, Acc* scratch, Tile<float>* tiles,
+void ema_chunk(const EmaJob& job, const Piece& piece, const Piece& next, Acc* scratch, Tile<float>* tiles,
                Sums& sums) {
+  const auto [k, begin, length] = piece;
   const StateRows& both = job.both;
   Chunk<Acc> chunk;
   chunk.length = length;
@@ -36,6 +37,10 @@ void ema_chunk(const EmaJob& job, int64_t k, int64_t begin, int64_t length, Acc*
     give_back(own, begin, length, state);
     chunk.rows[t] = state;
     chunk.task[t] = t;
+    if (next.length == 0) continue;
+    chunk.next[chunk.num_next++] = span_of(both.state.row(t, next.index), next.begin, next.length);
+    const Row& ahead = both.rows.row(t, next.index);
+    if (ahead.tensor != nullptr) chunk.next[chunk.num_next++] = span_of(ahead, next.begin, next.length);
   }
   add_products(chunk, sums, tiles);
 }
@@ -47,11 +52,11 @@ inline void ema_gram_slice(const EmaJob& job, const Slice& slice, double* upper)
   const auto scratch = std::make_unique_for_overwrite<double[]>(job.both.converts ? (num_rows + 1) * job.chunk : 0);
   const auto tiles = std::make_unique_for_overwrite<Tile<float>[]>(blocks * (blocks + 1) / 2);
   Sums sums(num_rows);
-  for_each_chunk(job.both.segments, slice, job.chunk, [&](int64_t k, int64_t begin, int64_t length) {
-    if (job.both.type(k) == DType::f64) {
-      ema_chunk(job, k, begin, length, scratch.get(), tiles.get(), sums);
+  for_each_chunk_ahead(job.both.segments, slice, job.chunk, [&](const Piece& piece, const Piece& next) {
+    if (job.both.type(piece.index) == DType::f64) {
+      ema_chunk(job, piece, next, scratch.get(), tiles.get(), sums);
     } else {
-      ema_chunk(job, k, begin, length, reinterpret_cast<float*>(scratch.get()), tiles.get(), sums);
+      ema_chunk(job, piece, next, reinterpret_cast<float*>(scratch.get()), tiles.get(), sums);
     }
   });
   write_upper(sums, upper);

@@ -86,20 +86,6 @@ inline void add_signed(const Acc* __restrict rep, const Acc* __restrict grad, Ac
   }
 }
 
-template <class Acc>
-inline void save(const Target& target, int64_t begin, const Acc* from, int64_t length) {
-  switch (target.dtype) {
-    case DType::f32:
-      return convert(static_cast<float*>(target.data) + begin, from, length);
-    case DType::f64:
-      return convert(static_cast<double*>(target.data) + begin, from, length);
-    case DType::bf16:
-      return convert(static_cast<BFloat16*>(target.data) + begin, from, length);
-    case DType::f16:
-      return convert(static_cast<Half*>(target.data) + begin, from, length);
-  }
-}
-
 // The whole batch of the features [begin, begin + length).
 template <class Acc>
 void drop_features(const BatchJob& job, int64_t begin, int64_t length, Acc* memory) {
@@ -166,7 +152,7 @@ void drop_features(const BatchJob& job, int64_t begin, int64_t length, Acc* memo
           for (int64_t i = 0; i < length; ++i) out[i] += grad[i] * factor[i];
         }
       }
-      if (!direct) save(target, place, out, length);
+      if (!direct) save(out, target.data, target.dtype, place, length);
     }
   }
 }
@@ -284,7 +270,7 @@ void drop_elements(const RowsJob& job, int64_t k, int64_t begin, int64_t length,
       out[i] = total;
     }
   }
-  if (!direct) save(target, begin, out, length);
+  if (!direct) save(out, target.data, target.dtype, begin, length);
 }
 
 inline void graddrop_rows_slice(const RowsJob& job, const Slice& slice) {

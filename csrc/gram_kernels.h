@@ -1,8 +1,8 @@
 // The products of all pairs of rows of a chunk. Compiled once per instruction set, inside that set's namespace: no
 // include guard.
 //
-// A slice is taken in chunks of up to 4096 elements of every row, for which float32 sums last before they are added up
-// in float64, and a chunk in strips, which stay in the caches while all pairs of rows are multiplied. Rows are
+// A slice is taken in chunks of some thousand elements of every row, for which float32 sums last before they are added up
+// in float64. While all pairs of rows of a chunk are multiplied, the next one is called into the caches. Rows are
 // multiplied four by four, so that 16 sums and 8 operands stay in registers.
 
 constexpr int64_t kBlock = 4;
@@ -11,10 +11,10 @@ constexpr int64_t kSumLanes = kLanes<double>;
 // Products a lane adds up one by one before the sum is put aside. Short runs keep the error of equal entries, such as
 // those of an expanded gradient, near that of pairwise summation.
 constexpr int64_t kRun = 32;
-// Elements of each row that are multiplied while the next as many are called from memory, a share every kBeat vectors.
-constexpr int64_t kStrip = 2048;
+// Vectors of each row between two looks at what is to be called from memory.
 constexpr int64_t kBeat = 4;
-constexpr int64_t kLineFloats = 16;
+// Elements of each row for which all pairs are taken in turn, so that the rows of a tile stay in the first-level cache.
+constexpr int64_t kPiece = 512;
 
 // The present rows of a chunk of one parameter.
 template <class Storage>
@@ -23,6 +23,8 @@ struct Chunk {
   int64_t task[kMaxRows];  // Of each row.
   int64_t count = 0;
   int64_t length;
+  Span next[2 * kMaxRows];  // What will be read after it.
+  int64_t num_next = 0;
 };
 
 // Lane sums of the products of four rows with four rows.
@@ -36,45 +38,47 @@ inline void pad(const Storage* from, int64_t length, Storage (&to)[kLanes<Acc>])
   for (int64_t i = 0; i < kLanes<Acc>; ++i) to[i] = i < length ? from[i] : Storage{};
 }
 
-// Calls one strip of all rows into the second-level cache while another is multiplied, row after row: memory answers a
-// few long bursts faster than as many streams as there are rows.
+// Calls spans into the second-level cache, a share at every beat of a chunk, span after span: memory answers a few long
+// bursts faster than as many streams as there are rows.
 class Ahead {
  public:
-  Ahead(const Chunk<float>& chunk, int64_t begin) : row_(chunk.rows), begin_(begin), left_(chunk.count * kStrip) {
+  Ahead() = default;
+
+  template <class Storage>
+  explicit Ahead(const Chunk<Storage>& chunk) : span_(chunk.next), end_(chunk.next + chunk.num_next) {
+    int64_t lines = 0;
+    for (const Span* span = span_; span != end_; ++span) lines += span->bytes / kLineBytes + 1;
     const int64_t blocks = (chunk.count + kBlock - 1) / kBlock;
-    const int64_t beats = blocks * (blocks + 1) / 2 * kStrip / (kBeat * kLanes<float>);
-    share_ = (left_ + beats - 1) / beats;
+    const int64_t beats = blocks * (blocks + 1) / 2 * chunk.length / (kBeat * kLanes<Storage>);
+    share_ = lines / std::max<int64_t>(beats, 1) + 1;
   }
 
   // Calls the share of one beat.
   void operator()() {
-    for (int64_t called = 0; called < share_ && left_ > 0; called += kLineFloats, left_ -= kLineFloats) {
-      __builtin_prefetch(*row_ + begin_ + at_, 0, 2);
-      at_ += kLineFloats;
-      if (at_ == kStrip) {
-        ++row_;
+    for (int64_t called = 0; called < share_ && span_ != end_; ++called) {
+      __builtin_prefetch(span_->begin + at_, 0, 2);
+      at_ += kLineBytes;
+      if (at_ >= span_->bytes) {
+        ++span_;
         at_ = 0;
       }
     }
   }
 
  private:
-  const float* const* row_;
-  int64_t begin_;
+  static constexpr int64_t kLineBytes = 64;
+
+  const Span* span_ = nullptr;
+  const Span* end_ = nullptr;
   int64_t at_ = 0;
-  int64_t left_;
-  int64_t share_;
+  int64_t share_ = 0;
 };
 
-struct Nothing {
-  void operator()() const {}
-};
-
-// tile[r][c] += a[r] * b[c] over elements [begin, end); on the diagonal (a = b) only c >= r is taken. meanwhile() is
-// called again and again, for memory to work while the arithmetic does.
-template <class Acc, int R, int C, bool diagonal, class Storage, class Meanwhile>
+// tile[r][c] += a[r] * b[c] over elements [begin, end); on the diagonal (a = b) only c >= r is taken. The next chunk
+// is called in the meantime.
+template <class Acc, int R, int C, bool diagonal, class Storage>
 void multiply(const Storage* const* rows_a, const Storage* const* rows_b, int64_t begin, int64_t end, Tile<Acc>& tile,
-              Meanwhile& meanwhile) {
+              Ahead& ahead) {
   constexpr int64_t width = kLanes<Acc>;
   const Storage* a[R];
   const Storage* b[C];
@@ -83,47 +87,28 @@ void multiply(const Storage* const* rows_a, const Storage* const* rows_b, int64_
 #pragma GCC unroll 4
   for (int c = 0; c < C; ++c) b[c] = rows_b[c];
 
-  Storage padded_a[R][width];
-  Storage padded_b[C][width];
-  int64_t at = begin;
-  int64_t left = end - begin;
-  while (left > 0) {
-    if (left < width) {
+  Vec<Acc> sum[R][C];
+  const auto step = [&](int64_t at) {
+    Vec<Acc> x[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) x[r] = load<Acc>(a[r] + at);
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) {
+      const Vec<Acc> y = diagonal ? x[c] : load<Acc>(b[c] + at);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
-        pad<Acc>(a[r] + at, left, padded_a[r]);
-        a[r] = padded_a[r];
+        if (!diagonal || c >= r) sum[r][c] = fma(x[r], y, sum[r][c]);
       }
-#pragma GCC unroll 4
-      for (int c = 0; c < C && !diagonal; ++c) {
-        pad<Acc>(b[c] + at, left, padded_b[c]);
-        b[c] = padded_b[c];
-      }
-      at = 0;
-      left = width;
     }
-    Vec<Acc> sum[R][C];
+  };
+  const auto clear = [&] {
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) sum[r][c] = Vec<Acc>{};
+      for (int c = diagonal ? r : 0; c < C; ++c) sum[r][c] = Vec<Acc>{};
     }
-    const int64_t run = std::min(left / width, kRun) * width;
-    for (const int64_t stop = at + run; at < stop; at += width) {
-      if (at % (kBeat * width) == 0) meanwhile();
-      Vec<Acc> x[R];
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) x[r] = load<Acc>(a[r] + at);
-#pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) {
-        const Vec<Acc> y = diagonal ? x[c] : load<Acc>(b[c] + at);
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) {
-          if (!diagonal || c >= r) sum[r][c] = fma(x[r], y, sum[r][c]);
-        }
-      }
-    }
-    left -= run;
+  };
+  const auto put_aside = [&] {
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
@@ -132,18 +117,48 @@ void multiply(const Storage* const* rows_a, const Storage* const* rows_b, int64_
         store(lanes, load<Acc>(lanes) + sum[r][c]);
       }
     }
+  };
+
+  int64_t at = begin;
+  for (int64_t vectors = (end - begin) / width; vectors > 0; vectors -= kRun) {
+    clear();
+    const int64_t run = std::min(vectors, kRun);
+    for (int64_t beat = run / kBeat; beat > 0; --beat) {
+      ahead();
+#pragma GCC unroll 4
+      for (int64_t v = 0; v < kBeat; ++v, at += width) step(at);
+    }
+    for (int64_t left = run % kBeat; left > 0; --left, at += width) step(at);
+    put_aside();
   }
+  const int64_t left = end - at;
+  if (left == 0) return;
+  Storage padded_a[R][width];
+  Storage padded_b[C][width];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+    pad<Acc>(a[r] + at, left, padded_a[r]);
+    a[r] = padded_a[r];
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < C && !diagonal; ++c) {
+    pad<Acc>(b[c] + at, left, padded_b[c]);
+    b[c] = padded_b[c];
+  }
+  clear();
+  step(0);
+  put_aside();
 }
 
 // Multiplies the blocks of rows that start at i and j >= i; only the last block of a chunk has fewer than four rows.
-template <class Acc, class Storage, class Meanwhile>
+template <class Acc, class Storage>
 void multiply_blocks(const Chunk<Storage>& chunk, int64_t i, int64_t j, int64_t begin, int64_t end, Tile<Acc>& tile,
-                     Meanwhile& meanwhile) {
+                     Ahead& ahead) {
   const Storage* const* a = chunk.rows + i;
   const Storage* const* b = chunk.rows + j;
   const auto with = [&]<int C>(std::integral_constant<int, C>) {
-    return i == j ? multiply<Acc, C, C, true>(a, b, begin, end, tile, meanwhile)
-                  : multiply<Acc, 4, C, false>(a, b, begin, end, tile, meanwhile);
+    return i == j ? multiply<Acc, C, C, true>(a, b, begin, end, tile, ahead)
+                  : multiply<Acc, 4, C, false>(a, b, begin, end, tile, ahead);
   };
   switch (std::min(kBlock, chunk.count - j)) {
     case 1:
@@ -195,10 +210,9 @@ void add_tile(const Tile<Acc>& tile, const Chunk<Storage>& chunk, int64_t i, int
 
 // The products of two blocks over the whole chunk, summed in float64.
 template <class Storage>
-void add_wide(const Chunk<Storage>& chunk, int64_t i, int64_t j, Sums& sums) {
+void add_wide(const Chunk<Storage>& chunk, int64_t i, int64_t j, Sums& sums, Ahead& ahead) {
   Tile<double> tile{};
-  Nothing nothing;
-  multiply_blocks(chunk, i, j, 0, chunk.length, tile, nothing);
+  multiply_blocks(chunk, i, j, 0, chunk.length, tile, ahead);
   add_tile(tile, chunk, i, j, sums);
 }
 
@@ -214,27 +228,18 @@ inline bool trusted(const float* squares, const float* row, int64_t length) {
 }
 
 inline void add_products(const Chunk<double>& chunk, Sums& sums, Tile<float>*) {
-  for_each_tile(chunk.count, [&](int64_t i, int64_t j, int64_t) { add_wide(chunk, i, j, sums); });
-}
-
-// Multiplies all pairs of blocks of one strip.
-inline void multiply_strip(const Chunk<float>& chunk, int64_t begin, Tile<float>* tiles) {
-  const int64_t end = std::min(begin + kStrip, chunk.length);
-  Ahead ahead(chunk, begin + kStrip);
-  for_each_tile(chunk.count, [&](int64_t i, int64_t j, int64_t number) {
-    multiply_blocks(chunk, i, j, begin, end, tiles[number], ahead);
-  });
+  Ahead ahead(chunk);
+  for_each_tile(chunk.count, [&](int64_t i, int64_t j, int64_t) { add_wide(chunk, i, j, sums, ahead); });
 }
 
 // Sums the products in float32, and again in float64 those of rows whose squares leave float32's range.
 inline void add_products(const Chunk<float>& chunk, Sums& sums, Tile<float>* tiles) {
   for_each_tile(chunk.count, [&](int64_t, int64_t, int64_t number) { tiles[number] = {}; });
-  if (chunk.count <= kBlock) {
-    // Each element is used once and the processor itself sees so few streams coming.
-    Nothing nothing;
-    multiply_blocks(chunk, 0, 0, 0, chunk.length, tiles[0], nothing);
-  } else {
-    for (int64_t begin = 0; begin < chunk.length; begin += kStrip) multiply_strip(chunk, begin, tiles);
+  Ahead ahead(chunk);
+  for (int64_t begin = 0; begin < chunk.length; begin += kPiece) {
+    for_each_tile(chunk.count, [&](int64_t i, int64_t j, int64_t number) {
+      multiply_blocks(chunk, i, j, begin, std::min(begin + kPiece, chunk.length), tiles[number], ahead);
+    });
   }
   bool narrow[kMaxBlocks];
   for_each_tile(chunk.count, [&](int64_t i, int64_t j, int64_t number) {
@@ -247,7 +252,7 @@ inline void add_products(const Chunk<float>& chunk, Sums& sums, Tile<float>* til
     if (narrow[i / kBlock] && narrow[j / kBlock]) {
       add_tile(tiles[number], chunk, i, j, sums);
     } else {
-      add_wide(chunk, i, j, sums);
+      add_wide(chunk, i, j, sums, ahead);
     }
   });
 }

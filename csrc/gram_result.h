@@ -11,10 +11,10 @@
 
 namespace fastmtl {
 
-// Elements of each row that are taken at a time, so that a chunk of all rows stays in the second-level cache.
+// Elements of each row that are taken at a time, so that two chunks of all rows stay in the second-level cache.
 inline int64_t chunk_length(int64_t num_rows, bool converts) {
-  const int64_t cache_floats = converts ? 32768 : 131072;
-  return std::clamp<int64_t>(cache_floats / num_rows / 512 * 512, 512, 4096);
+  const int64_t cache_floats = converts ? 65536 : 98304;
+  return std::clamp<int64_t>(cache_floats / num_rows / 512 * 512, 512, converts ? 2048 : 4096);
 }
 
 // Adds up the upper triangles of all slices, in order: (T, T), or (L, T, T) where there are groups.

@@ -11,21 +11,7 @@ inline Acc* borrow(const Row& state, int64_t begin, int64_t length, Acc* scratch
 template <class Acc>
 inline void give_back(const Row& state, int64_t begin, int64_t length, Acc* borrowed) {
   void* data = const_cast<void*>(state.data);
-  switch (state.dtype) {
-    case DType::f32:
-      if constexpr (std::is_same_v<Acc, float>) return;
-      convert(static_cast<float*>(data) + begin, borrowed, length);
-      break;
-    case DType::f64:
-      if constexpr (std::is_same_v<Acc, double>) return;
-      convert(static_cast<double*>(data) + begin, borrowed, length);
-      break;
-    case DType::bf16:
-      convert(static_cast<BFloat16*>(data) + begin, borrowed, length);
-      break;
-    case DType::f16:
-      convert(static_cast<Half*>(data) + begin, borrowed, length);
-      break;
-  }
+  if (state.dtype == (std::is_same_v<Acc, double> ? DType::f64 : DType::f32)) return;
+  save(borrowed, data, state.dtype, begin, length);
   as(data, state.dtype, begin, length, borrowed);
 }

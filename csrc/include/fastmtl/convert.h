@@ -1,9 +1,19 @@
 // Element conversions between the dtypes of rows and the type sums are taken in. Included by a kernel header inside a
 // namespace, once per instruction set: no include guard.
 
+template <class Scalar>
+constexpr bool kHasHalfTheBits = std::is_same_v<Scalar, BFloat16> || std::is_same_v<Scalar, Half>;
+
 template <class To, class From>
 inline void convert(To* to, const From* from, int64_t length) {
-  for (int64_t i = 0; i < length; ++i) to[i] = static_cast<To>(from[i]);
+  int64_t i = 0;
+  // Compilers do not vectorise these by themselves.
+  if constexpr (std::is_same_v<To, float> && kHasHalfTheBits<From>) {
+    for (; i + kLanes<float> <= length; i += kLanes<float>) store(to + i, load<float>(from + i));
+  } else if constexpr (kHasHalfTheBits<To> && std::is_same_v<From, float>) {
+    for (; i + kLanes<float> <= length; i += kLanes<float>) store(to + i, load<float>(from + i));
+  }
+  for (; i < length; ++i) to[i] = static_cast<To>(from[i]);
 }
 
 // The elements [begin, begin + length) of a row as Acc: the row's own memory where it has that type, else `scratch`.
@@ -26,4 +36,19 @@ inline const Acc* as(const void* data, DType dtype, int64_t begin, int64_t lengt
       break;
   }
   return scratch;
+}
+
+// Writes elements [begin, begin + length) of `data`, which has the given dtype.
+template <class Acc>
+inline void save(const Acc* from, void* data, DType dtype, int64_t begin, int64_t length) {
+  switch (dtype) {
+    case DType::f32:
+      return convert(static_cast<float*>(data) + begin, from, length);
+    case DType::f64:
+      return convert(static_cast<double*>(data) + begin, from, length);
+    case DType::bf16:
+      return convert(static_cast<BFloat16*>(data) + begin, from, length);
+    case DType::f16:
+      return convert(static_cast<Half*>(data) + begin, from, length);
+  }
 }

@@ -10,8 +10,8 @@
 #define FASTMTL_VECTOR_BYTES 16
 #define FASTMTL_ISA_LEVEL 0
 namespace fastmtl::portable {
-#include "fastmtl/convert.h"
 #include "fastmtl/vec.h"
+#include "fastmtl/convert.h"
 #include FASTMTL_KERNELS
 }  // namespace fastmtl::portable
 #undef FASTMTL_VECTOR_BYTES
@@ -28,8 +28,8 @@ namespace fastmtl::portable {
 #pragma GCC target("avx2,fma,f16c")
 #endif
 namespace fastmtl::avx2 {
-#include "fastmtl/convert.h"
 #include "fastmtl/vec.h"
+#include "fastmtl/convert.h"
 #include FASTMTL_KERNELS
 }  // namespace fastmtl::avx2
 #ifdef __clang__
@@ -50,8 +50,8 @@ namespace fastmtl::avx2 {
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #endif
 namespace fastmtl::avx512 {
-#include "fastmtl/convert.h"
 #include "fastmtl/vec.h"
+#include "fastmtl/convert.h"
 #include FASTMTL_KERNELS
 }  // namespace fastmtl::avx512
 #ifdef __clang__

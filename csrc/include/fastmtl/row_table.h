@@ -132,6 +132,18 @@ struct Row {
   bool matches = true;  // Whether the memory has the layout of the parameter.
 };
 
+// A stretch of memory.
+struct Span {
+  const char* begin;
+  int64_t bytes;
+};
+
+// Where `length` elements of a row lie, from element `begin` on.
+inline Span span_of(const Row& row, int64_t begin, int64_t length) {
+  const int64_t size = bytes_of(row.dtype);
+  return {static_cast<const char*>(row.data) + begin * size, length * size};
+}
+
 // What the rows of one parameter have in common.
 struct Parameter {
   Shape shape;  // Of the first row there is; strides are those below.

@@ -74,4 +74,23 @@ void for_each_chunk(const std::vector<Segment>& segments, const Slice& slice, in
   }
 }
 
+// A part of tensor `index`.
+struct Piece {
+  int64_t index = 0;
+  int64_t begin = 0;
+  int64_t length = 0;
+};
+
+// Calls visit(piece, next) for each piece of a slice, in order; the last one is followed by one of length 0.
+template <class Visit>
+void for_each_chunk_ahead(const std::vector<Segment>& segments, const Slice& slice, int64_t max_length, Visit visit) {
+  Piece piece;
+  for_each_chunk(segments, slice, max_length, [&](int64_t index, int64_t begin, int64_t length) {
+    const Piece next{index, begin, length};
+    if (piece.length > 0) visit(piece, next);
+    piece = next;
+  });
+  if (piece.length > 0) visit(piece, Piece{});
+}
+
 }  // namespace fastmtl

@@ -59,11 +59,41 @@ inline VecU64 interleave_odd(VecU64 a, VecU64 b) {
 #endif
 }
 
+// Floats in 16 bits, as many as a vector has floats: half a register.
+typedef uint16_t Halves __attribute__((vector_size(FASTMTL_VECTOR_BYTES / 2)));
+typedef uint16_t LooseHalves __attribute__((vector_size(FASTMTL_VECTOR_BYTES / 2), aligned(2), may_alias));
+typedef uint32_t FloatBits __attribute__((vector_size(FASTMTL_VECTOR_BYTES)));
+
+inline Vec<float> load_wide(const BFloat16* from) {
+  const Halves halves = *reinterpret_cast<const LooseHalves*>(from);
+#if FASTMTL_ISA_LEVEL == 2
+  return (Vec<float>)((FloatBits)_mm512_cvtepu16_epi32((__m256i)halves) << 16);
+#elif FASTMTL_ISA_LEVEL == 1
+  return (Vec<float>)((FloatBits)_mm256_cvtepu16_epi32((__m128i)halves) << 16);
+#else
+  return (Vec<float>)(__builtin_convertvector(halves, FloatBits) << 16);
+#endif
+}
+
+inline Vec<float> load_wide(const Half* from) {
+#if FASTMTL_ISA_LEVEL == 2
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif FASTMTL_ISA_LEVEL == 1
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#else
+  Vec<float> wide;
+  for (int64_t lane = 0; lane < kLanes<float>; ++lane) wide[lane] = from[lane];
+  return wide;
+#endif
+}
+
 // Loads kLanes<Acc> elements from any address, widened to Acc.
 template <class Acc, class Storage>
 inline Vec<Acc> load(const Storage* from) {
   if constexpr (std::is_same_v<Acc, Storage>) {
     return *reinterpret_cast<const typename VecOf<Acc>::loose*>(from);
+  } else if constexpr (std::is_same_v<Acc, float>) {
+    return load_wide(from);
   } else {
 #if FASTMTL_ISA_LEVEL == 2
     return _mm512_cvtps_pd(_mm256_loadu_ps(from));
@@ -80,6 +110,32 @@ inline Vec<Acc> load(const Storage* from) {
 template <class Scalar>
 inline void store(Scalar* to, Vec<Scalar> value) {
   *reinterpret_cast<typename VecOf<Scalar>::loose*>(to) = value;
+}
+
+// Rounded to the nearest, to even where two are as near.
+inline Halves narrow(Vec<float> value, BFloat16) {
+  const FloatBits bits = (FloatBits)value;
+  const FloatBits rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+  const FloatBits quiet_nan = FloatBits{} + 0x7FC0;
+  return __builtin_convertvector(value == value ? rounded : quiet_nan, Halves);
+}
+
+inline Halves narrow(Vec<float> value, Half) {
+#if FASTMTL_ISA_LEVEL == 2
+  return (Halves)_mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT);
+#elif FASTMTL_ISA_LEVEL == 1
+  return (Halves)_mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT);
+#else
+  Halves halves;
+  for (int64_t lane = 0; lane < kLanes<float>; ++lane) halves[lane] = Half(value[lane]).x;
+  return halves;
+#endif
+}
+
+template <class Scalar>
+  requires(sizeof(Scalar) == 2)
+inline void store(Scalar* to, Vec<float> value) {
+  *reinterpret_cast<LooseHalves*>(to) = narrow(value, Scalar{});
 }
 
 inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
@@ -124,13 +180,25 @@ inline Vec<double> sqrt(Vec<double> value) {
 #endif
 }
 
-// Stores past the caches; `to` must be aligned to the vector. Needs stream_fence() before other threads read.
+// Stores past the caches; `to` must be aligned to what is stored. Needs stream_fence() before other threads read.
 template <class Scalar>
 inline void stream(Scalar* to, Vec<Scalar> value) {
 #if FASTMTL_ISA_LEVEL == 2
   _mm512_stream_ps(reinterpret_cast<float*>(to), (__m512)value);
 #elif FASTMTL_ISA_LEVEL == 1
   _mm256_stream_ps(reinterpret_cast<float*>(to), (__m256)value);
+#else
+  store(to, value);
+#endif
+}
+
+template <class Scalar>
+  requires(sizeof(Scalar) == 2)
+inline void stream(Scalar* to, Vec<float> value) {
+#if FASTMTL_ISA_LEVEL == 2
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), (__m256i)narrow(value, Scalar{}));
+#elif FASTMTL_ISA_LEVEL == 1
+  _mm_stream_si128(reinterpret_cast<__m128i*>(to), (__m128i)narrow(value, Scalar{}));
 #else
   store(to, value);
 #endif
