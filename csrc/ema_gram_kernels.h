@@ -17,8 +17,7 @@ inline void scale(Acc* state, Acc keep, int64_t length) {
 
 // Updates a chunk of all rows, and multiplies it while it is in the caches.
 template <class Acc>
-void ema_chunk(const EmaJob& job, const Piece& piece, const Piece& next, Acc* scratch, Tile<float>* tiles,
-               Sums& sums) {
+void ema_chunk(const EmaJob& job, const Piece& piece, const Piece& next, Acc* scratch, Tile<float>* tiles, Sums& sums) {
   const auto [k, begin, length] = piece;
   const StateRows& both = job.both;
   Chunk<Acc> chunk;

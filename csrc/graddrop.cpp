@@ -24,6 +24,8 @@ namespace {
 using c10::BFloat16;
 using c10::Half;
 
+constexpr int64_t kLineBytes = 64;
+
 // Where one result goes.
 struct Target {
   void* data = nullptr;
@@ -39,24 +41,23 @@ struct Noise {
   Noise at(int64_t begin) const { return {seed, offset, given == nullptr ? nullptr : given + begin}; }
 };
 
-// A representation or its gradient: `size` rows of all features, one behind the other.
+// A representation, its gradient or a result: `size` rows of all features, one behind the other.
 struct Batch {
   const void* data = nullptr;
-  DType dtype = DType::f32;
   int64_t size = 0;
 };
 
+// All of one dtype.
 struct BatchJob {
   std::vector<Batch> reps;
   std::vector<Batch> grads;
-  std::vector<Target> targets{};  // One for each of reps.
+  std::vector<Batch> results{};  // One for each of reps.
+  DType dtype;
   int64_t features = 0;
   double leak = 0;
   Noise noise{};
-  bool sums_in_double = false;
-  int64_t chunk = 0;  // Features taken at a time.
-
-  bool shares() const { return reps.size() == 1; }
+  int64_t chunk = 0;     // Features taken at a time.
+  bool streams = false;  // Whether results go past the caches.
 };
 
 struct RowsJob {
@@ -80,12 +81,11 @@ namespace fastmtl {
 namespace {
 
 constexpr int64_t kMinSliceElements = 32768;
-constexpr int64_t kCacheFloats = 131072;
 // Results of so many elements are written past the caches.
 constexpr int64_t kStreamedElements = int64_t{2} << 20;
 constexpr int64_t kLineFeatures = 64;
-// Few enough that a chunk of some rows and what is summed beside it stay in the first-level cache.
-constexpr int64_t kRowsChunk = 512;
+// So many elements of all tensors, taken at a time, and as many that come next stay in the second-level cache.
+constexpr int64_t kCacheFloats = 98304;
 
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
@@ -98,13 +98,19 @@ Noise read_stream(const Tensor& random) {
   return {static_cast<uint64_t>(values[0]), static_cast<uint64_t>(values[shape.strides[0]])};
 }
 
-// The batch where it lies, or a copy that is kept where its layout is another one.
-Batch batch_of(const Tensor& tensor, const std::vector<int64_t>& strides, std::vector<Tensor>& kept) {
+// The batch where it lies, or a copy that is kept where its layout or dtype is another one.
+Batch batch_of(const Tensor& tensor, const std::vector<int64_t>& strides, DType dtype, std::vector<Tensor>& kept) {
   const Shape shape(tensor);
-  const bool matches = shape.same_strides(strides.data());
-  const DType dtype = dtype_of(tensor);
+  const bool matches = shape.same_strides(strides.data()) && dtype_of(tensor) == dtype;
   if (!matches) kept.push_back(twin_of(tensor, strides, dtype));
-  return {(matches ? tensor : kept.back()).const_data_ptr(), dtype, shape.sizes[0]};
+  return {(matches ? tensor : kept.back()).const_data_ptr(), shape.sizes[0]};
+}
+
+// Features taken at a time: two chunks of all tensors stay in the second-level cache, and every thread gets some.
+int64_t features_at_a_time(int64_t features, int64_t height) {
+  const int64_t even = features / (4 * std::max<int64_t>(torch::stable::get_num_threads(), 1));
+  const int64_t wanted = std::min(kCacheFloats / height, std::max(even, kMinSliceElements / height));
+  return round_up(std::max<int64_t>(wanted - kLineFeatures / 2, 1), kLineFeatures);
 }
 
 std::vector<Tensor> graddrop(const std::vector<Tensor>& reps, const std::vector<Tensor>& grads, double leak,
@@ -112,10 +118,12 @@ std::vector<Tensor> graddrop(const std::vector<Tensor>& reps, const std::vector<
   const size_t tasks = grads.size();
   STD_TORCH_CHECK(tasks >= 1 && (reps.size() == 1 || reps.size() == tasks), "there must be one rep or one per task");
   std::vector<Shape> shapes;
+  DType dtype = dtype_of(grads.front());
   for (const auto* list : {&reps, &grads}) {
     for (const Tensor& tensor : *list) {
       shapes.emplace_back(tensor);
       STD_TORCH_CHECK(tensor.is_cpu() && shapes.back().dim >= 1, "reps and grads must have a batch dimension");
+      dtype = promote(dtype, dtype_of(tensor));
     }
   }
   const Shape& first = shapes.front();
@@ -124,27 +132,25 @@ std::vector<Tensor> graddrop(const std::vector<Tensor>& reps, const std::vector<
   const std::vector<int64_t> inner = strides;
   strides.insert(strides.begin(), std::max<int64_t>(features, 1));
 
-  BatchJob job{{}, {}};
-  job.features = features;
-  job.leak = leak;
-  job.noise = read_stream(random);
+  BatchJob job{{}, {}, {}, dtype, features, leak, read_stream(random)};
   std::vector<Tensor> kept;
   kept.reserve(shapes.size() + 1);
-  for (const Tensor& rep : reps) job.reps.push_back(batch_of(rep, strides, kept));
-  std::vector<Tensor> results;
   int64_t height = 0;
-  for (size_t t = 0; t < tasks; ++t) {
-    job.grads.push_back(batch_of(grads[t], strides, kept));
-    STD_TORCH_CHECK(job.grads[t].size == job.reps[job.shares() ? 0 : t].size, "reps and grads must have one batch");
-    height += job.grads[t].size;
+  for (const Tensor& rep : reps) {
+    job.reps.push_back(batch_of(rep, strides, dtype, kept));
+    height += job.reps.back().size;
   }
+  for (size_t t = 0; t < tasks; ++t) {
+    job.grads.push_back(batch_of(grads[t], strides, dtype, kept));
+    height += job.grads.back().size;
+    STD_TORCH_CHECK(job.grads[t].size == job.reps[reps.size() == 1 ? 0 : t].size, "reps and grads must have one batch");
+  }
+  std::vector<Tensor> results;
+  bool aligned = features * bytes_of(dtype) % kLineBytes == 0;
   for (size_t r = 0; r < reps.size(); ++r) {
-    DType dtype = job.grads[r].dtype;
-    for (size_t t = 0; job.shares() && t < tasks; ++t) dtype = promote(dtype, job.grads[t].dtype);
-    const Shape& shape = shapes[r];
-    results.push_back(empty_strided({shape.sizes, shape.sizes + shape.dim}, strides, dtype));
-    job.targets.push_back({results.back().mutable_data_ptr(), dtype});
-    job.sums_in_double |= dtype == DType::f64;
+    results.push_back(empty_strided({shapes[r].sizes, shapes[r].sizes + shapes[r].dim}, strides, dtype));
+    job.results.push_back({results.back().mutable_data_ptr(), shapes[r].sizes[0]});
+    aligned &= reinterpret_cast<uintptr_t>(job.results.back().data) % kLineBytes == 0;
   }
   if (noise.has_value()) {
     const Shape shape(*noise);
@@ -154,13 +160,15 @@ std::vector<Tensor> graddrop(const std::vector<Tensor>& reps, const std::vector<
     job.noise.given = static_cast<const double*>(kept.back().const_data_ptr());
   }
 
-  height = std::max<int64_t>(height, 1);
-  job.chunk = std::clamp<int64_t>(kCacheFloats / height / kLineFeatures * kLineFeatures, kLineFeatures, 4096);
-  const int64_t slice =
-      round_up(std::max({kMinSliceElements / height, features / kMaxSlices, int64_t{1}}), kLineFeatures);
-  run_parallel((features + slice - 1) / slice, [&](int64_t s) {
-    FASTMTL_DISPATCH(graddrop_slice, job, s * slice, std::min(features, (s + 1) * slice));
-  });
+  job.chunk = features_at_a_time(features, std::max<int64_t>(height, 1));
+  job.streams = aligned && height * features >= kStreamedElements;
+  run_parallel_ahead((features + job.chunk - 1) / job.chunk,
+                     [&](int64_t chunk, int64_t next) { FASTMTL_DISPATCH(graddrop_chunk, job, chunk, next); });
+  for (size_t r = 0; r < reps.size(); ++r) {
+    DType wanted = dtype_of(grads[r]);
+    for (size_t t = 0; reps.size() == 1 && t < tasks; ++t) wanted = promote(wanted, dtype_of(grads[t]));
+    if (wanted != dtype) results[r] = twin_of(results[r], strides, wanted);
+  }
   return results;
 }
 
@@ -190,7 +198,7 @@ std::vector<Tensor> graddrop_rows(const TensorList& flat, int64_t num_rows, cons
     kept.push_back(twin_of(noise[k], parameter.strides, DType::f64));
     job.noises.back().given = static_cast<const double*>(kept.back().const_data_ptr());
   }
-  job.chunk = kRowsChunk;
+  job.chunk = std::clamp<int64_t>(kCacheFloats / num_rows / 512 * 512, 512, 4096);
   job.streams = next >= kStreamedElements;
   const std::vector<Slice> slices = cut(job.segments, kMinSliceElements / num_rows);
   run_parallel(static_cast<int64_t>(slices.size()),

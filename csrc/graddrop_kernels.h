@@ -3,7 +3,6 @@
 
 // Blocks of four random numbers drawn side by side.
 constexpr int64_t kDraws = 16;
-constexpr int64_t kLineBytes = 64;
 
 // Writes 2 u - 1 for the words in a vector.
 inline void store_centred(VecU64 words, float* centred) {
@@ -64,116 +63,266 @@ inline Acc sign_that_stays(Acc sum, Acc limit) {
   return sum > limit ? Acc{1} : sum < limit ? Acc{-1} : Acc{0};
 }
 
-// Turns 2 u - 1 into the sign that stays.
-template <class Acc>
-inline void choose(const Acc* __restrict sum, const Acc* __restrict size, Acc* __restrict sign, int64_t length) {
-  for (int64_t i = 0; i < length; ++i) sign[i] = sign_that_stays(sum[i], sign[i] * size[i]);
-}
+// Tasks whose sums stay in registers, and vectors of features beside each other.
+constexpr int64_t kTaskGroup = 4;
+constexpr int64_t kSide = FASTMTL_ISA_LEVEL == 2 ? 4 : 2;
 
-template <class Acc>
-inline void add_size(const Acc* __restrict from, Acc* __restrict sum, Acc* __restrict size, int64_t length) {
-  for (int64_t i = 0; i < length; ++i) {
-    sum[i] += from[i];
-    size[i] += from[i] < 0 ? -from[i] : from[i];
+namespace {
+
+// The features [begin, begin + length) of the whole batch, and memory for what is found out about them.
+template <class Acc, class Storage>
+struct Block {
+  const BatchJob& job;
+  int64_t begin;
+  int64_t length;
+  Acc* factors;  // (T, length): signed sums, later what the gradients are multiplied by.
+  Ahead ahead;
+
+  const Storage* at(const Batch& batch, int64_t b, int64_t i) const {
+    return static_cast<const Storage*>(batch.data) + b * job.features + begin + i;
   }
-}
+};
 
-template <class Acc>
-inline void add_signed(const Acc* __restrict rep, const Acc* __restrict grad, Acc* __restrict sum, int64_t length) {
-  for (int64_t i = 0; i < length; ++i) {
-    const Acc sign = rep[i] > 0 ? Acc{1} : rep[i] < 0 ? Acc{-1} : rep[i];
-    sum[i] += sign * grad[i];
-  }
-}
+}  // namespace
 
-// The whole batch of the features [begin, begin + length).
-template <class Acc>
-void drop_features(const BatchJob& job, int64_t begin, int64_t length, Acc* memory) {
-  const auto tasks = static_cast<int64_t>(job.grads.size());
-  Acc* const sign = memory;
-  Acc* const sum = sign + length;
-  Acc* const size = sum + length;
-  Acc* const scratch = size + length;
-  Acc* const other = scratch + length;
-  Acc* const signed_sums = other + length;
-  const auto at = [&](const Batch& batch, int64_t b, Acc* to) {
-    return as(batch.data, batch.dtype, b * job.features + begin, length, to);
-  };
-  // The next row is elsewhere in memory, where the processor does not look by itself.
-  const auto call_in = [&](const Batch& batch, int64_t b) {
-    if (b == batch.size) return;
-    const int64_t bytes = bytes_of(batch.dtype);
-    const char* from = static_cast<const char*>(batch.data) + (b * job.features + begin) * bytes;
-    for (int64_t i = 0; i < length * bytes; i += kLineBytes) __builtin_prefetch(from + i, 0, 2);
-  };
-
-  std::fill_n(sum, 2 * length, Acc{0});
-  std::fill_n(signed_sums, tasks * length, Acc{0});
-  for (size_t r = 0; r < job.reps.size(); ++r) {
-    const int64_t first = job.shares() ? 0 : static_cast<int64_t>(r);
-    const int64_t last = job.shares() ? tasks : first + 1;
-    for (int64_t b = 0; b < job.reps[r].size; ++b) {
-      const Acc* rep = at(job.reps[r], b, scratch);
-      call_in(job.reps[r], b + 1);
-      for (int64_t t = first; t < last; ++t) {
-        call_in(job.grads[t], b + 1);
-        add_signed(rep, at(job.grads[t], b, other), signed_sums + t * length, length);
-      }
+// Writes sum over b of grad[b] sign(rep[b]) of `count` tasks from task `first` on, `side` vectors from feature i on.
+template <int count, int64_t side, class Acc, class Storage>
+void sum_signed(Block<Acc, Storage>& block, const Batch& rep, int64_t first, int64_t i) {
+  constexpr int64_t lanes = kLanes<Acc>;
+  const int64_t stride = block.job.features;
+  const Storage* of_rep = block.at(rep, 0, i);
+  const Storage* grads[count];
+  for (int t = 0; t < count; ++t) grads[t] = block.at(block.job.grads[first + t], 0, i);
+  Ahead ahead = block.ahead;
+  Vec<Acc> sum[count][side] = {};
+  const Vec<Acc> one = Acc{1} - Vec<Acc>{};
+  for (int64_t b = 0; b < rep.size; ++b, of_rep += stride) {
+    ahead();
+    Vec<Acc> sign[side];
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < side; ++v) {
+      const Vec<Acc> value = load<Acc>(of_rep + v * lanes);
+      sign[v] = value > 0 ? one : value < 0 ? -one : value;
+    }
+#pragma GCC unroll 4
+    for (int t = 0; t < count; ++t) {
+#pragma GCC unroll 4
+      for (int64_t v = 0; v < side; ++v) sum[t][v] = fma(sign[v], load<Acc>(grads[t] + v * lanes), sum[t][v]);
+      grads[t] += stride;
     }
   }
-  for (int64_t t = 0; t < tasks; ++t) add_size(signed_sums + t * length, sum, size, length);
-  for (int64_t i = 0; i < length; i += 4 * kDraws) {
-    Acc numbers[4 * kDraws];
-    const int64_t drawn = std::min(4 * kDraws, length - i);
-    draw(job.noise.at(begin + i), begin + i, numbers, drawn);
-    std::copy_n(numbers, drawn, sign + i);
+  block.ahead = ahead;
+#pragma GCC unroll 4
+  for (int t = 0; t < count; ++t) {
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < side; ++v) store(block.factors + (first + t) * block.length + i + v * lanes, sum[t][v]);
   }
-  choose(sum, size, sign, length);
+}
+
+// The same for one feature.
+template <class Acc, class Storage>
+void sum_signed_of_one(Block<Acc, Storage>& block, const Batch& rep, int64_t first, int64_t count, int64_t i) {
+  for (int64_t t = first; t < first + count; ++t) {
+    Acc sum = 0;
+    for (int64_t b = 0; b < rep.size; ++b) {
+      const auto value = static_cast<Acc>(*block.at(rep, b, i));
+      const Acc sign = value > 0 ? Acc{1} : value < 0 ? Acc{-1} : value;
+      sum += sign * static_cast<Acc>(*block.at(block.job.grads[t], b, i));
+    }
+    block.factors[t * block.length + i] = sum;
+  }
+}
+
+// Turns signed sums into factors: 1 where the sum has the sign that stays, else the leak.
+template <class Acc, class Storage>
+void choose(Block<Acc, Storage>& block) {
+  const BatchJob& job = block.job;
   const auto leak = static_cast<Acc>(job.leak);
-  for (int64_t t = 0; t < tasks; ++t) {
-    Acc* __restrict factor = signed_sums + t * length;
-    for (int64_t i = 0; i < length; ++i) factor[i] = factor[i] * sign[i] > 0 ? Acc{1} : leak;
-  }
-
-  for (size_t r = 0; r < job.reps.size(); ++r) {
-    const int64_t first = job.shares() ? 0 : static_cast<int64_t>(r);
-    const int64_t last = job.shares() ? tasks : first + 1;
-    for (int64_t b = 0; b < job.reps[r].size; ++b) {
-      const Target& target = job.targets[r];
-      const int64_t place = b * job.features + begin;
-      const bool direct = target.dtype == (std::is_same_v<Acc, double> ? DType::f64 : DType::f32);
-      Acc* __restrict out = direct ? static_cast<Acc*>(target.data) + place : scratch;
-      for (int64_t t = first; t < last; ++t) {
-        const Acc* __restrict grad = at(job.grads[t], b, other);
-        const Acc* __restrict factor = signed_sums + t * length;
-        if (t == first) {
-          for (int64_t i = 0; i < length; ++i) out[i] = grad[i] * factor[i];
-        } else {
-          for (int64_t i = 0; i < length; ++i) out[i] += grad[i] * factor[i];
-        }
+  const auto tasks = static_cast<int64_t>(job.grads.size());
+  for (int64_t begin = 0; begin < block.length; begin += 4 * kDraws) {
+    const int64_t length = std::min(4 * kDraws, block.length - begin);
+    const int64_t first = block.begin + begin;
+    Acc noise[4 * kDraws];
+    Acc sum[4 * kDraws] = {};
+    Acc size[4 * kDraws] = {};
+    draw(job.noise.at(first), first, noise, length);
+    for (int64_t t = 0; t < tasks; ++t) {
+      const Acc* __restrict of_task = block.factors + t * block.length + begin;
+      for (int64_t i = 0; i < length; ++i) {
+        sum[i] += of_task[i];
+        size[i] += of_task[i] < 0 ? -of_task[i] : of_task[i];
       }
-      if (!direct) save(out, target.data, target.dtype, place, length);
+    }
+    for (int64_t i = 0; i < length; ++i) sum[i] = sign_that_stays(sum[i], noise[i] * size[i]);
+    for (int64_t t = 0; t < tasks; ++t) {
+      Acc* __restrict factor = block.factors + t * block.length + begin;
+      for (int64_t i = 0; i < length; ++i) factor[i] = factor[i] * sum[i] > 0 ? Acc{1} : leak;
     }
   }
 }
 
-inline void graddrop_slice(const BatchJob& job, int64_t begin, int64_t end) {
-  const auto vectors = static_cast<int64_t>(job.grads.size()) + 5;
-  const auto memory = std::make_unique_for_overwrite<double[]>(vectors * job.chunk);
-  for (; begin < end; begin += job.chunk) {
-    const int64_t length = std::min(job.chunk, end - begin);
-    if (job.sums_in_double) {
-      drop_features(job, begin, length, memory.get());
-    } else {
-      drop_features(job, begin, length, reinterpret_cast<float*>(memory.get()));
+// Writes the sum of the dropped gradients of `given` tasks from task `first` on, `side` vectors from feature i on; with
+// `count`, which is then `given`, their factors stay in registers.
+template <int count, int64_t side, bool streams, class Acc, class Storage>
+void drop_vectors(Block<Acc, Storage>& block, const Batch& out, int64_t first, int64_t given, int64_t i) {
+  constexpr int64_t lanes = kLanes<Acc>;
+  const int64_t tasks = count == 0 ? given : count;
+  const int64_t stride = block.job.features;
+  const Acc* const of_first = block.factors + first * block.length + i;
+  const Batch* const grads = block.job.grads.data() + first;
+  Vec<Acc> factors[count == 0 ? 1 : count][side];
+#pragma GCC unroll 4
+  for (int t = 0; t < count; ++t) {
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < side; ++v) factors[t][v] = load<Acc>(of_first + t * block.length + v * lanes);
+  }
+  auto* to = const_cast<Storage*>(block.at(out, 0, i));
+  Ahead ahead = block.ahead;
+  for (int64_t b = 0; b < out.size; ++b, to += stride) {
+    ahead();
+    Vec<Acc> total[side] = {};
+#pragma GCC unroll 4
+    for (int64_t t = 0; t < tasks; ++t) {
+#pragma GCC unroll 4
+      for (int64_t v = 0; v < side; ++v) {
+        const Vec<Acc> factor = count > 0 ? factors[t][v] : load<Acc>(of_first + t * block.length + v * lanes);
+        total[v] = fma(load<Acc>(block.at(grads[t], b, i) + v * lanes), factor, total[v]);
+      }
     }
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < side; ++v) {
+      if constexpr (streams) {
+        stream(to + v * lanes, total[v]);
+      } else {
+        store(to + v * lanes, total[v]);
+      }
+    }
+  }
+  block.ahead = ahead;
+}
+
+template <class Acc, class Storage>
+void drop_one(Block<Acc, Storage>& block, const Batch& out, int64_t first, int64_t count, int64_t i) {
+  for (int64_t b = 0; b < out.size; ++b) {
+    Acc total = 0;
+    for (int64_t t = first; t < first + count; ++t) {
+      total += static_cast<Acc>(*block.at(block.job.grads[t], b, i)) * block.factors[t * block.length + i];
+    }
+    *const_cast<Storage*>(block.at(out, b, i)) = static_cast<Storage>(total);
+  }
+}
+
+// Calls visit(count) with the number, at most kTaskGroup, as a constant.
+template <class Visit>
+void with_count(int64_t count, Visit visit) {
+  switch (count) {
+    case 1:
+      return visit(std::integral_constant<int, 1>{});
+    case 2:
+      return visit(std::integral_constant<int, 2>{});
+    case 3:
+      return visit(std::integral_constant<int, 3>{});
+    default:
+      return visit(std::integral_constant<int, 4>{});
+  }
+}
+
+// Calls visit(vectors, i) for the features of a block, kSide vectors or one at a time, and one(i) for what is left.
+template <class Acc, class Visit, class One>
+void for_each_feature(int64_t length, Visit visit, One one) {
+  int64_t i = 0;
+  for (; i + kSide * kLanes<Acc> <= length; i += kSide * kLanes<Acc>) {
+    visit(std::integral_constant<int64_t, kSide>{}, i);
+  }
+  for (; i + kLanes<Acc> <= length; i += kLanes<Acc>) visit(std::integral_constant<int64_t, 1>{}, i);
+  for (; i < length; ++i) one(i);
+}
+
+template <class Acc, class Storage>
+void drop_block(Block<Acc, Storage>& block) {
+  const BatchJob& job = block.job;
+  const auto for_each_rep = [&](auto visit) {
+    const auto tasks = static_cast<int64_t>(job.grads.size());
+    if (job.reps.size() == 1) return visit(0, 0, tasks);
+    for (int64_t r = 0; r < tasks; ++r) visit(r, r, 1);
+  };
+  for_each_rep([&](int64_t r, int64_t first, int64_t tasks) {
+    for (int64_t done = 0; done < tasks; done += kTaskGroup) {
+      const int64_t count = std::min(kTaskGroup, tasks - done);
+      with_count(count, [&]<int n>(std::integral_constant<int, n>) {
+        for_each_feature<Acc>(
+            block.length,
+            [&]<int64_t side>(std::integral_constant<int64_t, side>, int64_t i) {
+              sum_signed<n, side>(block, job.reps[r], first + done, i);
+            },
+            [&](int64_t i) { sum_signed_of_one(block, job.reps[r], first + done, count, i); });
+      });
+    }
+  });
+  choose(block);
+  for_each_rep([&](int64_t r, int64_t first, int64_t tasks) {
+    const auto drop = [&]<int n>(std::integral_constant<int, n>) {
+      for_each_feature<Acc>(
+          block.length,
+          [&]<int64_t side>(std::integral_constant<int64_t, side>, int64_t i) {
+            if (job.streams) {
+              drop_vectors<n, side, true>(block, job.results[r], first, tasks, i);
+            } else {
+              drop_vectors<n, side, false>(block, job.results[r], first, tasks, i);
+            }
+          },
+          [&](int64_t i) { drop_one(block, job.results[r], first, tasks, i); });
+    };
+    if (tasks <= kTaskGroup) {
+      with_count(tasks, drop);
+    } else {
+      drop(std::integral_constant<int, 0>{});
+    }
+  });
+}
+
+// The features of one chunk; those of the next one are called in the meantime.
+template <class Acc, class Storage>
+void drop_chunk(const BatchJob& job, int64_t chunk, int64_t next) {
+  const auto tasks = static_cast<int64_t>(job.grads.size());
+  const int64_t begin = chunk * job.chunk;
+  const int64_t length = std::min(job.chunk, job.features - begin);
+  const int64_t next_begin = std::min(next * job.chunk, job.features);
+  const int64_t next_bytes = (std::min(next_begin + job.chunk, job.features) - next_begin) * int64_t{sizeof(Storage)};
+  std::vector<Span> spans;
+  for (const auto* list : {&job.reps, &job.grads}) {
+    for (const Batch& batch : *list) {
+      for (int64_t b = 0; b < batch.size && next_bytes > 0; ++b) {
+        const Storage* from = static_cast<const Storage*>(batch.data) + b * job.features + next_begin;
+        spans.push_back({reinterpret_cast<const char*>(from), next_bytes});
+      }
+    }
+  }
+  const auto factors = std::make_unique_for_overwrite<Acc[]>(tasks * length);
+  const int64_t passes = (tasks / std::ssize(job.reps) + kTaskGroup - 1) / kTaskGroup + 1;
+  int64_t height = 0;
+  for (const Batch& rep : job.reps) height += rep.size;
+  const int64_t beats = passes * height * length / (kSide * kLanes<Acc>);
+  Block<Acc, Storage> block{job, begin, length, factors.get(), Ahead(spans.data(), std::ssize(spans), beats)};
+  drop_block(block);
+  if (job.streams) stream_fence();
+}
+
+inline void graddrop_chunk(const BatchJob& job, int64_t chunk, int64_t next) {
+  switch (job.dtype) {
+    case DType::f32:
+      return drop_chunk<float, float>(job, chunk, next);
+    case DType::f64:
+      return drop_chunk<double, double>(job, chunk, next);
+    case DType::bf16:
+      return drop_chunk<float, BFloat16>(job, chunk, next);
+    case DType::f16:
+      return drop_chunk<float, Half>(job, chunk, next);
   }
 }
 
 // Elements of a row taken in a step: as many as there are numbers drawn side by side.
 constexpr int64_t kTile = 4 * kDraws;
-// How far ahead rows are called into the second-level cache, in elements.
-constexpr int64_t kAhead = 512;
 
 // A tile whose rows lie in memory as Acc. The sums stay in registers; `noise` is 2 u - 1.
 template <class Acc, bool streams>
@@ -182,11 +331,6 @@ inline void drop_tile(const Acc* const* rows, const Acc* leaks, int64_t count, c
   constexpr int64_t width = 4;
   constexpr int64_t lanes = kLanes<Acc>;
   static_assert(kTile % (width * lanes) == 0);
-  for (int64_t r = 0; r < count; ++r) {
-    for (int64_t i = 0; i < kTile; i += kLineBytes / static_cast<int64_t>(sizeof(Acc))) {
-      __builtin_prefetch(rows[r] + at + kAhead + i, 0, 2);
-    }
-  }
   for (int64_t begin = 0; begin < kTile; begin += width * lanes) {
     Vec<Acc> sum[width] = {};
     Vec<Acc> size[width] = {};
@@ -196,7 +340,7 @@ inline void drop_tile(const Acc* const* rows, const Acc* leaks, int64_t count, c
       for (int64_t v = 0; v < width; ++v) {
         const Vec<Acc> value = load<Acc>(row + v * lanes);
         sum[v] += value;
-        size[v] += value < 0 ? -value : value;
+        size[v] += abs(value);
       }
     }
     Vec<Acc> sign[width];
@@ -228,14 +372,19 @@ inline void drop_tile(const Acc* const* rows, const Acc* leaks, int64_t count, c
   }
 }
 
-// Elements [begin, begin + length) of one parameter, each a feature of its own.
+// A piece of one parameter, each element a feature of its own. The next piece is called in the meantime.
 template <class Acc>
-void drop_elements(const RowsJob& job, int64_t k, int64_t begin, int64_t length, Acc* memory) {
+void drop_elements(const RowsJob& job, const Piece& piece, const Piece& next, Acc* memory) {
+  const auto [k, begin, length] = piece;
   Acc* const scratch = memory;
+  Span spans[kMaxRows];
+  int64_t num_spans = 0;
   const Acc* rows[kMaxRows];
   Acc leaks[kMaxRows];
   int64_t count = 0;
   for (int64_t t = 0; t < job.rows.num_rows(); ++t) {
+    const Row& later = job.rows.row(t, next.index);
+    if (next.length > 0 && later.tensor != nullptr) spans[num_spans++] = span_of(later, next.begin, next.length);
     const Row& row = job.rows.row(t, k);
     if (row.tensor == nullptr) continue;
     rows[count] = as(row.data, row.dtype, begin, length, scratch + (count + 1) * length);
@@ -246,8 +395,10 @@ void drop_elements(const RowsJob& job, int64_t k, int64_t begin, int64_t length,
   Acc* out = direct ? static_cast<Acc*>(target.data) + begin : scratch;
   const bool streams = job.streams && direct && reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0;
   alignas(kVectorBytes) Acc noise[kTile];
+  Ahead ahead(spans, num_spans, length / kTile);
   int64_t at = 0;
   for (; at + kTile <= length; at += kTile) {
+    ahead();
     draw(job.noises[k].at(begin + at), job.firsts[k] + begin + at, noise);
     if (streams) {
       drop_tile<Acc, true>(rows, leaks, count, noise, out, at);
@@ -275,11 +426,11 @@ void drop_elements(const RowsJob& job, int64_t k, int64_t begin, int64_t length,
 
 inline void graddrop_rows_slice(const RowsJob& job, const Slice& slice) {
   const auto memory = std::make_unique_for_overwrite<double[]>((job.rows.num_rows() + 1) * job.chunk);
-  for_each_chunk(job.segments, slice, job.chunk, [&](int64_t k, int64_t begin, int64_t length) {
-    if (job.targets[k].dtype == DType::f64) {
-      drop_elements(job, k, begin, length, memory.get());
+  for_each_chunk_ahead(job.segments, slice, job.chunk, [&](const Piece& piece, const Piece& next) {
+    if (job.targets[piece.index].dtype == DType::f64) {
+      drop_elements(job, piece, next, memory.get());
     } else {
-      drop_elements(job, k, begin, length, reinterpret_cast<float*>(memory.get()));
+      drop_elements(job, piece, next, reinterpret_cast<float*>(memory.get()));
     }
   });
   if (job.streams) stream_fence();

@@ -1,8 +1,8 @@
 // The products of all pairs of rows of a chunk. Compiled once per instruction set, inside that set's namespace: no
 // include guard.
 //
-// A slice is taken in chunks of some thousand elements of every row, for which float32 sums last before they are added up
-// in float64. While all pairs of rows of a chunk are multiplied, the next one is called into the caches. Rows are
+// A slice is taken in chunks of some thousand elements of every row, for which float32 sums last before they are added
+// up in float64. While all pairs of rows of a chunk are multiplied, the next one is called into the caches. Rows are
 // multiplied four by four, so that 16 sums and 8 operands stay in registers.
 
 constexpr int64_t kBlock = 4;
@@ -38,47 +38,18 @@ inline void pad(const Storage* from, int64_t length, Storage (&to)[kLanes<Acc>])
   for (int64_t i = 0; i < kLanes<Acc>; ++i) to[i] = i < length ? from[i] : Storage{};
 }
 
-// Calls spans into the second-level cache, a share at every beat of a chunk, span after span: memory answers a few long
-// bursts faster than as many streams as there are rows.
-class Ahead {
- public:
-  Ahead() = default;
-
-  template <class Storage>
-  explicit Ahead(const Chunk<Storage>& chunk) : span_(chunk.next), end_(chunk.next + chunk.num_next) {
-    int64_t lines = 0;
-    for (const Span* span = span_; span != end_; ++span) lines += span->bytes / kLineBytes + 1;
-    const int64_t blocks = (chunk.count + kBlock - 1) / kBlock;
-    const int64_t beats = blocks * (blocks + 1) / 2 * chunk.length / (kBeat * kLanes<Storage>);
-    share_ = lines / std::max<int64_t>(beats, 1) + 1;
-  }
-
-  // Calls the share of one beat.
-  void operator()() {
-    for (int64_t called = 0; called < share_ && span_ != end_; ++called) {
-      __builtin_prefetch(span_->begin + at_, 0, 2);
-      at_ += kLineBytes;
-      if (at_ >= span_->bytes) {
-        ++span_;
-        at_ = 0;
-      }
-    }
-  }
-
- private:
-  static constexpr int64_t kLineBytes = 64;
-
-  const Span* span_ = nullptr;
-  const Span* end_ = nullptr;
-  int64_t at_ = 0;
-  int64_t share_ = 0;
-};
+// Calls what follows a chunk while all its pairs are multiplied.
+template <class Acc, class Storage>
+Ahead ahead_of(const Chunk<Storage>& chunk) {
+  const int64_t blocks = (chunk.count + kBlock - 1) / kBlock;
+  return {chunk.next, chunk.num_next, blocks * (blocks + 1) / 2 * chunk.length / (kBeat * kLanes<Acc>)};
+}
 
 // tile[r][c] += a[r] * b[c] over elements [begin, end); on the diagonal (a = b) only c >= r is taken. The next chunk
 // is called in the meantime.
 template <class Acc, int R, int C, bool diagonal, class Storage>
 void multiply(const Storage* const* rows_a, const Storage* const* rows_b, int64_t begin, int64_t end, Tile<Acc>& tile,
-              Ahead& ahead) {
+              Ahead& given) {
   constexpr int64_t width = kLanes<Acc>;
   const Storage* a[R];
   const Storage* b[C];
@@ -86,6 +57,7 @@ void multiply(const Storage* const* rows_a, const Storage* const* rows_b, int64_
   for (int r = 0; r < R; ++r) a[r] = rows_a[r];
 #pragma GCC unroll 4
   for (int c = 0; c < C; ++c) b[c] = rows_b[c];
+  Ahead ahead = given;  // Of its own, for compilers to keep in registers.
 
   Vec<Acc> sum[R][C];
   const auto step = [&](int64_t at) {
@@ -131,6 +103,7 @@ void multiply(const Storage* const* rows_a, const Storage* const* rows_b, int64_
     for (int64_t left = run % kBeat; left > 0; --left, at += width) step(at);
     put_aside();
   }
+  given = ahead;
   const int64_t left = end - at;
   if (left == 0) return;
   Storage padded_a[R][width];
@@ -228,14 +201,14 @@ inline bool trusted(const float* squares, const float* row, int64_t length) {
 }
 
 inline void add_products(const Chunk<double>& chunk, Sums& sums, Tile<float>*) {
-  Ahead ahead(chunk);
+  Ahead ahead = ahead_of<double>(chunk);
   for_each_tile(chunk.count, [&](int64_t i, int64_t j, int64_t) { add_wide(chunk, i, j, sums, ahead); });
 }
 
 // Sums the products in float32, and again in float64 those of rows whose squares leave float32's range.
 inline void add_products(const Chunk<float>& chunk, Sums& sums, Tile<float>* tiles) {
   for_each_tile(chunk.count, [&](int64_t, int64_t, int64_t number) { tiles[number] = {}; });
-  Ahead ahead(chunk);
+  Ahead ahead = ahead_of<float>(chunk);
   for (int64_t begin = 0; begin < chunk.length; begin += kPiece) {
     for_each_tile(chunk.count, [&](int64_t i, int64_t j, int64_t number) {
       multiply_blocks(chunk, i, j, begin, std::min(begin + kPiece, chunk.length), tiles[number], ahead);

@@ -11,7 +11,7 @@
 #define FASTMTL_ISA_LEVEL 0
 namespace fastmtl::portable {
 #include "fastmtl/vec.h"
-#include "fastmtl/convert.h"
+#include "fastmtl/vec_convert.h"
 #include FASTMTL_KERNELS
 }  // namespace fastmtl::portable
 #undef FASTMTL_VECTOR_BYTES
@@ -29,7 +29,7 @@ namespace fastmtl::portable {
 #endif
 namespace fastmtl::avx2 {
 #include "fastmtl/vec.h"
-#include "fastmtl/convert.h"
+#include "fastmtl/vec_convert.h"
 #include FASTMTL_KERNELS
 }  // namespace fastmtl::avx2
 #ifdef __clang__
@@ -51,7 +51,7 @@ namespace fastmtl::avx2 {
 #endif
 namespace fastmtl::avx512 {
 #include "fastmtl/vec.h"
-#include "fastmtl/convert.h"
+#include "fastmtl/vec_convert.h"
 #include FASTMTL_KERNELS
 }  // namespace fastmtl::avx512
 #ifdef __clang__

@@ -24,4 +24,22 @@ void run_parallel(int64_t count, const Body& body) {
   });
 }
 
+// Calls body(i, next) instead, where `next` is what the same thread does after i, or at least `count`.
+template <class Body>
+void run_parallel_ahead(int64_t count, const Body& body) {
+  const int64_t threads = std::min<int64_t>(count, torch::stable::get_num_threads());
+  if (threads <= 1) {
+    for (int64_t i = 0; i < count; ++i) body(i, i + 1);
+    return;
+  }
+  std::atomic<int64_t> unclaimed{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t i = unclaimed.fetch_add(1); i < count;) {
+      const int64_t next = unclaimed.fetch_add(1);
+      body(i, next);
+      i = next;
+    }
+  });
+}
+
 }  // namespace fastmtl

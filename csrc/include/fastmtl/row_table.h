@@ -11,6 +11,8 @@
 #include <optional>
 #include <vector>
 
+#include "fastmtl/ahead.h"
+
 namespace fastmtl {
 
 using torch::stable::Tensor;
@@ -130,12 +132,6 @@ struct Row {
   const void* data = nullptr;
   DType dtype = DType::f32;
   bool matches = true;  // Whether the memory has the layout of the parameter.
-};
-
-// A stretch of memory.
-struct Span {
-  const char* begin;
-  int64_t bytes;
 };
 
 // Where `length` elements of a row lie, from element `begin` on.
