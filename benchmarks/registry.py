@@ -62,6 +62,7 @@ BENCHES = (
     "nash",
     "nonneg_qp",
     "pcgrad",
+    "update",
     "upgrad",
 )
 
