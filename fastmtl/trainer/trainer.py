@@ -16,6 +16,7 @@ from fastmtl.architecture import AbsArchitecture
 from fastmtl.distributed import join
 from fastmtl.distributed.norm import synchronize
 from fastmtl.errors import UsageError
+from fastmtl.memory import keep_freed_memory
 from fastmtl.trainer.batches import joined
 from fastmtl.trainer.building import make_model
 from fastmtl.trainer.checkpoint import load_model_state, read_checkpoint, rng_state, set_rng_state
@@ -175,6 +176,8 @@ class Trainer(nn.Module):
         check_counts(checkpoint_every=checkpoint_every, log_every=log_every, limit_batches=limit_batches)
         self.peers = join(peer_timeout)
         self.device = find_device(device, self.peers)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self._leads = self.peers is None or self.peers.leads
         self.sharded: ShardedModel | None = None
         if tf32 is not None:
