@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sysconfig
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from fastmtl.trainer.problem import Problem
 
 __all__ = ["CompileReport", "Regions", "cpp_compiler", "is_compiled", "measure_compiled"]
 
+_POOLING = (torch.ops.aten.max_pool2d_with_indices.default, torch.ops.aten.max_pool2d_with_indices_backward.default)
+# Part of the key of torch's caches: to be renewed with what this module changes about inductor.
+_CACHE_KEY = "fastmtl.regions.1"
 _NAMES = ("trunk", "heads", "reps", "decode", "whole", "single", "single_rep", "single_decode")
 
 
@@ -69,7 +73,12 @@ class _Region:
         from torch._inductor.compile_fx import compile_fx
 
         self.graphs += 1
-        return compile_fx(graph, inputs, **(_cpu_options() if all(map(_on_cpu, inputs)) else {}))
+        if not all(map(_on_cpu, inputs)):
+            return compile_fx(graph, inputs)
+        # Inductor would turn convolutions to channels-last, and copy every weight and gradient to and fro in each pass.
+        patches = {"layout_optimization": False, "joint_custom_pre_pass": _masks_anew()}
+        with _library_kernels():
+            return compile_fx(graph, inputs, config_patches=patches)
 
     def __call__(self, *args: Any) -> Any:
         # With inputs of its own, each task is a graph of its own; the task's name is the last argument then.
@@ -90,23 +99,52 @@ def _on_cpu(value: Any) -> bool:
     return not isinstance(value, torch.Tensor) or value.device.type == "cpu"
 
 
-def _cpu_options() -> dict[str, Any]:
-    """Return what keeps library kernels for convolution and batch norm on a CPU.
+def _masks_anew() -> Any:
+    """Return a pass over joint graphs that has backward passes compare anew instead of reading a mask of booleans.
 
-    Inductor would turn convolutions to channels-last, and copy every weight and gradient to and fro in each pass. Its
-    own batch norm saves little time per step and nearly doubles the time the C++ compiler takes.
+    What was compared is kept anyway, for the output of a region or for a product, and nothing in inductor's C++ is as
+    slow as reading and writing booleans.
+    """
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    class MasksAnew(CustomGraphPass):
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            for node in graph.find_nodes(op="call_function", target=torch.ops.aten.le.Scalar):
+                if all(user.target is torch.ops.aten.where.self for user in node.users):
+                    node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+
+        def uuid(self) -> str:
+            return _CACHE_KEY
+
+    return MasksAnew()
+
+
+@contextlib.contextmanager
+def _library_kernels() -> Iterator[None]:
+    """Have inductor call the library for batch norm and max pooling; told in its tables, as it knows no setting.
+
+    Inductor's own batch norm saves little time per step and nearly doubles the time the C++ compiler takes; its max
+    pooling takes three times as long as the library's. A table of our own as an argument would keep it from its cache.
     """
     from torch._inductor.decomposition import select_decomp_table
-    from torch._inductor.lowering import lowerings, make_fallback
+    from torch._inductor.lowering import fallback_handler, lowerings
 
-    table = {}
-    for op, rule in select_decomp_table().items():
-        if "batch_norm" not in str(op):
-            table[op] = rule
-        elif op not in lowerings:
-            # Said explicitly, since inductor refuses an unspoken fallback where the environment names a CI.
-            make_fallback(op, warn=False, override_decomp=True)
-    return {"decompositions": table, "config_patches": {"layout_optimization": False}}
+    rules = select_decomp_table()
+    ours = {op: rule for op, rule in rules.items() if op in _POOLING or "batch_norm" in str(op)}
+    called = {*_POOLING, *(op for op in ours if op not in lowerings)}
+    calls = {op: fallback_handler(op, add_to_fallback_set=False) for op in called}
+    before = {op: lowerings[op] for op in calls if op in lowerings}
+    for op in ours:
+        del rules[op]
+    lowerings.update(calls)
+    try:
+        yield
+    finally:
+        rules.update(ours)
+        for op in calls:
+            del lowerings[op]
+        lowerings.update(before)
 
 
 def _configure_backwards() -> None:

@@ -49,6 +49,43 @@ def _rows(trainer: Any) -> tuple[list[Any], Any]:
     return done.rows, done.losses
 
 
+def _pooled_encoder() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 12, 3, padding=1), nn.MaxPool2d(2), nn.Conv2d(12, 12, 1), nn.ReLU())
+
+
+@pytest.mark.slow
+def test_pooling_is_the_librarys_and_no_mask_is_kept() -> None:
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.lowering import lowerings
+
+    torch.compiler.reset()
+    before = dict(select_decomp_table()), dict(lowerings)
+    eager, compiled = (_conv_trainer("HPS", on, encoder_class=_pooled_encoder) for on in (False, True))
+    compiled.model.load_state_dict(eager.model.state_dict())
+    (want, _), (got, _) = _rows(eager), _rows(compiled)
+    for own, others in zip(got, want, strict=True):
+        torch.testing.assert_close(own, others)
+    assert (select_decomp_table(), lowerings) == before
+
+    kept: list[tuple[torch.dtype, int]] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append((tensor.dtype, tensor.numel()))
+        return tensor
+
+    with (
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profiler,
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        _rows(compiled)
+    pooled = [event.name for event in profiler.events() or [] if "max_pool2d_with_indices" in event.name]
+    assert pooled.count("aten::max_pool2d_with_indices") == 1
+    assert pooled.count("aten::max_pool2d_with_indices_backward") == 3
+    features = 4 * 12 * 4 * 4
+    assert (torch.float32, features) in kept
+    assert (torch.bool, features) not in kept
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["HPS", "MTAN", OnePiece])
 def test_every_tasks_gradient_equals_eager(architecture: Any) -> None:
