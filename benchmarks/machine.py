@@ -65,10 +65,14 @@ def facts(device: torch.device) -> dict[str, str | int]:
 
 @dataclass(frozen=True, slots=True)
 class Probes:
-    """Ways to measure the bytes per second of reading and of copying (read plus written), a pass a call."""
+    """Ways to measure the bytes per second of reading and of copying (read plus written), a pass a call.
+
+    ``multiply_adds`` measures float32 multiply-adds per second, where that can be done.
+    """
 
     read: Sequence[Callable[[], float]]
     copy: Sequence[Callable[[], float]]
+    multiply_adds: Callable[[], float] | None = None
 
 
 def probes(device: torch.device) -> Probes:
@@ -90,9 +94,11 @@ def probes(device: torch.device) -> Probes:
         except ImportError:
             pass
         else:
-            memory = _host.Memory(threads=torch.get_num_threads())
+            threads = torch.get_num_threads()
+            memory = _host.Memory(threads=threads)
             read += [partial(memory.read, way) for way in range(memory.read_ways)]
             copy += [partial(memory.copy, way) for way in range(memory.copy_ways)]
+            return Probes(read, copy, partial(_host.multiply_add_rate, threads))
     return Probes(read, copy)
 
 

@@ -36,6 +36,7 @@ class Case:
         error: Error of a result against float64.
         bytes_read: Bytes that must be read; 0 where memory is not the limit.
         bytes_written: Bytes that must be written.
+        multiply_adds: Float32 multiply-adds that must be done; 0 where they are few.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Case:
     error: Callable[[Any], float]
     bytes_read: int = 0
     bytes_written: int = 0
+    multiply_adds: int = 0
 
 
 BENCHES = (

@@ -38,11 +38,12 @@ def _sample(call: Callable[[], Any], repeats: int, device: torch.device, cold: b
 
 @dataclass(slots=True)
 class _Timing:
-    """Seconds per call of every variant, and bytes per second of every way to use the memory, round by round."""
+    """Seconds per call of every variant, and what the machine does per second, round by round."""
 
     samples: dict[str, list[float]]
     read: list[list[float]]
     copy: list[list[float]]
+    multiply_adds: list[float]
 
     def floor(self, case: Case) -> list[float]:
         """Return the seconds memory needs: no faster than it reads, nor than it moves bytes in both directions."""
@@ -86,23 +87,25 @@ def time_in_turn(
 
 
 def _time(case: Case, calls: dict[str, Callable[[], Any]], device: torch.device, seconds: float) -> _Timing:
-    """Time all calls and the memory in turn."""
+    """Time all calls and the machine in turn."""
     probe = probes(device) if case.bytes_read else Probes((), ())
     copies = probe.copy if case.bytes_written else ()
-    timing = _Timing({}, [[] for _ in probe.read], [[] for _ in copies])
+    timing = _Timing({}, [[] for _ in probe.read], [[] for _ in copies], [])
 
-    def measure_memory() -> None:
+    def measure_machine() -> None:
         for rates, measure in zip([*timing.read, *timing.copy], [*probe.read, *copies], strict=True):
             rates.append(measure())
+        if case.multiply_adds and probe.multiply_adds is not None:
+            timing.multiply_adds.append(probe.multiply_adds())
 
-    timing.samples = time_in_turn(calls, device, seconds, measure_memory, cold=case.bytes_read > 0)
+    timing.samples = time_in_turn(calls, device, seconds, measure_machine, cold=case.bytes_read > 0)
     return timing
 
 
 def _rows_of(op: str, case: Case, device: torch.device, seconds: float) -> list[Row]:
     errors = {name: case.error(variant.call()) for name, variant in case.variants.items()}
     green = {name: v.call for name, v in case.variants.items() if errors[name] <= v.allowed}
-    timing = _time(case, green, device, seconds) if green else _Timing({}, [], [])
+    timing = _time(case, green, device, seconds) if green else _Timing({}, [], [], [])
     rows = []
     for name, variant in case.variants.items():
         row: Row = {
@@ -123,6 +126,10 @@ def _rows_of(op: str, case: Case, device: torch.device, seconds: float) -> list[
                 row |= {"bytes": moved, "bytes_per_s": moved / deciles[4]}
                 row |= {"bound_bytes_per_s": moved / statistics.median(floor)}
                 row |= {"share_of_bound": statistics.median(ratios)}
+            if timing.multiply_adds:
+                done = zip(timing.multiply_adds, timing.samples[name], strict=True)
+                row |= {"multiply_adds": case.multiply_adds}
+                row |= {"share_of_arithmetic": statistics.median(case.multiply_adds / rate / t for rate, t in done)}
         rows.append(row)
     return rows
 
@@ -134,6 +141,8 @@ def _line(row: Row) -> str:
     line = f"{head} {row['median_us']:11.1f} us  ({row['p20_us']:.1f} .. {row['p80_us']:.1f})"
     if "share_of_bound" in row:
         line += f"  {row['bytes_per_s'] / 1e9:6.1f} GB/s, {row['share_of_bound']:4.0%} of the memory's"
+    if "share_of_arithmetic" in row:
+        line += f", {row['share_of_arithmetic']:4.0%} of the multiply-adds'"
     return line
 
 
@@ -147,7 +156,8 @@ def run_kernels(
     """Benchmark ops and return one row per op, case and variant; print them as they come.
 
     A variant whose result is wrong gets no time. ``share_of_bound`` is the least time
-    memory needs to read, and to read and write, the bytes of the case over the time taken, both measured in turn.
+    memory needs to read, and to read and write, the bytes of the case over the time taken, both measured in turn;
+    ``share_of_arithmetic`` the same of the time float32 multiply-adds need.
 
     Args:
         ops: Names of ops; all if None.

@@ -39,7 +39,7 @@ constexpr std::size_t kFloatsPerLine = kLine / sizeof(float);
 // memory's own rate on some machines and less close on others, so both counts are measured.
 constexpr std::size_t kManyStreams = 4;
 
-volatile float sink;
+volatile float sink = 0.5f;
 
 struct AlignedFree {
   void operator()(float* pointer) const { ::operator delete[](pointer, std::align_val_t{kLine}); }
@@ -126,6 +126,63 @@ FASTMTL_TARGET_AVX512 void copy_streaming_avx512(float* out, const float* in, st
 
 #endif
 
+// How a thread multiplies and adds in float32: `rounds` times in kChains vectors of `lanes`, of which none waits for
+// another one.
+struct MultiplyAdd {
+  float (*run)(std::size_t rounds);
+  std::size_t lanes;
+};
+constexpr int kChains = 12;
+
+float multiply_add_portable(std::size_t rounds) {
+  float chain[kChains];
+  std::iota(chain, chain + kChains, 0.0f);
+  const float factor = sink;
+  for (std::size_t i = 0; i < rounds; ++i) {
+    for (float& value : chain) value = value * factor + 1.0f;
+  }
+  return std::accumulate(chain, chain + kChains, 0.0f);
+}
+
+#if FASTMTL_X86
+
+FASTMTL_TARGET_AVX2 float multiply_add_avx2(std::size_t rounds) {
+  __m256 chain[kChains];
+  for (int k = 0; k < kChains; ++k) chain[k] = _mm256_set1_ps(static_cast<float>(k));
+  const __m256 factor = _mm256_set1_ps(sink);
+  const __m256 term = _mm256_set1_ps(1.0f);
+  for (std::size_t i = 0; i < rounds; ++i) {
+#pragma GCC unroll 12
+    for (int k = 0; k < kChains; ++k) chain[k] = _mm256_fmadd_ps(chain[k], factor, term);
+  }
+  for (int k = 1; k < kChains; ++k) chain[0] = _mm256_add_ps(chain[0], chain[k]);
+  return _mm256_cvtss_f32(chain[0]);
+}
+
+FASTMTL_TARGET_AVX512 float multiply_add_avx512(std::size_t rounds) {
+  __m512 chain[kChains];
+  for (int k = 0; k < kChains; ++k) chain[k] = _mm512_set1_ps(static_cast<float>(k));
+  const __m512 factor = _mm512_set1_ps(sink);
+  const __m512 term = _mm512_set1_ps(1.0f);
+  for (std::size_t i = 0; i < rounds; ++i) {
+#pragma GCC unroll 12
+    for (int k = 0; k < kChains; ++k) chain[k] = _mm512_fmadd_ps(chain[k], factor, term);
+  }
+  for (int k = 1; k < kChains; ++k) chain[0] = _mm512_add_ps(chain[0], chain[k]);
+  return _mm512_cvtss_f32(chain[0]);
+}
+
+#endif
+
+MultiplyAdd multiply_add(Isa isa) {
+#if FASTMTL_X86
+  if (isa == Isa::avx512) return {multiply_add_avx512, 16};
+  if (isa == Isa::avx2) return {multiply_add_avx2, 8};
+#endif
+  (void)isa;
+  return {multiply_add_portable, 1};
+}
+
 std::vector<Sum> sums(Isa isa) {
 #if FASTMTL_X86
   if (isa == Isa::avx512) return {sum_avx512<1>, sum_avx512<kManyStreams>, sum_avx2<1>, sum_avx2<kManyStreams>};
@@ -194,6 +251,34 @@ Plan plan(std::int64_t bytes, int threads) {
   return {std::max(block, share / block * block), threads};
 }
 
+// Seconds in which all threads together, each of which is told its number, do the work.
+double seconds_of(int threads, const std::function<void(int thread)>& work) {
+  using Clock = std::chrono::steady_clock;
+  std::barrier gate(threads);
+  double taken = 0;
+  const auto body = [&](int thread) {
+    gate.arrive_and_wait();
+    const auto before = Clock::now();
+    work(thread);
+    gate.arrive_and_wait();
+    if (thread == 0) taken = std::chrono::duration<double>(Clock::now() - before).count();
+  };
+  std::vector<std::jthread> others;
+  for (int thread = 1; thread < threads; ++thread) others.emplace_back(body, thread);
+  body(0);
+  others.clear();
+  return taken;
+}
+
+// Float32 multiply-adds per second of all threads together.
+double multiply_add_rate(int threads) {
+  constexpr std::size_t rounds = std::size_t{1} << 20;
+  threads = plan(1, threads).threads;
+  const MultiplyAdd way = multiply_add(fastmtl::isa());
+  const double seconds = seconds_of(threads, [&](int) { sink = way.run(rounds) > 0 ? 0.5f : 0.25f; });
+  return static_cast<double>(threads * rounds * kChains * way.lanes) / seconds;
+}
+
 // Buffers that no cache holds, and how fast memory moves them.
 class Memory {
  public:
@@ -224,24 +309,9 @@ class Memory {
  private:
   double bytes() const { return static_cast<double>(plan_.lines * plan_.threads * kLine); }
 
-  // Seconds in which all threads together, each on its own part, do the work.
   double pass(const std::function<void(std::size_t first, std::size_t count)>& work) {
-    using Clock = std::chrono::steady_clock;
     const std::size_t part = plan_.lines * kFloatsPerLine;
-    std::barrier gate(plan_.threads);
-    double taken = 0;
-    const auto body = [&](int thread) {
-      gate.arrive_and_wait();
-      const auto before = Clock::now();
-      work(thread * part, part);
-      gate.arrive_and_wait();
-      if (thread == 0) taken = std::chrono::duration<double>(Clock::now() - before).count();
-    };
-    std::vector<std::jthread> others;
-    for (int thread = 1; thread < plan_.threads; ++thread) others.emplace_back(body, thread);
-    body(0);
-    others.clear();
-    return taken;
+    return seconds_of(plan_.threads, [&](int thread) { work(thread * part, part); });
   }
 
   Plan plan_;
@@ -287,6 +357,8 @@ PYBIND11_MODULE(_host, m) {
   m.def("copy_bandwidth", &copy_bandwidth, py::arg("bytes") = 0, py::arg("threads") = 0, py::arg("seconds") = 0.25,
         py::call_guard<py::gil_scoped_release>(),
         "Bytes read plus bytes written per second, copying `bytes` with all threads together.");
+  m.def("multiply_add_rate", &multiply_add_rate, py::arg("threads") = 0, py::call_guard<py::gil_scoped_release>(),
+        "Float32 multiply-adds per second by all threads together, in some milliseconds of them; threads=0 takes all.");
   py::class_<Memory>(m, "Memory",
                      "Buffers of 8 times the last-level cache (bytes=0), to time memory between other work.")
       .def(py::init<std::int64_t, int>(), py::arg("bytes") = 0, py::arg("threads") = 0)

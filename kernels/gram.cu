@@ -69,12 +69,7 @@ void launch(OnDevice const& on, std::vector<StripPlan> const& plans, int rows, b
         auto* const sums = static_cast<double*>(partial.mutable_data_ptr());
         variant.kernel<<<static_cast<unsigned>(blocks), kGramThreads, shared, on.stream()>>>(table, rows, sums);
         STD_CUDA_KERNEL_LAUNCH_CHECK();
-        int64_t const warps = runs.count * pairs;
-        constexpr int64_t warps_per_block = reduce_threads / warp_size;
-        gram_reduce_kernel<<<static_cast<unsigned>((warps + warps_per_block - 1) / warps_per_block), reduce_threads, 0,
-                             on.stream()>>>(runs, rows, blocks, sums, add,
-                                            static_cast<double*>(result.mutable_data_ptr()));
-        STD_CUDA_KERNEL_LAUNCH_CHECK();
+        reduce_gram(on, runs, rows, blocks, sums, add, result);
       });
 }
 
@@ -88,6 +83,16 @@ bool one_launch_fills(std::vector<StripPlan> const& plans, int64_t all_plans, in
 }
 
 }  // namespace
+
+void reduce_gram(OnDevice const& on, GroupRuns const& runs, int rows, int64_t blocks, double const* partial, bool add,
+                 Tensor& result) {
+  int64_t const warps = runs.count * (int64_t{rows} * (rows + 1) / 2);
+  constexpr int64_t warps_per_block = reduce_threads / warp_size;
+  gram_reduce_kernel<<<static_cast<unsigned>((warps + warps_per_block - 1) / warps_per_block), reduce_threads, 0,
+                       on.stream()>>>(runs, rows, blocks, partial, add,
+                                      static_cast<double*>(result.mutable_data_ptr()));
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
 
 Tensor gram_of_rows(TensorList const& flat, int64_t num_rows, std::optional<std::vector<int64_t>> const& groups) {
   static_assert(kGramThreads == kMatrixThreads);

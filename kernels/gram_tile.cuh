@@ -43,15 +43,9 @@ __device__ inline bool any_nonzero(void const* row, int64_t at, int64_t last, in
   return found;
 }
 
-/// sum += all products of the rows at one vector of a lane.
-template <bool whole, class Storage, class Acc, int rows, int pairs>
-__device__ inline void multiply_vector(Storage const* const (&row)[rows], int64_t at, int64_t length,
-                                       Acc (&sum)[pairs]) {
-  Vector<Storage> loaded[rows];
-  FASTMTL_UNROLL
-  for (int t = 0; t < rows; ++t) {
-    loaded[t] = row[t] != nullptr ? load_vector<whole>(row[t], at, length) : Vector<Storage>{};
-  }
+/// sum += all products of one vector of each row.
+template <class Storage, class Acc, int rows, int pairs>
+__device__ inline void multiply_loaded(Vector<Storage> const (&loaded)[rows], Acc (&sum)[pairs]) {
   FASTMTL_UNROLL
   for (int e = 0; e < lanes_of<Storage>; ++e) {
     Acc value[rows];
@@ -65,21 +59,91 @@ __device__ inline void multiply_vector(Storage const* const (&row)[rows], int64_
   }
 }
 
-/// sum += all products of the rows at a lane's elements of [first, last).
-template <class Storage, class Acc, int rows, int pairs>
-__device__ inline void multiply_rows(Storage const* const (&row)[rows], Strip const& strip, int64_t first, int64_t last,
-                                     Acc (&sum)[pairs]) {
+template <bool whole, class Storage, class Acc, int rows, int pairs>
+__device__ inline void multiply_vector(Storage const* const (&row)[rows], int64_t at, int64_t length,
+                                       Acc (&sum)[pairs]) {
+  Vector<Storage> loaded[rows];
+  FASTMTL_UNROLL
+  for (int t = 0; t < rows; ++t) {
+    loaded[t] = row[t] != nullptr ? load_vector<whole>(row[t], at, length) : Vector<Storage>{};
+  }
+  multiply_loaded(loaded, sum);
+}
+
+/// Calls visit(whole, at) for a lane's vectors of [first, last), with a constant for whether they are whole.
+template <class Storage, class Visit>
+__device__ inline void for_each_vector(Strip const& strip, int64_t first, int64_t last, Visit const& visit) {
   constexpr int lanes = lanes_of<Storage>;
   constexpr int64_t stride = int64_t{kGramThreads} * lanes;
   int64_t at = first + int64_t{threadIdx.x} * lanes;
   FASTMTL_NO_UNROLL
   while (at < last) {
     FASTMTL_NO_UNROLL
-    for (; at < last && is_whole(strip, at, lanes); at += stride) multiply_vector<true>(row, at, strip.length, sum);
+    for (; at < last && is_whole(strip, at, lanes); at += stride) visit(std::true_type{}, at);
     // A strip's ends, and strips whose rows do not lie alike.
-    if (at < last) multiply_vector<false>(row, at, strip.length, sum);
+    if (at < last) visit(std::false_type{}, at);
     at += stride;
   }
+}
+
+/// sum += all products of the rows at a lane's elements of [first, last).
+template <class Storage, class Acc, int rows, int pairs>
+__device__ inline void multiply_rows(Storage const* const (&row)[rows], Strip const& strip, int64_t first, int64_t last,
+                                     Acc (&sum)[pairs]) {
+  for_each_vector<Storage>(strip, first, last, [&](auto whole, int64_t at) {
+    multiply_vector<decltype(whole)::value>(row, at, strip.length, sum);
+  });
+}
+
+/// total += sum, the products of a lane's elements of [first, last) of strip s, or these products anew in float64 where
+/// those of some row left float32's range.
+template <class Storage, int rows, int pairs>
+__device__ inline void add_sums(LaunchTable const& table, int s, Storage const* const (&row)[rows], Strip const& strip,
+                                int64_t first, int64_t last, float const (&sum)[pairs], double (&total)[pairs]) {
+  bool exceeds = false;
+  unsigned zeros = 0;
+  FASTMTL_UNROLL
+  for (int t = 0; t < rows; ++t) {
+    float const square = sum[pair_of(rows, t, t)];
+    if (row[t] != nullptr && !trusted(square)) {
+      exceeds |= square != 0;
+      zeros |= 1u << t;
+    }
+  }
+  constexpr int lanes = lanes_of<Storage>;
+  FASTMTL_NO_UNROLL
+  for (int t = 0; zeros >> t != 0 && !exceeds; ++t) {
+    if ((zeros >> t & 1) == 0) continue;
+    exceeds = any_nonzero<Storage>(table.pointer(s, t), first + int64_t{threadIdx.x} * lanes, last,
+                                   int64_t{kGramThreads} * lanes, lanes, strip.length);
+  }
+  if (exceeds) {
+    multiply_rows(row, strip, first, last, total);
+  } else {
+    FASTMTL_UNROLL
+    for (int p = 0; p < pairs; ++p) total[p] += static_cast<double>(sum[p]);
+  }
+}
+
+/// Leaves the sums of a block's lanes in `partial`, for the pairs of the rows that are given.
+template <int rows, int pairs>
+__device__ inline void write_sums(double const (&total)[pairs], int given, double* partial) {
+  __shared__ double of_warp[kGramThreads / 32][pairs];
+  auto const warp = static_cast<int>(threadIdx.x / 32);
+  FASTMTL_UNROLL
+  for (int p = 0; p < pairs; ++p) {
+    double const sum = warp_sum(total[p]);
+    if (threadIdx.x % 32 == 0) of_warp[warp][p] = sum;
+  }
+  __syncthreads();
+  if (static_cast<int>(threadIdx.x) >= pairs) return;
+  double sum = 0;
+  for (int w = 0; w < kGramThreads / 32; ++w) sum += of_warp[w][threadIdx.x];
+  int p = static_cast<int>(threadIdx.x);
+  int i = 0;
+  for (; p >= rows - i; ++i) p -= rows - i;
+  int const j = i + p;
+  if (j < given) partial[int64_t{pair_of(given, i, j)} * gridDim.x + blockIdx.x] = sum;
 }
 
 /// Blocks of a processor: as many as there are registers for.
@@ -110,51 +174,11 @@ __global__ void __launch_bounds__(kGramThreads, gram_tile_blocks<Storage>(rows))
       } else {
         float sum[pairs] = {};
         multiply_rows(row, strip, piece, end, sum);
-        bool exceeds = false;
-        unsigned zeros = 0;
-        FASTMTL_UNROLL
-        for (int t = 0; t < rows; ++t) {
-          float const square = sum[pair_of(rows, t, t)];
-          if (row[t] != nullptr && !trusted(square)) {
-            exceeds |= square != 0;
-            zeros |= 1u << t;
-          }
-        }
-        constexpr int lanes = lanes_of<Storage>;
-        FASTMTL_NO_UNROLL
-        for (int t = 0; zeros >> t != 0 && !exceeds; ++t) {
-          if ((zeros >> t & 1) == 0) continue;
-          exceeds = any_nonzero<Storage>(table.pointer(s, t), piece + int64_t{threadIdx.x} * lanes, end,
-                                         int64_t{kGramThreads} * lanes, lanes, strip.length);
-        }
-        if (exceeds) {
-          multiply_rows(row, strip, piece, end, total);
-        } else {
-          FASTMTL_UNROLL
-          for (int p = 0; p < pairs; ++p) total[p] += static_cast<double>(sum[p]);
-        }
+        add_sums(table, s, row, strip, piece, end, sum, total);
       }
     }
   });
-
-  __shared__ double of_warp[kGramThreads / 32][pairs];
-  auto const warp = static_cast<int>(threadIdx.x / 32);
-  FASTMTL_UNROLL
-  for (int p = 0; p < pairs; ++p) {
-    double const sum = warp_sum(total[p]);
-    if (threadIdx.x % 32 == 0) of_warp[warp][p] = sum;
-  }
-  __syncthreads();
-  if (static_cast<int>(threadIdx.x) < pairs) {
-    double sum = 0;
-    for (int w = 0; w < kGramThreads / 32; ++w) sum += of_warp[w][threadIdx.x];
-    // Pairs are stored for the rows there are.
-    int p = static_cast<int>(threadIdx.x);
-    int i = 0;
-    for (; p >= rows - i; ++i) p -= rows - i;
-    int const j = i + p;
-    if (j < given) partial[int64_t{pair_of(given, i, j)} * gridDim.x + blockIdx.x] = sum;
-  }
+  write_sums<rows>(total, given, partial);
 }
 
 /// result[group] (+)= the sums of the group's blocks; a warp per run and pair.

@@ -119,7 +119,10 @@ class TestHost:
 
     @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
     def test_the_instruction_set_can_be_lowered_but_not_raised(self, host: Any, isa: str) -> None:
-        code = "from fastmtl import _host; print(_host.isa(), _host.read_bandwidth(1 << 20, 1, 0) > 0)"
+        code = (
+            "from fastmtl import _host; "
+            "print(_host.isa(), _host.read_bandwidth(1 << 20, 1, 0) > 0, _host.multiply_add_rate(1) > 0)"
+        )
         done = subprocess.run(
             [sys.executable, "-c", code],
             env={**os.environ, "FASTMTL_ISA": isa},
@@ -129,7 +132,7 @@ class TestHost:
         )
         order = ["portable", "avx2", "avx512"]
         expected = min(isa, host.supported_isa(), key=order.index)
-        assert done.stdout.split() == [expected, "True"]
+        assert done.stdout.split() == [expected, "True", "True"]
 
     @pytest.mark.parametrize("measure", ["read_bandwidth", "copy_bandwidth"])
     @pytest.mark.parametrize(("nbytes", "threads"), [(1, 1), (4097, 3), (1 << 20, 2)])
@@ -140,6 +143,8 @@ class TestHost:
     def test_bad_arguments_are_refused(self, host: Any, arguments: tuple[int, int, float]) -> None:
         with pytest.raises(ValueError, match=r"must be 0 .*or more"):
             host.read_bandwidth(*arguments)
+        with pytest.raises(ValueError, match="threads must be 0"):
+            host.multiply_add_rate(-1)
 
     def test_cache_is_the_one_the_system_names(self, host: Any) -> None:
         sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")

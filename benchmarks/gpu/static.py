@@ -48,6 +48,7 @@ _THREADS = {
     "graddrop_kernel": 256,
     "graddrop_rows_kernel": 256,
     "ema_kernel": 256,
+    "ema_gram_tile_kernel": 128,
     "excess_risk_kernel": 256,
     "risk_reduce_kernel": 256,
     "sort_by_key": 128,
@@ -63,7 +64,7 @@ _MOST_LOCAL_HOT = 20
 _STREAMS = ("gram_tile", "gram_matrix", "combine", "graddrop", "ema", "excess_risk")
 # Those of them that compute in float64: sums over many elements, where float32 runs end; results wider than the rows;
 # float64 itself. GradDrop's purities are the sums over the batch or the tasks.
-_IN_FLOAT64 = re.compile(r"gram_.*|excess_risk_.*|graddrop_.*|combine_kernel<\w+, false>|.*\bdouble\b.*")
+_IN_FLOAT64 = re.compile(r"(ema_)?gram_.*|excess_risk_.*|graddrop_.*|combine_kernel<\w+, false>|.*\bdouble\b.*")
 
 Row = dict[str, str]
 

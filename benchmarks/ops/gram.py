@@ -42,6 +42,7 @@ def _case(num_rows: int, device: torch.device, dtype: torch.dtype) -> Case:
         variants=variants,
         error=error,
         bytes_read=size_of(shapes) * num_rows * dtype.itemsize,
+        multiply_adds=size_of(shapes) * num_rows * (num_rows + 1) // 2,
     )
 
 

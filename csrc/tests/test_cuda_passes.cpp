@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "../../kernels/ema_gram_tile.cuh"
 #include "../../kernels/graddrop_kernels.cuh"
 #include "../../kernels/state_kernels.cuh"
 #include "cuda_rows.h"
@@ -280,6 +281,94 @@ void test_state(int n, int64_t offset, bool alike, int64_t wanted_blocks) {
   check(surroundings_kept(state), what + ": sums wrote beside their state");
 }
 
+/// Averages and Gram matrix in one pass: the averages of the pass that updates alone, and their products.
+template <int rows>
+void test_ema_gram(int given, int64_t offset, bool alike, int64_t wanted_blocks, double scale) {
+  std::vector<int64_t> const lengths{1, 5003, 0, 63, 4600};
+  Rows<float> state(given, lengths, offset, true, 1);
+  Rows<float> grads(given, lengths, alike ? offset : offset + 1, true, 2);
+  Rows<float> apart = state;
+  for (size_t d = 0; d < state.data.size(); ++d) {
+    apart.data[d] = apart.memory[d].data() + (state.data[d] - state.memory[d].data());
+    for (int64_t e = 0; e < lengths[d / given]; ++e) {
+      // Every other row leaves the range in which float32 holds its squares.
+      auto const own = static_cast<float>(d % given % 2 == 0 ? scale : 1);
+      state.data[d][e] *= own;
+      apart.data[d][e] *= own;
+      grads.data[d][e] *= own;
+    }
+  }
+  std::vector<double> keep(given);
+  std::vector<double> gains(given);
+  for (int t = 0; t < given; ++t) {
+    keep[t] = 0.5 + 0.125 * (t % 3);
+    gains[t] = 1 - 0.25 * t;
+  }
+  // What the gain of a row that is nowhere is must not matter.
+  for (size_t k = 0; k < lengths.size(); ++k) grads.at(0, k) = nullptr;
+  gains[0] = std::nan("");
+  std::string const what = "averages and products of " + std::to_string(given) + ", offset " + std::to_string(offset) +
+                           ", scale " + std::to_string(scale);
+  fastmtl::plan_launches(state_plans(apart, grads, false), 2, sizeof(float), {fastmtl::kStatePiece, 3, true},
+                         [&](LaunchTable const& table, GroupRuns const&, int64_t blocks) {
+                           emulation::launch(blocks, fastmtl::kStateThreads, 0, [&] {
+                             fastmtl::ema_kernel<float, float>(table, keep.data(), gains.data());
+                           });
+                         });
+  std::vector<StripPlan> plans;
+  for (size_t k = 0; k < lengths.size(); ++k) {
+    StripPlan plan{{}, lengths[k], 0};
+    for (int t = 0; t < given; ++t) plan.pointers.push_back(state.at(t, k));
+    for (int t = 0; t < given; ++t) plan.pointers.push_back(grads.at(t, k));
+    plans.push_back(plan);
+  }
+  int const pairs = given * (given + 1) / 2;
+  std::vector<double> matrix(given * given, 0.0);
+  fastmtl::plan_launches(
+      plans, 2 * given, sizeof(float), {fastmtl::kGramPiece, wanted_blocks, true},
+      [&](LaunchTable const& table, GroupRuns const& runs, int64_t blocks) {
+        std::vector<double> partial(pairs * blocks, std::nan(""));
+        emulation::launch(blocks, fastmtl::kGramThreads, 0, [&] {
+          fastmtl::ema_gram_tile_kernel<rows>(table, given, keep.data(), gains.data(), partial.data());
+        });
+        emulation::launch((runs.count * pairs + 7) / 8, 256, 0,
+                          [&] { fastmtl::gram_reduce(runs, given, blocks, partial.data(), true, matrix.data()); });
+      });
+  bool same = true;
+  for (size_t d = 0; d < state.data.size(); ++d) {
+    for (int64_t e = 0; e < lengths[d / given]; ++e) same = same && state.data[d][e] == apart.data[d][e];
+  }
+  check(same, what + ": averages");
+  check(surroundings_kept(state), what + ": wrote beside its state");
+  double worst = 0;
+  std::vector<double> want(given * given, 0.0);
+  for (int i = 0; i < given; ++i) {
+    for (int j = 0; j < given; ++j) {
+      for (size_t k = 0; k < lengths.size(); ++k) want[i * given + j] += state.product(i, j, k);
+    }
+  }
+  for (int i = 0; i < given; ++i) {
+    for (int j = 0; j < given; ++j) {
+      double const size = std::sqrt(want[i * given + i]) * std::sqrt(want[j * given + j]);
+      double const error = std::fabs(matrix[i * given + j] - want[i * given + j]) / size;
+      worst = std::fmax(worst, error);
+      if (!(error == error)) worst = INFINITY;
+    }
+  }
+  check(worst <= 4 * 0x1p-23, what + ": products, error " + std::to_string(worst));
+}
+
+template <int rows>
+void test_ema_grams() {
+  for (int const given : {rows, rows - 1}) {
+    test_ema_gram<rows>(given, 0, true, 3, 1);
+    test_ema_gram<rows>(given, 1, true, 100, 1);
+    test_ema_gram<rows>(given, 3, false, 2, 1);
+    test_ema_gram<rows>(given, 0, true, 2, 1e-17);
+    test_ema_gram<rows>(given, 0, true, 2, 1e18);
+  }
+}
+
 template <class Storage>
 void test_drops() {
   for (bool const shares : {false, true}) {
@@ -319,5 +408,8 @@ int main() {
   test_states<F16, float>();
   test_states<float, double>();
   test_states<Bf16, double>();
+  test_ema_grams<2>();
+  test_ema_grams<3>();
+  test_ema_grams<8>();
   return rows_test::failures == 0 ? 0 : 1;
 }

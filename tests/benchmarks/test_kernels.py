@@ -35,3 +35,10 @@ def test_rows_outlive_an_interruption(monkeypatch: pytest.MonkeyPatch, tmp_path:
         runner.run_kernels(["min_norm", "gram"], csv_path=tmp_path / "rows.csv", quick=True)
     with (tmp_path / "rows.csv").open() as file:
         assert {row["op"] for row in csv.DictReader(file)} == {"min_norm"}
+
+
+def test_gram_is_held_against_the_multiply_adds_too() -> None:
+    pytest.importorskip("fastmtl._host", reason="fastmtl._host was not built")
+    row = next(row for row in runner.run_kernels(["gram"], quick=True) if row["variant"] == "fastmtl")
+    assert row["multiply_adds"] == row["bytes"] // 4 * 2
+    assert 0 < row["share_of_arithmetic"] < 1
