@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kGramThreads, ema_tile_blocks(rows))
     ema_gram_tile_kernel(__grid_constant__ LaunchTable const table, int given, double const* keep, double const* gains,
                          double* partial) {
   constexpr int pairs = rows * (rows + 1) / 2;
-  __shared__ float factors[2][rows];
+  [[maybe_unused]] __shared__ float factors[2][rows];
   if (static_cast<int>(threadIdx.x) < given) {
     factors[0][threadIdx.x] = static_cast<float>(keep[threadIdx.x]);
     factors[1][threadIdx.x] = static_cast<float>(gains[threadIdx.x]);
