@@ -137,12 +137,12 @@ def test_incomplete_command_shows_help(line: str, capsys: pytest.CaptureFixture[
     assert "error" not in shown.err
 
 
-def test_bench_list_names_the_operators(capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_list_names_the_operators_and_the_whole_update(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "list"]) == 0
     listed = capsys.readouterr().out.split()
     assert listed[:2] == ["gram", "combine"]
     measured_with = {"cagrad_update": "cagrad", "graddrop_rows": "graddrop", "excess_risk_": "ema_gram"}
-    assert set(listed) == {measured_with.get(op, op.rstrip("_")) for op in OPS}
+    assert set(listed) == {measured_with.get(op, op.rstrip("_")) for op in OPS} | {"update"}
 
 
 def test_bench_refuses_an_unknown_operator(capsys: pytest.CaptureFixture[str]) -> None:
