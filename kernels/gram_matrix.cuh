@@ -45,7 +45,7 @@ struct PairsOfRows {
   static constexpr int lanes = lanes_of<Storage>;
   static constexpr int columns = 4 * lanes;  // That a warp takes at a time.
 
-  Storage const* row[loaded_blocks];
+  Storage const** row;  // All of a strip's, in shared memory: as registers they would be missing elsewhere.
   typename Unit::Sum sum[tiles_down][right_blocks][Unit::entries];
   int left_block;
   int right_block;
@@ -54,17 +54,12 @@ struct PairsOfRows {
   __device__ static int group() { return static_cast<int>(threadIdx.x % 32 / 4); }
   __device__ static int place() { return static_cast<int>(threadIdx.x % 4); }
 
-  __device__ PairsOfRows(int left, int right) : left_block(left), right_block(right) {}
+  __device__ PairsOfRows(Storage const** row, int left, int right) : row(row), left_block(left), right_block(right) {}
 
   __device__ int block_of(int b) const { return b < left_blocks ? left_block + b : right_block + b - left_blocks; }
 
-  __device__ void take_rows(LaunchTable const& table, int s, int rows) {
-    FASTMTL_UNROLL
-    for (int b = 0; b < loaded_blocks; ++b) {
-      int const t = 8 * block_of(b) + group();
-      row[b] = t < rows ? static_cast<Storage const*>(table.pointer(s, t)) : nullptr;
-    }
-  }
+  /// The lane's row of a block, or null.
+  __device__ Storage const* row_of(int b) const { return row[8 * block_of(b) + group()]; }
 
   __device__ void clear() {
     FASTMTL_UNROLL
@@ -81,20 +76,20 @@ struct PairsOfRows {
   __device__ void load(int64_t at, Vector<Storage> (&loaded)[loaded_blocks]) const {
     FASTMTL_UNROLL
     for (int b = 0; b < loaded_blocks; ++b) {
-      loaded[b] = row[b] != nullptr ? load_whole(row[b] + at + place() * lanes) : Vector<Storage>{};
+      Storage const* const own = row_of(b);
+      loaded[b] = own != nullptr ? load_whole(own + at + place() * lanes) : Vector<Storage>{};
     }
     __syncwarp();
   }
 
   /// Loads them where they need not be whole, by way of the lane's own `slots`: registers for so many single elements
   /// would be missing elsewhere.
-  __device__ void load_guarded(LaunchTable const& table, int s, int rows, int64_t at, Vector<Storage>* slots,
+  __device__ void load_guarded(Strip const& strip, int64_t at, Vector<Storage>* slots,
                                Vector<Storage> (&loaded)[loaded_blocks]) const {
     FASTMTL_UNROLL_BY_2
     for (int b = 0; b < loaded_blocks; ++b) {
-      int const t = 8 * block_of(b) + group();
-      auto const* const own = t < rows ? static_cast<Storage const*>(table.pointer(s, t)) : nullptr;
-      int64_t const length = own != nullptr ? table.strip(s).length : 0;
+      Storage const* const own = row_of(b);
+      int64_t const length = own != nullptr ? strip.length : 0;
       slots[b * kMatrixThreads] = load_vector_guarded(own, at + place() * lanes, length);
     }
     FASTMTL_UNROLL
@@ -102,28 +97,41 @@ struct PairsOfRows {
     __syncwarp();
   }
 
-  __device__ void multiply(Vector<Storage> const (&loaded)[loaded_blocks]) {
+  /// sum += the products of one step's elements, from `e` on.
+  __device__ void multiply_step(Vector<Storage> const (&loaded)[loaded_blocks], int e) {
+    typename Unit::Operand operand[loaded_blocks];
     FASTMTL_UNROLL
-    for (int e = 0; e < lanes; e += Unit::elements) {
-      typename Unit::Operand operand[loaded_blocks];
+    for (int b = 0; b < loaded_blocks; ++b) operand[b] = Unit::prepare(loaded[b].value + e);
+    FASTMTL_UNROLL
+    for (int i = 0; i < tiles_down; ++i) {
       FASTMTL_UNROLL
-      for (int b = 0; b < loaded_blocks; ++b) operand[b] = Unit::prepare(loaded[b].value + e);
-      FASTMTL_UNROLL
-      for (int i = 0; i < tiles_down; ++i) {
-        FASTMTL_UNROLL
-        for (int j = 0; j < right_blocks; ++j) {
-          if (has(i, j)) {
-            Unit::multiply(sum[i][j], operand + i * Unit::height, operand[diagonal ? j : left_blocks + j]);
-          }
-        }
+      for (int j = 0; j < right_blocks; ++j) {
+        if (has(i, j)) Unit::multiply(sum[i][j], operand + i * Unit::height, operand[diagonal ? j : left_blocks + j]);
       }
     }
   }
 
+  /// sum += the products of what was loaded, which is used up.
+  __device__ void multiply(Vector<Storage> (&loaded)[loaded_blocks]) {
+    if constexpr (loaded_blocks > 6 && std::is_same_v<Storage, float>) {
+      // Unrolled, the operands of both steps would be prepared at once, in registers that are not there.
+      FASTMTL_NO_UNROLL
+      for (int e = 0; e < lanes; e += Unit::elements) {
+        multiply_step(loaded, 0);
+        FASTMTL_UNROLL
+        for (int b = 0; b < loaded_blocks; ++b) {
+          FASTMTL_UNROLL
+          for (int i = Unit::elements; i < lanes; ++i) loaded[b].value[i - Unit::elements] = loaded[b].value[i];
+        }
+      }
+    } else {
+      FASTMTL_UNROLL
+      for (int e = 0; e < lanes; e += Unit::elements) multiply_step(loaded, e);
+    }
+  }
+
   /// The products over the columns from `at` to `last`, `stride` apart. All lanes take the same branches.
-  __device__ void run(LaunchTable const& table, int s, int rows, int64_t at, int64_t last, int64_t stride,
-                      Vector<Storage>* slots) {
-    Strip const strip = table.strip(s);
+  __device__ void run(Strip const& strip, int64_t at, int64_t last, int64_t stride, Vector<Storage>* slots) {
     FASTMTL_NO_UNROLL
     while (at < last) {
       if (is_whole(strip, at, columns)) {
@@ -131,7 +139,7 @@ struct PairsOfRows {
       } else {
         // A strip's ends, and strips whose rows do not lie alike.
         Vector<Storage> loaded[loaded_blocks];
-        load_guarded(table, s, rows, at, slots, loaded);
+        load_guarded(strip, at, slots, loaded);
         multiply(loaded);
         at += stride;
       }
@@ -141,7 +149,7 @@ struct PairsOfRows {
   /// The same as far as vectors are whole; returns how far. Where registers allow, columns are loaded while the ones
   /// before are multiplied.
   __device__ int64_t run_whole(Strip const& strip, int64_t at, int64_t last, int64_t stride) {
-    constexpr bool ahead = loaded_blocks <= (sizeof(Storage) == 2 ? 2 : 6) && !std::is_same_v<Storage, double>;
+    constexpr bool ahead = loaded_blocks <= 6 && !std::is_same_v<Storage, double>;
     Vector<Storage> now[loaded_blocks];
     if constexpr (ahead) load(at, now);
     bool more = true;
@@ -165,7 +173,7 @@ struct PairsOfRows {
   }
 
   /// Whether a float32 sum of squares of the lane's rows cannot be trusted.
-  __device__ bool exceeds(LaunchTable const& table, int s, int64_t first, int64_t last, int64_t stride) const {
+  __device__ bool exceeds(Strip const& strip, int64_t first, int64_t last, int64_t stride) const {
     if constexpr (!diagonal || std::is_same_v<Storage, double>) {
       return false;
     } else {
@@ -177,7 +185,7 @@ struct PairsOfRows {
         float const* const tile = sum[b / 2][b];
         float const own = group() % 2 == 0 ? tile[b % 2 * 2] : tile[b % 2 * 2 + 1];
         float const square = __shfl_sync(0xffffffffu, own, 4 * group() + group() / 2);
-        if (row[b] != nullptr && !trusted(square)) {
+        if (row_of(b) != nullptr && !trusted(square)) {
           found |= square != 0;
           zeros |= 1u << b;
         }
@@ -185,8 +193,7 @@ struct PairsOfRows {
       FASTMTL_NO_UNROLL
       for (int b = 0; zeros >> b != 0 && !found; ++b) {
         if ((zeros >> b & 1) == 0) continue;
-        found = any_nonzero<Storage>(table.pointer(s, 8 * (left_block + b) + group()), first + place() * lanes, last,
-                                     stride, lanes, table.strip(s).length);
+        found = any_nonzero<Storage>(row_of(b), first + place() * lanes, last, stride, lanes, strip.length);
       }
       __syncwarp();
       return found;
@@ -196,7 +203,11 @@ struct PairsOfRows {
   /// sums += the products.
   __device__ void flush(int rows, double* sums) const {
     // Or the compiler keeps the places of all sums in registers while the rows are multiplied.
+    int group = this->group();
+    int place = this->place();
     FASTMTL_OPAQUE(rows);
+    FASTMTL_OPAQUE(group);
+    FASTMTL_OPAQUE(place);
     FASTMTL_UNROLL
     for (int i = 0; i < tiles_down; ++i) {
       FASTMTL_UNROLL
@@ -204,8 +215,8 @@ struct PairsOfRows {
         if (has(i, j)) {
           FASTMTL_UNROLL
           for (int c = 0; c < Unit::entries; ++c) {
-            int const r = 8 * (left_block + i * Unit::height + c / 2) + group();
-            int const t = 8 * (right_block + j) + 2 * place() + c % 2;
+            int const r = 8 * (left_block + i * Unit::height + c / 2) + group;
+            int const t = 8 * (right_block + j) + 2 * place + c % 2;
             if (r <= t && t < rows) sums[pair_of(rows, r, t)] += static_cast<double>(sum[i][j][c]);
           }
         }
@@ -221,14 +232,17 @@ __device__ inline void multiply_pieces(LaunchTable const& table, int rows, Pairs
                                        Vector<Storage>* slots, double* sums) {
   int64_t const stride = int64_t{sharers} * Pairs::columns;
   for_each_range(table, blockIdx.x, [&](int s, int64_t first, int64_t last) {
-    pairs.take_rows(table, s, rows);
+    Strip const strip = table.strip(s);
+    auto const t = static_cast<int>(threadIdx.x);
+    pairs.row[t] = t < rows ? static_cast<Storage const*>(table.pointer(s, t)) : nullptr;
+    __syncthreads();
     FASTMTL_NO_UNROLL
     for (int64_t piece = first; piece < last; piece += table.piece) {
       int64_t const end = piece + table.piece < last ? piece + table.piece : last;
       int64_t const own = piece + int64_t{number} * Pairs::columns;
       pairs.clear();
-      pairs.run(table, s, rows, own, end, stride, slots);
-      if (__syncthreads_or(pairs.exceeds(table, s, own, end, stride))) {
+      pairs.run(strip, own, end, stride, slots);
+      if (__syncthreads_or(pairs.exceeds(strip, own, end, stride))) {
         multiply_wide<Storage>(table, s, rows, piece, end, sums);
       } else {
         for (int turn = 0; turn < sharers; ++turn) {
@@ -254,15 +268,16 @@ __global__ void __launch_bounds__(kMatrixThreads, gram_matrix_blocks(blocks16))
   constexpr int loaded_blocks = blocks16 <= 4 ? 2 * blocks16 : 12;
   __shared__ Vector<Storage> slots[loaded_blocks * kMatrixThreads];
   Vector<Storage>* const own = slots + threadIdx.x;
+  __shared__ Storage const* row[kMatrixThreads];
   auto const warp = static_cast<int>(threadIdx.x / 32);
   if constexpr (blocks16 <= 4) {
     constexpr int blocks = 2 * blocks16;
-    multiply_pieces<Storage>(table, rows, PairsOfRows<Storage, blocks, blocks, true>(0, 0), warp, kMatrixWarps, own,
-                             sums);
+    multiply_pieces<Storage>(table, rows, PairsOfRows<Storage, blocks, blocks, true>(row, 0, 0), warp, kMatrixWarps,
+                             own, sums);
   } else if (warp < 2) {
-    multiply_pieces<Storage>(table, rows, PairsOfRows<Storage, 8, 8, true>(8 * warp, 8 * warp), 0, 1, own, sums);
+    multiply_pieces<Storage>(table, rows, PairsOfRows<Storage, 8, 8, true>(row, 8 * warp, 8 * warp), 0, 1, own, sums);
   } else {
-    multiply_pieces<Storage>(table, rows, PairsOfRows<Storage, 4, 8, false>(4 * (warp - 2), 8), 0, 1, own, sums);
+    multiply_pieces<Storage>(table, rows, PairsOfRows<Storage, 4, 8, false>(row, 4 * (warp - 2), 8), 0, 1, own, sums);
   }
   __syncthreads();
   for (int p = static_cast<int>(threadIdx.x); p < pairs; p += kMatrixThreads) {

@@ -28,6 +28,21 @@ __device__ inline void multiply_tf32(float (&d)[4], uint32_t const (&a)[4], uint
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+/// d += a b for 16 x 8 and 8 x 8 operands of bfloat16 or float16, two neighbouring columns in a word.
+template <class Storage>
+__device__ inline void multiply_words(float (&d)[4], uint32_t const (&a)[2], uint32_t b) {
+  if constexpr (std::is_same_v<Storage, Bf16>) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(b));
+  } else {
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(b));
+  }
+}
+
 /// d += a b for 8 x 4 and 4 x 8 operands of float64.
 __device__ inline void multiply_f64(double (&d)[2], double a, double b) {
   asm volatile("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
@@ -37,48 +52,59 @@ __device__ inline void multiply_f64(double (&d)[2], double a, double b) {
 
 #endif
 
-/// Products of float32 or 16-bit rows. A float is the sum of two tf32 numbers to 22 bits; of their four products the
-/// one of the two low parts is below float32's rounding. 16-bit numbers are tf32 numbers. Tensor cores round sums
-/// towards zero, so that none is longer than one step of eight columns; the steps are added to float32 sums by rounding
-/// to nearest.
-template <class Storage>
-struct Tf32 {
+/// Products of float32 rows. A float is the sum of two tf32 numbers to 22 bits; of their four products the one of the
+/// two low parts is below float32's rounding. Tensor cores round sums towards zero, so that none is longer than one
+/// step of eight columns; the steps are added to float32 sums by rounding to nearest.
+struct F32 {
   using Sum = float;
-  static constexpr bool exact = sizeof(Storage) == 2;
   static constexpr int height = 2;    // Blocks of eight rows of the left operand.
   static constexpr int elements = 2;  // Of a lane in one step.
   static constexpr int entries = 4;   // Of a lane in one tile.
 
   struct Operand {
     uint32_t high[elements];
-    uint32_t low[elements];  // Zero where exact.
+    uint32_t low[elements];
   };
 
-  __device__ static Operand prepare(Storage const* value) {
+  __device__ static Operand prepare(float const* value) {
     Operand operand;
     FASTMTL_UNROLL
     for (int e = 0; e < elements; ++e) {
-      auto const whole = widen<float>(value[e]);
-      if constexpr (exact) {
-        operand.high[e] = __float_as_uint(whole);
-        operand.low[e] = 0;
-      } else {
-        operand.high[e] = to_tf32(whole);
-        operand.low[e] = to_tf32(whole - __uint_as_float(operand.high[e]));
-      }
+      operand.high[e] = to_tf32(value[e]);
+      operand.low[e] = to_tf32(value[e] - __uint_as_float(operand.high[e]));
     }
     return operand;
   }
 
   __device__ static void multiply(Sum (&sum)[entries], Operand const* left, Operand const& right) {
     uint32_t const high[4] = {left[0].high[0], left[1].high[0], left[0].high[1], left[1].high[1]};
-    float step[4] = {0, 0, 0, 0};
-    if constexpr (!exact) {
-      uint32_t const low[4] = {left[0].low[0], left[1].low[0], left[0].low[1], left[1].low[1]};
-      multiply_tf32(step, low, right.high);
-      multiply_tf32(step, high, right.low);
-    }
+    uint32_t const low[4] = {left[0].low[0], left[1].low[0], left[0].low[1], left[1].low[1]};
+    float step[entries] = {};
+    multiply_tf32(step, low, right.high);
+    multiply_tf32(step, high, right.low);
     multiply_tf32(step, high, right.high);
+    FASTMTL_UNROLL
+    for (int c = 0; c < entries; ++c) sum[c] += step[c];
+  }
+};
+
+/// Products of 16-bit rows, exact in float32; the words are multiplied as they were loaded, with sums as of float32.
+template <class Storage>
+struct F32OfWords {
+  using Sum = float;
+  static constexpr int height = 2;
+  static constexpr int elements = 2;
+  static constexpr int entries = 4;
+  using Operand = uint32_t;
+
+  __device__ static Operand prepare(Storage const* value) {
+    return value[0].bits | static_cast<uint32_t>(value[1].bits) << 16;
+  }
+
+  __device__ static void multiply(Sum (&sum)[entries], Operand const* left, Operand const& right) {
+    uint32_t const words[2] = {left[0], left[1]};
+    float step[entries] = {};
+    multiply_words<Storage>(step, words, right);
     FASTMTL_UNROLL
     for (int c = 0; c < entries; ++c) sum[c] += step[c];
   }
@@ -99,6 +125,18 @@ struct F64 {
 };
 
 template <class Storage>
-using MatrixUnit = std::conditional_t<std::is_same_v<Storage, double>, F64, Tf32<Storage>>;
+struct MatrixUnitOf {
+  using Type = F32OfWords<Storage>;
+};
+template <>
+struct MatrixUnitOf<float> {
+  using Type = F32;
+};
+template <>
+struct MatrixUnitOf<double> {
+  using Type = F64;
+};
+template <class Storage>
+using MatrixUnit = typename MatrixUnitOf<Storage>::Type;
 
 }  // namespace fastmtl

@@ -15,6 +15,11 @@
 #define FASTMTL_OPAQUE(value) asm volatile("" : "+r"(value))
 // Pointers that came through memory are otherwise taken for generic ones, whose loads are slower.
 #define FASTMTL_GLOBAL(pointer) __builtin_assume(__isGlobal(pointer))
+// Written as an assignment, the compiler makes four stores of it where the words come out of separate computations.
+#define FASTMTL_STORE_WORDS(to, words)                                                                         \
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"((words).x), \
+               "r"((words).y), "r"((words).z), "r"((words).w)                                                  \
+               : "memory")
 #endif
 
 namespace fastmtl {
@@ -112,10 +117,11 @@ __device__ inline Vector<Storage> load_vector(Storage const* row, int64_t at, in
 /// Writes the vector, or those of its elements that lie in [0, length).
 template <bool whole, class Storage>
 __device__ inline void store_vector(Storage* row, int64_t at, int64_t length, Vector<Storage> const& vector) {
-  FASTMTL_GLOBAL(row);
   if constexpr (whole) {
-    *reinterpret_cast<uint4*>(row + at) = *reinterpret_cast<uint4 const*>(&vector);
+    uint4 const words = *reinterpret_cast<uint4 const*>(&vector);
+    FASTMTL_STORE_WORDS(reinterpret_cast<uint4*>(row + at), words);
   } else {
+    FASTMTL_GLOBAL(row);
     FASTMTL_UNROLL
     for (int i = 0; i < lanes_of<Storage>; ++i) {
       if (at + i >= 0 && at + i < length) row[at + i] = vector.value[i];

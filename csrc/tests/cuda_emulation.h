@@ -23,6 +23,7 @@
 #define FASTMTL_UNROLL_BY_2
 #define FASTMTL_NO_UNROLL
 #define FASTMTL_GLOBAL(pointer)
+#define FASTMTL_STORE_WORDS(to, words) (*(to) = (words))
 #define FASTMTL_OPAQUE(value)
 #define FASTMTL_DYNAMIC_SHARED(type, name) type* const name = reinterpret_cast<type*>(::emulation::shared_memory())
 
@@ -222,6 +223,30 @@ inline void multiply_tf32(float (&d)[4], uint32_t const (&a)[4], uint32_t const 
       for (unsigned k = 0; k < 8; ++k) {
         float const left = of_lane(4 * (lane / 4) + k % 4).a[c / 2 + 2 * (k / 4)];
         sum += static_cast<double>(left) * of_lane(4 * (2 * (lane % 4) + c % 2) + k % 4).b[k / 4];
+      }
+      d[c] = static_cast<float>(sum);
+    }
+    return 0;
+  });
+}
+
+template <class Storage>
+void multiply_words(float (&d)[4], uint32_t const (&a)[2], uint32_t b) {
+  struct Operands {
+    uint32_t a[2];
+    uint32_t b;
+  };
+  auto const half = [](uint32_t word, unsigned k) {
+    return widen<double>(Storage{static_cast<uint16_t>(word >> 16 * (k % 2))});
+  };
+  unsigned const lane = threadIdx.x % 32;
+  emulation::exchange(Operands{{a[0], a[1]}, b}, [&](auto const& of_lane) {
+    // (row, k) of a is in lane 4 row + k / 2, word row / 8, half k % 2; (k, column) of b in lane 4 column + k / 2.
+    for (unsigned c = 0; c < 4; ++c) {
+      double sum = d[c];
+      for (unsigned k = 0; k < 8; ++k) {
+        double const left = half(of_lane(4 * (lane / 4) + k / 2).a[c / 2], k);
+        sum += left * half(of_lane(4 * (2 * (lane % 4) + c % 2) + k / 2).b, k);
       }
       d[c] = static_cast<float>(sum);
     }

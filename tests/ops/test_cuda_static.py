@@ -55,7 +55,8 @@ def test_a_change_is_named() -> None:
         ("combine_kernel<float, true>", {"loads_128": "0"}, "loads of 128 bits"),
         ("combine_kernel<float, true>", {"stores_128": "0"}, "stores of 128 bits"),
         ("combine_kernel<float, true>", {"float64": "3"}, "float64"),
-        ("gram_matrix_kernel<float, 4>", {"local_hot": "1"}, "local memory while it multiplies"),
+        ("graddrop_rows_kernel<float>", {"stores_128": "0"}, "stores of 128 bits"),
+        ("gram_matrix_kernel<float, 4>", {"local": "1"}, "local memory"),
         ("gram_matrix_kernel<float, 4>", {"matrix": "0"}, "tensor cores"),
     ],
 )
