@@ -14,6 +14,7 @@ from fastmtl.benchmarks.machine import Probes, cold_seconds, facts, probes, wait
 from fastmtl.benchmarks.registry import BENCHES, Case, cases_of
 from fastmtl.benchmarks.tables import plot_kernels, write_rows
 
+from fastmtl.memory import keep_freed_memory
 from fastmtl.names import resolve_name
 from fastmtl.trainer.checks import find_device
 
@@ -172,6 +173,8 @@ def run_kernels(
     """
     device = find_device(device)
     names = [resolve_name(name, {known: known for known in BENCHES}, "op") for name in ops or BENCHES]
+    if device.type == "cpu":
+        keep_freed_memory()  # As in training, where results do not lie in pages that the system has to clear first.
     known_facts = facts(device)
     print("  ".join(f"{key} {value}" for key, value in known_facts.items()))
     rows: list[Row] = []
