@@ -32,9 +32,9 @@ struct CombineJob {
   std::vector<Target> targets{};  // (M, K)
   std::vector<Segment> segments{};
   std::vector<bool> sums_in_double{};  // Of each parameter.
-  std::vector<bool> uniform{};         // Whether rows and results of each parameter have one type.
+  std::vector<bool> in_16_bits{};      // Whether each parameter's are of one 16-bit type and taken as they lie.
   int64_t chunk = 0;
-  bool converts = false;  // Whether some sum is taken in, or converted by, memory of its own.
+  bool converts = false;  // Whether some piece needs memory beside its rows and results.
   bool streams = false;   // Whether results go past the caches.
 
   const double* weights_of(int64_t m, int64_t k) const {
@@ -90,8 +90,10 @@ void run(CombineJob& job) {
       widest = promote(widest, job.rows.row(t, k).dtype);
     }
     job.sums_in_double.push_back(widest == DType::f64);
-    job.uniform.push_back(!mixed);
-    job.converts |= mixed || (job.accumulate && widest != DType::f32 && widest != DType::f64);
+    const bool halves = widest == DType::bf16 || widest == DType::f16;
+    // Without instructions that convert them, vectors of 16-bit numbers gain nothing.
+    job.in_16_bits.push_back(halves && !mixed && isa() != Isa::portable);
+    job.converts |= mixed || (halves && (job.accumulate || !job.in_16_bits[k]));
     if (job.target(0, k).data != nullptr) job.segments.push_back({k, job.rows.parameter(k).numel, 0});
     bytes += job.rows.parameter(k).numel * 4 * job.num_results;
   }

@@ -6,7 +6,6 @@ constexpr int64_t kGroup = 16;
 // Vectors of one row taken in a step, and how far ahead rows are called into the second-level cache, in bytes.
 constexpr int64_t kStep = 4;
 constexpr int64_t kAhead = 2048;
-constexpr int64_t kLineBytes = 64;
 
 template <class Acc, class Storage>
 struct Term {
@@ -90,13 +89,14 @@ void sum_terms(const Term<Acc, Storage>* terms, int64_t count, const Acc* start,
   sum_any_group<Acc, streams>(terms, count, start, out, length);
 }
 
-// A piece of one parameter whose rows and results are all Storage, or else, with Storage = Acc, are converted in
-// `scratch`.
+// A piece of one parameter. Rows and results are Storage, or, where that is Acc, converted in `scratch` if they are
+// not.
 template <class Acc, class Storage>
 void combine_chunk(const CombineJob& job, const Piece& piece, Acc* scratch) {
   const auto [k, begin, length] = piece;
   const int64_t num_rows = job.rows.num_rows();
-  const bool direct = job.uniform[k];
+  constexpr DType own = std::is_same_v<Acc, double> ? DType::f64 : DType::f32;
+  const bool direct = !std::is_same_v<Storage, Acc> || job.target(0, k).dtype == own;
   const Storage* rows[kMaxRows] = {};
   Term<Acc, Storage> terms[kMaxRows];
   for (int64_t m = 0; m < job.num_results; ++m) {
@@ -131,10 +131,11 @@ void combine_chunk(const CombineJob& job, const Piece& piece, Acc* scratch) {
 
 template <class Acc>
 void combine_any(const CombineJob& job, const Piece& piece, Acc* scratch) {
-  const DType dtype = job.target(0, piece.index).dtype;
-  if constexpr (std::is_same_v<Acc, float>) {
-    if (job.uniform[piece.index] && dtype == DType::bf16) return combine_chunk<Acc, BFloat16>(job, piece, scratch);
-    if (job.uniform[piece.index] && dtype == DType::f16) return combine_chunk<Acc, Half>(job, piece, scratch);
+  if constexpr (std::is_same_v<Acc, float> && FASTMTL_ISA_LEVEL > 0) {
+    if (job.in_16_bits[piece.index]) {
+      if (job.target(0, piece.index).dtype == DType::bf16) return combine_chunk<Acc, BFloat16>(job, piece, scratch);
+      return combine_chunk<Acc, Half>(job, piece, scratch);
+    }
   }
   combine_chunk<Acc, Acc>(job, piece, scratch);
 }
@@ -142,11 +143,11 @@ void combine_any(const CombineJob& job, const Piece& piece, Acc* scratch) {
 inline void combine_slice(const CombineJob& job, const Slice& slice) {
   const auto scratch =
       std::make_unique_for_overwrite<double[]>(job.converts ? (job.rows.num_rows() + 1) * job.chunk : 0);
-  for_each_chunk(job.segments, slice, job.chunk, [&](int64_t k, int64_t begin, int64_t length) {
-    if (job.sums_in_double[k]) {
-      combine_any(job, {k, begin, length}, scratch.get());
+  for_each_chunk(job.segments, slice, job.chunk, [&](const Piece& piece) {
+    if (job.sums_in_double[piece.index]) {
+      combine_any(job, piece, scratch.get());
     } else {
-      combine_any(job, {k, begin, length}, reinterpret_cast<float*>(scratch.get()));
+      combine_any(job, piece, reinterpret_cast<float*>(scratch.get()));
     }
   });
   if (job.streams) stream_fence();

@@ -47,9 +47,8 @@ void ema_chunk(const EmaJob& job, const Piece& piece, const Piece& next, Acc* sc
 // Writes the upper triangle of the slice's Gram matrix, row by row.
 inline void ema_gram_slice(const EmaJob& job, const Slice& slice, double* upper) {
   const int64_t num_rows = job.both.rows.num_rows();
-  const int64_t blocks = (num_rows + kBlock - 1) / kBlock;
   const auto scratch = std::make_unique_for_overwrite<double[]>(job.both.converts ? (num_rows + 1) * job.chunk : 0);
-  const auto tiles = std::make_unique_for_overwrite<Tile<float>[]>(blocks * (blocks + 1) / 2);
+  const auto tiles = std::make_unique_for_overwrite<Tile<float>[]>(num_tiles(num_rows));
   Sums sums(num_rows);
   for_each_chunk_ahead(job.both.segments, slice, job.chunk, [&](const Piece& piece, const Piece& next) {
     if (job.both.type(piece.index) == DType::f64) {

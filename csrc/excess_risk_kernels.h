@@ -45,7 +45,8 @@ double add_squares_to(const Row& state, const Acc* grad, Acc epsilon, int64_t be
 }
 
 template <class Acc>
-void risk_chunk(const RiskJob& job, int64_t k, int64_t begin, int64_t length, Acc* scratch, double* risks) {
+void risk_chunk(const RiskJob& job, const Piece& piece, Acc* scratch, double* risks) {
+  const auto [k, begin, length] = piece;
   for (int64_t t = 0; t < job.both.rows.num_rows(); ++t) {
     const Row& row = job.both.rows.row(t, k);
     if (row.tensor == nullptr) continue;
@@ -57,11 +58,11 @@ void risk_chunk(const RiskJob& job, int64_t k, int64_t begin, int64_t length, Ac
 
 inline void risk_slice(const RiskJob& job, const Slice& slice, double* risks) {
   const auto scratch = std::make_unique_for_overwrite<double[]>(job.both.converts ? 2 * kRiskChunk : 0);
-  for_each_chunk(job.both.segments, slice, kRiskChunk, [&](int64_t k, int64_t begin, int64_t length) {
-    if (job.both.type(k) == DType::f64) {
-      risk_chunk(job, k, begin, length, scratch.get(), risks);
+  for_each_chunk(job.both.segments, slice, kRiskChunk, [&](const Piece& piece) {
+    if (job.both.type(piece.index) == DType::f64) {
+      risk_chunk(job, piece, scratch.get(), risks);
     } else {
-      risk_chunk(job, k, begin, length, reinterpret_cast<float*>(scratch.get()), risks);
+      risk_chunk(job, piece, reinterpret_cast<float*>(scratch.get()), risks);
     }
   });
 }

@@ -5,8 +5,10 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
+#include <functional>
 #include <memory>
+#include <numeric>
+#include <optional>
 #include <type_traits>
 #include <vector>
 
@@ -23,8 +25,6 @@ namespace {
 
 using c10::BFloat16;
 using c10::Half;
-
-constexpr int64_t kLineBytes = 64;
 
 // Where one result goes.
 struct Target {
@@ -56,8 +56,12 @@ struct BatchJob {
   int64_t features = 0;
   double leak = 0;
   Noise noise{};
-  int64_t chunk = 0;     // Features taken at a time.
-  bool streams = false;  // Whether results go past the caches.
+  int64_t chunk = 0;         // Features taken at a time,
+  int64_t num_chunks = 0;    // so often; the last time also what is left, if that is little.
+  bool calls_ahead = false;  // Whether the next chunk is called into the caches.
+  bool streams = false;      // Whether results go past the caches.
+
+  int64_t begin_of(int64_t number) const { return number < num_chunks ? number * chunk : features; }
 };
 
 struct RowsJob {
@@ -84,6 +88,7 @@ constexpr int64_t kMinSliceElements = 32768;
 // Results of so many elements are written past the caches.
 constexpr int64_t kStreamedElements = int64_t{2} << 20;
 constexpr int64_t kLineFeatures = 64;
+constexpr int64_t kMostLanes = 16;
 // So many elements of all tensors, taken at a time, and as many that come next stay in the second-level cache.
 constexpr int64_t kCacheFloats = 98304;
 
@@ -161,8 +166,11 @@ std::vector<Tensor> graddrop(const std::vector<Tensor>& reps, const std::vector<
   }
 
   job.chunk = features_at_a_time(features, std::max<int64_t>(height, 1));
+  job.num_chunks = (features + job.chunk - 1) / job.chunk;
+  if (job.num_chunks > 1 && features - (job.num_chunks - 1) * job.chunk < kMostLanes) --job.num_chunks;
+  job.calls_ahead = height * job.chunk <= 2 * kCacheFloats;
   job.streams = aligned && height * features >= kStreamedElements;
-  run_parallel_ahead((features + job.chunk - 1) / job.chunk,
+  run_parallel_ahead(job.num_chunks,
                      [&](int64_t chunk, int64_t next) { FASTMTL_DISPATCH(graddrop_chunk, job, chunk, next); });
   for (size_t r = 0; r < reps.size(); ++r) {
     DType wanted = dtype_of(grads[r]);

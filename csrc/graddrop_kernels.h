@@ -1,5 +1,5 @@
-// The dropped gradients of some features. Compiled once per instruction set, inside that set's namespace: no include
-// guard. Plain loops over features, which compilers vectorise.
+// The dropped gradients of some features, a vector of them at a time. Compiled once per instruction set, inside that
+// set's namespace: no include guard.
 
 // Blocks of four random numbers drawn side by side.
 constexpr int64_t kDraws = 16;
@@ -119,17 +119,22 @@ void sum_signed(Block<Acc, Storage>& block, const Batch& rep, int64_t first, int
   }
 }
 
-// The same for one feature.
+// The same for `left` features, fewer than a vector has.
 template <class Acc, class Storage>
-void sum_signed_of_one(Block<Acc, Storage>& block, const Batch& rep, int64_t first, int64_t count, int64_t i) {
+void sum_signed_of_few(Block<Acc, Storage>& block, const Batch& rep, int64_t first, int64_t count, int64_t i,
+                       int64_t left) {
   for (int64_t t = first; t < first + count; ++t) {
-    Acc sum = 0;
+    Acc sum[kLanes<Acc>] = {};
     for (int64_t b = 0; b < rep.size; ++b) {
-      const auto value = static_cast<Acc>(*block.at(rep, b, i));
-      const Acc sign = value > 0 ? Acc{1} : value < 0 ? Acc{-1} : value;
-      sum += sign * static_cast<Acc>(*block.at(block.job.grads[t], b, i));
+      const Storage* const of_rep = block.at(rep, b, i);
+      const Storage* const grad = block.at(block.job.grads[t], b, i);
+      for (int64_t j = 0; j < left; ++j) {
+        const auto value = static_cast<Acc>(of_rep[j]);
+        const Acc sign = value > 0 ? Acc{1} : value < 0 ? Acc{-1} : value;
+        sum[j] += sign * static_cast<Acc>(grad[j]);
+      }
     }
-    block.factors[t * block.length + i] = sum;
+    std::copy_n(sum, left, block.factors + t * block.length + i);
   }
 }
 
@@ -202,13 +207,16 @@ void drop_vectors(Block<Acc, Storage>& block, const Batch& out, int64_t first, i
 }
 
 template <class Acc, class Storage>
-void drop_one(Block<Acc, Storage>& block, const Batch& out, int64_t first, int64_t count, int64_t i) {
+void drop_few(Block<Acc, Storage>& block, const Batch& out, int64_t first, int64_t count, int64_t i, int64_t left) {
   for (int64_t b = 0; b < out.size; ++b) {
-    Acc total = 0;
+    Acc total[kLanes<Acc>] = {};
     for (int64_t t = first; t < first + count; ++t) {
-      total += static_cast<Acc>(*block.at(block.job.grads[t], b, i)) * block.factors[t * block.length + i];
+      const Storage* const grad = block.at(block.job.grads[t], b, i);
+      const Acc* const factor = block.factors + t * block.length + i;
+      for (int64_t j = 0; j < left; ++j) total[j] += static_cast<Acc>(grad[j]) * factor[j];
     }
-    *const_cast<Storage*>(block.at(out, b, i)) = static_cast<Storage>(total);
+    auto* const to = const_cast<Storage*>(block.at(out, b, i));
+    for (int64_t j = 0; j < left; ++j) to[j] = static_cast<Storage>(total[j]);
   }
 }
 
@@ -227,15 +235,19 @@ void with_count(int64_t count, Visit visit) {
   }
 }
 
-// Calls visit(vectors, i) for the features of a block, kSide vectors or one at a time, and one(i) for what is left.
-template <class Acc, class Visit, class One>
-void for_each_feature(int64_t length, Visit visit, One one) {
+// Calls visit(vectors, i) for the features of a block, kSide vectors or one at a time, and, where there is no
+// whole vector, rest(i, left).
+template <class Acc, class Visit, class Rest>
+void for_each_feature(int64_t length, Visit visit, Rest rest) {
   int64_t i = 0;
   for (; i + kSide * kLanes<Acc> <= length; i += kSide * kLanes<Acc>) {
     visit(std::integral_constant<int64_t, kSide>{}, i);
   }
   for (; i + kLanes<Acc> <= length; i += kLanes<Acc>) visit(std::integral_constant<int64_t, 1>{}, i);
-  for (; i < length; ++i) one(i);
+  if (i == length) return;
+  // What is left, with features before it that are then worked out twice alike.
+  if (length >= kLanes<Acc>) return visit(std::integral_constant<int64_t, 1>{}, length - kLanes<Acc>);
+  rest(i, length - i);
 }
 
 template <class Acc, class Storage>
@@ -255,7 +267,7 @@ void drop_block(Block<Acc, Storage>& block) {
             [&]<int64_t side>(std::integral_constant<int64_t, side>, int64_t i) {
               sum_signed<n, side>(block, job.reps[r], first + done, i);
             },
-            [&](int64_t i) { sum_signed_of_one(block, job.reps[r], first + done, count, i); });
+            [&](int64_t i, int64_t left) { sum_signed_of_few(block, job.reps[r], first + done, count, i, left); });
       });
     }
   });
@@ -271,7 +283,7 @@ void drop_block(Block<Acc, Storage>& block) {
               drop_vectors<n, side, false>(block, job.results[r], first, tasks, i);
             }
           },
-          [&](int64_t i) { drop_one(block, job.results[r], first, tasks, i); });
+          [&](int64_t i, int64_t left) { drop_few(block, job.results[r], first, tasks, i, left); });
     };
     if (tasks <= kTaskGroup) {
       with_count(tasks, drop);
@@ -285,16 +297,18 @@ void drop_block(Block<Acc, Storage>& block) {
 template <class Acc, class Storage>
 void drop_chunk(const BatchJob& job, int64_t chunk, int64_t next) {
   const auto tasks = static_cast<int64_t>(job.grads.size());
-  const int64_t begin = chunk * job.chunk;
-  const int64_t length = std::min(job.chunk, job.features - begin);
-  const int64_t next_begin = std::min(next * job.chunk, job.features);
-  const int64_t next_bytes = (std::min(next_begin + job.chunk, job.features) - next_begin) * int64_t{sizeof(Storage)};
+  const int64_t begin = job.begin_of(chunk);
+  const int64_t length = job.begin_of(chunk + 1) - begin;
+  const int64_t next_begin = job.begin_of(next);
+  const int64_t next_bytes = (job.begin_of(next + 1) - next_begin) * int64_t{sizeof(Storage)};
   std::vector<Span> spans;
-  for (const auto* list : {&job.reps, &job.grads}) {
-    for (const Batch& batch : *list) {
-      for (int64_t b = 0; b < batch.size && next_bytes > 0; ++b) {
-        const Storage* from = static_cast<const Storage*>(batch.data) + b * job.features + next_begin;
-        spans.push_back({reinterpret_cast<const char*>(from), next_bytes});
+  if (job.calls_ahead && next_bytes > 0) {
+    for (const auto* list : {&job.reps, &job.grads}) {
+      for (const Batch& batch : *list) {
+        const Storage* from = static_cast<const Storage*>(batch.data) + next_begin;
+        for (int64_t b = 0; b < batch.size; ++b, from += job.features) {
+          spans.push_back({reinterpret_cast<const char*>(from), next_bytes});
+        }
       }
     }
   }

@@ -38,11 +38,16 @@ inline void pad(const Storage* from, int64_t length, Storage (&to)[kLanes<Acc>])
   for (int64_t i = 0; i < kLanes<Acc>; ++i) to[i] = i < length ? from[i] : Storage{};
 }
 
+// Tiles of the upper triangle of so many rows.
+inline int64_t num_tiles(int64_t rows) {
+  const int64_t blocks = (rows + kBlock - 1) / kBlock;
+  return blocks * (blocks + 1) / 2;
+}
+
 // Calls what follows a chunk while all its pairs are multiplied.
 template <class Acc, class Storage>
 Ahead ahead_of(const Chunk<Storage>& chunk) {
-  const int64_t blocks = (chunk.count + kBlock - 1) / kBlock;
-  return {chunk.next, chunk.num_next, blocks * (blocks + 1) / 2 * chunk.length / (kBeat * kLanes<Acc>)};
+  return {chunk.next, chunk.num_next, num_tiles(chunk.count) * chunk.length / (kBeat * kLanes<Acc>)};
 }
 
 // tile[r][c] += a[r] * b[c] over elements [begin, end); on the diagonal (a = b) only c >= r is taken. The next chunk

@@ -25,9 +25,8 @@ void add_chunk(const RowTable& rows, const Piece& piece, const Piece& next, Acc*
 // Writes the upper triangle of the slice's Gram matrix, row by row.
 inline void gram_slice(const GramJob& job, const Slice& slice, double* upper) {
   const int64_t num_rows = job.rows.num_rows();
-  const int64_t blocks = (num_rows + kBlock - 1) / kBlock;
   const auto scratch = std::make_unique_for_overwrite<double[]>(job.converts ? num_rows * job.chunk : 0);
-  const auto tiles = std::make_unique_for_overwrite<Tile<float>[]>(blocks * (blocks + 1) / 2);
+  const auto tiles = std::make_unique_for_overwrite<Tile<float>[]>(num_tiles(num_rows));
   Sums sums(num_rows);
   for_each_chunk_ahead(job.segments, slice, job.chunk, [&](const Piece& piece, const Piece& next) {
     if (job.rows.parameter(piece.index).dtype == DType::f64) {

@@ -42,7 +42,7 @@ Tensor update_and_multiply(OnDevice const& on, StateRows const& both, Tensor con
     StripPlan plan{{}, both.state.parameter(k).numel, 0};
     for (int t = 0; t < rows; ++t) plan.pointers.push_back(both.state.row(t, k).data);
     for (int t = 0; t < rows; ++t) plan.pointers.push_back(both.rows.row(t, k).data);
-    plans.push_back(plan);
+    plans.push_back(std::move(plan));
   }
   Tensor result = on.empty({rows, rows});
   torch::stable::zero_(result);

@@ -32,7 +32,8 @@ void check_cover(const std::vector<Segment>& segments, int64_t min_length, int64
   for (const Slice& slice : slices) {
     check(slice.length > 0, "no slice is empty");
     int64_t walked = 0;
-    fastmtl::for_each_chunk(segments, slice, chunk, [&](int64_t index, int64_t begin, int64_t length) {
+    fastmtl::for_each_chunk(segments, slice, chunk, [&](const fastmtl::Piece& piece) {
+      const auto [index, begin, length] = piece;
       skip_finished();
       check(segment < segments.size() && segments[segment].index == index, "chunks follow the order of the segments");
       check(begin == offset, "chunks leave no gap");

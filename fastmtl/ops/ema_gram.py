@@ -55,9 +55,10 @@ _ema_gram_ = declare(
 def ema_gram_(state: Rows, rows: Rows, keep: Tensor, gains: Tensor) -> Tensor:
     """Set ``state_t = keep_t state_t + gains_t row_t`` and return the Gram matrix of the new state.
 
-    The rows are read once, the state is read and written once; on CUDA the Gram matrix reads it once more. The update
-    is taken in float32, in float64 if the state or a row of the parameter is float64; the Gram matrix is that of the
-    state as it is then stored, summed as in :func:`fastmtl.ops.gram`.
+    The rows are read once, the state is read and written once; on CUDA, where there are more than 8 rows or not all is
+    float32, the Gram matrix reads it once more. The update is taken in float32, in float64 if the state or a row of the
+    parameter is float64; the Gram matrix is that of the state as it is then stored, summed as in
+    :func:`fastmtl.ops.gram`.
 
     Args:
         state: T lists of K tensors, or a (T, P) tensor, updated in place. Tensor k has one shape and one dense layout

@@ -100,6 +100,11 @@ def _kept(signed: Tensor, noise: Tensor) -> Tensor:
     return signed * purity.sign() > 0
 
 
+def _sign(rep: Tensor) -> Tensor:
+    """Return the sign of each element, of a NaN itself."""
+    return torch.where(rep.isnan(), rep, rep.sign())
+
+
 def _reference(
     reps: list[Tensor], grads: list[Tensor], leak: float, random: Tensor, noise: Tensor | None = None
 ) -> list[Tensor]:
@@ -110,7 +115,7 @@ def _reference(
         noise = _in_memory_order(uniform(random, 0, shape.numel()), shape, feature_strides([*reps, *grads]))
     each = reps * len(grads) if len(reps) == 1 else reps
     wide = [grad.to(dtype) for grad in grads]
-    kept = _kept(torch.stack([(g * rep.to(dtype).sign()).sum(0) for g, rep in zip(wide, each, strict=True)]), noise)
+    kept = _kept(torch.stack([(g * _sign(rep.to(dtype))).sum(0) for g, rep in zip(wide, each, strict=True)]), noise)
     dropped = [g * torch.where(keep, 1.0, leak) for g, keep in zip(wide, kept, strict=True)]
     if len(reps) == 1:
         dropped = [torch.stack(dropped).sum(0)]

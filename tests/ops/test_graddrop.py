@@ -105,6 +105,14 @@ def test_many_features_and_rows(kernel: Kernel) -> None:
     check(kernel(reps, grads, 0.1, RANDOM, noise)[0], expected(reps, grads, 0.1, noise)[0], scale=8.0)
 
 
+@pytest.mark.parametrize("features", [3, 21, 67, 131])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_few_features_of_a_large_batch(kernel: Kernel, features: int) -> None:
+    grads = [whole_numbers((700, features), t) for t in range(5)]
+    reps = [whole_numbers((700, features), 9)]
+    check(kernel(reps, grads, 0.5, RANDOM)[0], expected(reps, grads, 0.5, uniform(RANDOM, 0, features))[0], scale=8.0)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("others", ["contiguous", "same"])
 @pytest.mark.usefixtures("poisoned_memory")
@@ -165,6 +173,14 @@ def test_a_nan_shows_in_its_place_alone(kernel: Kernel, value: float) -> None:
     finite = kernel(reps, grads, 0.5, RANDOM)[0].isfinite()
     assert not finite[1, 7]
     assert finite.sum() == finite.numel() - 1
+
+
+def test_a_nan_in_a_representation_leaves_neither_sign(kernel: Kernel) -> None:
+    reps, grads = [torch.ones(3, 40)], [torch.ones(3, 40), torch.full((3, 40), -1.0)]
+    reps[0][1, 7] = NAN
+    got = kernel(reps, grads, 0.0, RANDOM)[0]
+    assert (got[:, 7] == 0).all()
+    assert (got[:, :7].abs() == 1).all()
 
 
 @pytest.mark.parametrize("scale", [1e-15, 1e15])

@@ -6,6 +6,8 @@
 
 namespace fastmtl {
 
+constexpr int64_t kLineBytes = 64;
+
 // A stretch of memory.
 struct Span {
   const char* begin;
@@ -16,8 +18,6 @@ struct Span {
 // faster than as many streams as there are spans.
 class Ahead {
  public:
-  Ahead() = default;
-
   Ahead(const Span* spans, int64_t count, int64_t beats) : span_(spans), end_(spans + count) {
     int64_t lines = 0;
     for (const Span* span = span_; span != end_; ++span) lines += span->bytes / kLineBytes + 1;
@@ -37,12 +37,10 @@ class Ahead {
   }
 
  private:
-  static constexpr int64_t kLineBytes = 64;
-
-  const Span* span_ = nullptr;
-  const Span* end_ = nullptr;
+  const Span* span_;
+  const Span* end_;
   int64_t at_ = 0;
-  int64_t share_ = 0;
+  int64_t share_;
 };
 
 }  // namespace fastmtl

@@ -55,8 +55,14 @@ inline std::vector<Slice> cut(const std::vector<Segment>& segments, int64_t min_
   return slices;
 }
 
-// Calls visit(tensor, begin, length) for each piece of a slice, in order; no piece crosses a tensor or exceeds
-// `max_length`.
+// A part of tensor `index`.
+struct Piece {
+  int64_t index = 0;
+  int64_t begin = 0;
+  int64_t length = 0;
+};
+
+// Calls visit(piece) for each piece of a slice, in order; none crosses a tensor or exceeds `max_length`.
 template <class Visit>
 void for_each_chunk(const std::vector<Segment>& segments, const Slice& slice, int64_t max_length, Visit visit) {
   int64_t segment = slice.segment;
@@ -64,7 +70,7 @@ void for_each_chunk(const std::vector<Segment>& segments, const Slice& slice, in
   int64_t left = slice.length;
   while (left > 0) {
     const int64_t length = std::min({left, max_length, segments[segment].length - offset});
-    if (length > 0) visit(segments[segment].index, offset, length);
+    if (length > 0) visit(Piece{segments[segment].index, offset, length});
     left -= length;
     offset += length;
     if (offset == segments[segment].length) {
@@ -74,19 +80,11 @@ void for_each_chunk(const std::vector<Segment>& segments, const Slice& slice, in
   }
 }
 
-// A part of tensor `index`.
-struct Piece {
-  int64_t index = 0;
-  int64_t begin = 0;
-  int64_t length = 0;
-};
-
 // Calls visit(piece, next) for each piece of a slice, in order; the last one is followed by one of length 0.
 template <class Visit>
 void for_each_chunk_ahead(const std::vector<Segment>& segments, const Slice& slice, int64_t max_length, Visit visit) {
   Piece piece;
-  for_each_chunk(segments, slice, max_length, [&](int64_t index, int64_t begin, int64_t length) {
-    const Piece next{index, begin, length};
+  for_each_chunk(segments, slice, max_length, [&](const Piece& next) {
     if (piece.length > 0) visit(piece, next);
     piece = next;
   });

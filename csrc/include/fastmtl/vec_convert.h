@@ -1,16 +1,11 @@
 // Element conversions between the dtypes of rows and the type sums are taken in. Included by a kernel header inside a
 // namespace, once per instruction set: no include guard.
 
-template <class Scalar>
-constexpr bool kHasHalfTheBits = std::is_same_v<Scalar, BFloat16> || std::is_same_v<Scalar, Half>;
-
 template <class To, class From>
 inline void convert(To* to, const From* from, int64_t length) {
   int64_t i = 0;
   // Compilers do not vectorise these by themselves.
-  if constexpr (std::is_same_v<To, float> && kHasHalfTheBits<From>) {
-    for (; i + kLanes<float> <= length; i += kLanes<float>) store(to + i, load<float>(from + i));
-  } else if constexpr (kHasHalfTheBits<To> && std::is_same_v<From, float>) {
+  if constexpr ((std::is_same_v<To, float> && sizeof(From) == 2) || (sizeof(To) == 2 && std::is_same_v<From, float>)) {
     for (; i + kLanes<float> <= length; i += kLanes<float>) store(to + i, load<float>(from + i));
   }
   for (; i < length; ++i) to[i] = static_cast<To>(from[i]);
