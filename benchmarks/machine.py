@@ -12,10 +12,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import fastmtl
 
-__all__ = ["Probes", "cold_seconds", "facts", "probes", "wait_for"]
+__all__ = ["Probes", "cold_seconds", "facts", "plain_pass", "probes", "wait_for"]
 
 # At least five times the last-level cache; that of a GPU holds up to 50 MB.
 _PROBE_ELEMENTS = {"cpu": 64 << 20, "cuda": 256 << 20}
@@ -100,6 +101,18 @@ def probes(device: torch.device) -> Probes:
             copy += [partial(memory.copy, way) for way in range(memory.copy_ways)]
             return Probes(read, copy, partial(_host.multiply_add_rate, threads))
     return Probes(read, copy)
+
+
+def plain_pass(reads: Sequence[Tensor], writes: Sequence[Tensor]) -> Callable[[], float] | None:
+    """Return what reads tensors, copies the first of them to others and says how long that took; None if there is none."""
+    if not reads or reads[0].device.type != "cpu":
+        return None
+    try:
+        from fastmtl import _host
+    except ImportError:
+        return None
+    sources, targets = ([(t.data_ptr(), t.nbytes) for t in some] for some in (reads, writes))
+    return partial(_host.plain_pass, sources, targets, torch.get_num_threads())
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:

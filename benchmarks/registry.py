@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 __all__ = ["BENCHES", "Case", "Variant", "cases_of"]
 
@@ -37,6 +38,8 @@ class Case:
         bytes_read: Bytes that must be read; 0 where memory is not the limit.
         bytes_written: Bytes that must be written.
         multiply_adds: Float32 multiply-adds that must be done; 0 where they are few.
+        reads: The tensors that are read, for a pass over them that computes nothing; none where that says little.
+        writes: Tensors like those that are written.
     """
 
     name: str
@@ -46,6 +49,8 @@ class Case:
     bytes_read: int = 0
     bytes_written: int = 0
     multiply_adds: int = 0
+    reads: Sequence[Tensor] = ()
+    writes: Sequence[Tensor] = ()
 
 
 BENCHES = (

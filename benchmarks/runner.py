@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fastmtl.benchmarks.machine import Probes, cold_seconds, facts, probes, wait_for
+from fastmtl.benchmarks.machine import Probes, cold_seconds, facts, plain_pass, probes, wait_for
 from fastmtl.benchmarks.registry import BENCHES, Case, cases_of
 from fastmtl.benchmarks.tables import plot_kernels, write_rows
 
@@ -39,12 +39,13 @@ def _sample(call: Callable[[], Any], repeats: int, device: torch.device, cold: b
 
 @dataclass(slots=True)
 class _Timing:
-    """Seconds per call of every variant, and what the machine does per second, round by round."""
+    """Seconds per call of every variant, what the machine does per second, and seconds of a plain pass, by rounds."""
 
     samples: dict[str, list[float]]
     read: list[list[float]]
     copy: list[list[float]]
     multiply_adds: list[float]
+    plain: list[float]
 
     def floor(self, case: Case) -> list[float]:
         """Return the seconds memory needs: no faster than it reads, nor than it moves bytes in both directions."""
@@ -91,10 +92,16 @@ def _time(case: Case, calls: dict[str, Callable[[], Any]], device: torch.device,
     """Time all calls and the machine in turn."""
     probe = probes(device) if case.bytes_read else Probes((), ())
     copies = probe.copy if case.bytes_written else ()
-    timing = _Timing({}, [[] for _ in probe.read], [[] for _ in copies], [])
+    timing = _Timing({}, [[] for _ in probe.read], [[] for _ in copies], [], [])
+    plain = plain_pass(case.reads, case.writes)
 
     def measure_machine() -> None:
-        for rates, measure in zip([*timing.read, *timing.copy], [*probe.read, *copies], strict=True):
+        for rates, measure in zip(timing.copy, copies, strict=True):
+            rates.append(measure())
+        # Between two sweeps of the caches, which it is to find as cold as the calls do.
+        if plain is not None:
+            timing.plain.append(plain())
+        for rates, measure in zip(timing.read, probe.read, strict=True):
             rates.append(measure())
         if case.multiply_adds and probe.multiply_adds is not None:
             timing.multiply_adds.append(probe.multiply_adds())
@@ -106,7 +113,7 @@ def _time(case: Case, calls: dict[str, Callable[[], Any]], device: torch.device,
 def _rows_of(op: str, case: Case, device: torch.device, seconds: float) -> list[Row]:
     errors = {name: case.error(variant.call()) for name, variant in case.variants.items()}
     green = {name: v.call for name, v in case.variants.items() if errors[name] <= v.allowed}
-    timing = _time(case, green, device, seconds) if green else _Timing({}, [], [], [])
+    timing = _time(case, green, device, seconds) if green else _Timing({}, [], [], [], [])
     rows = []
     for name, variant in case.variants.items():
         row: Row = {
@@ -127,6 +134,10 @@ def _rows_of(op: str, case: Case, device: torch.device, seconds: float) -> list[
                 row |= {"bytes": moved, "bytes_per_s": moved / deciles[4]}
                 row |= {"bound_bytes_per_s": moved / statistics.median(floor)}
                 row |= {"share_of_bound": statistics.median(ratios)}
+            if timing.plain:
+                pairs = zip(timing.plain, timing.samples[name], strict=True)
+                row |= {"plain_us": statistics.median(timing.plain) * 1e6}
+                row |= {"share_of_plain": statistics.median(one / taken for one, taken in pairs)}
             if timing.multiply_adds:
                 done = zip(timing.multiply_adds, timing.samples[name], strict=True)
                 row |= {"multiply_adds": case.multiply_adds}
@@ -142,6 +153,8 @@ def _line(row: Row) -> str:
     line = f"{head} {row['median_us']:11.1f} us  ({row['p20_us']:.1f} .. {row['p80_us']:.1f})"
     if "share_of_bound" in row:
         line += f"  {row['bytes_per_s'] / 1e9:6.1f} GB/s, {row['share_of_bound']:4.0%} of the memory's"
+    if "share_of_plain" in row:
+        line += f", {row['share_of_plain']:4.0%} of a plain pass"
     if "share_of_arithmetic" in row:
         line += f", {row['share_of_arithmetic']:4.0%} of the multiply-adds'"
     return line
@@ -158,7 +171,8 @@ def run_kernels(
 
     A variant whose result is wrong gets no time. ``share_of_bound`` is the least time
     memory needs to read, and to read and write, the bytes of the case over the time taken, both measured in turn;
-    ``share_of_arithmetic`` the same of the time float32 multiply-adds need.
+    ``share_of_plain`` the same of the time that reading these very tensors takes on the CPU, one after the other, and
+    writing as many as are written; ``share_of_arithmetic`` of the time float32 multiply-adds need.
 
     Args:
         ops: Names of ops; all if None.

@@ -89,8 +89,9 @@ constexpr int64_t kMinSliceElements = 32768;
 constexpr int64_t kStreamedElements = int64_t{2} << 20;
 constexpr int64_t kLineFeatures = 64;
 constexpr int64_t kMostLanes = 16;
-// So many elements of all tensors, taken at a time, and as many that come next stay in the second-level cache.
-constexpr int64_t kCacheFloats = 98304;
+// So many elements of all tensors, taken at a time, stay in the second-level cache with most of those that come next.
+constexpr int64_t kBatchFloats = 147456;
+constexpr int64_t kRowsFloats = 98304;
 
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
@@ -111,10 +112,10 @@ Batch batch_of(const Tensor& tensor, const std::vector<int64_t>& strides, DType 
   return {(matches ? tensor : kept.back()).const_data_ptr(), shape.sizes[0]};
 }
 
-// Features taken at a time: two chunks of all tensors stay in the second-level cache, and every thread gets some.
+// Features taken at a time: a chunk of all tensors stays in the second-level cache, and every thread gets some.
 int64_t features_at_a_time(int64_t features, int64_t height) {
   const int64_t even = features / (4 * std::max<int64_t>(torch::stable::get_num_threads(), 1));
-  const int64_t wanted = std::min(kCacheFloats / height, std::max(even, kMinSliceElements / height));
+  const int64_t wanted = std::min(kBatchFloats / height, std::max(even, kMinSliceElements / height));
   return round_up(std::max<int64_t>(wanted - kLineFeatures / 2, 1), kLineFeatures);
 }
 
@@ -168,7 +169,7 @@ std::vector<Tensor> graddrop(const std::vector<Tensor>& reps, const std::vector<
   job.chunk = features_at_a_time(features, std::max<int64_t>(height, 1));
   job.num_chunks = (features + job.chunk - 1) / job.chunk;
   if (job.num_chunks > 1 && features - (job.num_chunks - 1) * job.chunk < kMostLanes) --job.num_chunks;
-  job.calls_ahead = height * job.chunk <= 2 * kCacheFloats;
+  job.calls_ahead = height * job.chunk <= kBatchFloats;
   job.streams = aligned && height * features >= kStreamedElements;
   run_parallel_ahead(job.num_chunks,
                      [&](int64_t chunk, int64_t next) { FASTMTL_DISPATCH(graddrop_chunk, job, chunk, next); });
@@ -206,7 +207,7 @@ std::vector<Tensor> graddrop_rows(const TensorList& flat, int64_t num_rows, cons
     kept.push_back(twin_of(noise[k], parameter.strides, DType::f64));
     job.noises.back().given = static_cast<const double*>(kept.back().const_data_ptr());
   }
-  job.chunk = std::clamp<int64_t>(kCacheFloats / num_rows / 512 * 512, 512, 4096);
+  job.chunk = std::clamp<int64_t>(kRowsFloats / num_rows / 512 * 512, 512, 4096);
   job.streams = next >= kStreamedElements;
   const std::vector<Slice> slices = cut(job.segments, kMinSliceElements / num_rows);
   run_parallel(static_cast<int64_t>(slices.size()),

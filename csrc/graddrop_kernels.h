@@ -13,35 +13,53 @@ inline void store_centred(VecU64 words, float* centred) {
   store(centred, __builtin_convertvector(numbers, Vec<float>) * 0x1p-23f - 1.0f);
 }
 
-// Writes 2 u - 1 for the 4 * kLanes64 numbers of as many blocks as a vector has 64-bit lanes, from `block` on. A lane
-// holds a word of its block in its low half; what is in the high half does not matter.
+// Writes 2 u - 1 for the 4 * kDraws numbers of the blocks from `block` on. A lane holds a word of its block in its low
+// half; what is in the high half does not matter. Several vectors of blocks go side by side, as each waits for itself.
 inline void draw_blocks(const Noise& noise, uint64_t block, float* centred) {
   constexpr int64_t half = kLanes64 / 2;
-  VecU64 index{};
-  // Neighbouring lanes hold blocks that are half a vector apart: so the words lie in order when they are interleaved.
-  for (int64_t lane = 0; lane < kLanes64; ++lane) index[lane] = block + lane % 2 * half + lane / 2;
-  const VecU64 zero{};
-  VecU64 c0 = index;
-  VecU64 c1 = index >> 32;
-  VecU64 c2 = noise.offset - zero;
-  VecU64 c3 = (noise.offset >> 32) - zero;
-  auto k0 = static_cast<uint32_t>(noise.seed);
-  auto k1 = static_cast<uint32_t>(noise.seed >> 32);
+  constexpr int64_t side = kDraws / kLanes64 < 2 ? 1 : 2;
+  for (int64_t first = 0; first < kDraws; first += side * kLanes64) {
+    const VecU64 zero{};
+    VecU64 c0[side];
+    VecU64 c1[side];
+    VecU64 c2[side];
+    VecU64 c3[side];
+#pragma GCC unroll 2
+    for (int64_t v = 0; v < side; ++v) {
+      // Neighbouring lanes hold blocks that are half a vector apart: so the words lie in order when they are
+      // interleaved.
+      for (int64_t lane = 0; lane < kLanes64; ++lane) {
+        c0[v][lane] = block + first + v * kLanes64 + lane % 2 * half + lane / 2;
+      }
+      c1[v] = c0[v] >> 32;
+      c2[v] = noise.offset - zero;
+      c3[v] = (noise.offset >> 32) - zero;
+    }
+    auto k0 = static_cast<uint32_t>(noise.seed);
+    auto k1 = static_cast<uint32_t>(noise.seed >> 32);
 #pragma GCC unroll 10
-  for (int round = 0; round < kPhiloxRounds; ++round) {
-    const VecU64 p0 = multiply_low(c0, uint64_t{kPhiloxMultiplier0} - zero);
-    const VecU64 p1 = multiply_low(c2, uint64_t{kPhiloxMultiplier1} - zero);
-    c0 = p1 >> 32 ^ c1 ^ uint64_t{k0};
-    c1 = p1;
-    c2 = p0 >> 32 ^ c3 ^ uint64_t{k1};
-    c3 = p0;
-    k0 += kPhiloxKey0;
-    k1 += kPhiloxKey1;
+    for (int round = 0; round < kPhiloxRounds; ++round) {
+#pragma GCC unroll 2
+      for (int64_t v = 0; v < side; ++v) {
+        const VecU64 p0 = multiply_low(c0[v], uint64_t{kPhiloxMultiplier0} - zero);
+        const VecU64 p1 = multiply_low(c2[v], uint64_t{kPhiloxMultiplier1} - zero);
+        c0[v] = p1 >> 32 ^ c1[v] ^ uint64_t { k0 };
+        c1[v] = p1;
+        c2[v] = p0 >> 32 ^ c3[v] ^ uint64_t { k1 };
+        c3[v] = p0;
+      }
+      k0 += kPhiloxKey0;
+      k1 += kPhiloxKey1;
+    }
+#pragma GCC unroll 2
+    for (int64_t v = 0; v < side; ++v) {
+      const VecU64 one = (c0[v] & 0xFFFFFFFF) | c1[v] << 32;
+      const VecU64 other = (c2[v] & 0xFFFFFFFF) | c3[v] << 32;
+      float* const to = centred + 4 * (first + v * kLanes64);
+      store_centred(interleave_even(one, other), to);
+      store_centred(interleave_odd(one, other), to + kLanes<float>);
+    }
   }
-  const VecU64 first = (c0 & 0xFFFFFFFF) | c1 << 32;
-  const VecU64 second = (c2 & 0xFFFFFFFF) | c3 << 32;
-  store_centred(interleave_even(first, second), centred);
-  store_centred(interleave_odd(first, second), centred + kLanes<float>);
 }
 
 // Writes 2 u - 1 for `length` numbers, at most 4 * kDraws, from `first` on, a multiple of 4.
@@ -52,7 +70,7 @@ inline void draw(const Noise& noise, int64_t first, Acc* __restrict centred, int
     return;
   }
   float numbers[4 * kDraws];
-  for (int64_t i = 0; i < kDraws; i += kLanes64) draw_blocks(noise, first / 4 + i, numbers + 4 * i);
+  draw_blocks(noise, first / 4, numbers);
   convert(centred, numbers, 4 * kDraws);
 }
 

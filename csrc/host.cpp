@@ -1,5 +1,6 @@
 // fastmtl._host: facts about this machine that need no tensor, for `fastmtl doctor` and the benchmarks.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <barrier>
@@ -15,6 +16,7 @@
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "fastmtl/cpu_features.h"
@@ -279,6 +281,37 @@ double multiply_add_rate(int threads) {
   return static_cast<double>(threads * rounds * kChains * way.lanes) / seconds;
 }
 
+// Memory from an address on.
+using Region = std::pair<std::uintptr_t, std::int64_t>;
+
+// Seconds to read all sources, one after the other, and to write what is read of the first ones to the targets. Every
+// thread takes its share of each. Whole pairs of lines only: what little is left at the ends is not walked.
+double plain_pass(const std::vector<Region>& sources, const std::vector<Region>& targets, int threads) {
+  if (targets.size() > sources.size()) throw std::invalid_argument("there must be a source for each target.");
+  threads = plan(1, threads).threads;
+  const Sum sum = sums(fastmtl::isa()).front();
+  const Copy copy = copies(fastmtl::isa()).at(copies(fastmtl::isa()).size() > 1 ? 1 : 0);
+  const auto first_line = [](std::uintptr_t address) { return (address + kLine - 1) / kLine * kLine; };
+  return seconds_of(threads, [&](int thread) {
+    float total = 0;
+    for (std::size_t i = 0; i < sources.size(); ++i) {
+      const bool writes = i < targets.size();
+      const std::int64_t bytes = writes ? std::min(sources[i].second, targets[i].second) : sources[i].second;
+      // Not to be overrun where the first line begins behind the address.
+      const std::size_t pairs = bytes < static_cast<std::int64_t>(kLine) ? 0 : (bytes - (kLine - 1)) / (2 * kLine);
+      const std::size_t begin = pairs * thread / threads * 2 * kLine;
+      const std::size_t lines = pairs * (thread + 1) / threads * 2 - begin / kLine;
+      const auto* const from = reinterpret_cast<const float*>(first_line(sources[i].first) + begin);
+      if (writes) {
+        copy(reinterpret_cast<float*>(first_line(targets[i].first) + begin), from, lines);
+      } else {
+        total += sum(from, lines);
+      }
+    }
+    sink = total;
+  });
+}
+
 // Buffers that no cache holds, and how fast memory moves them.
 class Memory {
  public:
@@ -359,6 +392,10 @@ PYBIND11_MODULE(_host, m) {
         "Bytes read plus bytes written per second, copying `bytes` with all threads together.");
   m.def("multiply_add_rate", &multiply_add_rate, py::arg("threads") = 0, py::call_guard<py::gil_scoped_release>(),
         "Float32 multiply-adds per second by all threads together, in some milliseconds of them; threads=0 takes all.");
+  m.def("plain_pass", &plain_pass, py::arg("sources"), py::arg("targets"), py::arg("threads") = 0,
+        py::call_guard<py::gil_scoped_release>(),
+        "Seconds all threads together take to read the sources, each an address and a number of bytes, and to copy the "
+        "first of them to the targets; threads=0 takes all.");
   py::class_<Memory>(m, "Memory",
                      "Buffers of 8 times the last-level cache (bytes=0), to time memory between other work.")
       .def(py::init<std::int64_t, int>(), py::arg("bytes") = 0, py::arg("threads") = 0)

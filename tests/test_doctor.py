@@ -139,6 +139,17 @@ class TestHost:
     def test_odd_sizes_are_measured(self, host: Any, measure: str, nbytes: int, threads: int) -> None:
         assert getattr(host, measure)(nbytes, threads, 0) > 0
 
+    @pytest.mark.parametrize("threads", [1, 3])
+    def test_a_plain_pass_copies_and_reads(self, host: Any, threads: int) -> None:
+        source, target = torch.rand(70_001), torch.zeros(70_001)
+        read = torch.rand(33)
+        sources, targets = ([(t.data_ptr(), t.nbytes) for t in some] for some in ((source, read), (target,)))
+        assert host.plain_pass(sources, targets, threads) > 0
+        whole = len(source) - 64
+        assert torch.equal(target[:whole], source[:whole])
+        with pytest.raises(ValueError, match="a source for each target"):
+            host.plain_pass([], targets, threads)
+
     @pytest.mark.parametrize("arguments", [(-1, 1, 0), (1, -1, 0), (1, 1, -1), (1, 1, float("nan"))])
     def test_bad_arguments_are_refused(self, host: Any, arguments: tuple[int, int, float]) -> None:
         with pytest.raises(ValueError, match=r"must be 0 .*or more"):

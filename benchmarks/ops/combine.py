@@ -44,6 +44,8 @@ def _case(num_rows: int, device: torch.device, dtype: torch.dtype) -> Case:
         error=error,
         bytes_read=size_of(shapes) * num_rows * dtype.itemsize,
         bytes_written=size_of(shapes) * dtype.itemsize,
+        reads=[t for row in rows for t in row],
+        writes=[torch.empty_like(t) for t in out],
     )
 
 

@@ -60,6 +60,8 @@ def _reps(tasks: int, batch: int, features: tuple[int, ...], device: torch.devic
         error=_error_of(want.flatten(), _near(signed, noise).expand_as(rep).flatten()),
         bytes_read=(tasks + 1) * rep.numel() * 4,
         bytes_written=rep.numel() * 4,
+        reads=[rep, *grads],
+        writes=[torch.empty_like(rep)],
     )
 
 
@@ -92,6 +94,8 @@ def _rows(tasks: int, device: torch.device) -> Case:
         error=error,
         bytes_read=size_of(shapes) * tasks * 4,
         bytes_written=size_of(shapes) * 4,
+        reads=[t for row in rows for t in row],
+        writes=[torch.empty_like(t) for t in rows[0]],
     )
 
 

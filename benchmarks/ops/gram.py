@@ -43,6 +43,7 @@ def _case(num_rows: int, device: torch.device, dtype: torch.dtype) -> Case:
         error=error,
         bytes_read=size_of(shapes) * num_rows * dtype.itemsize,
         multiply_adds=size_of(shapes) * num_rows * (num_rows + 1) // 2,
+        reads=[t for row in rows for t in row],
     )
 
 

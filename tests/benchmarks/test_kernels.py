@@ -19,6 +19,7 @@ def test_rows_and_picture(tmp_path: Path) -> None:
     assert {row["op"] for row in found} == {"gram", "min_norm"}
     for row in found:
         assert (row["share_of_bound"] != "") == (row["op"] == "gram")
+        assert (row["share_of_plain"] != "") == (row["op"] == "gram")
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
