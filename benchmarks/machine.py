@@ -104,7 +104,7 @@ def probes(device: torch.device) -> Probes:
 
 
 def plain_pass(reads: Sequence[Tensor], writes: Sequence[Tensor]) -> Callable[[], float] | None:
-    """Return what reads tensors, copies the first of them to others and says how long that took; None if there is none."""
+    """Return what reads tensors, copying the first of them to others, and tells the seconds; None if it cannot."""
     if not reads or reads[0].device.type != "cpu":
         return None
     try:
