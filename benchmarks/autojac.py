@@ -98,8 +98,8 @@ def run_autojac(
         for row in _compare(work, aggregator, seconds):
             print(_line(row), flush=True)
             rows.append(row | {"net": net, "aggregator": aggregator, "batch": batch, "size": size} | known)
-    if csv_path is not None:
-        write_rows(rows, csv_path)
+        if csv_path is not None:
+            write_rows(rows, csv_path)
     return rows
 
 

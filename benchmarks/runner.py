@@ -192,16 +192,13 @@ def run_kernels(
     known_facts = facts(device)
     print("  ".join(f"{key} {value}" for key, value in known_facts.items()))
     rows: list[Row] = []
-    try:
-        for op in names:
-            for case in cases_of(op, device, quick):
-                for row in _rows_of(op, case, device, seconds=0.5 if quick else 1.0 if device.type == "cuda" else 6.0):
-                    print(_line(row), flush=True)
-                    rows.append(row | known_facts)
-    finally:
-        # What was measured before an interruption is not lost.
-        if csv_path is not None and rows:
-            write_rows(rows, csv_path)
+    for op in names:
+        for case in cases_of(op, device, quick):
+            for row in _rows_of(op, case, device, seconds=0.5 if quick else 1.0 if device.type == "cuda" else 6.0):
+                print(_line(row), flush=True)
+                rows.append(row | known_facts)
+            if csv_path is not None:
+                write_rows(rows, csv_path)
     if plot_path is not None:
         plot_kernels(rows, plot_path)
     return rows

@@ -107,8 +107,8 @@ def run_solvers(libmtl: Path | None = None, csv_path: Path | None = None, second
                         row["times_ours"] = deciles[4] / statistics.median(samples["fastmtl"])
                 print(_line(row), flush=True)
                 rows.append(row | known)
-    if csv_path is not None:
-        write_rows(rows, csv_path)
+            if csv_path is not None:
+                write_rows(rows, csv_path)
     return rows
 
 

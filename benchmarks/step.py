@@ -183,25 +183,22 @@ def run_step(
     if libmtl is not None and not (libmtl / "LibMTL").is_dir():
         raise UsageError(f"There is no LibMTL in {libmtl}; give the folder of a checkout.")
     rows: list[Row] = []
-    try:
-        for count in tasks:
-            work = Work(net=net, arch=arch, count=count, batch=batch, size=size, device=device)
-            for name in names:
-                make: dict[str, Callable[[], Contender]] = {
-                    "fastmtl": partial(_trainer_step, work, name, precision, compile=False)
-                }
-                if compile:
-                    make["fastmtl compiled"] = partial(_trainer_step, work, name, precision, compile=True)
-                if arch == "HPS":
-                    make |= {"floor": partial(_floor_step, work, True), "sum": partial(_floor_step, work, False)}
-                make |= _peer_steps(work, name, peers, libmtl)
-                for row in _compare(name, work, make, seconds):
-                    print(_line(row), flush=True)
-                    rows.append(row | {"arch": arch, "net": net, "batch": batch, "size": size} | known)
-    finally:
-        # What was measured before an interruption is not lost.
-        if csv_path is not None and rows:
-            write_rows(rows, csv_path)
+    for count in tasks:
+        work = Work(net=net, arch=arch, count=count, batch=batch, size=size, device=device)
+        for name in names:
+            make: dict[str, Callable[[], Contender]] = {
+                "fastmtl": partial(_trainer_step, work, name, precision, compile=False)
+            }
+            if compile:
+                make["fastmtl compiled"] = partial(_trainer_step, work, name, precision, compile=True)
+            if arch == "HPS":
+                make |= {"floor": partial(_floor_step, work, True), "sum": partial(_floor_step, work, False)}
+            make |= _peer_steps(work, name, peers, libmtl)
+            for row in _compare(name, work, make, seconds):
+                print(_line(row), flush=True)
+                rows.append(row | {"arch": arch, "net": net, "batch": batch, "size": size} | known)
+            if csv_path is not None:
+                write_rows(rows, csv_path)
     if plot_path is not None:
         _plot(rows, plot_path)
     return rows

@@ -11,7 +11,10 @@ __all__ = ["plot_kernels", "write_rows"]
 
 
 def write_rows(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write rows, which may have different columns, as CSV."""
+    """Write rows, which may have different columns, as CSV.
+
+    A benchmark calls this after every case, so that what was measured is not lost if it is killed.
+    """
     columns = list(dict.fromkeys(key for row in rows for key in row))
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
