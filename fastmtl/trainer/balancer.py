@@ -164,11 +164,36 @@ class Balancer:
         if self.average is None:
             self.average = weights.shared, weights.heads
         shared, heads = self.average
-        weights.shared = torch.lerp(weights.shared, shared, self.options.weight_momentum)
+        weights.shared = self._follow(weights.shared, shared)
         if weights.heads is not None and heads is not None:
-            weights.heads = torch.lerp(weights.heads, heads, self.options.weight_momentum)
+            weights.heads = self._follow(weights.heads, heads)
         weights.logged = None
         self.average = weights.shared, weights.heads
+
+    def _follow(self, new: Tensor, average: Tensor) -> Tensor:
+        # A first step that was taken back leaves no average.
+        return torch.lerp(new, torch.where(average.isnan(), new, average), self.options.weight_momentum)
+
+    def learned(self) -> tuple[Weights | None, tuple[Tensor, Tensor | None] | None]:
+        """Return what `take_back` goes back to."""
+        return self.held, self.average
+
+    def take_back(self, before: tuple[Weights | None, tuple[Tensor, Tensor | None] | None], bad: Tensor) -> None:
+        """Forget what a step has decided since ``before`` if the scalar ``bad`` is true."""
+        held, average = before
+        if self.average is not None and self.average is not average:
+            olds = (None, None) if average is None else average
+            shared, heads = (_unless(bad, new, old, torch.nan) for new, old in zip(self.average, olds, strict=True))
+            assert shared is not None
+            self.average = shared, heads
+        if self.held is not None and self.held is not held:
+            # Without a decision all tasks count alike until the next.
+            shared, heads, logged = (
+                _unless(bad, getattr(self.held, name), None if held is None else getattr(held, name), 1.0)
+                for name in ("shared", "heads", "logged")
+            )
+            assert shared is not None
+            self.held = replace(self.held, shared=shared, heads=heads, logged=logged)
 
     def write_own(self, weights: Weights) -> None:
         """Write the gradients of the strategy's own parameters."""
@@ -220,6 +245,11 @@ class Balancer:
         self._since_solved = state["since_solved"]
         self.held = None if state["held"] is None else Weights(**state["held"])
         self.average = state["average"]
+
+
+def _unless(bad: Tensor, new: Tensor | None, old: Tensor | None, start: float) -> Tensor | None:
+    """Return ``old`` where ``bad``, ``start`` if there is none, else ``new``."""
+    return None if new is None else torch.where(bad, start if old is None else old.to(new), new)
 
 
 def _divided(rows: Sequence[Sequence[Tensor | None]], scale: Tensor) -> list[list[Tensor | None]]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from fastmtl.graph import graph_nodes
-from fastmtl.trainer.own import OwnGradients
+from fastmtl.trainer.own import OwnGradients, set_grads
 from fastmtl.trainer.problem import Features, Problem
 from fastmtl.trainer.profiling import part
 from fastmtl.trainer.regions import Regions
@@ -50,8 +50,7 @@ class CompressedPass(RowsPass):
         with part("VJPs"):
             total = [weighted(weights, column) for column in zip(*self.cotangents, strict=True)]
             params = self.route.problem.shared_params
-            for param, grad in zip(params, vjp(self.features, total, params, retain=False), strict=True):
-                param.grad = grad
+            set_grads(params, vjp(self.features, total, params, retain=False))
 
 
 class CompressedRoute(SplitRoute):
@@ -99,13 +98,16 @@ class CompressedRoute(SplitRoute):
         self, features: Features, cotangents: Rows, calls: list[tuple[nn.Linear, Tensor, GradientEdge]]
     ) -> Rows:
         uses: Counter[Tensor] = Counter()
-        for node in graph_nodes(feature.grad_fn for feature in features if feature.grad_fn is not None):
+        nodes = list(graph_nodes(feature.grad_fn for feature in features if feature.grad_fn is not None))
+        for node in nodes:
             uses.update(child.variable for child, _ in node.next_functions if hasattr(child, "variable"))
-        called = Counter(layer for layer, _, _ in calls)
+        called, reached = Counter(layer for layer, _, _ in calls), set(nodes)
         chosen = [
             (layer, given, edge)
             for layer, given, edge in calls
             if called[layer] == 1
+            # Not if it was a view that an operation in place has put another node in the place of.
+            and edge.node in reached
             and all(uses[param] == 1 for param in layer.parameters())
             and given.shape[:-1].numel() + len(cotangents) < layer.in_features
         ]

@@ -102,11 +102,16 @@ class MaskedOptimizer:
             self.optimizer.step()
             return
         params = [param for group in self.optimizer.param_groups for param in group["params"] if param.grad is not None]
-        before = [param.clone() for param in params]
+        state = self.optimizer.state
+        before = [(param.clone(), {name: each.clone() for name, each in _tensors(state[param])}) for param in params]
         self.optimizer.step()
         masked = self.found_inf != 0
-        for param, old in zip(params, before, strict=True):
+        for param, (old, remembered) in zip(params, before, strict=True):
             param.copy_(torch.where(masked, old, param))
+            for name, each in _tensors(state[param]):
+                # Torch counts steps on the host unless told otherwise; one that was skipped is then counted too.
+                if each.device == masked.device:
+                    each.copy_(torch.where(masked, remembered.get(name, torch.zeros_like(each)), each))
 
     def _start_momentum(self) -> None:
         """Give parameters their momentum at their first gradient.
@@ -123,3 +128,7 @@ class MaskedOptimizer:
                     continue
                 begun = param.grad * (group["dampening"] / group["momentum"])
                 state["momentum_buffer"] = torch.where(self.found_inf != 0, 0.0, begun)
+
+
+def _tensors(state: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
+    return [(name, value) for name, value in state.items() if isinstance(value, Tensor)]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastmtl.trainer.problem import Problem
 
-__all__ = ["OwnGradients", "find_owners", "summed"]
+__all__ = ["OwnGradients", "find_owners", "set_grads", "summed"]
 
 Grads = Sequence[Tensor | None]
 
@@ -40,20 +40,36 @@ class OwnGradients:
         by_task = None if weights is None else weights.unbind()
         if by_task is not None and len(self.parts) == 1 and len(by_task) > 1:
             assert self.owners is not None
-            self._scale(self.parts[0], [by_task[owner] for owner in self.owners])
+            self.parts = [_scaled(self.parts[0], [by_task[owner] for owner in self.owners])]
         elif by_task is not None:
-            for part, weight in zip(self.parts, by_task, strict=True):
-                self._scale(part, [weight] * len(self.params))
+            self.parts = [
+                _scaled(part, [weight] * len(self.params)) for part, weight in zip(self.parts, by_task, strict=True)
+            ]
+        total = [[param.grad for param in self.params]]
         for part in self.parts:
-            for param, grad in zip(self.params, part, strict=True):
-                if grad is not None:
-                    param.grad = grad if param.grad is None else param.grad + grad
+            total = summed(total, [part])
+        set_grads(self.params, total[0])
 
-    @staticmethod
-    def _scale(grads: Grads, weights: Sequence[Tensor]) -> None:
-        for grad, weight in zip(grads, weights, strict=True):
-            if grad is not None:
-                grad.mul_(weight.to(grad.dtype))
+
+def _scaled(grads: Grads, weights: Sequence[Tensor]) -> list[Tensor | None]:
+    return [None if grad is None else grad * weight.to(grad.dtype) for grad, weight in zip(grads, weights, strict=True)]
+
+
+def set_grads(params: Sequence[nn.Parameter], grads: Grads) -> None:
+    """Let ``.grad`` be these gradients, copied where autograd did not make them for one parameter alone.
+
+    What a sum is made of gets one gradient, what is summed up gets an expanded scalar, and pieces get views of a whole.
+    Clipping, unscaling and optimizers write into ``.grad``.
+    """
+    taken = set()
+    for param, grad in zip(params, grads, strict=True):
+        if grad is None or grad is param.grad:
+            continue
+        storage = grad.untyped_storage()
+        if storage.data_ptr() in taken or storage.nbytes() != grad.nbytes:
+            grad = grad.clone()
+        taken.add(storage.data_ptr())
+        param.grad = grad
 
 
 def summed(rows: Sequence[Grads], others: Sequence[Grads]) -> list[list[Tensor | None]]:
@@ -67,26 +83,28 @@ def summed(rows: Sequence[Grads], others: Sequence[Grads]) -> list[list[Tensor |
 def find_owners(problem: Problem, inputs: Any, labels: Any) -> list[int] | None:
     """Return the task of each task-specific parameter, None if some parameter serves several.
 
-    Runs the network once on a batch, in evaluation mode so that nothing it remembers changes.
+    Runs the network once on a batch, and puts back its buffers and the random numbers. A parameter that no task reaches
+    may be one that this batch's random numbers left out, so that it may serve several.
     """
     model = problem.model
-    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     sampled, problem.tasks = problem.tasks, model.task_name
-    model.eval()
+    devices = [model.device] if model.device.type == "cuda" else []
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), torch.random.fork_rng(devices):
             losses, _ = problem.whole(inputs, labels)
             reached = [
                 torch.autograd.grad(loss, problem.own_params, retain_graph=True, allow_unused=True) for loss in losses
             ]
     finally:
         problem.tasks = sampled
-        for module, training in modes:
-            module.training = training
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
     owners = []
     for column in zip(*reached, strict=True):
         tasks = [t for t, grad in enumerate(column) if grad is not None]
-        if len(tasks) > 1:
+        if len(tasks) != 1:
             return None
-        owners.append(tasks[0] if tasks else 0)
+        owners.append(tasks[0])
     return owners

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastmtl import ops
 from fastmtl.errors import UsageError
-from fastmtl.trainer.own import OwnGradients, find_owners, summed
+from fastmtl.trainer.own import OwnGradients, find_owners, set_grads, summed
 from fastmtl.trainer.problem import Features, Problem
 from fastmtl.trainer.profiling import part
 from fastmtl.trainer.regions import Regions
@@ -126,7 +126,8 @@ class Route:
             return [None] * len(losses)
         if weights is None:
             assert factors is not None
-            weights = factors.expand(len(losses))
+            # A gradient may be the seed itself, and be written into.
+            weights = factors.expand(len(losses)).clone()
         elif factors is not None:
             weights = weights * factors
         return [weight.to(loss.dtype) for weight, loss in zip(weights, losses, strict=True)]
@@ -268,8 +269,7 @@ class SplitRoute(Route):
             rows = [vjp(features, total, self.problem.shared_params, retain=False)]
         done = RowsPass(self, losses, preds, rows, own)
         done.write_heads(heads)
-        for param, grad in zip(self.problem.shared_params, rows[0], strict=True):
-            param.grad = grad
+        set_grads(self.problem.shared_params, rows[0])
         return done
 
     def _heads(self, inputs: Any, labels: Any) -> tuple[Features, Sequence[Tensor], dict[str, Any], Rows, OwnGradients]:
@@ -320,17 +320,13 @@ class WholeRoute(Route):
             )
             count = len(problem.shared_params)
             OwnGradients(problem.own_params, [grads[count:]], self._places()).write(own_weights / weights)
-            for param, grad in zip(problem.shared_params, grads[:count], strict=True):
-                param.grad = grad
+            set_grads(problem.shared_params, grads[:count])
             return SumPass(self, losses, preds)
         for params, weights, retain in (
             (problem.shared_params, shared, bool(problem.own_params)),
             (problem.own_params, own_weights, False),
         ):
-            for param, grad in zip(
-                params, vjp(losses, self.seeds(losses, weights), params, retain=retain), strict=True
-            ):
-                param.grad = grad
+            set_grads(params, vjp(losses, self.seeds(losses, weights), params, retain=retain))
         return SumPass(self, losses, preds)
 
 

@@ -226,13 +226,14 @@ class TrainingStep:
         if self.scaler is None:
             return self._differentiate(batches)
         names = self.model.remembered()
-        before = [getattr(self.model, name).clone() for name in names]
+        before, learned = [getattr(self.model, name).clone() for name in names], self.balancer.learned()
         found = self._differentiate(batches)
         self.scaler.unscale([param.grad for param in self.model.parameters() if param.grad is not None])
         # What a strategy learned from an overflow is taken back.
         bad = self.scaler.found_inf != 0
         for name, old in zip(names, before, strict=True):
             setattr(self.model, name, torch.where(bad, old, getattr(self.model, name)))
+        self.balancer.take_back(learned, bad)
         return found
 
     def _some_tasks(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl.errors import UsageError
+from fastmtl.trainer.optimizer import MaskedOptimizer
 from fastmtl.trainer.precision import LossScaler, set_tf32
 from fastmtl.trainer.records import StepBuffer
 from fastmtl.weighting import WEIGHTINGS
@@ -96,6 +97,54 @@ def test_an_overflow_skips_the_step_and_leaves_no_trace_but_a_smaller_scale() ->
     trainer.step([batch], StepBuffer())
     assert not torch.equal(flat(trainer.model.parameters()), before)
     assert trainer.step.scaler.skipped == 1
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("options", [{"weight_momentum": 0.9}, {"update_weights_every": 3}], ids=str)
+def test_an_overflow_leaves_no_trace_in_weights_that_last(options: dict[str, Any], first: bool) -> None:
+    trainer = make_trainer("MGDA", precision="fp16", **options)
+    batch = next(iter(loaders()))
+
+    def step(scale: float) -> bool:
+        assert trainer.step.scaler is not None
+        trainer.step.scaler.scale.fill_(scale)
+        before = flat(trainer.model.parameters())
+        trainer.step([batch], StepBuffer())
+        return not torch.equal(flat(trainer.model.parameters()), before)
+
+    if not first:
+        assert all(step(2.0**8) for _ in range(3))
+    average = trainer.step.balancer.average
+    assert not step(2.0**120)
+    if average is not None:
+        torch.testing.assert_close(trainer.step.balancer.average, average)
+    assert all(step(2.0**8) for _ in range(6))
+    assert trainer.step.scaler is not None
+    assert trainer.step.scaler.skipped == 1
+    trainer.guard.check(None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "args"),
+    [
+        (torch.optim.RMSprop, {"momentum": 0.5}),
+        (torch.optim.Adam, {"fused": False, "amsgrad": True}),
+        (torch.optim.SGD, {"momentum": 0.9, "fused": False}),
+    ],
+)
+def test_a_masked_step_of_any_optimizer_changes_nothing(kind: Any, args: dict[str, Any]) -> None:
+    found = []
+    for masked in (False, True):
+        param, flag = torch.nn.Parameter(torch.ones(3)), torch.zeros(())
+        optimizer = MaskedOptimizer(kind([param], lr=0.1, **args), flag)
+        for grad, bad in ((1.0, 0), (torch.inf, 1), (2.0, 0), (torch.nan, 1), (3.0, 0)):
+            if bad and not masked:
+                continue
+            flag.fill_(bad)
+            param.grad = torch.full((3,), grad)
+            optimizer.step()
+        found.append(param.detach())
+    torch.testing.assert_close(found[1], found[0])
 
 
 def test_scale_doubles_after_many_good_steps() -> None:

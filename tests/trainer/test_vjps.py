@@ -182,6 +182,27 @@ def test_compressed_rows_have_the_jacobians_gram_matrix_and_less_numbers() -> No
     assert sizes["sequential"] - sizes["compressed"] == 64 * 64 - 8 * 64
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_compressed_layers_before_an_operation_in_place(inplace: bool) -> None:
+    class Sequences(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(60, 16), nn.Linear(16, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = nn.functional.relu(self.first(x.repeat(1, 10)[:, None]), inplace=inplace)
+            return self.second(hidden).mean(1)
+
+    grams = []
+    for way in ("sequential", "compressed"):
+        torch.manual_seed(0)
+        trainer = make_trainer("MGDA", count=3, encoder_class=Sequences, vjps=way)
+        buffer = StepBuffer()
+        trainer.step([next(iter(loaders(3)))], buffer)
+        grams.append(buffer.flush(0, 1).gram[0])
+    torch.testing.assert_close(grams[1], grams[0], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("option", [{"tasks_per_step": 2}, {"update_weights_every": 2}, {"clip_grad_norm": 0.1}, {}])
 def test_training_is_the_same(way: str, option: dict[str, Any]) -> None:
