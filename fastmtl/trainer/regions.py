@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ __all__ = ["CompileReport", "Regions", "cpp_compiler", "is_compiled", "measure_c
 _POOLING = (torch.ops.aten.max_pool2d_with_indices.default, torch.ops.aten.max_pool2d_with_indices_backward.default)
 # Part of the key of torch's caches: to be renewed with what this module changes about inductor.
 _CACHE_KEY = "fastmtl.regions.1"
+_MOST_SETS = 8
 _NAMES = ("trunk", "heads", "reps", "decode", "whole", "single", "single_rep", "single_decode")
 
 
@@ -52,22 +54,30 @@ class Regions:
         self.compiled = compiled
         if compiled:
             _configure_backwards()
-            _allow_a_graph_per_task(len(problem.tasks))
+            _allow_graphs(len(problem.tasks))
         for name in _NAMES:
             function = getattr(problem, name)
             setattr(self, name, _Region(name, function, on_compile) if compiled else function)
 
 
 class _Region:
-    """A function compiled at its first call, with a count of its graphs."""
+    """A function of a problem compiled at its first call, with a count of its graphs.
 
-    def __init__(self, name: str, function: Callable[..., Any], on_compile: Callable[[str], None]) -> None:
+    A step of some of the tasks may need graphs of its own. After `_MOST_SETS` sets of tasks that did, others run
+    eagerly: there may be as many sets as steps.
+    """
+
+    def __init__(self, name: str, function: Any, on_compile: Callable[[str], None]) -> None:
         self.name = name
+        self.plain = function
         self.on_compile = on_compile
         self.graphs = 0
         self.first_graphs = 0
         self.first_calls: set[str | None] = set()
-        self.function = torch.compile(function, backend=self._backend)
+        self.sets: set[tuple[str, ...]] = set()
+        self.sets_compiled = 0
+        self.full = False
+        self.function = torch.compile(_with_code_of_its_own(function), backend=self._backend)
 
     def _backend(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
         from torch._inductor.compile_fx import compile_fx
@@ -83,16 +93,40 @@ class _Region:
     def __call__(self, *args: Any) -> Any:
         # With inputs of its own, each task is a graph of its own; the task's name is the last argument then.
         task = args[-1] if isinstance(args[-1], str) else None
-        if task in self.first_calls:
-            return self.function(*args)
-        start, before = time.perf_counter(), self.graphs
+        tasks = tuple(self.plain.__self__.tasks)
+        first, new = task not in self.first_calls, tasks not in self.sets
+        if new and self.sets_compiled > _MOST_SETS:
+            if not self.full:
+                self.full = True
+                self.on_compile(f"{self.name}: compiled for {self.sets_compiled} sets of tasks, eager for further ones")
+            return self.plain(*args)
         what = self.name if task is None else f"{self.name} of {task}"
-        self.on_compile(f"compiling {what}")
+        if first:
+            self.on_compile(f"compiling {what}")
+        start, before = time.perf_counter(), self.graphs
         result = self.function(*args)
-        self.first_calls.add(task)
-        self.first_graphs += self.graphs - before
-        self.on_compile(f"compiled {what} in {time.perf_counter() - start:.1f} s")
+        self.sets.add(tasks)
+        if first:
+            self.first_calls.add(task)
+            self.first_graphs += self.graphs - before
+        if first or self.graphs > before:
+            self.sets_compiled += new and task is None
+            again = "" if first else " again, for other shapes or tasks,"
+            self.on_compile(f"compiled {what}{again} in {time.perf_counter() - start:.1f} s")
         return result
+
+
+def _with_code_of_its_own(method: Any) -> Any:
+    """Return a bound method with a copy of its code: torch counts the graphs of all trainers that share one."""
+    function = method.__func__
+    copied = FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    return MethodType(copied, method.__self__)
 
 
 def _on_cpu(value: Any) -> bool:
@@ -169,18 +203,23 @@ def cpp_compiler() -> tuple[str | None, str]:
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Return whether a part of a network was compiled by ``torch.compile(module)`` or ``module.compile()``."""
+    """Return whether a part of a network was compiled: as a module, by its ``compile()``, or by its ``forward``."""
     return any(
-        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+        hasattr(module, "_orig_mod")
+        or getattr(module, "_compiled_call_impl", None) is not None
+        or (
+            hasattr(module.forward, "_torchdynamo_orig_callable")
+            and not getattr(module.forward, "_torchdynamo_disable", False)
+        )
         for module in model.modules()
     )
 
 
-def _allow_a_graph_per_task(tasks: int) -> None:
-    """Keep torch from going on eagerly, with a warning only, when many tasks share one function."""
+def _allow_graphs(tasks: int) -> None:
+    """Keep torch from going on eagerly, with a warning only, when many tasks, or sets of them, share one function."""
     import torch._dynamo.config as dynamo_config
 
-    dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, 4 * tasks)
+    dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, 4 * tasks, 4 * (_MOST_SETS + 1))
 
 
 @dataclass(kw_only=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import itertools
 import os
 import subprocess
 import sys
@@ -17,9 +18,9 @@ from fastmtl.errors import BackendError
 from fastmtl.model import ConvEncoder
 from fastmtl.trainer.logger import Logger
 from fastmtl.trainer.records import StepBuffer
-from fastmtl.trainer.regions import measure_compiled
+from fastmtl.trainer.regions import is_compiled, measure_compiled
 from tests.trainer.test_step import OnePiece
-from tests.trainer.toy import loaders, make_trainer
+from tests.trainer.toy import flat, loaders, make_trainer
 
 
 def _conv_trainer(architecture: Any, compile: bool, weighting: str = "MGDA", **options: Any) -> Any:
@@ -269,6 +270,68 @@ def test_other_sizes_of_the_last_batch_compile_once_more_at_most() -> None:
         graphs.append((trainer.step.route.regions.trunk.graphs, trainer.step.route.regions.heads.graphs))
     assert graphs[0] == (1, 1)
     assert graphs[1] == graphs[-1] == (2, 2)
+
+
+@pytest.fixture
+def quick_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs are counted and run as they are."""
+
+    def backend(region: Any, graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        region.graphs += 1
+        return graph
+
+    monkeypatch.setattr("fastmtl.trainer.regions._Region._backend", backend)
+
+
+@pytest.mark.usefixtures("quick_backend")
+def test_steps_of_many_sets_of_tasks_are_compiled_for_some_and_say_so() -> None:
+    torch.compiler.reset()
+    messages: list[str] = []
+
+    class Listener(Logger):
+        def on_compile(self, message: str) -> None:
+            messages.append(message)
+
+    found = []
+    for compile in (False, True):
+        trainer = make_trainer(count=6, compile=compile, logger=Listener())
+        inputs, labels = next(iter(loaders(6)))
+        for a, b in [*itertools.combinations(range(6), 2)] * 2:
+            some = {f"task{t}": labels[f"task{t}"] for t in (a, b)}
+            trainer.step([(inputs, some)], StepBuffer(), [a, b])
+        found.append(flat(trainer.model.parameters()))
+    torch.testing.assert_close(found[0], found[1])
+    regions = trainer.step.route.regions
+    assert (regions.trunk.graphs, regions.heads.graphs) == (1, 9)
+    assert messages.count("heads: compiled for 9 sets of tasks, eager for further ones") == 1
+    assert sum(message.startswith("compiled heads again, for other shapes or tasks, in") for message in messages) == 8
+    assert len([message for message in messages if "trunk" in message]) == 2
+
+
+@pytest.mark.usefixtures("quick_backend")
+def test_many_trainers_in_one_process_are_all_compiled() -> None:
+    torch.compiler.reset()
+    batch = next(iter(loaders()))
+    for _ in range(torch._dynamo.config.recompile_limit + 2):
+        # Networks of one shape share their guards, but each trainer compiles its own.
+        trainer = make_trainer(compile=True)
+        trainer.step([batch], StepBuffer())
+        assert trainer.step.route.regions.trunk.graphs == 1
+
+
+def test_a_compiled_forward_is_noticed() -> None:
+    class Compiled(nn.Linear):
+        @torch.compile
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    class Kept(nn.Linear):
+        @torch.compiler.disable
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    assert is_compiled(nn.Sequential(nn.ReLU(), Compiled(2, 2)))
+    assert not is_compiled(nn.Sequential(nn.ReLU(), Kept(2, 2)))
 
 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
