@@ -63,7 +63,7 @@ def _trainer_step(work: Work, weighting: str, precision: str, compile: bool) -> 
     def step() -> None:
         nonlocal done
         losses, preds = trainer.step(batches, buffer)
-        trainer.meter.update(losses, preds, work.labels)
+        trainer.meter.update(losses, preds[-1], work.labels)
         done += 1
         if len(buffer) == _LOG_EVERY:
             buffer.flush(0, done)

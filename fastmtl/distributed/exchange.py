@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastmtl import ops
 from fastmtl.distributed.peers import Peers
-from fastmtl.distributed.shards import Row, Shards
+from fastmtl.distributed.shards import Row, Shards, check_used
 from fastmtl.weighting import AbsWeighting, Weights
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ class Exchange:
             of the Gram matrices of their own parts, so that no row leaves its process.
 
     Attributes:
+        share: This process's share in the labels behind each row: (T,), or (samples T,).
         stream: What takes the place of the VJPs of shared parameters; see :class:`fastmtl.trainer.routes.Route`.
     """
 
@@ -105,16 +106,9 @@ class Exchange:
         self._tasks = tuple(tasks)
         return None if len(tasks) == count else tasks
 
-    def weigh_batch(self, counts: Sequence[int | Tensor], device: torch.device) -> Tensor:
-        """Return this part's share (T,) of a batch, from how many entries each task's loss averages over here."""
-        sizes = torch.stack([_on_device(count, device) for count in counts])
-        self.share = sizes / self.peers.sum_(sizes.clone()).clamp(min=1)
-        return self.share
-
-    def mean(self, losses: Tensor) -> Tensor:
-        """Return the losses (T,) of the batch that was weighed last, from those of its parts."""
-        assert self.share is not None
-        return self.peers.sum_(losses.detach().to(self.share.dtype) * self.share).to(losses.dtype)
+    def mean(self, losses: Tensor, share: Tensor) -> Tensor:
+        """Return the losses (T,) of all parts of a batch, from those of this part and its share in them."""
+        return self.peers.sum_(losses.to(share.dtype) * share).to(losses.dtype)
 
     def send(self, row: Row) -> Row:
         """Begin to sum a row over the processes; see :meth:`Shards.send`."""
@@ -148,8 +142,7 @@ class Exchange:
         assert self.share is not None
         gram = ops.gram(rows, groups)
         # The rows carry their share, of which a mean of Gram matrices takes one in place of two.
-        scale = self.share.where(self.share > 0, torch.inf).rsqrt()
-        scale = scale.repeat(len(rows) // len(scale)).to(gram.dtype)
+        scale = self.share.where(self.share > 0, torch.inf).rsqrt().to(gram.dtype)
         return self.peers.sum_(gram * scale[:, None] * scale)
 
     def agree(self, weights: Weights) -> None:
@@ -166,14 +159,16 @@ class Exchange:
     def reduce(self, own_only: bool = False) -> None:
         """Sum ``.grad`` of all parameters, or of the task-specific ones, over the processes.
 
-        Which of them have one in any process is learned in the first step of the same tasks.
+        Which of them have one in any process is learned in the first step of the same tasks; see :func:`check_used`.
         """
         params = self.own if own_only else self.params
         if not params:
             return
         key = own_only, self._tasks
+        has_grad = [param.grad is not None for param in params]
         if key not in self._used:
-            self._used[key] = self.peers.any_([param.grad is not None for param in params])
+            self._used[key] = self.peers.any_(has_grad)
+        check_used(params, has_grad, self._used[key])
         used = [param for param, is_used in zip(params, self._used[key], strict=True) if is_used]
         sums = self.peers.sums([torch.zeros_like(param) if param.grad is None else param.grad for param in used])
         for param, grad in zip(used, sums, strict=True):
@@ -195,10 +190,3 @@ class Exchange:
         longer = {id(rep): torch.cat([rep, torch.ones_like(rep[:1])]) for rep in reps}
         more = [torch.cat([grad, each[None]]) for grad, each in zip(grads, rest, strict=True)]
         return [each[:-1] for each in mask_reps(losses, [longer[id(rep)] for rep in reps], more)]
-
-
-def _on_device(count: int | Tensor, device: torch.device) -> Tensor:
-    """Return a float64 scalar; a number is filled in on the device, as a copy from the host would wait."""
-    if isinstance(count, Tensor):
-        return count.to(device, torch.float64)
-    return torch.full((), count, dtype=torch.float64, device=device)

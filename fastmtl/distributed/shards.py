@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from fastmtl import ops
 from fastmtl.distributed.peers import Peers
+from fastmtl.errors import UsageError
 
-__all__ = ["BUCKET_BYTES", "Shards", "cut_buckets"]
+__all__ = ["BUCKET_BYTES", "Shards", "check_used", "cut_buckets"]
 
 BUCKET_BYTES = 25 * 2**20
 
@@ -172,6 +173,7 @@ class Shards:
         """
         if tasks not in self._used:
             self._used[tasks] = self.peers.any_(self._seen)
+        check_used(self.params, self._seen, self._used[tasks])
         self._seen = [False] * len(self.params)
         parts = [bucket.flat.new_empty(len(bucket.flat) // self.peers.size) for bucket in self._buckets]
         out = [part[a:b] for part, bucket in zip(parts, self._buckets, strict=True) for _, a, b in bucket.pieces]
@@ -186,6 +188,20 @@ class Shards:
             for k, view in zip(bucket.params, bucket.views, strict=True):
                 if self._used[tasks][k]:
                     self.params[k].grad = view
+
+
+def check_used(params: Sequence[Tensor], has_grad: Sequence[bool], is_used: Sequence[bool]) -> None:
+    """Refuse gradients that the processes have not agreed to sum.
+
+    Raises:
+        UsageError: A parameter has a gradient, but had none in any process in the first step of the same tasks.
+    """
+    for param, has, used in zip(params, has_grad, is_used, strict=True):
+        if has and not used:
+            raise UsageError(
+                f"A parameter of shape {tuple(param.shape)} has a gradient, but had none in the first step of these "
+                "tasks: with several processes, what a step uses must be in use from the first one on."
+            )
 
 
 def cut_buckets(params: Sequence[Tensor], most: int) -> list[list[int]]:

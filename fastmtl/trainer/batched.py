@@ -35,7 +35,6 @@ class BatchedRoute(SplitRoute):
         super().__init__(problem, regions, weighs_heads)
         self.tell = tell
         self.forced = forced
-        self.possible = True
 
     def rows_of(self, features: Features, cotangents: Rows) -> Rows:
         """Return one row per cotangent: views of (T, ...) gradients."""

@@ -2,42 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastmtl.trainer.trees import leaves, map_tree
 
 __all__ = ["halves", "joined"]
 
 
 def halves(batch: tuple[Any, Any]) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
     """Return the first and the second half of a batch; a single row is both."""
-    leaves: list[Tensor] = []
+    if min(len(leaf) for leaf in leaves(batch) if isinstance(leaf, Tensor)) == 1:
+        return batch, batch
 
-    def half(value: Any, second: bool) -> Any:
-        if isinstance(value, Tensor):
-            leaves.append(value)
-            middle = len(value) // 2
-            return value[middle:] if second else value[:middle]
-        if isinstance(value, Mapping):
-            return {key: half(each, second) for key, each in value.items()}
-        if value is None:
-            return None
-        return type(value)(half(each, second) for each in value)
+    def half(second: bool) -> Any:
+        def cut(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            middle = len(leaf) // 2
+            return leaf[middle:] if second else leaf[:middle]
 
-    inputs, labels = batch
-    found = (half(inputs, False), half(labels, False)), (half(inputs, True), half(labels, True))
-    return (batch, batch) if min(map(len, leaves)) == 1 else found
+        return map_tree(cut, batch)
+
+    return half(False), half(True)
 
 
 def joined(parts: Sequence[Any]) -> Any:
-    """Return the labels or predictions of several batches as those of one."""
-    first = parts[0]
+    """Return the predictions for several parts of a batch as those for the whole."""
     if len(parts) == 1:
-        return first
-    if isinstance(first, Tensor):
-        return torch.cat([part.detach() for part in parts])
-    if isinstance(first, Mapping):
-        return {key: joined([part[key] for part in parts]) for key in first}
-    return type(first)(map(joined, zip(*parts, strict=True)))
+        return parts[0]
+    return map_tree(lambda *each: torch.cat([part.detach() for part in each]), *parts)

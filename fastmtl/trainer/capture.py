@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastmtl.trainer.options import StepOptions
+from fastmtl.trainer.trees import leaves, map_tree
 
 __all__ = ["CudaGraph", "StepCapture", "reason_against"]
 
 Batches = Sequence[tuple[Any, Any]]
-WARM = 3
+# Eager steps of one layout before its capture: of the first, and of one that takes another's place.
+WARM, PATIENCE = 3, 10
+_PLAIN = str | bytes | int | float | None
 
 
 def reason_against(
@@ -71,8 +75,10 @@ class CudaGraph:
 class StepCapture:
     """Runs a step eagerly until it is warm, then captures and replays it.
 
-    A batch of other shapes runs eagerly. What is fixed in a graph though the host may change it, the epoch and the
-    optimizer's settings, makes for a new capture. A capture that fails is not tried again.
+    A graph is of one layout of batches: of their shapes and dtypes, and of the values of what is no tensor. Another one
+    runs eagerly, unless it comes many times while that of the graph does not, and takes over. What is fixed in a graph
+    though the host may change it, the epoch and the optimizer's settings, makes for a new capture. A capture that fails
+    is not tried again.
 
     Args:
         model: The strategy, whose remembered tensors keep their place in memory.
@@ -90,31 +96,47 @@ class StepCapture:
         self.tell = tell
         self.failed = False
         self.replays = 0
-        self._eager = 0
-        self._key: Any = None
+        self._seen: Counter[str] = Counter()
+        self._last: Any = None
+        self._told = False
+        self._layout: Any = None
+        self._settings: Any = None
         self._static: Batches = ()
         self._result: Any = None
         self._remembered = {name: getattr(model, name) for name in model.remembered()}
 
     def __call__(self, body: Callable[[Batches], Any], batches: Batches) -> Any:
-        """Return what ``body(batches)`` returns, a tuple of tensors, of dictionaries of them, and None.
-
-        The tensors of a replay are overwritten by the next one.
-        """
-        if self.failed or self._eager < WARM:
-            self._eager += 1
+        """Return what ``body(batches)`` returns, a tree of tensors and None."""
+        if self.failed or not self._is_due(batches):
             return self._eagerly(body, batches)
-        layout = [(leaf.shape, leaf.dtype, leaf.stride()) for leaf in _leaves(batches)]
-        key = (layout, self.model.epoch, [_settings(group) for group in self.optimizer.param_groups])
-        if self._key is not None and key[0] != self._key[0]:
+        settings = [self.model.epoch, *map(_settings, self.optimizer.param_groups)]
+        if (self._last != self._layout or settings != self._settings) and not self._capture(body, batches, settings):
             return self._eagerly(body, batches)
-        if key != self._key and not self._capture(body, batches, key):
-            return self._eagerly(body, batches)
-        for mine, given in zip(_leaves(self._static), _leaves(batches), strict=True):
-            mine.copy_(given, non_blocking=True)
+        map_tree(_copy_into, self._static, batches)
         self.graph.replay()
         self.replays += 1
-        return self._result
+        # The next replay writes where these are.
+        return map_tree(_copied, self._result)
+
+    def _is_due(self, batches: Batches) -> bool:
+        """Return whether batches are of the layout of the graph, or have been of another one for long enough."""
+        strange = next((leaf for leaf in leaves(batches) if not isinstance(leaf, Tensor | _PLAIN)), None)
+        if strange is not None:
+            self.failed = True
+            self.tell(
+                f"cuda_graph: the step runs eagerly, as batches hold a {type(strange).__name__}, not only tensors"
+            )
+            return False
+        layout = map_tree(_described, batches)
+        other, self._last = layout != self._last and self._last is not None, layout
+        if layout == self._layout:
+            self._seen.clear()
+            return True
+        if other and not self._told:
+            self._told = True
+            self.tell("cuda_graph: a batch whose shapes or contents differ runs eagerly")
+        self._seen[repr(layout)] += 1
+        return self._seen[repr(layout)] > (WARM if self._layout is None else PATIENCE)
 
     def _eagerly(self, body: Callable[[Batches], Any], batches: Batches) -> Any:
         make_capturable(self.optimizer)
@@ -122,8 +144,8 @@ class StepCapture:
         self._settle()
         return result
 
-    def _capture(self, body: Callable[[Batches], Any], batches: Batches, key: Any) -> bool:
-        static = _copied(batches)
+    def _capture(self, body: Callable[[Batches], Any], batches: Batches, settings: Any) -> bool:
+        static = map_tree(_copied, batches)
 
         def settled() -> Any:
             result = body(static)
@@ -139,9 +161,11 @@ class StepCapture:
             self.failed = True
             self.tell(f"cuda_graph: the step runs eagerly, as it cannot be captured: {str(cause).splitlines()[0]}")
             return False
-        if self._key is None:
+        if self._layout is None:
             self.tell("cuda_graph: captured the step")
-        self._key, self._static = key, static
+        elif self._layout != self._last:
+            self.tell("cuda_graph: captured the step anew, for batches of other shapes or contents")
+        self._layout, self._settings, self._static = self._last, settings, static
         return True
 
     def _settle(self) -> None:
@@ -168,20 +192,14 @@ def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in group.items() if name != "params" and not isinstance(value, Tensor)}
 
 
-def _leaves(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for each in value.values():
-            yield from _leaves(each)
-    elif isinstance(value, list | tuple):
-        for each in value:
-            yield from _leaves(each)
+def _described(leaf: Any) -> Any:
+    return (leaf.shape, leaf.dtype, leaf.stride()) if isinstance(leaf, Tensor) else leaf
 
 
-def _copied(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, Mapping):
-        return {key: _copied(each) for key, each in value.items()}
-    return type(value)(map(_copied, value)) if isinstance(value, list | tuple) else value
+def _copied(leaf: Any) -> Any:
+    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
+
+
+def _copy_into(place: Any, leaf: Any) -> None:
+    if isinstance(place, Tensor):
+        place.copy_(leaf, non_blocking=True)

@@ -69,8 +69,7 @@ class FiniteGuard:
     def check_saved(self, params: Iterable[Tensor], last_checkpoint: str | None) -> None:
         """Raise if parameters about to be saved are not finite; this reads the device.
 
-        Gradients and losses were: it is the last step's learning rate that can do this, before the next one's losses
-        show it.
+        Losses were, and so were the gradients that a Gram matrix has seen; the next step's losses would show it.
 
         Args:
             params: The parameters.
@@ -82,8 +81,8 @@ class FiniteGuard:
         greatest = torch._foreach_norm([param for param in params if param.is_floating_point()], float("inf"))
         if greatest and not torch.stack([each.double() for each in greatest]).isfinite().all():
             raise NonFiniteError(
-                f"The parameters became NaN or infinite by training step {self._step.item()}, of finite gradients: the "
-                f"learning rate is too large; {_where(last_checkpoint)}."
+                f"The parameters became NaN or infinite by training step {self._step.item()}, of finite losses: a "
+                f"gradient was not finite, or the learning rate is too large; {_where(last_checkpoint)}."
             )
 
 

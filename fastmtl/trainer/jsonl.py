@@ -18,7 +18,8 @@ __all__ = ["JsonlLogger", "read_jsonl"]
 class JsonlLogger(Logger):
     """Writes one JSON object a line, told apart by ``event``: ``run``, ``steps``, ``epoch``, ``checkpoint``, ``end``.
 
-    A ``steps`` line holds the means over a log interval and ``step``, the number of steps done by then. Every line is
+    A ``steps`` line holds the means over a log interval and ``step``, the number of steps done by then; those of
+    float16 also the ``loss_scale``, and how many steps of the run so far were ``skipped``. Every line is
     flushed, so the file is whole whenever the process dies. When a run goes on, the lines of steps that will be done
     again, and a torn last line, are dropped; the rest stays. NaN and infinity become null.
 
@@ -65,6 +66,7 @@ class JsonlLogger(Logger):
                 "count": records.count,
                 "steps_per_second": records.steps_per_second,
                 **records.means(self._info.task_names),
+                **({} if records.skipped is None else {"loss_scale": records.loss_scale, "skipped": records.skipped}),
             }
         )
 

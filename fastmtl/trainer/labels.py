@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-from fastmtl.errors import UsageError
 from fastmtl.loss import AbsLoss
 
 __all__ = ["labelled_entries", "labelled_rows", "present_tasks"]
@@ -44,20 +43,12 @@ def present_tasks(losses: Mapping[str, AbsLoss], labels: Sequence[Mapping[str, A
     Args:
         losses: The loss of each task.
         labels: The labels by task, batch by batch.
-
-    Raises:
-        UsageError: A task is left out of some of the batches only.
     """
-    found = []
-    for t, (task, loss) in enumerate(losses.items()):
-        given = [each[task] for each in labels if task in each]
-        if given and len(given) < len(labels):
-            raise UsageError(
-                f"The batches of one step must label the same tasks, but {len(labels) - len(given)} of {len(labels)} "
-                f"have no {task!r}: mark missing labels with NaN or the loss's ignore_index instead."
-            )
-        if any(_has_any(loss, each) for each in given):
-            found.append(t)
+    found = [
+        t
+        for t, (task, loss) in enumerate(losses.items())
+        if any(task in each and _has_any(loss, each[task]) for each in labels)
+    ]
     return None if len(found) == len(losses) else found
 
 

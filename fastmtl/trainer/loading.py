@@ -7,32 +7,39 @@ from itertools import islice
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastmtl.errors import UsageError
+from fastmtl.trainer.trees import map_tree
 
-__all__ = ["check_loaders", "count_batches", "eval_batches", "generators", "to_device", "train_batches"]
+__all__ = [
+    "check_loaders",
+    "count_batches",
+    "eval_batches",
+    "generators",
+    "to_channels_last",
+    "to_device",
+    "train_batches",
+]
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """Move tensors, or containers of them, to ``device`` without waiting."""
-    if hasattr(value, "to"):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, Mapping):
-        return {key: to_device(each, device) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(to_device(each, device) for each in value)
-    return value
+    """Move tensors, and whatever else has ``to``, in any containers to ``device`` without waiting."""
+
+    def moves(each: Any) -> bool:
+        return hasattr(each, "to")
+
+    return map_tree(lambda each: each.to(device, non_blocking=True) if moves(each) else each, value, is_leaf=moves)
 
 
 def to_channels_last(value: Any) -> Any:
     """Return a batch's inputs with images, the tensors of four dimensions, in channels-last memory format."""
-    if isinstance(value, torch.Tensor):
-        return value.contiguous(memory_format=torch.channels_last) if value.dim() == 4 else value
-    if isinstance(value, Mapping):
-        return {key: to_channels_last(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(to_channels_last(each) for each in value)
-    return value
+    return map_tree(
+        lambda each: (
+            each.contiguous(memory_format=torch.channels_last) if isinstance(each, Tensor) and each.dim() == 4 else each
+        ),
+        value,
+    )
 
 
 def check_loaders(loaders: Any, tasks: list[str], multi_input: bool, what: str) -> None:

@@ -64,6 +64,8 @@ class StepRecords:
         weights: (n, T) task weights the strategy used, or None where it has none.
         gram: (n, T, T) inner products of the task gradients, or None where the strategy needs none.
         seconds: Wall time the n steps took.
+        loss_scale: Factor on the losses of float16 steps after these n; None in other precisions.
+        skipped: Steps of the run so far that changed nothing, as a float16 gradient overflowed; None likewise.
     """
 
     epoch: int
@@ -72,6 +74,8 @@ class StepRecords:
     weights: np.ndarray | None
     gram: np.ndarray | None
     seconds: float
+    loss_scale: float | None = None
+    skipped: int | None = None
 
     @property
     def count(self) -> int:

@@ -54,14 +54,13 @@ class LookAhead:
         self.exchange = exchange
         self.params = [*problem.shared_params, *problem.own_params]
         self._moved = False
-        self._seen: list[tuple[Tensor, dict[str, Any]]] = []
+        self._seen: list[tuple[Any, Tensor, dict[str, Any]]] = []
 
     @torch.no_grad()
     def losses(self, batch: tuple[Any, Any]) -> Tensor:
         """Return the (T,) losses."""
         self._weigh(batch)
-        losses = torch.stack(list(forward(self.problem, self.regions, *batch)[0]))
-        return losses if self.exchange is None else self.exchange.mean(losses)
+        return self._of_all(torch.stack(list(forward(self.problem, self.regions, *batch)[0])))
 
     def rows(self, batch: tuple[Any, Any]) -> tuple[Tensor, list[Row]]:
         """Return the (T,) losses and the gradient of each."""
@@ -108,24 +107,30 @@ class LookAhead:
 
     def seen(self) -> tuple[Tensor, dict[str, Any]]:
         """Return losses and predictions of the whole batch, from passes on both halves at the model's parameters."""
-        losses, preds = zip(*self._seen, strict=True)
+        labels, losses, preds = zip(*self._seen, strict=True)
         if self.inner is self.outer:
             return losses[0], preds[0]
-        return torch.stack(losses).mean(0), joined(preds)
+        shares = self.problem.shares(labels, self.exchange)
+        if self.exchange is not None:
+            shares = self.exchange.peers.sum_(shares)
+        found = torch.stack(losses)
+        return (found * shares).sum(0).to(found.dtype), joined(preds)
 
     def _forward(self, batch: tuple[Any, Any]) -> tuple[Sequence[Tensor], Tensor]:
         self._weigh(batch)
         losses, preds = forward(self.problem, self.regions, *batch)
-        detached = torch.stack([loss.detach() for loss in losses])
-        if self.exchange is not None:
-            detached = self.exchange.mean(detached)
+        detached = self._of_all(torch.stack([loss.detach() for loss in losses]))
         if not self._moved:
-            self._seen.append((detached, preds))
+            self._seen.append((batch[1], detached, preds))
         return losses, detached
 
     def _weigh(self, batch: tuple[Any, Any]) -> None:
-        if self.exchange is not None:
-            self.problem.weigh_batch(self.exchange, batch[1])
+        """Find this process's share in a batch."""
+        self.problem.share = None if self.exchange is None else self.problem.shares([batch[1]], self.exchange)[0]
+
+    def _of_all(self, losses: Tensor) -> Tensor:
+        share = self.problem.share
+        return losses if self.exchange is None or share is None else self.exchange.mean(losses, share)
 
     def _seeds(self, losses: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
         factors = self.problem.factors()

@@ -57,6 +57,7 @@ class PerformanceMeter:
         self.seconds = 0.0
         self._begin = 0.0
         self._seen: set[str] = set()
+        self._scored: set[str] = set()
 
     def begin(self) -> None:
         """Start a pass: the clock and empty sums."""
@@ -64,6 +65,7 @@ class PerformanceMeter:
             self.losses[task]._reinit()
             self.metrics[task].reinit()
         self._seen.clear()
+        self._scored.clear()
         self._begin = time.perf_counter()
 
     @torch.no_grad()
@@ -75,6 +77,7 @@ class PerformanceMeter:
             self.losses[task].accumulate(loss, labelled_rows(self.losses[task], labels[task]))
             self.metrics[task].update_fun(preds[task], labels[task])
             self._seen.add(task)
+            self._scored.add(task)
 
     def loss_sums(self) -> dict[str, Any]:
         """Return the losses of the pass so far by task, for :meth:`go_on`."""
@@ -84,6 +87,7 @@ class PerformanceMeter:
         """Take up a pass that was interrupted: its losses, which strategies may read; its metrics begin anew."""
         for task, state in loss_sums.items():
             self.losses[task]._restore(state)
+            self._seen.add(task)
 
     @torch.no_grad()
     def end(self) -> None:
@@ -93,15 +97,16 @@ class PerformanceMeter:
         """
         if self.peers is not None:
             self._seen.update(*self.peers.gather(self._seen))
+            self._scored.update(*self.peers.gather(self._scored))
             for task in self.task_name:
                 self.losses[task]._sync(self.peers)
                 self.metrics[task].sync(self.peers)
         self.results = {
-            task: self._scores(task) if self._had(task) else [math.nan] * len(self.weight[task])
+            task: self._scores(task) if self._had(task, self._scored) else [math.nan] * len(self.weight[task])
             for task in self.task_name
         }
         self.loss_item = np.array(
-            [self.losses[task]._average_loss() if self._had(task) else math.nan for task in self.task_name]
+            [self.losses[task]._average_loss() if self._had(task, self._seen) else math.nan for task in self.task_name]
         )
         self.seconds = time.perf_counter() - self._begin
 
@@ -118,9 +123,9 @@ class PerformanceMeter:
             )
         return scores
 
-    def _had(self, task: str) -> bool:
+    def _had(self, task: str, tasks: set[str]) -> bool:
         # A pass without any batch is an error, which the losses and metrics report.
-        return task in self._seen or not self._seen
+        return task in tasks or not self._seen
 
     def display_format(self) -> None:
         """Print what the columns of the epoch lines are."""

@@ -90,6 +90,7 @@ class MaskedOptimizer:
         self.optimizer = optimizer
         self.found_inf = found_inf
         self.fused = bool(optimizer.defaults.get("fused"))
+        self._unmoved: dict[Tensor, Tensor] = {}
         if self.fused:
             optimizer.grad_scale = None  # type: ignore[attr-defined]
             optimizer.found_inf = found_inf  # type: ignore[attr-defined]
@@ -97,8 +98,8 @@ class MaskedOptimizer:
     @torch.no_grad()
     def step(self) -> None:
         """Update the parameters from their gradients unless the flag is 1."""
+        self._start_momentum()
         if self.fused:
-            self._start_momentum()
             self.optimizer.step()
             return
         params = [param for group in self.optimizer.param_groups for param in group["params"] if param.grad is not None]
@@ -117,17 +118,29 @@ class MaskedOptimizer:
         """Give parameters their momentum at their first gradient.
 
         Fused SGD does so only where all of them begin together, and leaves it uninitialised if that step is skipped.
-        The buffer is such that the first update is the gradient itself, as SGD begins.
+        SGD begins with the gradient itself as momentum, undampened: ``m v + (1 - d) g = g`` of a ``v = d g / m`` that
+        is put there before every step until one is not skipped.
         """
+        if not isinstance(self.optimizer, torch.optim.SGD):
+            return
         for group in self.optimizer.param_groups:
-            if not isinstance(self.optimizer, torch.optim.SGD) or not group["momentum"]:
-                continue
-            for param in group["params"]:
-                state = self.optimizer.state[param]
-                if param.grad is None or state.get("momentum_buffer") is not None:
+            momentum, dampening = group["momentum"], group["dampening"]
+            for param in group["params"] if momentum else ():
+                if param.grad is None:
                     continue
-                begun = param.grad * (group["dampening"] / group["momentum"])
-                state["momentum_buffer"] = torch.where(self.found_inf != 0, 0.0, begun)
+                state = self.optimizer.state[param]
+                if state.get("momentum_buffer") is None:
+                    state["momentum_buffer"] = torch.zeros_like(param.grad)
+                    if dampening:
+                        self._unmoved[param] = torch.ones_like(self.found_inf)
+                unmoved = self._unmoved.get(param)
+                if unmoved is None:
+                    continue
+                grad = -param.grad if group["maximize"] else param.grad
+                start = (grad + group["weight_decay"] * param) * (dampening / momentum)
+                buffer = state["momentum_buffer"]
+                buffer.copy_(torch.where(unmoved != 0, start, buffer))
+                unmoved.mul_(self.found_inf != 0)
 
 
 def _tensors(state: Mapping[str, Any]) -> list[tuple[str, Tensor]]:

@@ -33,7 +33,7 @@ class Problem:
 
     Attributes:
         factor: What all losses are multiplied by before they are differentiated, a scalar tensor; None for 1.
-        share: (T,) share of this process in the batch, by which losses are multiplied too; None if it is the only one.
+        share: (T,) share of this batch, and this process, in a step, by which losses are multiplied too; None for 1.
     """
 
     def __init__(
@@ -62,10 +62,27 @@ class Problem:
             return self.share if self.factor is None else self.factor
         return self.factor * self.share
 
-    def weigh_batch(self, exchange: Exchange, labels: Mapping[str, Any]) -> None:
-        """Find this process's share in a batch."""
-        counts = [labelled_entries(self.losses[task], labels[task]) for task in self.tasks]
-        self.share = exchange.weigh_batch(counts, self.model.device)
+    def shares(self, labels: Sequence[Mapping[str, Any]], exchange: Exchange | None) -> Tensor:
+        """Return the share (n, T) of each of n batches in the labels of all of them, in all processes.
+
+        Losses are means over the labels that are there; multiplied by these shares they add up to the mean over all.
+
+        Args:
+            labels: The labels by task, batch by batch.
+            exchange: The other processes, if there are any.
+        """
+        device = self.model.device
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        counts = torch.stack(
+            [
+                torch.stack(
+                    [_scalar(labelled_entries(self.losses[task], each[task]), dtype, device) for task in self.tasks]
+                )
+                for each in labels
+            ]
+        )
+        total = counts.sum(0)
+        return counts / (total if exchange is None else exchange.peers.sum_(total)).clamp(min=1)
 
     def trunk(self, inputs: Any) -> Features:
         """Return the shared features."""
@@ -133,5 +150,10 @@ class Problem:
         return tuple(self._loss(preds[task], labels[task], task) for task in tasks), preds
 
     def _loss(self, pred: Any, labels: Any, task: str) -> Tensor:
-        # Labels that only other processes have: the graph is the same everywhere.
+        # Labels that only other processes or batches have: the graph is the same everywhere.
         return pred.sum() * 0 if labels is None else self.losses[task].compute_loss(pred, labels)
+
+
+def _scalar(count: int | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a number as a tensor; it is filled in on the device, as a copy from the host would wait."""
+    return count.to(device, dtype) if isinstance(count, Tensor) else torch.full((), count, dtype=dtype, device=device)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.trainer.logger import StepRecords
+from fastmtl.trainer.precision import LossScaler
 
 __all__ = ["StepBuffer", "StepSignals"]
 
@@ -76,25 +77,31 @@ class StepBuffer:
         self._weights.append(weights)
         self._grams.append(gram)
 
-    def flush(self, epoch: int, next_step: int) -> StepRecords:
+    def flush(self, epoch: int, next_step: int, scaler: LossScaler | None = None) -> StepRecords:
         """Read everything and empty the buffer; the only place where the loop waits for the device.
 
         Args:
             epoch: The epoch the steps belong to.
             next_step: Global index of the step after the last one kept.
+            scaler: The loss scale of float16 steps.
         """
         count = len(self)
         now = time.perf_counter()
         device = self._losses[0].device
         dtype = torch.float32 if device.type == "mps" else torch.float64
         kept = [_stacked(each) for each in (self._losses, self._weights, self._grams)]
+        if scaler is not None:
+            kept = [torch.stack([scaler.scale, scaler.skipped.to(scaler.scale)]), *kept]
         values = torch.cat([each.to(device, dtype).flatten() for each in kept if each is not None]).cpu().numpy()
+        scale = None
+        if scaler is not None:
+            scale, values = values[:2], values[2:]
         tasks = self._losses[0].numel()
         losses, values = values[: count * tasks].reshape(count, tasks), values[count * tasks :]
         weights = gram = None
-        if kept[1] is not None:
+        if kept[-2] is not None:
             weights, values = values[: count * tasks].reshape(count, tasks), values[count * tasks :]
-        if kept[2] is not None:
+        if kept[-1] is not None:
             gram = values.reshape(count, tasks, tasks)
         records = StepRecords(
             epoch=epoch,
@@ -103,6 +110,8 @@ class StepBuffer:
             weights=weights,
             gram=gram,
             seconds=now - self._since,
+            loss_scale=None if scale is None else float(scale[0]),
+            skipped=None if scale is None else int(scale[1]),
         )
         self._clear()
         return records

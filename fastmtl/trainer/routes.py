@@ -70,7 +70,10 @@ class Route:
         send: Takes each row of the shared parameters as soon as it is known, and returns what stands for it.
         stream: Differentiates outputs with cotangents, returns what stands for the row of the shared parameters and the
             gradients of further ones; None where autograd's gradients are the rows.
+        possible: False once it has turned out that the route has to do what a plainer one does.
     """
+
+    possible = True
 
     send: Callable[[list[Tensor | None]], list[Tensor | None]] | None = None
     stream: Callable[..., tuple[list[Tensor | None], list[Tensor | None]]] | None = None

@@ -14,7 +14,6 @@ from fastmtl.distributed import Peers
 from fastmtl.distributed.exchange import Exchange
 from fastmtl.errors import UsageError
 from fastmtl.trainer.balancer import Balancer
-from fastmtl.trainer.batches import joined
 from fastmtl.trainer.candidates import routes_to_try
 from fastmtl.trainer.capture import CudaGraph, StepCapture, reason_against
 from fastmtl.trainer.guard import FiniteGuard
@@ -35,6 +34,10 @@ if TYPE_CHECKING:
     from fastmtl.distributed.sharded import ShardedModel
 
 __all__ = ["TrainingStep"]
+
+Batches = Sequence[tuple[Any, Any]]
+# Losses, predictions by task of each batch, weights and Gram matrix.
+Shown = tuple[Tensor, list[dict[str, Any]], Tensor | None, Tensor | None]
 
 
 class TrainingStep:
@@ -83,6 +86,7 @@ class TrainingStep:
         self.latest: StepSignals | None = None
         # Batches that a step takes: the strategy's samples, or what is accumulated.
         self.batches: int = options.accumulate if self.legacy else max(rule.samples, options.accumulate)
+        self._shares: list[Tensor | None] = []
         self.sampler = TaskSampler(len(problem.tasks), options.tasks_per_step) if options.tasks_per_step else None
         self.exchange: Exchange | None = None
         if peers is not None:
@@ -126,8 +130,8 @@ class TrainingStep:
         return self.balancer.sends and bool(self.model.row_states)
 
     def __call__(
-        self, batches: Sequence[tuple[Any, Any]], buffer: StepBuffer, present: Sequence[int] | None = None
-    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        self, batches: Batches, buffer: StepBuffer, present: Sequence[int] | None = None
+    ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
         """Run one step.
 
         Args:
@@ -137,8 +141,8 @@ class TrainingStep:
             present: The tasks that have labels, in order; all if None.
 
         Returns:
-            By task the losses, averaged over the batches, and the predictions: of the last sample, or of all
-            accumulated batches.
+            The losses by task, averaged over the batches, and predictions by task: of the last sample, or of each
+            accumulated batch.
         """
         if self.trial is not None:
             self.route = self.trial.next_route()
@@ -148,17 +152,12 @@ class TrainingStep:
         self.warmth += 1
         self.optimizer.optimizer.zero_grad(set_to_none=not self.legacy)
         tasks = self._tasks(present)
-        if self.exchange is not None:
+        if self.exchange is not None or len(batches) > 1:
             batches = [self._completed(batch, tasks) for batch in batches]
         if tasks is not None:
             return self._some_tasks(tasks, batches, buffer)
-        if self.capture is None:
-            losses, preds, weights, gram = self._body(batches)
-        else:
-            losses, preds, *logged = self.capture(self._body, batches)
-            # The next replay writes where these are.
-            losses = losses.clone()
-            weights, gram = (None if each is None else each.clone() for each in logged)
+        captured = self._body if self.capture is None else partial(self.capture, self._body)
+        losses, preds, weights, gram = captured(batches)
         self._note(buffer, losses, weights, gram)
         return dict(zip(self.problem.tasks, losses, strict=True)), preds
 
@@ -166,7 +165,7 @@ class TrainingStep:
         self.latest = StepSignals(losses=losses, weights=weights, gram=gram)
         buffer.add(losses, weights, gram)
 
-    def _body(self, batches: Sequence[tuple[Any, Any]]) -> tuple[Tensor, dict[str, Any], Tensor | None, Tensor | None]:
+    def _body(self, batches: Batches) -> Shown:
         """Run what happens on the device in a step of all tasks."""
         losses, preds, weights, gram = self._gradients(batches)
         self._update(losses, gram, weights)
@@ -187,7 +186,7 @@ class TrainingStep:
         return [task for task in present if drawn is None or task in drawn]
 
     def _completed(self, batch: tuple[Any, Any], tasks: Sequence[int] | None) -> tuple[Any, Any]:
-        """Return a batch with None for the labels that only other processes have."""
+        """Return a batch with None for the labels that only other processes or batches of the step have."""
         names = self.problem.tasks if tasks is None else [self.problem.tasks[t] for t in tasks]
         return batch[0], {**dict.fromkeys(names), **batch[1]}
 
@@ -212,17 +211,12 @@ class TrainingStep:
         else:
             nn.utils.clip_grad_norm_(self.model.parameters() if params is None else params, max_norm)
 
-    def _gradients(
-        self, batches: Sequence[tuple[Any, Any]]
-    ) -> tuple[Tensor, dict[str, Any], Tensor | None, Tensor | None]:
+    def _gradients(self, batches: Batches) -> Shown:
         """Fill all ``.grad``; return losses, predictions, weights and Gram matrix."""
         if self.legacy:
             return self._legacy(*batches[0])
-        accumulated = self.model.samples == 1 and len(batches) > 1
-        factor = None if self.scaler is None else self.scaler.scale
-        if accumulated:
-            factor = (torch.ones_like(self.guard.found_inf) if factor is None else factor) / len(batches)
-        self.problem.factor = factor
+        self._shares = self._weigh(batches)
+        self.problem.factor = None if self.scaler is None else self.scaler.scale
         if self.scaler is None:
             return self._differentiate(batches)
         names = self.model.remembered()
@@ -237,15 +231,15 @@ class TrainingStep:
         return found
 
     def _some_tasks(
-        self, tasks: list[int], batches: Sequence[tuple[Any, Any]], buffer: StepBuffer
-    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        self, tasks: list[int], batches: Batches, buffer: StepBuffer
+    ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
         """Run the rest of a step of some tasks; the parameters and the state of the others stay as they are."""
         count, names = len(self.problem.tasks), self.problem.tasks
         if not tasks:
             nothing = torch.zeros(count, device=self.guard.found_inf.device)
             self.guard.watch(nothing, None, None)
             self._note(buffer, nothing / 0, None, None)
-            return {}, {}
+            return {}, []
         with self.balancer.narrowed(tasks), only(self.problem, tasks):
             losses, preds, weights, gram = self._gradients(batches)
         scale = getattr(self.model, OWN, None)
@@ -261,34 +255,54 @@ class TrainingStep:
         self._note(buffer, seen[0], seen[1], seen[2])
         return dict(zip([names[task] for task in tasks], losses, strict=True)), preds
 
-    def _look_back(self, batches: Sequence[tuple[Any, Any]]) -> None:
+    def _look_back(self, batches: Batches) -> None:
         if not self.model.looks_back or self.legacy:
             return
         with torch.no_grad():
             self.model.after_step(self._mean_losses(batches), **self.hyper)
 
-    def _mean_losses(self, batches: Sequence[tuple[Any, Any]]) -> Tensor:
-        """Return the losses (T,) of a forward pass of each batch, averaged."""
-        scored = []
-        for batch in batches:
-            self._weigh_batch(batch)
-            losses = torch.stack(list(forward(self.problem, self.route.regions, *batch)[0]))
-            scored.append(losses if self.exchange is None else self.exchange.mean(losses))
-        return torch.stack(scored).mean(0)
-
-    def _weigh_batch(self, batch: tuple[Any, Any]) -> None:
-        """Find this process's share in a batch and have the whole parameters, if there are others."""
+    def _mean_losses(self, batches: Batches) -> Tensor:
+        """Return the losses (T,) of a forward pass of each batch, averaged; it leaves no trace in the buffers."""
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         if self.exchange is not None:
             self.exchange.gather()
-            self.problem.weigh_batch(self.exchange, batch[1])
+        found = []
+        for batch, share in zip(batches, self._shares, strict=True):
+            losses, _ = forward(self.problem, self.route.regions, *batch)
+            found.append(self._part(torch.stack(list(losses)), share))
+        for buffer, value in buffers:
+            buffer.copy_(value)
+        return torch.stack(found).sum(0)
 
-    def _pass(self, batch: tuple[Any, Any], differentiate: Callable[..., Pass] | None = None) -> Pass:
-        """Run forward pass and VJPs of a batch, by the route unless another way is given; the losses are all parts'."""
-        self._weigh_batch(batch)
-        done = (self.route if differentiate is None else differentiate)(*batch)
+    def _weigh(self, batches: Batches) -> list[Tensor | None]:
+        """Return for each batch its share (T,), and this process's in it, in the losses of a step."""
+        if self.exchange is None and (len(batches) == 1 or self.model.samples > 1):
+            return [None] * len(batches)
+        labels = [each for _, each in batches]
+        if self.model.samples > 1:
+            shares = torch.cat([self.problem.shares([each], self.exchange) for each in labels])
+        else:
+            shares = self.problem.shares(labels, self.exchange)
         if self.exchange is not None:
-            done.losses = self.exchange.mean(done.losses)
+            self.exchange.share = shares.flatten() if self.model.samples > 1 else shares.sum(0)
+        return list(shares)
+
+    def _pass(
+        self, batch: tuple[Any, Any], share: Tensor | None, differentiate: Callable[..., Pass] | None = None
+    ) -> Pass:
+        """Run forward pass and VJPs of a batch, by the route unless another way is given; losses carry its share."""
+        if self.exchange is not None:
+            self.exchange.gather()
+        self.problem.share = share
+        done = (self.route if differentiate is None else differentiate)(*batch)
+        done.losses = self._part(done.losses, share)
         return done
+
+    def _part(self, losses: Tensor, share: Tensor | None) -> Tensor:
+        """Return the part of a batch, in all processes, in the losses of a step."""
+        if share is None:
+            return losses
+        return self.exchange.mean(losses, share) if self.exchange is not None else (losses * share).to(losses.dtype)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs."""
@@ -308,12 +322,10 @@ class TrainingStep:
         if self.scaler is not None and "scaler" in state:
             self.scaler.load_state_dict(state["scaler"])
 
-    def _differentiate(
-        self, batches: Sequence[tuple[Any, Any]]
-    ) -> tuple[Tensor, dict[str, Any], Tensor | None, Tensor | None]:
-        held = self.balancer.weights_in_force()
+    def _differentiate(self, batches: Batches) -> Shown:
+        held, samples = self.balancer.weights_in_force(), self.model.samples
         # Groups of parameters have no sum of the losses in common, and samples each have a part of the weights.
-        if held is not None and held.shared.dim() == 1 and self.model.samples == 1:
+        if held is not None and held.shared.dim() == 1 and samples == 1:
             return *self._frozen(batches, held), held.reported, None
         if self.model.needs == "lookahead":
             return self._look_ahead(batches)
@@ -321,32 +333,33 @@ class TrainingStep:
             return self._accumulate_losses(batches)
         if self.exchange is not None and self.balancer.sends:
             # Rows that will be added up are sent when they are, see Balancer.
-            self.route.send = self.exchange.send if len(batches) == 1 or self.model.samples > 1 else None
-        passes = [self._pass(batches[0])]
-        all_losses, preds = [passes[0].losses], [passes[0].preds]
-        for batch in batches[1:]:
-            each = self._pass(batch)
-            all_losses.append(each.losses)
-            preds.append(each.preds)
-            if self.model.samples > 1:
-                passes.append(each)
+            self.route.send = self.exchange.send if len(batches) == 1 or samples > 1 else None
+        passes: list[Pass] = []
+        losses, preds = [], []
+        for batch, share in zip(batches, self._shares, strict=True):
+            done = self._pass(batch, share)
+            losses.append(done.losses)
+            preds.append(done.preds)
+            if not passes or samples > 1:
+                passes.append(done)
             else:
-                passes[0].absorb(each)
-        losses = torch.stack(all_losses)
-        shown = losses if self.model.samples > 1 else losses.mean(0)
+                passes[0].absorb(done)
+        of_batches = torch.stack(losses)
+        mean = of_batches.mean(0) if samples > 1 else of_batches.sum(0)
+        shown = of_batches if samples > 1 else mean
         weights, gram = self.balancer.solve(passes, shown, self.route.send is not None, held)
         logged = None if weights is None else weights.reported
-        return losses.mean(0), preds[-1] if self.model.samples > 1 else joined(preds), logged, gram
+        return mean, preds[-1:] if samples > 1 else preds, logged, gram
 
-    def _frozen(self, batches: Sequence[tuple[Any, Any]], held: Weights) -> tuple[Tensor, dict[str, Any]]:
+    def _frozen(self, batches: Batches, held: Weights) -> tuple[Tensor, list[dict[str, Any]]]:
         """Fill all ``.grad`` with weights known beforehand."""
         params = [*self.problem.shared_params, *self.problem.own_params]
         losses, preds = [], []
-        for batch in batches:
+        for batch, share in zip(batches, self._shares, strict=True):
             before = [param.grad for param in params]
             for param in params:
                 param.grad = None
-            done = self._pass(batch, partial(self.route.frozen, shared=held.shared, heads=held.heads))
+            done = self._pass(batch, share, partial(self.route.frozen, shared=held.shared, heads=held.heads))
             losses.append(done.losses)
             preds.append(done.preds)
             for param, (grad,) in zip(params, summed([[g] for g in before], [[p.grad] for p in params]), strict=True):
@@ -356,26 +369,21 @@ class TrainingStep:
         if held.max_norm is not None:
             limit: Any = held.max_norm if self.scaler is None else held.max_norm * self.scaler.scale
             self._clip(self.problem.shared_params, limit)
-        return torch.stack(losses).mean(0), joined(preds)
+        return torch.stack(losses).sum(0), preds
 
-    def _accumulate_losses(
-        self, batches: Sequence[tuple[Any, Any]]
-    ) -> tuple[Tensor, dict[str, Any], Tensor | None, Tensor | None]:
+    def _accumulate_losses(self, batches: Batches) -> Shown:
         """Accumulate the weighted losses' gradients, so that no more than one batch's graph is kept.
 
         Where the weights depend on the mean losses, a forward pass of all batches comes first.
         """
         known: Tensor | None = None
         if self.model.reads_losses:
-            buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
             with torch.no_grad():
                 known = self._mean_losses(batches)
-                for buffer, value in buffers:
-                    buffer.copy_(value)
         weights: Weights | None = None
         losses, preds = [], []
-        for batch in batches:
-            done = self._pass(batch)
+        for batch, share in zip(batches, self._shares, strict=True):
+            done = self._pass(batch, share)
             if weights is None:
                 weights = self.model.weigh(done.losses if known is None else known, None, **self.hyper)
                 if self.exchange is not None:
@@ -389,9 +397,9 @@ class TrainingStep:
         if self.exchange is not None:
             self.exchange.reduce()
         self.balancer.write_own(weights)
-        return torch.stack(losses).mean(0), joined(preds), weights.reported, None
+        return torch.stack(losses).sum(0), preds, weights.reported, None
 
-    def _look_ahead(self, batches: Sequence[tuple[Any, Any]]) -> tuple[Tensor, dict[str, Any], Tensor | None, None]:
+    def _look_ahead(self, batches: Batches) -> Shown:
         """Let a bilevel strategy look ahead on the first batch; it decides the update or weights for the last batch."""
         if self.exchange is not None:
             self.exchange.gather()
@@ -407,16 +415,17 @@ class TrainingStep:
             else:
                 for param, grad in zip(ahead.params, update, strict=True):
                     param.grad = grad
-            return *ahead.seen(), weights.logged, None
+            losses, preds = ahead.seen()
+            return losses, [preds], weights.logged, None
         if self.options.weight_momentum:
             self.balancer.smooth(weights)
-        done = self._pass(batches[-1])
+        done = self._pass(batches[-1], self._shares[-1])
         done.write_shared(weights.shared)
         if self.exchange is not None:
             self.exchange.reduce()
-        return done.losses, done.preds, weights.shared, None
+        return done.losses, [done.preds], weights.shared, None
 
-    def _legacy(self, inputs: Any, labels: Any) -> tuple[Tensor, dict[str, Any], Tensor | None, None]:
+    def _legacy(self, inputs: Any, labels: Any) -> Shown:
         losses, preds = forward(self.problem, self.route.regions, inputs, labels)
         stacked = torch.stack(list(losses))
         with part("VJPs"):
@@ -426,4 +435,4 @@ class TrainingStep:
                 f"{self._rule_name} leaves the shared parameters without gradients if rep_grad is True: its backward "
                 "must send those of the representation on, as _backward_new_grads does."
             )
-        return stacked.detach(), preds, None if weights is None else torch.as_tensor(weights).to(stacked), None
+        return stacked.detach(), [preds], None if weights is None else torch.as_tensor(weights).to(stacked), None

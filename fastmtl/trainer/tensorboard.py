@@ -18,8 +18,9 @@ class TensorBoardLogger(Logger):
     """Writes means over each log interval and the results of each epoch as TensorBoard scalars.
 
     Tags are ``step_loss/<task>``, ``step_weight/<task>``, ``step_norm/<task>``, ``step_cosine/<a>:<b>`` and
-    ``steps_per_second``; ``<mode>_loss/<task>`` and ``<mode>_<metric>/<task>`` for the epochs. The x axis of all is the
-    number of training steps done. Needs the package tensorboard.
+    ``steps_per_second``, with float16 ``loss_scale`` and ``skipped_steps``; ``<mode>_loss/<task>`` and
+    ``<mode>_<metric>/<task>`` for the epochs. The x axis of all is the number of training steps done. Needs the
+    package tensorboard.
 
     Args:
         directory: Where the event files go.
@@ -55,6 +56,9 @@ class TensorBoardLogger(Logger):
         for group, values in records.means(self._info.task_names).items():
             self._add(f"step_{group}", values, step)
         self._writer.add_scalar("steps_per_second", records.steps_per_second, step)
+        if records.loss_scale is not None:
+            self._writer.add_scalar("loss_scale", records.loss_scale, step)
+            self._writer.add_scalar("skipped_steps", records.skipped, step)
 
     @override
     def on_epoch(

@@ -17,7 +17,6 @@ from fastmtl.distributed import join
 from fastmtl.distributed.norm import synchronize
 from fastmtl.errors import UsageError
 from fastmtl.memory import keep_freed_memory
-from fastmtl.trainer.batches import joined
 from fastmtl.trainer.building import make_model
 from fastmtl.trainer.checkpoint import load_model_state, read_checkpoint, rng_state, set_rng_state
 from fastmtl.trainer.checks import (
@@ -95,7 +94,8 @@ class Trainer(nn.Module):
             with losses, Gram matrix and update in float32; fp16 scales the losses and skips steps that overflow.
         tf32: On CUDA, let float32 products and convolutions round to TF32, or forbid it; torch's settings if None.
         channels_last: Keep images and convolutions in channels-last memory format, which GPUs prefer.
-        accumulate: Batches of a step: their gradients, task by task, are averaged before the strategy sees them.
+        accumulate: Batches of a step: their gradients, task by task, are averaged over the labels of all of them before
+            the strategy sees them.
         clip_grad_norm: Greatest norm of the update's gradients together; applied last.
         update_weights_every: Steps between two solves of a strategy that balances gradients; in between its last
             weights hold, and a step costs one backward pass in place of one per task. Where weights are those of groups
@@ -234,6 +234,7 @@ class Trainer(nn.Module):
             problem, self.optimizer, self.guard, self.logger.on_compile, hyper, options, self.peers, self.sharded
         )
         self.compile_report: CompileReport | None = None
+        self._skipped = 0
         self._profiler = None if profile is None else StepProfiler(Path(profile), self.device)
         self._start = BEGINNING
         self.checkpoints = Checkpoints(self)
@@ -419,7 +420,8 @@ class Trainer(nn.Module):
                     given = [self._to_device(each) for each in fetched]
                 losses, preds = self._run_step(given, buffer, present)
                 scored = given if accumulate > 1 else given[-1:]
-                self.meter.update(losses, preds, joined([labels for _, labels in scored]))
+                for (_, labels), each in zip(scored, preds, strict=bool(preds)):
+                    self.meter.update(losses, each, labels)
             if self._profiler is not None:
                 self._profiler.after_step()
             saves = self.checkpoint_every is not None and (batch + 1) % self.checkpoint_every == 0
@@ -461,22 +463,28 @@ class Trainer(nn.Module):
 
     def _run_step(
         self, batches: list[tuple[Any, Any]], buffer: StepBuffer, present: list[int] | None
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Run one step; once, when it is compiled and warm, also tell how much of it was."""
         if not self.step.compiled or self.compile_report is not None or self.step.warmth < 2:
             return self.step(batches, buffer, present)
-        results: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        results: list[tuple[dict[str, Any], list[dict[str, Any]]]] = []
         report = measure_compiled(lambda: results.append(self.step(batches, buffer, present)), self.step.route.regions)
         self.compile_report = report
         self.logger.on_compile(str(report))
         return results[0]
 
     def _log(self, buffer: StepBuffer, epoch: int, next_step: int) -> None:
-        records = buffer.flush(epoch, next_step)
+        records = buffer.flush(epoch, next_step, self.step.scaler)
         if records.weights is not None:
             first = records.first_step - epoch * self.batch_weight.shape[2]
             self.batch_weight[:, epoch, first : first + records.count] = records.weights.T
         self.logger.on_steps(records)
+        if records.skipped and records.skipped > self._skipped and next_step % self.batch_weight.shape[2] == 0:
+            self._skipped = records.skipped
+            print(
+                f"fp16: {records.skipped} of {next_step} steps so far were skipped, as gradients overflowed; the loss "
+                f"scale is {records.loss_scale:g}"
+            )
         self.guard.check(self.checkpoints.last_one())
 
     def _evaluate_epoch(self, val: Any, test: Any, epoch: int) -> None:

@@ -15,7 +15,7 @@ _WARM_UP, _TIMED = 2, 5
 
 
 class Trial:
-    """Hands out the routes in turn, times them, and settles on the fastest.
+    """Hands out the routes in turn, times them, and settles on the fastest of those that turn out possible.
 
     Args:
         routes: By name.
@@ -41,17 +41,20 @@ class Trial:
         now = time.perf_counter()
         if self._started is not None:
             self._seconds[self._at].append(now - self._started)
-            if len(self._seconds[self._at]) == _WARM_UP + _TIMED:
+            if len(self._seconds[self._at]) == _WARM_UP + _TIMED or not self.routes[self._at].possible:
                 self._at += 1
         self._started = now
         if self._at < len(self.routes):
             return self.routes[self._at]
-        times = [sorted(seconds[_WARM_UP:])[_TIMED // 2] for seconds in self._seconds]
-        best = min(range(len(times)), key=times.__getitem__)
-        measured = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in zip(self.names, times, strict=True))
-        self.chosen = self.names[best]
+        times = {
+            name: sorted(seconds[_WARM_UP:])[_TIMED // 2]
+            for name, route, seconds in zip(self.names, self.routes, self._seconds, strict=True)
+            if route.possible
+        }
+        self.chosen = min(times, key=times.__getitem__)
+        measured = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in times.items())
         self.on_compile(f"a step takes {measured}: going on {self.chosen}")
-        return self.routes[best]
+        return self.routes[self.names.index(self.chosen)]
 
     def settle(self, name: str) -> Route | None:
         """Return the route that an earlier part of the run has chosen, None if it is not among these."""

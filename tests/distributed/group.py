@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader, default_collate
 
 from fastmtl.architecture.MTAN import MTAN
 from fastmtl.distributed import find_peers, leave, shard
-from fastmtl.weighting import WEIGHTINGS
 from tests.trainer.toy import flat, loaders, make_trainer
 
 TASKS = 3
@@ -90,9 +89,7 @@ def _train(case: Case, epochs: int) -> tuple[Tensor, Tensor, list[float]]:
         given.dataset.labels["task0"][::3] = -100
         given.dataset.labels["task1"][[row for row in range(24) if row % 6]] = torch.nan
         given.dataset.labels["task2"][5:] = -100
-        # Where a step takes several batches, all of them must name the same tasks.
-        collate = _leave_out if WEIGHTINGS[case.weighting].samples == 1 else default_collate
-        given = DataLoader(given.dataset, sampler=given.sampler, batch_size=case.batch, collate_fn=collate)
+        given = DataLoader(given.dataset, sampler=given.sampler, batch_size=case.batch, collate_fn=_leave_out)
     if peers is not None:
         given, held_out = shard(given, peers), shard(held_out, peers, whole=True)
     trainer.train(given, held_out, epochs)

@@ -44,6 +44,17 @@ CASES = [
         Case(f"partial {name}", name, partial=True)
         for name in ("EW", "UW", "FAMO", "MGDA", "IMTL", "GradVac", "MoCo", "ExcessMTL", "MoDo", "AutoLambda", "FORUM")
     ),
+    *(
+        Case(f"accumulate partial {name}", name, batch=5, options={"accumulate": 2} | options, partial=True)
+        for name, options in (
+            ("MGDA", {}),
+            ("EW", {}),
+            ("UW", {}),
+            ("MoCo", {}),
+            ("FAMO", {}),
+            ("Nash_MTL", {"update_weights_every": 3}),
+        )
+    ),
     Case("partial rep", "MGDA", options={"rep_grad": True}, partial=True),
     Case("partial GradDrop", "GradDrop", options={"rep_grad": True}, partial=True),
     Case("partial held", "Nash_MTL", options={"update_weights_every": 3}, partial=True),

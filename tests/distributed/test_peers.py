@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastmtl import Trainer
 from fastmtl.distributed import Peers, find_peers, join, shard
@@ -96,6 +96,36 @@ def _left_alone(weighting: str, peers: Peers) -> bool:
     trainer.step([(inputs * torch.nan if peers.leads else inputs, labels)], StepBuffer())
     states.append(flat(trainer.sharded.trained))
     return not torch.equal(states[0], states[1]) and torch.equal(states[1], states[2])
+
+
+class _Late(nn.Module):
+    """A layer more from the second step on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.late, self.steps = encoder(), nn.Linear(8, 8), 0
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.steps += 1
+        found: Tensor = self.first(inputs)
+        return found if self.steps == 1 else self.late(found)
+
+
+def _meet_late(weighting: str) -> str:
+    peers = find_peers()
+    assert peers is not None
+    trainer = make_trainer(weighting, "HPS", TASKS, encoder_class=_Late)
+    first, second = list(shard(loaders(TASKS), peers))[:2]
+    trainer.step([first], StepBuffer())
+    with pytest.raises(UsageError) as caught:
+        trainer.step([second], StepBuffer())
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("weighting", ["MGDA", "EW"])
+def test_a_gradient_that_comes_late_is_not_left_out_in_silence(weighting: str, tmp_path: Path) -> None:
+    for message in in_processes(2, tmp_path, _meet_late, weighting):
+        assert "A parameter of shape (8, 8) has a gradient, but had none in the first step" in message
 
 
 def _meet(_: None) -> dict[str, Any]:

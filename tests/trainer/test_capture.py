@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from fastmtl.trainer.capture import CudaGraph, StepCapture, make_capturable, reason_against
 from fastmtl.trainer.logger import Logger
 from fastmtl.trainer.options import StepOptions
+from fastmtl.trainer.records import StepBuffer
+from fastmtl.trainer.trees import leaves
 from fastmtl.weighting import WEIGHTINGS
-from tests.trainer.toy import flat, loaders, make_trainer
+from tests.trainer.toy import encoder, flat, loaders, make_trainer
 
 CAPTURED = sorted(name for name, rule in WEIGHTINGS.items() if rule.needs != "lookahead")
 CUDA = torch.device("cuda")
@@ -47,7 +50,7 @@ class Rerun(CudaGraph):
 
 
 def _flat(value: Any) -> list[torch.Tensor]:
-    return [] if value is None else list(value.values()) if isinstance(value, dict) else [value]
+    return [leaf for leaf in leaves(value) if leaf is not None]
 
 
 def _captured(name: str, **options: Any) -> tuple[Any, Rerun, list[str]]:
@@ -62,16 +65,82 @@ def test_equals_eager_steps(name: str) -> None:
     scheduler = {"scheduler_param": {"scheduler": "step", "step_size": 1, "gamma": 0.5}}
     eager = make_trainer(name, count=3, rep_grad=WEIGHTINGS[name].needs == "reps", **scheduler)
     captured, graph, said = _captured(name, **scheduler)
-    # Of six batches the last is smaller.
+    # Of six batches the last is smaller; where a step takes several, every other step had another layout.
+    rows = 44 if captured.step.batches == 1 else 48
     for trainer in (eager, captured):
         torch.manual_seed(5)
-        trainer.train(loaders(3, rows=44), loaders(3), 2, return_weight=True)
+        trainer.train(loaders(3, rows=rows), loaders(3), 2, return_weight=True)
     for key, value in eager.model.state_dict().items():
         torch.testing.assert_close(captured.model.state_dict()[key], value, msg=key)
     assert (eager.batch_weight == captured.batch_weight).all()
     assert graph.captures == 2
     assert captured.step.capture.replays >= 4
-    assert said == ["cuda_graph: captured the step"]
+    assert said[0] == "cuda_graph: captured the step"
+    assert said[1:] == ["cuda_graph: a batch whose shapes or contents differ runs eagerly"] * (rows == 44)
+
+
+def test_results_of_a_replay_stay_as_they_are() -> None:
+    captured, _, _ = _captured("MGDA")
+    captured.model.epoch = 0
+    ((x, labels),) = loaders(3, batch=24)
+    found = [captured.step([(x + k, labels)], StepBuffer()) for k in range(6)]
+    kept = [[leaf.clone() for leaf in leaves(each)] for each in found]
+    captured.step([(x, labels)], StepBuffer())
+    assert captured.step.capture.replays == 4
+    for each, before in zip(found, kept, strict=True):
+        assert all(map(torch.equal, leaves(each), before))
+
+
+def test_a_layout_that_stays_takes_over() -> None:
+    eager, (captured, graph, said) = make_trainer("MGDA", count=3), _captured("MGDA")
+    (whole,) = loaders(3, batch=24)
+    sizes = [7, 8, 8, 9, 8, 8, 8, 8, 8] + [6] * 12 + [8]
+    for trainer in (eager, captured):
+        trainer.model.epoch = 0
+        for size in sizes:
+            trainer.step([(whole[0][:size], {task: each[:size] for task, each in whole[1].items()})], StepBuffer())
+    assert torch.equal(flat(eager.model.parameters()), flat(captured.model.parameters()))
+    assert graph.captures == 2
+    assert captured.step.capture.replays == 4 + 2
+    assert said == [
+        "cuda_graph: a batch whose shapes or contents differ runs eagerly",
+        "cuda_graph: captured the step",
+        "cuda_graph: captured the step anew, for batches of other shapes or contents",
+    ]
+
+
+class Scaled(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = encoder()
+
+    def forward(self, inputs: dict[str, Any]) -> torch.Tensor:
+        return self.inner(inputs["x"] * float(inputs["scale"]))
+
+
+def test_what_is_no_tensor_is_not_frozen_into_the_graph() -> None:
+    eager = make_trainer("MGDA", count=3, encoder_class=Scaled)
+    captured, graph, _ = _captured("MGDA", encoder_class=Scaled)
+    (x, labels), *_ = loaders(3)
+    for trainer in (eager, captured):
+        trainer.model.epoch = 0
+        for scale in [1, 1, 1, 1, 2, 1]:
+            trainer.step([({"scale": scale, "x": x}, labels)], StepBuffer())
+            # The order of keys is nothing.
+            trainer.step([({"x": x, "scale": scale}, labels)], StepBuffer())
+    assert torch.equal(flat(eager.model.parameters()), flat(captured.model.parameters()))
+    assert graph.captures == 1
+    assert captured.step.capture.replays == 4
+
+
+def test_batches_of_other_things_stay_eager() -> None:
+    captured, graph, said = _captured("MGDA", encoder_class=Scaled)
+    captured.model.epoch = 0
+    (x, labels), *_ = loaders(3)
+    for _ in range(5):
+        captured.step([({"scale": np.ones(()), "x": x}, labels)], StepBuffer())
+    assert graph.captures == 0
+    assert said == ["cuda_graph: the step runs eagerly, as batches hold a ndarray, not only tensors"]
 
 
 def test_a_capture_that_fails_leaves_the_step_eager() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fastmtl.errors import UsageError
 from fastmtl.loss import AbsLoss, CELoss, DepthLoss, KLDivLoss, L1Loss, MSELoss, NormalLoss, SegLoss
 from fastmtl.metrics import AccMetric, DepthMetric, L1Metric, NormalMetric, SegMetric
 from fastmtl.trainer.labels import labelled_rows, present_tasks
@@ -143,7 +143,7 @@ def test_a_step_without_any_label_changes_nothing() -> None:
     trainer = make_trainer("MGDA")
     x, labels = next(iter(loaders()))
     before = flat(trainer.model.parameters())
-    assert trainer.step([(x, labels)], StepBuffer(), []) == ({}, {})
+    assert trainer.step([(x, labels)], StepBuffer(), []) == ({}, [])
     assert torch.equal(flat(trainer.model.parameters()), before)
     assert present_tasks(trainer.meter.losses, [{}]) == []
 
@@ -198,8 +198,27 @@ def test_a_task_without_labels_for_an_epoch_has_no_score() -> None:
     assert flat(trainer.model.parameters()).isfinite().all()
 
 
-def test_batches_of_a_step_must_label_the_same_tasks() -> None:
+@pytest.mark.parametrize("name", ["EW", "MGDA", "MoDo", "AutoLambda"])
+def test_batches_of_a_step_may_label_other_tasks(name: str) -> None:
     x, labels = next(iter(loaders(2)))
-    trainer = make_trainer("EW", accumulate=2)
-    with pytest.raises(UsageError, match="1 of 2 have no 'task1'"):
-        trainer.train([(x, labels), (x, {"task0": labels["task0"]})], [(x, labels)], 1)
+    trainer = make_trainer(name, **({"accumulate": 2} if WEIGHTINGS[name].samples == 1 else {}))
+    some = [(x, labels), (x, {"task0": labels["task0"]})] * trainer.step.batches
+    before = flat(trainer.model.parameters())
+    trainer.train(some, [(x, labels)], 1)
+    assert flat(trainer.model.parameters()).isfinite().all()
+    assert not torch.equal(flat(trainer.model.parameters()), before)
+
+
+def test_a_pass_that_goes_on_keeps_the_losses_of_tasks_without_further_labels() -> None:
+    whole, rest = make_trainer().meter, make_trainer().meter
+    preds = {"task0": torch.eye(3), "task1": torch.zeros(3, 1)}
+    labels = {"task0": torch.arange(3), "task1": torch.ones(3, 1)}
+    whole.begin()
+    whole.update({"task0": torch.tensor(2.0), "task1": torch.tensor(3.0)}, preds, labels)
+    rest.begin()
+    rest.go_on(whole.loss_sums())
+    rest.update({"task1": torch.tensor(5.0)}, preds, labels)
+    rest.end()
+    assert rest.loss_item.tolist() == [2.0, 4.0]
+    assert rest.results["task1"] == [1.0]
+    assert math.isnan(rest.results["task0"][0])

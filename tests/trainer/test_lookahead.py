@@ -128,8 +128,9 @@ def test_forum_reports_the_whole_batch() -> None:
     trainer = make_trainer("FORUM", count=3)
     trainer.model.epoch = 0
     batch = next(iter(loaders(3)))
+    batch[1]["task0"][:3] = -100
     expected = trainer.step.problem.whole(*batch)
-    losses, preds = trainer.step([batch], StepBuffer())
+    losses, (preds,) = trainer.step([batch], StepBuffer())
     for t, task in enumerate(trainer.task_name):
         torch.testing.assert_close(preds[task], expected[1][task].detach())
         torch.testing.assert_close(losses[task], expected[0][t].detach())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl.errors import UsageError
+from fastmtl.trainer.jsonl import JsonlLogger, read_jsonl
 from fastmtl.trainer.optimizer import MaskedOptimizer
 from fastmtl.trainer.precision import LossScaler, set_tf32
 from fastmtl.trainer.records import StepBuffer
@@ -147,6 +148,30 @@ def test_a_masked_step_of_any_optimizer_changes_nothing(kind: Any, args: dict[st
     torch.testing.assert_close(found[1], found[0])
 
 
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("maximize", [True, False])
+@pytest.mark.parametrize("skips", [(), (0,), (0, 1, 3), (2,)], ids=str)
+def test_momentum_begins_as_in_torch(fused: bool, maximize: bool, skips: tuple[int, ...]) -> None:
+    args: dict[str, Any] = {
+        "lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1, "maximize": maximize,
+    }  # fmt: skip
+    plain, param, late, flag = *(torch.nn.Parameter(torch.tensor([1.0, -2.0])) for _ in range(3)), torch.zeros(())
+    reference = torch.optim.SGD([plain], **args)
+    masked = MaskedOptimizer(torch.optim.SGD([param, late], fused=fused, **args), flag)
+    for step, grad in enumerate(torch.randn(6, 2, generator=torch.Generator().manual_seed(1))):
+        bad = step in skips
+        flag.fill_(float(bad))
+        param.grad = grad * torch.nan if bad else grad.clone()
+        # Not all parameters begin together.
+        late.grad = None if step < 2 else param.grad.clone()
+        masked.step()
+        if not bad:
+            plain.grad = grad.clone()
+            reference.step()
+    torch.testing.assert_close(param, plain)
+    assert late.isfinite().all()
+
+
 def test_scale_doubles_after_many_good_steps() -> None:
     scaler = LossScaler(torch.device("cpu"))
     for _ in range(2000):
@@ -162,6 +187,19 @@ def test_reads_nothing_on_the_host(precision: str) -> None:
     trainer.step([batch], buffer)
     with NoHostRead():
         trainer.step([batch], buffer)
+
+
+def test_skipped_steps_are_counted_in_every_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "metrics.jsonl"
+    trainer = make_trainer("MGDA", precision="fp16", logger=JsonlLogger(path), log_every=1)
+    trainer.step.scaler.scale.fill_(2.0**120)
+    data = loaders()
+    trainer.train(data, data, 2)
+    rows = [row for row in read_jsonl(path) if row["event"] == "steps"]
+    assert [row["skipped"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["loss_scale"] for row in rows] == pytest.approx([2.0**k for k in range(119, 113, -1)])
+    said = [line for line in capsys.readouterr().out.splitlines() if "skipped" in line]
+    assert [line.split(" were")[0] for line in said] == ["fp16: 3 of 3 steps so far", "fp16: 6 of 6 steps so far"]
 
 
 def test_resumes_with_its_scale(tmp_path: Path) -> None:

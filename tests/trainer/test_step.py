@@ -17,7 +17,7 @@ from fastmtl.trainer.records import StepBuffer
 from fastmtl.trainer.routes import RepRoute, SplitRoute, SumRoute, WholeRoute
 from fastmtl.weighting import AbsWeighting
 from tests.host_reads import NoHostRead
-from tests.trainer.toy import flat, loaders, make_trainer
+from tests.trainer.toy import encoder, flat, loaders, make_trainer
 
 
 class OnePiece(HPS):
@@ -167,7 +167,7 @@ def test_a_step_reads_nothing_on_the_host(weighting: str, rep_grad: bool, multi_
     buffer = StepBuffer()
     trainer.step([(inputs, labels)], buffer)
     with NoHostRead():
-        losses, preds = trainer.step([(inputs, labels)], buffer)
+        losses, (preds,) = trainer.step([(inputs, labels)], buffer)
         trainer.meter.update(losses, preds, labels)
     assert len(buffer) == 2
 
@@ -278,3 +278,15 @@ def test_backward_called_as_libmtl_does(weighting: str, rep_grad: bool) -> None:
     assert weights.shape == (2,)
     for got, want in zip(trainer.model.parameters(), stepped.model.parameters(), strict=True):
         torch.testing.assert_close(got.grad, want.grad)
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate": 2}], ids=str)
+def test_a_second_look_at_a_batch_leaves_no_trace_in_batch_norms(options: dict[str, Any]) -> None:
+    found = []
+    for name in ("EW", "FAMO"):
+        trainer = make_trainer(name, encoder_class=lambda: nn.Sequential(encoder(), nn.BatchNorm1d(8)), **options)
+        trainer.step([_batch()] * trainer.step.batches, StepBuffer())
+        found.append({key: value for key, value in trainer.model.named_buffers() if "encoder" in key})
+    assert found[0].keys() == found[1].keys() != set()
+    for key, value in found[0].items():
+        assert torch.equal(found[1][key], value), key

@@ -266,6 +266,20 @@ def test_what_cannot_be_batched_comes_one_after_the_other() -> None:
     assert "cannot be batched" in listener.messages[0]
 
 
+def test_what_cannot_be_batched_is_not_among_the_candidates_that_are_timed() -> None:
+    listener = Listener()
+    trainer = _trainer(_mlp(_NoRule), "auto", count=8, logger=listener)
+    assert trainer.step.trial is not None
+    assert "batched" in trainer.step.trial.names
+    steps = 0
+    while trainer.step.trial is not None:
+        trainer.step([_batch(8)], StepBuffer())
+        steps += 1
+    (verdict,) = [message for message in listener.messages if message.startswith("a step takes")]
+    assert "batched" not in verdict
+    assert steps == 7 * (verdict.count(" ms")) + 2
+
+
 def _convolution() -> nn.Module:
     return nn.Sequential(nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 64, 6), nn.Flatten())
 
