@@ -1,0 +1,79 @@
+"""However a step is run, every task has the same gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastmtl.trainer.capture import StepCapture
+from fastmtl.trainer.records import StepBuffer
+from fastmtl.weighting import AbsWeighting, Weights
+from tests.trainer.test_capture import Rerun
+from tests.trainer.toy import flat, loaders, make_trainer
+
+TASKS, ROWS = 3, 24
+WAYS: dict[str, dict[str, Any]] = {
+    "batched": {"vjps": "batched"},
+    "compressed": {"vjps": "compressed"},
+    "compiled": {"compile": True},
+    "captured": {},
+    "accumulated": {"accumulate": 3},
+}
+# Relative to the norm of the gradient: a few units in the last place of what the network computes in.
+TOLERANCES = {"float64": 1e-12, "fp32": 1e-5, "bf16": 2e-2, "fp16": 3e-3}
+
+
+class OneTask(AbsWeighting):
+    """The update is one task's gradient."""
+
+    needs = "gram"
+    which = 0
+
+    def weigh(self, losses: Tensor, gram: Tensor | None, **hyper: Any) -> Weights:
+        return Weights(shared=(torch.arange(len(losses)) == self.which).to(losses.dtype))
+
+
+def _wide() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 64), nn.Tanh(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 8))
+
+
+def _gradients(dtype: str, captured: bool = False, **way: Any) -> list[Tensor]:
+    """Return all gradients of a step for each task, with that task's alone for the shared network."""
+    precision = "fp32" if dtype == "float64" else dtype
+    optimizer = {"optim": "sgd", "lr": 0.0}
+    trainer = make_trainer(OneTask, count=TASKS, encoder_class=_wide, precision=precision, optim_param=optimizer, **way)
+    trainer.model.epoch = 0
+    batches = [(x, labels) for x, labels in loaders(TASKS, rows=ROWS, batch=ROWS // trainer.step.batches)]
+    if dtype == "float64":
+        trainer.model.double()
+        batches = [(x.double(), labels | {"task1": labels["task1"].double()}) for x, labels in batches]
+    if trainer.step.scaler is not None:
+        trainer.step.scaler.scale.fill_(2.0**8)
+    found = []
+    for task in range(TASKS):
+        rule: Any = trainer.model
+        rule.which = task
+        if captured:
+            trainer.step.capture = StepCapture(rule, trainer.optimizer, Rerun(), lambda message: None)
+        for _ in range(5 if captured else 1):
+            trainer.step(batches, StepBuffer())
+        assert not captured or trainer.step.capture.replays == 2
+        found.append(flat([param.grad for param in trainer.model.parameters()]))
+    assert trainer.step.route.possible
+    return found
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_gives_every_tasks_gradient(way: str, dtype: str) -> None:
+    if way == "compressed" and dtype in ("bf16", "fp16"):
+        pytest.skip("of float32 networks only")
+    torch.compiler.reset()
+    want, got = _gradients(dtype, vjps="sequential"), _gradients(dtype, way == "captured", **WAYS[way])
+    for expected, found in zip(want, got, strict=True):
+        assert expected.norm() > 0
+        assert (found - expected).norm() <= TOLERANCES[dtype] * expected.norm()
+    assert not torch.allclose(want[0], want[1])
