@@ -23,7 +23,7 @@ def vjp(
 
     An output that is no loss and has no cotangent takes no part; an input that requires no gradient has none.
     """
-    wanted = [each for each in inputs if isinstance(each, GradientEdge) or each.requires_grad]
+    wanted = [each for each in inputs if _has_gradient(each)]
     pairs = [
         (o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad and (c is not None or not o.dim())
     ]
@@ -40,11 +40,15 @@ def vjp(
             allow_unused=True,
         )
     )
-    return [next(found) if isinstance(each, GradientEdge) or each.requires_grad else None for each in inputs]
+    return [next(found) if _has_gradient(each) else None for each in inputs]
+
+
+def _has_gradient(source: Tensor | GradientEdge) -> bool:
+    return isinstance(source, GradientEdge) or source.requires_grad
 
 
 def batched_vjps(
-    outputs: Sequence[Tensor], cotangents: Sequence[Cotangents], inputs: Sequence[Tensor]
+    outputs: Sequence[Tensor], cotangents: Sequence[Cotangents], inputs: Sequence[Tensor | GradientEdge]
 ) -> list[list[Tensor | None]]:
     """Return `vjp` of each of the T cotangents, from one backward pass; the graph stays.
 
@@ -59,7 +63,7 @@ def batched_vjps(
         for output, column in zip(outputs, zip(*cotangents, strict=True), strict=True)
         if output.requires_grad and any(each is not None for each in column)
     ]
-    wanted = [each for each in inputs if each.requires_grad]
+    wanted: Any = [each for each in inputs if _has_gradient(each)]
     if not pairs or not wanted:
         return [[None] * len(inputs) for _ in cotangents]
     found = iter(
@@ -74,7 +78,7 @@ def batched_vjps(
     )
     columns: list[Sequence[Tensor | None]] = []
     for each in inputs:
-        grad = next(found) if each.requires_grad else None
+        grad = next(found) if _has_gradient(each) else None
         columns.append([None] * len(cotangents) if grad is None else grad.unbind(0))
     return [
         [row if row is None or is_dense(row) else row.contiguous() for row in each]

@@ -209,7 +209,7 @@ def _bench_step(
     peer: Annotated[list[str] | None, typer.Option(help="libmtl or torchjd; may be repeated.")] = None,
     libmtl: Annotated[Path | None, typer.Option(help="Folder of a LibMTL checkout, for the peer libmtl.")] = None,
     arch: Annotated[str, typer.Option(help="Architecture.")] = "HPS",
-    tasks: Annotated[list[int], typer.Option("--tasks", "-T", help="Number of tasks; may be repeated.")] = [3],  # noqa: B006
+    tasks: Annotated[list[int], typer.Option("--tasks", "--t", "-T", help="Number of tasks; may be repeated.")] = [3],  # noqa: B006
     net: Annotated[str, typer.Option(help="resnet18, or mlp (128-512-512-512).")] = "resnet18",
     batch: Annotated[int, typer.Option(help="Rows of the batch.")] = 32,
     size: Annotated[int, typer.Option(help="Height and width of the images.")] = 64,
@@ -238,7 +238,7 @@ def _bench_step(
 
 @_bench.command("autojac", cls=Command)
 def _bench_autojac(
-    tasks: Annotated[list[int], typer.Option("--tasks", "-T", help="Number of tasks; may be repeated.")] = [3],  # noqa: B006
+    tasks: Annotated[list[int], typer.Option("--tasks", "--t", "-T", help="Number of tasks; may be repeated.")] = [3],  # noqa: B006
     net: Annotated[str, typer.Option(help="resnet18, or mlp (128-512-512-512).")] = "resnet18",
     aggregator: Annotated[str, typer.Option(help="Aggregator of both packages.")] = "UPGrad",
     batch: Annotated[int, typer.Option(help="Rows of the batch.")] = 32,

@@ -17,15 +17,18 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from fastmtl.graph import graph_nodes
+from fastmtl.graph import batches_well, graph_nodes
 from fastmtl.trainer.own import OwnGradients, set_grads
 from fastmtl.trainer.problem import Features, Problem
 from fastmtl.trainer.profiling import part
 from fastmtl.trainer.regions import Regions
 from fastmtl.trainer.routes import Rows, RowsPass, SplitRoute, weighted
-from fastmtl.vjp import vjp
+from fastmtl.vjp import batched_vjps, vjp
 
 __all__ = ["CompressedRoute"]
+
+# Cotangents that go through the trunk together: more hold more gradients of the layers' outputs at a time.
+_AT_ONCE = 4
 
 
 class CompressedPass(RowsPass):
@@ -47,9 +50,8 @@ class CompressedPass(RowsPass):
 
     def write_shared(self, weights: Tensor, rows: Rows | None = None, groups: list[int] | None = None) -> None:
         """Send the weighted sum of the cotangents through the trunk."""
+        total, params = weighted(weights, self.cotangents), self.route.problem.shared_params
         with part("VJPs"):
-            total = [weighted(weights, column) for column in zip(*self.cotangents, strict=True)]
-            params = self.route.problem.shared_params
             set_grads(params, vjp(self.features, total, params, retain=False))
 
 
@@ -62,6 +64,7 @@ class CompressedRoute(SplitRoute):
 
     def __init__(self, problem: Problem, regions: Regions, weighs_heads: bool) -> None:
         super().__init__(problem, regions, weighs_heads)
+        self._batches: bool | None = None
         shared = set(problem.shared_params)
         self.layers = [
             module
@@ -116,15 +119,34 @@ class CompressedRoute(SplitRoute):
         others = [param for param in self.problem.shared_params if param not in covered]
         wanted: list[Tensor | GradientEdge] = [*others, *(edge for _, _, edge in chosen)]
         rows: Rows = []
-        for cotangent in cotangents:
-            # The graph is needed once more, for the update.
-            grads = vjp(features, cotangent, wanted, retain=True)
-            short = [
-                None if grad is None else factor.mT @ grad.reshape(len(factor), -1)
-                for factor, grad in zip(factors, grads[len(others) :], strict=True)
-            ]
-            rows.append([*grads[: len(others)], *short])
+        for start in range(0, len(cotangents), _AT_ONCE):
+            for grads in self._vjps(features, cotangents[start : start + _AT_ONCE], wanted):
+                short = [
+                    piece
+                    for factor, grad in zip(factors, grads[len(others) :], strict=True)
+                    for piece in _times_lower(factor, grad)
+                ]
+                rows.append([*grads[: len(others)], *short])
         return rows
+
+    def _vjps(self, features: Features, cotangents: Rows, wanted: Sequence[Tensor | GradientEdge]) -> Rows:
+        """Return VJPs, batched where that is possible; the graph, which the update needs, stays."""
+        if self._batches is None:
+            self._batches = batches_well(features)
+        if self._batches:
+            try:
+                return batched_vjps(features, cotangents, wanted)
+            except RuntimeError:
+                self._batches = False
+        return [vjp(features, cotangent, wanted, retain=True) for cotangent in cotangents]
+
+
+def _times_lower(factor: Tensor, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Return the upper and the lower half of ``L^T D`` of a lower triangular L, without the zeros of its corner."""
+    if grad is None:
+        return None, None
+    flat, half = grad.reshape(len(factor), -1), len(factor) // 2
+    return factor[:, :half].mT @ flat, factor[half:, half:].mT @ flat[half:]
 
 
 def _factor(layer: nn.Linear, given: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ def labelled_rows(loss: AbsLoss, labels: Any) -> int | Tensor:
     if not isinstance(labels, Tensor) or labels.dim() == 0:
         return len(labels) if hasattr(labels, "__len__") else 1
     known = _known(loss, labels)
-    return known.reshape(len(known), -1).any(1).sum()
+    return (known if known.dim() == 1 else known.reshape(len(known), -1).any(1)).sum()
 
 
 def labelled_entries(loss: AbsLoss, labels: Any) -> int | Tensor:

@@ -7,7 +7,7 @@ predictions, the rows of the Jacobian where autograd left them, and what to do o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -267,7 +267,7 @@ class SplitRoute(Route):
     def frozen(self, inputs: Any, labels: Any, shared: Tensor, heads: Tensor | None) -> Pass:
         """Send the weighted sum of the tasks' cotangents through the trunk, once."""
         features, losses, preds, cotangents, own = self._heads(inputs, labels)
-        total = [weighted(shared, column) for column in zip(*cotangents, strict=True)]
+        total = weighted(shared, cotangents)
         with part("VJPs"):
             rows = [vjp(features, total, self.problem.shared_params, retain=False)]
         done = RowsPass(self, losses, preds, rows, own)
@@ -483,10 +483,10 @@ def _forward(problem: Problem, regions: Regions, inputs: Any, labels: Any) -> tu
     return losses, preds
 
 
-def weighted(weights: Tensor, grads: Sequence[Tensor | None]) -> Tensor | None:
-    """Return ``sum_t w_t grad_t``."""
-    terms = [weight.to(grad.dtype) * grad for weight, grad in zip(weights, grads, strict=True) if grad is not None]
-    return torch.stack(terms).sum(0) if terms else None
+def weighted(weights: Tensor, cotangents: Rows) -> list[Tensor | None]:
+    """Return ``sum_t w_t cotangents_t``, tensor by tensor."""
+    with part("combine"):
+        return cast(list[Tensor | None], ops.combine(cotangents, weights))
 
 
 def _cut(features: Features) -> Features:

@@ -166,7 +166,7 @@ def test_the_way_asked_for_is_gone(way: str, kind: type) -> None:
     assert type(trainer.step.route) is kind
     done = trainer.step.route(*_batch())
     places = {row[0].untyped_storage().data_ptr() for row in done.rows}
-    assert len(places) == (1 if way == "batched" else TASKS)
+    assert len(places) == (TASKS if way == "sequential" else 1)
     assert listener.messages == []
 
 
@@ -264,6 +264,22 @@ def test_what_cannot_be_batched_comes_one_after_the_other() -> None:
     assert not trainer.step.route.possible
     assert len(listener.messages) == 1
     assert "cannot be batched" in listener.messages[0]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_compressed_rows_that_cannot_be_batched(known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not known:
+        monkeypatch.setattr("fastmtl.trainer.compressed.batches_well", lambda features: True)
+    encoder, batch = _mlp(_NoRule), _batch()
+    want = _grads(_trainer(encoder, "sequential"), [batch])
+    _assert_same(_grads(_trainer(encoder, "compressed"), [batch]), want, 1e-4)
+
+
+@pytest.mark.parametrize("count", [3, 4, 9])
+def test_compressed_rows_come_in_the_order_of_the_tasks(count: int) -> None:
+    batch = _batch(count)
+    passes = [_trainer(ENCODERS["mlp"], way, count=count).step.route(*batch) for way in ("sequential", "compressed")]
+    torch.testing.assert_close(*(ops.gram(each.rows) for each in passes), rtol=1e-5, atol=1e-6)
 
 
 def test_what_cannot_be_batched_is_not_among_the_candidates_that_are_timed() -> None:
