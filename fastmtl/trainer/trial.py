@@ -11,7 +11,8 @@ from fastmtl.trainer.routes import Route
 
 __all__ = ["Trial"]
 
-_WARM_UP, _TIMED = 2, 5
+# Steps of each route in a row, not timed and timed: in two rounds, as the machine may be slower for a while.
+_ROUNDS = ((2, 5), (1, 5))
 
 
 class Trial:
@@ -31,7 +32,13 @@ class Trial:
         self.on_compile = on_compile
         self.chosen: str | None = None
         self._seconds: list[list[float]] = [[] for _ in routes]
-        self._at = 0
+        # The routes of the steps to come, and whether they are timed; first the one under way.
+        self._plan = [
+            (index, timed)
+            for warm_up, steps in _ROUNDS
+            for index in range(len(routes))
+            for timed in [False] * warm_up + [True] * steps
+        ]
         self._started: float | None = None
 
     def next_route(self) -> Route:
@@ -40,14 +47,16 @@ class Trial:
             torch.cuda.synchronize()
         now = time.perf_counter()
         if self._started is not None:
-            self._seconds[self._at].append(now - self._started)
-            if len(self._seconds[self._at]) == _WARM_UP + _TIMED or not self.routes[self._at].possible:
-                self._at += 1
+            index, timed = self._plan.pop(0)
+            if timed:
+                self._seconds[index].append(now - self._started)
+            self._plan = [(index, timed) for index, timed in self._plan if self.routes[index].possible]
         self._started = now
-        if self._at < len(self.routes):
-            return self.routes[self._at]
+        if self._plan:
+            return self.routes[self._plan[0][0]]
+        # What disturbs a step makes it longer, never shorter.
         times = {
-            name: sorted(seconds[_WARM_UP:])[_TIMED // 2]
+            name: sorted(seconds)[len(seconds) // 4]
             for name, route, seconds in zip(self.names, self.routes, self._seconds, strict=True)
             if route.possible
         }

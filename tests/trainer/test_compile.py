@@ -213,7 +213,7 @@ def test_auto_tries_both_and_says_which() -> None:
             messages.append(message)
 
     trainer = make_trainer(compile="auto", logger=Listener())
-    trainer.train(loaders(rows=8 * 16), loaders(), 1)
+    trainer.train(loaders(rows=8 * 28), loaders(), 1)
     verdicts = [message for message in messages if message.startswith("a step takes eager ")]
     assert len(verdicts) == 1
     assert verdicts[0].endswith(f"going on {'compiled' if trainer.step.compiled else 'eager'}")
