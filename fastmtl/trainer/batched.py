@@ -18,7 +18,7 @@ class BatchedRoute(SplitRoute):
 
     Args:
         problem: What to differentiate.
-        regions: The problem's functions, not compiled: compiled backward passes have no batching rules.
+        regions: The problem's functions; the trunk is not compiled: compiled backward passes have no batching rules.
         weighs_heads: Whether the task-specific parameters' gradients will be weighted.
         tell: Told why, if it is not possible.
         forced: Batch operators too that are known not to gain, such as convolutions and recurrent networks.

@@ -63,14 +63,12 @@ def routes_to_try(
     def choose(compiled: bool) -> Route:
         return choose_route(problem, Regions(problem, compiled, tell), needs_gradients, weighs_heads)
 
-    if options.compile is True:
-        if options.vjps in ("batched", "compressed"):
-            tell("vjps: one after the other, as compiled backward passes know no other way")
-        return {"compiled": choose(True)}
-    plain = choose(False)
-    routes: dict[str, Route] = {"eager": plain}
-    batched = BatchedRoute(problem, plain.regions, weighs_heads, tell, forced=options.vjps == "batched")
-    compressed = CompressedRoute(problem, plain.regions, weighs_heads)
+    plain = choose(options.compile is True)
+    routes: dict[str, Route] = {"compiled" if plain.regions.compiled else "eager": plain}
+    # Compiled backward passes have no batching rules and no layers.
+    regions = plain.regions.with_trunk(problem.trunk)
+    batched = BatchedRoute(problem, regions, weighs_heads, tell, forced=options.vjps == "batched")
+    compressed = CompressedRoute(problem, regions, weighs_heads)
     against_batching = _against_batching(plain, rule, alone)
     reasons = {
         "batched": against_batching,

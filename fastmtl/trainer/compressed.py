@@ -75,7 +75,8 @@ class CompressedRoute(SplitRoute):
     def __call__(self, inputs: Any, labels: Any) -> CompressedPass:
         """Run the forward pass and the VJPs down to the outputs of the layers that count."""
         with self._calls() as calls:
-            features, losses, preds, cotangents, own = self._heads(inputs, labels)
+            outputs = self._trunk(inputs, labels)
+        features, losses, preds, cotangents, own = self._heads(outputs, labels)
         with part("VJPs"):
             rows = self._compressed(features, cotangents, calls)
         return CompressedPass(self, losses, preds, rows, own, features, cotangents)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import os
 import sysconfig
@@ -58,6 +59,12 @@ class Regions:
         for name in _NAMES:
             function = getattr(problem, name)
             setattr(self, name, _Region(name, function, on_compile) if compiled else function)
+
+    def with_trunk(self, trunk: Callable[..., Any]) -> Regions:
+        """Return these regions with another trunk; what is compiled is compiled once for both."""
+        other = copy.copy(self)
+        other.trunk = trunk
+        return other
 
 
 class _Region:

@@ -252,7 +252,7 @@ class SplitRoute(Route):
 
     def __call__(self, inputs: Any, labels: Any) -> Pass:
         """Run the forward pass and all VJPs."""
-        features, losses, preds, cotangents, own = self._heads(inputs, labels)
+        features, losses, preds, cotangents, own = self._heads(self._trunk(inputs, labels), labels)
         with part("VJPs"):
             rows = self.rows_of(features, cotangents)
         return RowsPass(self, losses, preds, rows, own)
@@ -266,7 +266,7 @@ class SplitRoute(Route):
 
     def frozen(self, inputs: Any, labels: Any, shared: Tensor, heads: Tensor | None) -> Pass:
         """Send the weighted sum of the tasks' cotangents through the trunk, once."""
-        features, losses, preds, cotangents, own = self._heads(inputs, labels)
+        features, losses, preds, cotangents, own = self._heads(self._trunk(inputs, labels), labels)
         total = weighted(shared, cotangents)
         with part("VJPs"):
             rows = [vjp(features, total, self.problem.shared_params, retain=False)]
@@ -275,17 +275,24 @@ class SplitRoute(Route):
         set_grads(self.problem.shared_params, rows[0])
         return done
 
-    def _heads(self, inputs: Any, labels: Any) -> tuple[Features, Sequence[Tensor], dict[str, Any], Rows, OwnGradients]:
+    def _trunk(self, inputs: Any, labels: Any) -> Features:
+        # Before there is a graph: it writes the buffers that the graph may keep.
         if self.weighs_heads:
             self.learn_owners(inputs, labels)
         with part("forward"):
-            features = self.regions.trunk(inputs)
+            return cast(Features, self.regions.trunk(inputs))
+
+    def _heads(
+        self, features: Features, labels: Any
+    ) -> tuple[Features, Sequence[Tensor], dict[str, Any], Rows, OwnGradients]:
+        """Run the heads and differentiate them; of the features only the tensors are returned."""
+        with part("forward"):
             aliases = [_cut(features) for _ in self.problem.tasks]
             losses, preds = self.regions.heads(aliases, labels)
-        features, *leaves = (_tensors(each) for each in (features, *aliases))
+        tensors, *leaves = (_tensors(each) for each in (features, *aliases))
         with part("VJPs"):
             cotangents, own = self.own_gradients(losses, leaves)
-        return features, losses, preds, cotangents, own
+        return tensors, losses, preds, cotangents, own
 
 
 class WholeRoute(Route):

@@ -82,7 +82,7 @@ class Trainer(nn.Module):
         load_path: A ``best.pt``, or the folder it is in, to start from.
         device: Where to train; the first GPU if there is one, else the CPU.
         compile: Compile the forward and backward passes with ``torch.compile``. ``"auto"`` trains the first steps
-            both ways, keeps the faster and says which.
+            both ways, keeps the faster and says which. The trunk's stay eager if ``vjps`` is not sequential.
         cuda_graph: Capture the step as a CUDA graph and replay it; where that cannot be, it runs eagerly and says why.
         vjps: How the tasks' gradients go through the shared network: ``"sequential"``, one after the other;
             ``"batched"``, together, by torch's batching rules; ``"compressed"``, for linear layers only as far as the

@@ -314,7 +314,6 @@ def _convolution() -> nn.Module:
             {"encoder": lambda: nn.Sequential(nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 64, 6), nn.Flatten())},
             "no linear",
         ),
-        ("compressed", {"compile": True}, "compiled"),
     ],
 )
 def test_what_cannot_be_is_said(way: str, options: dict[str, Any], reason: str) -> None:
@@ -325,6 +324,38 @@ def test_what_cannot_be_is_said(way: str, options: dict[str, Any], reason: str) 
     assert len(listener.messages) == 1
     assert listener.messages[0].startswith("vjps: one after the other, as ")
     assert reason in listener.messages[0]
+
+
+def test_a_network_compiled_before_is_not_compressed() -> None:
+    listener = Listener()
+    compiled: Any = torch.compile(ENCODERS["mlp"](), backend="eager")
+    trainer = _trainer(lambda: compiled, "compressed", logger=listener)
+    assert type(trainer.step.route) is SplitRoute
+    assert listener.messages[-1] == "vjps: one after the other, as parts of the network are compiled"
+
+
+@pytest.mark.parametrize("way", ["batched", "compressed"])
+def test_compiling_leaves_the_trunk_eager_where_its_vjps_have_a_way_of_their_own(way: str) -> None:
+    listener = Listener()
+    trainer = _trainer(ENCODERS["mlp"], way, compile=True, logger=listener)
+    assert type(trainer.step.route) is {"batched": BatchedRoute, "compressed": CompressedRoute}[way]
+    trainer.train(loaders(TASKS), loaders(TASKS), 2)
+    assert [message.split()[1] for message in listener.messages if message.startswith("compiling")] == ["heads"]
+    assert trainer.compile_report.regions == ["heads"]
+    assert trainer.compile_report.graph_breaks == 0
+
+
+def test_compiled_steps_of_many_tasks_measure_the_ways_too() -> None:
+    listener = Listener()
+    trainer = _trainer(ENCODERS["mlp"], "auto", count=8, compile=True, logger=listener)
+    for batch in loaders(8, rows=8 * 46):
+        trainer.step([batch], StepBuffer())
+    assert trainer.step.trial is None
+    assert trainer.step.compiled
+    decision = listener.messages[-1]
+    assert all(f" {way} " in decision for way in ("compiled", "batched", "compressed")), decision
+    # The heads are one region, whichever way the trunk takes.
+    assert sum(message.startswith("compiling heads") for message in listener.messages) == 1
 
 
 def test_an_unknown_way_is_refused() -> None:
