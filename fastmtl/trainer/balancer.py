@@ -16,7 +16,8 @@ from fastmtl.distributed.exchange import Exchange
 from fastmtl.trainer.options import StepOptions
 from fastmtl.trainer.precision import LossScaler
 from fastmtl.trainer.profiling import part
-from fastmtl.trainer.routes import Pass, RepPass
+from fastmtl.trainer.rep_routes import RepPass
+from fastmtl.trainer.routes import Pass
 from fastmtl.trainer.sampling import narrowed, write_back
 from fastmtl.weighting import Weights
 

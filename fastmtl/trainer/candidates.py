@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 
-from fastmtl.errors import BackendError
+from fastmtl.errors import BackendError, UsageError
 from fastmtl.repeated import allow_repeated_backwards
 from fastmtl.trainer.batched import BatchedRoute
 from fastmtl.trainer.compressed import CompressedRoute
 from fastmtl.trainer.options import StepOptions
 from fastmtl.trainer.problem import Problem
 from fastmtl.trainer.regions import Regions, cpp_compiler, is_compiled
-from fastmtl.trainer.routes import Route, SplitRoute, choose_route
+from fastmtl.trainer.rep_routes import ForwardRepRoute, RepRoute
+from fastmtl.trainer.routes import Route, SplitRoute, SumRoute, WholeRoute
 from fastmtl.weighting import AbsWeighting
 
 __all__ = ["routes_to_try"]
@@ -61,7 +62,7 @@ def routes_to_try(
         tell("parts of the network were compiled before: they are compiled anew, for one backward pass per task")
 
     def choose(compiled: bool) -> Route:
-        return choose_route(problem, Regions(problem, compiled, tell), needs_gradients, weighs_heads)
+        return _plainest(problem, Regions(problem, compiled, tell), needs_gradients, weighs_heads)
 
     plain = choose(options.compile is True)
     routes: dict[str, Route] = {"compiled" if plain.regions.compiled else "eager": plain}
@@ -87,6 +88,34 @@ def routes_to_try(
     if options.compile == "auto":
         routes["compiled"] = choose(True)
     return routes
+
+
+def _plainest(problem: Problem, regions: Regions, needs_gradients: bool, weighs_heads: bool) -> Route:
+    """Return the route for a model and a strategy.
+
+    Args:
+        problem: What to differentiate.
+        regions: The problem's functions, compiled or not.
+        needs_gradients: The strategy needs the gradients of the tasks, not only their losses.
+        weighs_heads: The strategy weighs the gradients of task-specific parameters too.
+
+    Raises:
+        UsageError: The combination cannot be compiled.
+    """
+    model = problem.model
+    if not needs_gradients:
+        return SumRoute(problem, regions, weighs_heads)
+    if model.rep_grad:
+        if model.splits:
+            return RepRoute(problem, regions, weighs_heads)
+        if regions.compiled:
+            raise UsageError(
+                f"rep_grad cannot be compiled for {type(model).__mro__[1].__name__}, whose forward is one piece: "
+                "give it trunk and branch, or leave compile off."
+            )
+        return ForwardRepRoute(problem, regions, weighs_heads)
+    kind = SplitRoute if model.splits and not model.multi_input else WholeRoute
+    return kind(problem, regions, weighs_heads)
 
 
 def _against_batching(plain: Route, rule: Any, alone: bool) -> str | None:

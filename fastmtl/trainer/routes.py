@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl.errors import UsageError
 from fastmtl.trainer.own import OwnGradients, find_owners, set_grads, summed
 from fastmtl.trainer.problem import Features, Problem
 from fastmtl.trainer.profiling import part
 from fastmtl.trainer.regions import Regions
 from fastmtl.vjp import vjp
 
-__all__ = ["Pass", "RepPass", "Route", "RowsPass", "SplitRoute", "choose_route", "forward", "weighted"]
+__all__ = ["Pass", "Route", "RowsPass", "SplitRoute", "SumRoute", "WholeRoute", "cut_features", "forward", "weighted"]
 
 Rows = list[list[Tensor | None]]
 
@@ -287,7 +286,7 @@ class SplitRoute(Route):
     ) -> tuple[Features, Sequence[Tensor], dict[str, Any], Rows, OwnGradients]:
         """Run the heads and differentiate them; of the features only the tensors are returned."""
         with part("forward"):
-            aliases = [_cut(features) for _ in self.problem.tasks]
+            aliases = [cut_features(features) for _ in self.problem.tasks]
             losses, preds = self.regions.heads(aliases, labels)
         tensors, *leaves = (_tensors(each) for each in (features, *aliases))
         with part("VJPs"):
@@ -340,154 +339,16 @@ class WholeRoute(Route):
         return SumPass(self, losses, preds)
 
 
-class RepPass(Pass):
-    """A pass whose rows are gradients of the representations; one VJP carries what they become to the parameters.
-
-    Attributes:
-        reps: T representations, the same tensor T times where the tasks share it.
-        grads: T gradients of them.
-    """
-
-    def __init__(
-        self,
-        losses: Sequence[Tensor],
-        preds: dict[str, Any],
-        attached: Features,
-        grads: Sequence[Tensor],
-        own: OwnGradients,
-    ) -> None:
-        super().__init__(losses, preds, [[grad.reshape(len(grad), -1).sum(0)] for grad in grads])
-        self.attached = attached
-        self.grads = grads
-        self.own = own
-        self.others: list[RepPass] = []
-
-    def absorb(self, other: Self) -> None:
-        """Add up the rows, and keep the other batch's graph until the weights are known."""
-        assert self.rows is not None
-        assert other.rows is not None
-        self.rows = summed(self.rows, other.rows)
-        self.own.absorb(other.own)
-        self.others.append(other)
-
-    @property
-    def reps(self) -> list[Tensor]:
-        """Return the representations, detached."""
-        reps = [rep.detach() for rep in self.attached]
-        return reps if len(reps) == len(self.grads) else reps * len(self.grads)
-
-    def write_heads(self, weights: Tensor | None) -> None:
-        """Add the gradients kept from the backward pass of the heads."""
-        self.own.write(weights)
-
-    def write_shared(self, weights: Tensor, rows: Rows | None = None, groups: list[int] | None = None) -> None:
-        """Send the weighted gradients of the representations down."""
-        for each in (self, *self.others):
-            each.send([weight.to(grad.dtype) * grad for weight, grad in zip(weights, each.grads, strict=True)])
-
-    def send(self, grads: Sequence[Tensor]) -> None:
-        """Send down to the shared parameters T gradients of the representations, or their sum where they share one."""
-        fits = len(grads) == len(self.attached)
-        with part("VJPs"):
-            torch.autograd.backward(self.attached, list(grads) if fits else [torch.stack(list(grads)).sum(0)])
-
-
-class RepRoute(Route):
-    """``rep_grad``: the rows are gradients of the representations."""
-
-    def __call__(self, inputs: Any, labels: Any) -> RepPass:
-        """Run the forward pass and the backward pass of the heads."""
-        if self.weighs_heads and not self.problem.model.multi_input:
-            self.learn_owners(inputs, labels)
-        with part("forward"):
-            reps, losses, preds, cuts = self._represent(inputs, labels)
-        with part("VJPs"):
-            found, own = self.own_gradients(losses, [[cut] for cut in cuts])
-        grads = [torch.zeros_like(cut) if grad is None else grad for (grad,), cut in zip(found, cuts, strict=True)]
-        sizes = {grad.shape[1:].numel() for grad in grads}
-        if len(sizes) > 1:
-            raise UsageError(
-                "rep_grad needs representations of one size for all tasks, got "
-                + ", ".join(f"{task}: {tuple(cut.shape)}" for task, cut in zip(self.problem.tasks, cuts, strict=True))
-                + "."
-            )
-        return RepPass(losses, preds, reps, grads, own)
-
-    def _represent(self, inputs: Any, labels: Any) -> tuple[Features, Sequence[Tensor], dict[str, Any], list[Tensor]]:
-        """Return the representations, losses, predictions, and the cut representations the losses start from."""
-        problem, tasks = self.problem, self.problem.tasks
-        if problem.model.multi_input:
-            reps = tuple(self.regions.single_rep(inputs[task], task) for task in tasks)
-            cuts = list(_cut(reps))
-            losses, preds = [], {}
-            for task, cut in zip(tasks, cuts, strict=True):
-                loss, preds[task] = self.regions.single_decode(cut, labels[task], task)
-                losses.append(loss)
-            return reps, losses, preds, cuts
-        reps = self.regions.reps(inputs)
-        cuts = [_cut(reps)[0] for _ in tasks] if len(reps) == 1 else list(_cut(reps))
-        scored, preds = self.regions.decode(cuts, labels)
-        return reps, scored, preds, cuts
-
-
-class ForwardRepRoute(RepRoute):
-    """``rep_grad`` for an architecture that overrides ``forward`` as a whole and calls ``_prepare_rep`` in it."""
-
-    def _represent(self, inputs: Any, labels: Any) -> tuple[Features, Sequence[Tensor], dict[str, Any], list[Tensor]]:
-        model = self.problem.model
-        losses, preds = _forward(self.problem, self.regions, inputs, labels)
-        if set(self.problem.tasks) - set(model.rep_tasks):
-            raise UsageError(
-                f"rep_grad must be False for {type(model).__mro__[1].__name__}: its forward passes no representation "
-                "to _prepare_rep."
-            )
-        rep = model.rep
-        reps = tuple(rep[task] for task in self.problem.tasks) if isinstance(rep, dict) else (rep,)
-        return reps, losses, preds, [model.rep_tasks[task] for task in self.problem.tasks]
-
-
-def choose_route(problem: Problem, regions: Regions, needs_gradients: bool, weighs_heads: bool = False) -> Route:
-    """Return the route for a model and a strategy.
-
-    Args:
-        problem: What to differentiate.
-        regions: The problem's functions, compiled or not.
-        needs_gradients: The strategy needs the gradients of the tasks, not only their losses.
-        weighs_heads: The strategy weighs the gradients of task-specific parameters too.
-
-    Raises:
-        UsageError: The combination cannot be compiled.
-    """
-    model = problem.model
-    if not needs_gradients:
-        return SumRoute(problem, regions, weighs_heads)
-    if model.rep_grad:
-        if model.splits:
-            return RepRoute(problem, regions, weighs_heads)
-        if regions.compiled:
-            raise UsageError(
-                f"rep_grad cannot be compiled for {type(model).__mro__[1].__name__}, whose forward is one piece: "
-                "give it trunk and branch, or leave compile off."
-            )
-        return ForwardRepRoute(problem, regions, weighs_heads)
-    kind = SplitRoute if model.splits and not model.multi_input else WholeRoute
-    return kind(problem, regions, weighs_heads)
-
-
 def forward(problem: Problem, regions: Regions, inputs: Any, labels: Any) -> tuple[Sequence[Tensor], dict[str, Any]]:
     """Run the network with the graph in one piece, task by task if each has its own batch."""
     with part("forward"):
-        return _forward(problem, regions, inputs, labels)
-
-
-def _forward(problem: Problem, regions: Regions, inputs: Any, labels: Any) -> tuple[Sequence[Tensor], dict[str, Any]]:
-    if not problem.model.multi_input:
-        return regions.whole(inputs, labels)
-    losses, preds = [], {}
-    for task in problem.tasks:
-        loss, preds[task] = regions.single(inputs[task], labels[task], task)
-        losses.append(loss)
-    return losses, preds
+        if not problem.model.multi_input:
+            return regions.whole(inputs, labels)
+        losses, preds = [], {}
+        for task in problem.tasks:
+            loss, preds[task] = regions.single(inputs[task], labels[task], task)
+            losses.append(loss)
+        return losses, preds
 
 
 def weighted(weights: Tensor, cotangents: Rows) -> list[Tensor | None]:
@@ -496,7 +357,7 @@ def weighted(weights: Tensor, cotangents: Rows) -> list[Tensor | None]:
         return cast(list[Tensor | None], ops.combine(cotangents, weights))
 
 
-def _cut(features: Features) -> Features:
+def cut_features(features: Features) -> Features:
     """Return aliases of the features that start a graph of their own, at those that depend on parameters."""
     return tuple(
         feature.detach().requires_grad_(feature.requires_grad) if isinstance(feature, Tensor) else feature

@@ -14,7 +14,8 @@ from fastmtl.architecture import HPS
 from fastmtl.errors import UsageError
 from fastmtl.ops import combine, gram, min_norm
 from fastmtl.trainer.records import StepBuffer
-from fastmtl.trainer.routes import RepRoute, SplitRoute, SumRoute, WholeRoute
+from fastmtl.trainer.rep_routes import RepRoute
+from fastmtl.trainer.routes import SplitRoute, SumRoute, WholeRoute
 from fastmtl.weighting import AbsWeighting
 from tests.host_reads import NoHostRead
 from tests.trainer.toy import encoder, flat, loaders, make_trainer
