@@ -17,6 +17,7 @@ __all__ = ["CudaGraph", "StepCapture", "reason_against"]
 Batches = Sequence[tuple[Any, Any]]
 # Eager steps of one layout before its capture: of the first, and of one that takes another's place.
 WARM, PATIENCE = 3, 10
+_MOST_LAYOUTS = 16
 _PLAIN = str | bytes | int | float | None
 
 
@@ -76,9 +77,9 @@ class StepCapture:
     """Runs a step eagerly until it is warm, then captures and replays it.
 
     A graph is of one layout of batches: of their shapes and dtypes, and of the values of what is no tensor. Another one
-    runs eagerly, unless it comes many times while that of the graph does not, and takes over. What is fixed in a graph
-    though the host may change it, the epoch and the optimizer's settings, makes for a new capture. A capture that fails
-    is not tried again.
+    runs eagerly, unless it comes many times while that of the graph does not, and takes over. Where nearly every batch
+    has a layout of its own, nothing is captured. What is fixed in a graph though the host may change it, the epoch and
+    the optimizer's settings, makes for a new capture. A capture that fails is not tried again.
 
     Args:
         model: The strategy, whose remembered tensors keep their place in memory.
@@ -109,7 +110,7 @@ class StepCapture:
         """Return what ``body(batches)`` returns, a tree of tensors and None."""
         if self.failed or not self._is_due(batches):
             return self._eagerly(body, batches)
-        settings = [self.model.epoch, *map(_settings, self.optimizer.param_groups)]
+        settings = [self.model.epoch, *map(_fixed, self.optimizer.param_groups)]
         if (self._last != self._layout or settings != self._settings) and not self._capture(body, batches, settings):
             return self._eagerly(body, batches)
         map_tree(_copy_into, self._static, batches)
@@ -136,6 +137,15 @@ class StepCapture:
             self._told = True
             self.tell("cuda_graph: a batch whose shapes or contents differ runs eagerly")
         self._seen[repr(layout)] += 1
+        if len(self._seen) > _MOST_LAYOUTS:
+            self._seen.clear()
+            self.failed = self._layout is None
+            if self.failed:
+                self.tell(
+                    f"cuda_graph: the step runs eagerly, as {_MOST_LAYOUTS + 1} batches differ in their shapes, or in "
+                    "what is no tensor"
+                )
+            return False
         return self._seen[repr(layout)] > (WARM if self._layout is None else PATIENCE)
 
     def _eagerly(self, body: Callable[[Batches], Any], batches: Batches) -> Any:
@@ -154,12 +164,13 @@ class StepCapture:
 
         try:
             self._result = self.graph.capture(settled)
-        except RuntimeError as cause:
+        except Exception as cause:
             for name, value in self._remembered.items():
                 setattr(self.model, name, value)
             self.optimizer.zero_grad(set_to_none=True)
             self.failed = True
-            self.tell(f"cuda_graph: the step runs eagerly, as it cannot be captured: {str(cause).splitlines()[0]}")
+            reason = str(cause).split("\n")[0] or type(cause).__name__
+            self.tell(f"cuda_graph: the step runs eagerly, as it cannot be captured: {reason}")
             return False
         if self._layout is None:
             self.tell("cuda_graph: captured the step")
@@ -188,7 +199,7 @@ def make_capturable(optimizer: torch.optim.Optimizer) -> None:
                     state["step"] = state["step"].to(param.device)
 
 
-def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+def _fixed(group: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in group.items() if name != "params" and not isinstance(value, Tensor)}
 
 

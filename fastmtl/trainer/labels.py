@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from fastmtl.loss import AbsLoss
+from fastmtl.trainer.trees import leaves
 
 __all__ = ["labelled_entries", "labelled_rows", "present_tasks"]
 
@@ -23,16 +24,17 @@ def labelled_rows(loss: AbsLoss, labels: Any) -> int | Tensor:
 def labelled_entries(loss: AbsLoss, labels: Any) -> int | Tensor:
     """Return how many entries of a batch's labels a loss averages over, as :func:`labelled_rows` does the rows.
 
-    None stands for the labels of a task that has none.
+    None stands for the labels of a task that has none. Of several tensors the entries add up; a list of what is no
+    tensor, such as a dictionary for each image, has as many as it is long.
     """
     if labels is None:
         return 0
     if isinstance(labels, Tensor):
         return _known(loss, labels).sum() if labels.dim() else 1
-    if isinstance(labels, Mapping):
-        return labelled_entries(loss, next(iter(labels.values()))) if labels else 0
-    values = list(labels)
-    return len(values) if not values or isinstance(values[0], int | float | str) else labelled_entries(loss, values[0])
+    # A list may have an entry for each row, which is then what counts.
+    held = leaves(labels) if isinstance(labels, Mapping) else labels if isinstance(labels, list | tuple) else []
+    counts = [labelled_entries(loss, each) for each in held if isinstance(each, Tensor)]
+    return sum(counts) if counts else labelled_rows(loss, labels)
 
 
 def present_tasks(losses: Mapping[str, AbsLoss], labels: Sequence[Mapping[str, Any]]) -> list[int] | None:

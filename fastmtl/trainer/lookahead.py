@@ -12,6 +12,7 @@ from torch import Tensor
 from fastmtl import ops
 from fastmtl.distributed.exchange import Exchange
 from fastmtl.trainer.batches import halves, joined
+from fastmtl.trainer.buffers import keeping_buffers
 from fastmtl.trainer.problem import Problem
 from fastmtl.trainer.profiling import part
 from fastmtl.trainer.regions import Regions
@@ -83,16 +84,16 @@ class LookAhead:
     @contextmanager
     def moved(self) -> Iterator[None]:
         """Let :meth:`move` change the parameters; at the end they, and the buffers, are what they were."""
-        tensors = [*self.params, *self.problem.model.buffers()]
-        kept = [tensor.detach().clone() for tensor in tensors]
+        kept = [param.detach().clone() for param in self.params]
         self._moved = True
         try:
-            yield
+            with keeping_buffers(self.problem.model):
+                yield
         finally:
             self._moved = False
             with torch.no_grad():
-                for tensor, value in zip(tensors, kept, strict=True):
-                    tensor.copy_(value)
+                for param, value in zip(self.params, kept, strict=True):
+                    param.copy_(value)
 
     def weighted(self, rows: Sequence[Row], weights: Tensor) -> Row:
         """Return ``sum_t weights_t rows_t``."""
@@ -108,13 +109,9 @@ class LookAhead:
     def seen(self) -> tuple[Tensor, dict[str, Any]]:
         """Return losses and predictions of the whole batch, from passes on both halves at the model's parameters."""
         labels, losses, preds = zip(*self._seen, strict=True)
-        if self.inner is self.outer:
-            return losses[0], preds[0]
-        shares = self.problem.shares(labels, self.exchange)
-        if self.exchange is not None:
-            shares = self.exchange.peers.sum_(shares)
-        found = torch.stack(losses)
-        return (found * shares).sum(0).to(found.dtype), joined(preds)
+        mean = self.problem.mean_losses(torch.stack(losses), labels, self.exchange)
+        # A single row is both halves, here if not in other processes.
+        return mean, preds[0] if self.inner is self.outer else joined(preds)
 
     def _forward(self, batch: tuple[Any, Any]) -> tuple[Sequence[Tensor], Tensor]:
         self._weigh(batch)

@@ -90,7 +90,6 @@ class MaskedOptimizer:
         self.optimizer = optimizer
         self.found_inf = found_inf
         self.fused = bool(optimizer.defaults.get("fused"))
-        self._unmoved: dict[Tensor, Tensor] = {}
         if self.fused:
             optimizer.grad_scale = None  # type: ignore[attr-defined]
             optimizer.found_inf = found_inf  # type: ignore[attr-defined]
@@ -119,7 +118,7 @@ class MaskedOptimizer:
 
         Fused SGD does so only where all of them begin together, and leaves it uninitialised if that step is skipped.
         SGD begins with the gradient itself as momentum, undampened: ``m v + (1 - d) g = g`` of a ``v = d g / m`` that
-        is put there before every step until one is not skipped.
+        is put there before the first step that is not skipped. Which that is, the optimizer's state knows.
         """
         if not isinstance(self.optimizer, torch.optim.SGD):
             return
@@ -132,15 +131,15 @@ class MaskedOptimizer:
                 if state.get("momentum_buffer") is None:
                     state["momentum_buffer"] = torch.zeros_like(param.grad)
                     if dampening:
-                        self._unmoved[param] = torch.ones_like(self.found_inf)
-                unmoved = self._unmoved.get(param)
-                if unmoved is None:
+                        state["unmoved"] = torch.ones_like(self.found_inf)
+                if "unmoved" not in state:
                     continue
+                begins = (state["unmoved"] != 0) & (self.found_inf == 0)
                 grad = -param.grad if group["maximize"] else param.grad
                 start = (grad + group["weight_decay"] * param) * (dampening / momentum)
                 buffer = state["momentum_buffer"]
-                buffer.copy_(torch.where(unmoved != 0, start, buffer))
-                unmoved.mul_(self.found_inf != 0)
+                buffer.copy_(torch.where(begins, start, buffer))
+                state["unmoved"].mul_(self.found_inf)
 
 
 def _tensors(state: Mapping[str, Any]) -> list[tuple[str, Tensor]]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastmtl.trainer.buffers import keeping_buffers
 from fastmtl.trainer.problem import Problem
 
 __all__ = ["OwnGradients", "find_owners", "set_grads", "summed"]
@@ -87,20 +88,16 @@ def find_owners(problem: Problem, inputs: Any, labels: Any) -> list[int] | None:
     may be one that this batch's random numbers left out, so that it may serve several.
     """
     model = problem.model
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     sampled, problem.tasks = problem.tasks, model.task_name
     devices = [model.device] if model.device.type == "cuda" else []
     try:
-        with torch.enable_grad(), torch.random.fork_rng(devices):
+        with keeping_buffers(model), torch.enable_grad(), torch.random.fork_rng(devices):
             losses, _ = problem.whole(inputs, labels)
             reached = [
                 torch.autograd.grad(loss, problem.own_params, retain_graph=True, allow_unused=True) for loss in losses
             ]
     finally:
         problem.tasks = sampled
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
     owners = []
     for column in zip(*reached, strict=True):
         tasks = [t for t, grad in enumerate(column) if grad is not None]

@@ -13,6 +13,7 @@ from fastmtl.architecture import AbsArchitecture
 from fastmtl.distributed.exchange import Exchange
 from fastmtl.loss import AbsLoss
 from fastmtl.trainer.labels import labelled_entries
+from fastmtl.trainer.trees import leaves
 
 __all__ = ["Problem"]
 
@@ -84,6 +85,13 @@ class Problem:
         total = counts.sum(0)
         return counts / (total if exchange is None else exchange.peers.sum_(total)).clamp(min=1)
 
+    def mean_losses(self, losses: Tensor, labels: Sequence[Mapping[str, Any]], exchange: Exchange | None) -> Tensor:
+        """Return the mean (T,) of batches' losses (n, T), those of all processes, by how many labels each has."""
+        shares = self.shares(labels, exchange)
+        if exchange is not None:
+            shares = exchange.peers.sum_(shares)
+        return (losses * shares).sum(0).to(losses.dtype)
+
     def trunk(self, inputs: Any) -> Features:
         """Return the shared features."""
         with self._autocast():
@@ -150,8 +158,14 @@ class Problem:
         return tuple(self._loss(preds[task], labels[task], task) for task in tasks), preds
 
     def _loss(self, pred: Any, labels: Any, task: str) -> Tensor:
-        # Labels that only other processes or batches have: the graph is the same everywhere.
-        return pred.sum() * 0 if labels is None else self.losses[task].compute_loss(pred, labels)
+        return _nothing(pred) if labels is None else self.losses[task].compute_loss(pred, labels)
+
+
+def _nothing(pred: Any) -> Tensor:
+    """Return a loss of zero for labels that only other processes or batches have, with a graph like theirs."""
+    tensors = [leaf for leaf in leaves(pred) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    # Not a multiple of the predictions, which may be infinite.
+    return torch.stack([tensor.reshape(-1)[:0].sum() for tensor in tensors]).sum()
 
 
 def _scalar(count: int | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:

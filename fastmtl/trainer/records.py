@@ -91,18 +91,15 @@ class StepBuffer:
         dtype = torch.float32 if device.type == "mps" else torch.float64
         kept = [_stacked(each) for each in (self._losses, self._weights, self._grams)]
         if scaler is not None:
-            kept = [torch.stack([scaler.scale, scaler.skipped.to(scaler.scale)]), *kept]
+            kept.append(torch.stack([scaler.scale, scaler.skipped.to(scaler.scale)]))
         values = torch.cat([each.to(device, dtype).flatten() for each in kept if each is not None]).cpu().numpy()
-        scale = None
-        if scaler is not None:
-            scale, values = values[:2], values[2:]
         tasks = self._losses[0].numel()
         losses, values = values[: count * tasks].reshape(count, tasks), values[count * tasks :]
         weights = gram = None
-        if kept[-2] is not None:
+        if kept[1] is not None:
             weights, values = values[: count * tasks].reshape(count, tasks), values[count * tasks :]
-        if kept[-1] is not None:
-            gram = values.reshape(count, tasks, tasks)
+        if kept[2] is not None:
+            gram, values = values[: count * tasks**2].reshape(count, tasks, tasks), values[count * tasks**2 :]
         records = StepRecords(
             epoch=epoch,
             first_step=next_step - count,
@@ -110,8 +107,8 @@ class StepBuffer:
             weights=weights,
             gram=gram,
             seconds=now - self._since,
-            loss_scale=None if scale is None else float(scale[0]),
-            skipped=None if scale is None else int(scale[1]),
+            loss_scale=None if scaler is None else float(values[0]),
+            skipped=None if scaler is None else int(values[1]),
         )
         self._clear()
         return records

@@ -8,7 +8,7 @@ import importlib
 import os
 import sysconfig
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType, MethodType
@@ -70,8 +70,13 @@ class Regions:
 class _Region:
     """A function of a problem compiled at its first call, with a count of its graphs.
 
-    A step of some of the tasks may need graphs of its own. After `_MOST_SETS` sets of tasks that did, others run
-    eagerly: there may be as many sets as steps.
+    A batch with labels of some of the tasks may need graphs of its own. After `_MOST_SETS` sets of tasks that did,
+    others run eagerly: there may be as many sets as steps.
+
+    Attributes:
+        graphs: Compiled so far.
+        first: Those of the first call; of each task's where each is a graph of its own.
+        sets: The sets of tasks seen, and whether a graph was compiled for them.
     """
 
     def __init__(self, name: str, function: Any, on_compile: Callable[[str], None]) -> None:
@@ -79,11 +84,9 @@ class _Region:
         self.plain = function
         self.on_compile = on_compile
         self.graphs = 0
-        self.first_graphs = 0
-        self.first_calls: set[str | None] = set()
-        self.sets: set[tuple[str, ...]] = set()
-        self.sets_compiled = 0
-        self.full = False
+        self.first: dict[str | None, int] = {}
+        self.sets: dict[tuple[str, ...], bool] = {}
+        self._told = False
         self.function = torch.compile(_with_code_of_its_own(function), backend=self._backend)
 
     def _backend(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
@@ -100,27 +103,31 @@ class _Region:
     def __call__(self, *args: Any) -> Any:
         # With inputs of its own, each task is a graph of its own; the task's name is the last argument then.
         task = args[-1] if isinstance(args[-1], str) else None
-        tasks = tuple(self.plain.__self__.tasks)
-        first, new = task not in self.first_calls, tasks not in self.sets
-        if new and self.sets_compiled > _MOST_SETS:
-            if not self.full:
-                self.full = True
-                self.on_compile(f"{self.name}: compiled for {self.sets_compiled} sets of tasks, eager for further ones")
+        tasks = (task,) if task is not None else self._labelled(args[-1])
+        if tasks not in self.sets and sum(self.sets.values()) > _MOST_SETS and task is None:
+            if not self._told:
+                self._told = True
+                self.on_compile(f"{self.name}: compiled for {_MOST_SETS + 1} sets of tasks, eager for further ones")
             return self.plain(*args)
         what = self.name if task is None else f"{self.name} of {task}"
+        first = task not in self.first
         if first:
             self.on_compile(f"compiling {what}")
         start, before = time.perf_counter(), self.graphs
         result = self.function(*args)
-        self.sets.add(tasks)
+        compiled = self.graphs - before
+        self.sets.setdefault(tasks, compiled > 0)
         if first:
-            self.first_calls.add(task)
-            self.first_graphs += self.graphs - before
-        if first or self.graphs > before:
-            self.sets_compiled += new and task is None
+            self.first[task] = compiled
+        if first or compiled:
             again = "" if first else " again, for other shapes or tasks,"
             self.on_compile(f"compiled {what}{again} in {time.perf_counter() - start:.1f} s")
         return result
+
+    def _labelled(self, labels: Any) -> tuple[str, ...]:
+        """Return the tasks of a call, without those that have labels in other batches of the step only."""
+        absent = [task for task, each in labels.items() if each is None] if isinstance(labels, Mapping) else []
+        return tuple(task for task in self.plain.__self__.tasks if task not in absent)
 
 
 def _with_code_of_its_own(method: Any) -> Any:
@@ -269,10 +276,10 @@ def measure_compiled(step: Callable[[], Any], regions: Regions) -> CompileReport
             total = event.cpu_time_total
         elif event.name in ("CompiledFunction", "CompiledFunctionBackward"):
             compiled += event.cpu_time_total
-    used = [region for region in vars(regions).values() if isinstance(region, _Region) and region.first_graphs]
+    used = [region for region in vars(regions).values() if isinstance(region, _Region) and any(region.first.values())]
     return CompileReport(
         share=compiled / total if total else 0.0,
         regions=[region.name for region in used],
-        graph_breaks=sum(region.first_graphs - len(region.first_calls) for region in used),
-        recompiles=sum(region.graphs - region.first_graphs for region in used),
+        graph_breaks=sum(sum(region.first.values()) - len(region.first) for region in used),
+        recompiles=sum(region.graphs - sum(region.first.values()) for region in used),
     )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from fastmtl.distributed import Peers
 from fastmtl.distributed.exchange import Exchange
 from fastmtl.errors import UsageError
 from fastmtl.trainer.balancer import Balancer
+from fastmtl.trainer.buffers import keeping_buffers
 from fastmtl.trainer.candidates import routes_to_try
 from fastmtl.trainer.capture import CudaGraph, StepCapture, reason_against
 from fastmtl.trainer.guard import FiniteGuard
@@ -152,6 +153,8 @@ class TrainingStep:
         self.warmth += 1
         self.optimizer.optimizer.zero_grad(set_to_none=not self.legacy)
         tasks = self._tasks(present)
+        if tasks is not None or len(batches) < self.batches:
+            self._leave_out()
         if self.exchange is not None or len(batches) > 1:
             batches = [self._completed(batch, tasks) for batch in batches]
         if tasks is not None:
@@ -160,6 +163,11 @@ class TrainingStep:
         losses, preds, weights, gram = captured(batches)
         self._note(buffer, losses, weights, gram)
         return dict(zip(self.problem.tasks, losses, strict=True)), preds
+
+    def _leave_out(self) -> None:
+        """Tell the trial that this step says nothing about how long a full one takes."""
+        if self.trial is not None:
+            self.trial.leave_out()
 
     def _note(self, buffer: StepBuffer, losses: Tensor, weights: Tensor | None, gram: Tensor | None) -> None:
         self.latest = StepSignals(losses=losses, weights=weights, gram=gram)
@@ -217,18 +225,25 @@ class TrainingStep:
             return self._legacy(*batches[0])
         self._shares = self._weigh(batches)
         self.problem.factor = None if self.scaler is None else self.scaler.scale
+        with self._unlearning():
+            found = self._differentiate(batches)
+            if self.scaler is not None:
+                self.scaler.unscale([param.grad for param in self.model.parameters() if param.grad is not None])
+        return found
+
+    @contextmanager
+    def _unlearning(self) -> Iterator[None]:
+        """Take back what a strategy learns in the block if the gradients of this step overflow in float16."""
         if self.scaler is None:
-            return self._differentiate(batches)
+            yield
+            return
         names = self.model.remembered()
         before, learned = [getattr(self.model, name).clone() for name in names], self.balancer.learned()
-        found = self._differentiate(batches)
-        self.scaler.unscale([param.grad for param in self.model.parameters() if param.grad is not None])
-        # What a strategy learned from an overflow is taken back.
+        yield
         bad = self.scaler.found_inf != 0
         for name, old in zip(names, before, strict=True):
             setattr(self.model, name, torch.where(bad, old, getattr(self.model, name)))
         self.balancer.take_back(learned, bad)
-        return found
 
     def _some_tasks(
         self, tasks: list[int], batches: Batches, buffer: StepBuffer
@@ -258,34 +273,37 @@ class TrainingStep:
     def _look_back(self, batches: Batches) -> None:
         if not self.model.looks_back or self.legacy:
             return
-        with torch.no_grad():
+        with torch.no_grad(), self._unlearning():
             self.model.after_step(self._mean_losses(batches), **self.hyper)
 
     def _mean_losses(self, batches: Batches) -> Tensor:
         """Return the losses (T,) of a forward pass of each batch, averaged; it leaves no trace in the buffers."""
-        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         if self.exchange is not None:
             self.exchange.gather()
         found = []
-        for batch, share in zip(batches, self._shares, strict=True):
-            losses, _ = forward(self.problem, self.route.regions, *batch)
-            found.append(self._part(torch.stack(list(losses)), share))
-        for buffer, value in buffers:
-            buffer.copy_(value)
-        return torch.stack(found).sum(0)
+        with keeping_buffers(self.model):
+            for batch, share in zip(batches, self._shares, strict=True):
+                losses, _ = forward(self.problem, self.route.regions, *batch)
+                found.append(self._part(torch.stack(list(losses)), share))
+        return self._over_batches(torch.stack(found), batches)
+
+    def _over_batches(self, losses: Tensor, batches: Batches) -> Tensor:
+        """Return the mean (T,) of losses (n, T) of a step's batches; accumulated ones carry their share already."""
+        if self.model.samples == 1:
+            return losses.sum(0)
+        return self.problem.mean_losses(losses, [labels for _, labels in batches], self.exchange)
 
     def _weigh(self, batches: Batches) -> list[Tensor | None]:
         """Return for each batch its share (T,), and this process's in it, in the losses of a step."""
         if self.exchange is None and (len(batches) == 1 or self.model.samples > 1):
             return [None] * len(batches)
         labels = [each for _, each in batches]
-        if self.model.samples > 1:
-            shares = torch.cat([self.problem.shares([each], self.exchange) for each in labels])
-        else:
-            shares = self.problem.shares(labels, self.exchange)
+        # Each sample has rows of its own; accumulated batches make one together.
+        of_rows = [[each] for each in labels] if self.model.samples > 1 else [labels]
+        shares = [self.problem.shares(each, self.exchange) for each in of_rows]
         if self.exchange is not None:
-            self.exchange.share = shares.flatten() if self.model.samples > 1 else shares.sum(0)
-        return list(shares)
+            self.exchange.share = torch.cat([each.sum(0) for each in shares])
+        return list(torch.cat(shares))
 
     def _pass(
         self, batch: tuple[Any, Any], share: Tensor | None, differentiate: Callable[..., Pass] | None = None
@@ -326,6 +344,7 @@ class TrainingStep:
         held, samples = self.balancer.weights_in_force(), self.model.samples
         # Groups of parameters have no sum of the losses in common, and samples each have a part of the weights.
         if held is not None and held.shared.dim() == 1 and samples == 1:
+            self._leave_out()
             return *self._frozen(batches, held), held.reported, None
         if self.model.needs == "lookahead":
             return self._look_ahead(batches)
@@ -345,7 +364,7 @@ class TrainingStep:
             else:
                 passes[0].absorb(done)
         of_batches = torch.stack(losses)
-        mean = of_batches.mean(0) if samples > 1 else of_batches.sum(0)
+        mean = self._over_batches(of_batches, batches)
         shown = of_batches if samples > 1 else mean
         weights, gram = self.balancer.solve(passes, shown, self.route.send is not None, held)
         logged = None if weights is None else weights.reported
@@ -397,7 +416,7 @@ class TrainingStep:
         if self.exchange is not None:
             self.exchange.reduce()
         self.balancer.write_own(weights)
-        return torch.stack(losses).sum(0), preds, weights.reported, None
+        return self._over_batches(torch.stack(losses), batches), preds, weights.reported, None
 
     def _look_ahead(self, batches: Batches) -> Shown:
         """Let a bilevel strategy look ahead on the first batch; it decides the update or weights for the last batch."""

@@ -95,7 +95,8 @@ class Trainer(nn.Module):
         tf32: On CUDA, let float32 products and convolutions round to TF32, or forbid it; torch's settings if None.
         channels_last: Keep images and convolutions in channels-last memory format, which GPUs prefer.
         accumulate: Batches of a step: their gradients, task by task, are averaged over the labels of all of them before
-            the strategy sees them.
+            the strategy sees them. Losses must be means over the entries that `AbsLoss.labelled` tells, and finite
+            where there are none.
         clip_grad_norm: Greatest norm of the update's gradients together; applied last.
         update_weights_every: Steps between two solves of a strategy that balances gradients; in between its last
             weights hold, and a step costs one backward pass in place of one per task. Where weights are those of groups

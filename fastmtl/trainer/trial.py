@@ -13,10 +13,14 @@ __all__ = ["Trial"]
 
 # Steps of each route in a row, not timed and timed: in two rounds, as the machine may be slower for a while.
 _ROUNDS = ((2, 5), (1, 5))
+# Steps that may be left out for each one that counts.
+_PATIENCE = 10
 
 
 class Trial:
     """Hands out the routes in turn, times them, and settles on the fastest of those that turn out possible.
+
+    Where too few steps say how long one takes, it settles on the first.
 
     Args:
         routes: By name.
@@ -40,21 +44,33 @@ class Trial:
             for timed in [False] * warm_up + [True] * steps
         ]
         self._started: float | None = None
+        self._counts = True
+        self._left_out, self._most_left_out = 0, _PATIENCE * len(self._plan)
+
+    def leave_out(self) -> None:
+        """Leave the step under way out: it is shorter than others, of some tasks or with weights known beforehand."""
+        self._counts = False
 
     def next_route(self) -> Route:
         """Return the route of the next training step; the time since the last call is that of the last step."""
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         now = time.perf_counter()
-        if self._started is not None:
+        if not self._counts:
+            self._left_out += 1
+        elif self._started is not None:
             index, timed = self._plan.pop(0)
             if timed:
                 self._seconds[index].append(now - self._started)
             self._plan = [(index, timed) for index, timed in self._plan if self.routes[index].possible]
-        self._started = now
+        self._started, self._counts = now, True
+        if self._left_out > self._most_left_out:
+            self.chosen = self.names[0]
+            self.on_compile(f"too few steps are of all tasks to measure by: going on {self.chosen}")
+            return self.routes[0]
         if self._plan:
             return self.routes[self._plan[0][0]]
-        # What disturbs a step makes it longer, never shorter.
+        # What disturbs a full step makes it longer.
         times = {
             name: sorted(seconds)[len(seconds) // 4]
             for name, route, seconds in zip(self.names, self.routes, self._seconds, strict=True)

@@ -159,6 +159,9 @@ def _meet(_: None) -> dict[str, Any]:
     for metric in (listed, normals):
         metric.sync(peers)
     found["scores"] = [listed.score_fun(), normals.score_fun()[2:]]
+    ahead = make_trainer("FORUM", "HPS", TASKS)
+    ahead.train(shard(loaders(TASKS, rows=6, batch=3), peers), shard(loaders(TASKS), peers, whole=True), 1)
+    found["one row"] = flat(ahead.model.parameters())
     found["bf16"] = _run(make_trainer("Nash_MTL", "HPS", TASKS, precision="bf16"), peers, 1).model.state_dict()
     with pytest.raises(UsageError, match="sync_batch_norm cannot be combined with compile"):
         make_trainer(sync_batch_norm=True, compile=True)
@@ -174,6 +177,8 @@ def test_two_processes_meet(tmp_path: Path) -> None:
     for found in (one, two):
         assert found["masked"] == [True, True]
         assert found["scores"] == [[2.0, 4], [1.0, 1.0, 1.0]]
+    assert one["one row"].isfinite().all()
+    assert torch.equal(one["one row"], two["one row"])
     for name, value in one["bf16"].items():
         assert value.isfinite().all()
         assert torch.equal(two["bf16"][name], value)

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from fastmtl.errors import UsageError
-from fastmtl.loss import SegLoss
+from fastmtl.loss import MSELoss, SegLoss
 from fastmtl.metrics import SegMetric
 from fastmtl.trainer.records import StepBuffer
 from fastmtl.weighting import WEIGHTINGS
-from tests.trainer.toy import flat, loaders, make_trainer
+from tests.trainer.toy import flat, loaders, make_trainer, task_dict
 
 ACCUMULATED = sorted(
     name for name, rule in WEIGHTINGS.items() if rule.needs not in ("lookahead", "reps") and rule.samples == 1
@@ -143,8 +143,43 @@ def test_batches_of_one_step_may_differ_in_shape() -> None:
         (torch.randn(2, 3, size, size), dict.fromkeys(("task0", "task1"), torch.ones(2, size - 2, size - 2)))
         for size in (8, 12)
     ]
+
+    def mean_loss(task: str) -> float:
+        """Return the mean over all pixels."""
+        with torch.no_grad():
+            losses = [SegLoss().compute_loss(trainer.model(images)[task], labels[task]) for images, labels in data]
+        return sum(float(loss) * (size - 2) ** 2 for loss, size in zip(losses, (8, 12), strict=True)) / (6**2 + 10**2)
+
+    expected = [mean_loss(task) for task in trainer.task_name]
+    losses, preds = trainer.step(data, StepBuffer())
+    assert [float(loss) for loss in losses.values()] == pytest.approx(expected)
+    assert [each["task0"].shape[-1] for each in preds] == [6, 10]
     trainer.train(data, data, 1)
-    assert trainer.meter.results["task0"][1] <= 1
+
+
+class _TwoParts(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.nn.Linear(8, 1)
+
+    def forward(self, rep: torch.Tensor) -> dict[str, Any]:
+        found = self.inner(rep)
+        return {"mean": found, "others": (found.exp(), "name")}
+
+
+class _OfTheMean(MSELoss):
+    def compute_loss(self, pred: Any, gt: torch.Tensor) -> torch.Tensor:
+        return super().compute_loss(pred["mean"], gt)
+
+
+def test_a_batch_may_lack_a_task_whose_predictions_are_several() -> None:
+    whole, (x, labels) = {"task0": torch.nn.Linear(8, 3), "task1": _TwoParts()}, next(iter(loaders()))
+    tasks = task_dict(2)
+    tasks["task1"]["loss_fn"] = _OfTheMean()
+    trainer = make_trainer("MGDA", task_dict=tasks, accumulate=2, decoders=torch.nn.ModuleDict(whole))
+    expected = trainer.step.problem.whole(x, labels)[0]
+    losses, _ = trainer.step([(x, {"task0": labels["task0"]}), (x, labels)], StepBuffer())
+    torch.testing.assert_close(torch.stack(list(losses.values())), torch.stack(expected).detach())
 
 
 def test_held_weights_accumulate_too() -> None:

@@ -143,6 +143,55 @@ def test_batches_of_other_things_stay_eager() -> None:
     assert said == ["cuda_graph: the step runs eagerly, as batches hold a ndarray, not only tensors"]
 
 
+class _Named(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = encoder()
+
+    def forward(self, inputs: dict[str, Any]) -> torch.Tensor:
+        return self.inner(inputs["x"])
+
+
+def test_batches_that_all_differ_are_not_captured_and_this_is_said() -> None:
+    captured, graph, said = _captured("MGDA", encoder_class=_Named)
+    captured.model.epoch = 0
+    (x, labels), *_ = loaders(3)
+    for step in range(30):
+        captured.step([({"x": x, "file": f"{step}.png"}, labels)], StepBuffer())
+    assert graph.captures == 0
+    assert captured.step.capture.failed
+    assert len(said) == 2
+    assert said[1].endswith("as 17 batches differ in their shapes, or in what is no tensor")
+
+
+def test_a_graph_outlasts_many_other_layouts() -> None:
+    captured, graph, said = _captured("MGDA", encoder_class=_Named)
+    captured.model.epoch = 0
+    (x, labels), *_ = loaders(3)
+    for step in [0] * 6 + list(range(1, 40)) + [0] * 2:
+        captured.step([({"x": x, "file": f"{step}.png"}, labels)], StepBuffer())
+    assert (graph.captures, captured.step.capture.replays) == (1, 5)
+    assert len(said) == 2
+
+
+def test_whatever_keeps_a_step_from_being_captured_leaves_it_eager() -> None:
+    class Attributes(dict[str, Any]):
+        __getattr__ = dict.__getitem__
+
+    class ByAttribute(_Named):
+        def forward(self, inputs: Any) -> torch.Tensor:
+            return self.inner(inputs.x)
+
+    captured, _, said = _captured("MGDA", encoder_class=ByAttribute)
+    captured.model.epoch = 0
+    (x, labels), *_ = loaders(3)
+    # The batch as it was made is no dictionary, its copy is.
+    captured.step.capture.graph.capture = lambda function: function()
+    for _ in range(6):
+        captured.step([(Attributes(x=x), labels)], StepBuffer())
+    assert said == ["cuda_graph: the step runs eagerly, as it cannot be captured: 'dict' object has no attribute 'x'"]
+
+
 def test_a_capture_that_fails_leaves_the_step_eager() -> None:
     eager = make_trainer("MGDA", count=3)
     captured, graph, said = _captured("MGDA")

@@ -309,6 +309,24 @@ def test_steps_of_many_sets_of_tasks_are_compiled_for_some_and_say_so() -> None:
 
 
 @pytest.mark.usefixtures("quick_backend")
+def test_accumulated_batches_of_many_sets_of_tasks_are_compiled_for_some_and_say_so() -> None:
+    torch.compiler.reset()
+    messages: list[str] = []
+
+    class Listener(Logger):
+        def on_compile(self, message: str) -> None:
+            messages.append(message)
+
+    trainer = make_trainer(count=6, compile=True, accumulate=2, logger=Listener())
+    inputs, labels = next(iter(loaders(6)))
+    for some in itertools.chain(itertools.combinations(range(6), 2), itertools.combinations(range(6), 3)):
+        part = {f"task{t}": labels[f"task{t}"] for t in some}
+        trainer.step([(inputs, part), (inputs, labels)], StepBuffer())
+    assert trainer.step.route.regions.heads.graphs == 9
+    assert messages.count("heads: compiled for 9 sets of tasks, eager for further ones") == 1
+
+
+@pytest.mark.usefixtures("quick_backend")
 def test_many_trainers_in_one_process_are_all_compiled() -> None:
     torch.compiler.reset()
     batch = next(iter(loaders()))

@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastmtl.loss import AbsLoss, CELoss, DepthLoss, KLDivLoss, L1Loss, MSELoss, NormalLoss, SegLoss
 from fastmtl.metrics import AccMetric, DepthMetric, L1Metric, NormalMetric, SegMetric
-from fastmtl.trainer.labels import labelled_rows, present_tasks
+from fastmtl.trainer.labels import labelled_entries, labelled_rows, present_tasks
 from fastmtl.trainer.records import StepBuffer
-from fastmtl.weighting import WEIGHTINGS
+from fastmtl.weighting import WEIGHTINGS, AbsWeighting, Weights
 from tests.host_reads import NoHostRead
 from tests.trainer.toy import flat, loaders, make_trainer
 
@@ -207,6 +207,52 @@ def test_batches_of_a_step_may_label_other_tasks(name: str) -> None:
     trainer.train(some, [(x, labels)], 1)
     assert flat(trainer.model.parameters()).isfinite().all()
     assert not torch.equal(flat(trainer.model.parameters()), before)
+
+
+def test_losses_of_samples_are_averaged_over_those_with_labels() -> None:
+    (x, labels), *_ = loaders(3)
+    trainer = make_trainer("MoDo", count=3)
+    trainer.model.epoch = 0
+    expected = torch.stack(trainer.step.problem.whole(x, labels)[0]).detach()
+    without = {task: each for task, each in labels.items() if task != "task2"}
+    losses, _ = trainer.step([(x, without), (x, labels), (x, without)], StepBuffer())
+    torch.testing.assert_close(torch.stack(list(losses.values())), expected)
+
+
+def test_a_second_look_at_samples_is_their_mean() -> None:
+    seen = []
+
+    class TwoSamples(AbsWeighting):
+        needs = "losses"
+        samples = 2
+        looks_back = True
+
+        def weigh(self, losses: Tensor, gram: Tensor | None, **hyper: Any) -> Weights:
+            return Weights(shared=torch.ones(losses.shape[-1]))
+
+        def after_step(self, losses: Tensor, **hyper: Any) -> None:
+            seen.append(losses)
+
+    trainer = make_trainer(TwoSamples, optim_param={"optim": "sgd", "lr": 0.0})
+    trainer.model.epoch = 0
+    losses, _ = trainer.step([next(iter(loaders()))] * 2, StepBuffer())
+    torch.testing.assert_close(seen[0], torch.stack(list(losses.values())))
+
+
+def test_entries_of_labels_in_containers() -> None:
+    four, one = torch.zeros(2, 2), torch.full((2,), torch.nan).index_fill(0, torch.tensor(0), 1.0)
+    given: list[tuple[Any, int]] = [
+        (None, 0),
+        (four, 4),
+        (one, 1),
+        ([four, one], 5),
+        ({"a": four, "b": {"c": (one, "name")}}, 5),
+        ([{"boxes": torch.zeros(0, 4)}, {"boxes": torch.zeros(3, 4)}], 2),
+        ((1, 2, 3), 3),
+        (object(), 1),
+    ]
+    for labels, entries in given:
+        assert int(labelled_entries(AbsLoss(), labels)) == entries
 
 
 def test_a_pass_that_goes_on_keeps_the_losses_of_tasks_without_further_labels() -> None:

@@ -109,6 +109,9 @@ def test_moved_brings_parameters_and_buffers_back() -> None:
         assert not torch.equal(flat(trainer.model.parameters()), before)
     assert torch.equal(flat(trainer.model.parameters()), before)
     assert torch.equal(trainer.model.encoder.seen, torch.zeros(2))
+    with ahead.moved():
+        trainer.model.encoder.seen = trainer.model.encoder.seen + 1
+    assert torch.equal(trainer.model.encoder.seen, torch.zeros(2))
 
 
 def test_halves_of_nested_batches() -> None:

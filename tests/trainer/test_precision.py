@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,20 @@ def test_an_overflow_skips_the_step_and_leaves_no_trace_but_a_smaller_scale() ->
     assert trainer.step.scaler.skipped == 1
 
 
+def test_an_overflow_leaves_no_trace_in_what_is_learned_from_a_second_look() -> None:
+    trainer = make_trainer("FAMO", precision="fp16")
+    batch = next(iter(loaders()))
+    for _ in range(3):
+        trainer.step.scaler.scale.fill_(2.0**8)
+        trainer.step([batch], StepBuffer())
+    before = copy.deepcopy(trainer.model.state_dict())
+    trainer.step.scaler.scale.fill_(2.0**120)
+    trainer.step([batch], StepBuffer())
+    assert trainer.step.scaler.skipped == 1
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("options", [{"weight_momentum": 0.9}, {"update_weights_every": 3}], ids=str)
 def test_an_overflow_leaves_no_trace_in_weights_that_last(options: dict[str, Any], first: bool) -> None:
@@ -155,21 +170,26 @@ def test_momentum_begins_as_in_torch(fused: bool, maximize: bool, skips: tuple[i
     args: dict[str, Any] = {
         "lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1, "maximize": maximize,
     }  # fmt: skip
-    plain, param, late, flag = *(torch.nn.Parameter(torch.tensor([1.0, -2.0])) for _ in range(3)), torch.zeros(())
-    reference = torch.optim.SGD([plain], **args)
-    masked = MaskedOptimizer(torch.optim.SGD([param, late], fused=fused, **args), flag)
+    params = [torch.nn.Parameter(torch.tensor([1.0, -2.0])) for _ in range(4)]
+    (plain, plain_late, param, late), flag = params, torch.zeros(())
+    reference = torch.optim.SGD([plain, plain_late], **args)
+    optimizer = torch.optim.SGD([param, late], fused=fused, **args)
     for step, grad in enumerate(torch.randn(6, 2, generator=torch.Generator().manual_seed(1))):
         bad = step in skips
         flag.fill_(float(bad))
         param.grad = grad * torch.nan if bad else grad.clone()
         # Not all parameters begin together.
         late.grad = None if step < 2 else param.grad.clone()
-        masked.step()
+        MaskedOptimizer(optimizer, flag).step()
         if not bad:
-            plain.grad = grad.clone()
+            plain.grad, plain_late.grad = grad.clone(), None if step < 2 else grad.clone()
             reference.step()
+        # A run may end anywhere and go on.
+        state = optimizer.state_dict()
+        optimizer = torch.optim.SGD([param, late], fused=fused, **args)
+        optimizer.load_state_dict(copy.deepcopy(state))
     torch.testing.assert_close(param, plain)
-    assert late.isfinite().all()
+    torch.testing.assert_close(late, plain_late)
 
 
 def test_scale_doubles_after_many_good_steps() -> None:

@@ -412,6 +412,46 @@ def test_auto_measures_with_many_tasks_and_training_is_the_same() -> None:
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-4, atol=1e-5)
 
 
+class _Clock:
+    """Time that goes by as it is told."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize("kind", ["held", "few tasks", "few batches"])
+def test_short_steps_say_nothing_about_the_ways(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, listener, count = _Clock(), Listener(), 8
+    monkeypatch.setattr("fastmtl.trainer.trial.time", clock)
+    options: dict[str, Any] = {"held": {"update_weights_every": 2}, "few batches": {"accumulate": 2}}.get(kind, {})
+    trainer = _trainer(ENCODERS["mlp"], "auto", count=count, logger=listener, **options)
+    batch = next(iter(loaders(count)))
+    seconds = {SplitRoute: 0.5, BatchedRoute: 0.1, CompressedRoute: 0.2}
+    trial = trainer.step.trial
+    for step in range(200):
+        short = step % 2 == 1
+        few = short and kind == "few tasks"
+        trainer.step([batch] * (1 if short else trainer.step.batches), StepBuffer(), [0, 1] if few else None)
+        if trainer.step.trial is None:
+            break
+        clock.now += 0.01 if short else seconds[type(trainer.step.route)]
+    assert trial.chosen == "batched"
+    assert "eager 500.0 ms, batched 100.0 ms" in listener.messages[-1]
+
+
+def test_a_trial_ends_if_no_step_is_of_all_tasks() -> None:
+    listener = Listener()
+    trainer = _trainer(ENCODERS["mlp"], "auto", count=8, logger=listener)
+    batch = next(iter(loaders(8)))
+    for _ in range(400):
+        trainer.step([batch], StepBuffer(), [0, 1])
+    assert trainer.step.trial is None
+    assert listener.messages == ["too few steps are of all tasks to measure by: going on eager"]
+
+
 def test_a_resumed_run_keeps_the_way_it_had_chosen(tmp_path: Path) -> None:
     def run(epochs: int, **options: Any) -> Any:
         trainer = make_trainer("MGDA", count=8, **options)

@@ -8,8 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastmtl.trainer.batched import BatchedRoute
 from fastmtl.trainer.capture import StepCapture
+from fastmtl.trainer.compressed import CompressedRoute
 from fastmtl.trainer.records import StepBuffer
+from fastmtl.trainer.routes import SplitRoute
 from fastmtl.weighting import AbsWeighting, Weights
 from tests.trainer.test_capture import Rerun
 from tests.trainer.toy import flat, loaders, make_trainer
@@ -42,16 +45,31 @@ def _wide() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 64), nn.Tanh(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 8))
 
 
+def _batches(sizes: tuple[int, ...], shift: float) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    """Return all rows in batches, some without labels, the inputs shifted."""
+    ((x, labels),) = loaders(TASKS, rows=ROWS, batch=ROWS)
+    labels["task0"][:5], labels["task1"][2::7] = -100, torch.nan
+    split = {task: each.split(sizes) for task, each in labels.items()}
+    return [(part, {task: split[task][k] for task in labels}) for k, part in enumerate((x + shift).split(sizes))]
+
+
 def _gradients(dtype: str, captured: bool = False, **way: Any) -> list[Tensor]:
-    """Return all gradients of a step for each task, with that task's alone for the shared network."""
+    """Return the gradients of a step for each task, with that task's alone for the shared network, and a Gram matrix.
+
+    The last is the strategy's.
+    """
     precision = "fp32" if dtype == "float64" else dtype
     optimizer = {"optim": "sgd", "lr": 0.0}
     trainer = make_trainer(OneTask, count=TASKS, encoder_class=_wide, precision=precision, optim_param=optimizer, **way)
     trainer.model.epoch = 0
-    batches = [(x, labels) for x, labels in loaders(TASKS, rows=ROWS, batch=ROWS // trainer.step.batches)]
+    sizes = (11, 8, 5) if trainer.step.batches == 3 else (ROWS,)
+    # Only the last step's batch counts.
+    steps = [_batches(sizes, shift) for shift in ([4.0, 3.0, 2.0, 1.0, 0.0] if captured else [0.0])]
     if dtype == "float64":
         trainer.model.double()
-        batches = [(x.double(), labels | {"task1": labels["task1"].double()}) for x, labels in batches]
+        steps = [
+            [(x.double(), labels | {"task1": labels["task1"].double()}) for x, labels in batches] for batches in steps
+        ]
     if trainer.step.scaler is not None:
         trainer.step.scaler.scale.fill_(2.0**8)
     found = []
@@ -60,12 +78,16 @@ def _gradients(dtype: str, captured: bool = False, **way: Any) -> list[Tensor]:
         rule.which = task
         if captured:
             trainer.step.capture = StepCapture(rule, trainer.optimizer, Rerun(), lambda message: None)
-        for _ in range(5 if captured else 1):
+        for batches in steps:
             trainer.step(batches, StepBuffer())
         assert not captured or trainer.step.capture.replays == 2
         found.append(flat([param.grad for param in trainer.model.parameters()]))
+    kind = {"batched": BatchedRoute, "compressed": CompressedRoute}.get(way.get("vjps", ""), SplitRoute)
+    assert type(trainer.step.route) is kind
     assert trainer.step.route.possible
-    return found
+    assert trainer.step.latest is not None
+    assert trainer.step.latest.gram is not None
+    return [*found, trainer.step.latest.gram]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
