@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from itertools import islice
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +17,7 @@ from fastmtl.distributed.norm import synchronize
 from fastmtl.errors import UsageError
 from fastmtl.memory import keep_freed_memory
 from fastmtl.trainer.building import make_model
-from fastmtl.trainer.checkpoint import load_model_state, read_checkpoint, rng_state, set_rng_state
+from fastmtl.trainer.checkpoint import load_model_state, read_checkpoint, set_rng_state
 from fastmtl.trainer.checks import (
     check_arguments,
     check_counts,
@@ -28,9 +27,9 @@ from fastmtl.trainer.checks import (
     find_device,
     make_folder,
 )
+from fastmtl.trainer.epoch import TrainingEpoch
 from fastmtl.trainer.guard import FiniteGuard
 from fastmtl.trainer.interrupt import DeferredInterrupt
-from fastmtl.trainer.labels import present_tasks
 from fastmtl.trainer.loading import (
     check_loaders,
     count_batches,
@@ -38,7 +37,6 @@ from fastmtl.trainer.loading import (
     generators,
     to_channels_last,
     to_device,
-    train_batches,
 )
 from fastmtl.trainer.logger import Logger, RunInfo, as_logger
 from fastmtl.trainer.meter import PerformanceMeter
@@ -46,9 +44,9 @@ from fastmtl.trainer.optimizer import make_optimizer, make_scheduler
 from fastmtl.trainer.options import StepOptions, check_distributed, check_options
 from fastmtl.trainer.precision import PRECISIONS, set_tf32
 from fastmtl.trainer.problem import Problem
-from fastmtl.trainer.profiling import StepProfiler, part
-from fastmtl.trainer.records import StepBuffer, StepSignals
-from fastmtl.trainer.regions import CompileReport, measure_compiled
+from fastmtl.trainer.profiling import StepProfiler
+from fastmtl.trainer.records import StepSignals
+from fastmtl.trainer.regions import CompileReport
 from fastmtl.trainer.resuming import BEGINNING, resume_run
 from fastmtl.trainer.saving import Checkpoints
 from fastmtl.trainer.step import TrainingStep
@@ -235,8 +233,8 @@ class Trainer(nn.Module):
             problem, self.optimizer, self.guard, self.logger.on_compile, hyper, options, self.peers, self.sharded
         )
         self.compile_report: CompileReport | None = None
-        self._skipped = 0
-        self._profiler = None if profile is None else StepProfiler(Path(profile), self.device)
+        self.skipped = 0
+        self.profiler = None if profile is None else StepProfiler(Path(profile), self.device)
         self._start = BEGINNING
         self.checkpoints = Checkpoints(self)
         if resume is not None:
@@ -375,118 +373,21 @@ class Trainer(nn.Module):
             with DeferredInterrupt(tells=self._leads) as interrupt:
                 for epoch in range(start["epoch"], epochs):
                     if start["batch"] < steps:
-                        self._train_epoch(train_dataloaders, epoch, steps, start, interrupt)
+                        TrainingEpoch(self, train_dataloaders, epoch, steps, interrupt).run(start)
                     start = BEGINNING
                     self._evaluate_epoch(val_dataloaders, test_dataloaders, epoch)
                     interrupt.check()
         finally:
-            if self._profiler is not None:
-                self._profiler.stop()
+            if self.profiler is not None:
+                self.profiler.stop()
             self.logger.on_end(self.meter.best_result["epoch"], self.meter.best_result["result"] or {})
         self.meter.display_best_result()
         return self.batch_weight if return_weight else None
 
-    def _train_epoch(
-        self, loaders: Any, epoch: int, steps: int, start: Mapping[str, Any], interrupt: DeferredInterrupt
-    ) -> None:
-        model = self.model
-        model.epoch = epoch
-        model.train()
-        if not self.step.legacy:
-            model.start_epoch(**self.kwargs["weight_args"])
-        skip, epoch_rng = start["batch"], rng_state(self.checkpoints.generators)
-        if skip:
-            epoch_rng = start["epoch_rng"]
-            set_rng_state(epoch_rng, self.checkpoints.generators)
-        per_step, accumulate = self.step.batches, self.step.options.accumulate
-        # An epoch's last step accumulates what is left of it.
-        total = count_batches(loaders, self.multi_input, self.limit_batches) if accumulate > 1 else steps * per_step
-        batches = train_batches(loaders, self.task_name, self.multi_input, total)
-        for _ in range(skip * per_step):
-            next(batches)
-        if skip:
-            set_rng_state(start["rng"], self.checkpoints.generators)
-        self.guard.start(epoch * steps + skip)
-        self.meter.begin()
-        self.meter.go_on(start["loss_sums"])
-        buffer = StepBuffer()
-        for batch in range(skip, steps):
-            if self._profiler is not None and self.step.trial is None:
-                self._profiler.before_step(self.step.warmth)
-            with part("step"):
-                with part("loader"):
-                    fetched = list(islice(batches, per_step))
-                    # Before the copy: on the device, finding out would wait for it.
-                    present = present_tasks(self.meter.losses, [labels for _, labels in fetched])
-                    given = [self._to_device(each) for each in fetched]
-                losses, preds = self._run_step(given, buffer, present)
-                scored = given if accumulate > 1 else given[-1:]
-                for (_, labels), each in zip(scored, preds, strict=bool(preds)):
-                    self.meter.update(losses, each, labels)
-            if self._profiler is not None:
-                self._profiler.after_step()
-            saves = self.checkpoint_every is not None and (batch + 1) % self.checkpoint_every == 0
-            if len(buffer) == self.log_every or batch + 1 == steps or saves:
-                self._log(buffer, epoch, epoch * steps + batch + 1)
-            if batch + 1 < steps:
-                if saves:
-                    self.checkpoints.save_last(epoch, batch + 1, epoch_rng)
-                with self._saving(epoch, batch + 1, epoch_rng, buffer, steps):
-                    interrupt.check()
-        if self._profiler is not None:
-            self._profiler.finish()
-        self.meter.end()
-        self._report("train", epoch)
-        # A task without any label in this epoch keeps the loss of the one before.
-        before = model.train_loss_buffer[:, epoch - 1] if epoch else np.ones(self.task_num)
-        model.train_loss_buffer[:, epoch] = np.where(np.isnan(self.meter.loss_item), before, self.meter.loss_item)
-        with self._saving(epoch, steps, epoch_rng, buffer, steps):
-            interrupt.check()
-
-    @contextmanager
-    def _saving(
-        self, epoch: int, batch: int, epoch_rng: dict[str, Any], buffer: StepBuffer, steps: int
-    ) -> Iterator[None]:
-        """Leave a checkpoint of where training was when it is interrupted in the block."""
-        try:
-            yield
-        except KeyboardInterrupt:
-            if len(buffer):
-                self._log(buffer, epoch, epoch * steps + batch)
-            # Processes are interrupted at different steps, so what they would have to collect is not one state.
-            if not self.checkpoints.gathers:
-                self.checkpoints.save_last(epoch, batch, epoch_rng)
-            raise
-
-    def _to_device(self, batch: tuple[Any, Any]) -> tuple[Any, Any]:
+    def prepared(self, batch: tuple[Any, Any]) -> tuple[Any, Any]:
+        """Return a batch on the trainer's device, its images in the memory format asked for."""
         inputs, labels = to_device(batch, self.device)
         return (to_channels_last(inputs) if self.channels_last else inputs), labels
-
-    def _run_step(
-        self, batches: list[tuple[Any, Any]], buffer: StepBuffer, present: list[int] | None
-    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Run one step; once, when it is compiled and warm, also tell how much of it was."""
-        if not self.step.compiled or self.compile_report is not None or self.step.warmth < 2:
-            return self.step(batches, buffer, present)
-        results: list[tuple[dict[str, Any], list[dict[str, Any]]]] = []
-        report = measure_compiled(lambda: results.append(self.step(batches, buffer, present)), self.step.route.regions)
-        self.compile_report = report
-        self.logger.on_compile(str(report))
-        return results[0]
-
-    def _log(self, buffer: StepBuffer, epoch: int, next_step: int) -> None:
-        records = buffer.flush(epoch, next_step, self.step.scaler)
-        if records.weights is not None:
-            first = records.first_step - epoch * self.batch_weight.shape[2]
-            self.batch_weight[:, epoch, first : first + records.count] = records.weights.T
-        self.logger.on_steps(records)
-        if records.skipped and records.skipped > self._skipped and next_step % self.batch_weight.shape[2] == 0:
-            self._skipped = records.skipped
-            print(
-                f"fp16: {records.skipped} of {next_step} steps so far were skipped, as gradients overflowed; the loss "
-                f"scale is {records.loss_scale:g}"
-            )
-        self.guard.check(self.checkpoints.last_one())
 
     def _evaluate_epoch(self, val: Any, test: Any, epoch: int) -> None:
         if val is not None:
@@ -526,7 +427,7 @@ class Trainer(nn.Module):
             self.peers.from_leader(self._common_buffers())
         self.meter.begin()
         for task, inputs, labels in eval_batches(loaders, self.task_name, self.multi_input, self.limit_batches):
-            inputs, labels = self._to_device((inputs, labels))
+            inputs, labels = self.prepared((inputs, labels))
             problem = self.step.problem
             if task is None:
                 losses, preds = problem.whole(inputs, labels)
@@ -537,9 +438,10 @@ class Trainer(nn.Module):
                 loss, pred = problem.single(inputs, labels, task)
                 self.meter.update({task: loss}, {task: pred}, {task: labels})
         self.meter.end()
-        self._report(mode, epoch)
+        self.report(mode, epoch)
 
-    def _report(self, mode: str, epoch: int | None) -> None:
+    def report(self, mode: str, epoch: int | None) -> None:
+        """Print and log the scores of the pass that the meter has just ended."""
         self.meter.display(mode, epoch)
         losses = dict(zip(self.task_name, map(float, self.meter.loss_item), strict=True))
         self.logger.on_epoch(epoch or 0, mode, losses, self.meter.results, self.meter.seconds)

@@ -270,7 +270,7 @@ def test_channels_last_reaches_inputs_and_weights() -> None:
 
     trainer = make_trainer("MGDA", encoder_class=Net, channels_last=True)
     assert trainer.model.encoder.conv.weight.is_contiguous(memory_format=torch.channels_last)
-    inputs, labels = trainer._to_device(
+    inputs, labels = trainer.prepared(
         (torch.randn(4, 3, 8, 8), {"task0": torch.zeros(4, dtype=torch.int64), "task1": torch.zeros(4, 1)})
     )
     trainer.step([(inputs, labels)], StepBuffer())

@@ -57,9 +57,9 @@ def test_no_part_lies_within_another(name: str, tmp_path: Path, monkeypatch: pyt
             return Range()
 
     trainer = make_trainer(name, rep_grad=WEIGHTINGS[name].needs == "reps")
-    trainer._profiler = Watched(tmp_path / "trace.json", torch.device("cpu"), steps=1, warm=1)
+    trainer.profiler = Watched(tmp_path / "trace.json", torch.device("cpu"), steps=1, warm=1)
     trainer.train(loaders(rows=24), loaders(), 1)
-    assert trainer._profiler.done
+    assert trainer.profiler.done
 
 
 def test_costs_nothing_when_off() -> None:

@@ -1,0 +1,155 @@
+"""One pass over the training data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastmtl.trainer.checkpoint import rng_state, set_rng_state
+from fastmtl.trainer.interrupt import DeferredInterrupt
+from fastmtl.trainer.labels import present_tasks
+from fastmtl.trainer.loading import count_batches, train_batches
+from fastmtl.trainer.profiling import part
+from fastmtl.trainer.records import StepBuffer
+from fastmtl.trainer.regions import measure_compiled
+
+if TYPE_CHECKING:
+    from fastmtl.trainer.trainer import Trainer
+
+__all__ = ["TrainingEpoch"]
+
+
+class TrainingEpoch:
+    """The steps of an epoch, with their records, checkpoints and interrupts.
+
+    Args:
+        trainer: The trainer.
+        loaders: Its training data.
+        index: The epoch, from 0.
+        steps: Steps of an epoch.
+        interrupt: Holds Ctrl-C back until a step is done.
+    """
+
+    def __init__(self, trainer: Trainer, loaders: Any, index: int, steps: int, interrupt: DeferredInterrupt) -> None:
+        self._trainer = trainer
+        self._loaders = loaders
+        self._index = index
+        self._steps = steps
+        self._interrupt = interrupt
+        self._buffer = StepBuffer()
+        self._rng: dict[str, Any] = {}
+
+    def run(self, start: Mapping[str, Any]) -> None:
+        """Train from step ``start["batch"]`` on, which is where a checkpoint left off."""
+        trainer, step, steps = self._trainer, self._trainer.step, self._steps
+        model, meter, profiler = trainer.model, trainer.meter, trainer.profiler
+        model.epoch = self._index
+        model.train()
+        if not step.legacy:
+            model.start_epoch(**trainer.kwargs["weight_args"])
+        skip, accumulate = start["batch"], step.options.accumulate
+        batches = self._batches(start)
+        trainer.guard.start(self._index * steps + skip)
+        meter.begin()
+        meter.go_on(start["loss_sums"])
+        for batch in range(skip, steps):
+            if profiler is not None and step.trial is None:
+                profiler.before_step(step.warmth)
+            with part("step"):
+                with part("loader"):
+                    fetched = list(islice(batches, step.batches))
+                    # Before the copy: on the device, finding out would wait for it.
+                    present = present_tasks(meter.losses, [labels for _, labels in fetched])
+                    given = [trainer.prepared(each) for each in fetched]
+                losses, preds = self._step(given, present)
+                scored = given if accumulate > 1 else given[-1:]
+                for (_, labels), each in zip(scored, preds, strict=bool(preds)):
+                    meter.update(losses, each, labels)
+            if profiler is not None:
+                profiler.after_step()
+            done = batch + 1
+            saves = trainer.checkpoint_every is not None and done % trainer.checkpoint_every == 0
+            if len(self._buffer) == trainer.log_every or done == steps or saves:
+                self._log(done)
+            if done < steps:
+                if saves:
+                    trainer.checkpoints.save_last(self._index, done, self._rng)
+                self._check_interrupt(done)
+        if profiler is not None:
+            profiler.finish()
+        meter.end()
+        trainer.report("train", self._index)
+        self._keep_losses()
+        self._check_interrupt(steps)
+
+    def _batches(self, start: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
+        """Return the epoch's batches from step ``start["batch"]`` on, with the random numbers they had then."""
+        trainer, step = self._trainer, self._trainer.step
+        skip, own = start["batch"], trainer.checkpoints.generators
+        self._rng = rng_state(own)
+        if skip:
+            self._rng = start["epoch_rng"]
+            set_rng_state(self._rng, own)
+        # An epoch's last step accumulates what is left of it.
+        total = self._steps * step.batches
+        if step.options.accumulate > 1:
+            total = count_batches(self._loaders, trainer.multi_input, trainer.limit_batches)
+        batches = train_batches(self._loaders, trainer.task_name, trainer.multi_input, total)
+        for _ in range(skip * step.batches):
+            next(batches)
+        if skip:
+            set_rng_state(start["rng"], own)
+        return batches
+
+    def _step(
+        self, batches: list[tuple[Any, Any]], present: list[int] | None
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Run one step; once, when it is compiled and warm, also tell how much of it was."""
+        trainer, step = self._trainer, self._trainer.step
+        if not step.compiled or trainer.compile_report is not None or step.warmth < 2:
+            return step(batches, self._buffer, present)
+        results: list[tuple[dict[str, Any], list[dict[str, Any]]]] = []
+        report = measure_compiled(lambda: results.append(step(batches, self._buffer, present)), step.route.regions)
+        trainer.compile_report = report
+        trainer.logger.on_compile(str(report))
+        return results[0]
+
+    def _keep_losses(self) -> None:
+        """Keep the epoch's losses for strategies; a task without any label in it keeps that of the one before."""
+        trainer, index = self._trainer, self._index
+        losses, seen = trainer.meter.loss_item, trainer.model.train_loss_buffer
+        before = seen[:, index - 1] if index else np.ones(trainer.task_num)
+        seen[:, index] = np.where(np.isnan(losses), before, losses)
+
+    def _check_interrupt(self, done: int) -> None:
+        """Leave a checkpoint of where training was if it was interrupted after ``done`` steps."""
+        trainer = self._trainer
+        try:
+            self._interrupt.check()
+        except KeyboardInterrupt:
+            if len(self._buffer):
+                self._log(done)
+            # Processes are interrupted at different steps, so what they would have to collect is not one state.
+            if not trainer.checkpoints.gathers:
+                trainer.checkpoints.save_last(self._index, done, self._rng)
+            raise
+
+    def _log(self, done: int) -> None:
+        """Read the records of the steps since the last call, ``done`` of the epoch being done."""
+        trainer, index = self._trainer, self._index
+        next_step = index * self._steps + done
+        records = self._buffer.flush(index, next_step, trainer.step.scaler)
+        if records.weights is not None:
+            first = records.first_step - index * self._steps
+            trainer.batch_weight[:, index, first : first + records.count] = records.weights.T
+        trainer.logger.on_steps(records)
+        if records.skipped and records.skipped > trainer.skipped and done == self._steps:
+            trainer.skipped = records.skipped
+            print(
+                f"fp16: {records.skipped} of {next_step} steps so far were skipped, as gradients overflowed; the loss "
+                f"scale is {records.loss_scale:g}"
+            )
+        trainer.guard.check(trainer.checkpoints.last_one())
