@@ -7,6 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch._dynamo.config as dynamo_config
+from torch import nn
 
 from fastmtl.errors import BackendError, UsageError
 from fastmtl.repeated import allow_repeated_backwards
@@ -17,12 +19,15 @@ from fastmtl.trainer.problem import Problem
 from fastmtl.trainer.regions import Regions, cpp_compiler, is_compiled
 from fastmtl.trainer.rep_routes import ForwardRepRoute, RepRoute
 from fastmtl.trainer.routes import Route, SplitRoute, SumRoute, WholeRoute
+from fastmtl.trainer.traced import TracedRoute
 from fastmtl.weighting import AbsWeighting
 
 __all__ = ["routes_to_try"]
 
 # With fewer tasks than this, what batching saves is less than what it costs.
 _MANY_TASKS = 8
+# Gradients, counted as tensors, that are compiled into one graph without being asked to.
+_MOST_GRADIENTS = 400
 
 
 def routes_to_try(
@@ -64,16 +69,25 @@ def routes_to_try(
     def choose(compiled: bool) -> Route:
         return _plainest(problem, Regions(problem, compiled, tell), needs_gradients, weighs_heads)
 
-    plain = choose(options.compile is True)
-    routes: dict[str, Route] = {"compiled" if plain.regions.compiled else "eager": plain}
+    eager = choose(False)
+    against_tracing = _against_tracing(eager, rule, alone)
+    traces = options.vjps == "traced" or (options.vjps == "auto" and _is_worth_tracing(problem))
+
+    def compiled() -> Route:
+        regional = choose(True)
+        return TracedRoute(eager, regional, tell) if traces and against_tracing is None else regional
+
+    plain = compiled() if options.compile is True else eager
+    routes: dict[str, Route] = {"eager" if plain is eager else "compiled": plain}
     # Compiled backward passes have no batching rules and no layers.
     regions = plain.regions.with_trunk(problem.trunk)
     batched = BatchedRoute(problem, regions, weighs_heads, tell, forced=options.vjps == "batched")
     compressed = CompressedRoute(problem, regions, weighs_heads)
-    against_batching = _against_batching(plain, rule, alone)
+    against_batching = _against_batching(eager, rule, alone)
     reasons = {
         "batched": against_batching,
         "compressed": _against_compression(compressed, hyper, options) or against_batching,
+        "traced": against_tracing,
     }
     others: dict[str, Route] = {"batched": batched, "compressed": compressed}
     if options.vjps == "auto":
@@ -81,12 +95,12 @@ def routes_to_try(
             routes |= {name: route for name, route in others.items() if reasons[name] is None}
     elif options.vjps != "sequential":
         reason = reasons[options.vjps]
-        if reason is None:
-            routes = {options.vjps: others[options.vjps]}
-        else:
+        if reason is not None:
             tell(f"vjps: one after the other, as {reason}")
+        elif options.vjps != "traced":
+            routes = {options.vjps: others[options.vjps]}
     if options.compile == "auto":
-        routes["compiled"] = choose(True)
+        routes["compiled"] = compiled()
     return routes
 
 
@@ -126,6 +140,32 @@ def _against_batching(plain: Route, rule: Any, alone: bool) -> str | None:
         "several processes send each row when it is known": not alone,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _against_tracing(plain: Route, rule: Any, alone: bool) -> str | None:
+    """Return why forward pass and VJPs cannot be one graph, in a few words; None if nothing is known."""
+    hooked = any(param._backward_hooks for param in rule.parameters()) or any(
+        module._backward_hooks or module._backward_pre_hooks for module in rule.modules()
+    )
+    reasons = {
+        "the strategy or the network does not have one VJP per task": type(plain) not in (SplitRoute, WholeRoute),
+        "the strategy runs backward passes of its own": type(rule).backward is not AbsWeighting.backward,
+        "several processes send each row when it is known": not alone,
+        "gradients have hooks, which a graph would not call": hooked,
+        "this version of torch does not trace gradients": not hasattr(dynamo_config, "trace_autograd_ops"),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _is_worth_tracing(problem: Problem) -> bool:
+    """Return whether one graph of all VJPs is soon compiled, and gains.
+
+    Convolutions, calls of a library in any graph, are most of a step with them; recurrent networks are not traced.
+    """
+    kinds = (nn.modules.conv._ConvNd, nn.RNNBase)
+    if any(isinstance(module, kinds) for module in problem.model.modules()):
+        return False
+    return len(problem.shared_params) * len(problem.tasks) <= _MOST_GRADIENTS
 
 
 def _against_compression(compressed: CompressedRoute, hyper: Mapping[str, Any], options: StepOptions) -> str | None:

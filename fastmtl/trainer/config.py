@@ -121,8 +121,9 @@ class TrainConfig:
     vjps: str = _setting(
         "auto",
         "Machine",
-        "How the tasks' gradients go through the shared network: one after the other, batched, or as far as the Gram "
-        "matrix needs them; auto tries all from 8 tasks on and keeps the fastest.",
+        "How the tasks' gradients go through the shared network: one after the other, batched, as far as the Gram "
+        "matrix needs them, or compiled in one graph with the forward pass; auto tries them from 8 tasks on and keeps "
+        "the fastest.",
         VJPS,
     )
     workers: int | None = _setting(None, "Machine", "Processes that load training data; none where data are in memory.")

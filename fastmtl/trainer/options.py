@@ -15,7 +15,7 @@ __all__ = ["GRAMS", "SHARDS", "VJPS", "StepOptions", "check_distributed", "check
 
 GRAMS = ("exact", "local")
 SHARDS = ("none", "fsdp")
-VJPS = ("auto", "sequential", "batched", "compressed")
+VJPS = ("auto", "sequential", "batched", "compressed", "traced")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,8 +26,8 @@ class StepOptions:
         compile: Compile the forward and backward passes; ``"auto"`` finds out whether to.
         cuda_graph: Capture the step as a CUDA graph and replay it, where that can be.
         vjps: How the tasks' gradients go through the shared network: ``"sequential"``, one after the other;
-            ``"batched"``, together; ``"compressed"``, as far as their Gram matrix needs them; ``"auto"`` measures from
-            8 tasks on.
+            ``"batched"``, together; ``"compressed"``, as far as their Gram matrix needs them; ``"traced"``, in one
+            compiled graph with the forward pass; ``"auto"``, whichever is fastest.
         precision: ``"fp32"``; or ``"bf16"``, ``"fp16"``: autocast, the latter with a loss scale.
         accumulate: Batches of a step.
         clip_grad_norm: Greatest norm of all gradients together; None for no limit.
@@ -82,6 +82,8 @@ def check_options(model: Any, weighting: str, hyper: Mapping[str, Any], options:
     options = replace(options, gram=resolve_name(options.gram, {name: name for name in GRAMS}, "gram"))
     options = replace(options, shard=resolve_name(options.shard, {name: name for name in SHARDS}, "shard"))
     options = replace(options, vjps=resolve_name(options.vjps, {name: name for name in VJPS}, "vjps"))
+    if options.vjps == "traced" and not options.compile:
+        raise UsageError("vjps='traced' is a way to compile a step: it needs compile=True or 'auto'.")
     return replace(options, tasks_per_step=_sampled(model, weighting, options, legacy))
 
 

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 __all__ = ["PARTS", "StepProfiler", "part"]
 
-PARTS = ("loader", "forward", "VJPs", "gram", "solver", "combine", "optimizer")
+PARTS = ("loader", "forward", "VJPs", "traced", "gram", "solver", "combine", "optimizer")
 # Unlike the names of operators, of which there is a fastmtl::gram.
 _PREFIX = "fastmtl "
 _NOTHING = nullcontext()
@@ -24,9 +24,11 @@ def part(name: str) -> AbstractContextManager[Any]:
     """Return a range of this name for the profiler; without one it does nothing.
 
     Args:
-        name: One of ``PARTS``, or ``"step"`` around them. Parts do not lie within each other.
+        name: One of ``PARTS``, or ``"step"`` around them. Parts do not lie within each other; forward pass and VJPs
+            are ``"traced"`` where they are one graph.
     """
-    return _NOTHING if _running is None else _running.range(name)
+    # A graph has no parts, and is the same with a profiler and without.
+    return _NOTHING if torch.compiler.is_compiling() or _running is None else _running.range(name)
 
 
 class StepProfiler:
@@ -101,7 +103,7 @@ class StepProfiler:
         total = spent.pop("step")
         spent["other"] = max(total - sum(spent.values()), 0.0)
         lines = [f"Where the step went, mean of {self.count} steps of {total:.2f} ms:"]
-        lines += [f"  {name:<10} {each:10.2f} ms {each / total:6.1%}" for name, each in spent.items()]
+        lines += [f"  {name:<10} {each:10.2f} ms {each / total:6.1%}" for name, each in spent.items() if each]
         return "\n".join(lines)
 
     @contextmanager

@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from fastmtl.repeated import allow_repeated_backwards
 from fastmtl.trainer.problem import Problem
 
-__all__ = ["CompileReport", "Regions", "cpp_compiler", "is_compiled", "measure_compiled"]
+__all__ = ["CompileReport", "Regions", "cpp_compiler", "graph_errors", "is_compiled", "measure_compiled"]
 
 _POOLING = (torch.ops.aten.max_pool2d_with_indices.default, torch.ops.aten.max_pool2d_with_indices_backward.default)
 # Part of the key of torch's caches: to be renewed with what this module changes about inductor.
@@ -34,7 +34,8 @@ class Regions:
     """The functions of a `Problem`, each compiled on its own if asked for.
 
     The network is cut where its graph forks: a compiled backward pass computes all its gradients at once, so one
-    graph for trunk and heads would run every head once per task.
+    graph for trunk and heads would run every head once per task. Only a graph that holds the backward passes itself
+    needs no cut.
 
     Args:
         problem: The functions.
@@ -50,20 +51,29 @@ class Regions:
     single: Callable[..., Any]
     single_rep: Callable[..., Any]
     single_decode: Callable[..., Any]
+    gradients: Callable[..., Any]
 
     def __init__(self, problem: Problem, compiled: bool, on_compile: Callable[[str], None]) -> None:
+        self.problem = problem
         self.compiled = compiled
+        self.on_compile = on_compile
         if compiled:
             _configure_backwards()
             _allow_graphs(len(problem.tasks))
         for name in _NAMES:
             function = getattr(problem, name)
-            setattr(self, name, _Region(name, function, on_compile) if compiled else function)
+            setattr(self, name, _Region(name, function, problem, on_compile) if compiled else function)
 
     def with_trunk(self, trunk: Callable[..., Any]) -> Regions:
         """Return these regions with another trunk; what is compiled is compiled once for both."""
         other = copy.copy(self)
         other.trunk = trunk
+        return other
+
+    def with_gradients(self, gradients: Callable[..., Any]) -> Regions:
+        """Return these regions and one more: the forward pass and all VJPs as a method of inputs and labels."""
+        other = copy.copy(self)
+        other.gradients = _Traced("network and losses", gradients, self.problem, self.on_compile)
         return other
 
 
@@ -79,15 +89,18 @@ class _Region:
         sets: The sets of tasks seen, and whether a graph was compiled for them.
     """
 
-    def __init__(self, name: str, function: Any, on_compile: Callable[[str], None]) -> None:
+    fullgraph = False
+
+    def __init__(self, name: str, function: Any, problem: Problem, on_compile: Callable[[str], None]) -> None:
         self.name = name
         self.plain = function
+        self.problem = problem
         self.on_compile = on_compile
         self.graphs = 0
         self.first: dict[str | None, int] = {}
         self.sets: dict[tuple[str, ...], bool] = {}
         self._told = False
-        self.function = torch.compile(_with_code_of_its_own(function), backend=self._backend)
+        self.function = torch.compile(_with_code_of_its_own(function), backend=self._backend, fullgraph=self.fullgraph)
 
     def _backend(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
         from torch._inductor.compile_fx import compile_fx
@@ -114,7 +127,7 @@ class _Region:
         if first:
             self.on_compile(f"compiling {what}")
         start, before = time.perf_counter(), self.graphs
-        result = self.function(*args)
+        result = self._run(*args)
         compiled = self.graphs - before
         self.sets.setdefault(tasks, compiled > 0)
         if first:
@@ -124,10 +137,30 @@ class _Region:
             self.on_compile(f"compiled {what}{again} in {time.perf_counter() - start:.1f} s")
         return result
 
+    def _run(self, *args: Any) -> Any:
+        return self.function(*args)
+
     def _labelled(self, labels: Any) -> tuple[str, ...]:
         """Return the tasks of a call, without those that have labels in other batches of the step only."""
         absent = [task for task, each in labels.items() if each is None] if isinstance(labels, Mapping) else []
-        return tuple(task for task in self.plain.__self__.tasks if task not in absent)
+        return tuple(task for task in self.problem.tasks if task not in absent)
+
+
+class _Traced(_Region):
+    """A region with its backward passes: one graph, or none."""
+
+    fullgraph = True
+
+    def _run(self, *args: Any) -> Any:
+        import torch._dynamo.config as dynamo_config
+
+        # Not for good: code of the user's may count on torch's default.
+        before = dynamo_config.trace_autograd_ops
+        dynamo_config.trace_autograd_ops = True
+        try:
+            return self.function(*args)
+        finally:
+            dynamo_config.trace_autograd_ops = before
 
 
 def _with_code_of_its_own(method: Any) -> Any:
@@ -205,6 +238,13 @@ def _configure_backwards() -> None:
         functorch_config.force_non_lazy_backward_lowering = True
 
 
+def graph_errors() -> tuple[type[Exception], ...]:
+    """Return what torch raises where something cannot be one graph, or not in as many versions as are needed."""
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+
+    return TorchDynamoException, FailOnRecompileLimitHit
+
+
 def cpp_compiler() -> tuple[str | None, str]:
     """Return the compiler torch.compile would call on the CPU, and why there is none."""
     try:
@@ -274,7 +314,7 @@ def measure_compiled(step: Callable[[], Any], regions: Regions) -> CompileReport
     for event in profiler.events() or []:
         if event.name == "fastmtl::step":
             total = event.cpu_time_total
-        elif event.name in ("CompiledFunction", "CompiledFunctionBackward"):
+        elif event.name == "CompiledFunctionBackward" or event.name.startswith("Torch-Compiled Region"):
             compiled += event.cpu_time_total
     used = [region for region in vars(regions).values() if isinstance(region, _Region) and any(region.first.values())]
     return CompileReport(

@@ -33,8 +33,8 @@ class Pass:
         rows: T gradients, each a list over tensors; None where no Jacobian was asked for.
     """
 
-    def __init__(self, losses: Sequence[Tensor], preds: dict[str, Any], rows: Rows | None = None) -> None:
-        self.losses = torch.stack([loss.detach() for loss in losses])
+    def __init__(self, losses: Tensor | Sequence[Tensor], preds: dict[str, Any], rows: Rows | None = None) -> None:
+        self.losses = losses if isinstance(losses, Tensor) else torch.stack([loss.detach() for loss in losses])
         self.preds = preds
         self.rows = rows
 
@@ -102,6 +102,9 @@ class Route:
         done.write_heads(heads)
         done.write_shared(shared)
         return done
+
+    def prepare(self, inputs: Any, labels: Any) -> None:
+        """Find out what must be known of the network before it is differentiated."""
 
     def row(
         self,
@@ -175,9 +178,9 @@ class Route:
                 grads = vjp([loss], [seeds[t]], [*leaves[t], *own], retain=t + 1 < count)
                 cotangents.append(grads[: len(leaves[t])])
                 parts.append(grads[len(leaves[t]) :])
-        return cotangents, OwnGradients(own, parts, self._places())
+        return cotangents, OwnGradients(own, parts, self.places())
 
-    def _places(self) -> list[int] | None:
+    def places(self) -> list[int] | None:
         """Return for each task-specific parameter the place of its task among those of this step."""
         if self._owners is None:
             return None
@@ -197,7 +200,7 @@ class RowsPass(Pass):
     """A pass whose rows are gradients of the shared parameters."""
 
     def __init__(
-        self, route: Route, losses: Sequence[Tensor], preds: dict[str, Any], rows: Rows, own: OwnGradients
+        self, route: Route, losses: Tensor | Sequence[Tensor], preds: dict[str, Any], rows: Rows, own: OwnGradients
     ) -> None:
         super().__init__(losses, preds, rows)
         self.route = route
@@ -274,10 +277,14 @@ class SplitRoute(Route):
         set_grads(self.problem.shared_params, rows[0])
         return done
 
-    def _trunk(self, inputs: Any, labels: Any) -> Features:
-        # Before there is a graph: it writes the buffers that the graph may keep.
+    def prepare(self, inputs: Any, labels: Any) -> None:
+        """Find out whose each task-specific parameter is, if their gradients will be weighted."""
         if self.weighs_heads:
             self.learn_owners(inputs, labels)
+
+    def _trunk(self, inputs: Any, labels: Any) -> Features:
+        # Before there is a graph: it writes the buffers that the graph may keep.
+        self.prepare(inputs, labels)
         with part("forward"):
             return cast(Features, self.regions.trunk(inputs))
 
@@ -328,7 +335,7 @@ class WholeRoute(Route):
                 losses, self.seeds(losses, weights), [*problem.shared_params, *problem.own_params], retain=False
             )
             count = len(problem.shared_params)
-            OwnGradients(problem.own_params, [grads[count:]], self._places()).write(own_weights / weights)
+            OwnGradients(problem.own_params, [grads[count:]], self.places()).write(own_weights / weights)
             set_grads(problem.shared_params, grads[:count])
             return SumPass(self, losses, preds)
         for params, weights, retain in (

@@ -80,12 +80,14 @@ class Trainer(nn.Module):
         load_path: A ``best.pt``, or the folder it is in, to start from.
         device: Where to train; the first GPU if there is one, else the CPU.
         compile: Compile the forward and backward passes with ``torch.compile``. ``"auto"`` trains the first steps
-            both ways, keeps the faster and says which. The trunk's stay eager if ``vjps`` is not sequential.
+            both ways, keeps the faster and says which.
         cuda_graph: Capture the step as a CUDA graph and replay it; where that cannot be, it runs eagerly and says why.
         vjps: How the tasks' gradients go through the shared network: ``"sequential"``, one after the other;
             ``"batched"``, together, by torch's batching rules; ``"compressed"``, for linear layers only as far as the
-            Gram matrix needs them. Where a way cannot be gone, they come one after the other. ``"auto"`` is sequential
-            below 8 tasks; from there on it trains the first steps each way, keeps the fastest and says which.
+            Gram matrix needs them; ``"traced"``, compiled in one graph with the forward pass. Where a way cannot be
+            gone, they come one after the other. ``"auto"`` trains the first steps each way from 8 tasks on, keeps the
+            fastest and says which; below, it is sequential, or traced if the step is compiled, the network not too
+            large and without convolutions. Batched and compressed ones leave the trunk eager if ``compile`` is on.
         logger: A `Logger`, or several.
         resume: A ``last.pt``, or the folder it is in, to go on from.
         precision: ``"fp32"``; ``"bf16"`` or ``"fp16"`` compute the network in that dtype where it is safe (autocast),

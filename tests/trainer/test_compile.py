@@ -22,6 +22,12 @@ from fastmtl.trainer.regions import is_compiled, measure_compiled
 from tests.trainer.test_step import OnePiece
 from tests.trainer.toy import flat, loaders, make_trainer
 
+# How the VJPs go, with the regions that are compiled then: as they are reported, and by name.
+REGIONS = {
+    "sequential": (["trunk", "heads"], ["trunk", "heads"]),
+    "traced": (["network and losses"], ["gradients"]),
+}
+
 
 def _conv_trainer(architecture: Any, compile: bool, weighting: str = "MGDA", **options: Any) -> Any:
     def decoder() -> nn.Module:
@@ -188,13 +194,15 @@ def test_donated_buffers_are_off(donate: bool) -> None:
 
 
 @pytest.mark.slow
-def test_the_trainer_reports_what_was_compiled() -> None:
+@pytest.mark.parametrize("vjps", REGIONS)
+def test_the_trainer_reports_what_was_compiled(vjps: str) -> None:
     torch.compiler.reset()
-    trainer = make_trainer(compile=True)
+    trainer = make_trainer(compile=True, vjps=vjps)
     trainer.train(loaders(rows=32), loaders(), 1)
     report = trainer.compile_report
     assert report is not None
-    assert report.regions == ["trunk", "heads"]
+    assert report.regions == REGIONS[vjps][0]
+    assert 0 < report.share < 1
     assert "0 graph breaks, 0 recompiles" in str(report)
 
 
@@ -259,17 +267,22 @@ def test_a_network_compiled_before_gives_every_tasks_gradient(vjps: str, in_plac
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
 
 
+def _graphs(trainer: Any, vjps: str) -> list[int]:
+    return [getattr(trainer.step.route.regions, region).graphs for region in REGIONS[vjps][1]]
+
+
 @pytest.mark.slow
-def test_other_sizes_of_the_last_batch_compile_once_more_at_most() -> None:
+@pytest.mark.parametrize("vjps", REGIONS)
+def test_other_sizes_of_the_last_batch_compile_once_more_at_most(vjps: str) -> None:
     torch.compiler.reset()
-    trainer = make_trainer(compile=True)
+    trainer = make_trainer(compile=True, vjps=vjps)
     batches = {rows: next(iter(loaders(rows=rows, batch=rows))) for rows in (8, 5, 7, 3, 6)}
     graphs = []
     for rows in (8, 5, 8, 7, 3, 6):
         trainer.step([batches[rows]], StepBuffer())
-        graphs.append((trainer.step.route.regions.trunk.graphs, trainer.step.route.regions.heads.graphs))
-    assert graphs[0] == (1, 1)
-    assert graphs[1] == graphs[-1] == (2, 2)
+        graphs.append(_graphs(trainer, vjps))
+    assert set(graphs[0]) == {1}
+    assert set(graphs[1]) == set(graphs[-1]) == {2}
 
 
 @pytest.fixture
@@ -284,7 +297,8 @@ def quick_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("quick_backend")
-def test_steps_of_many_sets_of_tasks_are_compiled_for_some_and_say_so() -> None:
+@pytest.mark.parametrize("vjps", REGIONS)
+def test_steps_of_many_sets_of_tasks_are_compiled_for_some_and_say_so(vjps: str) -> None:
     torch.compiler.reset()
     messages: list[str] = []
 
@@ -294,22 +308,24 @@ def test_steps_of_many_sets_of_tasks_are_compiled_for_some_and_say_so() -> None:
 
     found = []
     for compile in (False, True):
-        trainer = make_trainer(count=6, compile=compile, logger=Listener())
+        trainer = make_trainer(count=6, compile=compile, vjps=vjps if compile else "sequential", logger=Listener())
         inputs, labels = next(iter(loaders(6)))
         for a, b in [*itertools.combinations(range(6), 2)] * 2:
             some = {f"task{t}": labels[f"task{t}"] for t in (a, b)}
             trainer.step([(inputs, some)], StepBuffer(), [a, b])
         found.append(flat(trainer.model.parameters()))
     torch.testing.assert_close(found[0], found[1])
-    regions = trainer.step.route.regions
-    assert (regions.trunk.graphs, regions.heads.graphs) == (1, 9)
-    assert messages.count("heads: compiled for 9 sets of tasks, eager for further ones") == 1
-    assert sum(message.startswith("compiled heads again, for other shapes or tasks, in") for message in messages) == 8
-    assert len([message for message in messages if "trunk" in message]) == 2
+    *trunk, last = _graphs(trainer, vjps)
+    assert (trunk, last) == ([1] * len(trunk), 9)
+    name = REGIONS[vjps][0][-1]
+    assert messages.count(f"{name}: compiled for 9 sets of tasks, eager for further ones") == 1
+    assert sum(message.startswith(f"compiled {name} again, for other shapes or tasks, in") for message in messages) == 8
+    assert len([message for message in messages if "trunk" in message]) == 2 * len(trunk)
 
 
 @pytest.mark.usefixtures("quick_backend")
-def test_accumulated_batches_of_many_sets_of_tasks_are_compiled_for_some_and_say_so() -> None:
+@pytest.mark.parametrize("vjps", REGIONS)
+def test_accumulated_batches_of_many_sets_of_tasks_are_compiled_for_some_and_say_so(vjps: str) -> None:
     torch.compiler.reset()
     messages: list[str] = []
 
@@ -317,24 +333,25 @@ def test_accumulated_batches_of_many_sets_of_tasks_are_compiled_for_some_and_say
         def on_compile(self, message: str) -> None:
             messages.append(message)
 
-    trainer = make_trainer(count=6, compile=True, accumulate=2, logger=Listener())
+    trainer = make_trainer(count=6, compile=True, vjps=vjps, accumulate=2, logger=Listener())
     inputs, labels = next(iter(loaders(6)))
     for some in itertools.chain(itertools.combinations(range(6), 2), itertools.combinations(range(6), 3)):
         part = {f"task{t}": labels[f"task{t}"] for t in some}
         trainer.step([(inputs, part), (inputs, labels)], StepBuffer())
-    assert trainer.step.route.regions.heads.graphs == 9
-    assert messages.count("heads: compiled for 9 sets of tasks, eager for further ones") == 1
+    assert _graphs(trainer, vjps)[-1] == 9
+    assert messages.count(f"{REGIONS[vjps][0][-1]}: compiled for 9 sets of tasks, eager for further ones") == 1
 
 
 @pytest.mark.usefixtures("quick_backend")
-def test_many_trainers_in_one_process_are_all_compiled() -> None:
+@pytest.mark.parametrize("vjps", REGIONS)
+def test_many_trainers_in_one_process_are_all_compiled(vjps: str) -> None:
     torch.compiler.reset()
     batch = next(iter(loaders()))
     for _ in range(torch._dynamo.config.recompile_limit + 2):
         # Networks of one shape share their guards, but each trainer compiles its own.
-        trainer = make_trainer(compile=True)
+        trainer = make_trainer(compile=True, vjps=vjps)
         trainer.step([batch], StepBuffer())
-        assert trainer.step.route.regions.trunk.graphs == 1
+        assert set(_graphs(trainer, vjps)) == {1}
 
 
 def test_a_compiled_forward_is_noticed() -> None:

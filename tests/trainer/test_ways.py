@@ -13,6 +13,7 @@ from fastmtl.trainer.capture import StepCapture
 from fastmtl.trainer.compressed import CompressedRoute
 from fastmtl.trainer.records import StepBuffer
 from fastmtl.trainer.routes import SplitRoute
+from fastmtl.trainer.traced import TracedRoute
 from fastmtl.weighting import AbsWeighting, Weights
 from tests.trainer.test_capture import Rerun
 from tests.trainer.toy import flat, loaders, make_trainer
@@ -21,7 +22,8 @@ TASKS, ROWS = 3, 24
 WAYS: dict[str, dict[str, Any]] = {
     "batched": {"vjps": "batched"},
     "compressed": {"vjps": "compressed"},
-    "compiled": {"compile": True},
+    "compiled": {"compile": True, "vjps": "sequential"},
+    "traced": {"compile": True, "vjps": "traced"},
     "batched, heads compiled": {"vjps": "batched", "compile": True},
     "compressed, heads compiled": {"vjps": "compressed", "compile": True},
     "captured": {},
@@ -82,9 +84,11 @@ def _gradients(dtype: str, captured: bool = False, **way: Any) -> list[Tensor]:
             trainer.step(batches, StepBuffer())
         assert not captured or trainer.step.capture.replays == 2
         found.append(flat([param.grad for param in trainer.model.parameters()]))
-    kind = {"batched": BatchedRoute, "compressed": CompressedRoute}.get(way.get("vjps", ""), SplitRoute)
-    assert type(trainer.step.route) is kind
-    assert trainer.step.route.possible
+    kinds = {"batched": BatchedRoute, "compressed": CompressedRoute, "traced": TracedRoute}
+    route: Any = trainer.step.route
+    assert type(route) is kinds.get(way.get("vjps", ""), SplitRoute)
+    assert route.possible
+    assert getattr(route, "traces", True)
     assert trainer.step.latest is not None
     assert trainer.step.latest.gram is not None
     return [*found, trainer.step.latest.gram]

@@ -1,0 +1,64 @@
+"""Forward pass and all VJPs as one compiled graph, in place of regions with autograd between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from fastmtl.trainer.own import OwnGradients
+from fastmtl.trainer.profiling import part
+from fastmtl.trainer.regions import graph_errors
+from fastmtl.trainer.routes import Pass, Route, RowsPass
+from fastmtl.trainer.trees import map_tree
+
+__all__ = ["TracedRoute"]
+
+
+class TracedRoute(Route):
+    """A route traced with its backward passes, so that nothing is left to autograd, and each task's VJP is compiled.
+
+    Args:
+        plain: The route to trace, of functions that are not compiled: one that has a `RowsPass`.
+        regional: The same of compiled regions: for steps with weights known beforehand, and where tracing fails.
+        tell: Told why, if it does.
+
+    Attributes:
+        traces: Whether tracing has not failed yet.
+    """
+
+    def __init__(self, plain: Route, regional: Route, tell: Callable[[str], None]) -> None:
+        super().__init__(plain.problem, regional.regions.with_gradients(self._gradients), plain.weighs_heads)
+        self.plain = plain
+        self.regional = regional
+        self.tell = tell
+        self.traces = True
+
+    def __call__(self, inputs: Any, labels: Any) -> Pass:
+        """Run the forward pass and all VJPs."""
+        if self.traces:
+            try:
+                return self._traced(inputs, labels)
+            except graph_errors() as cause:
+                self.traces = False
+                reason = str(cause).splitlines()[0]
+                self.tell(f"compile: in regions, as the gradients cannot be in one graph with the rest: {reason}")
+        return self.regional(inputs, labels)
+
+    def frozen(self, inputs: Any, labels: Any, shared: Tensor, heads: Tensor | None) -> Pass:
+        """Run the forward pass and one VJP, of compiled regions."""
+        return self.regional.frozen(inputs, labels, shared, heads)
+
+    def _traced(self, inputs: Any, labels: Any) -> Pass:
+        self.plain.prepare(inputs, labels)
+        with part("traced"):
+            losses, preds, rows, parts = self.regions.gradients(inputs, labels)
+        own = OwnGradients(self.problem.own_params, parts, self.plain.places())
+        return RowsPass(self, losses, preds, rows, own)
+
+    def _gradients(self, inputs: Any, labels: Any) -> tuple[Any, ...]:
+        """Return losses, predictions, rows and the gradients of the task-specific parameters."""
+        done: Any = self.plain(inputs, labels)
+        preds = map_tree(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, done.preds)
+        return done.losses, preds, done.rows, done.own.parts
