@@ -18,7 +18,7 @@ from fastmtl.trainer.precision import LossScaler
 from fastmtl.trainer.profiling import part
 from fastmtl.trainer.rep_routes import RepPass
 from fastmtl.trainer.routes import Pass
-from fastmtl.trainer.sampling import narrowed, write_back
+from fastmtl.trainer.sampling import narrowed, spread, write_back
 from fastmtl.weighting import Weights
 
 __all__ = ["Balancer"]
@@ -56,6 +56,8 @@ class Balancer:
         self.held: Weights | None = None
         self.average: tuple[Tensor, Tensor | None] | None = None
         self._since_solved = 0
+        # Weights of steps of some tasks, as long as no step of all tasks has been.
+        self._partial: tuple[list[int], Weights, int] | None = None
 
     def weights_in_force(self) -> Weights | None:
         """Return the weights that hold for this step without a solve, None if it is time for one."""
@@ -204,12 +206,18 @@ class Balancer:
 
     @contextmanager
     def narrowed(self, tasks: list[int]) -> Iterator[None]:
-        """Let what is held between steps be of some tasks; a solve of those alone is not held for steps of all."""
+        """Let what is held between steps be of some tasks.
+
+        A solve of those alone is not held for steps of all; where no such step has been, it is for steps of the same
+        tasks.
+        """
         held, average, since = self.held, self.average, self._since_solved
         if held is not None:
             shared, heads = (self._narrowed(each, tasks) for each in (held.shared, held.heads))
             assert shared is not None
             self.held = replace(held, shared=shared, heads=heads, logged=narrowed(held.logged, tasks))
+        elif self._partial is not None and self._partial[0] == tasks:
+            _, self.held, self._since_solved = self._partial
         if average is not None:
             shared, heads = (narrowed(each, tasks) for each in average)
             assert shared is not None
@@ -218,13 +226,24 @@ class Balancer:
         try:
             yield
         finally:
-            part, self.held, self.average = self.average, held, average
+            found, part, self.held, self.average = self.held, self.average, held, average
+            if held is None and found is not None:
+                self._partial = list(tasks), found, self._since_solved
             if solves:
                 self._since_solved = since
-            if average is not None and part is not None:
+            if part is not None and average is None:
+                # What is not known yet follows the first weights that are.
+                shared, heads = (None if each is None else self._spread(each, tasks) for each in part)
+                assert shared is not None
+                self.average = shared, heads
+            elif part is not None and average is not None:
                 for whole, some in zip(average, part, strict=True):
                     if whole is not None and some is not None:
                         write_back(whole, some, tasks)
+
+    def _spread(self, weights: Tensor, tasks: list[int]) -> Tensor:
+        """Return weights of some tasks, NaN for the others."""
+        return spread(weights, tasks, len(self.model.task_name), torch.nan)
 
     def _narrowed(self, weights: Tensor | None, tasks: list[int]) -> Tensor | None:
         """Return the entries of some tasks, sample by sample."""
@@ -236,16 +255,21 @@ class Balancer:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs of the weights held between two solves."""
-        held = self.held
-        names = ("shared", "heads", "logged", "max_norm")
-        kept = None if held is None else {name: getattr(held, name) for name in names}
-        return {"since_solved": self._since_solved, "held": kept, "average": self.average}
+        kept = None if self.held is None else _kept(self.held)
+        partial = None if self._partial is None else (self._partial[0], _kept(self._partial[1]), self._partial[2])
+        return {"since_solved": self._since_solved, "held": kept, "average": self.average, "partial": partial}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
         self._since_solved = state["since_solved"]
         self.held = None if state["held"] is None else Weights(**state["held"])
         self.average = state["average"]
+        partial = state.get("partial")
+        self._partial = None if partial is None else (partial[0], Weights(**partial[1]), partial[2])
+
+
+def _kept(weights: Weights) -> dict[str, Any]:
+    return {name: getattr(weights, name) for name in ("shared", "heads", "logged", "max_norm")}
 
 
 def _unless(bad: Tensor, new: Tensor | None, old: Tensor | None, start: float) -> Tensor | None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fastmtl.graph import batches_well
-from fastmtl.trainer.problem import Features, Problem
+from fastmtl.trainer.problem import Features
 from fastmtl.trainer.regions import Regions
 from fastmtl.trainer.routes import Rows, SplitRoute
+from fastmtl.trainer.structure import Structure
 from fastmtl.vjp import batched_vjps
 
 __all__ = ["BatchedRoute"]
@@ -17,7 +18,7 @@ class BatchedRoute(SplitRoute):
     """The T cotangents go through the trunk together; one after the other where that is not possible.
 
     Args:
-        problem: What to differentiate.
+        structure: The problem to differentiate.
         regions: The problem's functions; the trunk is not compiled: compiled backward passes have no batching rules.
         weighs_heads: Whether the task-specific parameters' gradients will be weighted.
         tell: Told why, if it is not possible.
@@ -26,13 +27,13 @@ class BatchedRoute(SplitRoute):
 
     def __init__(
         self,
-        problem: Problem,
+        structure: Structure,
         regions: Regions,
         weighs_heads: bool,
         tell: Callable[[str], None],
         forced: bool = False,
     ) -> None:
-        super().__init__(problem, regions, weighs_heads)
+        super().__init__(structure, regions, weighs_heads)
         self.tell = tell
         self.forced = forced
 

@@ -19,6 +19,7 @@ from fastmtl.trainer.problem import Problem
 from fastmtl.trainer.regions import Regions, cpp_compiler, is_compiled
 from fastmtl.trainer.rep_routes import ForwardRepRoute, RepRoute
 from fastmtl.trainer.routes import Route, SplitRoute, SumRoute, WholeRoute
+from fastmtl.trainer.structure import Structure
 from fastmtl.trainer.traced import TracedRoute
 from fastmtl.weighting import AbsWeighting
 
@@ -60,14 +61,18 @@ def routes_to_try(
     weighs_heads = rule.weighs_heads
     needs_gradients = rule.needs not in ("losses", "lookahead")
 
+    if needs_gradients:
+        # For functions in it that are compiled, too, which cannot be found.
+        allow_repeated_backwards()
     if needs_gradients and is_compiled(rule):
         # Backward passes that were compiled before may overwrite what the next task's needs.
-        allow_repeated_backwards()
         torch.compiler.reset()
         tell("parts of the network were compiled before: they are compiled anew, for one backward pass per task")
 
+    structure = Structure(problem)
+
     def choose(compiled: bool) -> Route:
-        return _plainest(problem, Regions(problem, compiled, tell), needs_gradients, weighs_heads)
+        return _plainest(structure, Regions(problem, compiled, tell), needs_gradients, weighs_heads)
 
     eager = choose(False)
     against_tracing = _against_tracing(eager, rule, alone)
@@ -81,8 +86,8 @@ def routes_to_try(
     routes: dict[str, Route] = {"eager" if plain is eager else "compiled": plain}
     # Compiled backward passes have no batching rules and no layers.
     regions = plain.regions.with_trunk(problem.trunk)
-    batched = BatchedRoute(problem, regions, weighs_heads, tell, forced=options.vjps == "batched")
-    compressed = CompressedRoute(problem, regions, weighs_heads)
+    batched = BatchedRoute(structure, regions, weighs_heads, tell, forced=options.vjps == "batched")
+    compressed = CompressedRoute(structure, regions, weighs_heads)
     against_batching = _against_batching(eager, rule, alone)
     reasons = {
         "batched": against_batching,
@@ -104,11 +109,11 @@ def routes_to_try(
     return routes
 
 
-def _plainest(problem: Problem, regions: Regions, needs_gradients: bool, weighs_heads: bool) -> Route:
+def _plainest(structure: Structure, regions: Regions, needs_gradients: bool, weighs_heads: bool) -> Route:
     """Return the route for a model and a strategy.
 
     Args:
-        problem: What to differentiate.
+        structure: The problem to differentiate.
         regions: The problem's functions, compiled or not.
         needs_gradients: The strategy needs the gradients of the tasks, not only their losses.
         weighs_heads: The strategy weighs the gradients of task-specific parameters too.
@@ -116,20 +121,20 @@ def _plainest(problem: Problem, regions: Regions, needs_gradients: bool, weighs_
     Raises:
         UsageError: The combination cannot be compiled.
     """
-    model = problem.model
+    model = structure.problem.model
     if not needs_gradients:
-        return SumRoute(problem, regions, weighs_heads)
+        return SumRoute(structure, regions, weighs_heads)
     if model.rep_grad:
         if model.splits:
-            return RepRoute(problem, regions, weighs_heads)
+            return RepRoute(structure, regions, weighs_heads)
         if regions.compiled:
             raise UsageError(
                 f"rep_grad cannot be compiled for {type(model).__mro__[1].__name__}, whose forward is one piece: "
                 "give it trunk and branch, or leave compile off."
             )
-        return ForwardRepRoute(problem, regions, weighs_heads)
+        return ForwardRepRoute(structure, regions, weighs_heads)
     kind = SplitRoute if model.splits and not model.multi_input else WholeRoute
-    return kind(problem, regions, weighs_heads)
+    return kind(structure, regions, weighs_heads)
 
 
 def _against_batching(plain: Route, rule: Any, alone: bool) -> str | None:

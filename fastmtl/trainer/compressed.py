@@ -19,10 +19,11 @@ from torch.autograd.graph import GradientEdge
 
 from fastmtl.graph import batches_well, graph_nodes
 from fastmtl.trainer.own import OwnGradients, set_grads
-from fastmtl.trainer.problem import Features, Problem
+from fastmtl.trainer.problem import Features
 from fastmtl.trainer.profiling import part
 from fastmtl.trainer.regions import Regions
 from fastmtl.trainer.routes import Rows, RowsPass, SplitRoute, weighted
+from fastmtl.trainer.structure import Structure
 from fastmtl.vjp import batched_vjps, vjp
 
 __all__ = ["CompressedRoute"]
@@ -62,20 +63,20 @@ class CompressedRoute(SplitRoute):
     the rows are gradients as ever.
     """
 
-    def __init__(self, problem: Problem, regions: Regions, weighs_heads: bool) -> None:
-        super().__init__(problem, regions, weighs_heads)
+    def __init__(self, structure: Structure, regions: Regions, weighs_heads: bool) -> None:
+        super().__init__(structure, regions, weighs_heads)
         self._batches: bool | None = None
-        shared = set(problem.shared_params)
+        shared = set(self.problem.shared_params)
         self.layers = [
             module
-            for module in problem.model.modules()
+            for module in self.problem.model.modules()
             if type(module) is nn.Linear and module.weight in shared and (module.bias is None or module.bias in shared)
         ]
 
-    def __call__(self, inputs: Any, labels: Any) -> CompressedPass:
+    def split(self, inputs: Any, labels: Any) -> CompressedPass:
         """Run the forward pass and the VJPs down to the outputs of the layers that count."""
         with self._calls() as calls:
-            outputs = self._trunk(inputs, labels)
+            outputs = self._trunk(inputs)
         features, losses, preds, cotangents, own = self._heads(outputs, labels)
         with part("VJPs"):
             rows = self._compressed(features, cotangents, calls)
@@ -87,7 +88,9 @@ class CompressedRoute(SplitRoute):
         calls: list[tuple[nn.Linear, Tensor, GradientEdge]] = []
 
         def note(layer: Any, args: tuple[Any, ...], output: Tensor) -> None:
-            if output.grad_fn is not None and len(args) == 1:
+            # In low precision, which a network may ask for by itself, products would be rounded twice.
+            same = isinstance(output, Tensor) and len(args) == 1 and output.dtype == args[0].dtype == layer.weight.dtype
+            if same and output.grad_fn is not None:
                 calls.append((layer, args[0].detach(), GradientEdge(output.grad_fn, output.output_nr)))
 
         # A hook of the user's may return something else than the layer does.
@@ -105,13 +108,12 @@ class CompressedRoute(SplitRoute):
         nodes = list(graph_nodes(feature.grad_fn for feature in features if feature.grad_fn is not None))
         for node in nodes:
             uses.update(child.variable for child, _ in node.next_functions if hasattr(child, "variable"))
-        called, reached = Counter(layer for layer, _, _ in calls), set(nodes)
+        reached = set(nodes)
         chosen = [
             (layer, given, edge)
             for layer, given, edge in calls
-            if called[layer] == 1
             # Not if it was a view that an operation in place has put another node in the place of.
-            and edge.node in reached
+            if edge.node in reached
             and all(uses[param] == 1 for param in layer.parameters())
             and given.shape[:-1].numel() + len(cotangents) < layer.in_features
         ]

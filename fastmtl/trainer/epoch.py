@@ -44,7 +44,9 @@ class TrainingEpoch:
 
     def run(self, start: Mapping[str, Any]) -> None:
         """Train from step ``start["batch"]`` on, which is where a checkpoint left off."""
-        trainer, step, steps = self._trainer, self._trainer.step, self._steps
+        trainer, steps = self._trainer, self._steps
+        trainer.follow_freezing()
+        step = trainer.step
         model, meter, profiler = trainer.model, trainer.meter, trainer.profiler
         model.epoch = self._index
         model.train()

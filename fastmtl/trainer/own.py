@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from fastmtl.trainer.buffers import keeping_buffers
-from fastmtl.trainer.problem import Problem
-
-__all__ = ["OwnGradients", "find_owners", "set_grads", "summed"]
+__all__ = ["OwnGradients", "set_grads", "summed"]
 
 Grads = Sequence[Tensor | None]
 
@@ -79,29 +74,3 @@ def summed(rows: Sequence[Grads], others: Sequence[Grads]) -> list[list[Tensor |
         [a if b is None else b if a is None else a + b for a, b in zip(mine, other, strict=True)]
         for mine, other in zip(rows, others, strict=True)
     ]
-
-
-def find_owners(problem: Problem, inputs: Any, labels: Any) -> list[int] | None:
-    """Return the task of each task-specific parameter, None if some parameter serves several.
-
-    Runs the network once on a batch, and puts back its buffers and the random numbers. A parameter that no task reaches
-    may be one that this batch's random numbers left out, so that it may serve several.
-    """
-    model = problem.model
-    sampled, problem.tasks = problem.tasks, model.task_name
-    devices = [model.device] if model.device.type == "cuda" else []
-    try:
-        with keeping_buffers(model), torch.enable_grad(), torch.random.fork_rng(devices):
-            losses, _ = problem.whole(inputs, labels)
-            reached = [
-                torch.autograd.grad(loss, problem.own_params, retain_graph=True, allow_unused=True) for loss in losses
-            ]
-    finally:
-        problem.tasks = sampled
-    owners = []
-    for column in zip(*reached, strict=True):
-        tasks = [t for t, grad in enumerate(column) if grad is not None]
-        if len(tasks) != 1:
-            return None
-        owners.append(tasks[0])
-    return owners

@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 from fastmtl.architecture import AbsArchitecture
 from fastmtl.distributed.exchange import Exchange
+from fastmtl.errors import UsageError
 from fastmtl.loss import AbsLoss
 from fastmtl.trainer.labels import labelled_entries
-from fastmtl.trainer.trees import leaves
+from fastmtl.trainer.trees import leaves, map_tree
 
-__all__ = ["Problem"]
+__all__ = ["Features", "Problem", "cut_features"]
 
-Features = tuple[Tensor, ...]
+# Of tensors, or containers of them.
+Features = tuple[Any, ...]
 Scored = tuple[tuple[Tensor, ...], dict[str, Any]]
 
 
@@ -31,8 +33,11 @@ class Problem:
         losses: The loss of each task.
         process_preds: The trainer's hook, called with all predictions, or with one and its task if multi-input.
         low_precision: The dtype the network computes in where that is safe (autocast); losses are always float32 then.
+        strategy_params: The parameters of the model that are the strategy's.
 
     Attributes:
+        shared_params: The trainable parameters whose task gradients are balanced.
+        own_params: The other trainable ones of the network.
         factor: What all losses are multiplied by before they are differentiated, a scalar tensor; None for 1.
         share: (T,) share of this batch, and this process, in a step, by which losses are multiplied too; None for 1.
     """
@@ -43,6 +48,7 @@ class Problem:
         losses: Mapping[str, AbsLoss],
         process_preds: Callable[..., Any],
         low_precision: torch.dtype | None = None,
+        strategy_params: Sequence[nn.Parameter] = (),
     ) -> None:
         self.model = model
         self.tasks = model.task_name
@@ -52,9 +58,9 @@ class Problem:
         self.factor: Tensor | None = None
         self.share: Tensor | None = None
         self.shared_params = [param for param in model.get_share_params() if param.requires_grad]
-        known = {id(param) for param in self.shared_params}
+        known = {*self.shared_params, *strategy_params}
         self.own_params: list[nn.Parameter] = [
-            param for param in model.parameters() if param.requires_grad and id(param) not in known
+            param for param in model.parameters() if param.requires_grad and param not in known
         ]
 
     def factors(self) -> Tensor | None:
@@ -119,7 +125,12 @@ class Problem:
     def whole(self, inputs: Any, labels: Mapping[str, Any]) -> Scored:
         """Return losses and predictions of one batch that all tasks share."""
         with self._autocast():
-            preds = self.model(inputs)
+            if len(self.tasks) == len(self.model.task_name) or not self.model.splits:
+                preds = self.model(inputs)
+            else:
+                # The decoders of absent tasks do not run: they may have statistics of their own.
+                features = self.model.trunk(inputs)
+                preds = {task: self.model.decoders[task](self.model.branch(features, task)) for task in self.tasks}
         return self._score(preds, labels)
 
     def single(self, inputs: Any, labels: Any, task: str) -> tuple[Tensor, Any]:
@@ -150,7 +161,11 @@ class Problem:
 
     def _full(self, pred: Any) -> Any:
         """Return predictions in float32 where the network's are not."""
-        return pred.float() if self.low_precision is not None and isinstance(pred, Tensor) else pred
+
+        def full(leaf: Any) -> Any:
+            return leaf.float() if isinstance(leaf, Tensor) and leaf.dtype in (torch.bfloat16, torch.float16) else leaf
+
+        return pred if self.low_precision is None else map_tree(full, pred)
 
     def _score(self, preds: dict[str, Any], labels: Mapping[str, Any]) -> Scored:
         preds = self.process_preds({task: self._full(pred) for task, pred in preds.items()})
@@ -158,14 +173,38 @@ class Problem:
         return tuple(self._loss(preds[task], labels[task], task) for task in tasks), preds
 
     def _loss(self, pred: Any, labels: Any, task: str) -> Tensor:
-        return _nothing(pred) if labels is None else self.losses[task].compute_loss(pred, labels)
+        if labels is None:
+            return _nothing(pred)
+        loss = self.losses[task].compute_loss(pred, labels)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise UsageError(
+                f"compute_loss of {type(self.losses[task]).__name__}, the loss of {task}, must return a scalar tensor, "
+                f"got {got}."
+            )
+        if loss.dtype == torch.float64 and all(leaf.dtype != torch.float64 for leaf in _floats(pred)):
+            # The labels were.
+            loss = loss.float()
+        return loss.reshape(())
+
+
+def cut_features(features: Features) -> Features:
+    """Return aliases of the features that start a graph of their own, at those that depend on parameters."""
+
+    def cut(leaf: Any) -> Any:
+        return leaf.detach().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
+
+    return tuple(map_tree(cut, feature) for feature in features)
 
 
 def _nothing(pred: Any) -> Tensor:
     """Return a loss of zero for labels that only other processes or batches have, with a graph like theirs."""
-    tensors = [leaf for leaf in leaves(pred) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     # Not a multiple of the predictions, which may be infinite.
-    return torch.stack([tensor.reshape(-1)[:0].sum() for tensor in tensors]).sum()
+    return torch.stack([tensor.reshape(-1)[:0].sum() for tensor in _floats(pred)]).sum()
+
+
+def _floats(pred: Any) -> list[Tensor]:
+    return [leaf for leaf in leaves(pred) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def _scalar(count: int | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fastmtl.errors import UsageError
 from fastmtl.trainer.own import OwnGradients, summed
-from fastmtl.trainer.problem import Features
+from fastmtl.trainer.problem import Features, cut_features
 from fastmtl.trainer.profiling import part
-from fastmtl.trainer.routes import Pass, Route, Rows, cut_features, forward
+from fastmtl.trainer.routes import Pass, Route, Rows, forward
 
 __all__ = ["ForwardRepRoute", "RepPass", "RepRoute"]
 
@@ -72,10 +72,16 @@ class RepPass(Pass):
 class RepRoute(Route):
     """``rep_grad``: the rows are gradients of the representations."""
 
-    def __call__(self, inputs: Any, labels: Any) -> RepPass:
+    def prepare(self, inputs: Any, labels: Any) -> None:
+        """Refuse decoders that use shared parameters; find out whose parameters are if their gradients are weighted."""
+        model = self.problem.model
+        if model.splits and not model.multi_input and self.structure.learn_cut(inputs, labels) and self.structure.tied:
+            raise UsageError(f"rep_grad must be False here, as {self.structure.against_cut}.")
+        if self.weighs_heads and not model.multi_input:
+            self.structure.learn_owners(inputs, labels)
+
+    def differentiate(self, inputs: Any, labels: Any) -> RepPass:
         """Run the forward pass and the backward pass of the heads."""
-        if self.weighs_heads and not self.problem.model.multi_input:
-            self.learn_owners(inputs, labels)
         reps, losses, preds, cuts = self._represent(inputs, labels)
         with part("VJPs"):
             found, own = self.own_gradients(losses, [[cut] for cut in cuts])
@@ -102,6 +108,8 @@ class RepRoute(Route):
                     losses.append(loss)
                 return reps, losses, preds, cuts
             reps = self.regions.reps(inputs)
+            if not all(isinstance(rep, Tensor) for rep in reps):
+                raise UsageError(f"rep_grad needs a representation that is a tensor, got a {type(reps[0]).__name__}.")
             cuts = [cut_features(reps)[0] for _ in tasks] if len(reps) == 1 else list(cut_features(reps))
             scored, preds = self.regions.decode(cuts, labels)
             return reps, scored, preds, cuts

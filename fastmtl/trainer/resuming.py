@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from fastmtl.errors import CheckpointError
 from fastmtl.trainer.checkpoint import load_model_state, read_checkpoint
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["BEGINNING", "resume_run", "run_state"]
 
 BEGINNING: Mapping[str, Any] = {"epoch": 0, "batch": 0, "train_losses": [], "loss_sums": {}}
+_HOW = ("fused", "foreach", "capturable")
 _NEEDED = ("model", "step", "optimizer", "scheduler", "base_result", "best_result", "rng", "epoch_rng")
 
 
@@ -67,12 +70,20 @@ def resume_run(trainer: Trainer, path: Path) -> Mapping[str, Any]:
         model, optimizer = trainer.sharded.load_shards(model), trainer.sharded.part_optimizer(optimizer)
     load_model_state(trainer.model, model, path)
     trainer.step.load_state_dict(state["step"])
-    trainer.optimizer.load_state_dict(optimizer)
+    _load_optimizer(trainer.optimizer, optimizer)
     if trainer.scheduler is not None and state["scheduler"] is not None:
         trainer.scheduler.load_state_dict(state["scheduler"])
     trainer.meter.base_result = state["base_result"]
     trainer.meter.best_result = state["best_result"]
     return {key: state[key] for key in (*BEGINNING, "rng", "epoch_rng")}
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load a state, but not how its optimizer did its work, which may not be possible on this run's device."""
+    how = [{name: group[name] for name in _HOW if name in group} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, how, strict=True):
+        group.update(own)
 
 
 def _names(trainer: Trainer) -> list[Any]:

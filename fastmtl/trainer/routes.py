@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl.trainer.own import OwnGradients, find_owners, set_grads, summed
-from fastmtl.trainer.problem import Features, Problem
+from fastmtl.trainer.own import OwnGradients, set_grads, summed
+from fastmtl.trainer.problem import Features, Problem, cut_features
 from fastmtl.trainer.profiling import part
 from fastmtl.trainer.regions import Regions
+from fastmtl.trainer.structure import Structure
+from fastmtl.trainer.trees import leaves, map_tree
 from fastmtl.vjp import vjp
 
-__all__ = ["Pass", "Route", "RowsPass", "SplitRoute", "SumRoute", "WholeRoute", "cut_features", "forward", "weighted"]
+__all__ = ["Pass", "Route", "RowsPass", "SplitRoute", "SumRoute", "WholeRoute", "forward", "weighted"]
 
 Rows = list[list[Tensor | None]]
 
@@ -29,13 +31,13 @@ class Pass:
 
     Attributes:
         losses: (T,) detached.
-        preds: Predictions by task.
+        preds: Predictions by task, detached: whoever keeps them keeps no activations.
         rows: T gradients, each a list over tensors; None where no Jacobian was asked for.
     """
 
     def __init__(self, losses: Tensor | Sequence[Tensor], preds: dict[str, Any], rows: Rows | None = None) -> None:
         self.losses = losses if isinstance(losses, Tensor) else torch.stack([loss.detach() for loss in losses])
-        self.preds = preds
+        self.preds = map_tree(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, preds)
         self.rows = rows
 
     def absorb(self, other: Self) -> None:
@@ -61,11 +63,12 @@ class Route:
     """Base of all routes.
 
     Args:
-        problem: What to differentiate.
+        structure: The problem to differentiate, and what is known of its network.
         regions: The problem's functions, compiled or not.
         weighs_heads: Whether the task-specific parameters' gradients will be weighted.
 
     Attributes:
+        problem: What to differentiate.
         send: Takes each row of the shared parameters as soon as it is known, and returns what stands for it.
         stream: Differentiates outputs with cotangents, returns what stands for the row of the shared parameters and the
             gradients of further ones; None where autograd's gradients are the rows.
@@ -77,16 +80,23 @@ class Route:
     send: Callable[[list[Tensor | None]], list[Tensor | None]] | None = None
     stream: Callable[..., tuple[list[Tensor | None], list[Tensor | None]]] | None = None
 
-    def __init__(self, problem: Problem, regions: Regions, weighs_heads: bool) -> None:
-        self.problem = problem
+    def __init__(self, structure: Structure, regions: Regions, weighs_heads: bool) -> None:
+        self.structure = structure
+        self.problem: Problem = structure.problem
         self.regions = regions
         self.weighs_heads = weighs_heads
         self._update: list[Tensor] | None = None
-        self._owners: list[int] | None = None
-        self._owners_known = False
 
     def __call__(self, inputs: Any, labels: Any) -> Pass:
         """Run the forward pass, and the VJPs of all tasks where the route has them."""
+        self.prepare(inputs, labels)
+        return self.differentiate(inputs, labels)
+
+    def prepare(self, inputs: Any, labels: Any) -> None:
+        """Find out what must be known of the network before it is differentiated."""
+
+    def differentiate(self, inputs: Any, labels: Any) -> Pass:
+        """Do what a call does, once the network is prepared."""
         raise NotImplementedError
 
     def frozen(self, inputs: Any, labels: Any, shared: Tensor, heads: Tensor | None) -> Pass:
@@ -102,9 +112,6 @@ class Route:
         done.write_heads(heads)
         done.write_shared(shared)
         return done
-
-    def prepare(self, inputs: Any, labels: Any) -> None:
-        """Find out what must be known of the network before it is differentiated."""
 
     def row(
         self,
@@ -126,16 +133,17 @@ class Route:
 
     def seeds(self, losses: Sequence[Tensor], weights: Tensor | None = None) -> list[Tensor | None]:
         """Return the cotangents of the losses: their weights, ones if None, times the factor on all losses."""
-        factors = self.problem.factors()
+        return [_seed(weight, loss) for weight, loss in zip(self._factors(weights), losses, strict=True)]
+
+    def _factors(self, weights: Tensor | None = None) -> Sequence[Tensor | None]:
+        count, factors = len(self.problem.tasks), self.problem.factors()
         if weights is None and factors is None:
-            return [None] * len(losses)
+            return [None] * count
         if weights is None:
             assert factors is not None
             # A gradient may be the seed itself, and be written into.
-            weights = factors.expand(len(losses)).clone()
-        elif factors is not None:
-            weights = weights * factors
-        return [weight.to(loss.dtype) for weight, loss in zip(weights, losses, strict=True)]
+            return factors.expand(count).clone().unbind()
+        return (weights if factors is None else weights * factors).unbind()
 
     def set_shared(self, rows: Rows, weights: Tensor, groups: list[int] | None) -> None:
         """Write ``sum_t w_t row_t`` into ``.grad``; the memory is kept from step to step."""
@@ -166,7 +174,7 @@ class Route:
         """
         count, own = len(losses), self.problem.own_params
         flat = [leaf for each in leaves for leaf in each]
-        if not self.weighs_heads or self._owners is not None:
+        if not self.weighs_heads or self.structure.owners is not None:
             grads = vjp(losses, self.seeds(losses), [*flat, *own], retain=False)
             parts = [grads[len(flat) :]]
             found = iter(grads)
@@ -182,18 +190,12 @@ class Route:
 
     def places(self) -> list[int] | None:
         """Return for each task-specific parameter the place of its task among those of this step."""
-        if self._owners is None:
+        if self.structure.owners is None:
             return None
         model = self.problem.model
         places = {model.task_name.index(task): place for place, task in enumerate(self.problem.tasks)}
         # A parameter of another task has no gradient, so its place does not matter.
-        return [places.get(owner, 0) for owner in self._owners]
-
-    def learn_owners(self, inputs: Any, labels: Any) -> None:
-        """Find out once, at the first batch with labels of all tasks, whose each task-specific parameter is."""
-        if not self._owners_known and all(task in labels for task in self.problem.model.task_name):
-            self._owners = find_owners(self.problem, inputs, labels)
-            self._owners_known = True
+        return [places.get(owner, 0) for owner in self.structure.owners]
 
 
 class RowsPass(Pass):
@@ -236,39 +238,62 @@ class SumPass(Pass):
         """Do nothing: the backward pass of the sum reaches all parameters."""
 
     def write_shared(self, weights: Tensor, rows: Rows | None = None, groups: list[int] | None = None) -> None:
-        """Run the backward pass."""
-        with part("VJPs"):
-            torch.autograd.backward(self.attached, self.route.seeds(self.attached, weights))
+        """Run the backward pass; a loss that depends on no parameter takes no part."""
+        seeds = self.route.seeds(self.attached, weights)
+        pairs = [(loss, seed) for loss, seed in zip(self.attached, seeds, strict=True) if loss.requires_grad]
+        if pairs:
+            with part("VJPs"):
+                torch.autograd.backward([loss for loss, _ in pairs], [seed for _, seed in pairs])
 
 
 class SumRoute(Route):
     """Loss-only strategies: one backward pass of the weighted sum, once the weights are known."""
 
-    def __call__(self, inputs: Any, labels: Any) -> Pass:
+    def differentiate(self, inputs: Any, labels: Any) -> Pass:
         """Run the forward pass alone."""
         return SumPass(self, *forward(self.problem, self.regions, inputs, labels))
 
 
 class SplitRoute(Route):
-    """One batch for all tasks, a network that splits: heads once for all tasks, one VJP per task through the trunk."""
+    """One batch for all tasks, a network that splits: heads once for all tasks, one VJP per task through the trunk.
 
-    def __call__(self, inputs: Any, labels: Any) -> Pass:
+    Where trunk and heads turn out to be joined by more than features the network is differentiated as a whole.
+    """
+
+    def __init__(self, structure: Structure, regions: Regions, weighs_heads: bool) -> None:
+        super().__init__(structure, regions, weighs_heads)
+        self._whole = WholeRoute(structure, regions, weighs_heads)
+
+    def prepare(self, inputs: Any, labels: Any) -> None:
+        """Find out whether the network can be cut, and whose its parameters are if their gradients are weighted."""
+        if self.structure.learn_cut(inputs, labels):
+            self.regions.on_compile(f"each task's backward pass is of all the network, as {self.structure.against_cut}")
+        # Ways of taking VJPs through a trunk are then one.
+        self.possible = self.possible and (self.structure.against_cut is None or type(self) is SplitRoute)
+        if self.weighs_heads:
+            self.structure.learn_owners(inputs, labels)
+
+    def differentiate(self, inputs: Any, labels: Any) -> Pass:
         """Run the forward pass and all VJPs."""
-        features, losses, preds, cotangents, own = self._heads(self._trunk(inputs, labels), labels)
+        if self.structure.against_cut is None:
+            return self.split(inputs, labels)
+        if self._whole.send is not self.send or self._whole.stream is not self.stream:
+            self._whole.send, self._whole.stream = self.send, self.stream
+        return self._whole.differentiate(inputs, labels)
+
+    def split(self, inputs: Any, labels: Any) -> Pass:
+        """Run the forward pass and all VJPs of a network that can be cut."""
+        features, losses, preds, cotangents, own = self._heads(self._trunk(inputs), labels)
         with part("VJPs"):
             rows = self.rows_of(features, cotangents)
         return RowsPass(self, losses, preds, rows, own)
 
-    def rows_of(self, features: Features, cotangents: Rows) -> Rows:
-        """Return the VJPs through the trunk, one row per cotangent."""
-        rows = []
-        for t, cotangent in enumerate(cotangents):
-            rows.append(self.row(features, cotangent, [], retain=t + 1 < len(cotangents))[0])
-        return rows
-
     def frozen(self, inputs: Any, labels: Any, shared: Tensor, heads: Tensor | None) -> Pass:
         """Send the weighted sum of the tasks' cotangents through the trunk, once."""
-        features, losses, preds, cotangents, own = self._heads(self._trunk(inputs, labels), labels)
+        self.prepare(inputs, labels)
+        if self.structure.against_cut is not None:
+            return self._whole.frozen(inputs, labels, shared, heads)
+        features, losses, preds, cotangents, own = self._heads(self._trunk(inputs), labels)
         total = weighted(shared, cotangents)
         with part("VJPs"):
             rows = [vjp(features, total, self.problem.shared_params, retain=False)]
@@ -277,14 +302,14 @@ class SplitRoute(Route):
         set_grads(self.problem.shared_params, rows[0])
         return done
 
-    def prepare(self, inputs: Any, labels: Any) -> None:
-        """Find out whose each task-specific parameter is, if their gradients will be weighted."""
-        if self.weighs_heads:
-            self.learn_owners(inputs, labels)
+    def rows_of(self, features: Features, cotangents: Rows) -> Rows:
+        """Return the VJPs through the trunk, one row per cotangent."""
+        rows = []
+        for t, cotangent in enumerate(cotangents):
+            rows.append(self.row(features, cotangent, [], retain=t + 1 < len(cotangents))[0])
+        return rows
 
-    def _trunk(self, inputs: Any, labels: Any) -> Features:
-        # Before there is a graph: it writes the buffers that the graph may keep.
-        self.prepare(inputs, labels)
+    def _trunk(self, inputs: Any) -> Features:
         with part("forward"):
             return cast(Features, self.regions.trunk(inputs))
 
@@ -295,37 +320,48 @@ class SplitRoute(Route):
         with part("forward"):
             aliases = [cut_features(features) for _ in self.problem.tasks]
             losses, preds = self.regions.heads(aliases, labels)
-        tensors, *leaves = (_tensors(each) for each in (features, *aliases))
+        tensors, *cut = (_tensors(each) for each in (features, *aliases))
         with part("VJPs"):
-            cotangents, own = self.own_gradients(losses, leaves)
+            cotangents, own = self.own_gradients(losses, cut)
         return tensors, losses, preds, cotangents, own
 
 
 class WholeRoute(Route):
-    """A network that is one piece: one forward pass, each loss differentiated down to all parameters."""
+    """A network that is one piece: each loss is differentiated down to all parameters.
 
-    def __call__(self, inputs: Any, labels: Any) -> Pass:
+    Inputs for each task are a graph for each, which is gone before the next one's forward pass.
+    """
+
+    def differentiate(self, inputs: Any, labels: Any) -> Pass:
         """Run the forward pass and all VJPs."""
-        losses, preds = forward(self.problem, self.regions, inputs, labels)
-        own = self.problem.own_params
-        one_graph = not self.problem.model.multi_input
+        problem, apart = self.problem, self.problem.model.multi_input
+        own, factors = problem.own_params, self._factors()
+        losses: list[Tensor] = []
+        preds: dict[str, Any] = {}
+        if not apart:
+            found, preds = forward(problem, self.regions, inputs, labels)
+            losses += found
         rows, parts = [], []
-        seeds = self.seeds(losses)
-        with part("VJPs"):
-            for t, loss in enumerate(losses):
-                row, of_own = self.row([loss], [seeds[t]], own, retain=one_graph and t + 1 < len(losses))
-                rows.append(row)
-                parts.append(of_own)
+        for t, task in enumerate(problem.tasks):
+            if apart:
+                with part("forward"):
+                    loss, preds[task] = self.regions.single(inputs[task], labels[task], task)
+                losses.append(loss)
+            with part("VJPs"):
+                retain = not apart and t + 1 < len(problem.tasks)
+                row, of_own = self.row([losses[t]], [_seed(factors[t], losses[t])], own, retain)
+            rows.append(row)
+            parts.append(of_own)
         return RowsPass(self, losses, preds, rows, OwnGradients(own, parts))
 
     def frozen(self, inputs: Any, labels: Any, shared: Tensor, heads: Tensor | None) -> Pass:
         """Differentiate one weighted sum of the losses, or two where a parameter serves several tasks, but not all."""
         problem = self.problem
         if not problem.model.multi_input:
-            self.learn_owners(inputs, labels)
+            self.structure.learn_owners(inputs, labels)
         losses, preds = forward(problem, self.regions, inputs, labels)
         own_weights = torch.ones_like(shared) if heads is None else heads
-        if self._owners is not None and problem.low_precision != torch.float16:
+        if self.structure.owners is not None and problem.low_precision != torch.float16:
             # Each task's own gradients come out scaled by its shared weight, which is taken back; for that it must not
             # be zero, and 1e-12 of the greatest is as good.
             greatest = shared.abs().max()
@@ -364,14 +400,10 @@ def weighted(weights: Tensor, cotangents: Rows) -> list[Tensor | None]:
         return cast(list[Tensor | None], ops.combine(cotangents, weights))
 
 
-def cut_features(features: Features) -> Features:
-    """Return aliases of the features that start a graph of their own, at those that depend on parameters."""
-    return tuple(
-        feature.detach().requires_grad_(feature.requires_grad) if isinstance(feature, Tensor) else feature
-        for feature in features
-    )
+def _seed(weight: Tensor | None, loss: Tensor) -> Tensor | None:
+    return None if weight is None else weight.to(loss.dtype)
 
 
 def _tensors(features: Sequence[Any]) -> Features:
     """Leave out what a trunk hands on that is no tensor, such as inputs in a dictionary."""
-    return tuple(feature for feature in features if isinstance(feature, Tensor))
+    return tuple(leaf for leaf in leaves(features) if isinstance(leaf, Tensor))

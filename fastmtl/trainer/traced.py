@@ -11,7 +11,6 @@ from fastmtl.trainer.own import OwnGradients
 from fastmtl.trainer.profiling import part
 from fastmtl.trainer.regions import graph_errors
 from fastmtl.trainer.routes import Pass, Route, RowsPass
-from fastmtl.trainer.trees import map_tree
 
 __all__ = ["TracedRoute"]
 
@@ -29,13 +28,17 @@ class TracedRoute(Route):
     """
 
     def __init__(self, plain: Route, regional: Route, tell: Callable[[str], None]) -> None:
-        super().__init__(plain.problem, regional.regions.with_gradients(self._gradients), plain.weighs_heads)
+        super().__init__(plain.structure, regional.regions.with_gradients(self._gradients), plain.weighs_heads)
         self.plain = plain
         self.regional = regional
         self.tell = tell
         self.traces = True
 
-    def __call__(self, inputs: Any, labels: Any) -> Pass:
+    def prepare(self, inputs: Any, labels: Any) -> None:
+        """Find out what the traced route must know."""
+        self.plain.prepare(inputs, labels)
+
+    def differentiate(self, inputs: Any, labels: Any) -> Pass:
         """Run the forward pass and all VJPs."""
         if self.traces:
             try:
@@ -44,14 +47,13 @@ class TracedRoute(Route):
                 self.traces = False
                 reason = str(cause).splitlines()[0]
                 self.tell(f"compile: in regions, as the gradients cannot be in one graph with the rest: {reason}")
-        return self.regional(inputs, labels)
+        return self.regional.differentiate(inputs, labels)
 
     def frozen(self, inputs: Any, labels: Any, shared: Tensor, heads: Tensor | None) -> Pass:
         """Run the forward pass and one VJP, of compiled regions."""
         return self.regional.frozen(inputs, labels, shared, heads)
 
     def _traced(self, inputs: Any, labels: Any) -> Pass:
-        self.plain.prepare(inputs, labels)
         with part("traced"):
             losses, preds, rows, parts = self.regions.gradients(inputs, labels)
         own = OwnGradients(self.problem.own_params, parts, self.plain.places())
@@ -59,6 +61,5 @@ class TracedRoute(Route):
 
     def _gradients(self, inputs: Any, labels: Any) -> tuple[Any, ...]:
         """Return losses, predictions, rows and the gradients of the task-specific parameters."""
-        done: Any = self.plain(inputs, labels)
-        preds = map_tree(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, done.preds)
-        return done.losses, preds, done.rows, done.own.parts
+        done: Any = self.plain.differentiate(inputs, labels)
+        return done.losses, done.preds, done.rows, done.own.parts

@@ -218,8 +218,7 @@ class Trainer(nn.Module):
             gram=gram,
             shard=shard,
         )
-        hyper = self.kwargs["weight_args"]
-        options = check_options(self.model, self.weighting, hyper, options)
+        options = check_options(self.model, self.weighting, self.kwargs["weight_args"], options)
         if self.peers is not None:
             check_distributed(self.model, self.weighting, options)
             if sync_batch_norm and compile:
@@ -230,10 +229,7 @@ class Trainer(nn.Module):
 
                 self.sharded = ShardedModel(self.model, self.peers, self._strategy_params)
         self._prepare_optimizer(optim_param, scheduler_param)
-        problem = Problem(self.model, self.meter.losses, self.process_preds, PRECISIONS[options.precision])
-        self.step = TrainingStep(
-            problem, self.optimizer, self.guard, self.logger.on_compile, hyper, options, self.peers, self.sharded
-        )
+        self.step = self._make_step(options)
         self.compile_report: CompileReport | None = None
         self.skipped = 0
         self.profiler = None if profile is None else StepProfiler(Path(profile), self.device)
@@ -292,6 +288,31 @@ class Trainer(nn.Module):
             load_model_state(self.model, read_checkpoint(path, self.device), path)
             print(f"Load Model from - {path}")
         count_parameters(self.model)
+
+    def _make_step(self, options: StepOptions) -> TrainingStep:
+        self._trained = [param.requires_grad for param in self.model.parameters()]
+        low_precision = PRECISIONS[options.precision]
+        problem = Problem(self.model, self.meter.losses, self.process_preds, low_precision, self._strategy_params)
+        hyper, tell = self.kwargs["weight_args"], self.logger.on_compile
+        return TrainingStep(problem, self.optimizer, self.guard, tell, hyper, options, self.peers, self.sharded)
+
+    def follow_freezing(self) -> None:
+        """Train from now on the parameters that require gradients now.
+
+        Raises:
+            UsageError: They are others than before, and something is kept for each of those.
+        """
+        if self._trained == [param.requires_grad for param in self.model.parameters()]:
+            return
+        if self.sharded is not None or self.model.row_states:
+            what = "shards are made" if self.sharded is not None else f"{self.weighting} remembers gradients"
+            raise UsageError(
+                f"requires_grad of some parameters has changed, but {what} of those that were trained before: make a "
+                "new Trainer."
+            )
+        state = self.step.state_dict()
+        self.step = self._make_step(self.step.options)
+        self.step.load_state_dict(state)
 
     def _prepare_optimizer(self, optim_param: Mapping[str, Any], scheduler_param: Mapping[str, Any] | None) -> None:
         params = self.model.parameters() if self.sharded is None else self.sharded.trained

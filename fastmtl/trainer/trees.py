@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import is_dataclass
 from typing import Any
 
 __all__ = ["leaves", "map_tree"]
@@ -11,7 +12,9 @@ __all__ = ["leaves", "map_tree"]
 def map_tree(
     function: Callable[..., Any], tree: Any, *others: Any, is_leaf: Callable[[Any], bool] = lambda _: False
 ) -> Any:
-    """Return ``function`` of all leaves, in containers like those of ``tree``; mappings become dictionaries.
+    """Return ``function`` of all leaves, in containers like those of ``tree``.
+
+    Mappings become dictionaries, but for those that are dataclasses.
 
     Args:
         function: Takes a leaf of ``tree`` and those of the others at the same place.
@@ -26,10 +29,12 @@ def map_tree(
     if is_leaf(tree):
         return function(tree, *others)
     if isinstance(tree, Mapping):
-        return {key: mapped(each, *(other[key] for other in others)) for key, each in tree.items()}
+        found = {key: mapped(each, *(other[key] for other in others)) for key, each in tree.items()}
+        # Its entries are attributes too.
+        return type(tree)(**found) if is_dataclass(tree) else found
     if isinstance(tree, list | tuple):
-        found = [mapped(*each) for each in zip(tree, *others, strict=True)]
-        return type(tree)(*found) if hasattr(tree, "_fields") else type(tree)(found)
+        items = [mapped(*each) for each in zip(tree, *others, strict=True)]
+        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
     return function(tree, *others)
 
 

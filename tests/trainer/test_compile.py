@@ -8,6 +8,7 @@ import itertools
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -191,6 +192,43 @@ def test_donated_buffers_are_off(donate: bool) -> None:
     assert (done.returncode != 0) is donate, done.stderr
     if donate:
         assert "donated" in done.stderr or "not close" in done.stderr
+
+
+_CACHED = """
+import sys
+import torch
+from torch import nn
+from fastmtl.model import ConvEncoder
+from tests.trainer import test_compile
+class Compiled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = ConvEncoder(3, (8, 12))
+        self.run = torch.compile(self.call) if torch_compiles else self.call
+    def call(self, x):
+        return self.inner(x)
+    def forward(self, x):
+        return self.run(x)
+found = []
+for torch_compiles in (False, True):
+    torch.manual_seed(1)
+    trainer = test_compile._conv_trainer("HPS", False, sys.argv[1], encoder_class=Compiled)
+    trainer.step._gradients([test_compile._images()])
+    found.append([param.grad for param in trainer.model.parameters()])
+for want, got in zip(*found):
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+"""
+
+
+@pytest.mark.slow
+def test_what_another_program_has_compiled_is_not_taken_from_torchs_cache(tmp_path: Path) -> None:
+    """Its backward passes may write into what they read, which the second task's gradient would be made of."""
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    for weighting in ("EW", "MGDA"):
+        done = subprocess.run(
+            [sys.executable, "-c", _CACHED, weighting], capture_output=True, text=True, env=environment
+        )
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from fastmtl.loss import AbsLoss, CELoss, DepthLoss, KLDivLoss, L1Loss, MSELoss, NormalLoss, SegLoss
@@ -108,10 +108,17 @@ def test_partial_labels_train_as_the_subset_does() -> None:
 OPTIMIZER = {"optim": "adam", "lr": 1e-2, "weight_decay": 0.1}
 
 
+def _decoder(width: int) -> nn.Module:
+    return nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, width))
+
+
 @pytest.mark.parametrize("name", sorted(WEIGHTINGS))
-@pytest.mark.parametrize("how", ["left out", "masked"])
+@pytest.mark.parametrize("how", ["left out", "masked", "None"])
 def test_absent_tasks_keep_their_state(name: str, how: str) -> None:
-    trainer = make_trainer(name, count=4, rep_grad=WEIGHTINGS[name].needs == "reps", optim_param=OPTIMIZER)
+    decoders = nn.ModuleDict({f"task{t}": _decoder(1 if t % 2 else 3) for t in range(4)})
+    trainer = make_trainer(
+        name, count=4, rep_grad=WEIGHTINGS[name].needs == "reps", optim_param=OPTIMIZER, decoders=decoders
+    )
     model = trainer.model
     model.epoch, model.epochs = 1, 2
     x, labels = next(iter(loaders(4)))
@@ -119,6 +126,8 @@ def test_absent_tasks_keep_their_state(name: str, how: str) -> None:
     trainer.step(batches, StepBuffer())
     if how == "left out":
         fewer = {task: labels[task] for task in ("task0", "task3")}
+    elif how == "None":
+        fewer = labels | {"task1": None, "task2": None}
     else:
         fewer = _masked(labels, {"task1": list(range(len(x))), "task2": list(range(len(x)))})
     present = present_tasks(trainer.meter.losses, [fewer] * len(batches))
@@ -161,6 +170,61 @@ def test_held_weights_are_those_of_the_present_tasks(option: dict[str, Any]) -> 
     assert torch.equal(after, before) == ("update_weights_every" in option)
     trainer.step([batch], StepBuffer())
     assert len(after) == 3
+
+
+def _in_turn(trainer: Any, steps: int) -> None:
+    """Run steps of which none has labels of all three tasks."""
+    for step in range(steps):
+        inputs, labels = next(iter(loaders(3, seed=step)))
+        trainer.step([(inputs, labels)], StepBuffer(), [[0, 1], [1, 2]][step % 2])
+
+
+def test_weights_are_averaged_where_no_batch_labels_all_tasks() -> None:
+    seen: list[Tensor] = []
+    trainer = make_trainer("MGDA", count=3, weight_momentum=0.5)
+    trainer.model.weigh = lambda losses, gram, **hyper: Weights(shared=torch.tensor([1.0, len(seen)]))
+    for _ in range(3):
+        _in_turn(trainer, 1)
+        assert trainer.step.balancer.average is not None
+        seen.append(trainer.step.balancer.average[0].clone())
+    assert seen[0][:2].tolist() == [1.0, 0.0]
+    assert seen[0][2].isnan()
+    assert seen[1][:2].tolist() == [1.0, 0.5]
+    assert seen[2][:2].tolist() == [1.0, 1.25]
+
+
+def test_weights_are_held_for_steps_of_the_same_tasks_where_none_is_of_all(tmp_path: Path) -> None:
+    solves: list[int] = []
+
+    def counted(trainer: Any) -> Any:
+        weigh = trainer.model.weigh
+
+        def counting(*args: Any, **hyper: Any) -> Any:
+            solves.append(1)
+            return weigh(*args, **hyper)
+
+        trainer.model.weigh = counting
+        return trainer
+
+    def run(first: int, last: int, trainer: Any) -> None:
+        for step in range(first, last):
+            inputs, labels = next(iter(loaders(3, seed=step)))
+            trainer.step([(inputs, labels)], StepBuffer(), [0, 1])
+
+    whole, part, other = (counted(make_trainer("MGDA", count=3, update_weights_every=4)) for _ in range(3))
+    run(0, 9, whole)
+    assert len(solves) == 3
+    run(0, 6, part)
+    other.model.load_state_dict(part.model.state_dict())
+    other.optimizer.load_state_dict(part.optimizer.state_dict())
+    torch.save(part.step.state_dict(), tmp_path / "step.pt")
+    other.step.load_state_dict(torch.load(tmp_path / "step.pt"))
+    run(6, 9, other)
+    assert torch.equal(flat(other.model.parameters()), flat(whole.model.parameters()))
+    solves.clear()
+    # The first step is the last one that these weights hold for.
+    _in_turn(whole, 4)
+    assert len(solves) == 3
 
 
 class _Sparse(Dataset[Any]):

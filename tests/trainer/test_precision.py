@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl.errors import UsageError
+from fastmtl.loss import MSELoss
+from fastmtl.metrics import AbsMetric
 from fastmtl.trainer.jsonl import JsonlLogger, read_jsonl
 from fastmtl.trainer.optimizer import MaskedOptimizer
-from fastmtl.trainer.precision import LossScaler, set_tf32
+from fastmtl.trainer.precision import PRECISIONS, LossScaler, set_tf32
 from fastmtl.trainer.records import StepBuffer
 from fastmtl.weighting import WEIGHTINGS
 from fastmtl.weighting.base import AbsWeighting, Weights
@@ -69,6 +71,42 @@ class _Spy(AbsWeighting):
         assert gram is not None
         self.last.copy_(gram)
         return Weights(shared=torch.ones_like(losses))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_predictions_in_containers_are_scored_in_float32(precision: str) -> None:
+    seen: list[torch.dtype] = []
+
+    class Named(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.last = nn.Linear(8, width)
+
+        def forward(self, x: Tensor) -> dict[str, Any]:
+            assert self.last(x).dtype == PRECISIONS[precision]
+            return {"all": [self.last(x)]}
+
+    class OfNamed(MSELoss):
+        def compute_loss(self, pred: Any, gt: Tensor) -> Tensor:
+            seen.append(pred["all"][0].dtype)
+            return super().compute_loss(pred["all"][0], gt)
+
+    class Ignored(AbsMetric):
+        def update_fun(self, pred: Any, gt: Tensor) -> None:
+            seen.append(pred["all"][0].dtype)
+
+        def score_fun(self) -> list[float]:
+            return [0.0]
+
+        def reinit(self) -> None:
+            pass
+
+    tasks = {"task1": {"metrics": ["none"], "metrics_fn": Ignored(), "loss_fn": OfNamed(), "weight": [0]}}
+    decoders = nn.ModuleDict({"task1": Named(1)})
+    trainer = make_trainer("MGDA", task_dict=tasks, decoders=decoders, precision=precision)
+    data = [(x, {"task1": labels["task1"]}) for x, labels in loaders()]
+    trainer.train(data, data, 1)
+    assert set(seen) == {torch.float32}
 
 
 def test_strategies_see_gradients_without_the_scale() -> None:

@@ -142,3 +142,18 @@ def test_a_finished_run_says_that_nothing_is_left(
     again = make_trainer(resume=str(tmp_path / "last.pt"), **OPTIONS)
     again.train(loaders(), loaders(), epochs)
     assert f"Nothing is left to train: 2 of {epochs} epochs are done; raise epochs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("before", "after"), [({"fused": False}, {}), ({}, {"fused": False}), ({"foreach": True}, {})])
+def test_how_the_optimizer_does_its_work_is_this_runs_own(
+    before: dict[str, Any], after: dict[str, Any], tmp_path: Path
+) -> None:
+    given = {"optim": "adam", "lr": 1e-2}
+    first = make_trainer(optim_param=given | before, save_path=str(tmp_path))
+    first.train(loaders(), loaders(), 1)
+    second = make_trainer(optim_param=given | after, resume=str(tmp_path / "last.pt"))
+    fresh = make_trainer(optim_param=given | after)
+    assert second.optimizer.param_groups[0]["fused"] == fresh.optimizer.param_groups[0]["fused"]
+    second.train(loaders(), loaders(), 2)
+    first.train(loaders(), loaders(), 1)
+    torch.testing.assert_close(flat(second.model.parameters()), flat(first.model.parameters()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,14 @@ from torch import Tensor, nn
 from fastmtl import Trainer
 from fastmtl.architecture import HPS
 from fastmtl.errors import UsageError
+from fastmtl.loss import MSELoss
 from fastmtl.ops import combine, gram, min_norm
 from fastmtl.trainer.records import StepBuffer
 from fastmtl.trainer.rep_routes import RepRoute
 from fastmtl.trainer.routes import SplitRoute, SumRoute, WholeRoute
 from fastmtl.weighting import AbsWeighting
 from tests.host_reads import NoHostRead
-from tests.trainer.toy import encoder, flat, loaders, make_trainer
+from tests.trainer.toy import encoder, flat, loaders, make_trainer, task_dict
 
 
 class OnePiece(HPS):
@@ -291,3 +293,117 @@ def test_a_second_look_at_a_batch_leaves_no_trace_in_batch_norms(options: dict[s
     assert found[0].keys() == found[1].keys() != set()
     for key, value in found[0].items():
         assert torch.equal(found[1][key], value), key
+
+
+class _Odd(MSELoss):
+    """A mean squared error in another shape or dtype."""
+
+    def __init__(self, change: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.change = change
+
+    def compute_loss(self, pred: Tensor, gt: Tensor) -> Any:
+        return self.change(super().compute_loss(pred, gt))
+
+
+def _with_loss(change: Callable[[Tensor], Any], weighting: str) -> Any:
+    tasks = task_dict()
+    tasks["task1"]["loss_fn"] = _Odd(change)
+    return make_trainer(weighting, task_dict=tasks)
+
+
+ODD: dict[str, Callable[[Tensor], Any]] = {
+    "one entry": lambda loss: loss.reshape(1),
+    "float64": lambda loss: loss.double(),
+}
+
+
+@pytest.mark.parametrize("weighting", ["EW", "MGDA", "UW", "IMTL", "FAMO", "MoCo", "Nash_MTL"])
+@pytest.mark.parametrize("odd", ODD)
+def test_losses_of_other_shapes_and_dtypes(odd: str, weighting: str) -> None:
+    found = []
+    for change in (ODD[odd], lambda loss: loss):
+        trainer = _with_loss(change, weighting)
+        trainer.train(loaders(), loaders(), 1)
+        found.append(flat(trainer.model.parameters()))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("weighting", ["EW", "MGDA"])
+@pytest.mark.parametrize(
+    ("change", "got"),
+    [(lambda loss: loss.expand(4), r"shape \(4,\)"), (lambda loss: 0.5, "float")],
+    ids=["four", "float"],
+)
+def test_a_loss_that_is_no_scalar_is_refused(change: Callable[[Tensor], Any], got: str, weighting: str) -> None:
+    trainer = _with_loss(change, weighting)
+    with pytest.raises(UsageError, match=f"compute_loss of _Odd, the loss of task1, must return a scalar.*got {got}"):
+        trainer.train(loaders(), loaders(), 1)
+
+
+@pytest.mark.parametrize("weighting", ["EW", "MGDA", "Nash_MTL", "UPGrad"])
+def test_a_loss_that_depends_on_nothing_takes_no_part(weighting: str) -> None:
+    trainer = _with_loss(lambda loss: torch.zeros(()), weighting)
+    before = [param.clone() for param in trainer.model.decoders["task1"].parameters()]
+    trainer.train(loaders(), loaders(), 1)
+    assert all(map(torch.equal, before, trainer.model.decoders["task1"].parameters()))
+    assert flat(trainer.model.parameters()).isfinite().all()
+
+
+@pytest.mark.parametrize(("weighting", "options"), [("IMTL", {}), ("MGDA", {"architecture": OnePiece}), ("EW", {})])
+def test_predictions_keep_no_activations(weighting: str, options: dict[str, Any]) -> None:
+    trainer = make_trainer(weighting, **options)
+    trainer.model.epoch = 0
+    _, (preds,) = trainer.step([next(iter(loaders()))], StepBuffer())
+    assert [pred.grad_fn for pred in preds.values()] == [None, None]
+
+
+def test_inputs_of_their_own_are_differentiated_task_by_task() -> None:
+    alive: list[int] = []
+
+    class Kept(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            alive.append(alive[-1] + 1 if alive else 1)
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Tensor:
+            alive.append(alive[-1] - 1)
+            return grads[0]
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = encoder()
+
+        def forward(self, x: Tensor) -> Any:
+            return Kept.apply(self.inner(x))
+
+    trainer = make_trainer("MGDA", count=4, multi_input=True, encoder_class=Counting)
+    batches = {task: next(iter(loader)) for task, loader in loaders(4, multi_input=True).items()}
+    inputs, labels = ({task: batch[i] for task, batch in batches.items()} for i in (0, 1))
+    trainer.step([(inputs, labels)], StepBuffer())
+    assert alive == [1, 0] * 4
+
+
+@pytest.mark.parametrize("weighting", ["EW", "MGDA", "Nash_MTL"])
+def test_what_is_unfrozen_between_epochs_is_trained(weighting: str) -> None:
+    trainer = make_trainer(weighting, update_weights_every=1, optim_param={"optim": "sgd", "lr": 0.05})
+    first: Any = trainer.model.encoder.get_submodule("stages.0")
+    first.requires_grad_(False)
+    trainer.train(loaders(), loaders(), 1)
+    kept = flat(first.parameters())
+    trainer.train(loaders(), loaders(), 1)
+    assert torch.equal(flat(first.parameters()), kept)
+    first.requires_grad_(True)
+    trainer.train(loaders(), loaders(), 1)
+    assert not torch.equal(flat(first.parameters()), kept)
+
+
+def test_gradients_that_are_remembered_are_of_the_same_parameters() -> None:
+    trainer = make_trainer("MoCo")
+    trainer.train(loaders(), loaders(), 1)
+    next(trainer.model.encoder.parameters()).requires_grad_(False)
+    with pytest.raises(UsageError, match="requires_grad of some parameters has changed, but MoCo remembers gradients"):
+        trainer.train(loaders(), loaders(), 1)

@@ -358,6 +358,25 @@ def test_compiled_steps_of_many_tasks_measure_the_ways_too() -> None:
     assert sum(message.startswith("compiling heads") for message in listener.messages) == 1
 
 
+class _LowPrecision(nn.Module):
+    """Asks for a low precision by itself; the first layer's input is in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 64), nn.Linear(64, 64)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            found: Tensor = self.last(self.first(inputs).float().tanh())
+        return found.float()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_network_that_asks_for_low_precision_itself(way: str) -> None:
+    want, got = (_trainer(_LowPrecision, vjps) for vjps in ("sequential", way))
+    _assert_same(_grads(got, [_batch()]), _grads(want, [_batch()]), 1e-2)
+
+
 def test_an_unknown_way_is_refused() -> None:
     with pytest.raises(UsageError, match="vjps"):
         _trainer(ENCODERS["mlp"], "parallel")
