@@ -31,9 +31,15 @@ _FUSED = ("sgd", "adam", "adamw", "adagrad")
 
 
 def make_optimizer(
-    params: Iterable[nn.Parameter], optim_param: Mapping[str, Any], device: torch.device
+    params: Iterable[nn.Parameter], optim_param: Mapping[str, Any], device: torch.device, sparse: bool = False
 ) -> torch.optim.Optimizer:
     """Return the optimizer that ``{"optim": name, ...}`` describes; fused where torch has that.
+
+    Args:
+        params: What it updates.
+        optim_param: Its name and arguments.
+        device: The device of the parameters.
+        sparse: Some gradients are sparse.
 
     Raises:
         UsageError: No or an unknown name, or an argument the optimizer does not take.
@@ -46,6 +52,7 @@ def make_optimizer(
         kind in [OPTIMIZERS[each] for each in _FUSED]
         and device.type in ("cpu", "cuda")
         and not (kind is torch.optim.Adagrad and device.type != "cpu")
+        and not (sparse or any(param.is_complex() for param in params))
         and not args.keys() & {"fused", "foreach", "differentiable", "capturable"}
     )
     try:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastmtl.errors import UsageError
 from fastmtl.graph import graph_nodes
 from fastmtl.trainer.buffers import keeping_buffers
 from fastmtl.trainer.problem import Problem, cut_features
@@ -62,19 +63,34 @@ class Structure:
         return None
 
     def learn_cut(self, inputs: Any, labels: Any) -> bool:
-        """Find out, at the first batch of each task, whether features alone join trunk and heads; return if not so."""
+        """Find out, at the first batch of each task, whether features alone join trunk and heads; return if not so.
+
+        Raises:
+            UsageError: A decoder changes the features in place.
+        """
         if self.against_cut is not None or self._cut_for.issuperset(self.problem.tasks):
             return False
         self._cut_for.update(self.problem.tasks)
         problem = self.problem
         with self._looking(problem.tasks):
             features = problem.trunk(inputs)
-            losses, _ = problem.heads([cut_features(features) for _ in problem.tasks], labels)
+            losses = self._losses(features, labels)
             below, above = _parameters(leaves(features)), _parameters(losses)
         names = {param: name for name, param in problem.model.named_parameters(remove_duplicate=False)}
         self.tied = min((names[param] for param in above.intersection(problem.shared_params)), default=None)
         self.left_out = min((names[param] for param in below.intersection(problem.own_params)), default=None)
         return self.against_cut is not None
+
+    def _losses(self, features: Any, labels: Any) -> tuple[Tensor, ...]:
+        try:
+            return self.problem.heads([cut_features(features) for _ in self.problem.tasks], labels)[0]
+        except RuntimeError as cause:
+            if "used in an in-place operation" not in str(cause):
+                raise
+            raise UsageError(
+                "A decoder changes the shared features in place, which those of other tasks read too: let it make a "
+                "new tensor of them, as with inplace=False."
+            ) from cause
 
     @contextmanager
     def _looking(self, tasks: list[str]) -> Iterator[None]:

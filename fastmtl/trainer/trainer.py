@@ -316,7 +316,8 @@ class Trainer(nn.Module):
 
     def _prepare_optimizer(self, optim_param: Mapping[str, Any], scheduler_param: Mapping[str, Any] | None) -> None:
         params = self.model.parameters() if self.sharded is None else self.sharded.trained
-        self.optimizer = make_optimizer(params, optim_param, self.device)
+        sparse = any(getattr(module, "sparse", False) for module in self.model.modules())
+        self.optimizer = make_optimizer(params, optim_param, self.device, sparse)
         self.scheduler = make_scheduler(self.optimizer, scheduler_param)
 
     @property

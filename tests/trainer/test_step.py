@@ -407,3 +407,29 @@ def test_gradients_that_are_remembered_are_of_the_same_parameters() -> None:
     next(trainer.model.encoder.parameters()).requires_grad_(False)
     with pytest.raises(UsageError, match="requires_grad of some parameters has changed, but MoCo remembers gradients"):
         trainer.train(loaders(), loaders(), 1)
+
+
+class _Sparse(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(5, 8, sparse=True)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.table(x.abs().long() % 5).sum(1)
+
+
+class _Complex(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 8, dtype=torch.complex64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.to(torch.complex64) @ self.weight).abs()
+
+
+@pytest.mark.parametrize("kind", [_Sparse, _Complex])
+def test_gradients_that_fused_optimizers_do_not_take(kind: type[nn.Module]) -> None:
+    trainer = make_trainer("EW", encoder_class=kind, optim_param={"optim": "sgd", "lr": 0.05})
+    before = [param.clone() for param in trainer.model.encoder.parameters()]
+    trainer.train(loaders(), loaders(), 1)
+    assert not any(map(torch.equal, before, trainer.model.encoder.parameters()))

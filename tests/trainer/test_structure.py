@@ -197,6 +197,16 @@ def test_features_in_containers_carry_gradients(container: str, strategy: str) -
             torch.testing.assert_close(trainer.model.get_parameter(name).grad, want, msg=name)
 
 
+@pytest.mark.parametrize("options", [{}, {"compile": True}, {"rep_grad": True}], ids=str)
+def test_decoders_that_write_into_the_features_are_refused(options: dict[str, Any]) -> None:
+    decoders = nn.ModuleDict(
+        {f"task{t}": nn.Sequential(nn.ReLU(inplace=True), nn.Linear(8, 1 if t % 2 else 3)) for t in range(2)}
+    )
+    trainer = make_trainer("MGDA", encoder_class=lambda: nn.Linear(6, 8), decoders=decoders, **options)
+    with pytest.raises(UsageError, match="A decoder changes the shared features in place"):
+        trainer.train(loaders(), loaders(), 1)
+
+
 def test_representations_are_tensors() -> None:
     wrap, read = CONTAINERS["dictionary"]
     decoders = nn.ModuleDict({"task0": _Read(read, 3), "task1": _Read(read, 1)})
