@@ -31,6 +31,7 @@ class Exchange:
         own: The task-specific parameters.
         exact: Weights from the Gram matrix of the whole batch's gradients; otherwise from the mean over the processes
             of the Gram matrices of their own parts, so that no row leaves its process.
+        of_rule: The parameters of the strategy, whose gradients all processes have.
 
     Attributes:
         share: This process's share in the labels behind each row: (T,), or (samples T,).
@@ -40,10 +41,16 @@ class Exchange:
     stream: Callable[..., tuple[Row, Row]] | None = None
 
     def __init__(
-        self, peers: Peers, shared: Sequence[nn.Parameter], own: Sequence[nn.Parameter], exact: bool = True
+        self,
+        peers: Peers,
+        shared: Sequence[nn.Parameter],
+        own: Sequence[nn.Parameter],
+        exact: bool = True,
+        of_rule: Sequence[nn.Parameter] = (),
     ) -> None:
         self.peers = peers
         self.own = own
+        self.of_rule = of_rule
         self.params = [*shared, *own]
         self.exact = exact
         self.share: Tensor | None = None
@@ -59,7 +66,7 @@ class Exchange:
 
     def clip(self, params: Sequence[nn.Parameter] | None, max_norm: Any) -> None:
         """Bring the norm of the gradients of some parameters together, all if None, down to ``max_norm``."""
-        nn.utils.clip_grad_norm_(self.params if params is None else params, max_norm)
+        nn.utils.clip_grad_norm_([*self.params, *self.of_rule] if params is None else params, max_norm)
 
     def cut_states(self, rule: AbsWeighting) -> None:
         """Let a strategy that keeps something as large as the rows keep this process's pieces of it."""

@@ -22,14 +22,20 @@ class ShardedExchange(Exchange):
         shared: The shared parameters.
         own: The task-specific parameters.
         exact: Whether the strategy asks for the gradients of the tasks.
+        of_rule: The parameters of the strategy, which every process has whole.
     """
 
     def __init__(
-        self, model: ShardedModel, shared: Sequence[nn.Parameter], own: Sequence[nn.Parameter], exact: bool
+        self,
+        model: ShardedModel,
+        shared: Sequence[nn.Parameter],
+        own: Sequence[nn.Parameter],
+        exact: bool,
+        of_rule: Sequence[nn.Parameter] = (),
     ) -> None:
         # What is left to all-reduce are parameters that every process has whole.
         kept = [param for param in own if param not in model.shard_of]
-        super().__init__(model.peers, [], kept, exact)
+        super().__init__(model.peers, [], kept, exact, of_rule)
         self.model = model
         self._shards: GradientShards = GradientShards(shared, own, model)
         self.stream = self._shards.stream
@@ -65,4 +71,4 @@ class ShardedExchange(Exchange):
 
     def clip(self, params: Sequence[nn.Parameter] | None, max_norm: Any) -> None:
         """Bring the norm of the gradients down, of all parameters or, if some are given, of the shared ones."""
-        self._shards.clip(max_norm, params is not None, self.own if params is None else [])
+        self._shards.clip(max_norm, params is not None, [*self.own, *self.of_rule] if params is None else [])

@@ -57,6 +57,7 @@ class Problem:
         self.low_precision = low_precision
         self.factor: Tensor | None = None
         self.share: Tensor | None = None
+        self.strategy_params = strategy_params
         self.shared_params = [param for param in model.get_share_params() if param.requires_grad]
         known = {*self.shared_params, *strategy_params}
         self.own_params: list[nn.Parameter] = [

@@ -93,12 +93,13 @@ class TrainingStep:
         if peers is not None:
             # Rows of representations are small: they are summed as they are.
             exact = options.gram == "exact" and rule.needs in ("gram", "rows") and not rule.rep_grad
+            params = problem.shared_params, problem.own_params
             if sharded is None:
-                self.exchange = Exchange(peers, problem.shared_params, problem.own_params, exact)
+                self.exchange = Exchange(peers, *params, exact, problem.strategy_params)
             else:
                 from fastmtl.distributed.sharded_exchange import ShardedExchange
 
-                self.exchange = ShardedExchange(sharded, problem.shared_params, problem.own_params, exact)
+                self.exchange = ShardedExchange(sharded, *params, exact, problem.strategy_params)
             self.exchange.cut_states(rule)
         self.balancer = Balancer(rule, hyper, options, self.scaler, self.exchange)
         routes = routes_to_try(problem, hyper, options, on_compile, alone=peers is None)
