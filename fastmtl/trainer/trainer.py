@@ -428,7 +428,10 @@ class Trainer(nn.Module):
             # Batch statistics are each process's own; what is saved is the leader's.
             self.peers.from_leader(self._common_buffers())
         self.meter.begin()
-        for task, inputs, labels in eval_batches(loaders, self.task_name, self.multi_input, self.limit_batches):
+        batches = eval_batches(
+            loaders, self.task_name, self.multi_input, self.limit_batches, what=f"{mode}_dataloaders"
+        )
+        for task, inputs, labels in batches:
             inputs, labels = self.prepared((inputs, labels))
             problem = self.step.problem
             if task is None:
