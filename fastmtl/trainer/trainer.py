@@ -64,7 +64,8 @@ class Trainer(nn.Module):
 
     Args:
         task_dict: For each task a dictionary with ``metrics`` (names), ``metrics_fn`` (an ``AbsMetric``), ``loss_fn``
-            (an ``AbsLoss``) and ``weight`` (for each metric 1 if higher is better, else 0).
+            (an ``AbsLoss``) and ``weight`` (for each metric 1 if higher is better, else 0). Losses and metrics keep
+            sums: an object that several tasks have in common is copied for all but the first.
         weighting: A strategy of ``fastmtl.weighting``, as a class or by name in any case.
         architecture: An architecture of ``fastmtl.architecture``, as a class or by name in any case.
         encoder_class: Called without arguments, returns the encoder.

@@ -314,6 +314,64 @@ def test_losses_and_metrics_of_other_kinds_are_refused(key: str, value: Any, mes
         make_trainer(task_dict=tasks)
 
 
+def _shared(**parts: Any) -> dict[str, dict[str, Any]]:
+    """Two tasks of classification with the parts given in common."""
+    return {
+        task: {"metrics": ["Acc"], "metrics_fn": AccMetric(), "loss_fn": CELoss(), "weight": [1], **parts}
+        for task in ("task0", "task1")
+    }
+
+
+def _results(tasks: dict[str, dict[str, Any]]) -> Any:
+    torch.manual_seed(0)
+    decoders = nn.ModuleDict({task: nn.Linear(8, 3) for task in tasks})
+    trainer = make_trainer(task_dict=tasks, decoders=decoders)
+    data = [(x, {"task0": labels["task0"], "task1": labels["task2"] * 0}) for x, labels in loaders(3)]
+    trainer.train(data, data, 2)
+    return trainer.meter.results, list(trainer.meter.loss_item), trainer.model.train_loss_buffer.tolist()
+
+
+def test_one_loss_and_one_metric_for_several_tasks() -> None:
+    assert _results(_shared(loss_fn=CELoss(), metrics_fn=AccMetric())) == _results(_shared())
+
+
+class _Learned(CELoss):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+
+class _LearnedModule(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 3)
+
+    def compute_loss(self, pred: torch.Tensor, gt: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(self.inner(pred), gt)
+
+
+class _Counting(AccMetric):
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = iter(x for x in range(3))
+
+
+@pytest.mark.parametrize(
+    ("parts", "why"),
+    [
+        ({"loss_fn": _Learned()}, "it holds parameters, so it is not copied"),
+        ({"loss_fn": _LearnedModule()}, "it holds parameters, so it is not copied"),
+        ({"metrics_fn": _Counting()}, "it cannot be copied: cannot pickle 'generator' object"),
+    ],
+    ids=["parameter", "module", "generator"],
+)
+def test_what_cannot_be_copied_for_another_task_is_refused(parts: dict[str, Any], why: str) -> None:
+    with pytest.raises(
+        UsageError, match=rf"task_dict\['task1'\]\['{next(iter(parts))}'\] is the object of 'task0' too.*{why}"
+    ):
+        make_trainer(task_dict=_shared(**parts))
+
+
 @pytest.mark.parametrize("scores", [0.5, torch.tensor(0.5), [], [0.5, 0.5]])
 def test_scores_that_do_not_fit_the_metrics_are_refused(scores: Any) -> None:
     class Bad(AccMetric):
