@@ -175,7 +175,8 @@ class Trainer(nn.Module):
         if type(self).__init__ is Trainer.__init__:
             # A subclass may read further ones from ``self.kwargs``.
             check_arguments(kwargs, Trainer.__init__)
-        check_counts(checkpoint_every=checkpoint_every, log_every=log_every, limit_batches=limit_batches)
+        check_counts(log_every=log_every)
+        check_counts(optional=True, checkpoint_every=checkpoint_every, limit_batches=limit_batches)
         self.peers = join(peer_timeout)
         self.device = find_device(device, self.peers)
         if self.device.type == "cpu":

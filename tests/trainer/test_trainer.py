@@ -159,6 +159,26 @@ def test_names_in_any_case_and_classes() -> None:
         ({"compile": "maybe"}, "compile must be True, False or 'auto', got 'maybe'"),
         ({"log_every": 0}, "log_every must be a whole number of at least 1, got 0"),
         ({"limit_batches": 0}, "limit_batches must be a whole number of at least 1, got 0"),
+        *(
+            ({name: count}, f"{name} must be a whole number of at least 1, got ")
+            for name in ("accumulate", "update_weights_every", "log_every")
+            for count in (0, 2.5, "2", True, None)
+        ),
+        ({"checkpoint_every": 1.5}, "checkpoint_every must be a whole number of at least 1, got 1.5"),
+        *(
+            ({"tasks_per_step": count}, "tasks_per_step must be a whole number from 1 to 2, the number of tasks, got")
+            for count in (0, 1.5, 2.0, "2", True)
+        ),
+        *(
+            ({"weight_momentum": decay}, "weight_momentum must be at least 0 and below 1, got")
+            for decay in (1.0, math.nan, "0.5", None)
+        ),
+        ({"vjps": None}, "vjps must be one of auto, sequential, batched, compressed, traced, got None"),
+        ({"precision": None}, "precision must be one of fp32, bf16, fp16, got None"),
+        ({"precision": torch.bfloat16}, "precision must be one of fp32, bf16, fp16, got torch.bfloat16"),
+        ({"gram": 1}, "gram must be one of exact, local, got 1"),
+        ({"cuda_graph": "no"}, "cuda_graph must be True or False, got 'no'"),
+        ({"cuda_graph": 1}, "cuda_graph must be True or False, got 1"),
         ({"save_path": "/dev/null/folder"}, "save_path '/dev/null/folder' cannot be made: Not a directory"),
     ],
 )
