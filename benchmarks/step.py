@@ -7,12 +7,13 @@ import copy
 import io
 import os
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from fastmtl.benchmarks.gate import ALLOWED, distances, wrong_steps
 from fastmtl.benchmarks.machine import facts, probes, wait_for
 from fastmtl.benchmarks.peers import libmtl_can, libmtl_step, torchjd_can, torchjd_step
 from fastmtl.benchmarks.runner import time_in_turn
@@ -28,21 +29,22 @@ from fastmtl.loss import CELoss
 from fastmtl.metrics import AccMetric
 from fastmtl.names import resolve_name
 from fastmtl.trainer.checks import find_device
+from fastmtl.trainer.labels import present_tasks
 from fastmtl.trainer.records import StepBuffer
 from fastmtl.weighting import WEIGHTINGS
 
 __all__ = ["PEERS", "peak_bytes", "run_step"]
 
 PEERS = ("libmtl", "torchjd")
-# Their update depends on random numbers, so that of one step cannot be compared.
-_RANDOM = ("PCGrad", "GradVac", "RLW", "MoDo", "SDMGrad")
+# They make no strategy's update.
+_BOUNDS = ("floor", "sum")
 _LOG_EVERY = 50
 
 Row = dict[str, Any]
 
 
 def _trainer_step(work: Work, weighting: str, precision: str, compile: bool) -> Contender:
-    """Return our step as the trainer runs it: metrics and log included."""
+    """Return our step as the trainer runs it, from a batch that lies on the device: metrics and log included."""
     decoders = work.modules()[1]
     task_dict = {
         task: {"metrics": ["Acc"], "metrics_fn": AccMetric(), "loss_fn": CELoss(), "weight": [1]} for task in work.tasks
@@ -62,8 +64,10 @@ def _trainer_step(work: Work, weighting: str, precision: str, compile: bool) -> 
 
     def step() -> None:
         nonlocal done
-        losses, preds = trainer.step(batches, buffer)
-        trainer.meter.update(losses, preds[-1], work.labels)
+        present = present_tasks(trainer.meter.losses, [labels for _, labels in batches])
+        given = [trainer.prepared(each) for each in batches]
+        losses, preds = trainer.step(given, buffer, present)
+        trainer.meter.update(losses, preds[-1], given[-1][1])
         done += 1
         if len(buffer) == _LOG_EVERY:
             buffer.flush(0, done)
@@ -106,13 +110,6 @@ def _floor_step(work: Work, tasks_apart: bool) -> Contender:
     return Contender(run=step, shared=shared)
 
 
-def _update(contender: Contender) -> Tensor:
-    """Return by how much one step moves the shared parameters."""
-    before = [param.detach().clone() for param in contender.shared]
-    contender.run()
-    return torch.cat([(old - param.detach()).flatten() for old, param in zip(before, contender.shared, strict=True)])
-
-
 def peak_bytes(contender: Contender, device: torch.device) -> int:
     """Return the bytes between the least memory in use, old gradients freed, and the most during a step."""
     contender.run()
@@ -149,8 +146,14 @@ def run_step(
     """Time training steps and return one row per strategy, number of tasks and library; print them as they come.
 
     All contenders of a strategy run in turn. The floor is one forward pass, T VJPs of the trunk and the optimizer in
-    plain torch; ``sum`` is the step that only adds the losses up. The update of one step from the same start is
-    compared with each peer's: a relative distance above 1 % from all of them leaves ours untimed.
+    plain torch; ``sum`` is the step that only adds the losses up. The updates of one step from the same start are
+    compared before, with the same random choices for everybody: ours get no time if they are more than 1 % (relative
+    distance) from those of all peers, a compiled step neither if it is as far from our eager one. A peer that is as far
+    from ours is timed and marked, in its line and in the column ``update``: it does something else, and its ratio does
+    not compare like with like.
+
+    Peers, floor and sum compute in fp32 whatever the precision of our step is. With bf16 or fp16 the updates that are
+    compared are those of our steps in fp32, as rounding alone moves them by more than 1 %.
 
     Args:
         weightings: Strategies, in any case.
@@ -162,7 +165,7 @@ def run_step(
         batch: Rows of the batch.
         size: Height and width of the images.
         device: Where to run.
-        precision: Of our step.
+        precision: Of our step alone.
         compile: Time our step compiled too.
         csv_path: File to write the rows to.
         plot_path: File for a plot over the number of tasks.
@@ -186,15 +189,12 @@ def run_step(
     for count in tasks:
         work = Work(net=net, arch=arch, count=count, batch=batch, size=size, device=device)
         for name in names:
-            make: dict[str, Callable[[], Contender]] = {
-                "fastmtl": partial(_trainer_step, work, name, precision, compile=False)
-            }
-            if compile:
-                make["fastmtl compiled"] = partial(_trainer_step, work, name, precision, compile=True)
+            make = _our_steps(work, name, precision, compile)
+            exact = {} if precision == "fp32" else _our_steps(work, name, "fp32", compile)
             if arch == "HPS":
                 make |= {"floor": partial(_floor_step, work, True), "sum": partial(_floor_step, work, False)}
             make |= _peer_steps(work, name, peers, libmtl)
-            for row in _compare(name, work, make, seconds):
+            for row in _compare(name, work, make, exact, seconds):
                 print(_line(row), flush=True)
                 rows.append(row | {"arch": arch, "net": net, "batch": batch, "size": size} | known)
             if csv_path is not None:
@@ -202,6 +202,12 @@ def run_step(
     if plot_path is not None:
         _plot(rows, plot_path)
     return rows
+
+
+def _our_steps(work: Work, name: str, precision: str, compile: bool) -> dict[str, Callable[[], Contender]]:
+    """Return what builds our steps."""
+    ways = {"fastmtl": False} | ({"fastmtl compiled": True} if compile else {})
+    return {library: partial(_trainer_step, work, name, precision, compile=way) for library, way in ways.items()}
 
 
 def _peer_steps(work: Work, name: str, peers: Sequence[str], libmtl: Path | None) -> dict[str, Callable[[], Contender]]:
@@ -217,16 +223,21 @@ def _peer_steps(work: Work, name: str, peers: Sequence[str], libmtl: Path | None
     return found
 
 
-def _compare(name: str, work: Work, make: dict[str, Callable[[], Contender]], seconds: float) -> list[Row]:
+def _compare(
+    name: str,
+    work: Work,
+    make: Mapping[str, Callable[[], Contender]],
+    exact: Mapping[str, Callable[[], Contender]],
+    seconds: float,
+) -> list[Row]:
+    """Return the rows of what ``make`` builds; the gate takes what ``exact`` builds in its place."""
     contenders = {library: build() for library, build in make.items()}
-    updates = {library: _update(each) for library, each in contenders.items() if library not in ("floor", "sum")}
-    distances: dict[str, float] = {}
-    if name not in _RANDOM:
-        for library, update in updates.items():
-            distances[library] = float((updates["fastmtl"] - update).norm() / updates["fastmtl"].norm())
-        theirs = [distances[each] for each in ("LibMTL", "TorchJD") if each in distances]
-        if theirs and min(theirs) > 0.01:
-            contenders = {library: each for library, each in contenders.items() if not library.startswith("fastmtl")}
+    gated = contenders | {library: build() for library, build in exact.items()}
+    found = distances({library: each for library, each in gated.items() if library not in _BOUNDS})
+    wrong = wrong_steps(found)
+    del gated
+    size = 4 * sum(param.numel() for param in contenders["fastmtl"].shared)
+    contenders = {library: each for library, each in contenders.items() if library not in wrong}
     peaks = {library: peak_bytes(each, work.device) for library, each in contenders.items()}
     memory = probes(work.device)
     rates: list[tuple[float, float]] = []
@@ -238,11 +249,12 @@ def _compare(name: str, work: Work, make: dict[str, Callable[[], Contender]], se
     samples = time_in_turn(calls, work.device, seconds, measure_memory)
     read, copy = (statistics.median(each) for each in zip(*rates, strict=True))
     # J read twice, the update written once.
-    size = 4 * len(updates["fastmtl"])
     algebra = work.count * size / read + (work.count + 1) * size / copy
     rows = []
     for library in make:
-        row: Row = {"strategy": name, "tasks": work.count, "library": library, "distance": distances.get(library)}
+        row: Row = {"strategy": name, "tasks": work.count, "library": library, "distance": found.get(library)}
+        if library in found:
+            row["update"] = "same" if found[library] <= ALLOWED else "another"
         if library in samples:
             deciles = statistics.quantiles(samples[library], n=10)
             row |= {"p20_ms": deciles[1] * 1e3, "median_ms": deciles[4] * 1e3, "p80_ms": deciles[7] * 1e3}
@@ -251,6 +263,8 @@ def _compare(name: str, work: Work, make: dict[str, Callable[[], Contender]], se
                 if other in samples:
                     pairs = [one / two for one, two in zip(samples[library], samples[other], strict=True)]
                     row[f"times_{other}"] = statistics.median(pairs)
+        else:
+            row["wrong"] = wrong[library]
         rows.append(row)
     return rows
 
@@ -258,7 +272,7 @@ def _compare(name: str, work: Work, make: dict[str, Callable[[], Contender]], se
 def _line(row: Row) -> str:
     head = f"{row['strategy']:11} T={row['tasks']:<3} {row['library']:16}"
     if "median_ms" not in row:
-        return f"{head} WRONG: {row['distance']} from the peers' update; not timed"
+        return f"{head} WRONG: {row['wrong']}; not timed"
     line = f"{head} {row['median_ms']:9.2f} ms  ({row['p20_ms']:.2f} .. {row['p80_ms']:.2f})"
     for other in ("floor", "fastmtl"):
         if f"times_{other}" in row:
@@ -266,7 +280,10 @@ def _line(row: Row) -> str:
     line += f"  peak {row['peak_mb']:.0f} MB"
     if row["library"] == "floor":
         line += f"  (J read and combined at the memory's rate: {row['algebra_ms']:.2f} ms more)"
-    return line if row["distance"] is None else f"{line}  distance {row['distance']:.0e}"
+    if row["distance"] is None:
+        return line
+    line += f"  distance {row['distance']:.0e}"
+    return line if row["update"] == "same" else f"{line}: ANOTHER UPDATE"
 
 
 def _plot(rows: Sequence[Row], path: Path) -> None:

@@ -26,8 +26,10 @@ def resolve_name(name: str, choices: Mapping[str, T], what: str) -> T:
         what: What is named, for the message (``"weighting"``).
 
     Raises:
-        UsageError: The name is unknown; the message gives the nearest valid name and all of them.
+        UsageError: No name, or an unknown one; the message gives the nearest valid name and all of them.
     """
+    if not isinstance(name, str):
+        raise UsageError(f"{what} must be one of {', '.join(choices)}, got {name!r}.")
     by_key = {_key(choice): value for choice, value in choices.items()}
     if _key(name) in by_key:
         return by_key[_key(name)]

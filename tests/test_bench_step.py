@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import csv
+import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from fastmtl.benchmarks import step as bench
-from fastmtl.benchmarks.work import Work
+from fastmtl.benchmarks.gate import distances
+from fastmtl.benchmarks.machine import Probes
+from fastmtl.benchmarks.peers import torchjd_step
+from fastmtl.benchmarks.work import Contender, Work
 from torch import Tensor
 
 from fastmtl import ops
@@ -54,6 +59,83 @@ def test_a_wrong_update_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "min_norm", wrong)
     rows = bench.run_step(["MGDA"], ["torchjd"], **SMALL)
     assert ["median_ms" in row for row in rows if row["library"] == "fastmtl"] == [False]
+
+
+def _fake(scale: float) -> Contender:
+    """A step of made-up size."""
+    param = torch.nn.Parameter(torch.ones(10))
+
+    def run() -> None:
+        with torch.no_grad():
+            param.sub_(scale * torch.arange(10.0))
+
+    return Contender(run=run, shared=[param])
+
+
+@pytest.fixture
+def no_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory's rate is made up, as measuring it takes a while."""
+    monkeypatch.setattr(bench, "probes", lambda device: Probes([lambda: 1e9], [lambda: 1e9]))
+
+
+@pytest.mark.usefixtures("no_probes")
+@pytest.mark.parametrize(
+    ("scales", "untimed", "others"),
+    [
+        ({"fastmtl": 1.0, "fastmtl compiled": 1.001, "TorchJD": 1.0}, [], []),
+        ({"fastmtl": 1.0, "fastmtl compiled": -3.0, "TorchJD": 1.0}, ["fastmtl compiled"], ["fastmtl compiled"]),
+        ({"fastmtl": 1.0, "fastmtl compiled": 1.1}, ["fastmtl compiled"], ["fastmtl compiled"]),
+        ({"fastmtl": 1.0, "fastmtl compiled": math.nan}, ["fastmtl compiled"], ["fastmtl compiled"]),
+        ({"fastmtl": 5.0, "fastmtl compiled": 5.0, "TorchJD": 1.0}, ["fastmtl", "fastmtl compiled"], ["TorchJD"]),
+        ({"fastmtl": 5.0, "LibMTL": 5.0, "TorchJD": 1.0}, [], ["TorchJD"]),
+    ],
+    ids=["right", "compiled", "no peer", "nan", "both", "one of two"],
+)
+def test_every_step_of_ours_is_gated_and_other_updates_are_marked(
+    scales: dict[str, float], untimed: list[str], others: list[str]
+) -> None:
+    make = {library: partial(_fake, scale) for library, scale in scales.items()}
+    rows = bench._compare("PCGrad", Work(**_work()), make, {}, 0.0)
+    assert [row["library"] for row in rows if "median_ms" not in row] == untimed
+    assert [row["library"] for row in rows if row["update"] == "another"] == others
+    for row in rows:
+        line = bench._line(row)
+        assert ("WRONG: " in line) == (row["library"] in untimed)
+        assert line.endswith("ANOTHER UPDATE") == (row["library"] in others and row["library"] not in untimed)
+
+
+@pytest.mark.usefixtures("no_probes")
+def test_with_another_precision_the_gate_sees_our_step_in_fp32() -> None:
+    make = {"fastmtl": partial(_fake, 1.4), "TorchJD": partial(_fake, 1.0)}
+    rows = bench._compare("MGDA", Work(**_work()), make, {"fastmtl": partial(_fake, 1.0)}, 0.0)
+    assert all("median_ms" in row and row["update"] == "same" for row in rows)
+    rows = bench.run_step(["EW"], precision="bf16", **SMALL)
+    assert [row["distance"] for row in rows] == [0.0, None, None]
+
+
+@pytest.mark.parametrize("name", ["PCGrad", "GradVac", "RLW"])
+def test_random_choices_are_the_same_for_all(name: str) -> None:
+    work = Work(**_work() | {"count": 6})
+    steps = {library: bench._trainer_step(work, name, "fp32", compile=False) for library in ("fastmtl", "again")}
+    torch.rand(3)
+    assert distances(steps)["again"] == 0
+
+
+@pytest.mark.parametrize("name", ["PCGrad", "GradVac"])
+def test_tasks_meet_in_torchjds_order(name: str) -> None:
+    pytest.importorskip("torchjd")
+    work = Work(**_work() | {"count": 6})
+    ours, theirs = bench._trainer_step(work, name, "fp32", compile=False), torchjd_step(work, name)
+    # Another order of six tasks moves the update by 8e-4.
+    assert distances({"fastmtl": ours, "TorchJD": theirs})["TorchJD"] < 2e-4
+
+
+def test_the_step_reads_which_tasks_have_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(bench, "present_tasks", lambda losses, labels: asked.append(labels))
+    work = Work(**_work())
+    bench._trainer_step(work, "MGDA", "fp32", compile=False).run()
+    assert asked == [[work.labels]]
 
 
 def test_a_peer_without_the_strategy_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

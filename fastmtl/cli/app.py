@@ -214,7 +214,7 @@ def _bench_step(
     batch: Annotated[int, typer.Option(help="Rows of the batch.")] = 32,
     size: Annotated[int, typer.Option(help="Height and width of the images.")] = 64,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")] = "cpu",
-    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16, of our step.")] = "fp32",
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16, of our step alone.")] = "fp32",
     compile: Annotated[bool, typer.Option("--compile", help="Measure our step compiled too.")] = False,
     csv: Annotated[Path | None, typer.Option(help="File to write the rows to.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Picture to draw, time over the number of tasks.")] = None,
@@ -224,7 +224,11 @@ def _bench_step(
         str | None, typer.Option(help="H100, H200 or A100: print what a step must cost there, and measure nothing.")
     ] = None,
 ) -> None:
-    """Time whole training steps beside their floor, the sum of the losses, LibMTL and TorchJD, all in turn."""
+    """Time whole training steps beside their floor, the sum of the losses, LibMTL and TorchJD, all in turn.
+
+    Those beside ours compute in fp32 whatever --precision says. A step of ours whose update is wrong is not timed; a
+    peer whose update is more than 1 % from ours is marked ANOTHER UPDATE.
+    """
     from fastmtl.cli.listing import bench_step, model_step
 
     if model is not None:

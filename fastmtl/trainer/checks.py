@@ -6,7 +6,7 @@ import difflib
 import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ __all__ = [
     "check_tasks",
     "check_weighting",
     "find_device",
+    "is_real",
+    "is_whole",
     "make_folder",
 ]
 
@@ -96,15 +98,31 @@ def find_device(device: str | torch.device | None, peers: Peers | None = None) -
     return found
 
 
-def check_counts(**counts: Any) -> None:
+def check_counts(*, optional: bool = False, **counts: Any) -> None:
     """Refuse numbers, by the name of their argument, of which there must be at least one.
+
+    Args:
+        optional: Whether there may be none at all: None.
+        counts: The numbers.
 
     Raises:
         UsageError: One is below 1 or no whole number.
     """
     for name, count in counts.items():
-        if count is not None and (isinstance(count, bool) or not isinstance(count, Integral) or count < 1):
+        if optional and count is None:
+            continue
+        if not is_whole(count) or count < 1:
             raise UsageError(f"{name} must be a whole number of at least 1, got {count!r}.")
+
+
+def is_whole(value: Any) -> bool:
+    """Return whether a value is a whole number; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_real(value: Any) -> bool:
+    """Return whether a value is a number; True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def make_folder(save_path: str | Path) -> Path:

@@ -94,33 +94,59 @@ def count_batches(loaders: Any, multi_input: bool, limit: int | None) -> int:
 
 
 def train_batches(loaders: Any, tasks: list[str], multi_input: bool, count: int) -> Iterator[tuple[Any, Any]]:
-    """Yield ``count`` batches of inputs and labels; a loader that runs out starts again."""
+    """Yield ``count`` batches of inputs and labels; a loader that runs out starts again.
+
+    Raises:
+        UsageError: A loader gives something else, or nothing at all.
+    """
     if not multi_input:
-        for inputs, labels in islice(_endless(loaders), count):
+        for inputs, labels in islice(_endless(loaders, "train_dataloaders"), count):
             yield inputs, _checked(labels, tasks)
         return
-    streams = {task: _endless(loaders[task]) for task in tasks}
+    streams = {task: _endless(loaders[task], f"train_dataloaders[{task!r}]") for task in tasks}
     for _ in range(count):
         batch = {task: next(stream) for task, stream in streams.items()}
         yield {task: each[0] for task, each in batch.items()}, {task: each[1] for task, each in batch.items()}
 
 
 def eval_batches(
-    loaders: Any, tasks: list[str], multi_input: bool, limit: int | None
+    loaders: Any, tasks: list[str], multi_input: bool, limit: int | None, what: str
 ) -> Iterator[tuple[str | None, Any, Any]]:
-    """Yield (task or None, inputs, labels) of every batch once."""
+    """Yield (task or None, inputs, labels) of every batch once.
+
+    Raises:
+        UsageError: A loader gives something else.
+    """
     if not multi_input:
-        for inputs, labels in islice(loaders, limit):
+        for batch in islice(loaders, limit):
+            inputs, labels = _pair(batch, what)
             yield None, inputs, _checked(labels, tasks)
         return
     for task in tasks:
-        for inputs, labels in islice(loaders[task], limit):
-            yield task, inputs, labels
+        for batch in islice(loaders[task], limit):
+            yield task, *_pair(batch, f"{what}[{task!r}]")
 
 
-def _endless(loader: Any) -> Iterator[Any]:
+def _endless(loader: Any, what: str) -> Iterator[tuple[Any, Any]]:
     while True:
-        yield from loader
+        empty = True
+        for batch in loader:
+            empty = False
+            yield _pair(batch, what)
+        if empty:
+            raise UsageError(
+                f"{what} has a length of {len(loader)} but gave no batch: a loader must start again whenever it is "
+                "iterated over, which an iterator does not."
+            )
+
+
+def _pair(batch: Any, what: str) -> tuple[Any, Any]:
+    # A tensor or a dictionary of two could be unpacked as well, into rows or keys.
+    if isinstance(batch, list | tuple) and len(batch) == 2:
+        inputs, labels = batch
+        return inputs, labels
+    got = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, list | tuple) else type(batch).__name__
+    raise UsageError(f"{what} must yield batches that are pairs (inputs, labels), got {got}.")
 
 
 def _checked(labels: Any, tasks: list[str]) -> Any:

@@ -16,7 +16,7 @@ from fastmtl.errors import UsageError
 from fastmtl.loss import AbsLoss
 from fastmtl.metrics import AbsMetric
 from fastmtl.trainer.labels import labelled_rows
-from fastmtl.trainer.task_parts import as_loss, as_metric
+from fastmtl.trainer.task_parts import losses_of, metrics_of
 from fastmtl.utils import count_improvement
 
 __all__ = ["PerformanceMeter"]
@@ -44,10 +44,8 @@ class PerformanceMeter:
         self.peers = peers
         self.task_name = list(task_dict)
         self.weight: dict[str, list[int]] = {task: task_dict[task]["weight"] for task in self.task_name}
-        self.losses: dict[str, AbsLoss] = {task: as_loss(task, task_dict[task]["loss_fn"]) for task in self.task_name}
-        self.metrics: dict[str, AbsMetric] = {
-            task: as_metric(task, task_dict[task]["metrics_fn"]) for task in self.task_name
-        }
+        self.losses: dict[str, AbsLoss] = losses_of(task_dict)
+        self.metrics: dict[str, AbsMetric] = metrics_of(task_dict)
         self.base_result = base_result
         self.best_result: dict[str, Any] = {"improvement": -1e2, "epoch": 0, "result": 0}
         self.improvement: float | None = None

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from fastmtl.errors import UsageError
 from fastmtl.names import resolve_name
+from fastmtl.trainer.checks import check_counts, is_real, is_whole
 from fastmtl.trainer.precision import PRECISIONS
 from fastmtl.weighting import AbsWeighting
 
@@ -67,13 +68,17 @@ def check_options(model: Any, weighting: str, hyper: Mapping[str, Any], options:
     """
     if options.compile not in (True, False, "auto"):
         raise UsageError(f"compile must be True, False or 'auto', got {options.compile!r}.")
-    if not 0 <= options.weight_momentum < 1:
-        raise UsageError(f"weight_momentum must be at least 0 and below 1, got {options.weight_momentum}.")
+    if not isinstance(options.cuda_graph, bool):
+        raise UsageError(f"cuda_graph must be True or False, got {options.cuda_graph!r}.")
+    check_counts(accumulate=options.accumulate, update_weights_every=options.update_weights_every)
+    if not is_real(options.weight_momentum) or not 0 <= options.weight_momentum < 1:
+        raise UsageError(f"weight_momentum must be at least 0 and below 1, got {options.weight_momentum!r}.")
     legacy = model.backward.__func__ is not AbsWeighting.backward
     if options.weight_momentum and (legacy or model.samples > 1 or model.needs in ("reps", "lookahead")):
         raise UsageError(f"weight_momentum must be 0 for {weighting}, which has no weights of one step to average.")
-    if options.clip_grad_norm is not None and not options.clip_grad_norm > 0:
-        raise UsageError(f"clip_grad_norm must be above 0, got {options.clip_grad_norm}.")
+    limit = options.clip_grad_norm
+    if limit is not None and (not is_real(limit) or not limit > 0):
+        raise UsageError(f"clip_grad_norm must be a number above 0, or None for no limit, got {limit!r}.")
     precision = resolve_name(options.precision, {name: name for name in PRECISIONS}, "precision")
     if precision == "fp16" and (legacy or model.needs == "lookahead"):
         raise UsageError(f"{weighting} runs backward passes of its own, so precision must be fp32 or bf16, got fp16.")
@@ -117,18 +122,13 @@ def check_distributed(model: Any, weighting: str, options: StepOptions) -> None:
 
 def _interval(model: Any, weighting: str, hyper: Mapping[str, Any], options: StepOptions) -> int:
     """Return the steps between two solves, from the trainer's option or the strategy's own of the same name."""
-    given = options.update_weights_every
-    if given < 1:
-        raise UsageError(f"update_weights_every must be at least 1, got {given}.")
-    interval = max(given, hyper.get("update_weights_every", 1))
+    interval = max(options.update_weights_every, hyper.get("update_weights_every", 1))
     if interval > 1 and model.needs != "gram":
         raise UsageError(f"update_weights_every must be 1 for {weighting}: its weights do not come from a Gram matrix.")
     return interval
 
 
 def _check_accumulation(model: Any, weighting: str, options: StepOptions, legacy: bool) -> None:
-    if options.accumulate < 1:
-        raise UsageError(f"accumulate must be at least 1, got {options.accumulate}.")
     if options.accumulate == 1:
         return
     reasons = {
@@ -144,10 +144,14 @@ def _check_accumulation(model: Any, weighting: str, options: StepOptions, legacy
 def _sampled(model: Any, weighting: str, options: StepOptions, legacy: bool) -> int | None:
     """Return the tasks of a step if they are not all."""
     given = options.tasks_per_step
-    if given is None or given == model.task_num:
+    if given is None:
         return None
-    if not 1 <= given <= model.task_num:
-        raise UsageError(f"tasks_per_step must be 1 to {model.task_num}, the number of tasks, got {given}.")
+    if not is_whole(given) or not 1 <= given <= model.task_num:
+        raise UsageError(
+            f"tasks_per_step must be a whole number from 1 to {model.task_num}, the number of tasks, got {given!r}."
+        )
+    if given == model.task_num:
+        return None
     reasons = {
         "compile=True, which would compile every choice of tasks": bool(options.compile),
         "weight_momentum": options.weight_momentum > 0,

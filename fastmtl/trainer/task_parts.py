@@ -2,13 +2,66 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
 
 from fastmtl.errors import UsageError
 from fastmtl.loss import AbsLoss
 from fastmtl.metrics import AbsMetric
 
-__all__ = ["as_loss", "as_metric"]
+__all__ = ["as_loss", "as_metric", "losses_of", "metrics_of"]
+
+Part = TypeVar("Part")
+
+
+def losses_of(task_dict: Mapping[str, Mapping[str, Any]]) -> dict[str, AbsLoss]:
+    """Return the losses by task, each an object of its own, as it keeps the task's sums.
+
+    Raises:
+        UsageError: No loss, or one for several tasks that cannot be copied.
+    """
+    return _apart("loss_fn", {task: as_loss(task, about["loss_fn"]) for task, about in task_dict.items()})
+
+
+def metrics_of(task_dict: Mapping[str, Mapping[str, Any]]) -> dict[str, AbsMetric]:
+    """Return the metrics by task, each an object of its own, as it keeps the task's sums.
+
+    Raises:
+        UsageError: No metric, or one for several tasks that cannot be copied.
+    """
+    return _apart("metrics_fn", {task: as_metric(task, about["metrics_fn"]) for task, about in task_dict.items()})
+
+
+def _apart(key: str, parts: Mapping[str, Part]) -> dict[str, Part]:
+    """Return the parts with a copy of one wherever an earlier task has it already."""
+    owners: dict[int, str] = {}
+    found: dict[str, Part] = {}
+    for task, part in parts.items():
+        owner = owners.setdefault(id(part), task)
+        found[task] = part if owner == task else _copy(part, f"task_dict[{task!r}][{key!r}]", owner)
+    return found
+
+
+def _copy(part: Part, what: str, owner: str) -> Part:
+    advice = f"{what} is the object of {owner!r} too: give each task one of its own, as it keeps the task's sums"
+    # Two copies would be trained apart, if at all, where the user has one.
+    if any(tensor.requires_grad for tensor in _tensors(part)):
+        raise UsageError(f"{advice}; it holds parameters, so it is not copied.")
+    try:
+        return copy.deepcopy(part)
+    except Exception as cause:
+        raise UsageError(f"{advice}; it cannot be copied: {cause}.") from cause
+
+
+def _tensors(part: object) -> Iterator[Tensor]:
+    for value in (part, *getattr(part, "__dict__", {}).values()):
+        if isinstance(value, nn.Module):
+            yield from value.parameters()
+        elif isinstance(value, Tensor):
+            yield value
 
 
 def as_loss(task: str, given: Any) -> AbsLoss:

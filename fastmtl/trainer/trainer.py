@@ -64,7 +64,8 @@ class Trainer(nn.Module):
 
     Args:
         task_dict: For each task a dictionary with ``metrics`` (names), ``metrics_fn`` (an ``AbsMetric``), ``loss_fn``
-            (an ``AbsLoss``) and ``weight`` (for each metric 1 if higher is better, else 0).
+            (an ``AbsLoss``) and ``weight`` (for each metric 1 if higher is better, else 0). Losses and metrics keep
+            sums: an object that several tasks have in common is copied for all but the first.
         weighting: A strategy of ``fastmtl.weighting``, as a class or by name in any case.
         architecture: An architecture of ``fastmtl.architecture``, as a class or by name in any case.
         encoder_class: Called without arguments, returns the encoder.
@@ -174,7 +175,8 @@ class Trainer(nn.Module):
         if type(self).__init__ is Trainer.__init__:
             # A subclass may read further ones from ``self.kwargs``.
             check_arguments(kwargs, Trainer.__init__)
-        check_counts(checkpoint_every=checkpoint_every, log_every=log_every, limit_batches=limit_batches)
+        check_counts(log_every=log_every)
+        check_counts(optional=True, checkpoint_every=checkpoint_every, limit_batches=limit_batches)
         self.peers = join(peer_timeout)
         self.device = find_device(device, self.peers)
         if self.device.type == "cpu":
@@ -450,7 +452,10 @@ class Trainer(nn.Module):
             # Batch statistics are each process's own; what is saved is the leader's.
             self.peers.from_leader(self._common_buffers())
         self.meter.begin()
-        for task, inputs, labels in eval_batches(loaders, self.task_name, self.multi_input, self.limit_batches):
+        batches = eval_batches(
+            loaders, self.task_name, self.multi_input, self.limit_batches, what=f"{mode}_dataloaders"
+        )
+        for task, inputs, labels in batches:
             inputs, labels = self.prepared((inputs, labels))
             problem = self.step.problem
             if task is None:

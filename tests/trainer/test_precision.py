@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -290,9 +291,9 @@ def test_clipping_limits_the_norm_of_all_gradients_after_the_scale_is_out() -> N
         torch.testing.assert_close(norm, torch.tensor(0.01), rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("limit", [0.0, -1.0])
-def test_a_limit_that_stops_training_is_refused(limit: float) -> None:
-    with pytest.raises(UsageError, match="clip_grad_norm must be above 0"):
+@pytest.mark.parametrize("limit", [0.0, -1.0, math.nan, "1", True])
+def test_a_limit_that_stops_training_is_refused(limit: Any) -> None:
+    with pytest.raises(UsageError, match="clip_grad_norm must be a number above 0, or None for no limit, got"):
         make_trainer("EW", clip_grad_norm=limit)
 
 

@@ -159,6 +159,26 @@ def test_names_in_any_case_and_classes() -> None:
         ({"compile": "maybe"}, "compile must be True, False or 'auto', got 'maybe'"),
         ({"log_every": 0}, "log_every must be a whole number of at least 1, got 0"),
         ({"limit_batches": 0}, "limit_batches must be a whole number of at least 1, got 0"),
+        *(
+            ({name: count}, f"{name} must be a whole number of at least 1, got ")
+            for name in ("accumulate", "update_weights_every", "log_every")
+            for count in (0, 2.5, "2", True, None)
+        ),
+        ({"checkpoint_every": 1.5}, "checkpoint_every must be a whole number of at least 1, got 1.5"),
+        *(
+            ({"tasks_per_step": count}, "tasks_per_step must be a whole number from 1 to 2, the number of tasks, got")
+            for count in (0, 1.5, 2.0, "2", True)
+        ),
+        *(
+            ({"weight_momentum": decay}, "weight_momentum must be at least 0 and below 1, got")
+            for decay in (1.0, math.nan, "0.5", None)
+        ),
+        ({"vjps": None}, "vjps must be one of auto, sequential, batched, compressed, traced, got None"),
+        ({"precision": None}, "precision must be one of fp32, bf16, fp16, got None"),
+        ({"precision": torch.bfloat16}, "precision must be one of fp32, bf16, fp16, got torch.bfloat16"),
+        ({"gram": 1}, "gram must be one of exact, local, got 1"),
+        ({"cuda_graph": "no"}, "cuda_graph must be True or False, got 'no'"),
+        ({"cuda_graph": 1}, "cuda_graph must be True or False, got 1"),
         ({"save_path": "/dev/null/folder"}, "save_path '/dev/null/folder' cannot be made: Not a directory"),
     ],
 )
@@ -312,6 +332,64 @@ def test_losses_and_metrics_of_other_kinds_are_refused(key: str, value: Any, mes
     tasks["task0"][key] = value
     with pytest.raises(UsageError, match=message):
         make_trainer(task_dict=tasks)
+
+
+def _shared(**parts: Any) -> dict[str, dict[str, Any]]:
+    """Two tasks of classification with the parts given in common."""
+    return {
+        task: {"metrics": ["Acc"], "metrics_fn": AccMetric(), "loss_fn": CELoss(), "weight": [1], **parts}
+        for task in ("task0", "task1")
+    }
+
+
+def _results(tasks: dict[str, dict[str, Any]]) -> Any:
+    torch.manual_seed(0)
+    decoders = nn.ModuleDict({task: nn.Linear(8, 3) for task in tasks})
+    trainer = make_trainer(task_dict=tasks, decoders=decoders)
+    data = [(x, {"task0": labels["task0"], "task1": labels["task2"] * 0}) for x, labels in loaders(3)]
+    trainer.train(data, data, 2)
+    return trainer.meter.results, list(trainer.meter.loss_item), trainer.model.train_loss_buffer.tolist()
+
+
+def test_one_loss_and_one_metric_for_several_tasks() -> None:
+    assert _results(_shared(loss_fn=CELoss(), metrics_fn=AccMetric())) == _results(_shared())
+
+
+class _Learned(CELoss):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+
+class _LearnedModule(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 3)
+
+    def compute_loss(self, pred: torch.Tensor, gt: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(self.inner(pred), gt)
+
+
+class _Counting(AccMetric):
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = iter(x for x in range(3))
+
+
+@pytest.mark.parametrize(
+    ("parts", "why"),
+    [
+        ({"loss_fn": _Learned()}, "it holds parameters, so it is not copied"),
+        ({"loss_fn": _LearnedModule()}, "it holds parameters, so it is not copied"),
+        ({"metrics_fn": _Counting()}, "it cannot be copied: cannot pickle 'generator' object"),
+    ],
+    ids=["parameter", "module", "generator"],
+)
+def test_what_cannot_be_copied_for_another_task_is_refused(parts: dict[str, Any], why: str) -> None:
+    with pytest.raises(
+        UsageError, match=rf"task_dict\['task1'\]\['{next(iter(parts))}'\] is the object of 'task0' too.*{why}"
+    ):
+        make_trainer(task_dict=_shared(**parts))
 
 
 @pytest.mark.parametrize("scores", [0.5, torch.tensor(0.5), [], [0.5, 0.5]])
