@@ -140,14 +140,14 @@ def algebra(tasks: int, parameters: int, tensors: int) -> list[Cost]:
     ]
 
 
-def step_model(net: str, tasks: int, batch: int, size: int) -> list[Cost]:
+def step_model(net: str, tasks: int, batch: int, size: int | str) -> list[Cost]:
     """Return the costs of a step of a strategy that needs the Gram matrix, with hard parameter sharing and plain SGD.
 
     Args:
-        net: ``"resnet18"`` or ``"mlp"``.
+        net: A network of `Work`.
         tasks: Number of tasks.
         batch: Rows of the batch.
-        size: Height and width of the images.
+        size: Height and width of the images, as a number or ``"288x384"``.
 
     Raises:
         UsageError: An unknown network.
@@ -171,7 +171,9 @@ def step_model(net: str, tasks: int, batch: int, size: int) -> list[Cost]:
     return [*costs, _cost("optimizer", [(3 * _FLOAT * everything, 2 * everything)], 1)]
 
 
-def print_model(card: str, net: str, tasks: Sequence[int], batch: int, size: int, precision: str = "fp32") -> None:
+def print_model(
+    card: str, net: str, tasks: Sequence[int], batch: int, size: int | str, precision: str = "fp32"
+) -> None:
     """Print the cost of each part of a step on a card, and the least time of the whole.
 
     No part reads anything back to the host. In bf16 and fp16 the network's tensors are counted as float32 all the same,

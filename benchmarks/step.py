@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from fastmtl import Trainer
-from fastmtl.architecture import ARCHITECTURES
+from fastmtl.architecture import ARCHITECTURES, AbsArchitecture
 from fastmtl.errors import UsageError
 from fastmtl.loss import CELoss
 from fastmtl.metrics import AccMetric
@@ -43,7 +43,7 @@ _LOG_EVERY = 50
 Row = dict[str, Any]
 
 
-def _trainer_step(work: Work, weighting: str, precision: str, compile: bool) -> Contender:
+def _trainer_step(work: Work, weighting: str, precision: str, **way: Any) -> Contender:
     """Return our step as the trainer runs it, from a batch that lies on the device: metrics and log included."""
     decoders = work.modules()[1]
     task_dict = {
@@ -54,7 +54,7 @@ def _trainer_step(work: Work, weighting: str, precision: str, compile: bool) -> 
     with contextlib.redirect_stdout(io.StringIO()):
         trainer = Trainer(
             task_dict, weighting, work.arch, lambda: work.modules()[0], decoders, False, False, optim, None,
-            device=work.device, precision=precision, compile=compile, arch_args=work.arch_args,
+            device=work.device, precision=precision, arch_args=work.arch_args, **way,
         )  # fmt: skip
     trainer.model.epoch, trainer.model.epochs = 0, 1
     trainer.model.train()
@@ -72,36 +72,47 @@ def _trainer_step(work: Work, weighting: str, precision: str, compile: bool) -> 
         if len(buffer) == _LOG_EVERY:
             buffer.flush(0, done)
 
-    # What is timed is the way the trainer settles on, from the same start as everybody's.
-    states = trainer.model.state_dict(), trainer.optimizer.state_dict()
-    start = None if trainer.step.trial is None else copy.deepcopy(states)
-    while trainer.step.trial is not None:
+    def settled() -> bool:
+        capture = trainer.step.capture
+        return trainer.step.trial is None and (capture is None or capture.failed or capture.replays > 0)
+
+    # What is timed is the way the trainer settles on, from the same start as everybody's; plain SGD remembers nothing.
+    start = None if settled() else copy.deepcopy(trainer.model.state_dict())
+    while not settled():
         step()
     if start is not None:
-        trainer.model.load_state_dict(start[0])
-        trainer.optimizer.load_state_dict(start[1])
+        trainer.model.load_state_dict(start)
     return Contender(run=step, shared=trainer.step.problem.shared_params)
 
 
 def _floor_step(work: Work, tasks_apart: bool) -> Contender:
     """Return one forward pass, one VJP per task (or one for all) and the optimizer, in plain torch and nothing else."""
     encoder, decoders = work.modules()
-    shared = list(encoder.parameters())
-    optimizer = torch.optim.SGD([*shared, *decoders.parameters()], lr=work.lr, fused=True)
+    network: Any = ARCHITECTURES[work.arch](
+        work.tasks, lambda: encoder, decoders, False, False, work.device, **work.arch_args
+    ).to(work.device)
+    shared = list(network.get_share_params())
+    optimizer = torch.optim.SGD(network.parameters(), lr=work.lr, fused=True)
+
+    def loss(features: Sequence[Tensor], task: str) -> Tensor:
+        return work.loss(decoders[task](network.branch(features, task)), task)
 
     def step() -> None:
         optimizer.zero_grad()
-        features = encoder(work.inputs)
+        features = network.trunk(work.inputs)
         if not tasks_apart:
-            torch.stack([work.loss(decoders[task](features), task) for task in work.tasks]).sum().backward()
+            torch.stack([loss(features, task) for task in work.tasks]).sum().backward()
             optimizer.step()
             return
-        cut = features.detach().requires_grad_()
+        learned = [feature for feature in features if feature.requires_grad]
         grads: Sequence[Tensor] = ()
         for index, task in enumerate(work.tasks):
-            work.loss(decoders[task](cut), task).backward()
-            cotangent, cut.grad = cut.grad, None
-            grads = torch.autograd.grad(features, shared, cotangent, retain_graph=index + 1 < work.count)
+            cut = tuple(feature.detach().requires_grad_(feature.requires_grad) for feature in features)
+            loss(cut, task).backward()
+            cotangents = [alias.grad for alias in cut if alias.requires_grad]
+            grads = torch.autograd.grad(
+                learned, shared, cotangents, retain_graph=index + 1 < work.count, allow_unused=True
+            )
         # The optimizer moves the shared parameters too, by one task's gradient.
         for param, grad in zip(shared, grads, strict=True):
             param.grad = grad
@@ -135,10 +146,11 @@ def run_step(
     tasks: Sequence[int] = (3,),
     net: str = "resnet18",
     batch: int = 32,
-    size: int = 64,
+    size: int | str = 64,
     device: torch.device | str = "cpu",
     precision: str = "fp32",
     compile: bool = False,
+    cuda_graph: bool = False,
     csv_path: Path | None = None,
     plot_path: Path | None = None,
     seconds: float = 20.0,
@@ -159,14 +171,15 @@ def run_step(
         weightings: Strategies, in any case.
         peers: ``"libmtl"`` and ``"torchjd"``.
         libmtl: Folder of a LibMTL checkout.
-        arch: The architecture; floor, sum and TorchJD are for HPS.
+        arch: The architecture; floor and sum are for those with a trunk and branches, TorchJD is for HPS.
         tasks: Numbers of tasks.
-        net: ``"resnet18"`` or ``"mlp"``.
+        net: A network of `Work`.
         batch: Rows of the batch.
-        size: Height and width of the images.
+        size: Height and width of the images, as a number or ``"288x384"``.
         device: Where to run.
         precision: Of our step alone.
         compile: Time our step compiled too.
+        cuda_graph: Time our step captured as a CUDA graph too.
         csv_path: File to write the rows to.
         plot_path: File for a plot over the number of tasks.
         seconds: Time for each strategy and number of tasks.
@@ -176,6 +189,8 @@ def run_step(
         BackendError: The device is not there.
     """
     device = find_device(device)
+    if cuda_graph and device.type != "cuda":
+        raise UsageError(f"cuda_graph needs a CUDA GPU, got the device {device}.")
     names = [resolve_name(name, {each: each for each in WEIGHTINGS}, "weighting") for name in weightings]
     peers = [resolve_name(peer, {each: each for each in PEERS}, "peer") for peer in peers]
     arch = resolve_name(arch, {each: each for each in ARCHITECTURES}, "architecture")
@@ -189,9 +204,9 @@ def run_step(
     for count in tasks:
         work = Work(net=net, arch=arch, count=count, batch=batch, size=size, device=device)
         for name in names:
-            make = _our_steps(work, name, precision, compile)
-            exact = {} if precision == "fp32" else _our_steps(work, name, "fp32", compile)
-            if arch == "HPS":
+            make = _our_steps(work, name, precision, compile, cuda_graph)
+            exact = {} if precision == "fp32" else _our_steps(work, name, "fp32", compile, cuda_graph)
+            if ARCHITECTURES[arch].forward is AbsArchitecture.forward:
                 make |= {"floor": partial(_floor_step, work, True), "sum": partial(_floor_step, work, False)}
             make |= _peer_steps(work, name, peers, libmtl)
             for row in _compare(name, work, make, exact, seconds):
@@ -204,10 +219,16 @@ def run_step(
     return rows
 
 
-def _our_steps(work: Work, name: str, precision: str, compile: bool) -> dict[str, Callable[[], Contender]]:
+def _our_steps(
+    work: Work, name: str, precision: str, compile: bool, cuda_graph: bool
+) -> dict[str, Callable[[], Contender]]:
     """Return what builds our steps."""
-    ways = {"fastmtl": False} | ({"fastmtl compiled": True} if compile else {})
-    return {library: partial(_trainer_step, work, name, precision, compile=way) for library, way in ways.items()}
+    ways: dict[str, dict[str, Any]] = {"fastmtl": {}}
+    if compile:
+        ways["fastmtl compiled"] = {"compile": True}
+    if cuda_graph:
+        ways["fastmtl captured"] = {"cuda_graph": True}
+    return {library: partial(_trainer_step, work, name, precision, **way) for library, way in ways.items()}
 
 
 def _peer_steps(work: Work, name: str, peers: Sequence[str], libmtl: Path | None) -> dict[str, Callable[[], Contender]]:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl.errors import UsageError
-from fastmtl.model import MLPEncoder, resnet18
+from fastmtl.model import MLPEncoder, resnet18, resnet_dilated
 
-__all__ = ["NETS", "Contender", "Work"]
+__all__ = ["NETS", "Contender", "Work", "image_size"]
 
-NETS = ("resnet18", "mlp")
+NETS = ("resnet18", "resnet50", "mlp")
 
 
 @dataclass(kw_only=True)
@@ -22,11 +22,12 @@ class Work:
     """Classification tasks on one batch of noise.
 
     Attributes:
-        net: ``"resnet18"`` on images of ``size`` x ``size``, or ``"mlp"`` (128-512-512-512) on vectors.
+        net: ``"resnet18"``, or ``"resnet50"`` with dilations in place of its last strides, on images; or ``"mlp"``
+            (128-512-512-512) on vectors.
         arch: The architecture.
         count: Tasks.
         batch: Rows of the batch.
-        size: Height and width of the images.
+        size: Height and width of the images, as a number or ``"288x384"``.
         device: Where it runs.
         lr: Learning rate of plain SGD.
     """
@@ -35,7 +36,7 @@ class Work:
     arch: str
     count: int
     batch: int
-    size: int
+    size: int | str
     device: torch.device
     lr: float = 1e-3
     inputs: Tensor = field(init=False)
@@ -45,7 +46,7 @@ class Work:
         if self.net not in NETS:
             raise UsageError(f"net must be one of {', '.join(NETS)}, got {self.net!r}.")
         generator = torch.Generator().manual_seed(0)
-        shape = (self.batch, 3, self.size, self.size) if self.net == "resnet18" else (self.batch, 128)
+        shape = (self.batch, 128) if self.net == "mlp" else (self.batch, 3, *image_size(self.size))
         self.inputs = torch.randn(shape, generator=generator).to(self.device)
         self.labels = {
             task: torch.randint(0, 10, (self.batch,), generator=generator).to(self.device) for task in self.tasks
@@ -72,14 +73,32 @@ class Work:
         """Return encoder and decoders, each time in the same initial state."""
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            encoder = resnet18() if self.net == "resnet18" else MLPEncoder(128, [512, 512, 512])
-            head = [nn.AdaptiveAvgPool2d(1), nn.Flatten()] if self.net == "resnet18" else []
-            decoders = nn.ModuleDict({task: nn.Sequential(*head, nn.Linear(512, 10)) for task in self.tasks})
+            encoder = self._encoder()
+            head = [] if self.net == "mlp" else [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+            width = 2048 if self.net == "resnet50" else 512
+            decoders = nn.ModuleDict({task: nn.Sequential(*head, nn.Linear(width, 10)) for task in self.tasks})
         return encoder.to(self.device), decoders.to(self.device)
+
+    def _encoder(self) -> nn.Module:
+        if self.net == "mlp":
+            return MLPEncoder(128, [512, 512, 512])
+        return resnet18() if self.net == "resnet18" else resnet_dilated("resnet50", pretrained=False)
 
     def loss(self, pred: Tensor, task: str) -> Tensor:
         """Return the loss of one task."""
         return nn.functional.cross_entropy(pred, self.labels[task])
+
+
+def image_size(size: int | str) -> tuple[int, int]:
+    """Return height and width of images described by a number or as ``"288x384"``.
+
+    Raises:
+        UsageError: It is neither.
+    """
+    parts = str(size).lower().split("x")
+    if len(parts) not in (1, 2) or not all(part.strip().isdecimal() and int(part) for part in parts):
+        raise UsageError(f"size must be a number, or height and width as 288x384, got {size!r}.")
+    return int(parts[0]), int(parts[-1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

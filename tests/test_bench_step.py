@@ -44,6 +44,14 @@ def _work() -> dict[str, Any]:
     return {"net": "mlp", "arch": "HPS", "count": 2, "batch": 4, "size": 1, "device": torch.device("cpu")}
 
 
+def test_architectures_with_a_trunk_have_a_floor() -> None:
+    size = {"net": "resnet50", "batch": 2, "seconds": 0.0, "tasks": [2], "size": "32x64"}
+    rows = bench.run_step(["MGDA"], arch="MTAN", **size)
+    assert [row["library"] for row in rows] == ["fastmtl", "floor", "sum"]
+    work = Work(net="resnet50", arch="MTAN", count=2, batch=2, size="32x64", device=torch.device("cpu"))
+    assert work.inputs.shape == (2, 3, 32, 64)
+
+
 def test_updates_agree_with_torchjds() -> None:
     pytest.importorskip("torchjd")
     rows = bench.run_step(["MGDA", "UPGrad"], ["torchjd"], **SMALL)
@@ -168,8 +176,10 @@ def test_rows_outlive_an_interruption(monkeypatch: pytest.MonkeyPatch, tmp_path:
         ({"peers": ["libmtl"]}, "needs the folder of a LibMTL checkout"),
         ({"peers": ["libmtl"], "libmtl": Path("nowhere")}, "There is no LibMTL in nowhere"),
         ({"peers": ["torchjdd"]}, "peer"),
-        ({"net": "vgg"}, "net must be one of resnet18, mlp"),
+        ({"net": "vgg"}, "net must be one of resnet18, resnet50, mlp"),
         ({"arch": "HPPS"}, "architecture"),
+        ({"net": "resnet18", "size": "64x"}, "size must be a number, or height and width as 288x384, got '64x'"),
+        ({"cuda_graph": True}, "cuda_graph needs a CUDA GPU, got the device cpu"),
     ],
 )
 def test_bad_input_is_refused(options: dict[str, Any], message: str) -> None:

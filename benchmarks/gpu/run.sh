@@ -85,7 +85,7 @@ for part in "${parts[@]}"; do
       if [ $dry = 1 ]; then
         step build 60 build "$python" setup.py --version
       else
-        FASTMTL_BUILD_CUDA=1 step build 110 build "$python" -m pip install --no-build-isolation --no-deps --no-index --editable .
+        FASTMTL_BUILD_CUDA=1 step build 100 build "$python" -m pip install --no-build-isolation --no-deps --no-index --editable .
       fi
       step build 15 doctor "$python" -m fastmtl doctor --json
       step build 10 environment "$python" -m fastmtl.benchmarks.gpu.environment "$device"
@@ -94,10 +94,10 @@ for part in "${parts[@]}"; do
       if [ $dry = 1 ]; then
         step tests 120 tests "$python" -m pytest -q -p no:cacheprovider tests/ops/test_rows.py
       else
-        step tests 90 tests "$python" -m pytest -q -p no:cacheprovider tests/ops -k "cuda or triton" -m "not slow"
+        step tests 80 tests "$python" -m pytest -q -p no:cacheprovider tests/ops -k "cuda or triton" -m "not slow"
         for tool in memcheck racecheck; do
           if command -v compute-sanitizer >/dev/null; then
-            step tests 35 "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m fastmtl.benchmarks.gpu.small
+            step tests 25 "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m fastmtl.benchmarks.gpu.small
           else
             missing tests "$tool" "compute-sanitizer is not installed"
           fi
@@ -111,7 +111,7 @@ for part in "${parts[@]}"; do
       quick=()
       [ $dry = 0 ] || { ops=(min_norm); quick=(--quick); }
       for op in "${ops[@]}"; do
-        step kernels 20 "kernels-$op" \
+        step kernels 14 "kernels-$op" \
           "$python" -m fastmtl bench kernels --op "$op" --device "$device" --csv "$out/kernels-$op.csv" "${quick[@]}"
       done
       ;;
@@ -119,24 +119,32 @@ for part in "${parts[@]}"; do
       if [ $dry = 1 ]; then
         missing step solvers "it has no small cases"
       else
-        step step 25 solvers "$python" -m fastmtl bench solvers --csv "$out/solvers.csv" ${libmtl:+--libmtl "$libmtl"}
+        step step 20 solvers "$python" -m fastmtl bench solvers --csv "$out/solvers.csv" ${libmtl:+--libmtl "$libmtl"}
       fi
       peers=()
       [ -z "$libmtl" ] || peers+=(--peer libmtl --libmtl "$libmtl")
       if "$python" -c "import torchjd" >/dev/null 2>&1; then peers+=(--peer torchjd); fi
+      # One step for each load: a peer that fails takes the time of its own load alone. A GPU's steps are captured too, those
+      # of the small network compiled, all its VJPs in one graph.
       if [ $dry = 1 ]; then
-        load=(--net mlp --batch 4 --tasks 2 --seconds 0)
+        loads=("30 MGDA --net mlp --batch 4 --tasks 2 --seconds 0 --compile" \
+               "30 MGDA-bf16 --net mlp --batch 4 --tasks 2 --seconds 0 --precision bf16")
+        peers=()
       else
-        load=(--net resnet18 --batch 32 --size 64 --tasks 3 --tasks 8 --seconds 4)
+        resnet="--net resnet18 --batch 32 --size 64 --cuda-graph"
+        loads=("40 MGDA $resnet --tasks 3 --tasks 8 --seconds 4" \
+               "25 MGDA-bf16 $resnet --tasks 3 --seconds 3 --precision bf16" \
+               "25 PCGrad $resnet --tasks 3 --seconds 3" \
+               "40 MGDA-mtan --arch MTAN --net resnet50 --batch 8 --size 288x384 --cuda-graph --tasks 3 --seconds 6" \
+               "45 MGDA-mlp --net mlp --batch 256 --cuda-graph --compile --tasks 3 --seconds 3")
       fi
-      # One step for each strategy: a peer that fails takes the time of its own strategy alone.
-      strategies=(MGDA PCGrad)
-      [ $dry = 0 ] || strategies=(MGDA)
-      for strategy in "${strategies[@]}"; do
-        step step 35 "step-$strategy" "$python" -m fastmtl bench step --weighting "$strategy" --device "$device" \
-          "${load[@]}" "${peers[@]}" --csv "$out/step-$strategy.csv" --plot "$out/step-$strategy.png"
+      for load in "${loads[@]}"; do
+        read -r limit name options <<<"$load"
+        # shellcheck disable=SC2086 # the options are words
+        step step "$limit" "step-$name" "$python" -m fastmtl bench step --weighting "${name%%-*}" --device "$device" \
+          $options "${peers[@]}" --csv "$out/step-$name.csv" --plot "$out/step-$name.png"
       done
-      step step 15 model "$python" -m fastmtl bench step --model H100 "${load[@]:0:$((${#load[@]} - 2))}"
+      step step 10 model "$python" -m fastmtl bench step --model H100 --net resnet18 --batch 32 --size 64 --tasks 3 --tasks 8
       ;;
     profile)
       if ! command -v ncu >/dev/null; then
@@ -146,7 +154,7 @@ for part in "${parts[@]}"; do
       else
         # The ops furthest from what memory allows.
         for op in $("$python" -m fastmtl.benchmarks.gpu.slowest "$out"/kernels-*.csv); do
-          step profile 25 "profile-$op" ncu --set full --launch-count 4 --target-processes all \
+          step profile 20 "profile-$op" ncu --set full --launch-count 4 --target-processes all \
             "$python" -m fastmtl.benchmarks.gpu.small --device "$device" --op "$op"
         done
       fi

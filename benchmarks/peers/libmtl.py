@@ -81,11 +81,12 @@ def libmtl_step(work: Work, weighting: str, checkout: Path) -> Contender:
     state = work.modules()[0].state_dict()
 
     def make_encoder() -> nn.Module:
-        if work.net != "resnet18":
+        if work.net == "mlp":
             return work.modules()[0]
         # What an encoder's initial weights take from the generator is not to be missing elsewhere.
         with torch.random.fork_rng():
-            encoder: nn.Module = models.resnet18(pretrained=False)
+            deep = work.net == "resnet50"
+            encoder: nn.Module = models.resnet_dilated("resnet50", False) if deep else models.resnet18(pretrained=False)
         encoder.load_state_dict(state)
         return encoder
 

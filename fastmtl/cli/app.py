@@ -210,12 +210,13 @@ def _bench_step(
     libmtl: Annotated[Path | None, typer.Option(help="Folder of a LibMTL checkout, for the peer libmtl.")] = None,
     arch: Annotated[str, typer.Option(help="Architecture.")] = "HPS",
     tasks: Annotated[list[int], typer.Option("--tasks", "--t", "-T", help="Number of tasks; may be repeated.")] = [3],  # noqa: B006
-    net: Annotated[str, typer.Option(help="resnet18, or mlp (128-512-512-512).")] = "resnet18",
+    net: Annotated[str, typer.Option(help="resnet18, resnet50 (dilated), or mlp (128-512-512-512).")] = "resnet18",
     batch: Annotated[int, typer.Option(help="Rows of the batch.")] = 32,
-    size: Annotated[int, typer.Option(help="Height and width of the images.")] = 64,
+    size: Annotated[str, typer.Option(help="Height and width of the images, as 64 or 288x384.")] = "64",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")] = "cpu",
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16, of our step alone.")] = "fp32",
     compile: Annotated[bool, typer.Option("--compile", help="Measure our step compiled too.")] = False,
+    cuda_graph: Annotated[bool, typer.Option("--cuda-graph", help="Measure our step captured too.")] = False,
     csv: Annotated[Path | None, typer.Option(help="File to write the rows to.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Picture to draw, time over the number of tasks.")] = None,
     seconds: Annotated[float, typer.Option(help="Time for each strategy and number of tasks.")] = 20.0,
@@ -236,7 +237,8 @@ def _bench_step(
         return
     bench_step(
         weighting, threads=threads, peers=peer or [], libmtl=libmtl, arch=arch, tasks=tasks, net=net, batch=batch,
-        size=size, device=device, precision=precision, compile=compile, csv_path=csv, plot_path=plot, seconds=seconds,
+        size=size, device=device, precision=precision, compile=compile, cuda_graph=cuda_graph, csv_path=csv,
+        plot_path=plot, seconds=seconds,
     )  # fmt: skip
 
 
