@@ -79,7 +79,7 @@ class StepCapture:
     A graph is of one layout of batches: of their shapes and dtypes, and of the values of what is no tensor. Another one
     runs eagerly, unless it comes many times while that of the graph does not, and takes over. Where nearly every batch
     has a layout of its own, nothing is captured. What is fixed in a graph though the host may change it, the epoch and
-    the optimizer's settings, makes for a new capture. A capture that fails is not tried again.
+    the optimizer's settings, makes for an eager step and a new capture. A capture that fails is not tried again.
 
     Args:
         model: The strategy, whose remembered tensors keep their place in memory.
@@ -102,6 +102,7 @@ class StepCapture:
         self._told = False
         self._layout: Any = None
         self._settings: Any = None
+        self._tried: Any = None
         self._static: Batches = ()
         self._result: Any = None
         self._remembered = {name: getattr(model, name) for name in model.remembered()}
@@ -110,7 +111,11 @@ class StepCapture:
         """Return what ``body(batches)`` returns, a tree of tensors and None."""
         if self.failed or not self._is_due(batches):
             return self._eagerly(body, batches)
-        settings = [self.model.epoch, *map(_fixed, self.optimizer.param_groups)]
+        settings = self._fixed_settings()
+        # A strategy may begin to train parameters of its own in an epoch: what the optimizer keeps of them would be
+        # made inside the graph, and anew in every replay.
+        if settings != self._tried:
+            return self._eagerly(body, batches)
         if (self._last != self._layout or settings != self._settings) and not self._capture(body, batches, settings):
             return self._eagerly(body, batches)
         map_tree(_copy_into, self._static, batches)
@@ -150,9 +155,14 @@ class StepCapture:
 
     def _eagerly(self, body: Callable[[Batches], Any], batches: Batches) -> Any:
         make_capturable(self.optimizer)
+        self._tried = self._fixed_settings()
         result = self.graph.eagerly(lambda: body(batches))
         self._settle()
         return result
+
+    def _fixed_settings(self) -> list[Any]:
+        """Return what a graph does not see change."""
+        return [self.model.epoch, *map(_fixed, self.optimizer.param_groups)]
 
     def _capture(self, body: Callable[[Batches], Any], batches: Batches, settings: Any) -> bool:
         static = map_tree(_copied, batches)

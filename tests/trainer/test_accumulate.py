@@ -61,8 +61,6 @@ def test_equals_one_large_batch(name: str, multi_input: bool) -> None:
 @pytest.mark.parametrize("name", ["MGDA", "Nash_MTL", "EW", "UW"])
 @pytest.mark.parametrize("option", [{"rep_grad": True}, {"precision": "fp16"}, {"tasks_per_step": 2}])
 def test_goes_with_other_options(name: str, option: dict[str, Any]) -> None:
-    if name == "UW" and "tasks_per_step" in option:
-        pytest.skip("refused for another reason")
     if "rep_grad" in option and not WEIGHTINGS[name].allows_rep_grad:
         pytest.skip("refused for another reason")
     one, many = _grads(name, 1, **option), _grads(name, 3, **option)

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from fastmtl import Trainer
 from fastmtl.trainer.capture import CudaGraph, StepCapture, make_capturable, reason_against
 from fastmtl.trainer.logger import Logger
 from fastmtl.trainer.options import StepOptions
 from fastmtl.trainer.records import StepBuffer
 from fastmtl.trainer.trees import leaves
-from fastmtl.weighting import WEIGHTINGS
+from fastmtl.weighting import WEIGHTINGS, AbsWeighting, Weights
 from tests.trainer.toy import encoder, flat, loaders, make_trainer
 
 CAPTURED = sorted(name for name, rule in WEIGHTINGS.items() if rule.needs != "lookahead")
@@ -22,9 +23,13 @@ CUDA = torch.device("cuda")
 
 
 class Rerun(CudaGraph):
-    """Records the function and runs it again at each replay, writing results where the first ones were."""
+    """Records the function and runs it again at each replay, writing results where the first ones were.
 
-    def __init__(self) -> None:
+    A graph would go on with the memory that was there at its capture, so that has to be in its place at each replay.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
         self.captures = 0
         self.reason = ""
 
@@ -36,11 +41,22 @@ class Rerun(CudaGraph):
             raise RuntimeError(self.reason)
         self.captures += 1
         self.function = function
+        self.places = self._places()
         self.result: list[Any] = [None] * 4
         return self.result
 
+    def _places(self) -> dict[str, int]:
+        """Where everything lies that a step leaves for the next one."""
+        state = self.trainer.optimizer.state_dict()["state"]
+        kept = {f"optimizer.{index}.{key}": each for index, of in state.items() for key, each in of.items()}
+        scaler = self.trainer.step.scaler
+        tensors = self.trainer.model.state_dict() | kept | ({} if scaler is None else scaler.state_dict())
+        return {name: each.data_ptr() for name, each in tensors.items() if isinstance(each, torch.Tensor)}
+
     def replay(self) -> None:
+        assert self._places() == self.places
         found = self.function()
+        assert self._places() == self.places
         if self.result[0] is None:
             self.result[:] = found
             return
@@ -53,9 +69,10 @@ def _flat(value: Any) -> list[torch.Tensor]:
     return [leaf for leaf in leaves(value) if leaf is not None]
 
 
-def _captured(name: str, **options: Any) -> tuple[Any, Rerun, list[str]]:
-    trainer = make_trainer(name, count=3, rep_grad=WEIGHTINGS[name].needs == "reps", **options)
-    graph, said = Rerun(), list[str]()
+def _captured(name: str | type[AbsWeighting], **options: Any) -> tuple[Any, Rerun, list[str]]:
+    needs = WEIGHTINGS[name].needs if isinstance(name, str) else name.needs
+    trainer = make_trainer(name, count=3, rep_grad=needs == "reps", **options)
+    graph, said = Rerun(trainer), list[str]()
     trainer.step.capture = StepCapture(trainer.model, trainer.optimizer, graph, said.append)
     return trainer, graph, said
 
@@ -77,6 +94,37 @@ def test_equals_eager_steps(name: str) -> None:
     assert captured.step.capture.replays >= 4
     assert said[0] == "cuda_graph: captured the step"
     assert said[1:] == ["cuda_graph: a batch whose shapes or contents differ runs eagerly"] * (rows == 44)
+
+
+class Assigning(AbsWeighting):
+    """Keeps its average by assigning to it."""
+
+    needs = "losses"
+    average: torch.Tensor
+
+    def init_param(self) -> None:
+        self.remember("average", torch.ones(self.task_num))
+
+    def weigh(self, losses: torch.Tensor, gram: torch.Tensor | None, **hyper: Any) -> Weights:
+        self.average = 0.5 * self.average + 0.5 * losses
+        return Weights(shared=1 / self.average)
+
+
+@pytest.mark.parametrize("name", [Assigning, "MoCo", "Nash_MTL", "FAMO"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_what_is_remembered_keeps_its_place(name: Any, precision: str) -> None:
+    eager = make_trainer(name, count=3, precision=precision)
+    captured, _, _ = _captured(name, precision=precision)
+    (batch,) = loaders(3, batch=24)
+    for trainer in (eager, captured):
+        trainer.model.epoch = 0
+        if trainer.step.scaler is not None:
+            trainer.step.scaler.scale.fill_(2.0**8)
+        for _ in range(6):
+            trainer.step([batch], StepBuffer())
+    assert captured.step.capture.replays == 3
+    for key, value in eager.model.state_dict().items():
+        torch.testing.assert_close(captured.model.state_dict()[key], value, msg=key)
 
 
 def test_results_of_a_replay_stay_as_they_are() -> None:
@@ -248,14 +296,14 @@ def test_optimizers_are_made_capturable() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("optim", ["sgd", "adam", "rmsprop"])
-@pytest.mark.parametrize("name", ["EW", "MGDA", "UW", "Nash_MTL", "MoCo", "FAMO"])
+@pytest.mark.parametrize("name", ["EW", "MGDA", "UW", "Nash_MTL", "MoCo", "FAMO", "GradNorm"])
 def test_equals_eager_steps_on_cuda(name: str, optim: str) -> None:
     results = []
     for cuda_graph in (False, True):
         optimizer = {"optim": optim, "lr": 1e-2}
         trainer = make_trainer(name, count=3, device="cuda", cuda_graph=cuda_graph, optim_param=optimizer)
-        trainer.train(loaders(3, rows=64), loaders(3), 1)
+        trainer.train(loaders(3, rows=64), loaders(3), 2)
         if cuda_graph:
-            assert trainer.step.capture.replays == 5
+            assert trainer.step.capture.replays == 5 + 7
         results.append(flat(trainer.model.parameters()))
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)

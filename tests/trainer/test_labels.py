@@ -273,6 +273,22 @@ def test_batches_of_a_step_may_label_other_tasks(name: str) -> None:
     assert not torch.equal(flat(trainer.model.parameters()), before)
 
 
+@pytest.mark.parametrize("mode", ["train", "test"])
+def test_the_loss_of_an_epoch_is_that_of_all_its_labels(mode: str) -> None:
+    (x, labels), *_ = loaders(2, batch=24)
+    labels["task0"][:7] = -100
+    labels["task1"][[1, 2, 13]] = torch.nan
+    batches = [(x[rows], {task: each[rows] for task, each in labels.items()}) for rows in torch.arange(24).split(8)]
+    trainer = make_trainer("EW", optim_param={"optim": "sgd", "lr": 0.0})
+    expected = [loss.item() for loss in trainer.step.problem.whole(x, labels)[0]]
+    if mode == "train":
+        trainer.train(batches, batches, 1)
+        assert trainer.model.train_loss_buffer[:, 0] == pytest.approx(expected)
+    else:
+        trainer.test(batches)
+        assert trainer.meter.loss_item == pytest.approx(expected)
+
+
 def test_losses_of_samples_are_averaged_over_those_with_labels() -> None:
     (x, labels), *_ = loaders(3)
     trainer = make_trainer("MoDo", count=3)

@@ -291,6 +291,19 @@ def test_clipping_limits_the_norm_of_all_gradients_after_the_scale_is_out() -> N
         torch.testing.assert_close(norm, torch.tensor(0.01), rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_strategys_limit_holds_in_steps_without_a_solve(precision: str) -> None:
+    trainer = make_trainer(
+        "Nash_MTL", precision=precision, update_weights_every=2, weight_args={"max_norm": 0.01}
+    )  # fmt: skip
+    if trainer.step.scaler is not None:
+        trainer.step.scaler.scale.fill_(2.0**8)
+    for _ in range(2):
+        trainer.step([next(iter(loaders()))], StepBuffer())
+        norm = flat([param.grad for param in trainer.model.get_share_params()]).norm()
+        assert float(norm) == pytest.approx(0.01, rel=1e-3)
+
+
 @pytest.mark.parametrize("limit", [0.0, -1.0, math.nan, "1", True])
 def test_a_limit_that_stops_training_is_refused(limit: Any) -> None:
     with pytest.raises(UsageError, match="clip_grad_norm must be a number above 0, or None for no limit, got"):

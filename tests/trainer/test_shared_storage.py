@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastmtl.loss import CELoss
+from fastmtl.metrics import AccMetric
 from fastmtl.trainer.own import set_grads
 from fastmtl.trainer.records import StepBuffer
 from tests.trainer.toy import loaders, make_trainer
@@ -112,3 +114,38 @@ def test_finding_owners_leaves_no_trace() -> None:
         grown.append((int(norm.num_batches_tracked), torch.rand(())))
     assert grown[0] == grown[1]
     assert grown[0][0] == 1
+
+
+class _Offset(nn.Module):
+    """Predictions with a number that is added to the loss: its gradient is what the loss is differentiated with."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, outputs)
+        self.offset = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.inner(x).float(), self.offset
+
+
+class _WithOffset(CELoss):
+    def compute_loss(self, pred: Any, gt: Tensor) -> Tensor:
+        return super().compute_loss(pred[0], gt) + pred[1]
+
+
+class _Ignored(AccMetric):
+    def update_fun(self, pred: Any, gt: Tensor) -> None:
+        super().update_fun(pred[0], gt)
+
+
+def test_the_loss_scale_is_no_gradient() -> None:
+    about = {"metrics": ["Acc"], "weight": [1]}
+    tasks = {task: {"metrics_fn": _Ignored(), "loss_fn": _WithOffset(), **about} for task in ("task0", "task1")}
+    decoders = nn.ModuleDict({task: _Offset(3) for task in tasks})
+    trainer = make_trainer("MGDA", task_dict=tasks, decoders=decoders, precision="fp16")
+    assert trainer.step.scaler is not None
+    trainer.step.scaler.scale.fill_(2.0**8)
+    x, labels = next(iter(loaders()))
+    trainer.step([(x, dict.fromkeys(tasks, labels["task0"]))], StepBuffer())
+    assert float(trainer.step.scaler.scale) == 2.0**8
+    assert [float(module.offset.grad) for module in decoders.values()] == [1.0, 1.0]

@@ -15,7 +15,7 @@ from torch import nn
 
 from fastmtl import Trainer
 from fastmtl.errors import BackendError, CheckpointError, NonFiniteError, UsageError
-from fastmtl.loss import CELoss
+from fastmtl.loss import CELoss, MSELoss
 from fastmtl.metrics import AccMetric
 from fastmtl.trainer.logger import Logger, RunInfo, StepRecords
 from tests.trainer.toy import encoder, flat, loaders, make_trainer, task_dict
@@ -258,6 +258,26 @@ def test_infinite_loss_is_reported_and_parameters_stay_finite(optim: str, weight
         again.train(data, loaders(), 1)
     assert flat(again.model.parameters()).isfinite().all()
     assert (tmp_path / "last.pt").read_bytes() == saved
+
+
+class _Steep(MSELoss):
+    """A finite loss whose gradient is infinite."""
+
+    def compute_loss(self, pred: torch.Tensor, gt: torch.Tensor) -> torch.Tensor:
+        kept = pred * 1
+        kept.register_hook(lambda grad: grad / 0)
+        return super().compute_loss(kept, gt)
+
+
+@pytest.mark.parametrize("weighting", ["MGDA", "UPGrad"])
+def test_an_infinite_gradient_of_a_finite_loss_is_reported(weighting: str) -> None:
+    tasks = task_dict()
+    tasks["task1"]["loss_fn"] = _Steep()
+    trainer = make_trainer(weighting, task_dict=tasks)
+    before = flat(trainer.model.parameters())
+    with pytest.raises(NonFiniteError, match=r"^The gradient of task1 became NaN or infinite in training step 0;"):
+        trainer.train(loaders(), loaders(), 1)
+    assert torch.equal(flat(trainer.model.parameters()), before)
 
 
 def test_a_last_step_to_infinity_is_not_saved(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def _gradients(dtype: str, captured: bool = False, **way: Any) -> list[Tensor]:
         rule: Any = trainer.model
         rule.which = task
         if captured:
-            trainer.step.capture = StepCapture(rule, trainer.optimizer, Rerun(), lambda message: None)
+            trainer.step.capture = StepCapture(rule, trainer.optimizer, Rerun(trainer), lambda message: None)
         for batches in steps:
             trainer.step(batches, StepBuffer())
         assert not captured or trainer.step.capture.replays == 2
