@@ -320,6 +320,9 @@ def _plot(rows: Sequence[Row], path: Path) -> None:
             [row["tasks"] for row in line], [row["median_ms"] for row in line], "o-", label=f"{library} {strategy}"
         )
     axes.set(xlabel="tasks", ylabel="milliseconds per step", xscale="log", yscale="log")
+    counts = sorted({row["tasks"] for row in rows})
+    axes.set_xticks(counts, [str(count) for count in counts])
+    axes.minorticks_off()
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
