@@ -157,16 +157,16 @@ def _fastest(work: Callable[[], object], seconds: float) -> float:
 
 
 def _compile() -> dict[str, Any]:
-    compiler, reason = importlib.import_module("fastmtl.trainer.regions").cpp_compiler()
+    regions = importlib.import_module("fastmtl.trainer.regions")
+    compiler, reason = regions.cpp_compiler()
     functorch = importlib.import_module("torch._functorch.config")
-    dynamo = importlib.import_module("torch._dynamo.config")
     return {
         "cpu": compiler is not None,
         "cpu_reason": reason,
         "cpp_compiler": compiler,
         "triton": _version("triton"),
         "donated_buffer": getattr(functorch, "donated_buffer", None),
-        "trace_autograd_ops": hasattr(dynamo, "trace_autograd_ops"),
+        "trace_autograd_ops": regions.traces_gradients(),
     }
 
 

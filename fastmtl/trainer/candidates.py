@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch._dynamo.config as dynamo_config
 from torch import nn
 
 from fastmtl.errors import BackendError, UsageError
@@ -16,7 +15,7 @@ from fastmtl.trainer.batched import BatchedRoute
 from fastmtl.trainer.compressed import CompressedRoute
 from fastmtl.trainer.options import StepOptions
 from fastmtl.trainer.problem import Problem
-from fastmtl.trainer.regions import Regions, cpp_compiler, is_compiled
+from fastmtl.trainer.regions import Regions, cpp_compiler, is_compiled, traces_gradients
 from fastmtl.trainer.rep_routes import ForwardRepRoute, RepRoute
 from fastmtl.trainer.routes import Route, SplitRoute, SumRoute, WholeRoute
 from fastmtl.trainer.structure import Structure
@@ -75,7 +74,7 @@ def routes_to_try(
         return _plainest(structure, Regions(problem, compiled, tell), needs_gradients, weighs_heads)
 
     eager = choose(False)
-    against_tracing = _against_tracing(eager, rule, alone)
+    against_tracing = _against_tracing(eager, rule, alone) if options.compile else "the step is not compiled"
     traces = options.vjps == "traced" or (options.vjps == "auto" and _is_worth_tracing(problem))
 
     def compiled() -> Route:
@@ -157,7 +156,7 @@ def _against_tracing(plain: Route, rule: Any, alone: bool) -> str | None:
         "the strategy runs backward passes of its own": type(rule).backward is not AbsWeighting.backward,
         "several processes send each row when it is known": not alone,
         "gradients have hooks, which a graph would not call": hooked,
-        "this version of torch does not trace gradients": not hasattr(dynamo_config, "trace_autograd_ops"),
+        "this version of torch does not trace gradients": not traces_gradients(),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 

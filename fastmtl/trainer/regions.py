@@ -21,7 +21,15 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from fastmtl.repeated import allow_repeated_backwards
 from fastmtl.trainer.problem import Problem
 
-__all__ = ["CompileReport", "Regions", "cpp_compiler", "graph_errors", "is_compiled", "measure_compiled"]
+__all__ = [
+    "CompileReport",
+    "Regions",
+    "cpp_compiler",
+    "graph_errors",
+    "is_compiled",
+    "measure_compiled",
+    "traces_gradients",
+]
 
 _POOLING = (torch.ops.aten.max_pool2d_with_indices.default, torch.ops.aten.max_pool2d_with_indices_backward.default)
 # Part of the key of torch's caches: to be renewed with what this module changes about inductor.
@@ -243,6 +251,13 @@ def graph_errors() -> tuple[type[Exception], ...]:
     from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
     return TorchDynamoException, FailOnRecompileLimitHit
+
+
+def traces_gradients() -> bool:
+    """Return whether torch can take gradients inside a graph."""
+    import torch._dynamo.config as dynamo_config
+
+    return hasattr(dynamo_config, "trace_autograd_ops")
 
 
 def cpp_compiler() -> tuple[str | None, str]:

@@ -270,7 +270,7 @@ def test_what_cannot_be_traced_says_why(options: dict[str, Any], reason: str) ->
 
 
 def test_a_torch_that_traces_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastmtl.trainer.candidates.dynamo_config", object())
+    monkeypatch.setattr("fastmtl.trainer.candidates.traces_gradients", lambda: False)
     assert type(make_trainer(compile=True).step.route) is SplitRoute
 
 
