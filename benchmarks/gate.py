@@ -15,8 +15,10 @@ from torch import Tensor
 
 from fastmtl.weighting import WEIGHTINGS
 
-__all__ = ["ALLOWED", "distances", "same_choices", "wrong_steps"]
+__all__ = ["ALLOWED", "DRAW", "distances", "same_choices", "wrong_steps"]
 
+DRAW = ("PCGrad", "GradVac", "RLW", "MoDo", "SDMGrad")
+"""Strategies with random choices."""
 ALLOWED = 0.01
 """Greatest relative distance between two updates that count as the same."""
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fastmtl.benchmarks.gate import ALLOWED, distances, wrong_steps
+from fastmtl.benchmarks.gate import ALLOWED, DRAW, distances, wrong_steps
 from fastmtl.benchmarks.machine import facts, probes, wait_for
 from fastmtl.benchmarks.peers import libmtl_can, libmtl_step, torchjd_can, torchjd_step
 from fastmtl.benchmarks.runner import time_in_turn
@@ -160,9 +160,10 @@ def run_step(
     All contenders of a strategy run in turn. The floor is one forward pass, T VJPs of the trunk and the optimizer in
     plain torch; ``sum`` is the step that only adds the losses up. The updates of one step from the same start are
     compared before, with the same random choices for everybody: ours get no time if they are more than 1 % (relative
-    distance) from those of all peers, a compiled step neither if it is as far from our eager one. A peer that is as far
-    from ours is timed and marked, in its line and in the column ``update``: it does something else, and its ratio does
-    not compare like with like.
+    distance) from those of all peers, a compiled or captured step neither if it is as far from our eager one. A peer
+    that is as far from ours is timed and marked, in its line and in the column ``update``: it does something else, and
+    its ratio does not compare like with like. Captured steps of strategies with random choices draw their own, and are
+    not compared.
 
     Peers, floor and sum compute in fp32 whatever the precision of our step is. With bf16 or fp16 the updates that are
     compared are those of our steps in fp32, as rounding alone moves them by more than 1 %.
@@ -254,7 +255,9 @@ def _compare(
     """Return the rows of what ``make`` builds; the gate takes what ``exact`` builds in its place."""
     contenders = {library: build() for library, build in make.items()}
     gated = contenders | {library: build() for library, build in exact.items()}
-    found = distances({library: each for library, each in gated.items() if library not in _BOUNDS})
+    # A captured step makes the random choices that its graph draws.
+    left_out = {*_BOUNDS, "fastmtl captured"} if name in DRAW else {*_BOUNDS}
+    found = distances({library: each for library, each in gated.items() if library not in left_out})
     wrong = wrong_steps(found)
     del gated
     size = 4 * sum(param.numel() for param in contenders["fastmtl"].shared)

@@ -62,8 +62,8 @@ class AbsArchitecture(nn.Module):
     def trunk(self, inputs: Tensor, task_name: str | None = None) -> tuple[Tensor, ...]:
         """Return the shared features all branches start from.
 
-        An encoder may return a list with one representation per task. What depends on parameters is a tensor; all else,
-        such as inputs in a dictionary, is handed on as it is.
+        An encoder may return a list with one representation per task. A representation may be a dictionary or a list of
+        tensors, and what is no tensor is handed on as it is.
 
         Args:
             inputs: (B, ...).

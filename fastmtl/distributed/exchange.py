@@ -161,6 +161,9 @@ class Exchange:
         assert self._shards is not None
         self._shards.write(rows, weights, groups, self._tasks)
         self.reduce(own_only=True)
+        for param in self.params:
+            # Some may have been frozen since the first step.
+            param.grad = param.grad if param.requires_grad else None
 
     @torch.no_grad()
     def reduce(self, own_only: bool = False) -> None:
@@ -179,7 +182,7 @@ class Exchange:
         used = [param for param, is_used in zip(params, self._used[key], strict=True) if is_used]
         sums = self.peers.sums([torch.zeros_like(param) if param.grad is None else param.grad for param in used])
         for param, grad in zip(used, sums, strict=True):
-            param.grad = grad
+            param.grad = grad if param.requires_grad else None
 
     def mask(
         self,

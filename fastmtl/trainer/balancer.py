@@ -18,7 +18,7 @@ from fastmtl.trainer.precision import LossScaler
 from fastmtl.trainer.profiling import part
 from fastmtl.trainer.rep_routes import RepPass
 from fastmtl.trainer.routes import Pass
-from fastmtl.trainer.sampling import narrowed, spread, write_back
+from fastmtl.trainer.sampling import narrowed, write_back
 from fastmtl.weighting import Weights
 
 __all__ = ["Balancer"]
@@ -237,13 +237,23 @@ class Balancer:
                 assert shared is not None
                 self.average = shared, heads
             elif part is not None and average is not None:
-                for whole, some in zip(average, part, strict=True):
-                    if whole is not None and some is not None:
-                        write_back(whole, some, tasks)
+                shared, heads = (self._written(whole, some, tasks) for whole, some in zip(average, part, strict=True))
+                assert shared is not None
+                self.average = shared, heads
 
     def _spread(self, weights: Tensor, tasks: list[int]) -> Tensor:
         """Return weights of some tasks, NaN for the others."""
-        return spread(weights, tasks, len(self.model.task_name), torch.nan)
+        whole = weights.new_full((*weights.shape[:-1], len(self.model.task_name)), torch.nan)
+        write_back(whole, weights, tasks)
+        return whole
+
+    def _written(self, whole: Tensor | None, some: Tensor | None, tasks: list[int]) -> Tensor | None:
+        """Return weights with other ones of some tasks; the old ones may not be logged yet."""
+        if whole is None or some is None:
+            return whole
+        whole = whole.clone()
+        write_back(whole, some, tasks)
+        return whole
 
     def _narrowed(self, weights: Tensor | None, tasks: list[int]) -> Tensor | None:
         """Return the entries of some tasks, sample by sample."""

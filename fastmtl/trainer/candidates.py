@@ -19,7 +19,7 @@ from fastmtl.trainer.regions import Regions, cpp_compiler, is_compiled, traces_g
 from fastmtl.trainer.rep_routes import ForwardRepRoute, RepRoute
 from fastmtl.trainer.routes import Route, SplitRoute, SumRoute, WholeRoute
 from fastmtl.trainer.structure import Structure
-from fastmtl.trainer.traced import TracedRoute
+from fastmtl.trainer.traced import TracedRoute, has_gradient_hooks
 from fastmtl.weighting import AbsWeighting
 
 __all__ = ["routes_to_try"]
@@ -148,14 +148,11 @@ def _against_batching(plain: Route, rule: Any, alone: bool) -> str | None:
 
 def _against_tracing(plain: Route, rule: Any, alone: bool) -> str | None:
     """Return why forward pass and VJPs cannot be one graph, in a few words; None if nothing is known."""
-    hooked = any(param._backward_hooks for param in rule.parameters()) or any(
-        module._backward_hooks or module._backward_pre_hooks for module in rule.modules()
-    )
     reasons = {
         "the strategy or the network does not have one VJP per task": type(plain) not in (SplitRoute, WholeRoute),
         "the strategy runs backward passes of its own": type(rule).backward is not AbsWeighting.backward,
         "several processes send each row when it is known": not alone,
-        "gradients have hooks, which a graph would not call": hooked,
+        "gradients have hooks, which a graph would not call": has_gradient_hooks(rule),
         "this version of torch does not trace gradients": not traces_gradients(),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)

@@ -122,8 +122,8 @@ class TrainConfig:
         "auto",
         "Machine",
         "How the tasks' gradients go through the shared network: one after the other, batched, as far as the Gram "
-        "matrix needs them, or compiled in one graph with the forward pass; auto tries them from 8 tasks on and keeps "
-        "the fastest.",
+        "matrix needs them, or compiled in one graph with the forward pass, as auto has it for small networks if "
+        "compile is on; auto tries batched and compressed ones from 8 tasks on.",
         VJPS,
     )
     workers: int | None = _setting(None, "Machine", "Processes that load training data; none where data are in memory.")

@@ -42,12 +42,16 @@ def make_optimizer(
         sparse: Some gradients are sparse.
 
     Raises:
-        UsageError: No or an unknown name, or an argument the optimizer does not take.
+        UsageError: No or an unknown name, an argument the optimizer does not take, or gradients.
     """
     name = _name_of(optim_param, "optim", "optim_param")
     args = {key: value for key, value in optim_param.items() if key != "optim"}
     kind = resolve_name(name, OPTIMIZERS, "optimizer")
     params = list(params)
+    if sparse and kind not in (torch.optim.SGD, torch.optim.Adagrad):
+        raise UsageError(
+            f"{name} takes no sparse gradients, which an embedding has: use sgd or adagrad, or sparse=False."
+        )
     fused = (
         kind in [OPTIMIZERS[each] for each in _FUSED]
         and device.type in ("cpu", "cuda")

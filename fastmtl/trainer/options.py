@@ -28,7 +28,7 @@ class StepOptions:
         cuda_graph: Capture the step as a CUDA graph and replay it, where that can be.
         vjps: How the tasks' gradients go through the shared network: ``"sequential"``, one after the other;
             ``"batched"``, together; ``"compressed"``, as far as their Gram matrix needs them; ``"traced"``, in one
-            compiled graph with the forward pass; ``"auto"``, whichever is fastest.
+            compiled graph with the forward pass; ``"auto"`` chooses.
         precision: ``"fp32"``; or ``"bf16"``, ``"fp16"``: autocast, the latter with a loss scale.
         accumulate: Batches of a step.
         clip_grad_norm: Greatest norm of all gradients together; None for no limit.
@@ -66,7 +66,7 @@ def check_options(model: Any, weighting: str, hyper: Mapping[str, Any], options:
     Raises:
         UsageError: A value outside its range, or options that do not go together.
     """
-    if options.compile not in (True, False, "auto"):
+    if not isinstance(options.compile, bool) and options.compile != "auto":
         raise UsageError(f"compile must be True, False or 'auto', got {options.compile!r}.")
     if not isinstance(options.cuda_graph, bool):
         raise UsageError(f"cuda_graph must be True or False, got {options.cuda_graph!r}.")

@@ -150,7 +150,8 @@ class Route:
         params = self.problem.shared_params
         if self._update is None:
             self._update = [torch.empty_like(param) for param in params]
-        used = [k for k in range(len(params)) if any(row[k] is not None for row in rows)]
+        # What a strategy remembers may be of parameters that have been frozen since.
+        used = [k for k, param in enumerate(params) if param.requires_grad and any(row[k] is not None for row in rows)]
         out = [self._update[k] for k in used]
         some = None if groups is None else [groups[k] for k in used]
         if some is not None:

@@ -5,14 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmtl.trainer.own import OwnGradients
 from fastmtl.trainer.profiling import part
 from fastmtl.trainer.regions import graph_errors
 from fastmtl.trainer.routes import Pass, Route, RowsPass
 
-__all__ = ["TracedRoute"]
+__all__ = ["TracedRoute", "has_gradient_hooks"]
+
+
+def has_gradient_hooks(model: nn.Module) -> bool:
+    """Return whether something of the user's is called with gradients of parameters or modules."""
+    return any(param._backward_hooks for param in model.parameters()) or any(
+        module._backward_hooks or module._backward_pre_hooks for module in model.modules()
+    )
 
 
 class TracedRoute(Route):
@@ -37,6 +44,8 @@ class TracedRoute(Route):
     def prepare(self, inputs: Any, labels: Any) -> None:
         """Find out what the traced route must know."""
         self.plain.prepare(inputs, labels)
+        if self.traces and has_gradient_hooks(self.problem.model):
+            self._give_up("gradients have hooks, which a graph would not call")
 
     def differentiate(self, inputs: Any, labels: Any) -> Pass:
         """Run the forward pass and all VJPs."""
@@ -44,14 +53,16 @@ class TracedRoute(Route):
             try:
                 return self._traced(inputs, labels)
             except graph_errors() as cause:
-                self.traces = False
-                reason = str(cause).splitlines()[0]
-                self.tell(f"compile: in regions, as the gradients cannot be in one graph with the rest: {reason}")
+                self._give_up(str(cause).splitlines()[0])
         return self.regional.differentiate(inputs, labels)
 
     def frozen(self, inputs: Any, labels: Any, shared: Tensor, heads: Tensor | None) -> Pass:
         """Run the forward pass and one VJP, of compiled regions."""
         return self.regional.frozen(inputs, labels, shared, heads)
+
+    def _give_up(self, reason: str) -> None:
+        self.traces = False
+        self.tell(f"compile: in regions, as the gradients cannot be in one graph with the rest: {reason}")
 
     def _traced(self, inputs: Any, labels: Any) -> Pass:
         with part("traced"):

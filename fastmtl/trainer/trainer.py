@@ -292,7 +292,7 @@ class Trainer(nn.Module):
         count_parameters(self.model)
 
     def _make_step(self, options: StepOptions) -> TrainingStep:
-        self._trained = [param.requires_grad for param in self.model.parameters()]
+        self._trained = {name for name, param in self.model.named_parameters() if param.requires_grad}
         low_precision = PRECISIONS[options.precision]
         problem = Problem(self.model, self.meter.losses, self.process_preds, low_precision, self._strategy_params)
         hyper, tell = self.kwargs["weight_args"], self.logger.on_compile
@@ -302,15 +302,28 @@ class Trainer(nn.Module):
         """Train from now on the parameters that require gradients now.
 
         Raises:
-            UsageError: They are others than before, and something is kept for each of those.
+            UsageError: Shared parameters are among them that were not, and something is kept for each of those that
+                were.
         """
-        if self._trained == [param.requires_grad for param in self.model.parameters()]:
+        params = dict(self.model.named_parameters())
+        for param in params.values():
+            if not param.requires_grad:
+                # An optimizer moves what has a gradient of zeros, by its momentum.
+                param.grad = None
+        added = {name for name, param in params.items() if param.requires_grad} - self._trained
+        if not added:
             return
-        if self.sharded is not None or self.model.row_states:
-            what = "shards are made" if self.sharded is not None else f"{self.weighting} remembers gradients"
+        shared, kept = set(self.model.get_share_params()), None
+        if self.sharded is not None:
+            kept = "shards are made"
+        elif any(params[name] in shared for name in added):
+            if self.model.row_states:
+                kept = f"{self.weighting} remembers gradients"
+            elif self.model.groups(**self.kwargs["weight_args"]) is not None:
+                kept = f"{self.weighting} makes groups"
+        if kept is not None:
             raise UsageError(
-                f"requires_grad of some parameters has changed, but {what} of those that were trained before: make a "
-                "new Trainer."
+                f"Parameters require gradients that did not before, and {kept} of those that did: make a new Trainer."
             )
         state = self.step.state_dict()
         self.step = self._make_step(self.step.options)

@@ -98,6 +98,17 @@ def _left_alone(weighting: str, peers: Peers) -> bool:
     return not torch.equal(states[0], states[1]) and torch.equal(states[1], states[2])
 
 
+def _frozen_stays(weighting: str, peers: Peers) -> bool:
+    """Return whether a parameter that is frozen after a step stays as it is, whatever is remembered of it."""
+    trainer = make_trainer(weighting, "HPS", TASKS)
+    first, second = list(shard(loaders(TASKS), peers))[:2]
+    trainer.step([first], StepBuffer())
+    param = next(trainer.model.encoder.parameters()).requires_grad_(False)
+    param.grad, kept = None, param.clone()
+    trainer.step([second], StepBuffer())
+    return torch.equal(param, kept)
+
+
 class _Late(nn.Module):
     """A layer more once it is told so."""
 
@@ -149,6 +160,7 @@ def _meet(_: None) -> dict[str, Any]:
     with pytest.raises(UsageError, match="needs contiguous parameters"):
         make_trainer("MGDA", shard="fsdp", encoder_class=_turned)
     found["masked"] = [_left_alone(weighting, peers) for weighting in ("MGDA", "EW")]
+    found["frozen"] = [_frozen_stays(weighting, peers) for weighting in ("MGDA", "MoCo", "EW")]
     trainer = make_trainer("MGDA", "HPS", TASKS, gram="local")
     buffer = StepBuffer()
     trainer.step([next(iter(shard(loaders(TASKS), peers)))], buffer)
@@ -177,6 +189,7 @@ def test_two_processes_meet(tmp_path: Path) -> None:
     assert all("shard='fsdp' cannot be combined with" in sentence for sentence in one["unsharded"])
     for found in (one, two):
         assert found["masked"] == [True, True]
+        assert found["frozen"] == [True, True, True]
         assert found["scores"] == [[2.0, 4], [1.0, 1.0, 1.0]]
     assert one["one row"].isfinite().all()
     assert torch.equal(one["one row"], two["one row"])

@@ -163,8 +163,10 @@ def test_held_weights_are_those_of_the_present_tasks(option: dict[str, Any]) -> 
     batch = next(iter(loaders(3)))
     trainer.step([batch], StepBuffer())
     kept = trainer.step.balancer.held.shared if "update_weights_every" in option else trainer.step.balancer.average[0]
-    before = kept.clone()
+    before, shown = kept.clone(), trainer.step.latest.weights
     trainer.step([batch], StepBuffer(), [0, 2])
+    # What is still to be logged stays as it was.
+    assert torch.equal(shown, before)
     after = trainer.step.balancer.held.shared if "update_weights_every" in option else trainer.step.balancer.average[0]
     assert after[1] == before[1]
     assert torch.equal(after, before) == ("update_weights_every" in option)
@@ -191,6 +193,13 @@ def test_weights_are_averaged_where_no_batch_labels_all_tasks() -> None:
     assert seen[0][2].isnan()
     assert seen[1][:2].tolist() == [1.0, 0.5]
     assert seen[2][:2].tolist() == [1.0, 1.25]
+
+
+def test_weights_of_groups_are_averaged_too() -> None:
+    trainer = make_trainer("GradVac", count=3, weight_momentum=0.5, weight_args={"GradVac_group_type": 1})
+    _in_turn(trainer, 3)
+    assert trainer.step.balancer.average[0].shape == (2, 3)
+    assert flat(trainer.model.parameters()).isfinite().all()
 
 
 def test_weights_are_held_for_steps_of_the_same_tasks_where_none_is_of_all(tmp_path: Path) -> None:

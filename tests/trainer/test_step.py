@@ -401,12 +401,46 @@ def test_what_is_unfrozen_between_epochs_is_trained(weighting: str) -> None:
     assert not torch.equal(flat(first.parameters()), kept)
 
 
-def test_gradients_that_are_remembered_are_of_the_same_parameters() -> None:
-    trainer = make_trainer("MoCo")
+@pytest.mark.parametrize(
+    ("weighting", "args", "reason"),
+    [("MoCo", {}, "MoCo remembers gradients"), ("GradVac", {"GradVac_group_type": 1}, "GradVac makes groups")],
+)
+def test_what_is_kept_is_kept_of_the_same_parameters(weighting: str, args: dict[str, Any], reason: str) -> None:
+    def frozen() -> nn.Module:
+        network = encoder()
+        next(network.parameters()).requires_grad_(False)
+        return network
+
+    trainer = make_trainer(weighting, encoder_class=frozen, weight_args=args)
+    first, last = list(trainer.model.encoder.parameters())[::3]
     trainer.train(loaders(), loaders(), 1)
-    next(trainer.model.encoder.parameters()).requires_grad_(False)
-    with pytest.raises(UsageError, match="requires_grad of some parameters has changed, but MoCo remembers gradients"):
+    for param in (last, *trainer.model.decoders["task0"].parameters()):
+        param.requires_grad_(False)
+    kept = last.clone()
+    trainer.train(loaders(), loaders(), 1)
+    assert torch.equal(last, kept)
+    last.requires_grad_(True)
+    trainer.train(loaders(), loaders(), 1)
+    assert not torch.equal(last, kept)
+    first.requires_grad_(True)
+    with pytest.raises(UsageError, match=f"Parameters require gradients that did not before, and {reason}"):
         trainer.train(loaders(), loaders(), 1)
+
+
+def test_a_rule_of_libmtls_leaves_frozen_layers_where_they_are() -> None:
+    trainer = make_trainer(LibMTLStyle, weight_args={"size": 0.5})
+    trainer.train(loaders(), loaders(), 1)
+    frozen: Any = trainer.model.encoder.get_submodule("stages.0")
+    frozen.requires_grad_(False)
+    kept = flat(frozen.parameters())
+    trainer.train(loaders(), loaders(), 1)
+    assert torch.equal(flat(frozen.parameters()), kept)
+
+
+@pytest.mark.parametrize("optim", ["adam", "adamw", "rmsprop"])
+def test_optimizers_that_take_no_sparse_gradients_say_so(optim: str) -> None:
+    with pytest.raises(UsageError, match=f"{optim} takes no sparse gradients"):
+        make_trainer("EW", encoder_class=_Sparse, optim_param={"optim": optim, "lr": 0.05})
 
 
 class _Sparse(nn.Module):

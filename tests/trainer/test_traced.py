@@ -17,7 +17,7 @@ from fastmtl.trainer.records import StepBuffer
 from fastmtl.trainer.routes import SplitRoute
 from fastmtl.trainer.traced import TracedRoute
 from tests.trainer.test_step import OnePiece
-from tests.trainer.toy import loaders, make_trainer
+from tests.trainer.toy import flat, loaders, make_trainer
 
 TASKS = 3
 # Torch's own, while it traces.
@@ -146,7 +146,8 @@ def test_training_is_the_same(encoder: Callable[[], nn.Module], weighting: str) 
     traced, messages = _trained("traced", encoder, weighting)
     assert traced.step.route.traces, messages
     _assert_same_model(eager, traced)
-    assert not torch.equal(eager.model.encoder.state_dict().popitem()[1], encoder().state_dict().popitem()[1])
+    fresh = make_trainer(weighting, count=TASKS, encoder_class=encoder)
+    assert not torch.equal(flat(fresh.model.encoder.parameters()), flat(eager.model.encoder.parameters()))
 
 
 @pytest.mark.parametrize("options", [{"accumulate": 3}, {"precision": "fp16"}, {"weight_momentum": 0.5}], ids=str)
@@ -267,6 +268,17 @@ def test_what_cannot_be_traced_says_why(options: dict[str, Any], reason: str) ->
     assert listener.messages[0].startswith("vjps: one after the other, as ")
     assert reason in listener.messages[0]
     assert not isinstance(make_trainer(compile=True, **options).step.route, TracedRoute)
+
+
+def test_hooks_that_come_later_are_called() -> None:
+    listener, seen = Listener(), []
+    trainer: Any = make_trainer(compile=True, logger=listener)
+    trainer.train(loaders(), loaders(), 1)
+    assert trainer.step.route.traces
+    trainer.model.encoder.get_parameter("stages.0.0.weight").register_hook(lambda grad: seen.append(1))
+    trainer.train(loaders(), loaders(), 1)
+    assert len(seen) == 2 * 3
+    assert sum("in regions, as the gradients cannot" in message for message in listener.messages) == 1
 
 
 def test_a_torch_that_traces_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
