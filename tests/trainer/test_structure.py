@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from fastmtl.architecture import HPS
 from fastmtl.errors import UsageError
-from fastmtl.trainer.logger import Logger
 from fastmtl.trainer.records import StepBuffer
-from tests.trainer.toy import encoder, flat, loaders, make_trainer
+from tests.trainer.toy import Listener, encoder, flat, loaders, make_trainer
 
 STRATEGIES = ["EW", "MGDA", "UPGrad", "Nash_MTL", "MoCo"]
 WAYS: dict[str, dict[str, Any]] = {
@@ -23,14 +22,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "compressed": {"vjps": "compressed"},
     "held": {"update_weights_every": 2},
 }
-
-
-class Listener(Logger):
-    def __init__(self) -> None:
-        self.messages: list[str] = []
-
-    def on_compile(self, message: str) -> None:
-        self.messages.append(message)
 
 
 class _Tied(nn.Module):

@@ -12,12 +12,11 @@ from torch.utils.checkpoint import checkpoint
 
 from fastmtl.errors import UsageError
 from fastmtl.model import ConvEncoder
-from fastmtl.trainer.logger import Logger
 from fastmtl.trainer.records import StepBuffer
 from fastmtl.trainer.routes import SplitRoute
 from fastmtl.trainer.traced import TracedRoute
 from tests.trainer.test_step import OnePiece
-from tests.trainer.toy import flat, loaders, make_trainer
+from tests.trainer.toy import Listener, flat, loaders, make_trainer
 
 TASKS = 3
 # Torch's own, while it traces.
@@ -25,14 +24,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
 ]
-
-
-class Listener(Logger):
-    def __init__(self) -> None:
-        self.messages: list[str] = []
-
-    def on_compile(self, message: str) -> None:
-        self.messages.append(message)
 
 
 @pytest.fixture(autouse=True)

@@ -17,21 +17,12 @@ from fastmtl.errors import UsageError
 from fastmtl.trainer.batched import BatchedRoute
 from fastmtl.trainer.candidates import routes_to_try
 from fastmtl.trainer.compressed import CompressedRoute
-from fastmtl.trainer.logger import Logger
 from fastmtl.trainer.records import StepBuffer
 from fastmtl.trainer.routes import SplitRoute
-from tests.trainer.toy import flat, loaders, make_trainer
+from tests.trainer.toy import Listener, flat, loaders, make_trainer
 
 WAYS = ["batched", "compressed"]
 TASKS = 3
-
-
-class Listener(Logger):
-    def __init__(self) -> None:
-        self.messages: list[str] = []
-
-    def on_compile(self, message: str) -> None:
-        self.messages.append(message)
 
 
 class _Tied(nn.Module):

@@ -12,8 +12,9 @@ from fastmtl import Trainer
 from fastmtl.loss import CELoss, MSELoss
 from fastmtl.metrics import AccMetric, L1Metric
 from fastmtl.model import MLPEncoder
+from fastmtl.trainer.logger import Logger
 
-__all__ = ["encoder", "loaders", "make_trainer", "task_dict"]
+__all__ = ["Listener", "encoder", "loaders", "make_trainer", "task_dict"]
 
 
 def encoder() -> nn.Module:
@@ -67,6 +68,17 @@ def loaders(
     return {
         f"task{t}": DataLoader(_OneTask(_Labelled(count, rows, seed + t), f"task{t}"), **options) for t in range(count)
     }
+
+
+class Listener(Logger):
+    """Keeps what a trainer tells of compilations and of ways it cannot go."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def on_compile(self, message: str) -> None:
+        """Keep a message."""
+        self.messages.append(message)
 
 
 def make_trainer(weighting: Any = "MGDA", architecture: Any = "HPS", count: int = 2, **options: Any) -> Trainer:
