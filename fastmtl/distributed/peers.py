@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import importlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
@@ -50,6 +51,9 @@ def join(timeout: float | None = None) -> Peers | None:
     if launched and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        # Its functions keep the default group there is when it is imported, by torch's compiler at some time or other.
+        # A group that is kept outlives leave(), and its threads may abort the process when the interpreter ends.
+        importlib.import_module("torch.distributed.nn.functional")
         patience: dict[str, Any] = {} if timeout is None else {"timeout": timedelta(seconds=timeout)}
         store, rank, size = next(iter(dist.rendezvous("env://", **patience)))  # type: ignore[attr-defined]
         # torchrun's store outlives a restart, and with it the addresses of the processes that are gone.

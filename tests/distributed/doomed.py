@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-import runpy
 import signal
+import sys
 from typing import Any
 
+from fastmtl.cli import main
 from fastmtl.trainer.step import TrainingStep
 
 SIGNAL, STEP = os.environ.get("DOOM", "SIGKILL:0").split(":")
@@ -25,5 +26,4 @@ def _step(self: TrainingStep, *args: Any, **kwargs: Any) -> Any:
 
 if __name__ == "__main__":
     TrainingStep.__call__ = _step  # type: ignore[method-assign]
-    # As the command itself ends.
-    runpy.run_module("fastmtl", run_name="__main__")
+    sys.exit(main())

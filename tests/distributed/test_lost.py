@@ -55,14 +55,12 @@ def test_a_killed_process_changes_nothing(tmp_path: Path) -> None:
         assert torch.equal(resumed["model"][name], wanted), name
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("doom", ["SIGKILL", "SIGSTOP"])
-def test_a_lost_process_ends_the_other_with_a_sentence(tmp_path: Path, doom: str) -> None:
+def _lead(command: list[str], **more: str) -> tuple[int, str]:
+    """Return the exit code and what the leading one of two processes, started without ``torchrun``, says of errors."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    command = [sys.executable, SCRIPT, *OPTIONS.format(timeout=8).split(), str(tmp_path / "run")]
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "DOOM": f"{doom}:3"}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", **more}
     ranks = [
         subprocess.Popen(
             command,
@@ -80,8 +78,37 @@ def test_a_lost_process_ends_the_other_with_a_sentence(tmp_path: Path, doom: str
         for each in ranks:
             each.send_signal(signal.SIGKILL)
             each.communicate()
-    assert ranks[0].returncode > 0
+    return ranks[0].returncode, said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("doom", ["SIGKILL", "SIGSTOP"])
+def test_a_lost_process_ends_the_other_with_a_sentence(tmp_path: Path, doom: str) -> None:
+    command = [sys.executable, SCRIPT, *OPTIONS.format(timeout=8).split(), str(tmp_path / "run")]
+    code, said = _lead(command, DOOM=f"{doom}:3")
+    assert code == 2, said
     assert "error: Another process is gone, or did not answer in time" in said
+
+
+LEAVES = """
+import sys
+from pathlib import Path
+from fastmtl.distributed import join, leave
+def threads():
+    return {file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")}
+peers = join()
+import torch._dynamo
+assert peers.any_([True]) == [True]
+assert any("gloo" in name for name in threads()), threads()
+leave()
+sys.exit(str(threads()) if any("gloo" in name for name in threads()) else 0)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are seen under /proc")
+def test_no_thread_of_the_group_outlives_it() -> None:
+    code, said = _lead([sys.executable, "-c", LEAVES])
+    assert code == 0, said
 
 
 def test_checkpoints_within_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
