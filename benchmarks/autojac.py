@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fastmtl.benchmarks.contender import LocalContender
 from fastmtl.benchmarks.machine import facts
 from fastmtl.benchmarks.runner import time_in_turn
-from fastmtl.benchmarks.step import peak_bytes
 from fastmtl.benchmarks.tables import write_rows
-from fastmtl.benchmarks.work import Contender, Work
+from fastmtl.benchmarks.work import Work
 from torch import Tensor
 
 from fastmtl.errors import UsageError
@@ -27,7 +27,7 @@ _ALLOWED = 1e-3
 Row = dict[str, Any]
 
 
-def _contender(package: str, work: Work, aggregator: str) -> Contender:
+def _contender(package: str, work: Work, aggregator: str) -> LocalContender:
     """Return the calls of one package on a graph that is kept, so that no forward pass is among them.
 
     Raises:
@@ -52,10 +52,10 @@ def _contender(package: str, work: Work, aggregator: str) -> Contender:
         autojac.mtl_backward(losses, features=features, retain_graph=True)
         autojac.jac_to_grad(shared, aggregate)
 
-    return Contender(run=run, shared=shared)
+    return LocalContender(run=run, shared=shared)
 
 
-def _grads(contender: Contender) -> Tensor:
+def _grads(contender: LocalContender) -> Tensor:
     contender.run()
     return torch.cat([param.grad.flatten() for param in contender.shared if param.grad is not None]).double()
 
@@ -110,8 +110,8 @@ def _compare(work: Work, aggregator: str, seconds: float) -> list[Row]:
     # A NaN is no agreement.
     if not distance <= _ALLOWED:
         del contenders["fastmtl"]
-    peaks = {name: peak_bytes(each, work.device) for name, each in contenders.items()}
-    samples = time_in_turn({name: each.run for name, each in contenders.items()}, work.device, seconds)
+    peaks = {name: each.peak_bytes() for name, each in contenders.items()}
+    samples = time_in_turn(contenders, work.device, seconds)
     rows = []
     for name in ("fastmtl", "torchjd"):
         row: Row = {"tasks": work.count, "library": name, "distance": distance}

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from fastmtl.benchmarks.machine import Probes, cold_seconds, facts, plain_pass, probes, wait_for
@@ -25,8 +25,21 @@ Row = dict[str, Any]
 _SHORTEST_SAMPLE = 1e-3
 
 
-def _sample(call: Callable[[], Any], repeats: int, device: torch.device, cold: bool = False) -> float:
+@runtime_checkable
+class _SelfTimed(Protocol):
+    """A call that another process makes and times."""
+
+    def __call__(self) -> Any:
+        """Make it."""
+
+    def seconds(self, repeats: int) -> float:
+        """Return seconds per call."""
+
+
+def _sample(call: Callable[[], Any] | _SelfTimed, repeats: int, device: torch.device, cold: bool = False) -> float:
     """Return seconds per call; of a GPU's work alone, with nothing in its cache, if ``cold``."""
+    if isinstance(call, _SelfTimed):
+        return call.seconds(repeats)
     if cold and device.type == "cuda":
         return statistics.fmean(cold_seconds(call, device) for _ in range(repeats))
     wait_for(device)
@@ -58,7 +71,7 @@ class _Timing:
 
 
 def time_in_turn(
-    calls: Mapping[str, Callable[[], Any]],
+    calls: Mapping[str, Callable[[], Any] | _SelfTimed],
     device: torch.device,
     seconds: float,
     every_round: Callable[[], None] = lambda: None,
@@ -67,7 +80,7 @@ def time_in_turn(
     """Return samples, in seconds per call, of all calls taken in turn, in an order that alternates from round to round.
 
     Args:
-        calls: What to time.
+        calls: What to time; one with a method ``seconds(repeats)`` says itself how many seconds a call takes.
         device: Where it runs.
         seconds: How long to go on; five rounds at least.
         every_round: Called before each round.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -13,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fastmtl.benchmarks.apart import Apart
+from fastmtl.benchmarks.contender import Contender, LocalContender
 from fastmtl.benchmarks.gate import ALLOWED, DRAW, distances, wrong_steps
-from fastmtl.benchmarks.machine import facts, probes, wait_for
+from fastmtl.benchmarks.machine import facts, probes
 from fastmtl.benchmarks.peers import libmtl_can, libmtl_step, torchjd_can, torchjd_step
 from fastmtl.benchmarks.runner import time_in_turn
 from fastmtl.benchmarks.tables import write_rows
-from fastmtl.benchmarks.work import Contender, Work
+from fastmtl.benchmarks.work import Work
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from fastmtl import Trainer
 from fastmtl.architecture import ARCHITECTURES, AbsArchitecture
@@ -33,7 +33,7 @@ from fastmtl.trainer.labels import present_tasks
 from fastmtl.trainer.records import StepBuffer
 from fastmtl.weighting import WEIGHTINGS
 
-__all__ = ["PEERS", "peak_bytes", "run_step"]
+__all__ = ["PEERS", "run_step"]
 
 PEERS = ("libmtl", "torchjd")
 # They make no strategy's update.
@@ -43,7 +43,7 @@ _LOG_EVERY = 50
 Row = dict[str, Any]
 
 
-def _trainer_step(work: Work, weighting: str, precision: str, **way: Any) -> Contender:
+def _trainer_step(work: Work, weighting: str, precision: str, **way: Any) -> LocalContender:
     """Return our step as the trainer runs it, from a batch that lies on the device: metrics and log included."""
     decoders = work.modules()[1]
     task_dict = {
@@ -82,10 +82,10 @@ def _trainer_step(work: Work, weighting: str, precision: str, **way: Any) -> Con
         step()
     if start is not None:
         trainer.model.load_state_dict(start)
-    return Contender(run=step, shared=trainer.step.problem.shared_params)
+    return LocalContender(run=step, shared=trainer.step.problem.shared_params)
 
 
-def _floor_step(work: Work, tasks_apart: bool) -> Contender:
+def _floor_step(work: Work, tasks_apart: bool) -> LocalContender:
     """Return one forward pass, one VJP per task (or one for all) and the optimizer, in plain torch and nothing else."""
     encoder, decoders = work.modules()
     network: Any = ARCHITECTURES[work.arch](
@@ -118,24 +118,7 @@ def _floor_step(work: Work, tasks_apart: bool) -> Contender:
             param.grad = grad
         optimizer.step()
 
-    return Contender(run=step, shared=shared)
-
-
-def peak_bytes(contender: Contender, device: torch.device) -> int:
-    """Return the bytes between the least memory in use, old gradients freed, and the most during a step."""
-    contender.run()
-    # The profiler announces itself on stderr at any lower level.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "9")
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
-        contender.run()
-        wait_for(device)
-    in_use = least = most = 0
-    results: Any = profiler.profiler
-    for event in results.kineto_results.events():
-        if event.name() == "[memory]" and event.device_type().name.lower() == device.type:
-            in_use += event.nbytes()
-            least, most = min(least, in_use), max(most, in_use)
-    return most - least
+    return LocalContender(run=step, shared=shared)
 
 
 def run_step(
@@ -164,6 +147,9 @@ def run_step(
     that is as far from ours is timed and marked, in its line and in the column ``update``: it does something else, and
     its ratio does not compare like with like. Captured steps of strategies with random choices draw their own, and are
     not compared.
+
+    On the CPU each peer has a process of its own, as it has at its users', and no part in the memory that our trainer
+    lets a process keep; floor and sum run in ours.
 
     Peers, floor and sum compute in fp32 whatever the precision of our step is. With bf16 or fp16 the updates that are
     compared are those of our steps in fp32, as rounding alone moves them by more than 1 %.
@@ -239,6 +225,9 @@ def _peer_steps(work: Work, name: str, peers: Sequence[str], libmtl: Path | None
         found["LibMTL"] = partial(libmtl_step, work, name, libmtl)
     if "torchjd" in peers and torchjd_can(work.arch, name):
         found["TorchJD"] = partial(torchjd_step, work, name)
+    if work.device.type == "cpu":
+        # Our trainer tells the C library to keep what is freed, in the whole process; see fastmtl/memory.py.
+        found = {library: partial(Apart, library, build) for library, build in found.items()}
     for peer in peers:
         if peer not in map(str.lower, found):
             print(f"{name:11} T={work.count:<3} {peer} has no such step on {work.arch} and is left out")
@@ -260,17 +249,18 @@ def _compare(
     found = distances({library: each for library, each in gated.items() if library not in left_out})
     wrong = wrong_steps(found)
     del gated
-    size = 4 * sum(param.numel() for param in contenders["fastmtl"].shared)
+    ours = contenders["fastmtl"]
+    assert isinstance(ours, LocalContender)
+    size = 4 * sum(param.numel() for param in ours.shared)
     contenders = {library: each for library, each in contenders.items() if library not in wrong}
-    peaks = {library: peak_bytes(each, work.device) for library, each in contenders.items()}
+    peaks = {library: each.peak_bytes() for library, each in contenders.items()}
     memory = probes(work.device)
     rates: list[tuple[float, float]] = []
 
     def measure_memory() -> None:
         rates.append((max(measure() for measure in memory.read), max(measure() for measure in memory.copy)))
 
-    calls = {library: each.run for library, each in contenders.items()}
-    samples = time_in_turn(calls, work.device, seconds, measure_memory)
+    samples = time_in_turn(contenders, work.device, seconds, measure_memory)
     read, copy = (statistics.median(each) for each in zip(*rates, strict=True))
     # J read twice, the update written once.
     algebra = work.count * size / read + (work.count + 1) * size / copy

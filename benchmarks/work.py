@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastmtl.errors import UsageError
 from fastmtl.model import MLPEncoder, resnet18, resnet_dilated
 
-__all__ = ["NETS", "Contender", "Work", "image_size"]
+__all__ = ["NETS", "Work", "image_size"]
 
 NETS = ("resnet18", "resnet50", "mlp")
 
@@ -99,11 +99,3 @@ def image_size(size: int | str) -> tuple[int, int]:
     if len(parts) not in (1, 2) or not all(part.strip().isdecimal() and int(part) for part in parts):
         raise UsageError(f"size must be a number, or height and width as 288x384, got {size!r}.")
     return int(parts[0]), int(parts[-1])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Contender:
-    """A training step of somebody's: what runs it, and the shared parameters it moves."""
-
-    run: Callable[[], None]
-    shared: list[nn.Parameter]

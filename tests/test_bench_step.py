@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import csv
 import math
+import multiprocessing
+import os
+import signal
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from fastmtl.benchmarks import step as bench
+from fastmtl.benchmarks.apart import Apart
+from fastmtl.benchmarks.contender import LocalContender
 from fastmtl.benchmarks.gate import distances
 from fastmtl.benchmarks.machine import Probes
 from fastmtl.benchmarks.peers import torchjd_step
-from fastmtl.benchmarks.work import Contender, Work
+from fastmtl.benchmarks.work import Work
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl.errors import UsageError
+from fastmtl.errors import FastmtlError, UsageError
+from fastmtl.memory import keep_freed_memory
 
 SMALL: dict[str, Any] = {"net": "mlp", "batch": 4, "seconds": 0.0, "tasks": [2]}
 
@@ -69,7 +76,7 @@ def test_a_wrong_update_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ["median_ms" in row for row in rows if row["library"] == "fastmtl"] == [False]
 
 
-def _fake(scale: float) -> Contender:
+def _fake(scale: float) -> LocalContender:
     """A step of made-up size."""
     param = torch.nn.Parameter(torch.ones(10))
 
@@ -77,7 +84,65 @@ def _fake(scale: float) -> Contender:
         with torch.no_grad():
             param.sub_(scale * torch.arange(10.0))
 
-    return Contender(run=run, shared=[param])
+    return LocalContender(run=run, shared=[param])
+
+
+def _fail(error: Exception) -> LocalContender:
+    raise error
+
+
+def _die() -> LocalContender:
+    def run() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    return LocalContender(run=run, shared=[torch.nn.Parameter(torch.ones(1))])
+
+
+def _settings_of_the_c_library() -> LocalContender:
+    """A step whose update says whether the process was told to keep what is freed."""
+    param = torch.nn.Parameter(torch.zeros(1))
+
+    def run() -> None:
+        with torch.no_grad():
+            param.sub_(float(keep_freed_memory.cache_info().currsize))
+
+    return LocalContender(run=run, shared=[param])
+
+
+def test_a_peer_has_a_process_of_its_own() -> None:
+    keep_freed_memory()
+    assert _settings_of_the_c_library().update() == 1
+    apart = Apart("peer", _settings_of_the_c_library)
+    assert apart.update() == 0
+    assert apart.seconds(3) > 0
+    assert Apart("peer", partial(_fake, 2.0)).peak_bytes() > 0
+    work = Work(**_work())
+    if (theirs := bench._peer_steps(work, "MGDA", ["torchjd"], None)) and find_spec("torchjd"):
+        assert isinstance(theirs["TorchJD"](), Apart)
+
+
+def test_the_process_of_a_peer_ends_with_it() -> None:
+    before = set(multiprocessing.active_children())
+    apart = Apart("peer", partial(_fake, 1.0))
+    (process,) = set(multiprocessing.active_children()) - before
+    del apart
+    assert process.exitcode == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (UsageError("TorchJD is not installed."), "^TorchJD is not installed.$"),
+        (KeyError("width"), "^peer failed: KeyError: 'width'$"),
+    ],
+)
+def test_what_fails_in_a_peers_process_is_said_here(error: Exception, message: str) -> None:
+    with pytest.raises(FastmtlError, match=message):
+        Apart("peer", partial(_fail, error))
+    apart = Apart("peer", _die)
+    for _ in range(2):
+        with pytest.raises(FastmtlError, match="The process of peer ended before its step did"):
+            apart()
 
 
 @pytest.fixture

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from fastmtl.benchmarks.work import Contender, Work
+from fastmtl.benchmarks.contender import LocalContender
+from fastmtl.benchmarks.work import Work
 from torch import Tensor, nn
 
 from fastmtl.errors import UsageError
@@ -68,7 +69,7 @@ def libmtl_can(checkout: Path, arch: str, weighting: str) -> bool:
     return known and rule.needs in ("losses", "gram", "rows") and rule.samples == 1
 
 
-def libmtl_step(work: Work, weighting: str, checkout: Path) -> Contender:
+def libmtl_step(work: Work, weighting: str, checkout: Path) -> LocalContender:
     """Return a training step as LibMTL's trainer runs it, from the loss to the optimizer, metrics included.
 
     Raises:
@@ -121,7 +122,7 @@ def libmtl_step(work: Work, weighting: str, checkout: Path) -> Contender:
         trainer.model.backward(losses, **hyper)
         trainer.optimizer.step()
 
-    return Contender(run=step, shared=list(trainer.model.get_share_params()))
+    return LocalContender(run=step, shared=list(trainer.model.get_share_params()))
 
 
 class _OnDevice:

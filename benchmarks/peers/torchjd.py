@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from fastmtl.benchmarks.work import Contender, Work
+from fastmtl.benchmarks.contender import LocalContender
+from fastmtl.benchmarks.work import Work
 from torch import Tensor
 
 from fastmtl.errors import UsageError
@@ -76,7 +77,7 @@ def torchjd_can(arch: str, weighting: str) -> bool:
     return arch == "HPS" and weighting in _AGGREGATORS
 
 
-def torchjd_step(work: Work, weighting: str) -> Contender:
+def torchjd_step(work: Work, weighting: str) -> LocalContender:
     """Return a training step by ``mtl_backward`` and ``jac_to_grad``.
 
     Args:
@@ -104,4 +105,4 @@ def torchjd_step(work: Work, weighting: str) -> Contender:
         autojac.jac_to_grad(shared, aggregator)
         optimizer.step()
 
-    return Contender(run=step, shared=shared)
+    return LocalContender(run=step, shared=shared)
