@@ -11,7 +11,7 @@ from fastmtl import ops
 from fastmtl.hyper import Hyper
 from fastmtl.weighting.base import AbsWeighting, Weights
 
-__all__ = ["FairGrad"]
+__all__ = ["FairGrad", "heads_beside"]
 
 
 class FairGrad(AbsWeighting):
@@ -40,4 +40,9 @@ class FairGrad(AbsWeighting):
         assert gram is not None
         weights = ops.fairgrad(gram, FairGrad_alpha, self.last_weights)
         self.last_weights.copy_(weights)
-        return Weights(shared=weights, heads=weights)
+        return Weights(shared=weights, heads=heads_beside(weights))
+
+
+def heads_beside(weights: Tensor) -> Tensor:
+    """Return weights of the decoders, 1 where the shared one is zero, for want of a gradient: a frozen encoder's."""
+    return torch.where(weights == 0, torch.ones_like(weights), weights)

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastmtl import ops
 from fastmtl.hyper import Hyper
 from fastmtl.weighting.base import AbsWeighting, Weights
+from fastmtl.weighting.FairGrad import heads_beside
 
 __all__ = ["Nash_MTL"]
 
@@ -42,4 +43,4 @@ class Nash_MTL(AbsWeighting):
         assert gram is not None
         weights = ops.nash(gram, self.last_weights)
         self.last_weights.copy_(weights)
-        return Weights(shared=weights, heads=weights, max_norm=max_norm if max_norm > 0 else None)
+        return Weights(shared=weights, heads=heads_beside(weights), max_norm=max_norm if max_norm > 0 else None)

@@ -17,7 +17,7 @@ from fastmtl.trainer.records import StepBuffer
 from fastmtl.weighting import WEIGHTINGS
 from fastmtl.weighting.simplex import project_simplex
 from tests.host_reads import NoHostRead
-from tests.trainer.toy import flat, loaders, make_trainer, task_dict
+from tests.trainer.toy import encoder, flat, loaders, make_trainer, task_dict
 
 GRAM = sorted(name for name, rule in WEIGHTINGS.items() if rule.needs == "gram" and rule.samples == 1)
 
@@ -218,12 +218,24 @@ def test_momentum_without_weights_of_a_step_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(name for name in WEIGHTINGS if name != "GradDrop"))
-def test_a_task_whose_gradient_is_zero_leaves_everything_finite(name: str) -> None:
+def test_a_task_whose_gradient_is_zero_leaves_everything_finite_and_its_decoder_learning(name: str) -> None:
     trainer = _trainer(name)
+    decoder = trainer.model.decoders["task0"].weight
     with torch.no_grad():
-        trainer.model.decoders["task0"].weight.zero_()
+        decoder.zero_()
     trainer.train(loaders(3), loaders(3), 3)
     assert flat([*trainer.model.parameters(), *trainer.model.buffers()]).isfinite().all()
+    assert decoder.any()
+
+
+@pytest.mark.parametrize("name", sorted(name for name in WEIGHTINGS if name != "GradDrop"))
+def test_decoders_learn_beside_a_frozen_encoder(name: str) -> None:
+    trainer = _trainer(name, encoder_class=lambda: encoder().requires_grad_(False))
+    before = {key: value.clone() for key, value in trainer.model.named_parameters()}
+    trainer.train(loaders(3), loaders(3), 2)
+    for key, value in trainer.model.named_parameters():
+        if key.startswith(("encoder", "decoders")):
+            assert torch.equal(value, before[key]) == key.startswith("encoder"), key
 
 
 @pytest.mark.parametrize("name", ["SI", "GLS"])
