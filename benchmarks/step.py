@@ -87,9 +87,9 @@ def _trainer_step(work: Work, weighting: str, precision: str, **way: Any) -> Loc
 
 def _floor_step(work: Work, tasks_apart: bool) -> LocalContender:
     """Return one forward pass, one VJP per task (or one for all) and the optimizer, in plain torch and nothing else."""
-    encoder, decoders = work.modules()
+    decoders = work.modules()[1]
     network: Any = ARCHITECTURES[work.arch](
-        work.tasks, lambda: encoder, decoders, False, False, work.device, **work.arch_args
+        work.tasks, lambda: work.modules()[0], decoders, False, False, work.device, **work.arch_args
     ).to(work.device)
     shared = list(network.get_share_params())
     optimizer = torch.optim.SGD(network.parameters(), lr=work.lr, fused=True)
@@ -104,14 +104,17 @@ def _floor_step(work: Work, tasks_apart: bool) -> LocalContender:
             torch.stack([loss(features, task) for task in work.tasks]).sum().backward()
             optimizer.step()
             return
-        learned = [feature for feature in features if feature.requires_grad]
         grads: Sequence[Tensor] = ()
         for index, task in enumerate(work.tasks):
             cut = tuple(feature.detach().requires_grad_(feature.requires_grad) for feature in features)
             loss(cut, task).backward()
-            cotangents = [alias.grad for alias in cut if alias.requires_grad]
+            # A branch need not use all features.
             grads = torch.autograd.grad(
-                learned, shared, cotangents, retain_graph=index + 1 < work.count, allow_unused=True
+                [feature for feature, alias in zip(features, cut, strict=True) if alias.grad is not None],
+                shared,
+                [alias.grad for alias in cut if alias.grad is not None],
+                retain_graph=index + 1 < work.count,
+                allow_unused=True,
             )
         # The optimizer moves the shared parameters too, by one task's gradient.
         for param, grad in zip(shared, grads, strict=True):
@@ -172,7 +175,7 @@ def run_step(
         seconds: Time for each strategy and number of tasks.
 
     Raises:
-        UsageError: An unknown name, or a peer that is not there.
+        UsageError: An unknown name, a peer that is not there, or an architecture that shares nothing.
         BackendError: The device is not there.
     """
     device = find_device(device)
@@ -243,14 +246,16 @@ def _compare(
 ) -> list[Row]:
     """Return the rows of what ``make`` builds; the gate takes what ``exact`` builds in its place."""
     contenders = {library: build() for library, build in make.items()}
+    ours = contenders["fastmtl"]
+    assert isinstance(ours, LocalContender)
+    if not ours.shared:
+        raise UsageError(f"{work.arch} shares no parameters, so that there is no update to compare.")
     gated = contenders | {library: build() for library, build in exact.items()}
     # A captured step makes the random choices that its graph draws.
     left_out = {*_BOUNDS, "fastmtl captured"} if name in DRAW else {*_BOUNDS}
     found = distances({library: each for library, each in gated.items() if library not in left_out})
     wrong = wrong_steps(found)
     del gated
-    ours = contenders["fastmtl"]
-    assert isinstance(ours, LocalContender)
     size = 4 * sum(param.numel() for param in ours.shared)
     contenders = {library: each for library, each in contenders.items() if library not in wrong}
     peaks = {library: each.peak_bytes() for library, each in contenders.items()}

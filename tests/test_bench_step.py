@@ -24,6 +24,7 @@ from fastmtl.benchmarks.work import Work
 from torch import Tensor
 
 from fastmtl import ops
+from fastmtl.architecture import ARCHITECTURES, AbsArchitecture
 from fastmtl.errors import FastmtlError, UsageError
 from fastmtl.memory import keep_freed_memory
 
@@ -51,12 +52,24 @@ def _work() -> dict[str, Any]:
     return {"net": "mlp", "arch": "HPS", "count": 2, "batch": 4, "size": 1, "device": torch.device("cpu")}
 
 
-def test_architectures_with_a_trunk_have_a_floor() -> None:
-    size = {"net": "resnet50", "batch": 2, "seconds": 0.0, "tasks": [2], "size": "32x64"}
-    rows = bench.run_step(["MGDA"], arch="MTAN", **size)
-    assert [row["library"] for row in rows] == ["fastmtl", "floor", "sum"]
-    work = Work(net="resnet50", arch="MTAN", count=2, batch=2, size="32x64", device=torch.device("cpu"))
-    assert work.inputs.shape == (2, 3, 32, 64)
+SPLIT = sorted({name for name, each in ARCHITECTURES.items() if each.forward is AbsArchitecture.forward} - {"STL"})
+
+
+@pytest.mark.parametrize("arch", SPLIT)
+def test_architectures_with_a_trunk_have_a_floor(arch: str) -> None:
+    net = "resnet18" if arch in ("HPS", "LTB") else "resnet50" if arch == "MTAN" else "mlp"
+    work = Work(net=net, arch=arch, count=2, batch=2, size="32x64", device=torch.device("cpu"))
+    assert net == "mlp" or work.inputs.shape == (2, 3, 32, 64)
+    for tasks_apart in (True, False):
+        floor = bench._floor_step(work, tasks_apart)
+        assert floor.update().isfinite().all()
+        ours = bench._trainer_step(work, "EW", "fp32").shared
+        assert [param.shape for param in floor.shared] == [param.shape for param in ours]
+
+
+def test_an_architecture_without_a_trunk_has_no_floor() -> None:
+    rows = bench.run_step(["MGDA"], arch="PLE", **SMALL | {"net": "resnet18", "size": 32})
+    assert [row["library"] for row in rows] == ["fastmtl"]
 
 
 def test_updates_agree_with_torchjds() -> None:
@@ -243,10 +256,12 @@ def test_rows_outlive_an_interruption(monkeypatch: pytest.MonkeyPatch, tmp_path:
         ({"peers": ["torchjdd"]}, "peer"),
         ({"net": "vgg"}, "net must be one of resnet18, resnet50, mlp"),
         ({"arch": "HPPS"}, "architecture"),
+        ({"arch": "STL"}, "STL has none"),
+        ({"arch": "STL", "weightings": ["EW"]}, "STL shares no parameters, so that there is no update to compare"),
         ({"net": "resnet18", "size": "64x"}, "size must be a number, or height and width as 288x384, got '64x'"),
         ({"cuda_graph": True}, "cuda_graph needs a CUDA GPU, got the device cpu"),
     ],
 )
 def test_bad_input_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        bench.run_step(["MGDA"], **{**SMALL, **options})
+        bench.run_step(**{"weightings": ["MGDA"], **SMALL, **options})
