@@ -50,9 +50,8 @@ class Apart:
 
     def seconds(self, repeats: int) -> float:
         """Return the seconds a step takes, by the clock of its process."""
-        time.sleep(_PAUSE)
         found = float(self._ask("seconds", repeats))
-        time.sleep(_PAUSE)
+        _stay_awake(_PAUSE)
         return found
 
     def update(self) -> Tensor:
@@ -110,7 +109,15 @@ def _serve(pipe: Connection, build: Callable[[], Contender], threads: int) -> No
         pipe.send(error)
 
 
+def _stay_awake(seconds: float) -> None:
+    """Wait; a processor that sleeps instead is slow at first."""
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass
+
+
 def _seconds(contender: Contender, repeats: int) -> float:
+    _stay_awake(_PAUSE)
     start = time.perf_counter()
     for _ in range(repeats):
         contender()
