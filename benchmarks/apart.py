@@ -7,7 +7,9 @@ import signal
 import time
 import traceback
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -29,10 +31,11 @@ class Apart:
 
     Args:
         name: What errors call it.
-        build: Makes the contender there; picklable. What it raises of ours is raised here.
+        build: Makes the contender there; picklable.
 
     Raises:
-        FastmtlError: It fails, or its process ends.
+        FastmtlError: What ``build`` raises of ours.
+        RuntimeError: Anything else is raised there, or the process ends.
     """
 
     def __init__(self, name: str, build: Callable[[], Contender]) -> None:
@@ -40,16 +43,16 @@ class Apart:
         self._name = name
         self._pipe, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs, build, torch.get_num_threads()), daemon=True)
-        process.start()
+        with _without_interrupts():
+            process.start()
         theirs.close()
         weakref.finalize(self, _end, self._pipe, process)
         self._answer()
 
     def __call__(self) -> None:
-        self.seconds(1)
+        self._ask("seconds", 1)
 
     def seconds(self, repeats: int) -> float:
-        """Return the seconds a step takes, by the clock of its process."""
         found = float(self._ask("seconds", repeats))
         _stay_awake(_PAUSE)
         return found
@@ -74,39 +77,38 @@ class Apart:
             raise self._gone() from None
         if isinstance(found, FastmtlError):
             raise found
-        if isinstance(found, Exception):
-            first = next(iter(str(found).strip().splitlines()), "")
-            raise FastmtlError(f"{self._name} failed: {type(found).__name__}: {first}")
+        if isinstance(found, _Failure):
+            error = RuntimeError(f"{self._name} failed: {found.message}")
+            error.add_note(found.trace)
+            raise error
         return found
 
-    def _gone(self) -> FastmtlError:
-        return FastmtlError(f"The process of {self._name} ended before its step did, for want of memory perhaps.")
+    def _gone(self) -> RuntimeError:
+        return RuntimeError(f"the process of {self._name} ended before its step did, for want of memory perhaps")
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """An exception in words: its class need not be known in both processes."""
+
+    message: str
+    trace: str
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Hide Ctrl-C from a process that is started; whoever starts it ends it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end(pipe: Connection, process: BaseProcess) -> None:
     pipe.close()
-    process.join(5)
     process.kill()
-
-
-def _serve(pipe: Connection, build: Callable[[], Contender], threads: int) -> None:
-    """Answer requests until the other end is closed."""
-    # Ctrl-C is the other process's, which then closes its end.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(threads)
-    try:
-        contender = build()
-        pipe.send(None)
-        while True:
-            try:
-                name, *args = pipe.recv()
-            except EOFError:
-                return
-            pipe.send(_REQUESTS[name](contender, *args))
-    except Exception as error:
-        if not isinstance(error, FastmtlError):
-            traceback.print_exc()
-        pipe.send(error)
+    process.join()
 
 
 def _stay_awake(seconds: float) -> None:
@@ -116,12 +118,30 @@ def _stay_awake(seconds: float) -> None:
         pass
 
 
+def _serve(pipe: Connection, build: Callable[[], Contender], threads: int) -> None:
+    """Answer requests until something fails or the process is ended."""
+    torch.set_num_threads(threads)
+    answer: Any
+    try:
+        contender = build()
+        pipe.send(None)
+        while True:
+            request, *args = pipe.recv()
+            answer = _REQUESTS[request](contender, *args)
+            pipe.send(answer)
+    except FastmtlError as error:
+        answer = error
+    except (EOFError, BrokenPipeError):
+        return
+    except Exception as error:
+        first = next(iter(str(error).strip().splitlines()), "")
+        answer = _Failure(f"{type(error).__name__}: {first}", traceback.format_exc())
+    pipe.send(answer)
+
+
 def _seconds(contender: Contender, repeats: int) -> float:
     _stay_awake(_PAUSE)
-    start = time.perf_counter()
-    for _ in range(repeats):
-        contender()
-    return (time.perf_counter() - start) / repeats
+    return contender.seconds(repeats)
 
 
 _REQUESTS: dict[str, Callable[..., Any]] = {

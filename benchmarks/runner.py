@@ -27,7 +27,7 @@ _SHORTEST_SAMPLE = 1e-3
 
 @runtime_checkable
 class _SelfTimed(Protocol):
-    """A call that another process makes and times."""
+    """A call that is timed in a way of its own."""
 
     def __call__(self) -> Any:
         """Make it."""

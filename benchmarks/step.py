@@ -104,11 +104,10 @@ def _floor_step(work: Work, tasks_apart: bool) -> LocalContender:
             torch.stack([loss(features, task) for task in work.tasks]).sum().backward()
             optimizer.step()
             return
-        grads: Sequence[Tensor] = ()
         for index, task in enumerate(work.tasks):
             cut = tuple(feature.detach().requires_grad_(feature.requires_grad) for feature in features)
             loss(cut, task).backward()
-            # A branch need not use all features.
+            # A branch need not use all features, nor a task all shared parameters.
             grads = torch.autograd.grad(
                 [feature for feature, alias in zip(features, cut, strict=True) if alias.grad is not None],
                 shared,
@@ -116,9 +115,9 @@ def _floor_step(work: Work, tasks_apart: bool) -> LocalContender:
                 retain_graph=index + 1 < work.count,
                 allow_unused=True,
             )
-        # The optimizer moves the shared parameters too, by one task's gradient.
-        for param, grad in zip(shared, grads, strict=True):
-            param.grad = grad
+            # The optimizer moves the shared parameters too, by one task's gradient.
+            for param, grad in zip(shared, grads, strict=True):
+                param.grad = param.grad if grad is None else grad
         optimizer.step()
 
     return LocalContender(run=step, shared=shared)

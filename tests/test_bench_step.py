@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import signal
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from fastmtl import ops
 from fastmtl.architecture import ARCHITECTURES, AbsArchitecture
-from fastmtl.errors import FastmtlError, UsageError
+from fastmtl.errors import UsageError
 from fastmtl.memory import keep_freed_memory
 
 SMALL: dict[str, Any] = {"net": "mlp", "batch": 4, "seconds": 0.0, "tasks": [2]}
@@ -100,8 +99,22 @@ def _fake(scale: float) -> LocalContender:
     return LocalContender(run=run, shared=[param])
 
 
-def _fail(error: Exception) -> LocalContender:
-    raise error
+class _Unpicklable(Exception):
+    """Pickled with one argument, made with two."""
+
+    def __init__(self, one: str, two: str) -> None:
+        super().__init__(f"{one} and {two}")
+        self.args = one, two
+
+    def __str__(self) -> str:
+        return " and ".join(self.args)
+
+    def __reduce__(self) -> Any:
+        raise TypeError
+
+
+def _fail(kind: type[Exception], args: Any) -> LocalContender:
+    raise kind(*args)
 
 
 def _die() -> LocalContender:
@@ -129,32 +142,43 @@ def test_a_peer_has_a_process_of_its_own() -> None:
     assert apart.update() == 0
     assert apart.seconds(3) > 0
     assert Apart("peer", partial(_fake, 2.0)).peak_bytes() > 0
-    work = Work(**_work())
-    if (theirs := bench._peer_steps(work, "MGDA", ["torchjd"], None)) and find_spec("torchjd"):
-        assert isinstance(theirs["TorchJD"](), Apart)
+
+
+def test_peers_have_processes_of_their_own_on_the_cpu() -> None:
+    for device, apart in (("cpu", True), ("meta", False)):
+        work = Work(**_work() | {"device": torch.device(device)})
+        make: Any = bench._peer_steps(work, "MGDA", ["torchjd"], None)["TorchJD"]
+        assert (make.func is Apart) == apart
 
 
 def test_the_process_of_a_peer_ends_with_it() -> None:
     before = set(multiprocessing.active_children())
     apart = Apart("peer", partial(_fake, 1.0))
     (process,) = set(multiprocessing.active_children()) - before
+    assert process.is_alive()
     del apart
-    assert process.exitcode == 0
+    assert not process.is_alive()
 
 
 @pytest.mark.parametrize(
     ("error", "message"),
     [
         (UsageError("TorchJD is not installed."), "^TorchJD is not installed.$"),
-        (KeyError("width"), "^peer failed: KeyError: 'width'$"),
+        (KeyError("width"), "^peer failed: KeyError: 'width'\n"),
+        (_Unpicklable("one", "two"), "^peer failed: _Unpicklable: one and two\n"),
     ],
 )
 def test_what_fails_in_a_peers_process_is_said_here(error: Exception, message: str) -> None:
-    with pytest.raises(FastmtlError, match=message):
-        Apart("peer", partial(_fail, error))
+    kind = UsageError if isinstance(error, UsageError) else RuntimeError
+    with pytest.raises(kind, match=message) as caught:
+        Apart("peer", partial(_fail, type(error), error.args))
+    assert (kind is RuntimeError) == ("_fail" in "".join(getattr(caught.value, "__notes__", [])))
+
+
+def test_a_peer_that_is_killed_is_missed_each_time() -> None:
     apart = Apart("peer", _die)
     for _ in range(2):
-        with pytest.raises(FastmtlError, match="The process of peer ended before its step did"):
+        with pytest.raises(RuntimeError, match="the process of peer ended before its step did"):
             apart()
 
 

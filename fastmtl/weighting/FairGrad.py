@@ -10,8 +10,9 @@ from torch import Tensor
 from fastmtl import ops
 from fastmtl.hyper import Hyper
 from fastmtl.weighting.base import AbsWeighting, Weights
+from fastmtl.weighting.rules import heads_beside
 
-__all__ = ["FairGrad", "heads_beside"]
+__all__ = ["FairGrad"]
 
 
 class FairGrad(AbsWeighting):
@@ -41,8 +42,3 @@ class FairGrad(AbsWeighting):
         weights = ops.fairgrad(gram, FairGrad_alpha, self.last_weights)
         self.last_weights.copy_(weights)
         return Weights(shared=weights, heads=heads_beside(weights))
-
-
-def heads_beside(weights: Tensor) -> Tensor:
-    """Return weights of the decoders, 1 where the shared one is zero, for want of a gradient: a frozen encoder's."""
-    return torch.where(weights == 0, torch.ones_like(weights), weights)

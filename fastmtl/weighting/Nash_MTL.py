@@ -10,7 +10,7 @@ from torch import Tensor
 from fastmtl import ops
 from fastmtl.hyper import Hyper
 from fastmtl.weighting.base import AbsWeighting, Weights
-from fastmtl.weighting.FairGrad import heads_beside
+from fastmtl.weighting.rules import heads_beside
 
 __all__ = ["Nash_MTL"]
 

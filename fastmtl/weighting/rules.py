@@ -1,4 +1,4 @@
-"""Formulas that a strategy and an aggregator or scalarizer of TorchJD's names have in common."""
+"""Formulas that several strategies, or one and an aggregator or scalarizer of TorchJD's names, have in common."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ __all__ = [
     "directed_weights",
     "even_fall",
     "even_fall_slope",
+    "heads_beside",
     "kept_signs",
     "raised",
     "random_weights",
@@ -94,3 +95,11 @@ def even_fall_slope(logits: Tensor, before: Tensor, after: Tensor) -> Tensor:
     fall = before.log() - after.log()
     share = torch.softmax(logits, dim=-1)
     return share * (fall - share @ fall)
+
+
+def heads_beside(weights: Tensor) -> Tensor:
+    """Return weights of decoders beside (T,) shared ones: the same, but 1 where a task has no shared gradient, so 0.
+
+    Otherwise a decoder beside a frozen encoder, or one whose weights are zero at first, would learn nothing.
+    """
+    return torch.where(weights == 0, torch.ones_like(weights), weights)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # Before any group: see fastmtl.distributed.join.
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
@@ -117,6 +118,9 @@ def _member(rank: int, size: int, folder: str, work: Any, given: Any) -> None:
         done = True
     finally:
         leave(wait=done)
+    # See fastmtl/__main__.py.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def in_processes(size: int, folder: Path, work: Any, given: Any) -> list[Any]:
