@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
+import runpy
 import signal
-import sys
 from typing import Any
 
-from fastmtl.cli import main
 from fastmtl.trainer.step import TrainingStep
 
 SIGNAL, STEP = os.environ.get("DOOM", "SIGKILL:0").split(":")
@@ -26,4 +25,5 @@ def _step(self: TrainingStep, *args: Any, **kwargs: Any) -> Any:
 
 if __name__ == "__main__":
     TrainingStep.__call__ = _step  # type: ignore[method-assign]
-    sys.exit(main())
+    # As the command itself ends.
+    runpy.run_module("fastmtl", run_name="__main__")

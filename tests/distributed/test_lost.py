@@ -82,9 +82,9 @@ def _lead(command: list[str], **more: str) -> tuple[int, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("doom", ["SIGKILL", "SIGSTOP"])
-def test_a_lost_process_ends_the_other_with_a_sentence(tmp_path: Path, doom: str) -> None:
-    command = [sys.executable, SCRIPT, *OPTIONS.format(timeout=8).split(), str(tmp_path / "run")]
+@pytest.mark.parametrize(("doom", "shard"), [("SIGKILL", "none"), ("SIGSTOP", "none"), ("SIGSTOP", "fsdp")])
+def test_a_lost_process_ends_the_other_with_a_sentence(tmp_path: Path, doom: str, shard: str) -> None:
+    command = [sys.executable, SCRIPT, *OPTIONS.format(timeout=8).split(), str(tmp_path / "run"), "--shard", shard]
     code, said = _lead(command, DOOM=f"{doom}:3")
     assert code == 2, said
     assert "error: Another process is gone, or did not answer in time" in said
