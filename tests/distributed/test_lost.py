@@ -82,9 +82,9 @@ def _lead(command: list[str], **more: str) -> tuple[int, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("doom", "shard"), [("SIGKILL", "none"), ("SIGSTOP", "none"), ("SIGSTOP", "fsdp")])
-def test_a_lost_process_ends_the_other_with_a_sentence(tmp_path: Path, doom: str, shard: str) -> None:
-    command = [sys.executable, SCRIPT, *OPTIONS.format(timeout=8).split(), str(tmp_path / "run"), "--shard", shard]
+@pytest.mark.parametrize("doom", ["SIGKILL", "SIGSTOP"])
+def test_a_lost_process_ends_the_other_with_a_sentence(tmp_path: Path, doom: str) -> None:
+    command = [sys.executable, SCRIPT, *OPTIONS.format(timeout=15).split(), str(tmp_path / "run")]
     code, said = _lead(command, DOOM=f"{doom}:3")
     assert code == 2, said
     assert "error: Another process is gone, or did not answer in time" in said
@@ -95,7 +95,13 @@ import sys
 from pathlib import Path
 from fastmtl.distributed import join, leave
 def threads():
-    return {file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")}
+    found = set()
+    for file in Path("/proc/self/task").glob("*/comm"):
+        try:
+            found.add(file.read_text().strip())
+        except OSError:
+            pass  # It ended meanwhile.
+    return found
 peers = join()
 import torch._dynamo
 assert peers.any_([True]) == [True]
