@@ -178,7 +178,8 @@ class Peers:
     def to_leader(self, tensor: Tensor) -> list[Tensor] | None:
         """Return the tensors of all processes, of one shape, in the leading one; None elsewhere."""
         found = [torch.empty_like(tensor) for _ in range(self.size)] if self.leads else None
-        dist.gather(tensor, found, group=self.group, group_dst=0)
+        with _heard():
+            dist.gather(tensor, found, group=self.group, group_dst=0)
         return found
 
     def gather(self, value: Any) -> list[Any]:
