@@ -17,7 +17,7 @@ from fastmtl.benchmarks.work import Work
 from torch import Tensor
 
 from fastmtl.errors import UsageError
-from fastmtl.trainer.checks import find_device
+from fastmtl.trainer.setup.checks import find_device
 
 __all__ = ["run_autojac"]
 

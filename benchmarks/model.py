@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from fastmtl.errors import UsageError
-from fastmtl.names import resolve_name
+from fastmtl.support.names import resolve_name
 
 __all__ = ["CARDS", "Card", "Cost", "algebra", "counted", "print_model", "step_model"]
 

@@ -14,9 +14,9 @@ from fastmtl.benchmarks.machine import Probes, cold_seconds, facts, plain_pass, 
 from fastmtl.benchmarks.registry import BENCHES, Case, cases_of
 from fastmtl.benchmarks.tables import plot_kernels, write_rows
 
-from fastmtl.memory import keep_freed_memory
-from fastmtl.names import resolve_name
-from fastmtl.trainer.checks import find_device
+from fastmtl.support.memory import keep_freed_memory
+from fastmtl.support.names import resolve_name
+from fastmtl.trainer.setup.checks import find_device
 
 __all__ = ["run_kernels", "time_in_turn"]
 

@@ -17,8 +17,8 @@ from fastmtl.benchmarks.tables import write_rows
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl.hyper import fill_hyper
 from fastmtl.ops._registry import OPS
+from fastmtl.support.hyper import fill_hyper
 from fastmtl.weighting import WEIGHTINGS
 
 __all__ = ["STRATEGIES", "run_solvers"]

@@ -24,13 +24,13 @@ from torch import Tensor
 
 from fastmtl import Trainer
 from fastmtl.architecture import ARCHITECTURES, AbsArchitecture
+from fastmtl.engine.labels import present_tasks
 from fastmtl.errors import UsageError
 from fastmtl.loss import CELoss
 from fastmtl.metrics import AccMetric
-from fastmtl.names import resolve_name
-from fastmtl.trainer.checks import find_device
-from fastmtl.trainer.labels import present_tasks
-from fastmtl.trainer.records import StepBuffer
+from fastmtl.support.names import resolve_name
+from fastmtl.trainer.log.records import StepBuffer
+from fastmtl.trainer.setup.checks import find_device
 from fastmtl.weighting import WEIGHTINGS
 
 __all__ = ["PEERS", "run_step"]

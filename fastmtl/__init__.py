@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fastmtl.stateful import Stateful
+from fastmtl.support.stateful import Stateful
 
 __version__ = "0.1.0"
 __all__ = ["Stateful", "Trainer", "__version__", "balance", "balanced"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl.errors import UsageError
-from fastmtl.names import resolve_name
+from fastmtl.support.names import resolve_name
 
 if TYPE_CHECKING:
     from fastmtl.aggregation import Aggregator
@@ -130,7 +130,7 @@ class _Balance:
         """Add the gradients of the losses times ``scale`` to ``.grad``."""
         from fastmtl.autojac.fields import add_grads, check_writable
         from fastmtl.distributed import find_peers
-        from fastmtl.vjp import jacobians
+        from fastmtl.engine.vjp import jacobians
 
         shared, own = self._parameters()
         check_writable([*shared, *own], ".grad")
@@ -158,7 +158,7 @@ class _Balance:
         return weights
 
     def _parameters(self) -> tuple[list[Tensor], list[Tensor]]:
-        from fastmtl.graph import leaf_tensors
+        from fastmtl.engine.graph import leaf_tensors
 
         reached = [leaf_tensors([loss], "losses") for loss in self.losses]
         count = Counter(leaf for leaves in reached for leaf in leaves)
@@ -173,7 +173,8 @@ class _Balance:
 
 
 def _named(name: str, hyper: Mapping[str, Any]) -> Aggregator:
-    from fastmtl import aggregation, stateful
+    from fastmtl import aggregation
+    from fastmtl.support import stateful
 
     classes: dict[str, Callable[..., Any]] = {
         each: found

@@ -19,8 +19,8 @@ import torch
 
 from fastmtl.architecture import ARCHITECTURES, AbsArchitecture
 from fastmtl.errors import UsageError
-from fastmtl.hyper import Hyper, fill_hyper
-from fastmtl.names import resolve_name
+from fastmtl.support.hyper import Hyper, fill_hyper
+from fastmtl.support.names import resolve_name
 from fastmtl.trainer.optimizer import OPTIMIZERS, SCHEDULERS
 from fastmtl.weighting import WEIGHTINGS
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmtl.errors import UsageError
-from fastmtl.running import RunningMean
+from fastmtl.support.running import RunningMean
 
 if TYPE_CHECKING:
     from fastmtl.distributed import Peers

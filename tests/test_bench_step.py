@@ -25,7 +25,7 @@ from torch import Tensor
 from fastmtl import ops
 from fastmtl.architecture import ARCHITECTURES, AbsArchitecture
 from fastmtl.errors import UsageError
-from fastmtl.memory import keep_freed_memory
+from fastmtl.support.memory import keep_freed_memory
 
 SMALL: dict[str, Any] = {"net": "mlp", "batch": 4, "seconds": 0.0, "tasks": [2]}
 

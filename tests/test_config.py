@@ -12,7 +12,7 @@ from torch import nn
 from fastmtl import config
 from fastmtl.config import LibMTL_args, prepare_args
 from fastmtl.errors import UsageError
-from fastmtl.hyper import Hyper
+from fastmtl.support.hyper import Hyper
 from fastmtl.trainer.optimizer import OPTIMIZERS, SCHEDULERS, make_optimizer, make_scheduler
 
 

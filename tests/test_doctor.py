@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastmtl import doctor
+from fastmtl.cli import doctor
 
 SECTIONS = ("versions", "build", "devices", "ops", "memory", "compile")
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from fastmtl.memory import keep_freed_memory
+from fastmtl.support.memory import keep_freed_memory
 
 _FAULTS = """
 import resource, torch

@@ -22,7 +22,7 @@ from fastmtl.benchmarks.work import Work
 from torch import Tensor, nn
 
 from fastmtl.errors import UsageError
-from fastmtl.hyper import fill_hyper
+from fastmtl.support.hyper import fill_hyper
 from fastmtl.weighting import WEIGHTINGS
 
 __all__ = ["libmtl_can", "libmtl_solvers", "libmtl_step"]

@@ -10,7 +10,7 @@ from fastmtl.aggregation.constant import MeanWeighting
 from fastmtl.aggregation.preference import Preference, preference_suffix
 from fastmtl.errors import UsageError
 from fastmtl.ops._eigh import Scale
-from fastmtl.settings import Through
+from fastmtl.support.settings import Through
 
 __all__ = ["AlignedMTL", "AlignedMTLWeighting"]
 

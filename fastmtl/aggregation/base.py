@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastmtl.aggregation.rows import add_combined, as_matrix, gram_of, put
 from fastmtl.errors import UsageError
 from fastmtl.linalg import Matrix, PSDMatrix
-from fastmtl.settings import described
+from fastmtl.support.settings import described
 
 __all__ = [
     "Aggregator",

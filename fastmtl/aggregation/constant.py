@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastmtl.aggregation.base import MatrixWeighting, WeightedAggregator
 from fastmtl.errors import UsageError
-from fastmtl.settings import vector_string
+from fastmtl.support.settings import vector_string
 from fastmtl.weighting.rules import random_weights
 
 __all__ = [

@@ -10,7 +10,7 @@ from fastmtl.aggregation.base import GramianWeightedAggregator, GramWeighting, M
 from fastmtl.aggregation.constant import MeanWeighting
 from fastmtl.aggregation.preference import Preference, preference_suffix
 from fastmtl.linalg import DualConeProjector, QuadprogProjector
-from fastmtl.settings import Through
+from fastmtl.support.settings import Through
 
 __all__ = ["DualProj", "DualProjWeighting", "UPGrad", "UPGradWeighting"]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastmtl.aggregation.columns import ColumnAggregator
 from fastmtl.errors import UsageError
-from fastmtl.settings import Setting, vector_string
+from fastmtl.support.settings import Setting, vector_string
 from fastmtl.weighting.rules import kept_signs
 
 __all__ = ["GradDrop"]

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from fastmtl import ops
 from fastmtl.aggregation.base import GramianWeightedAggregator, GramWeighting
-from fastmtl.settings import Setting, Through
-from fastmtl.stateful import Stateful
+from fastmtl.support.settings import Setting, Through
+from fastmtl.support.stateful import Stateful
 
 __all__ = ["GradVac", "GradVacWeighting"]
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fastmtl import ops
 from fastmtl.aggregation.base import GramianWeightedAggregator, GramWeighting
-from fastmtl.settings import Setting, Through
+from fastmtl.support.settings import Setting, Through
 
 __all__ = ["MGDA", "MGDAWeighting"]
 

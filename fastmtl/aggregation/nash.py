@@ -11,8 +11,8 @@ from fastmtl import ops
 from fastmtl.aggregation.base import MatrixWeighting, WeightedAggregator
 from fastmtl.aggregation.rows import gram_of
 from fastmtl.errors import UsageError
-from fastmtl.settings import Setting, Through
-from fastmtl.stateful import Stateful
+from fastmtl.support.settings import Setting, Through
+from fastmtl.support.stateful import Stateful
 
 __all__ = ["NashMTL", "NashMTLWeighting"]
 

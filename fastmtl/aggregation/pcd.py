@@ -7,8 +7,8 @@ from torch import Tensor
 
 from fastmtl.aggregation.base import GramianWeightedAggregator, GramWeighting
 from fastmtl.errors import UsageError
-from fastmtl.settings import Setting, Through
-from fastmtl.stateful import Stateful
+from fastmtl.support.settings import Setting, Through
+from fastmtl.support.stateful import Stateful
 from fastmtl.weighting.PCD import at_length, priority_weights
 
 __all__ = ["PCD", "PCDWeighting"]

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastmtl.aggregation.base import MatrixWeighting, Weighting
 from fastmtl.aggregation.constant import ConstantWeighting
 from fastmtl.errors import UsageError
-from fastmtl.settings import vector_string
+from fastmtl.support.settings import vector_string
 
 __all__ = ["Preference", "preference_suffix"]
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastmtl.aggregation.base import GramianWeightedAggregator, GramWeighting
 from fastmtl.aggregation.columns import ColumnAggregator
 from fastmtl.errors import UsageError
-from fastmtl.settings import Setting, Through
+from fastmtl.support.settings import Setting, Through
 
 __all__ = ["Krum", "KrumWeighting", "TrimmedMean"]
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fastmtl.aggregation.base import MatrixWeighting, Weighting
 from fastmtl.errors import UsageError
-from fastmtl.settings import Setting
-from fastmtl.stateful import Stateful
+from fastmtl.support.settings import Setting
+from fastmtl.support.stateful import Stateful
 from fastmtl.weighting.rules import directed_weights, stepped
 
 __all__ = ["CRMOGMWeighting", "MoDoWeighting", "SDMGradWeighting"]

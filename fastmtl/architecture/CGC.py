@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastmtl.architecture.experts import Experts
 from fastmtl.architecture.gates import IMG_SIZE, count_experts, make_gate, mix
 from fastmtl.architecture.MMoE import MMoE
-from fastmtl.hyper import Hyper
+from fastmtl.support.hyper import Hyper
 
 __all__ = ["CGC"]
 

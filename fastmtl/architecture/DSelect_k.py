@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastmtl.architecture.gates import IMG_SIZE, mix
 from fastmtl.architecture.MMoE import MMoE
 from fastmtl.errors import UsageError
-from fastmtl.hyper import Hyper
+from fastmtl.support.hyper import Hyper
 
 __all__ = ["DSelect_k"]
 

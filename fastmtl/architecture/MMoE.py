@@ -13,7 +13,7 @@ from fastmtl.architecture.base import AbsArchitecture
 from fastmtl.architecture.experts import Experts
 from fastmtl.architecture.gates import IMG_SIZE, feature_dim, flatten, image_size, integers, make_gate, mix, pool
 from fastmtl.errors import UsageError
-from fastmtl.hyper import Hyper
+from fastmtl.support.hyper import Hyper
 
 __all__ = ["MMoE"]
 

@@ -13,7 +13,7 @@ from fastmtl.architecture.base import AbsArchitecture
 from fastmtl.architecture.experts import Experts
 from fastmtl.architecture.gates import IMG_SIZE, count_experts, flatten, image_size, make_gate, mix, pool
 from fastmtl.architecture.stages import Stages
-from fastmtl.hyper import Hyper
+from fastmtl.support.hyper import Hyper
 
 __all__ = ["PLE"]
 

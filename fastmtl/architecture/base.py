@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastmtl.hyper import Hyper
+from fastmtl.support.hyper import Hyper
 
 __all__ = ["AbsArchitecture"]
 

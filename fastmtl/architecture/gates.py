@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl.errors import UsageError
-from fastmtl.hyper import Hyper
+from fastmtl.support.hyper import Hyper
 
 __all__ = ["IMG_SIZE", "count_experts", "feature_dim", "flatten", "image_size", "integers", "make_gate", "mix", "pool"]
 

@@ -14,8 +14,8 @@ from torch.autograd.graph import GradientEdge
 from fastmtl.aggregation.rows import gram_of
 from fastmtl.autogram.layers import SHORTCUTS, bias_gram, positions, weight_gram
 from fastmtl.autojac.jac import jac
+from fastmtl.engine.graph import graph_nodes
 from fastmtl.errors import UsageError
-from fastmtl.graph import graph_nodes
 
 __all__ = ["Engine"]
 

@@ -13,7 +13,7 @@ from fastmtl.autojac.backward import backward
 from fastmtl.autojac.jac import jac
 from fastmtl.autojac.jac_to_grad import jac_to_grad
 from fastmtl.autojac.mtl_backward import mtl_backward
-from fastmtl.repeated import allow_repeated_backwards
+from fastmtl.engine.repeated import allow_repeated_backwards
 
 __all__ = ["backward", "jac", "jac_to_grad", "mtl_backward"]
 

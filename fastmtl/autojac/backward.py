@@ -11,7 +11,7 @@ from fastmtl.autojac.checks import as_list, check_chunk, check_outputs, unique
 from fastmtl.autojac.fields import add_jacobians, check_writable
 from fastmtl.autojac.jac import jacobians_of
 from fastmtl.autojac.jac_to_grad import jac_to_grad
-from fastmtl.graph import leaf_tensors
+from fastmtl.engine.graph import leaf_tensors
 
 if TYPE_CHECKING:
     from fastmtl.aggregation import Aggregator

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fastmtl.autojac.checks import as_list, check_chunk, check_outputs, check_rows, check_shapes, unique
+from fastmtl.engine.graph import batches_well
+from fastmtl.engine.vjp import batched_jacobians, identity_rows, jacobians
 from fastmtl.errors import UsageError
-from fastmtl.graph import batches_well
-from fastmtl.vjp import batched_jacobians, identity_rows, jacobians
 
 __all__ = ["chunk_for", "jac", "jacobians_of"]
 

@@ -12,9 +12,9 @@ from fastmtl.autojac.checks import as_list, check_chunk, check_lengths, check_ou
 from fastmtl.autojac.fields import add_grads, add_jacobians, check_writable
 from fastmtl.autojac.jac import chunk_for
 from fastmtl.autojac.jac_to_grad import jac_to_grad
+from fastmtl.engine.graph import leaf_tensors
+from fastmtl.engine.vjp import Cotangents, batched_jacobians, jacobians, vjp
 from fastmtl.errors import UsageError
-from fastmtl.graph import leaf_tensors
-from fastmtl.vjp import Cotangents, batched_jacobians, jacobians, vjp
 
 if TYPE_CHECKING:
     from fastmtl.aggregation import Aggregator

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from fastmtl.data import DataBundle
-from fastmtl.trainer.config import TrainConfig
-from fastmtl.trainer.run_directory import RunDirectory
+from fastmtl.trainer.run.config import TrainConfig
+from fastmtl.trainer.run.directory import RunDirectory
 
 __all__ = ["print_banner"]
 

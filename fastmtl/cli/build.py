@@ -11,8 +11,8 @@ from fastmtl import data
 from fastmtl.data import DataBundle
 from fastmtl.errors import UsageError
 from fastmtl.trainer import Trainer
-from fastmtl.trainer.config import TrainConfig
-from fastmtl.trainer.logger import Logger
+from fastmtl.trainer.log.logger import Logger
+from fastmtl.trainer.run.config import TrainConfig
 from fastmtl.utils import set_random_seed
 
 __all__ = ["build_trainer", "load_data"]

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 import typer
 
-from fastmtl import env
 from fastmtl.cli.app import app
 from fastmtl.errors import FastmtlError
+from fastmtl.support import env
 
 __all__ = ["FAILED", "INTERRUPTED", "USAGE", "main"]
 

@@ -14,11 +14,11 @@ from typing_extensions import override
 from fastmtl.cli.build import build_trainer, load_data
 from fastmtl.data import DataBundle
 from fastmtl.errors import CheckpointError, UsageError
-from fastmtl.names import resolve_name
-from fastmtl.trainer.checkpoint import read_checkpoint
-from fastmtl.trainer.config import TrainConfig, read_config
-from fastmtl.trainer.logger import Logger
-from fastmtl.trainer.run_directory import RunDirectory
+from fastmtl.support.names import resolve_name
+from fastmtl.trainer.checkpoint.files import read_checkpoint
+from fastmtl.trainer.log.logger import Logger
+from fastmtl.trainer.run.config import TrainConfig, read_config
+from fastmtl.trainer.run.directory import RunDirectory
 from fastmtl.utils import count_improvement
 
 __all__ = ["evaluate"]

@@ -53,7 +53,7 @@ def make_data(
 
     from fastmtl.data.dense_sets import ROWS
     from fastmtl.data.rooms import SIZE, default_folder, make_rooms
-    from fastmtl.names import resolve_name
+    from fastmtl.support.names import resolve_name
 
     resolve_name(name, {"rooms": "rooms"}, "data set to make")
     size = size or SIZE
@@ -81,7 +81,7 @@ def prepare_data(name: str, path: Path | None, archive: Path | None) -> None:
         UsageError: It is none that can be had so, or its source is missing or another one.
     """
     from fastmtl.data.reviews import PACKAGE, default_folder, prepare_reviews
-    from fastmtl.names import resolve_name
+    from fastmtl.support.names import resolve_name
 
     resolve_name(name, {"reviews": "reviews"}, "data set to prepare")
     folder = default_folder() if path is None else path
@@ -95,7 +95,7 @@ def prepare_data(name: str, path: Path | None, archive: Path | None) -> None:
 
 def doctor(*, as_json: bool) -> None:
     """Print what the machine, the installation and the backends are like."""
-    from fastmtl.doctor import render, report
+    from fastmtl.cli.doctor import render, report
 
     facts = report()
     print(json.dumps(facts) if as_json else render(facts))

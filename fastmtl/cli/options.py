@@ -12,8 +12,8 @@ from typing import Annotated, Any
 import typer
 
 from fastmtl.architecture import ARCHITECTURES
-from fastmtl.hyper import Hyper
-from fastmtl.trainer.config import TrainConfig
+from fastmtl.support.hyper import Hyper
+from fastmtl.trainer.run.config import TrainConfig
 from fastmtl.weighting import WEIGHTINGS
 
 __all__ = ["HyperOption", "hyper_options", "split_values", "train_parameters"]

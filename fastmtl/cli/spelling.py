@@ -10,7 +10,7 @@ from typer.core import TyperCommand
 from typing_extensions import override
 
 from fastmtl.errors import UsageError
-from fastmtl.names import resolve_name
+from fastmtl.support.names import resolve_name
 
 __all__ = ["Command", "spell"]
 

@@ -20,13 +20,13 @@ from fastmtl.data import DataBundle
 from fastmtl.distributed import elastic, shard, together
 from fastmtl.errors import CheckpointError, FastmtlError, UsageError
 from fastmtl.trainer import Trainer
-from fastmtl.trainer.config import TrainConfig, read_config
-from fastmtl.trainer.jsonl import JsonlLogger
-from fastmtl.trainer.logger import Logger
-from fastmtl.trainer.plot import PlotLogger
-from fastmtl.trainer.progress import ProgressLogger
-from fastmtl.trainer.run_directory import RunDirectory, Tee, write_atomically
-from fastmtl.trainer.tensorboard import TensorBoardLogger
+from fastmtl.trainer.log.jsonl import JsonlLogger
+from fastmtl.trainer.log.logger import Logger
+from fastmtl.trainer.log.plot import PlotLogger
+from fastmtl.trainer.log.progress import ProgressLogger
+from fastmtl.trainer.log.tensorboard import TensorBoardLogger
+from fastmtl.trainer.run.config import TrainConfig, read_config
+from fastmtl.trainer.run.directory import RunDirectory, Tee, write_atomically
 
 __all__ = ["train"]
 

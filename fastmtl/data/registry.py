@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from fastmtl.errors import UsageError
-from fastmtl.names import resolve_name
+from fastmtl.support.names import resolve_name
 
 __all__ = ["DATASETS", "ENCODERS", "DataBundle", "DatasetInfo", "EncoderInfo", "LoaderOptions", "describe_all", "load"]
 

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fastmtl import env
 from fastmtl.data.digits import SPLITS
 from fastmtl.errors import UsageError
+from fastmtl.support import env
 
 __all__ = ["LENGTH", "SENTIMENTS", "TOPICS", "VOCABULARY", "Review", "Texts", "Words", "default_folder",
            "prepare_reviews", "read_reviews", "tokens"]  # fmt: skip

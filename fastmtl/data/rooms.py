@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fastmtl import env
 from fastmtl.data.rooms_render import View, draw_view
 from fastmtl.errors import UsageError
+from fastmtl.support import env
 
 __all__ = ["SIZE", "default_folder", "make_rooms"]
 

@@ -11,7 +11,7 @@ from fastmtl.aggregation.base import Aggregator, GramianWeightedAggregator
 from fastmtl.autojac.fields import add_grads
 from fastmtl.distributed.peers import Peers
 from fastmtl.distributed.shards import Shards
-from fastmtl.vjp import jacobians, vjp
+from fastmtl.engine.vjp import jacobians, vjp
 
 __all__ = ["write_balanced"]
 

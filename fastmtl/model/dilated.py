@@ -7,7 +7,7 @@ from torch import nn
 from fastmtl.errors import UsageError
 from fastmtl.model import resnet
 from fastmtl.model.resnet import ResNet
-from fastmtl.names import resolve_name
+from fastmtl.support.names import resolve_name
 
 __all__ = ["resnet_dilated"]
 

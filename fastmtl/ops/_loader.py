@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from fastmtl import env
 from fastmtl.errors import BackendError
+from fastmtl.support import env
 
 __all__ = ["BACKENDS", "PREFERENCE", "kernel", "prospect", "settle"]
 

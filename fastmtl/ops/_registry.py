@@ -78,7 +78,7 @@ def implementation(op: str, backend: str) -> Callable[..., Any]:
         UsageError: No such op or backend.
         BackendError: The backend, or its kernel for this op, cannot be had; the message says why.
     """
-    from fastmtl.names import resolve_name
+    from fastmtl.support.names import resolve_name
 
     declared = resolve_name(op, OPS, "op")
     if resolve_name(backend, {name: name for name in _loader.BACKENDS}, "backend") == "reference":

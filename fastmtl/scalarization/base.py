@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from fastmtl.errors import UsageError
-from fastmtl.settings import described
+from fastmtl.support.settings import described
 
 __all__ = ["Scalarizer", "check_same_shape"]
 

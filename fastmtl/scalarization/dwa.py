@@ -6,8 +6,8 @@ from torch import Tensor
 
 from fastmtl.errors import UsageError
 from fastmtl.scalarization.base import Scalarizer
-from fastmtl.settings import Setting
-from fastmtl.stateful import Stateful
+from fastmtl.support.settings import Setting
+from fastmtl.support.stateful import Stateful
 from fastmtl.weighting.rules import descent_rates
 
 __all__ = ["DWA"]

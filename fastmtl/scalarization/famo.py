@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from fastmtl.errors import UsageError
 from fastmtl.scalarization.base import Scalarizer, check_same_shape
-from fastmtl.settings import Setting
-from fastmtl.stateful import Stateful
+from fastmtl.support.settings import Setting
+from fastmtl.support.stateful import Stateful
 from fastmtl.weighting.rules import even_fall, even_fall_slope
 
 __all__ = ["FAMO"]

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fastmtl.errors import UsageError
 from fastmtl.scalarization.base import Scalarizer, check_same_shape
-from fastmtl.settings import vector_string
+from fastmtl.support.settings import vector_string
 from fastmtl.weighting.rules import random_weights
 
 __all__ = ["Constant", "GeometricMean", "Mean", "Random", "Sum"]

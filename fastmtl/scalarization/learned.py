@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl.scalarization.base import Scalarizer, check_same_shape
-from fastmtl.stateful import Stateful
+from fastmtl.support.stateful import Stateful
 
 __all__ = ["IMTLL", "UW"]
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.scalarization.base import Scalarizer, check_same_shape
-from fastmtl.settings import Setting
+from fastmtl.support.settings import Setting
 
 __all__ = ["COSMOS", "PBI", "STCH"]
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastmtl.trainer.checkpoint import rng_state, set_rng_state
-from fastmtl.trainer.interrupt import DeferredInterrupt
-from fastmtl.trainer.labels import present_tasks
-from fastmtl.trainer.loading import count_batches, train_batches
-from fastmtl.trainer.profiling import part
-from fastmtl.trainer.records import StepBuffer
-from fastmtl.trainer.regions import measure_compiled
+from fastmtl.engine.labels import present_tasks
+from fastmtl.engine.regions import measure_compiled
+from fastmtl.trainer.checkpoint.files import rng_state, set_rng_state
+from fastmtl.trainer.log.profiling import part
+from fastmtl.trainer.log.records import StepBuffer
+from fastmtl.trainer.run.interrupt import DeferredInterrupt
+from fastmtl.trainer.setup.loaders import count_batches, train_batches
 
 if TYPE_CHECKING:
     from fastmtl.trainer.trainer import Trainer

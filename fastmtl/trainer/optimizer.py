@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from fastmtl.errors import UsageError
-from fastmtl.names import resolve_name
+from fastmtl.support.names import resolve_name
 
 __all__ = ["OPTIMIZERS", "SCHEDULERS", "MaskedOptimizer", "make_optimizer", "make_scheduler"]
 

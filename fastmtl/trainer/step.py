@@ -11,24 +11,24 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl.distributed import Peers
-from fastmtl.distributed.exchange import Exchange
+from fastmtl.distributed.comm import Exchange
+from fastmtl.engine.buffers import keeping_buffers
+from fastmtl.engine.gradients import summed
+from fastmtl.engine.lookahead import LookAhead
+from fastmtl.engine.losses import Problem
+from fastmtl.engine.methods.routes import Pass, forward
 from fastmtl.errors import UsageError
-from fastmtl.trainer.balancer import Balancer
-from fastmtl.trainer.buffers import keeping_buffers
-from fastmtl.trainer.candidates import routes_to_try
-from fastmtl.trainer.capture import CudaGraph, StepCapture, reason_against
+from fastmtl.trainer.compile.capture import CudaGraph, StepCapture, reason_against
+from fastmtl.trainer.compile.methods import routes_to_try
+from fastmtl.trainer.compile.trial import Trial
 from fastmtl.trainer.guard import FiniteGuard
-from fastmtl.trainer.lookahead import LookAhead
+from fastmtl.trainer.log.profiling import part
+from fastmtl.trainer.log.records import StepBuffer, StepSignals
 from fastmtl.trainer.optimizer import MaskedOptimizer
-from fastmtl.trainer.options import StepOptions
-from fastmtl.trainer.own import summed
 from fastmtl.trainer.precision import LossScaler
-from fastmtl.trainer.problem import Problem
-from fastmtl.trainer.profiling import part
-from fastmtl.trainer.records import StepBuffer, StepSignals
-from fastmtl.trainer.routes import Pass, forward
-from fastmtl.trainer.sampling import OWN, TaskSampler, keeping, only, spread
-from fastmtl.trainer.trial import Trial
+from fastmtl.trainer.setup.options import StepOptions
+from fastmtl.trainer.tasks import OWN, TaskSampler, keeping, only, spread
+from fastmtl.trainer.weight_state import Balancer
 from fastmtl.weighting import AbsWeighting, Weights
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class TrainingStep:
             if sharded is None:
                 self.exchange = Exchange(peers, *params, exact, problem.strategy_params)
             else:
-                from fastmtl.distributed.sharded_exchange import ShardedExchange
+                from fastmtl.distributed.sharded_comm import ShardedExchange
 
                 self.exchange = ShardedExchange(sharded, *params, exact, problem.strategy_params)
             self.exchange.cut_states(rule)

@@ -14,11 +14,23 @@ from torch import nn
 from fastmtl.architecture import AbsArchitecture
 from fastmtl.distributed import join
 from fastmtl.distributed.norm import synchronize
+from fastmtl.engine.losses import Problem
+from fastmtl.engine.regions import CompileReport
 from fastmtl.errors import UsageError
-from fastmtl.memory import keep_freed_memory
-from fastmtl.trainer.building import make_model
-from fastmtl.trainer.checkpoint import load_model_state, read_checkpoint, set_rng_state
-from fastmtl.trainer.checks import (
+from fastmtl.support.memory import keep_freed_memory
+from fastmtl.trainer.checkpoint.files import load_model_state, read_checkpoint, set_rng_state
+from fastmtl.trainer.checkpoint.state import BEGINNING, resume_run
+from fastmtl.trainer.checkpoint.writer import Checkpoints
+from fastmtl.trainer.epoch import TrainingEpoch
+from fastmtl.trainer.guard import FiniteGuard
+from fastmtl.trainer.log.logger import Logger, RunInfo, as_logger
+from fastmtl.trainer.log.meter import PerformanceMeter
+from fastmtl.trainer.log.profiling import StepProfiler
+from fastmtl.trainer.log.records import StepSignals
+from fastmtl.trainer.optimizer import make_optimizer, make_scheduler
+from fastmtl.trainer.precision import PRECISIONS, set_tf32
+from fastmtl.trainer.run.interrupt import DeferredInterrupt
+from fastmtl.trainer.setup.checks import (
     check_arguments,
     check_counts,
     check_methods,
@@ -27,10 +39,7 @@ from fastmtl.trainer.checks import (
     find_device,
     make_folder,
 )
-from fastmtl.trainer.epoch import TrainingEpoch
-from fastmtl.trainer.guard import FiniteGuard
-from fastmtl.trainer.interrupt import DeferredInterrupt
-from fastmtl.trainer.loading import (
+from fastmtl.trainer.setup.loaders import (
     check_loaders,
     count_batches,
     eval_batches,
@@ -38,17 +47,8 @@ from fastmtl.trainer.loading import (
     to_channels_last,
     to_device,
 )
-from fastmtl.trainer.logger import Logger, RunInfo, as_logger
-from fastmtl.trainer.meter import PerformanceMeter
-from fastmtl.trainer.optimizer import make_optimizer, make_scheduler
-from fastmtl.trainer.options import StepOptions, check_distributed, check_options
-from fastmtl.trainer.precision import PRECISIONS, set_tf32
-from fastmtl.trainer.problem import Problem
-from fastmtl.trainer.profiling import StepProfiler
-from fastmtl.trainer.records import StepSignals
-from fastmtl.trainer.regions import CompileReport
-from fastmtl.trainer.resuming import BEGINNING, resume_run
-from fastmtl.trainer.saving import Checkpoints
+from fastmtl.trainer.setup.model import make_model
+from fastmtl.trainer.setup.options import StepOptions, check_distributed, check_options
 from fastmtl.trainer.step import TrainingStep
 from fastmtl.utils import count_parameters
 from fastmtl.weighting import AbsWeighting

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmtl.hyper import Hyper
 from fastmtl.linalg import QuadprogProjector
+from fastmtl.support.hyper import Hyper
 from fastmtl.weighting.base import AbsWeighting, Weights
 
 __all__ = ["DualProj"]

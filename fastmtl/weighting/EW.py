@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fastmtl.errors import UsageError
-from fastmtl.hyper import Hyper
-from fastmtl.names import resolve_name
+from fastmtl.support.hyper import Hyper
+from fastmtl.support.names import resolve_name
 from fastmtl.weighting.base import AbsWeighting, Weights
 
 __all__ = ["EW"]

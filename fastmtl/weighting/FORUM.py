@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl.hyper import Hyper
+from fastmtl.support.hyper import Hyper
 from fastmtl.weighting.base import Weights
 from fastmtl.weighting.bilevel import INNER_LR, OUTER_LR, Bilevel
 
 if TYPE_CHECKING:
-    from fastmtl.trainer.lookahead import LookAhead
+    from fastmtl.engine.lookahead import LookAhead
 
 __all__ = ["FORUM", "forum_weights"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl.hyper import Hyper
+from fastmtl.support.hyper import Hyper
 from fastmtl.weighting.base import AbsWeighting
 
 __all__ = ["GradDrop"]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmtl.hyper import Hyper
+from fastmtl.support.hyper import Hyper
 from fastmtl.weighting.base import AbsWeighting, Weights
 
 __all__ = ["GradNorm"]

@@ -9,7 +9,7 @@ from fastmtl.weighting.base import Weights
 from fastmtl.weighting.bilevel import INNER_LR, INNER_STEP, OUTER_LR, Bilevel
 
 if TYPE_CHECKING:
-    from fastmtl.trainer.lookahead import LookAhead
+    from fastmtl.engine.lookahead import LookAhead
 
 __all__ = ["MOML"]
 

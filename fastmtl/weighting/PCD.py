@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastmtl import ops
 from fastmtl.errors import UsageError
-from fastmtl.hyper import Hyper
+from fastmtl.support.hyper import Hyper
 from fastmtl.weighting.base import AbsWeighting, Weights
 
 __all__ = ["PCD", "at_length", "priority_weights"]

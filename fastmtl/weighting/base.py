@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl.errors import UsageError
-from fastmtl.hyper import Hyper
+from fastmtl.support.hyper import Hyper
 
 if TYPE_CHECKING:
-    from fastmtl.trainer.lookahead import LookAhead
+    from fastmtl.engine.lookahead import LookAhead
     from fastmtl.weighting.row_state import RowState
 
 __all__ = ["AbsWeighting", "Needs", "Rows", "Weights"]

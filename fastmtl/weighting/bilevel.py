@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmtl.hyper import Hyper
+from fastmtl.support.hyper import Hyper
 from fastmtl.weighting.adam import Adam
 from fastmtl.weighting.base import AbsWeighting
 

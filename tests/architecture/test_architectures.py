@@ -10,7 +10,7 @@ from torch import nn
 
 from fastmtl.architecture import ARCHITECTURES
 from fastmtl.errors import UsageError
-from fastmtl.trainer.records import StepBuffer
+from fastmtl.trainer.log.records import StepBuffer
 from fastmtl.utils import count_improvement
 from tests.architecture.networks import ENCODERS, FEATURES, GATED, SPLITS, TASKS, build, make_inputs
 from tests.host_reads import NoHostRead

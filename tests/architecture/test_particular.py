@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastmtl.errors import UsageError
 from fastmtl.model._torchvision import import_torchvision
 from fastmtl.model.resnet import BasicBlock, ResNet
-from fastmtl.trainer.records import StepBuffer
+from fastmtl.trainer.log.records import StepBuffer
 from tests.architecture.networks import GATED, TASKS, build, make_inputs
 from tests.trainer.toy import loaders, make_trainer
 

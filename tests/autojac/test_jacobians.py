@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from fastmtl.aggregation import UPGrad
 from fastmtl.autojac import backward, jac
+from fastmtl.engine.graph import batches_well
 from fastmtl.errors import UsageError
-from fastmtl.graph import batches_well
 
 
 def network() -> tuple[nn.Module, list[Tensor]]:

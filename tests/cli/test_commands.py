@@ -107,7 +107,7 @@ def test_help_of_train_groups_every_setting_and_hyper_parameter(
     from dataclasses import fields
 
     from fastmtl.cli.options import hyper_options
-    from fastmtl.trainer.config import TrainConfig
+    from fastmtl.trainer.run.config import TrainConfig
 
     monkeypatch.setenv("COLUMNS", "140")
     assert main(["train", "--help"]) == 0

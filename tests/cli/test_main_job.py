@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastmtl.trainer.jsonl import read_jsonl
+from fastmtl.trainer.log.jsonl import read_jsonl
 
 STEPS = 8
 

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from fastmtl.cli import main
-from fastmtl.trainer.jsonl import read_jsonl
+from fastmtl.trainer.log.jsonl import read_jsonl
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 

@@ -15,7 +15,7 @@ import torch
 
 from fastmtl.distributed import elastic, join
 from fastmtl.errors import UsageError
-from fastmtl.trainer.run_directory import RunDirectory
+from fastmtl.trainer.run.directory import RunDirectory
 from tests.trainer.toy import loaders, make_trainer
 
 ROOT = Path(__file__).parents[2]

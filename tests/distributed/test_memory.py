@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastmtl.distributed import find_peers, shard, sharded
 from fastmtl.model import MLPEncoder
-from fastmtl.trainer.records import StepBuffer
+from fastmtl.trainer.log.records import StepBuffer
 from tests.distributed.group import TASKS, in_processes
 from tests.trainer.toy import loaders, make_trainer
 

@@ -16,7 +16,7 @@ from fastmtl import Trainer
 from fastmtl.distributed import Peers, find_peers, join, shard
 from fastmtl.errors import UsageError
 from fastmtl.metrics import AbsMetric, NormalMetric
-from fastmtl.trainer.records import StepBuffer
+from fastmtl.trainer.log.records import StepBuffer
 from tests.distributed.group import TASKS, in_processes
 from tests.trainer.toy import encoder, flat, loaders, make_trainer
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from fastmtl.distributed import find_peers, peers, shard
 from fastmtl.model import MLPEncoder
-from fastmtl.trainer.records import StepBuffer
+from fastmtl.trainer.log.records import StepBuffer
 from tests.distributed.group import TASKS, in_processes
 from tests.trainer.toy import loaders, make_trainer
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fastmtl import Trainer, ops
-from fastmtl.trainer.lookahead import LookAhead
-from fastmtl.trainer.records import StepBuffer
+from fastmtl.engine.lookahead import LookAhead
+from fastmtl.trainer.log.records import StepBuffer
 from fastmtl.weighting import WEIGHTINGS, Weights
 from tests.golden.cases import Golden, close
 from tests.trainer.toy import flat

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastmtl import env, ops
+from fastmtl import ops
 from fastmtl.errors import BackendError, UsageError
 from fastmtl.ops import _loader
 from fastmtl.ops._registry import OPS
+from fastmtl.support import env
 from tests.ops.rows import backend_kernel
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastmtl.trainer.logger import Logger, RunInfo, StepRecords
+from fastmtl.trainer.log.logger import Logger, RunInfo, StepRecords
 
 STEPS_PER_EPOCH = 10
 

@@ -11,7 +11,7 @@ import torch
 from fastmtl.errors import UsageError
 from fastmtl.loss import MSELoss, SegLoss
 from fastmtl.metrics import SegMetric
-from fastmtl.trainer.records import StepBuffer
+from fastmtl.trainer.log.records import StepBuffer
 from fastmtl.weighting import WEIGHTINGS
 from tests.trainer.toy import flat, loaders, make_trainer, task_dict
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from fastmtl import Trainer
-from fastmtl.trainer.capture import CudaGraph, StepCapture, make_capturable, reason_against
-from fastmtl.trainer.logger import Logger
-from fastmtl.trainer.options import StepOptions
-from fastmtl.trainer.records import StepBuffer
-from fastmtl.trainer.trees import leaves
+from fastmtl.engine.trees import leaves
+from fastmtl.trainer.compile.capture import CudaGraph, StepCapture, make_capturable, reason_against
+from fastmtl.trainer.log.logger import Logger
+from fastmtl.trainer.log.records import StepBuffer
+from fastmtl.trainer.setup.options import StepOptions
 from fastmtl.weighting import WEIGHTINGS, AbsWeighting, Weights
 from tests.trainer.toy import encoder, flat, loaders, make_trainer
 

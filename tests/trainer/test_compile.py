@@ -15,11 +15,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastmtl.engine.regions import is_compiled, measure_compiled
 from fastmtl.errors import BackendError
 from fastmtl.model import ConvEncoder
-from fastmtl.trainer.logger import Logger
-from fastmtl.trainer.records import StepBuffer
-from fastmtl.trainer.regions import is_compiled, measure_compiled
+from fastmtl.trainer.log.logger import Logger
+from fastmtl.trainer.log.records import StepBuffer
 from tests.trainer.test_step import OnePiece
 from tests.trainer.toy import flat, loaders, make_trainer
 
@@ -161,7 +161,7 @@ _DONATED = """
 import torch
 import torch._functorch.config as config
 from tests.trainer import test_compile
-from fastmtl.trainer import regions
+from fastmtl.engine import regions
 configure = regions._configure_backwards
 def configure_but_donate():
     configure()
@@ -331,7 +331,7 @@ def quick_backend(monkeypatch: pytest.MonkeyPatch) -> None:
         region.graphs += 1
         return graph
 
-    monkeypatch.setattr("fastmtl.trainer.regions._Region._backend", backend)
+    monkeypatch.setattr("fastmtl.engine.regions._Region._backend", backend)
 
 
 @pytest.mark.usefixtures("quick_backend")

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from fastmtl.errors import UsageError
-from fastmtl.trainer.config import TrainConfig, read_config
+from fastmtl.trainer.run.config import TrainConfig, read_config
 
 
 def _file(tmp_path: Path, text: str) -> Path:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl.architecture import HPS
-from fastmtl.trainer import routes
+from fastmtl.engine.methods import routes
 from tests.trainer.toy import loaders, make_trainer
 
 

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from fastmtl.engine.labels import labelled_entries, labelled_rows, present_tasks
 from fastmtl.loss import AbsLoss, CELoss, DepthLoss, KLDivLoss, L1Loss, MSELoss, NormalLoss, SegLoss
 from fastmtl.metrics import AccMetric, DepthMetric, L1Metric, NormalMetric, SegMetric
-from fastmtl.trainer.labels import labelled_entries, labelled_rows, present_tasks
-from fastmtl.trainer.records import StepBuffer
+from fastmtl.trainer.log.records import StepBuffer
 from fastmtl.weighting import WEIGHTINGS, AbsWeighting, Weights
 from tests.host_reads import NoHostRead
 from tests.trainer.toy import flat, loaders, make_trainer

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from fastmtl.errors import UsageError
-from fastmtl.trainer.jsonl import JsonlLogger, read_jsonl
-from fastmtl.trainer.logger import Logger, LoggerList, StepRecords, as_logger, pair_names
+from fastmtl.trainer.log.jsonl import JsonlLogger, read_jsonl
+from fastmtl.trainer.log.logger import Logger, LoggerList, StepRecords, as_logger, pair_names
 from tests.trainer.runs import play, run_info, step_records
 
 
@@ -142,7 +142,7 @@ def test_tensorboard_events_hold_the_run(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from fastmtl.trainer.tensorboard import TensorBoardLogger
+    from fastmtl.trainer.log.tensorboard import TensorBoardLogger
 
     play(TensorBoardLogger(tmp_path), run_info())
     events = EventAccumulator(str(tmp_path)).Reload()
@@ -159,7 +159,7 @@ def test_tensorboard_hides_what_is_done_again(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from fastmtl.trainer.tensorboard import TensorBoardLogger
+    from fastmtl.trainer.log.tensorboard import TensorBoardLogger
 
     play(TensorBoardLogger(tmp_path), run_info())
     # Event files are in the order of the second they begin in.
@@ -172,7 +172,7 @@ def test_tensorboard_hides_what_is_done_again(tmp_path: Path) -> None:
 def test_missing_tensorboard_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
-    from fastmtl.trainer.tensorboard import TensorBoardLogger
+    from fastmtl.trainer.log.tensorboard import TensorBoardLogger
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UsageError, match="pip install tensorboard"):

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from fastmtl.engine.halves import halves
+from fastmtl.engine.lookahead import LookAhead
 from fastmtl.errors import UsageError
-from fastmtl.trainer.batches import halves
-from fastmtl.trainer.lookahead import LookAhead
-from fastmtl.trainer.records import StepBuffer
+from fastmtl.trainer.log.records import StepBuffer
 from fastmtl.weighting.FORUM import forum_weights
 from tests.trainer.toy import flat, loaders, make_trainer
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from fastmtl.errors import UsageError
-from fastmtl.trainer.history import Curve
-from fastmtl.trainer.jsonl import JsonlLogger
-from fastmtl.trainer.logger import Logger, LoggerList, RunInfo
-from fastmtl.trainer.plot import PlotLogger, draw
+from fastmtl.trainer.log.history import Curve
+from fastmtl.trainer.log.jsonl import JsonlLogger
+from fastmtl.trainer.log.logger import Logger, LoggerList, RunInfo
+from fastmtl.trainer.log.plot import PlotLogger, draw
 from tests.trainer.runs import play, run_info, step_records
 
 if TYPE_CHECKING:

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from fastmtl.errors import UsageError
 from fastmtl.loss import MSELoss
 from fastmtl.metrics import AbsMetric
-from fastmtl.trainer.jsonl import JsonlLogger, read_jsonl
+from fastmtl.trainer.log.jsonl import JsonlLogger, read_jsonl
+from fastmtl.trainer.log.records import StepBuffer
 from fastmtl.trainer.optimizer import MaskedOptimizer
 from fastmtl.trainer.precision import PRECISIONS, LossScaler, set_tf32
-from fastmtl.trainer.records import StepBuffer
 from fastmtl.weighting import WEIGHTINGS
 from fastmtl.weighting.base import AbsWeighting, Weights
 from tests.host_reads import NoHostRead

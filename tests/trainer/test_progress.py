@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from fastmtl.trainer.progress import ProgressLogger
-from fastmtl.trainer.run_directory import Tee
+from fastmtl.trainer.log.progress import ProgressLogger
+from fastmtl.trainer.run.directory import Tee
 from tests.trainer.runs import play, run_info, step_records
 
 

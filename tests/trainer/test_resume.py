@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from fastmtl.errors import CheckpointError
-from fastmtl.trainer.checkpoint import read_checkpoint, save_atomically
-from fastmtl.trainer.logger import Logger, StepRecords
+from fastmtl.trainer.checkpoint.files import read_checkpoint, save_atomically
+from fastmtl.trainer.log.logger import Logger, StepRecords
 from tests.trainer.toy import flat, loaders, make_trainer
 
 OPTIONS: dict[str, Any] = {

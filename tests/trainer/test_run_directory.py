@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fastmtl.errors import UsageError
-from fastmtl.trainer.run_directory import RunDirectory, Tee, write_atomically
+from fastmtl.trainer.run.directory import RunDirectory, Tee, write_atomically
 
 NOW = datetime(2026, 3, 4, 5, 6, 7)
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fastmtl.errors import UsageError
-from fastmtl.trainer.records import StepBuffer
-from fastmtl.trainer.sampling import TaskSampler
+from fastmtl.trainer.log.records import StepBuffer
+from fastmtl.trainer.tasks import TaskSampler
 from fastmtl.utils import set_random_seed
 from fastmtl.weighting import WEIGHTINGS
 from tests.host_reads import NoHostRead

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastmtl.engine.gradients import set_grads
 from fastmtl.loss import CELoss
 from fastmtl.metrics import AccMetric
-from fastmtl.trainer.own import set_grads
-from fastmtl.trainer.records import StepBuffer
+from fastmtl.trainer.log.records import StepBuffer
 from tests.trainer.toy import loaders, make_trainer
 
 

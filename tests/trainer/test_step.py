@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from fastmtl import Trainer
 from fastmtl.architecture import HPS
+from fastmtl.engine.methods.representation import RepRoute
+from fastmtl.engine.methods.routes import SplitRoute, SumRoute, WholeRoute
 from fastmtl.errors import UsageError
 from fastmtl.loss import MSELoss
 from fastmtl.ops import combine, gram, min_norm
-from fastmtl.trainer.records import StepBuffer
-from fastmtl.trainer.rep_routes import RepRoute
-from fastmtl.trainer.routes import SplitRoute, SumRoute, WholeRoute
+from fastmtl.trainer.log.records import StepBuffer
 from fastmtl.weighting import AbsWeighting
 from tests.host_reads import NoHostRead
 from tests.trainer.toy import encoder, flat, loaders, make_trainer, task_dict

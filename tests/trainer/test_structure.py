@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastmtl.architecture import HPS
 from fastmtl.errors import UsageError
-from fastmtl.trainer.records import StepBuffer
+from fastmtl.trainer.log.records import StepBuffer
 from tests.trainer.toy import Listener, encoder, flat, loaders, make_trainer
 
 STRATEGIES = ["EW", "MGDA", "UPGrad", "Nash_MTL", "MoCo"]
@@ -210,7 +210,7 @@ def test_representations_are_tensors() -> None:
 def test_heads_are_differentiated_once_where_each_parameter_is_of_one_task(
     strategy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastmtl.trainer import routes
+    from fastmtl.engine.methods import routes
 
     calls: list[int] = []
     plain = routes.vjp

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fastmtl.engine.methods.routes import SplitRoute
+from fastmtl.engine.methods.traced import TracedRoute
 from fastmtl.errors import UsageError
 from fastmtl.model import ConvEncoder
-from fastmtl.trainer.records import StepBuffer
-from fastmtl.trainer.routes import SplitRoute
-from fastmtl.trainer.traced import TracedRoute
+from fastmtl.trainer.log.records import StepBuffer
 from tests.trainer.test_step import OnePiece
 from tests.trainer.toy import Listener, flat, loaders, make_trainer
 
@@ -35,7 +35,7 @@ def traced_and_differentiated_but_not_compiled(monkeypatch: pytest.MonkeyPatch) 
         region.graphs += 1
         return aot_eager(graph, inputs)
 
-    monkeypatch.setattr("fastmtl.trainer.regions._Region._backend", backend)
+    monkeypatch.setattr("fastmtl.engine.regions._Region._backend", backend)
     torch.compiler.reset()
 
 
@@ -273,7 +273,7 @@ def test_hooks_that_come_later_are_called() -> None:
 
 
 def test_a_torch_that_traces_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastmtl.trainer.candidates.traces_gradients", lambda: False)
+    monkeypatch.setattr("fastmtl.trainer.compile.methods.traces_gradients", lambda: False)
     assert type(make_trainer(compile=True).step.route) is SplitRoute
 
 

@@ -17,7 +17,7 @@ from fastmtl import Trainer
 from fastmtl.errors import BackendError, CheckpointError, NonFiniteError, UsageError
 from fastmtl.loss import CELoss, MSELoss
 from fastmtl.metrics import AccMetric
-from fastmtl.trainer.logger import Logger, RunInfo, StepRecords
+from fastmtl.trainer.log.logger import Logger, RunInfo, StepRecords
 from tests.trainer.toy import encoder, flat, loaders, make_trainer, task_dict
 
 

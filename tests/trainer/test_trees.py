@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastmtl.trainer.batches import halves, joined
-from fastmtl.trainer.loading import to_channels_last, to_device
-from fastmtl.trainer.trees import leaves, map_tree
+from fastmtl.engine.halves import halves, joined
+from fastmtl.engine.trees import leaves, map_tree
+from fastmtl.trainer.setup.loaders import to_channels_last, to_device
 from tests.trainer.toy import encoder, flat, loaders, make_trainer
 
 

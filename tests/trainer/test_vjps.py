@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastmtl import ops
+from fastmtl.engine.methods.batched import BatchedRoute
+from fastmtl.engine.methods.compressed import CompressedRoute
+from fastmtl.engine.methods.routes import SplitRoute
 from fastmtl.errors import UsageError
-from fastmtl.trainer.batched import BatchedRoute
-from fastmtl.trainer.candidates import routes_to_try
-from fastmtl.trainer.compressed import CompressedRoute
-from fastmtl.trainer.records import StepBuffer
-from fastmtl.trainer.routes import SplitRoute
+from fastmtl.trainer.compile.methods import routes_to_try
+from fastmtl.trainer.log.records import StepBuffer
 from tests.trainer.toy import Listener, flat, loaders, make_trainer
 
 WAYS = ["batched", "compressed"]
@@ -260,7 +260,7 @@ def test_what_cannot_be_batched_comes_one_after_the_other() -> None:
 @pytest.mark.parametrize("known", [True, False])
 def test_compressed_rows_that_cannot_be_batched(known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not known:
-        monkeypatch.setattr("fastmtl.trainer.compressed.batches_well", lambda features: True)
+        monkeypatch.setattr("fastmtl.engine.methods.compressed.batches_well", lambda features: True)
     encoder, batch = _mlp(_NoRule), _batch()
     want = _grads(_trainer(encoder, "sequential"), [batch])
     _assert_same(_grads(_trainer(encoder, "compressed"), [batch]), want, 1e-4)
@@ -435,7 +435,7 @@ class _Clock:
 @pytest.mark.parametrize("kind", ["held", "few tasks", "few batches"])
 def test_short_steps_say_nothing_about_the_ways(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     clock, listener, count = _Clock(), Listener(), 8
-    monkeypatch.setattr("fastmtl.trainer.trial.time", clock)
+    monkeypatch.setattr("fastmtl.trainer.compile.trial.time", clock)
     options: dict[str, Any] = {"held": {"update_weights_every": 2}, "few batches": {"accumulate": 2}}.get(kind, {})
     trainer = _trainer(ENCODERS["mlp"], "auto", count=count, logger=listener, **options)
     batch = next(iter(loaders(count)))

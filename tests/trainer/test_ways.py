@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastmtl.trainer.batched import BatchedRoute
-from fastmtl.trainer.capture import StepCapture
-from fastmtl.trainer.compressed import CompressedRoute
-from fastmtl.trainer.records import StepBuffer
-from fastmtl.trainer.routes import SplitRoute
-from fastmtl.trainer.traced import TracedRoute
+from fastmtl.engine.methods.batched import BatchedRoute
+from fastmtl.engine.methods.compressed import CompressedRoute
+from fastmtl.engine.methods.routes import SplitRoute
+from fastmtl.engine.methods.traced import TracedRoute
+from fastmtl.trainer.compile.capture import StepCapture
+from fastmtl.trainer.log.records import StepBuffer
 from fastmtl.weighting import AbsWeighting, Weights
 from tests.trainer.test_capture import Rerun
 from tests.trainer.toy import flat, loaders, make_trainer

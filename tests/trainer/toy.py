@@ -12,7 +12,7 @@ from fastmtl import Trainer
 from fastmtl.loss import CELoss, MSELoss
 from fastmtl.metrics import AccMetric, L1Metric
 from fastmtl.model import MLPEncoder
-from fastmtl.trainer.logger import Logger
+from fastmtl.trainer.log.logger import Logger
 
 __all__ = ["Listener", "encoder", "loaders", "make_trainer", "task_dict"]
 

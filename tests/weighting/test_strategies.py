@@ -12,8 +12,8 @@ import torch
 
 from fastmtl.errors import NonFiniteError, UsageError
 from fastmtl.loss import MSELoss
-from fastmtl.trainer.loading import to_device
-from fastmtl.trainer.records import StepBuffer
+from fastmtl.trainer.log.records import StepBuffer
+from fastmtl.trainer.setup.loaders import to_device
 from fastmtl.weighting import WEIGHTINGS
 from fastmtl.weighting.simplex import project_simplex
 from tests.host_reads import NoHostRead

@@ -1,0 +1,252 @@
+"""What this installation can do here: versions, devices, backends, memory bandwidth, torch.compile.
+
+``report`` gathers plain data and ``render`` turns it into text. Neither fails because something is missing: a missing
+part is reported as missing, with its reason.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastmtl
+from fastmtl.support import env
+
+__all__ = ["render", "report"]
+
+_PACKAGES = ("torch", "torchvision", "triton", "numpy")
+_FALLBACK_BYTES = 256 << 20
+
+
+def report(*, seconds: float = 0.25) -> dict[str, Any]:
+    """Return everything there is to know, as data that JSON can hold.
+
+    Args:
+        seconds: Time to spend on each of the two bandwidth measurements; 0 makes a few passes only.
+
+    Returns:
+        The sections ``versions``, ``build``, ``devices``, ``ops``, ``memory``, ``compile`` and ``environment``. A
+        section that could not be gathered is ``{"error": reason}``.
+    """
+    sections: dict[str, Callable[[], Any]] = {
+        "versions": _versions,
+        "build": _build,
+        "devices": _devices,
+        "ops": _ops,
+        "memory": lambda: _memory(seconds),
+        "compile": _compile,
+        "environment": _environment,
+    }
+    return {name: _gather(section) for name, section in sections.items()}
+
+
+def _gather(section: Callable[[], Any]) -> Any:
+    # A broken driver or a half-installed package raises anything at all, and the doctor is run because of it.
+    try:
+        return section()
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {_first_line(error)}"}
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), "")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _versions() -> dict[str, str | None]:
+    # The loaded torch knows its build (+cpu, +cu130) even where its metadata does not.
+    known = {"fastmtl": fastmtl.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    return {**{name: _version(name) for name in _PACKAGES}, **known}
+
+
+def _host() -> Any:
+    """Return the module ``fastmtl._host``, or why it cannot be had."""
+    try:
+        return importlib.import_module("fastmtl._host")
+    except ImportError as error:
+        return _first_line(error)
+
+
+def _build() -> dict[str, Any]:
+    path = Path(__file__).with_name("_build.json")
+    facts: dict[str, Any] = {"record": json.loads(path.read_text()) if path.is_file() else None}
+    host = _host()
+    if not isinstance(host, str):
+        facts |= {"compiler": host.compiler, "flags": host.build_flags()}
+    return facts
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
+
+
+def _devices() -> list[dict[str, Any]]:
+    host = _host()
+    cpu: dict[str, Any] = {"device": "cpu", "name": _cpu_name(), "threads": torch.get_num_threads()}
+    cpu["cores"] = os.cpu_count()
+    cpu["isa"] = None if isinstance(host, str) else host.isa()
+    found = [cpu]
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        properties = torch.cuda.get_device_properties(index)
+        capability = f"{properties.major}.{properties.minor}"
+        memory = properties.total_memory
+        found.append({"device": f"cuda:{index}", "name": properties.name, "capability": capability, "bytes": memory})
+    if torch.backends.mps.is_available():
+        found.append({"device": "mps", "name": "Apple GPU, without float64: T x T matrices are solved on the CPU"})
+    return found
+
+
+def _ops() -> list[dict[str, str]]:
+    ops = importlib.import_module("fastmtl.ops")
+    backends: list[dict[str, str]] = ops.backend_report()
+    return backends
+
+
+def _memory(seconds: float) -> dict[str, Any]:
+    host = _host()
+    threads = torch.get_num_threads()
+    if isinstance(host, str):
+        data = torch.ones(_FALLBACK_BYTES // 4)
+        out = torch.empty_like(data)
+        return {
+            "method": f"torch.sum and Tensor.copy_, as fastmtl._host is missing ({host})",
+            "threads": threads,
+            "buffer_bytes": _FALLBACK_BYTES,
+            "read_bytes_per_second": _FALLBACK_BYTES / _fastest(data.sum, seconds),
+            "copy_bytes_per_second": 2 * _FALLBACK_BYTES / _fastest(lambda: out.copy_(data), seconds),
+        }
+    cache = host.last_level_cache()
+    return {
+        "method": "vector sum; memcpy or non-temporal copy",
+        "threads": threads,
+        "last_level_cache_bytes": cache,
+        "buffer_bytes": 8 * cache or _FALLBACK_BYTES,
+        "read_bytes_per_second": host.read_bandwidth(8 * cache or _FALLBACK_BYTES, threads, seconds),
+        "copy_bytes_per_second": host.copy_bandwidth(8 * cache or _FALLBACK_BYTES, threads, seconds),
+    }
+
+
+def _fastest(work: Callable[[], object], seconds: float) -> float:
+    """Return the shortest time of one call, over ``seconds`` and three calls at least, after a first one."""
+    work()
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < seconds:
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _compile() -> dict[str, Any]:
+    regions = importlib.import_module("fastmtl.engine.regions")
+    compiler, reason = regions.cpp_compiler()
+    functorch = importlib.import_module("torch._functorch.config")
+    return {
+        "cpu": compiler is not None,
+        "cpu_reason": reason,
+        "cpp_compiler": compiler,
+        "triton": _version("triton"),
+        "donated_buffer": getattr(functorch, "donated_buffer", None),
+        "trace_autograd_ops": regions.traces_gradients(),
+    }
+
+
+def _environment() -> dict[str, str]:
+    return {name: os.environ[name] for name in env.VARIABLES if os.environ.get(name)}
+
+
+def render(data: Mapping[str, Any]) -> str:
+    """Return the text `fastmtl doctor` prints for a report."""
+    sections: dict[str, Callable[[Any], Iterable[tuple[str, str]]]] = {
+        "versions": _render_versions,
+        "build": _render_build,
+        "devices": _render_devices,
+        "ops": _render_ops,
+        "memory": _render_memory,
+        "compile": _render_compile,
+        "environment": lambda variables: variables.items(),
+    }
+    lines: list[str] = []
+    for name, rows in sections.items():
+        section = data[name]
+        if not section:
+            continue
+        failed = isinstance(section, dict) and section.keys() == {"error"}
+        table = [("error", section["error"])] if failed else list(rows(section))
+        width = max(len(label) for label, _ in table)
+        lines += [name, *(f"  {label:<{width}}  {value}" for label, value in table), ""]
+    return "\n".join(lines)
+
+
+def _render_versions(versions: Mapping[str, str | None]) -> Iterable[tuple[str, str]]:
+    order = ("fastmtl", "python", *_PACKAGES)
+    return [(name, versions[name] or "not installed") for name in order]
+
+
+def _render_build(build: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    record = build["record"]
+    if record is None:
+        return [("extensions", f"none: this copy was not installed ({sys.executable} -m pip install .)")]
+    rows = [(name, "built") for name in record["built"]]
+    rows += [(name, f"not built: {reason}") for name, reason in record["missing"].items()]
+    rows += [(name, str(build[name])) for name in ("compiler", "flags") if name in build]
+    return rows
+
+
+def _render_devices(devices: Iterable[Mapping[str, Any]]) -> Iterable[tuple[str, str]]:
+    for device in devices:
+        facts = [device["name"]]
+        if "cores" in device:
+            facts += [
+                f"{device['threads']} threads on {device['cores']} cores",
+                device["isa"] or "instructions unknown",
+            ]
+        if "capability" in device:
+            facts += [f"compute capability {device['capability']}", f"{device['bytes'] / 2**30:.0f} GiB"]
+        yield device["device"], ", ".join(facts)
+
+
+def _render_ops(ops: Iterable[Mapping[str, str]]) -> Iterable[tuple[str, str]]:
+    for row in ops:
+        reason = f"  ({row['absent']})" if row["absent"] else ""
+        yield f"{row['op']} on {row['device']}", f"{row['backend']}{reason}"
+
+
+def _render_memory(memory: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    if memory.get("last_level_cache_bytes"):
+        yield "last-level cache", f"{memory['last_level_cache_bytes'] / 2**20:.0f} MiB"
+    yield "read", f"{memory['read_bytes_per_second'] / 1e9:.1f} GB/s"
+    yield "copy", f"{memory['copy_bytes_per_second'] / 1e9:.1f} GB/s, read and written bytes together"
+    yield "measured by", f"{memory['method']}, {memory['threads']} threads, {memory['buffer_bytes'] >> 20} MiB"
+
+
+def _render_compile(compile_facts: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    yield (
+        "on cpu",
+        f"yes, with {compile_facts['cpp_compiler']}" if compile_facts["cpu"] else compile_facts["cpu_reason"],
+    )
+    yield "on cuda", f"Triton {compile_facts['triton']}" if compile_facts["triton"] else "no: Triton is not installed"
+    yield (
+        "donated buffers",
+        {True: "on by default", False: "off"}.get(compile_facts["donated_buffer"], "not in this torch"),
+    )
+    yield "gradients in the graph", "available" if compile_facts["trace_autograd_ops"] else "not in this torch"

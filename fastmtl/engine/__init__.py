@@ -1,0 +1,1 @@
+"""The one place that differentiates the losses of several tasks."""

@@ -1,0 +1,53 @@
+"""All rows of the Jacobian from one backward pass through the trunk, whose operators are batched over the tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fastmtl.engine.cut import Structure
+from fastmtl.engine.graph import batches_well
+from fastmtl.engine.losses import Features
+from fastmtl.engine.methods.routes import Rows, SplitRoute
+from fastmtl.engine.regions import Regions
+from fastmtl.engine.vjp import batched_vjps
+
+__all__ = ["BatchedRoute"]
+
+
+class BatchedRoute(SplitRoute):
+    """The T cotangents go through the trunk together; one after the other where that is not possible.
+
+    Args:
+        structure: The problem to differentiate.
+        regions: The problem's functions; the trunk is not compiled: compiled backward passes have no batching rules.
+        weighs_heads: Whether the task-specific parameters' gradients will be weighted.
+        tell: Told why, if it is not possible.
+        forced: Batch operators too that are known not to gain, such as convolutions and recurrent networks.
+    """
+
+    def __init__(
+        self,
+        structure: Structure,
+        regions: Regions,
+        weighs_heads: bool,
+        tell: Callable[[str], None],
+        forced: bool = False,
+    ) -> None:
+        super().__init__(structure, regions, weighs_heads)
+        self.tell = tell
+        self.forced = forced
+
+    def rows_of(self, features: Features, cotangents: Rows) -> Rows:
+        """Return one row per cotangent: views of (T, ...) gradients."""
+        if self.possible and not self.forced and not batches_well(features):
+            self._give_up("the trunk has operators that do not gain")
+        if self.possible:
+            try:
+                return batched_vjps(features, cotangents, self.problem.shared_params)
+            except RuntimeError as cause:
+                self._give_up(str(cause).splitlines()[0])
+        return super().rows_of(features, cotangents)
+
+    def _give_up(self, reason: str) -> None:
+        self.possible = False
+        self.tell(f"vjps: one after the other, as they cannot be batched: {reason}")

@@ -1,0 +1,166 @@
+"""Gram matrices without the Jacobian: of linear layers, a short stand-in for each row, and one more VJP at the end.
+
+With the inputs X (n, in) and the gradient D_t (n, out) of the outputs, the gradient of a linear layer's weight and bias
+is ``[X, 1]^T D_t``. For any L with ``L L^T = [X, 1] [X, 1]^T``, the products of the tasks' gradients are those of
+``L^T D_t``, which is as small as the layer's output and, with fewer examples n than inputs, less work. The update
+``sum_t w_t row_t`` needs no rows either: it is the VJP of the weighted cotangents.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+
+from fastmtl.engine.cut import Structure
+from fastmtl.engine.gradients import OwnGradients, set_grads
+from fastmtl.engine.graph import batches_well, graph_nodes
+from fastmtl.engine.losses import Features
+from fastmtl.engine.methods.routes import Rows, RowsPass, SplitRoute, weighted
+from fastmtl.engine.regions import Regions
+from fastmtl.engine.vjp import batched_vjps, vjp
+from fastmtl.trainer.log.profiling import part
+
+__all__ = ["CompressedRoute"]
+
+# Cotangents that go through the trunk together: more hold more gradients of the layers' outputs at a time.
+_AT_ONCE = 4
+
+
+class CompressedPass(RowsPass):
+    """A pass whose rows have the Jacobian's Gram matrix and are no gradients; the update is one more VJP."""
+
+    def __init__(
+        self,
+        route: SplitRoute,
+        losses: Sequence[Tensor],
+        preds: dict[str, Any],
+        rows: Rows,
+        own: OwnGradients,
+        features: Features,
+        cotangents: Rows,
+    ) -> None:
+        super().__init__(route, losses, preds, rows, own)
+        self.features = features
+        self.cotangents = cotangents
+
+    def write_shared(self, weights: Tensor, rows: Rows | None = None, groups: list[int] | None = None) -> None:
+        """Send the weighted sum of the cotangents through the trunk."""
+        total, params = weighted(weights, self.cotangents), self.route.problem.shared_params
+        with part("VJPs"):
+            set_grads(params, vjp(self.features, total, params, retain=False))
+
+
+class CompressedRoute(SplitRoute):
+    """For strategies that need the gradients for one Gram matrix only.
+
+    A linear layer counts if its parameters are used once, on fewer examples than it has inputs. Of all other parameters
+    the rows are gradients as ever.
+    """
+
+    def __init__(self, structure: Structure, regions: Regions, weighs_heads: bool) -> None:
+        super().__init__(structure, regions, weighs_heads)
+        self._batches: bool | None = None
+        shared = set(self.problem.shared_params)
+        self.layers = [
+            module
+            for module in self.problem.model.modules()
+            if type(module) is nn.Linear and module.weight in shared and (module.bias is None or module.bias in shared)
+        ]
+
+    def split(self, inputs: Any, labels: Any) -> CompressedPass:
+        """Run the forward pass and the VJPs down to the outputs of the layers that count."""
+        with self._calls() as calls:
+            outputs = self._trunk(inputs)
+        features, losses, preds, cotangents, own = self._heads(outputs, labels)
+        with part("VJPs"):
+            rows = self._compressed(features, cotangents, calls)
+        return CompressedPass(self, losses, preds, rows, own, features, cotangents)
+
+    @contextmanager
+    def _calls(self) -> Iterator[list[tuple[nn.Linear, Tensor, GradientEdge]]]:
+        """Note each call of a layer: its input and where its output's gradient passes."""
+        calls: list[tuple[nn.Linear, Tensor, GradientEdge]] = []
+
+        def note(layer: Any, args: tuple[Any, ...], output: Tensor) -> None:
+            # In low precision, which a network may ask for by itself, products would be rounded twice.
+            same = isinstance(output, Tensor) and len(args) == 1 and output.dtype == args[0].dtype == layer.weight.dtype
+            if same and output.grad_fn is not None:
+                calls.append((layer, args[0].detach(), GradientEdge(output.grad_fn, output.output_nr)))
+
+        # A hook of the user's may return something else than the layer does.
+        handles = [layer.register_forward_hook(note) for layer in self.layers if not layer._forward_hooks]
+        try:
+            yield calls
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _compressed(
+        self, features: Features, cotangents: Rows, calls: list[tuple[nn.Linear, Tensor, GradientEdge]]
+    ) -> Rows:
+        uses: Counter[Tensor] = Counter()
+        nodes = list(graph_nodes(feature.grad_fn for feature in features if feature.grad_fn is not None))
+        for node in nodes:
+            uses.update(child.variable for child, _ in node.next_functions if hasattr(child, "variable"))
+        reached = set(nodes)
+        chosen = [
+            (layer, given, edge)
+            for layer, given, edge in calls
+            # Not if it was a view that an operation in place has put another node in the place of.
+            if edge.node in reached
+            and all(uses[param] == 1 for param in layer.parameters())
+            and given.shape[:-1].numel() + len(cotangents) < layer.in_features
+        ]
+        factors = [_factor(layer, given) for layer, given, _ in chosen]
+        covered = {param for layer, _, _ in chosen for param in layer.parameters()}
+        others = [param for param in self.problem.shared_params if param not in covered]
+        wanted: list[Tensor | GradientEdge] = [*others, *(edge for _, _, edge in chosen)]
+        rows: Rows = []
+        for start in range(0, len(cotangents), _AT_ONCE):
+            for grads in self._vjps(features, cotangents[start : start + _AT_ONCE], wanted):
+                short = [
+                    piece
+                    for factor, grad in zip(factors, grads[len(others) :], strict=True)
+                    for piece in _times_lower(factor, grad)
+                ]
+                rows.append([*grads[: len(others)], *short])
+        return rows
+
+    def _vjps(self, features: Features, cotangents: Rows, wanted: Sequence[Tensor | GradientEdge]) -> Rows:
+        """Return VJPs, batched where that is possible; the graph, which the update needs, stays."""
+        if self._batches is None:
+            self._batches = batches_well(features)
+        if self._batches:
+            try:
+                return batched_vjps(features, cotangents, wanted)
+            except RuntimeError:
+                self._batches = False
+        return [vjp(features, cotangent, wanted, retain=True) for cotangent in cotangents]
+
+
+def _times_lower(factor: Tensor, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Return the upper and the lower half of ``L^T D`` of a lower triangular L, without the zeros of its corner."""
+    if grad is None:
+        return None, None
+    flat, half = grad.reshape(len(factor), -1), len(factor) // 2
+    return factor[:, :half].mT @ flat, factor[half:, half:].mT @ flat[half:]
+
+
+def _factor(layer: nn.Linear, given: Tensor) -> Tensor:
+    """Return a square L with ``L L^T = X X^T``, of the layer's inputs X with a column of ones for the bias.
+
+    Of rows that depend on each other no factor would exist by rounding alone; what is added to the diagonal is far
+    below what float32 can tell.
+    """
+    flat = given.reshape(-1, layer.in_features).double()
+    products = flat @ flat.mT
+    if layer.bias is not None:
+        products += 1
+    products.diagonal().add_(1e-13 * products.diagonal().sum())
+    return torch.linalg.cholesky_ex(products).L.to(given.dtype)

@@ -1,0 +1,1 @@
+"""What the rooms have in common and is of none of them."""

@@ -1,0 +1,90 @@
+"""What ``last.pt`` holds of a run, and how a run goes on from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastmtl.errors import CheckpointError
+from fastmtl.trainer.checkpoint.files import load_model_state, read_checkpoint
+
+if TYPE_CHECKING:
+    from fastmtl.trainer.trainer import Trainer
+
+__all__ = ["BEGINNING", "resume_run", "run_state"]
+
+BEGINNING: Mapping[str, Any] = {"epoch": 0, "batch": 0, "train_losses": [], "loss_sums": {}}
+_HOW = ("fused", "foreach", "capturable")
+_NEEDED = ("model", "step", "optimizer", "scheduler", "base_result", "best_result", "rng", "epoch_rng")
+
+
+def run_state(trainer: Trainer) -> dict[str, Any]:
+    """Return the state of everything that learns or remembers.
+
+    Where processes have parts of it all of them must call this; the first one then has it whole.
+    """
+    scheduler = trainer.scheduler
+    model, optimizer = trainer.model.state_dict(), trainer.optimizer.state_dict()
+    if trainer.sharded is not None:
+        model, optimizer = trainer.sharded.whole_state(model), trainer.sharded.whole_optimizer(optimizer)
+    if trainer.step.spread and trainer.step.exchange is not None:
+        model = trainer.step.exchange.whole_states(model, trainer.model.row_states)
+    return {
+        "model": model,
+        "step": trainer.step.state_dict(),
+        "optimizer": optimizer,
+        "optimizer_name": type(trainer.optimizer).__name__,
+        "scheduler": None if scheduler is None else scheduler.state_dict(),
+        "base_result": trainer.meter.base_result,
+        "best_result": trainer.meter.best_result,
+        "train_losses": trainer.model.train_loss_buffer.tolist(),
+        "names": _names(trainer),
+    }
+
+
+def resume_run(trainer: Trainer, path: Path) -> Mapping[str, Any]:
+    """Put a trainer where the run that wrote ``path`` was; return the place in the run, as `BEGINNING` is one.
+
+    Raises:
+        CheckpointError: The file is missing, is no ``last.pt``, or is of another run.
+    """
+    path = path / "last.pt" if path.is_dir() else path
+    state = read_checkpoint(path, trainer.device)
+    if not isinstance(state, dict) or "names" not in state:
+        raise CheckpointError(f"{path} is not a last.pt: to start from the weights of a best.pt, use load_path.")
+    if list(state["names"]) != _names(trainer):
+        raise CheckpointError(f"The checkpoint {path} is of {state['names']}, this run is of {_names(trainer)}.")
+    missing = [key for key in (*BEGINNING, *_NEEDED) if key not in state]
+    if missing:
+        raise CheckpointError(f"The checkpoint {path} is not whole: it has no {', '.join(missing)}.")
+    optimizer_name = type(trainer.optimizer).__name__
+    if (other := state.get("optimizer_name", optimizer_name)) != optimizer_name:
+        raise CheckpointError(f"The checkpoint {path} is of the optimizer {other}, this run is of {optimizer_name}.")
+    model, optimizer = state["model"], state["optimizer"]
+    if trainer.step.spread and trainer.step.exchange is not None:
+        model = trainer.step.exchange.part_states(model, trainer.model.row_states)
+    if trainer.sharded is not None:
+        model, optimizer = trainer.sharded.load_shards(model), trainer.sharded.part_optimizer(optimizer)
+    load_model_state(trainer.model, model, path)
+    trainer.step.load_state_dict(state["step"])
+    _load_optimizer(trainer.optimizer, optimizer)
+    if trainer.scheduler is not None and state["scheduler"] is not None:
+        trainer.scheduler.load_state_dict(state["scheduler"])
+    trainer.meter.base_result = state["base_result"]
+    trainer.meter.best_result = state["best_result"]
+    return {key: state[key] for key in (*BEGINNING, "rng", "epoch_rng")}
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load a state, but not how its optimizer did its work, which may not be possible on this run's device."""
+    how = [{name: group[name] for name in _HOW if name in group} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, how, strict=True):
+        group.update(own)
+
+
+def _names(trainer: Trainer) -> list[Any]:
+    return [trainer.weighting, trainer.architecture, trainer.task_name]

@@ -1,0 +1,87 @@
+"""The checkpoints that a trainer writes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastmtl.distributed import Peers
+from fastmtl.trainer.checkpoint.files import rng_state, save_atomically
+from fastmtl.trainer.checkpoint.state import run_state
+
+if TYPE_CHECKING:
+    from fastmtl.trainer.trainer import Trainer
+
+__all__ = ["Checkpoints"]
+
+
+class Checkpoints:
+    """Writes ``best.pt`` and ``last.pt`` of a trainer that has a ``save_path``.
+
+    Args:
+        trainer: The trainer.
+
+    Attributes:
+        generators: The random generators that its loaders have of their own.
+        gathers: Processes have parts of what is saved, so all of them must take part in saving.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self.generators: list[torch.Generator] = []
+        self.gathers = False
+
+    def agree(self, peers: Peers) -> None:
+        """Find out whether all processes take part; the leading one alone writes."""
+        trainer = self._trainer
+        spread = trainer.step.spread or trainer.sharded is not None
+        self.gathers = spread and bool(peers.gather(trainer.save_path is not None)[0])
+        if not peers.leads:
+            trainer.save_path = None
+
+    def last_one(self) -> str | None:
+        """Return the path of ``last.pt``, None if there is none."""
+        folder = self._trainer.save_path
+        return None if folder is None or not (folder / "last.pt").exists() else str(folder / "last.pt")
+
+    def save_best(self, epoch: int) -> None:
+        """Write the network, with the strategy's own parameters, if ``epoch`` is the best so far."""
+        trainer = self._trainer
+        if trainer.save_path is None and not self.gathers:
+            return
+        trainer.guard.check(self.last_one())
+        if trainer.meter.best_result["epoch"] != epoch:
+            return
+        remembered, state = trainer.model.remembered(), trainer.model.state_dict()
+        if trainer.sharded is not None:
+            state = trainer.sharded.whole_state(state)
+        if trainer.save_path is None:
+            return
+        self._check_finite(state)
+        best = trainer.save_path / "best.pt"
+        save_atomically({key: value for key, value in state.items() if key not in remembered}, best)
+        print(f"Save Model {epoch} to {best}")
+        trainer.logger.on_checkpoint(best, "best")
+
+    def save_last(self, epoch: int, batch: int, epoch_rng: dict[str, Any] | None) -> None:
+        """Write everything that is needed to go on with batch ``batch`` of epoch ``epoch``."""
+        trainer = self._trainer
+        if trainer.save_path is None and not self.gathers:
+            return
+        state = run_state(trainer)
+        if trainer.save_path is None:
+            return
+        trainer.guard.check(self.last_one())
+        self._check_finite(state["model"])
+        path = trainer.save_path / "last.pt"
+        place = {"epoch": epoch, "batch": batch, "rng": rng_state(self.generators), "epoch_rng": epoch_rng}
+        place["loss_sums"] = trainer.meter.loss_sums() if batch else {}
+        save_atomically(state | place, path)
+        trainer.logger.on_checkpoint(path, "last")
+
+    def _check_finite(self, state: Mapping[str, torch.Tensor]) -> None:
+        trainer = self._trainer
+        params = [state[name] for name, _ in trainer.model.named_parameters() if name in state]
+        trainer.guard.check_saved(params, self.last_one())

@@ -1,0 +1,226 @@
+"""The whole step as one CUDA graph: captured on static inputs, replayed for every batch of the same shapes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmtl.engine.trees import leaves, map_tree
+from fastmtl.trainer.setup.options import StepOptions
+
+__all__ = ["CudaGraph", "StepCapture", "reason_against"]
+
+Batches = Sequence[tuple[Any, Any]]
+# Eager steps of one layout before its capture: of the first, and of one that takes another's place.
+WARM, PATIENCE = 3, 10
+_MOST_LAYOUTS = 16
+_PLAIN = str | bytes | int | float | None
+
+
+def reason_against(
+    model: Any, optimizer: torch.optim.Optimizer, options: StepOptions, legacy: bool, device: torch.device
+) -> str | None:
+    """Return why a step cannot be captured, in a few words; None if nothing known stands against it."""
+    reasons = {
+        f"device is {device.type}, and only CUDA has graphs": device.type != "cuda",
+        "compile is on, which launches by itself": bool(options.compile),
+        "tasks_per_step draws the tasks on the host": options.tasks_per_step is not None,
+        "update_weights_every makes steps differ": options.update_weights_every > 1,
+        "weight_momentum starts with a step of its own": options.weight_momentum > 0,
+        "the strategy is written for LibMTL and runs on the host": legacy,
+        "the strategy looks ahead with the learning rate of the host": model.needs == "lookahead",
+        "Adagrad counts its steps on the host": isinstance(optimizer, torch.optim.Adagrad),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+class CudaGraph:
+    """A CUDA graph of one function.
+
+    Args:
+        device: The GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def eagerly(self, function: Callable[[], Any]) -> Any:
+        """Run a function on the stream that captures, as torch asks for before a capture."""
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            result = function()
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        return result
+
+    def capture(self, function: Callable[[], Any]) -> Any:
+        """Record a function without running it; return where its results will be."""
+        self._graph = None
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream):
+            result = function()
+        self._graph = graph
+        return result
+
+    def replay(self) -> None:
+        """Run what was recorded."""
+        assert self._graph is not None
+        self._graph.replay()
+
+
+class StepCapture:
+    """Runs a step eagerly until it is warm, then captures and replays it.
+
+    A graph is of one layout of batches: of their shapes and dtypes, and of the values of what is no tensor. Another one
+    runs eagerly, unless it comes many times while that of the graph does not, and takes over. Where nearly every batch
+    has a layout of its own, nothing is captured. What is fixed in a graph though the host may change it, the epoch and
+    the optimizer's settings, makes for an eager step and a new capture. A capture that fails is not tried again.
+
+    Args:
+        model: The strategy, whose remembered tensors keep their place in memory.
+        optimizer: Made capturable.
+        graph: What captures.
+        tell: Told what happens.
+    """
+
+    def __init__(
+        self, model: Any, optimizer: torch.optim.Optimizer, graph: CudaGraph, tell: Callable[[str], None]
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.graph = graph
+        self.tell = tell
+        self.failed = False
+        self.replays = 0
+        self._seen: Counter[str] = Counter()
+        self._last: Any = None
+        self._told = False
+        self._layout: Any = None
+        self._settings: Any = None
+        self._tried: Any = None
+        self._static: Batches = ()
+        self._result: Any = None
+        self._remembered = {name: getattr(model, name) for name in model.remembered()}
+
+    def __call__(self, body: Callable[[Batches], Any], batches: Batches) -> Any:
+        """Return what ``body(batches)`` returns, a tree of tensors and None."""
+        if self.failed or not self._is_due(batches):
+            return self._eagerly(body, batches)
+        settings = self._fixed_settings()
+        # A strategy may begin to train parameters of its own in an epoch: what the optimizer keeps of them would be
+        # made inside the graph, and anew in every replay.
+        if settings != self._tried:
+            return self._eagerly(body, batches)
+        if (self._last != self._layout or settings != self._settings) and not self._capture(body, batches, settings):
+            return self._eagerly(body, batches)
+        map_tree(_copy_into, self._static, batches)
+        self.graph.replay()
+        self.replays += 1
+        # The next replay writes where these are.
+        return map_tree(_copied, self._result)
+
+    def _is_due(self, batches: Batches) -> bool:
+        """Return whether batches are of the layout of the graph, or have been of another one for long enough."""
+        strange = next((leaf for leaf in leaves(batches) if not isinstance(leaf, Tensor | _PLAIN)), None)
+        if strange is not None:
+            self.failed = True
+            self.tell(
+                f"cuda_graph: the step runs eagerly, as batches hold a {type(strange).__name__}, not only tensors"
+            )
+            return False
+        layout = map_tree(_described, batches)
+        other, self._last = layout != self._last and self._last is not None, layout
+        if layout == self._layout:
+            self._seen.clear()
+            return True
+        if other and not self._told:
+            self._told = True
+            self.tell("cuda_graph: a batch whose shapes or contents differ runs eagerly")
+        self._seen[repr(layout)] += 1
+        if len(self._seen) > _MOST_LAYOUTS:
+            self._seen.clear()
+            self.failed = self._layout is None
+            if self.failed:
+                self.tell(
+                    f"cuda_graph: the step runs eagerly, as {_MOST_LAYOUTS + 1} batches differ in their shapes, or in "
+                    "what is no tensor"
+                )
+            return False
+        return self._seen[repr(layout)] > (WARM if self._layout is None else PATIENCE)
+
+    def _eagerly(self, body: Callable[[Batches], Any], batches: Batches) -> Any:
+        make_capturable(self.optimizer)
+        self._tried = self._fixed_settings()
+        result = self.graph.eagerly(lambda: body(batches))
+        self._settle()
+        return result
+
+    def _fixed_settings(self) -> list[Any]:
+        """Return what a graph does not see change."""
+        return [self.model.epoch, *map(_fixed, self.optimizer.param_groups)]
+
+    def _capture(self, body: Callable[[Batches], Any], batches: Batches, settings: Any) -> bool:
+        static = map_tree(_copied, batches)
+
+        def settled() -> Any:
+            result = body(static)
+            self._settle()
+            return result
+
+        try:
+            self._result = self.graph.capture(settled)
+        except Exception as cause:
+            for name, value in self._remembered.items():
+                setattr(self.model, name, value)
+            self.optimizer.zero_grad(set_to_none=True)
+            self.failed = True
+            reason = str(cause).split("\n")[0] or type(cause).__name__
+            self.tell(f"cuda_graph: the step runs eagerly, as it cannot be captured: {reason}")
+            return False
+        if self._layout is None:
+            self.tell("cuda_graph: captured the step")
+        elif self._layout != self._last:
+            self.tell("cuda_graph: captured the step anew, for batches of other shapes or contents")
+        self._layout, self._settings, self._static = self._last, settings, static
+        return True
+
+    def _settle(self) -> None:
+        """Put what a strategy assigned to a name it remembers where the graph looks for it."""
+        for name, place in self._remembered.items():
+            value = getattr(self.model, name)
+            if value is not place:
+                place.copy_(value)
+                setattr(self.model, name, place)
+
+
+def make_capturable(optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimizer count its steps on the device, where it can choose."""
+    for group in optimizer.param_groups:
+        if "capturable" in group and not group["capturable"]:
+            group["capturable"] = True
+            for param in group["params"]:
+                state = optimizer.state.get(param, {})
+                if isinstance(state.get("step"), Tensor):
+                    state["step"] = state["step"].to(param.device)
+
+
+def _fixed(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name != "params" and not isinstance(value, Tensor)}
+
+
+def _described(leaf: Any) -> Any:
+    return (leaf.shape, leaf.dtype, leaf.stride()) if isinstance(leaf, Tensor) else leaf
+
+
+def _copied(leaf: Any) -> Any:
+    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
+
+
+def _copy_into(place: Any, leaf: Any) -> None:
+    if isinstance(place, Tensor):
+        place.copy_(leaf, non_blocking=True)

@@ -1,0 +1,135 @@
+"""The run as JSON lines, to read back with any tool."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, TextIO
+
+from typing_extensions import override
+
+from fastmtl.trainer.log.logger import Logger, RunInfo, StepRecords
+from fastmtl.trainer.run.directory import write_atomically
+
+__all__ = ["JsonlLogger", "read_jsonl"]
+
+
+class JsonlLogger(Logger):
+    """Writes one JSON object a line, told apart by ``event``: ``run``, ``steps``, ``epoch``, ``checkpoint``, ``end``.
+
+    A ``steps`` line holds the means over a log interval and ``step``, the number of steps done by then; those of
+    float16 also the ``loss_scale``, and how many steps of the run so far were ``skipped``. Every line is
+    flushed, so the file is whole whenever the process dies. When a run goes on, the lines of steps that will be done
+    again, and a torn last line, are dropped; the rest stays. NaN and infinity become null.
+
+    Args:
+        path: File to write, usually ``metrics.jsonl``.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._file: TextIO | None = None
+        self._info: RunInfo | None = None
+
+    @override
+    def on_start(self, info: RunInfo) -> None:
+        kept = [row for row in read_jsonl(self.path) if _stays(row, info)] if info.start_step else []
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = self.path.open("a", encoding="utf-8")
+        self._info = info
+        self._write(
+            {
+                "event": "run",
+                "step": info.start_step,
+                "epoch": info.start_epoch,
+                "epochs": info.epochs,
+                "batches_per_epoch": info.batches_per_epoch,
+                "weighting": info.weighting,
+                "architecture": info.architecture,
+                "device": info.device,
+                "tasks": info.task_names,
+                "metrics": info.metric_names,
+            }
+        )
+
+    @override
+    def on_steps(self, records: StepRecords) -> None:
+        if self._info is None:
+            return
+        self._write(
+            {
+                "event": "steps",
+                "epoch": records.epoch,
+                "step": records.first_step + records.count,
+                "count": records.count,
+                "steps_per_second": records.steps_per_second,
+                **records.means(self._info.task_names),
+                **({} if records.skipped is None else {"loss_scale": records.loss_scale, "skipped": records.skipped}),
+            }
+        )
+
+    @override
+    def on_epoch(
+        self, epoch: int, mode: str, losses: dict[str, float], metrics: dict[str, list[float]], seconds: float
+    ) -> None:
+        if self._info is None:
+            return
+        names = self._info.metric_names
+        named = {task: dict(zip(names[task], values, strict=True)) for task, values in metrics.items()}
+        self._write(
+            {"event": "epoch", "epoch": epoch, "mode": mode, "loss": losses, "metric": named, "seconds": seconds}
+        )
+
+    @override
+    def on_checkpoint(self, path: Path, kind: str) -> None:
+        self._write({"event": "checkpoint", "kind": kind, "path": str(path)})
+
+    @override
+    def on_end(self, best_epoch: int, best_result: dict[str, list[float]]) -> None:
+        self._write({"event": "end", "best_epoch": best_epoch, "best_result": best_result})
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _write(self, row: dict[str, Any]) -> None:
+        # Evaluation outside of train() has no open run to belong to.
+        if self._file is not None:
+            self._file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
+            self._file.flush()
+
+
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+    """Return the rows of a ``metrics.jsonl``; none when there is no file. A torn or damaged line is left out."""
+    path = Path(path)
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(row, dict) and "event" in row:
+            rows.append(row)
+    return rows
+
+
+def _stays(row: dict[str, Any], info: RunInfo) -> bool:
+    """Whether a row tells of something before the point the run goes on from."""
+    match row.get("event"):
+        case "run" | "steps":
+            return bool(row["step"] <= info.start_step)
+        case "epoch":
+            return bool(row["epoch"] < info.start_epoch)
+        case event:
+            return event == "checkpoint"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    if isinstance(value, float):
+        return float(f"{value:.7g}") if math.isfinite(value) else None
+    return value

@@ -1,0 +1,162 @@
+"""Losses and metrics of a pass over the data, and LibMTL's log lines."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastmtl.distributed import Peers
+from fastmtl.engine.labels import labelled_rows
+from fastmtl.errors import UsageError
+from fastmtl.loss import AbsLoss
+from fastmtl.metrics import AbsMetric
+from fastmtl.trainer.setup.tasks import losses_of, metrics_of
+from fastmtl.utils import count_improvement
+
+__all__ = ["PerformanceMeter"]
+
+
+class PerformanceMeter:
+    """Accumulates losses and metrics on the device, reads them once per pass and prints them as LibMTL does.
+
+    Args:
+        task_dict: The task dictionary of the trainer.
+        base_result: Scores to measure the improvement against; those of the first epoch if None.
+        peers: The processes that each see a part of the data.
+
+    Attributes:
+        best_result: ``improvement``, ``epoch`` and ``result`` of the best epoch so far.
+    """
+
+    def __init__(
+        self,
+        task_dict: Mapping[str, Mapping[str, Any]],
+        base_result: dict[str, list[float]] | None = None,
+        peers: Peers | None = None,
+    ) -> None:
+        self.task_dict = task_dict
+        self.peers = peers
+        self.task_name = list(task_dict)
+        self.weight: dict[str, list[int]] = {task: task_dict[task]["weight"] for task in self.task_name}
+        self.losses: dict[str, AbsLoss] = losses_of(task_dict)
+        self.metrics: dict[str, AbsMetric] = metrics_of(task_dict)
+        self.base_result = base_result
+        self.best_result: dict[str, Any] = {"improvement": -1e2, "epoch": 0, "result": 0}
+        self.improvement: float | None = None
+        self.has_val = False
+        self.results: dict[str, list[float]] = {}
+        self.loss_item: np.ndarray = np.zeros(len(self.task_name))
+        self.seconds = 0.0
+        self._begin = 0.0
+        self._seen: set[str] = set()
+        self._scored: set[str] = set()
+
+    def begin(self) -> None:
+        """Start a pass: the clock and empty sums."""
+        for task in self.task_name:
+            self.losses[task]._reinit()
+            self.metrics[task].reinit()
+        self._seen.clear()
+        self._scored.clear()
+        self._begin = time.perf_counter()
+
+    @torch.no_grad()
+    def update(self, losses: Mapping[str, Tensor], preds: Mapping[str, Any], labels: Mapping[str, Any]) -> None:
+        """Take in the losses, predictions and labels of one batch, by task."""
+        for task, loss in losses.items():
+            if labels.get(task) is None:
+                continue
+            self.losses[task].accumulate(loss, labelled_rows(self.losses[task], labels[task]))
+            self.metrics[task].update_fun(preds[task], labels[task])
+            self._seen.add(task)
+            self._scored.add(task)
+
+    def loss_sums(self) -> dict[str, Any]:
+        """Return the losses of the pass so far by task, for :meth:`go_on`."""
+        return {task: self.losses[task]._state() for task in self._seen}
+
+    def go_on(self, loss_sums: Mapping[str, Any]) -> None:
+        """Take up a pass that was interrupted: its losses, which strategies may read; its metrics begin anew."""
+        for task, state in loss_sums.items():
+            self.losses[task]._restore(state)
+            self._seen.add(task)
+
+    @torch.no_grad()
+    def end(self) -> None:
+        """End a pass: read ``results`` and ``loss_item``, with several processes those of all of them.
+
+        They are NaN for a task that no batch had labels of.
+        """
+        if self.peers is not None:
+            self._seen.update(*self.peers.gather(self._seen))
+            self._scored.update(*self.peers.gather(self._scored))
+            for task in self.task_name:
+                self.losses[task]._sync(self.peers)
+                self.metrics[task].sync(self.peers)
+        self.results = {
+            task: self._scores(task) if self._had(task, self._scored) else [math.nan] * len(self.weight[task])
+            for task in self.task_name
+        }
+        self.loss_item = np.array(
+            [self.losses[task]._average_loss() if self._had(task, self._seen) else math.nan for task in self.task_name]
+        )
+        self.seconds = time.perf_counter() - self._begin
+
+    def _scores(self, task: str) -> list[float]:
+        given, wanted = self.metrics[task].score_fun(), len(self.weight[task])
+        try:
+            scores = [float(score) for score in given]
+        except TypeError:
+            scores = []
+        if len(scores) != wanted:
+            raise UsageError(
+                f"score_fun of {type(self.metrics[task]).__name__} must return a list of one score per metric of "
+                f"{task!r}, {wanted} in all, got {given!r}."
+            )
+        return scores
+
+    def _had(self, task: str, tasks: set[str]) -> bool:
+        # A pass without any batch is an error, which the losses and metrics report.
+        return task in tasks or not self._seen
+
+    def display_format(self) -> None:
+        """Print what the columns of the epoch lines are."""
+        columns = " | ".join(" ".join([f"{task}_LOSS", *self.task_dict[task]["metrics"]]) for task in self.task_name)
+        print("=" * 40)
+        print(f"LOG FORMAT | {columns} | TIME")
+
+    def display(self, mode: str, epoch: int | None) -> None:
+        """Print the part of the epoch line that belongs to ``mode`` and keep the best result."""
+        if epoch is not None:
+            if epoch == 0 and self.base_result is None and mode == ("val" if self.has_val else "test"):
+                self.base_result = self.results
+            if mode == "train":
+                print(f"Epoch: {epoch:04d} | ", end="")
+            elif mode == ("val" if self.has_val else "test"):
+                self._update_best(epoch)
+            elif epoch == self.best_result["epoch"]:
+                self.best_result["result"] = self.results
+        parts = []
+        for loss, task in zip(self.loss_item, self.task_name, strict=True):
+            parts.append(" ".join(f"{value:.4f}" for value in [loss, *self.results[task]]))
+        name = {"train": "TRAIN", "val": "VAL"}.get(mode, "TEST")
+        end = "\n" if mode == "test" else " | "
+        print(f"{name}: {' | '.join(parts)} | Time: {self.seconds:.4f}", end=end, flush=True)
+
+    def display_best_result(self) -> None:
+        """Print the best epoch and its scores."""
+        print("=" * 40)
+        print(f"Best Result: Epoch {self.best_result['epoch']}, result {self.best_result['result']}")
+        print("=" * 40)
+
+    def _update_best(self, epoch: int) -> None:
+        assert self.base_result is not None
+        self.improvement = count_improvement(self.base_result, self.results, self.weight)
+        if self.improvement > self.best_result["improvement"]:
+            self.best_result = {"improvement": self.improvement, "epoch": epoch, "result": self.results}

@@ -1,0 +1,123 @@
+"""What the steps leave for the log: kept on the device, read in one transfer per log interval."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastmtl.trainer.log.logger import StepRecords
+from fastmtl.trainer.precision import LossScaler
+
+__all__ = ["StepBuffer", "StepSignals"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepSignals:
+    """What one step showed, on the device: reading it waits, computing with it does not.
+
+    Attributes:
+        losses: (T,) losses; NaN for a task that was not in the step, as in the others.
+        weights: (T,) task weights, None if the strategy has none.
+        gram: (T, T) inner products of the task gradients, None if the strategy needs none.
+    """
+
+    losses: Tensor
+    weights: Tensor | None
+    gram: Tensor | None
+
+    @property
+    def norms(self) -> Tensor | None:
+        """(T,) gradient norms."""
+        return None if self.gram is None else self.gram.diagonal().clamp(min=0).sqrt()
+
+    @property
+    def cosines(self) -> Tensor | None:
+        """(T, T) cosines of the task gradients; NaN where one is zero."""
+        norms = self.norms
+        if self.gram is None or norms is None:
+            return None
+        return (self.gram / norms[:, None] / norms).clamp(-1, 1)
+
+    @property
+    def conflict_rate(self) -> Tensor | None:
+        """Share of the pairs of tasks, of those in the step, whose gradients have a negative inner product."""
+        if self.gram is None:
+            return None
+        row, column = torch.triu_indices(len(self.gram), len(self.gram), 1, device=self.gram.device)
+        pairs = self.gram[row, column]
+        return (pairs < 0).sum() / (~pairs.isnan()).sum()
+
+
+class StepBuffer:
+    """Collects losses, weights and Gram matrices of training steps."""
+
+    def __init__(self) -> None:
+        self._clear()
+
+    def _clear(self) -> None:
+        self._losses: list[Tensor] = []
+        self._weights: list[Tensor | None] = []
+        self._grams: list[Tensor | None] = []
+        self._since = time.perf_counter()
+
+    def __len__(self) -> int:
+        return len(self._losses)
+
+    def restart_clock(self) -> None:
+        """Leave out the time until now, spent on something else than steps."""
+        self._since = time.perf_counter()
+
+    def add(self, losses: Tensor, weights: Tensor | None, gram: Tensor | None) -> None:
+        """Keep one step: (T,) losses, (T,) weights, (T, T) Gram matrix; a step without one has NaN among others'."""
+        self._losses.append(losses)
+        self._weights.append(weights)
+        self._grams.append(gram)
+
+    def flush(self, epoch: int, next_step: int, scaler: LossScaler | None = None) -> StepRecords:
+        """Read everything and empty the buffer; the only place where the loop waits for the device.
+
+        Args:
+            epoch: The epoch the steps belong to.
+            next_step: Global index of the step after the last one kept.
+            scaler: The loss scale of float16 steps.
+        """
+        count = len(self)
+        now = time.perf_counter()
+        device = self._losses[0].device
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        kept = [_stacked(each) for each in (self._losses, self._weights, self._grams)]
+        if scaler is not None:
+            kept.append(torch.stack([scaler.scale, scaler.skipped.to(scaler.scale)]))
+        values = torch.cat([each.to(device, dtype).flatten() for each in kept if each is not None]).cpu().numpy()
+        tasks = self._losses[0].numel()
+        losses, values = values[: count * tasks].reshape(count, tasks), values[count * tasks :]
+        weights = gram = None
+        if kept[1] is not None:
+            weights, values = values[: count * tasks].reshape(count, tasks), values[count * tasks :]
+        if kept[2] is not None:
+            gram, values = values[: count * tasks**2].reshape(count, tasks, tasks), values[count * tasks**2 :]
+        records = StepRecords(
+            epoch=epoch,
+            first_step=next_step - count,
+            losses=losses,
+            weights=weights,
+            gram=gram,
+            seconds=now - self._since,
+            loss_scale=None if scaler is None else float(values[0]),
+            skipped=None if scaler is None else int(values[1]),
+        )
+        self._clear()
+        return records
+
+
+def _stacked(steps: Sequence[Tensor | None]) -> Tensor | None:
+    """Return the steps' values stacked, NaN for a step without; None if no step has any."""
+    given = [each for each in steps if each is not None]
+    if not given:
+        return None
+    nothing = torch.full_like(given[0], torch.nan) if len(given) < len(steps) else None
+    return torch.stack([nothing if each is None else each for each in steps])  # type: ignore[misc]

@@ -1,0 +1,1 @@
+"""A run of the command line: its configuration, its folder, its interrupts."""

@@ -1,0 +1,1 @@
+"""From the arguments of a trainer to what it trains with."""

@@ -1,0 +1,159 @@
+"""Batches from the loaders of one input for all tasks, or of one for each task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmtl.engine.trees import map_tree
+from fastmtl.errors import UsageError
+
+__all__ = [
+    "check_loaders",
+    "count_batches",
+    "eval_batches",
+    "generators",
+    "to_channels_last",
+    "to_device",
+    "train_batches",
+]
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Move tensors, and whatever else has ``to``, in any containers to ``device`` without waiting."""
+
+    def moves(each: Any) -> bool:
+        return hasattr(each, "to")
+
+    return map_tree(lambda each: each.to(device, non_blocking=True) if moves(each) else each, value, is_leaf=moves)
+
+
+def to_channels_last(value: Any) -> Any:
+    """Return a batch's inputs with images, the tensors of four dimensions, in channels-last memory format."""
+    return map_tree(
+        lambda each: (
+            each.contiguous(memory_format=torch.channels_last) if isinstance(each, Tensor) and each.dim() == 4 else each
+        ),
+        value,
+    )
+
+
+def check_loaders(loaders: Any, tasks: list[str], multi_input: bool, what: str) -> None:
+    """Refuse loaders that are empty or do not fit the tasks.
+
+    Raises:
+        UsageError: Says which loader and why.
+    """
+    if not multi_input:
+        if isinstance(loaders, Mapping):
+            raise UsageError(f"{what} must be one loader when multi_input is False, got a dictionary.")
+        if _length(loaders, what) == 0:
+            raise UsageError(f"{what} is empty: the data set has no rows, or fewer than one batch with drop_last.")
+        return
+    if not isinstance(loaders, Mapping):
+        raise UsageError(
+            f"{what} must be a dictionary of loaders by task when multi_input is True, got {type(loaders).__name__}."
+        )
+    for task in tasks:
+        if task not in loaders:
+            raise UsageError(f"{what} has no loader for the task {task!r}, only for {', '.join(map(str, loaders))}.")
+        if _length(loaders[task], f"{what}[{task!r}]") == 0:
+            raise UsageError(
+                f"{what} is empty for the task {task!r}: the data set has no rows, or fewer than one batch with "
+                "drop_last."
+            )
+
+
+def _length(loader: Any, what: str) -> int:
+    try:
+        return len(loader)
+    except TypeError:
+        kind = type(loader).__name__
+        raise UsageError(f"{what} must be a loader of known length, got a {kind}, which has none.") from None
+
+
+def generators(loaders: Any, multi_input: bool) -> list[torch.Generator]:
+    """Return the random generators the loaders have of their own, which draw the order of the rows."""
+    found: list[torch.Generator] = []
+    for loader in loaders.values() if multi_input else [loaders]:
+        for owner in (loader, getattr(loader, "sampler", None)):
+            generator = getattr(owner, "generator", None)
+            if isinstance(generator, torch.Generator) and not any(generator is each for each in found):
+                found.append(generator)
+    return found
+
+
+def count_batches(loaders: Any, multi_input: bool, limit: int | None) -> int:
+    """Return the number of training steps in an epoch: the longest loader's."""
+    count = max(len(loader) for loader in loaders.values()) if multi_input else len(loaders)
+    return count if limit is None else min(count, limit)
+
+
+def train_batches(loaders: Any, tasks: list[str], multi_input: bool, count: int) -> Iterator[tuple[Any, Any]]:
+    """Yield ``count`` batches of inputs and labels; a loader that runs out starts again.
+
+    Raises:
+        UsageError: A loader gives something else, or nothing at all.
+    """
+    if not multi_input:
+        for inputs, labels in islice(_endless(loaders, "train_dataloaders"), count):
+            yield inputs, _checked(labels, tasks)
+        return
+    streams = {task: _endless(loaders[task], f"train_dataloaders[{task!r}]") for task in tasks}
+    for _ in range(count):
+        batch = {task: next(stream) for task, stream in streams.items()}
+        yield {task: each[0] for task, each in batch.items()}, {task: each[1] for task, each in batch.items()}
+
+
+def eval_batches(
+    loaders: Any, tasks: list[str], multi_input: bool, limit: int | None, what: str
+) -> Iterator[tuple[str | None, Any, Any]]:
+    """Yield (task or None, inputs, labels) of every batch once.
+
+    Raises:
+        UsageError: A loader gives something else.
+    """
+    if not multi_input:
+        for batch in islice(loaders, limit):
+            inputs, labels = _pair(batch, what)
+            yield None, inputs, _checked(labels, tasks)
+        return
+    for task in tasks:
+        for batch in islice(loaders[task], limit):
+            yield task, *_pair(batch, f"{what}[{task!r}]")
+
+
+def _endless(loader: Any, what: str) -> Iterator[tuple[Any, Any]]:
+    while True:
+        empty = True
+        for batch in loader:
+            empty = False
+            yield _pair(batch, what)
+        if empty:
+            raise UsageError(
+                f"{what} has a length of {len(loader)} but gave no batch: a loader must start again whenever it is "
+                "iterated over, which an iterator does not."
+            )
+
+
+def _pair(batch: Any, what: str) -> tuple[Any, Any]:
+    # A tensor or a dictionary of two could be unpacked as well, into rows or keys.
+    if isinstance(batch, list | tuple) and len(batch) == 2:
+        inputs, labels = batch
+        return inputs, labels
+    got = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, list | tuple) else type(batch).__name__
+    raise UsageError(f"{what} must yield batches that are pairs (inputs, labels), got {got}.")
+
+
+def _checked(labels: Any, tasks: list[str]) -> Any:
+    if not isinstance(labels, Mapping):
+        raise UsageError(f"The labels of a batch must be a dictionary by task, got {type(labels).__name__}.")
+    missing = [task for task in tasks if task not in labels]
+    # A name nobody knows is a slip of the pen; a task left out has no labels in this batch.
+    if missing and (len(missing) == len(tasks) or any(name not in tasks for name in labels)):
+        raise UsageError(f"A batch has no labels for the task {missing[0]!r}, only for {', '.join(map(str, labels))}.")
+    return labels
