@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -29,7 +29,7 @@ class AutoLambda(Bilevel):
     samples = 2
     hyper = {"outer_lr": OUTER_LR, "inner_step": INNER_STEP}  # noqa: RUF012
 
-    def look_ahead(self, ahead: LookAhead, *, outer_lr: float = 1e-3, **hyper: Any) -> Weights:
+    def look_ahead(self, ahead: LookAhead, *, outer_lr: float = 1e-3, **hyper: object) -> Weights:
         """Return the weights for the next batch."""
         weights = self.task_weights()
         with ahead.moved():

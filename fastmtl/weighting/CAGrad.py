@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from fastmtl import ops
@@ -34,7 +32,7 @@ class CAGrad(AbsWeighting):
     }
 
     def weigh(
-        self, losses: Tensor, gram: Tensor | None, *, calpha: float = 0.5, rescale: int = 1, **hyper: Any
+        self, losses: Tensor, gram: Tensor | None, *, calpha: float = 0.5, rescale: int = 1, **hyper: object
     ) -> Weights:
         """Return the weights of the update; the dual solution is what is logged."""
         assert gram is not None

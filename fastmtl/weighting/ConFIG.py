@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from fastmtl import ops
@@ -23,7 +21,7 @@ class ConFIG(AbsWeighting):
 
     needs = "gram"
 
-    def weigh(self, losses: Tensor, gram: Tensor | None, **hyper: Any) -> Weights:
+    def weigh(self, losses: Tensor, gram: Tensor | None, **hyper: object) -> Weights:
         """Return the weights."""
         assert gram is not None
         return Weights(shared=ops.config(gram))

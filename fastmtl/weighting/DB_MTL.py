@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -40,7 +38,7 @@ class DB_MTL(AbsWeighting):
         self.remember("steps", torch.zeros(()))
 
     def weigh_rows(
-        self, losses: Tensor, rows: Rows, *, DB_beta: float = 0.9, DB_beta_sigma: float = 0.0, **hyper: Any
+        self, losses: Tensor, rows: Rows, *, DB_beta: float = 0.9, DB_beta_sigma: float = 0.0, **hyper: object
     ) -> Weights:
         """Return weights of the averages."""
         self.steps.add_(1)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -35,12 +33,12 @@ class DWA(AbsWeighting):
         """Create the weights of the epoch."""
         self.remember("epoch_weights", torch.ones(self.task_num))
 
-    def start_epoch(self, *, T: float = 2.0, **hyper: Any) -> None:
+    def start_epoch(self, *, T: float = 2.0, **hyper: object) -> None:
         """Compute the weights of the epoch from the losses of the last two."""
         if self.epoch > 1:
             losses = torch.from_numpy(self.train_loss_buffer)
             self.epoch_weights.copy_(descent_rates(losses[:, self.epoch - 1], losses[:, self.epoch - 2], T))
 
-    def weigh(self, losses: Tensor, gram: Tensor | None, **hyper: Any) -> Weights:
+    def weigh(self, losses: Tensor, gram: Tensor | None, **hyper: object) -> Weights:
         """Return the weights of the epoch."""
         return Weights(shared=self.epoch_weights.clone())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -36,7 +34,7 @@ class DualProj(AbsWeighting):
         *,
         DualProj_norm_eps: float = 1e-4,
         DualProj_reg_eps: float = 1e-4,
-        **hyper: Any,
+        **hyper: object,
     ) -> Weights:
         """Return the weights."""
         assert gram is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +28,9 @@ class EW(AbsWeighting):
 
     _constants: list[float] | None = None
 
-    def weigh(self, losses: Tensor, gram: Tensor | None, *, loss_weights: Sequence[str] = (), **hyper: Any) -> Weights:
+    def weigh(
+        self, losses: Tensor, gram: Tensor | None, *, loss_weights: Sequence[str] = (), **hyper: object
+    ) -> Weights:
         """Return the constants."""
         if self._constants is None:
             self._constants = self._read(loss_weights)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -42,7 +40,7 @@ class ExcessMTL(AbsWeighting):
         self.remember("loss_weight", torch.ones(self.task_num))
         self.remember("initial_w", torch.zeros(self.task_num))
 
-    def weigh_rows(self, losses: Tensor, rows: Rows, *, robust_step_size: float = 1e-2, **hyper: Any) -> Weights:
+    def weigh_rows(self, losses: Tensor, rows: Rows, *, robust_step_size: float = 1e-2, **hyper: object) -> Weights:
         """Return the weights, of decoders too."""
         risk = self.whole(ops.excess_risk_(self.squares.rows, rows)).to(losses.dtype)
         known = self.initial_w != 0

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -38,13 +36,15 @@ class FAMO(AbsWeighting):
         self.remember("min_losses", torch.zeros(self.task_num))
         self.logits = Adam(self, "famo", torch.zeros(self.task_num))
 
-    def weigh(self, losses: Tensor, gram: Tensor | None, **hyper: Any) -> Weights:
+    def weigh(self, losses: Tensor, gram: Tensor | None, **hyper: object) -> Weights:
         """Return the derivatives of ``sum_t z_t log D_t / c``."""
         excess = losses - self.min_losses + 1e-8
         self._excess = excess
         return Weights(shared=even_fall(self.logits.value, excess))
 
-    def after_step(self, losses: Tensor, *, FAMO_w_lr: float = 0.025, FAMO_w_gamma: float = 1e-3, **hyper: Any) -> None:
+    def after_step(
+        self, losses: Tensor, *, FAMO_w_lr: float = 0.025, FAMO_w_gamma: float = 1e-3, **hyper: object
+    ) -> None:
         """Move the logits by how much each loss fell."""
         slope = even_fall_slope(self.logits.value, self._excess, losses - self.min_losses + 1e-8)
         self.logits.step(slope, lr=FAMO_w_lr, weight_decay=FAMO_w_gamma)

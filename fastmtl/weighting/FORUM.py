@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -100,7 +100,7 @@ class FORUM(Bilevel):
         inner_lr: float = 0.1,
         inner_step: int = 5,
         FORUM_phi: float = 0.1,
-        **hyper: Any,
+        **hyper: object,
     ) -> Weights:
         """Return weights of the outer half's gradients and of the inner half's."""
         size, weights = self.task_num, self.task_weights()

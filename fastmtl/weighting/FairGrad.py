@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -36,7 +34,7 @@ class FairGrad(AbsWeighting):
         """Create the last solution, from which the next one starts."""
         self.remember("last_weights", torch.ones(self.task_num, dtype=torch.float64))
 
-    def weigh(self, losses: Tensor, gram: Tensor | None, *, FairGrad_alpha: float = 1.0, **hyper: Any) -> Weights:
+    def weigh(self, losses: Tensor, gram: Tensor | None, *, FairGrad_alpha: float = 1.0, **hyper: object) -> Weights:
         """Return the weights, of decoders too."""
         assert gram is not None
         weights = ops.fairgrad(gram, FairGrad_alpha, self.last_weights)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from fastmtl.weighting.base import AbsWeighting, Weights
@@ -22,7 +20,7 @@ class GLS(AbsWeighting):
 
     needs = "losses"
 
-    def weigh(self, losses: Tensor, gram: Tensor | None, **hyper: Any) -> Weights:
+    def weigh(self, losses: Tensor, gram: Tensor | None, **hyper: object) -> Weights:
         """Return the derivatives of the geometric mean."""
         # The mean of logarithms: the product of many small losses would underflow.
         return Weights(shared=losses.log().mean().exp() / (len(losses) * losses))

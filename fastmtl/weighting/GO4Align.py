@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -39,7 +37,7 @@ class GO4Align(AbsWeighting):
         """Create the probabilities."""
         self.remember("probabilities", torch.full((self.task_num,), 1 / self.task_num))
 
-    def start_epoch(self, *, GO4Align_groups: int = 2, **hyper: Any) -> None:
+    def start_epoch(self, *, GO4Align_groups: int = 2, **hyper: object) -> None:
         """Refuse a number of groups below one.
 
         Raises:
@@ -55,7 +53,7 @@ class GO4Align(AbsWeighting):
         *,
         GO4Align_groups: int = 2,
         GO4Align_step_size: float = 1e-4,
-        **hyper: Any,
+        **hyper: object,
     ) -> Weights:
         """Return each group's mean indicator."""
         risk = self.probabilities * torch.exp(-GO4Align_step_size * losses)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +39,7 @@ class GradDrop(AbsWeighting):
         self.remember("seed_and_offset", torch.stack([seed, torch.zeros_like(seed)]), task_dims=())
 
     def mask_reps(
-        self, losses: Tensor, reps: Sequence[Tensor], grads: Sequence[Tensor], *, leak: float = 0.0, **hyper: Any
+        self, losses: Tensor, reps: Sequence[Tensor], grads: Sequence[Tensor], *, leak: float = 0.0, **hyper: object
     ) -> Sequence[Tensor]:
         """Return the masked gradients, summed where the tasks share the representation."""
         shares = all(rep is reps[0] for rep in reps)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -36,12 +34,12 @@ class GradNorm(AbsWeighting):
         self.loss_scale = nn.Parameter(torch.ones(self.task_num))
         self.remember("first_losses", torch.ones(self.task_num))
 
-    def start_epoch(self, **hyper: Any) -> None:
+    def start_epoch(self, **hyper: object) -> None:
         """Learn the losses of the first epoch once it is over."""
         if self.epoch >= 1:
             self.first_losses.copy_(torch.from_numpy(self.train_loss_buffer[:, 0]))
 
-    def weigh(self, losses: Tensor, gram: Tensor | None, *, alpha: float = 1.5, **hyper: Any) -> Weights:
+    def weigh(self, losses: Tensor, gram: Tensor | None, *, alpha: float = 1.5, **hyper: object) -> Weights:
         """Return the weights and the gradient of ``loss_scale``."""
         assert gram is not None
         if self.epoch < 1:

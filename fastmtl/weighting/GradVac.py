@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -38,7 +36,7 @@ class GradVac(AbsWeighting):
         self.remember("rho", torch.zeros(max(count, 1), self.task_num, self.task_num, dtype=torch.float64), (1, 2))
         self._groups: dict[int, list[int]] = {}
 
-    def groups(self, *, GradVac_group_type: int = 0, **hyper: Any) -> list[int] | None:
+    def groups(self, *, GradVac_group_type: int = 0, **hyper: object) -> list[int] | None:
         """Return the group of each shared parameter, None if there is one."""
         if GradVac_group_type == 0:
             return None
@@ -58,7 +56,7 @@ class GradVac(AbsWeighting):
         """Return for each task random keys of all tasks, by which they are ordered; of the shape of ``like``."""
         return torch.rand_like(like)
 
-    def weigh(self, losses: Tensor, gram: Tensor | None, *, GradVac_beta: float = 0.5, **hyper: Any) -> Weights:
+    def weigh(self, losses: Tensor, gram: Tensor | None, *, GradVac_beta: float = 0.5, **hyper: object) -> Weights:
         """Return (T,) weights, with groups (L, T)."""
         assert gram is not None
         each = gram if gram.dim() == 3 else gram[None]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -29,7 +27,7 @@ class IMTL(AbsWeighting):
         """Create ``loss_scale``."""
         self.loss_scale = nn.Parameter(torch.zeros(self.task_num))
 
-    def weigh(self, losses: Tensor, gram: Tensor | None, **hyper: Any) -> Weights:
+    def weigh(self, losses: Tensor, gram: Tensor | None, **hyper: object) -> Weights:
         """Return the weights and the gradient of ``loss_scale``."""
         assert gram is not None
         scale = self.loss_scale.detach().exp()

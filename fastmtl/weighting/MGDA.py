@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -33,7 +31,7 @@ class MGDA(AbsWeighting):
         )
     }
 
-    def weigh(self, losses: Tensor, gram: Tensor | None, *, mgda_gn: str = "none", **hyper: Any) -> Weights:
+    def weigh(self, losses: Tensor, gram: Tensor | None, *, mgda_gn: str = "none", **hyper: object) -> Weights:
         """Return the min-norm weights.
 
         Args:

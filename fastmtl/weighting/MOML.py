@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastmtl import ops
 from fastmtl.weighting.base import Weights
@@ -28,7 +28,9 @@ class MOML(Bilevel):
     samples = 2
     hyper = {"outer_lr": OUTER_LR, "inner_lr": INNER_LR, "inner_step": INNER_STEP}  # noqa: RUF012
 
-    def look_ahead(self, ahead: LookAhead, *, outer_lr: float = 1e-3, inner_lr: float = 0.1, **hyper: Any) -> Weights:
+    def look_ahead(
+        self, ahead: LookAhead, *, outer_lr: float = 1e-3, inner_lr: float = 0.1, **hyper: object
+    ) -> Weights:
         """Return the weights for the next batch."""
         size = self.task_num
         _, here = ahead.rows(ahead.inner)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -54,7 +52,7 @@ class MoCo(AbsWeighting):
         MoCo_gamma: float = 0.1,
         MoCo_gamma_sigma: float = 0.5,
         MoCo_rho: float = 0.0,
-        **hyper: Any,
+        **hyper: object,
     ) -> Weights:
         """Return weights of the averages."""
         self.steps.add_(1)

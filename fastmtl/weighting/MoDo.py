@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -39,7 +37,7 @@ class MoDo(AbsWeighting):
         self.remember("lambd", torch.full((self.task_num,), 1 / self.task_num))
 
     def weigh(
-        self, losses: Tensor, gram: Tensor | None, *, MoDo_gamma: float = 1e-3, MoDo_rho: float = 0.1, **hyper: Any
+        self, losses: Tensor, gram: Tensor | None, *, MoDo_gamma: float = 1e-3, MoDo_rho: float = 0.1, **hyper: object
     ) -> Weights:
         """Return weights of the third batch's gradients."""
         assert gram is not None

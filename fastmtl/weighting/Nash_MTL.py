@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -38,7 +36,7 @@ class Nash_MTL(AbsWeighting):
         """Create the last solution, from which the next one starts."""
         self.remember("last_weights", torch.ones(self.task_num, dtype=torch.float64))
 
-    def weigh(self, losses: Tensor, gram: Tensor | None, *, max_norm: float = 1.0, **hyper: Any) -> Weights:
+    def weigh(self, losses: Tensor, gram: Tensor | None, *, max_norm: float = 1.0, **hyper: object) -> Weights:
         """Return the weights, of decoders too."""
         assert gram is not None
         weights = ops.nash(gram, self.last_weights)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -81,7 +79,7 @@ class PCD(AbsWeighting):
         self.remember("square_average", torch.zeros(self.task_num, dtype=torch.float64))
         self.remember("steps_seen", torch.zeros(self.task_num))
 
-    def start_epoch(self, *, PCD_tau: float = 0.02, PCD_primary: int = 0, **hyper: Any) -> None:
+    def start_epoch(self, *, PCD_tau: float = 0.02, PCD_primary: int = 0, **hyper: object) -> None:
         """Refuse hyper-parameters that mean nothing.
 
         Raises:
@@ -101,7 +99,7 @@ class PCD(AbsWeighting):
         PCD_beta: float = 0.999,
         PCD_eps: float = 1e-8,
         PCD_primary: int = 0,
-        **hyper: Any,
+        **hyper: object,
     ) -> Weights:
         """Return the weights."""
         assert gram is not None

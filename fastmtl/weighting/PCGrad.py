@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -26,7 +24,7 @@ class PCGrad(AbsWeighting):
         """Return for each task random keys of all tasks, by which they are ordered; of the shape of ``like``."""
         return torch.rand_like(like)
 
-    def weigh(self, losses: Tensor, gram: Tensor | None, **hyper: Any) -> Weights:
+    def weigh(self, losses: Tensor, gram: Tensor | None, **hyper: object) -> Weights:
         """Return the sums of the projected gradients' coefficients."""
         assert gram is not None
         return Weights(shared=ops.pcgrad(gram, self.draw_orders(gram)))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from fastmtl.weighting.base import AbsWeighting, Weights
@@ -26,6 +24,6 @@ class RLW(AbsWeighting):
         """Return (T,) weights of the dtype and device of ``like``."""
         return random_weights(like)
 
-    def weigh(self, losses: Tensor, gram: Tensor | None, **hyper: Any) -> Weights:
+    def weigh(self, losses: Tensor, gram: Tensor | None, **hyper: object) -> Weights:
         """Return random weights."""
         return Weights(shared=self.draw(losses))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -45,7 +43,7 @@ class SDMGrad(AbsWeighting):
         *,
         SDMGrad_lamda: float = 0.3,
         SDMGrad_niter: int = 20,
-        **hyper: Any,
+        **hyper: object,
     ) -> Weights:
         """Return weights of the first batch's gradients."""
         assert gram is not None

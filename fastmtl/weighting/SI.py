@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from fastmtl.weighting.base import AbsWeighting, Weights
@@ -21,6 +19,6 @@ class SI(AbsWeighting):
 
     needs = "losses"
 
-    def weigh(self, losses: Tensor, gram: Tensor | None, **hyper: Any) -> Weights:
+    def weigh(self, losses: Tensor, gram: Tensor | None, **hyper: object) -> Weights:
         """Return the derivatives of the logarithms."""
         return Weights(shared=1 / losses)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -45,7 +43,7 @@ class STCH(AbsWeighting):
         *,
         STCH_mu: float = 1.0,
         STCH_warmup_epoch: int = 4,
-        **hyper: Any,
+        **hyper: object,
     ) -> Weights:
         """Return the derivatives of the scalarization."""
         tiny = 1e-20

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from fastmtl import ops
@@ -36,7 +34,7 @@ class UPGrad(AbsWeighting):
         *,
         UPGrad_norm_eps: float = 1e-4,
         UPGrad_reg_eps: float = 1e-4,
-        **hyper: Any,
+        **hyper: object,
     ) -> Weights:
         """Return the weights."""
         assert gram is not None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -27,7 +25,7 @@ class UW(AbsWeighting):
         """Create ``loss_scale``."""
         self.loss_scale = nn.Parameter(torch.full((self.task_num,), -0.5))
 
-    def weigh(self, losses: Tensor, gram: Tensor | None, **hyper: Any) -> Weights:
+    def weigh(self, losses: Tensor, gram: Tensor | None, **hyper: object) -> Weights:
         """Return ``1 / (2 exp(s))`` and the gradient of ``s``."""
         weights = 0.5 * torch.exp(-self.loss_scale.detach())
         return Weights(shared=weights, own_grads={"loss_scale": 0.5 - weights * losses})
