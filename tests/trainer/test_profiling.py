@@ -13,8 +13,8 @@ import torch
 from fastmtl import data
 from fastmtl.data.registry import DATASETS, _default_workers
 from fastmtl.errors import UsageError
-from fastmtl.trainer.log import profiling
-from fastmtl.trainer.log.profiling import PARTS, StepProfiler, part
+from fastmtl.support import profiling
+from fastmtl.support.profiling import PARTS, StepProfiler, part
 from fastmtl.weighting import WEIGHTINGS
 from tests.trainer.toy import flat, loaders, make_trainer
 
