@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from fastmtl.architecture.experts import Experts
@@ -33,24 +31,15 @@ class CGC(MMoE):
         ),
     }
 
-    def __init__(
-        self,
-        task_name: list[str],
-        encoder_class: Callable[[], nn.Module],
-        decoders: nn.ModuleDict,
-        rep_grad: bool,
-        multi_input: bool,
-        device: torch.device,
-        **kwargs: Any,
-    ) -> None:
-        given = kwargs.get("num_experts", self.hyper["num_experts"].default)
-        shared, *own = count_experts(given, len(task_name), "CGC")
-        super().__init__(task_name, encoder_class, decoders, rep_grad, multi_input, device, **kwargs)
+    def _make_network(self) -> None:
+        shared, *own = count_experts(self.kwargs["num_experts"], self.task_num, "CGC")
+        super()._make_network()
+        counts = dict(zip(self.task_name, own, strict=True))
         self.experts_specific = nn.ModuleDict(
-            {task: Experts(encoder_class() for _ in range(count)) for task, count in zip(task_name, own, strict=True)}
+            {task: Experts(self.encoder_class() for _ in range(count)) for task, count in counts.items()}
         )
         self.gate_specific = nn.ModuleDict(
-            {task: make_gate(self.input_size, shared + count) for task, count in zip(task_name, own, strict=True)}
+            {task: make_gate(self.input_size, shared + count) for task, count in counts.items()}
         )
 
     def trunk(self, inputs: Tensor, task_name: str | None = None) -> tuple[Tensor, ...]:

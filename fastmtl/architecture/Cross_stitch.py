@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from fastmtl.architecture.base import AbsArchitecture
-from fastmtl.architecture.columns import Columns, mix_columns
+from fastmtl.architecture.columns import Columns
 from fastmtl.errors import UsageError
 
 __all__ = ["Cross_stitch"]
@@ -28,20 +27,10 @@ class Cross_stitch(AbsArchitecture):
         UsageError: The encoder is not made of stages, or every task has its own inputs.
     """
 
-    def __init__(
-        self,
-        task_name: list[str],
-        encoder_class: Callable[[], nn.Module],
-        decoders: nn.ModuleDict,
-        rep_grad: bool,
-        multi_input: bool,
-        device: torch.device,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(task_name, encoder_class, decoders, rep_grad, multi_input, device, **kwargs)
-        if multi_input:
+    def _make_network(self) -> None:
+        if self.multi_input:
             raise UsageError("Cross_stitch mixes features of one input: multi_input must be False.")
-        self.encoder = _CrossStitched([encoder_class() for _ in task_name], task_name)
+        self.encoder = _CrossStitched([self.encoder_class() for _ in self.task_name], self.task_name)
 
 
 class _CrossStitched(Columns):
@@ -50,11 +39,6 @@ class _CrossStitched(Columns):
         # One for every stage, as in LibMTL's checkpoints; nothing follows the last.
         self.cross_unit = nn.Parameter(torch.ones(len(self.resnet_layer), len(task_name), len(task_name)))
 
-    def forward(self, inputs: Tensor) -> list[Tensor]:
-        """Return the representation of every task."""
-        reps: Sequence[Tensor] = [stem(inputs) for stem in self.resnet_conv.values()]
-        for i, layers in enumerate(self.resnet_layer.values()):
-            if i:
-                reps = mix_columns(self.cross_unit[i - 1], reps)
-            reps = [layer(rep) for layer, rep in zip(cast(nn.ModuleList, layers), reps, strict=True)]
-        return list(reps)
+    def mixtures(self) -> list[Tensor | None]:
+        """Return no units for the first stage, and for each further one its own."""
+        return [None, *(self.cross_unit[i] for i in range(len(self.resnet_layer) - 1))]

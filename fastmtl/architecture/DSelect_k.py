@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import reduce
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,17 +43,8 @@ class DSelect_k(MMoE):
 
     _codes: Tensor
 
-    def __init__(
-        self,
-        task_name: list[str],
-        encoder_class: Callable[[], nn.Module],
-        decoders: nn.ModuleDict,
-        rep_grad: bool,
-        multi_input: bool,
-        device: torch.device,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(task_name, encoder_class, decoders, rep_grad, multi_input, device, **kwargs)
+    def _make_network(self) -> None:
+        super()._make_network()
         if self.shared_experts < 2:
             raise UsageError(f"num_experts of DSelect_k must be at least 2, got {self.shared_experts}.")
         self.nonzeros, self.gamma = int(self.kwargs["num_nonzeros"]), float(self.kwargs["kgamma"])
@@ -67,9 +56,9 @@ class DSelect_k(MMoE):
         # MMoE's gates were drawn too, so that a seed gives LibMTL's initial weights.
         self.gate_specific = None
         self._z_logits = nn.ModuleDict(
-            {task: nn.Linear(self.input_size, self.nonzeros * self.bits) for task in task_name}
+            {task: nn.Linear(self.input_size, self.nonzeros * self.bits) for task in self.task_name}
         )
-        self._w_logits = nn.ModuleDict({task: nn.Linear(self.input_size, self.nonzeros) for task in task_name})
+        self._w_logits = nn.ModuleDict({task: nn.Linear(self.input_size, self.nonzeros) for task in self.task_name})
         for logits, bound in ((self._z_logits, self.gamma / 100), (self._w_logits, 0.05)):
             for param in logits.parameters():
                 nn.init.uniform_(param, -bound, bound)

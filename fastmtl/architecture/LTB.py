@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import sqrt
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmtl.architecture.base import AbsArchitecture
-from fastmtl.architecture.columns import Columns, mix_columns
+from fastmtl.architecture.columns import Columns
 from fastmtl.errors import UsageError
 
 __all__ = ["LTB"]
@@ -35,20 +35,10 @@ class LTB(AbsArchitecture):
     _epoch: int | None = None
     _epochs: int | None = None
 
-    def __init__(
-        self,
-        task_name: list[str],
-        encoder_class: Callable[[], nn.Module],
-        decoders: nn.ModuleDict,
-        rep_grad: bool,
-        multi_input: bool,
-        device: torch.device,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(task_name, encoder_class, decoders, rep_grad, multi_input, device, **kwargs)
-        if multi_input:
+    def _make_network(self) -> None:
+        if self.multi_input:
             raise UsageError("LTB chooses between features of one input: multi_input must be False.")
-        self.encoder = _Branched([encoder_class() for _ in task_name], task_name)
+        self.encoder = _Branched([self.encoder_class() for _ in self.task_name], self.task_name)
 
     @property
     def epoch(self) -> int | None:
@@ -90,14 +80,10 @@ class _Branched(Columns):
         self.choice = "all" if epoch < epochs / 100 else "sample"
         self.tau.fill_(epochs / 20 / sqrt(epoch + 1))
 
-    def forward(self, inputs: Tensor) -> list[Tensor]:
-        """Return the representation of every task."""
+    def mixtures(self) -> list[Tensor | None]:
+        """Return the choice of every stage."""
         choices = self._choose()
-        reps: Sequence[Tensor] = [stem(inputs) for stem in self.resnet_conv.values()]
-        for i, layers in enumerate(self.resnet_layer.values(), start=1):
-            reps = mix_columns(choices[i], reps)
-            reps = [layer(rep) for layer, rep in zip(cast(nn.ModuleList, layers), reps, strict=True)]
-        return list(reps)
+        return [choices[i] for i in range(1, len(self.resnet_layer) + 1)]
 
     def _choose(self) -> Tensor:
         if self.choice == "all":

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from math import prod
-from typing import Any, cast
+from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from fastmtl.architecture.base import AbsArchitecture
@@ -42,27 +41,17 @@ class MMoE(AbsArchitecture):
         ),
     }
 
-    def __init__(
-        self,
-        task_name: list[str],
-        encoder_class: Callable[[], nn.Module],
-        decoders: nn.ModuleDict,
-        rep_grad: bool,
-        multi_input: bool,
-        device: torch.device,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(task_name, encoder_class, decoders, rep_grad, multi_input, device, **kwargs)
+    def _make_network(self) -> None:
         self.img_size = image_size(self.kwargs["img_size"])
         given = self.kwargs["num_experts"]
         counts = integers(given, "num_experts")
         if not counts or counts[0] < 1:
             raise UsageError(f"num_experts must be at least 1, got {given}.")
         self.shared_experts = counts[0]
-        self.experts_shared = Experts(encoder_class() for _ in range(self.shared_experts))
+        self.experts_shared = Experts(self.encoder_class() for _ in range(self.shared_experts))
         self.input_size = prod(self.img_size) if self.img_size else feature_dim(self.experts_shared[0])
         self.gate_specific: nn.ModuleDict | None = nn.ModuleDict(
-            {task: make_gate(self.input_size, self.shared_experts) for task in task_name}
+            {task: make_gate(self.input_size, self.shared_experts) for task in self.task_name}
         )
 
     def trunk(self, inputs: Tensor, task_name: str | None = None) -> tuple[Tensor, ...]:

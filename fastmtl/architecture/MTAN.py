@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, cast
+from collections.abc import Iterable
+from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from fastmtl.architecture.attention import AttentionEncoder
@@ -27,22 +26,12 @@ class MTAN(AbsArchitecture):
         UsageError: The encoder is not made of stages.
     """
 
-    def __init__(
-        self,
-        task_name: list[str],
-        encoder_class: Callable[[], nn.Module],
-        decoders: nn.ModuleDict,
-        rep_grad: bool,
-        multi_input: bool,
-        device: torch.device,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(task_name, encoder_class, decoders, rep_grad, multi_input, device, **kwargs)
-        encoder = encoder_class()
+    def _make_network(self) -> None:
+        encoder = self.encoder_class()
         inner = getattr(encoder, "resnet_network", encoder)
         stages = Stages.of(inner, "MTAN", ", a module that holds one as resnet_network,")
         maps = any(isinstance(module, nn.Conv2d) for module in inner.modules())
-        attention = AttentionEncoder(stages, task_name, maps)
+        attention = AttentionEncoder(stages, self.task_name, maps)
         if inner is encoder:
             self.encoder = attention
         else:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -44,21 +44,11 @@ class PLE(AbsArchitecture):
         "shared_gate": Hyper(type=bool, default=False, help="A shared path with a gate of its own, as in the paper."),
     }
 
-    def __init__(
-        self,
-        task_name: list[str],
-        encoder_class: Callable[[], nn.Module],
-        decoders: nn.ModuleDict,
-        rep_grad: bool,
-        multi_input: bool,
-        device: torch.device,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(task_name, encoder_class, decoders, rep_grad, multi_input, device, **kwargs)
+    def _make_network(self) -> None:
         shared, *own = count_experts(self.kwargs["num_experts"], self.task_num, "PLE")
         self.encoder = _Extraction(
-            [encoder_class() for _ in range(shared)],
-            {task: [encoder_class() for _ in range(count)] for task, count in zip(task_name, own, strict=True)},
+            [self.encoder_class() for _ in range(shared)],
+            {task: [self.encoder_class() for _ in range(n)] for task, n in zip(self.task_name, own, strict=True)},
             image_size(self.kwargs["img_size"]),
             bool(self.kwargs["shared_gate"]),
         )

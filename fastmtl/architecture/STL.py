@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
 
-import torch
 from torch import Tensor, nn
 
 from fastmtl.architecture.base import AbsArchitecture
@@ -29,18 +27,8 @@ class STL(AbsArchitecture):
 
     encoder: nn.ModuleDict
 
-    def __init__(
-        self,
-        task_name: list[str],
-        encoder_class: Callable[[], nn.Module],
-        decoders: nn.ModuleDict,
-        rep_grad: bool,
-        multi_input: bool,
-        device: torch.device,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(task_name, encoder_class, decoders, rep_grad, multi_input, device, **kwargs)
-        self.encoder = nn.ModuleDict({task: encoder_class() for task in task_name})
+    def _make_network(self) -> None:
+        self.encoder = nn.ModuleDict({task: self.encoder_class() for task in self.task_name})
 
     def trunk(self, inputs: Tensor, task_name: str | None = None) -> tuple[Tensor, ...]:
         """Return the inputs: nothing is shared."""

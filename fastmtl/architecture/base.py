@@ -57,7 +57,11 @@ class AbsArchitecture(nn.Module):
         self.kwargs = {name: spec.default for name, spec in self.hyper.items()} | kwargs
         if rep_grad:
             self.rep_tasks: dict[str, Tensor] = {}
-            self.rep: Any = {}
+            self.rep: Tensor | dict[str, Tensor] = {}
+        self._make_network()
+
+    def _make_network(self) -> None:
+        """Make the encoder and whatever else lies between inputs and decoders; for subclasses."""
 
     def trunk(self, inputs: Tensor, task_name: str | None = None) -> tuple[Tensor, ...]:
         """Return the shared features all branches start from.

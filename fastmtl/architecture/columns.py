@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from fastmtl.architecture.stages import Stages
 
-__all__ = ["Columns", "mix_columns"]
+__all__ = ["Columns"]
 
 
 class Columns(nn.Module):
@@ -32,8 +33,21 @@ class Columns(nn.Module):
             {str(i): nn.ModuleList(each.stages[i] for each in columns) for i in range(len(columns[0].stages))}
         )
 
+    def mixtures(self) -> Sequence[Tensor | None]:
+        """Return for each stage the (T, T) units that mix what it reads, None where every task reads its own."""
+        raise NotImplementedError
 
-def mix_columns(units: Tensor, reps: Sequence[Tensor]) -> Sequence[Tensor]:
+    def forward(self, inputs: Tensor) -> list[Tensor]:
+        """Return the representation of every task."""
+        reps: Sequence[Tensor] = [stem(inputs) for stem in self.resnet_conv.values()]
+        for units, layers in zip(self.mixtures(), self.resnet_layer.values(), strict=True):
+            if units is not None:
+                reps = _mix(units, reps)
+            reps = [layer(rep) for layer, rep in zip(cast(nn.ModuleList, layers), reps, strict=True)]
+        return list(reps)
+
+
+def _mix(units: Tensor, reps: Sequence[Tensor]) -> Sequence[Tensor]:
     """Return for each task t ``sum_j units_tj reps_j``.
 
     Args:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from math import prod
 from operator import index
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,9 @@ from fastmtl.errors import UsageError
 from fastmtl.support.hyper import Hyper
 
 __all__ = ["IMG_SIZE", "count_experts", "feature_dim", "flatten", "image_size", "integers", "make_gate", "mix", "pool"]
+
+# Hyper-parameters that are integers: one, several, or text as on LibMTL's command line.
+Integers = int | str | Iterable[int | str]
 
 IMG_SIZE = Hyper(
     type=int,
@@ -78,7 +80,7 @@ def feature_dim(encoder: nn.Module) -> int:
     return dim
 
 
-def integers(given: Any, name: str) -> list[int]:
+def integers(given: Integers, name: str) -> list[int]:
     """Return one integer or several as a list; they may be text, as on LibMTL's command line.
 
     Args:
@@ -88,14 +90,14 @@ def integers(given: Any, name: str) -> list[int]:
     Raises:
         UsageError: Something else.
     """
-    several = isinstance(given, Iterable) and not isinstance(given, str)
+    several = given if isinstance(given, Iterable) and not isinstance(given, str) else [given]
     try:
-        return [int(each) if isinstance(each, str) else index(each) for each in (given if several else [given])]
+        return [int(each) if isinstance(each, str) else index(each) for each in several]
     except (TypeError, ValueError):
         raise UsageError(f"{name} must be an integer or a list of them, got {given!r}.") from None
 
 
-def image_size(given: Any) -> list[int]:
+def image_size(given: Integers) -> list[int]:
     """Return ``img_size`` as a list, empty where none is given.
 
     Raises:
@@ -107,7 +109,7 @@ def image_size(given: Any) -> list[int]:
     return size
 
 
-def count_experts(given: int | Sequence[int], tasks: int, owner: str) -> list[int]:
+def count_experts(given: Integers, tasks: int, owner: str) -> list[int]:
     """Return the number of shared experts and the number of every task's own.
 
     Args:
