@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastmtl import ops
 from fastmtl.errors import UsageError
+from fastmtl.support.dtypes import wide_dtype
 
 __all__ = ["DualConeProjector", "Matrix", "PSDMatrix", "QuadprogProjector", "normalized"]
 
@@ -58,27 +59,17 @@ class QuadprogProjector(DualConeProjector):
     Source: Quinton and Rey, "Jacobian Descent for Multi-Objective Optimization", 2024, Proposition 1.
     """
 
+    norm_eps: float
+    reg_eps: float
+
     def __init__(self, *, norm_eps: float = 0.0001, reg_eps: float = 0.0001) -> None:
         self.norm_eps = norm_eps
         self.reg_eps = reg_eps
 
-    @property
-    def norm_eps(self) -> float:
-        """Traces of G below it count as zero."""
-        return self._norm_eps
-
-    @norm_eps.setter
-    def norm_eps(self, value: float) -> None:
-        self._norm_eps = _nonnegative("norm_eps", value)
-
-    @property
-    def reg_eps(self) -> float:
-        """What is added to the diagonal of the normalised G."""
-        return self._reg_eps
-
-    @reg_eps.setter
-    def reg_eps(self, value: float) -> None:
-        self._reg_eps = _nonnegative("reg_eps", value)
+    def __setattr__(self, name: str, value: float) -> None:
+        if name in ("norm_eps", "reg_eps") and not value >= 0:
+            raise UsageError(f"{name} must be at least 0, got {value}.")
+        super().__setattr__(name, value)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(norm_eps={self.norm_eps}, reg_eps={self.reg_eps})"
@@ -86,14 +77,8 @@ class QuadprogProjector(DualConeProjector):
     @torch.no_grad()
     def __call__(self, U: Tensor, G: Tensor) -> Tensor:
         """Return the weights, in the dtype of ``G``."""
-        wide = G.to(torch.float32 if G.device.type == "mps" else torch.float64)
+        wide = G.to(wide_dtype(G.device))
         identity = torch.eye(len(G), dtype=wide.dtype, device=G.device)
         matrix = normalized(wide, self.norm_eps) + self.reg_eps * identity
         projected = ops.dual_cone(matrix, U.to(wide).reshape(-1, len(G)))
         return projected.reshape(U.shape).to(G.dtype)
-
-
-def _nonnegative(name: str, value: float) -> float:
-    if not value >= 0:
-        raise UsageError(f"{name} must be at least 0, got {value}.")
-    return value

@@ -28,18 +28,18 @@ def check_orders(orders: Tensor, gram: Tensor) -> None:
 
 
 def as_orders(orders: Tensor) -> Tensor:
-    """Return int64 orders on the CPU: those given, or the tasks by rising keys, equal ones by number and NaN last."""
-    orders = orders.cpu()
+    """Return int64 orders: those given, or the tasks by rising keys, equal ones by number and NaN last."""
     return orders.argsort(dim=1, stable=True) if orders.is_floating_point() else orders
 
 
 def check_tasks(orders: Tensor) -> None:
-    """Refuse orders with an entry that is no task, where reading them waits for no device.
+    """Refuse orders with an entry that is no task; waits for the device.
 
     Raises:
         UsageError: An entry outside 0 .. T-1.
     """
-    if orders.device.type == "cpu" and orders.numel() and not 0 <= int(orders.min()) <= int(orders.max()) < len(orders):
-        raise UsageError(
-            f"orders must hold tasks 0 .. {len(orders) - 1}, got {int(orders.min())} .. {int(orders.max())}."
-        )
+    if orders.is_floating_point() or not orders.numel():
+        return
+    least, most = int(orders.min()), int(orders.max())
+    if least < 0 or most >= len(orders):
+        raise UsageError(f"orders must hold tasks 0 .. {len(orders) - 1}, got {least} .. {most}.")

@@ -8,15 +8,18 @@ The same schema in ``fastmtl_cpp`` and ``fastmtl_cuda`` reaches one backend by n
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 from fastmtl.ops import _loader
 
 __all__ = ["OPS", "Op", "backend_report", "declare", "implementation"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _LIBRARIES = {ns: torch.library.Library(ns, "DEF") for ns in ("fastmtl", "fastmtl_cpp", "fastmtl_cuda")}
 
@@ -34,32 +37,64 @@ class Op:
 OPS: dict[str, Op] = {}
 
 
-def declare(name: str, schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Declare an op and return it.
+def declare(
+    name: str,
+    schema: str,
+    *,
+    check: Callable[P, object],
+    reference: Callable[P, R],
+    fake: Callable[P, R],
+    check_contents: Callable[P, object] | None = None,
+) -> Callable[P, R]:
+    """Declare an op and return it; where its kernel refuses the arguments, the checks find the sentence for the user.
 
     Args:
         name: Name of the op, of its C++ kernel and of its Triton module.
         schema: Arguments and result in the dispatcher's language, annotated where an argument is mutated.
-        reference: Pure-torch implementation for every device.
+        check: Refuses arguments that do not fit together; runs while compiling too, so it reads no entry.
+        reference: Pure-torch implementation for every device, of arguments that have passed the checks.
         fake: Returns empty tensors with the shape, strides and dtype of the result; runs while compiling.
+        check_contents: Refuses what only the numbers or their place in memory show.
     """
+    checks = [check] if check_contents is None else [check, check_contents]
+    reference = _checked(checks, reference)
+    fake = _checked([check], fake)
     for namespace, library in _LIBRARIES.items():
         library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
     overload = getattr(torch.ops.fastmtl, name).default
 
     @functools.wraps(reference)
-    def last_resort(*args: Any, **kwargs: Any) -> Any:
+    def last_resort(*args: P.args, **kwargs: P.kwargs) -> R:
         if _loader.settle(name, _device_type(args)):
             return overload(*args, **kwargs)
         return reference(*args, **kwargs)
 
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return overload(*args, **kwargs)
+        except RuntimeError:
+            # Kernels refuse with a terse message.
+            for each in checks:
+                each(*args, **kwargs)
+            raise
+
     _LIBRARIES["fastmtl"].impl(name, last_resort, "CompositeExplicitAutograd")
     OPS[name] = Op(name=name, schema=schema, reference=torch.no_grad()(reference), overload=overload)
-    return overload
+    return call
 
 
-def _device_type(args: tuple[Any, ...]) -> str:
+def _checked(checks: Sequence[Callable[P, object]], function: Callable[P, R]) -> Callable[P, R]:
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        for check in checks:
+            check(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
+
+
+def _device_type(args: Sequence[object]) -> str:
     for arg in args:
         for item in arg if isinstance(arg, (list, tuple)) else (arg,):
             if isinstance(item, torch.Tensor):

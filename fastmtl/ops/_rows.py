@@ -6,6 +6,7 @@ task-major list (row t, tensor k at ``t * K + k``); None stands for a zero gradi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -20,6 +21,7 @@ __all__ = [
     "check_rows",
     "columns",
     "device_of",
+    "empty_sum",
     "flatten",
     "is_dense",
     "shared_strides",
@@ -117,6 +119,12 @@ def is_dense(tensor: Tensor) -> bool:
             return False
         expected *= size
     return True
+
+
+def empty_sum(column: Sequence[Tensor]) -> Tensor:
+    """Return an empty tensor for a sum of tensors of one shape: in their promoted dtype and :func:`shared_strides`."""
+    dtype = functools.reduce(torch.promote_types, (row.dtype for row in column))
+    return torch.empty_strided(column[0].shape, shared_strides(column), dtype=dtype, device=column[0].device)
 
 
 def shared_strides(column: Sequence[Tensor]) -> tuple[int, ...]:

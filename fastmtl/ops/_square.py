@@ -1,13 +1,20 @@
-"""What the ops on a (T, T) Gram matrix share: checks of their arguments and the dtype of their weights."""
+"""What the ops on a (T, T) Gram matrix share: checks of their arguments, how they are declared, where they compute."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec
 
 import torch
 from torch import Tensor
 
 from fastmtl.errors import UsageError
+from fastmtl.ops._registry import declare
+from fastmtl.support.dtypes import wide_dtype
 
-__all__ = ["check_gram", "check_vector", "weight_dtype"]
+__all__ = ["check_gram", "check_vector", "check_warm", "declare_solver", "solved"]
+
+P = ParamSpec("P")
 
 
 def check_gram(gram: Tensor) -> None:
@@ -39,6 +46,72 @@ def check_vector(name: str, vector: Tensor | None, gram: Tensor) -> None:
         raise UsageError(f"{name} must be on gram's device {gram.device}, got {vector.device}.")
 
 
-def weight_dtype(device: torch.device) -> torch.dtype:
-    """Return float64, or float32 on MPS, the one device without it."""
-    return torch.float32 if device.type == "mps" else torch.float64
+def check_warm(gram: Tensor, warm_start: Tensor | None = None) -> None:
+    """Refuse what is no Gram matrix, and weights to start from that do not fit it.
+
+    Raises:
+        UsageError: As :func:`check_gram` and :func:`check_vector` say.
+    """
+    check_gram(gram)
+    check_vector("warm_start", warm_start, gram)
+
+
+def _on_host(value: object) -> object:
+    """Return a tensor as it is on the CPU, numbers in float64; anything else as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    value = value.detach().to("cpu")
+    return value.double() if value.is_floating_point() else value
+
+
+def solved(solve: Callable[..., Tensor], shape: torch.Size, gram: Tensor, *args: object, **named: object) -> Tensor:
+    """Return the weights a solver in plain torch finds on the CPU, all NaN where G is not finite.
+
+    Args:
+        solve: From a finite float64 Gram matrix and the other arguments, all on the CPU, to float64 weights.
+        shape: That of the weights.
+        gram: (T, T).
+        args: The other arguments.
+        named: Other arguments by name.
+
+    Returns:
+        Float64 on the device of ``gram``, float32 on MPS.
+    """
+    matrix = gram.detach().to("cpu").double()
+    if matrix.isfinite().all():
+        weights = solve(matrix, *map(_on_host, args), **{name: _on_host(value) for name, value in named.items()})
+    else:
+        weights = torch.full(shape, torch.nan, dtype=matrix.dtype)
+    return weights.to(wide_dtype(gram.device)).to(gram.device)
+
+
+def declare_solver(
+    name: str,
+    schema: str,
+    *,
+    check: Callable[Concatenate[Tensor, P], object],
+    solve: Callable[..., Tensor],
+    shape: Callable[Concatenate[Tensor, P], torch.Size] | None = None,
+    check_contents: Callable[Concatenate[Tensor, P], object] | None = None,
+) -> Callable[Concatenate[Tensor, P], Tensor]:
+    """Declare an op from a (T, T) Gram matrix, and more, to weights; see :func:`fastmtl.ops._registry.declare`.
+
+    Args:
+        name: Name of the op.
+        schema: Its arguments and result.
+        check: Refuses arguments that do not fit together.
+        solve: The reference, as :func:`solved` takes it.
+        shape: The shape of the weights, (T,) unless given.
+        check_contents: Refuses what only the numbers show.
+    """
+
+    def shape_of(gram: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> torch.Size:
+        return gram.shape[:1] if shape is None else shape(gram, *args, **kwargs)
+
+    def reference(gram: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> Tensor:
+        return solved(solve, shape_of(gram, *args, **kwargs), gram, *args, **kwargs)
+
+    def fake(gram: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> Tensor:
+        return gram.new_empty(shape_of(gram, *args, **kwargs), dtype=wide_dtype(gram.device))
+
+    return declare(name, schema, check=check, reference=reference, fake=fake, check_contents=check_contents)

@@ -9,39 +9,17 @@ from torch import Tensor
 
 from fastmtl.errors import UsageError
 from fastmtl.ops._eigh import Scale, balance
-from fastmtl.ops._registry import declare
-from fastmtl.ops._square import check_gram, check_vector, weight_dtype
+from fastmtl.ops._square import check_gram, check_vector, declare_solver, solved
 
 __all__ = ["aligned"]
 
 
-def _reference(gram: Tensor) -> Tensor:
-    check_gram(gram)
-    return _closed_form(gram.detach().to("cpu").double()).to(weight_dtype(gram.device)).to(gram.device)
+def _closed_form(gram: Tensor, preference: Tensor | None = None, scale: Scale = "min") -> Tensor:
+    transformation = balance(gram, scale)
+    return transformation.sum(dim=1) if preference is None else transformation @ preference
 
 
-def _closed_form(gram: Tensor) -> Tensor:
-    if not gram.isfinite().all():
-        return torch.full_like(gram[0], torch.nan)
-    return balance(gram).sum(dim=1)
-
-
-def _weighted(gram: Tensor, preference: Tensor | None, scale: Scale) -> Tensor:
-    check_gram(gram)
-    check_vector("preference", preference, gram)
-    matrix = gram.detach().to("cpu").double()
-    if not matrix.isfinite().all():
-        return torch.full_like(gram[0], torch.nan, dtype=weight_dtype(gram.device))
-    wanted = torch.ones_like(matrix[0]) if preference is None else preference.detach().to("cpu").double()
-    return (balance(matrix, scale) @ wanted).to(weight_dtype(gram.device)).to(gram.device)
-
-
-def _fake(gram: Tensor) -> Tensor:
-    check_gram(gram)
-    return gram.new_empty(gram.shape[:1], dtype=weight_dtype(gram.device))
-
-
-_aligned = declare("aligned", "(Tensor gram) -> Tensor", reference=_reference, fake=_fake)
+_aligned = declare_solver("aligned", "(Tensor gram) -> Tensor", check=check_gram, solve=_closed_form)
 
 
 def aligned(gram: Tensor, preference: Tensor | None = None, scale: Scale = "min") -> Tensor:
@@ -85,10 +63,8 @@ def aligned(gram: Tensor, preference: Tensor | None = None, scale: Scale = "min"
     if scale not in get_args(Scale):
         raise UsageError(f"scale must be one of {', '.join(get_args(Scale))}, got {scale!r}.")
     if preference is not None or scale != "min":
-        return _weighted(gram, preference, scale)
-    try:
-        return _aligned(gram)
-    except RuntimeError:
-        # Kernels refuse with a terse message; the full check finds the sentence for the user.
         check_gram(gram)
-        raise
+        check_vector("preference", preference, gram)
+        wanted = torch.ones_like(gram[0]) if preference is None else preference
+        return solved(_closed_form, gram.shape[:1], gram, wanted, scale)
+    return _aligned(gram)

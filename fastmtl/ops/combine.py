@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastmtl.errors import UsageError
 from fastmtl.ops._registry import declare
-from fastmtl.ops._rows import Rows, check_groups, check_rows, columns, device_of, flatten, is_dense, shared_strides
+from fastmtl.ops._rows import Rows, check_groups, check_rows, columns, device_of, empty_sum, flatten, is_dense
 
 __all__ = ["check_combine", "check_combine_", "combine", "combine_", "empty_results"]
 
@@ -26,14 +26,6 @@ def _check_weights(weights: Tensor, num_rows: int, num_groups: int | None, many:
         fits = 1 <= weights.dim() <= 1 + many and weights.shape[-1] == num_rows
     if not fits:
         raise UsageError(f"weights must have the shape {allowed}, got {tuple(weights.shape)}.")
-
-
-def _check(
-    rows: Sequence[Tensor | None], num_rows: int, weights: Tensor, groups: Sequence[int] | None, many: bool
-) -> None:
-    check_rows(rows, num_rows)
-    num_groups = check_groups(groups, len(rows) // num_rows)
-    _check_weights(weights, num_rows, None if groups is None else num_groups, many)
 
 
 def _check_out(out: Sequence[Tensor], rows: Sequence[Tensor | None], num_rows: int) -> None:
@@ -65,13 +57,33 @@ def _check_apart(out: Sequence[Tensor]) -> None:
             raise UsageError(f"out[{k}] and out[{other}] must not overlap in memory.")
 
 
-def check_combine(rows: Sequence[Tensor | None], num_rows: int, weights: Tensor, groups: Sequence[int] | None) -> None:
-    """Refuse what ``combine`` does not take.
+def check_combine(
+    rows: Sequence[Tensor | None],
+    num_rows: int,
+    weights: Tensor,
+    groups: Sequence[int] | None = None,
+    many: bool = True,
+) -> None:
+    """Refuse what ``combine`` does not take, or several sums unless ``many``.
 
     Raises:
         UsageError: Arguments that do not fit together.
     """
-    _check(rows, num_rows, weights, groups, many=True)
+    check_rows(rows, num_rows)
+    num_groups = check_groups(groups, len(rows) // num_rows)
+    _check_weights(weights, num_rows, None if groups is None else num_groups, many)
+
+
+def _check_into(
+    out: Sequence[Tensor],
+    rows: Sequence[Tensor | None],
+    num_rows: int,
+    weights: Tensor,
+    groups: Sequence[int] | None = None,
+    accumulate: bool = False,
+) -> None:
+    check_combine(rows, num_rows, weights, groups, many=False)
+    _check_out(out, rows, num_rows)
 
 
 def check_combine_(
@@ -86,13 +98,12 @@ def check_combine_(
     Raises:
         UsageError: Arguments that do not fit together.
     """
-    _check(rows, num_rows, weights, groups, many=False)
-    _check_out(out, rows, num_rows)
+    _check_into(out, rows, num_rows, weights, groups)
     _check_apart(out)
 
 
 def empty_results(
-    rows: Sequence[Tensor | None], num_rows: int, weights: Tensor, groups: Sequence[int] | None
+    rows: Sequence[Tensor | None], num_rows: int, weights: Tensor, groups: Sequence[int] | None = None
 ) -> list[Tensor]:
     """Return what ``combine`` is to fill."""
     return [result for result, _, _ in _results(rows, num_rows, weights, groups)]
@@ -106,14 +117,7 @@ def _results(
     for one in per_result:
         for k, column in enumerate(columns(rows, num_rows)):
             if column:
-                tensors = [row for _, row in column]
-                dtype = tensors[0].dtype
-                for row in tensors:
-                    dtype = torch.promote_types(dtype, row.dtype)
-                empty = torch.empty_strided(
-                    tensors[0].shape, shared_strides(tensors), dtype=dtype, device=tensors[0].device
-                )
-                yield empty, one if groups is None else one[groups[k]], column
+                yield empty_sum([row for _, row in column]), one if groups is None else one[groups[k]], column
 
 
 def _weighted_sum(weights: Tensor, column: list[tuple[int, Tensor]], dtype: torch.dtype) -> Tensor:
@@ -130,29 +134,22 @@ def _sum_dtype(*dtypes: torch.dtype) -> torch.dtype:
 
 
 def _reference(
-    rows: list[Tensor | None], num_rows: int, weights: Tensor, groups: list[int] | None = None
+    rows: Sequence[Tensor | None], num_rows: int, weights: Tensor, groups: Sequence[int] | None = None
 ) -> list[Tensor]:
-    _check(rows, num_rows, weights, groups, many=True)
-    results = []
-    for result, row_weights, column in _results(rows, num_rows, weights, groups):
-        results.append(result.copy_(_weighted_sum(row_weights, column, _sum_dtype(result.dtype))))
-    return results
-
-
-def _fake(rows: list[Tensor | None], num_rows: int, weights: Tensor, groups: list[int] | None = None) -> list[Tensor]:
-    check_combine(rows, num_rows, weights, groups)
-    return empty_results(rows, num_rows, weights, groups)
+    return [
+        result.copy_(_weighted_sum(row_weights, column, _sum_dtype(result.dtype)))
+        for result, row_weights, column in _results(rows, num_rows, weights, groups)
+    ]
 
 
 def _reference_(
-    out: list[Tensor],
-    rows: list[Tensor | None],
+    out: Sequence[Tensor],
+    rows: Sequence[Tensor | None],
     num_rows: int,
     weights: Tensor,
-    groups: list[int] | None = None,
+    groups: Sequence[int] | None = None,
     accumulate: bool = False,
 ) -> None:
-    check_combine_(out, rows, num_rows, weights, groups)
     totals = []
     for k, (target, column) in enumerate(zip(out, columns(rows, num_rows), strict=True)):
         dtype = _sum_dtype(target.dtype, *(row.dtype for _, row in column))
@@ -165,29 +162,20 @@ def _reference_(
         target.copy_(total)
 
 
-def _fake_(
-    out: list[Tensor],
-    rows: list[Tensor | None],
-    num_rows: int,
-    weights: Tensor,
-    groups: list[int] | None = None,
-    accumulate: bool = False,
-) -> None:
-    _check(rows, num_rows, weights, groups, many=False)
-    _check_out(out, rows, num_rows)
-
-
 _combine = declare(
     "combine",
     "(Tensor?[] rows, int num_rows, Tensor weights, int[]? groups=None) -> Tensor[]",
+    check=lambda rows, num_rows, weights, groups=None: check_combine(rows, num_rows, weights, groups),
     reference=_reference,
-    fake=_fake,
+    fake=empty_results,
 )
 _combine_ = declare(
     "combine_",
     "(Tensor(a!)[] out, Tensor?[] rows, int num_rows, Tensor weights, int[]? groups=None, bool accumulate=False) -> ()",
+    check=_check_into,
     reference=_reference_,
-    fake=_fake_,
+    fake=lambda *args, **kwargs: None,
+    check_contents=lambda out, *args, **kwargs: _check_apart(out),
 )
 
 
@@ -220,17 +208,13 @@ def combine(
     """
     flat, num_rows = flatten(rows)
     width = len(flat) // num_rows
-    try:
-        sums = _combine(flat, num_rows, weights, groups)
-    except RuntimeError:
-        check_combine(flat, num_rows, weights, groups)
-        raise
+    sums = _combine(flat, num_rows, weights, groups)
     for k in range(width):
         if flat[k] is None and all(row is None for row in flat[k::width]):
             return _with_missing(sums, flat, num_rows, weights, groups)
     if weights.dim() == 1 or groups is not None:
         return cast(list[Tensor | None], sums)
-    return [sums[m * width : (m + 1) * width] for m in range(len(weights))]
+    return [list[Tensor | None](sums[m * width : (m + 1) * width]) for m in range(len(weights))]
 
 
 def _with_missing(
@@ -273,10 +257,6 @@ def combine_(
         [tensor([4., 1.])]
     """
     flat, num_rows = flatten(rows)
-    try:
-        _combine_(out, flat, num_rows, weights, groups, accumulate)
-    except RuntimeError:
-        check_combine_(out, flat, num_rows, weights, groups)
-        raise
+    _combine_(out, flat, num_rows, weights, groups, accumulate)
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(out)

@@ -6,20 +6,12 @@ import torch
 from torch import Tensor
 
 from fastmtl.ops._eigh import equal_projection
-from fastmtl.ops._registry import declare
-from fastmtl.ops._square import check_gram, check_vector, weight_dtype
+from fastmtl.ops._square import check_gram, check_vector, declare_solver, solved
 
 __all__ = ["config"]
 
 
-def _reference(gram: Tensor) -> Tensor:
-    check_gram(gram)
-    return _closed_form(gram.detach().to("cpu").double()).to(weight_dtype(gram.device)).to(gram.device)
-
-
 def _closed_form(gram: Tensor, target: Tensor | None = None) -> Tensor:
-    if not gram.isfinite().all():
-        return torch.full((len(gram),), torch.nan, dtype=gram.dtype)
     inverse, weight, image = equal_projection(gram, target)
     square = weight @ image
     if square <= 0:
@@ -28,12 +20,7 @@ def _closed_form(gram: Tensor, target: Tensor | None = None) -> Tensor:
     return weight * inverse * (projected / square)
 
 
-def _fake(gram: Tensor) -> Tensor:
-    check_gram(gram)
-    return gram.new_empty(gram.shape[:1], dtype=weight_dtype(gram.device))
-
-
-_config = declare("config", "(Tensor gram) -> Tensor", reference=_reference, fake=_fake)
+_config = declare_solver("config", "(Tensor gram) -> Tensor", check=check_gram, solve=_closed_form)
 
 
 def config(gram: Tensor, preference: Tensor | None = None) -> Tensor:
@@ -77,11 +64,5 @@ def config(gram: Tensor, preference: Tensor | None = None) -> Tensor:
     if preference is not None:
         check_gram(gram)
         check_vector("preference", preference, gram)
-        weights = _closed_form(gram.detach().to("cpu").double(), preference.detach().to("cpu").double())
-        return weights.to(weight_dtype(gram.device)).to(gram.device)
-    try:
-        return _config(gram)
-    except RuntimeError:
-        # Kernels refuse with a terse message; the full check finds the sentence for the user.
-        check_gram(gram)
-        raise
+        return solved(_closed_form, gram.shape[:1], gram, preference)
+    return _config(gram)

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.errors import UsageError
-from fastmtl.ops._registry import declare
-from fastmtl.ops._square import check_gram, weight_dtype
+from fastmtl.ops._square import check_gram, declare_solver
 from fastmtl.ops.nonneg_qp import least_on_cosines
 
 __all__ = ["dual_cone"]
@@ -25,19 +24,14 @@ def _check(gram: Tensor, targets: Tensor) -> None:
         raise UsageError(f"targets must be on gram's device {gram.device}, got {targets.device}.")
 
 
-def _reference(gram: Tensor, targets: Tensor) -> Tensor:
-    _check(gram, targets)
-    matrix = gram.detach().to("cpu").double()
-    wanted = targets.detach().to("cpu").double()
-    projected = torch.empty_like(wanted, memory_format=torch.contiguous_format)
-    for target, row in zip(wanted.reshape(-1, len(matrix)), projected.view(-1, len(matrix)), strict=True):
-        row.copy_(_project(matrix, target))
-    return projected.to(weight_dtype(gram.device)).to(gram.device)
+def _project_all(gram: Tensor, targets: Tensor) -> Tensor:
+    rows = [_project(gram, target) for target in targets.reshape(-1, len(gram))]
+    return torch.stack(rows).view(targets.shape) if rows else torch.empty_like(targets)
 
 
 def _project(gram: Tensor, target: Tensor) -> Tensor:
     """Return v by way of z = (v - u) d / m, d_i = sqrt(G_ii) and m = sum(|u| d): the right side is -C (d u) / m."""
-    if not (gram.isfinite().all() and target.isfinite().all()):
+    if not target.isfinite().all():
         return torch.full_like(target, torch.nan)
     length = gram.diagonal().clamp(min=0).sqrt()
     moving = (length > 0).nonzero()[:, 0]
@@ -54,12 +48,13 @@ def _project(gram: Tensor, target: Tensor) -> Tensor:
     return weights
 
 
-def _fake(gram: Tensor, targets: Tensor) -> Tensor:
-    _check(gram, targets)
-    return gram.new_empty(targets.shape, dtype=weight_dtype(gram.device))
-
-
-_dual_cone = declare("dual_cone", "(Tensor gram, Tensor targets) -> Tensor", reference=_reference, fake=_fake)
+_dual_cone = declare_solver(
+    "dual_cone",
+    "(Tensor gram, Tensor targets) -> Tensor",
+    check=_check,
+    solve=_project_all,
+    shape=lambda gram, targets: targets.shape,
+)
 
 
 def dual_cone(gram: Tensor, targets: Tensor) -> Tensor:
@@ -102,9 +97,4 @@ def dual_cone(gram: Tensor, targets: Tensor) -> Tensor:
         tensor([[0.5000, 0.1250],
                 [0.5000, 0.5000]], dtype=torch.float64)
     """
-    try:
-        return _dual_cone(gram, targets)
-    except RuntimeError:
-        # Kernels refuse with a terse message; the full check finds the sentence for the user.
-        _check(gram, targets)
-        raise
+    return _dual_cone(gram, targets)

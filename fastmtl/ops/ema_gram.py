@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -10,14 +11,14 @@ from torch import Tensor
 from fastmtl.errors import UsageError
 from fastmtl.ops._registry import declare
 from fastmtl.ops._rows import Rows, device_of, flatten
-from fastmtl.ops._square import weight_dtype
 from fastmtl.ops._state import check_state, pairs
 from fastmtl.ops.gram import gram_reference
+from fastmtl.support.dtypes import wide_dtype
 
 __all__ = ["ema_gram_"]
 
 
-def _check(state: list[Tensor], rows: list[Tensor | None], num_rows: int, keep: Tensor, gains: Tensor) -> None:
+def _check(state: Sequence[Tensor], rows: Sequence[Tensor | None], num_rows: int, keep: Tensor, gains: Tensor) -> None:
     check_state("state", state, rows, num_rows)
     device = device_of(state)
     for name, vector in (("keep", keep), ("gains", gains)):
@@ -28,25 +29,26 @@ def _check(state: list[Tensor], rows: list[Tensor | None], num_rows: int, keep: 
             )
 
 
-def _reference(state: list[Tensor], rows: list[Tensor | None], num_rows: int, keep: Tensor, gains: Tensor) -> Tensor:
-    _check(state, rows, num_rows, keep, gains)
-    dtype = weight_dtype(device_of(state))
+def _reference(
+    state: Sequence[Tensor], rows: Sequence[Tensor | None], num_rows: int, keep: Tensor, gains: Tensor
+) -> Tensor:
+    dtype = wide_dtype(device_of(state))
     keep, gains = keep.to(dtype), gains.to(dtype)
     for t, own, row in pairs(state, rows, num_rows):
         value = own.to(dtype) * keep[t]
         own.copy_(value if row is None else value + row.to(dtype) * gains[t])
-    return gram_reference(cast(list[Tensor | None], state), num_rows)
+    return gram_reference(state, num_rows)
 
 
-def _fake(state: list[Tensor], rows: list[Tensor | None], num_rows: int, keep: Tensor, gains: Tensor) -> Tensor:
-    _check(state, rows, num_rows, keep, gains)
+def _fake(state: Sequence[Tensor], rows: Sequence[Tensor | None], num_rows: int, keep: Tensor, gains: Tensor) -> Tensor:
     device = device_of(state)
-    return torch.empty(num_rows, num_rows, dtype=weight_dtype(device), device=device)
+    return torch.empty(num_rows, num_rows, dtype=wide_dtype(device), device=device)
 
 
 _ema_gram_ = declare(
     "ema_gram_",
     "(Tensor(a!)[] state, Tensor?[] rows, int num_rows, Tensor keep, Tensor gains) -> Tensor",
+    check=_check,
     reference=_reference,
     fake=_fake,
 )
@@ -88,12 +90,7 @@ def ema_gram_(state: Rows, rows: Rows, keep: Tensor, gains: Tensor) -> Tensor:
     own = cast(list[Tensor], flatten(state)[0])
     if keep.dim() == 0:
         keep = keep.expand(num_rows)
-    try:
-        result = _ema_gram_(own, flat, num_rows, keep, gains)
-    except RuntimeError:
-        # Kernels refuse with a terse message; the full check finds the sentence for the user.
-        _check(own, flat, num_rows, keep, gains)
-        raise
+    result = _ema_gram_(own, flat, num_rows, keep, gains)
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(own)
     return result

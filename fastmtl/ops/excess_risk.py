@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -10,22 +11,21 @@ from torch import Tensor
 from fastmtl.errors import UsageError
 from fastmtl.ops._registry import declare
 from fastmtl.ops._rows import Rows, device_of, flatten
-from fastmtl.ops._square import weight_dtype
 from fastmtl.ops._state import check_state, pairs
+from fastmtl.support.dtypes import wide_dtype
 
 __all__ = ["excess_risk_"]
 
 
-def _check(sums: list[Tensor], rows: list[Tensor | None], num_rows: int, epsilon: float) -> None:
+def _check(sums: Sequence[Tensor], rows: Sequence[Tensor | None], num_rows: int, epsilon: float) -> None:
     check_state("sums", sums, rows, num_rows)
     if not epsilon > 0:
         raise UsageError(f"epsilon must be above 0, got {epsilon}.")
 
 
-def _reference(sums: list[Tensor], rows: list[Tensor | None], num_rows: int, epsilon: float) -> Tensor:
-    _check(sums, rows, num_rows, epsilon)
+def _reference(sums: Sequence[Tensor], rows: Sequence[Tensor | None], num_rows: int, epsilon: float) -> Tensor:
     device = device_of(sums)
-    dtype = weight_dtype(device)
+    dtype = wide_dtype(device)
     risks = torch.zeros(num_rows, dtype=dtype, device=device)
     for t, own, row in pairs(sums, rows, num_rows):
         if row is not None:
@@ -35,15 +35,15 @@ def _reference(sums: list[Tensor], rows: list[Tensor | None], num_rows: int, eps
     return risks
 
 
-def _fake(sums: list[Tensor], rows: list[Tensor | None], num_rows: int, epsilon: float) -> Tensor:
-    _check(sums, rows, num_rows, epsilon)
+def _fake(sums: Sequence[Tensor], rows: Sequence[Tensor | None], num_rows: int, epsilon: float) -> Tensor:
     device = device_of(sums)
-    return torch.empty(num_rows, dtype=weight_dtype(device), device=device)
+    return torch.empty(num_rows, dtype=wide_dtype(device), device=device)
 
 
 _excess_risk_ = declare(
     "excess_risk_",
     "(Tensor(a!)[] sums, Tensor?[] rows, int num_rows, float epsilon) -> Tensor",
+    check=_check,
     reference=_reference,
     fake=_fake,
 )
@@ -82,12 +82,7 @@ def excess_risk_(sums: Rows, rows: Rows, epsilon: float = 1e-7) -> Tensor:
     """
     flat, num_rows = flatten(rows)
     own = cast(list[Tensor], flatten(sums)[0])
-    try:
-        risks = _excess_risk_(own, flat, num_rows, epsilon)
-    except RuntimeError:
-        # Kernels refuse with a terse message; the full check finds the sentence for the user.
-        _check(own, flat, num_rows, epsilon)
-        raise
+    risks = _excess_risk_(own, flat, num_rows, epsilon)
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(own)
     return risks

@@ -8,25 +8,17 @@ import torch
 from torch import Tensor
 
 from fastmtl.errors import UsageError
-from fastmtl.ops._registry import declare
-from fastmtl.ops._square import check_gram, check_vector, weight_dtype
+from fastmtl.ops._square import check_warm, declare_solver
 
 __all__ = ["fairgrad"]
 
 _RIDGE = 1e-10
 
 
-def _check(gram: Tensor, alpha: float, warm_start: Tensor | None) -> None:
-    check_gram(gram)
-    check_vector("warm_start", warm_start, gram)
+def _check(gram: Tensor, alpha: float, warm_start: Tensor | None = None) -> None:
+    check_warm(gram, warm_start)
     if not 0 < alpha < math.inf:
         raise UsageError(f"alpha must be positive and finite, got {alpha}.")
-
-
-def _reference(gram: Tensor, alpha: float, warm_start: Tensor | None = None) -> Tensor:
-    _check(gram, alpha, warm_start)
-    weights = fair_weights(gram.detach().to("cpu").double(), 1 / alpha)
-    return weights.to(weight_dtype(gram.device)).to(gram.device)
 
 
 def fair_weights(gram: Tensor, power: float) -> Tensor:
@@ -36,8 +28,6 @@ def fair_weights(gram: Tensor, power: float) -> Tensor:
     e_i = G_ii^((power - 1) / (2 power + 2)) and the cosines C of the gradients, the objective is
     1/2 (e u)^T C (e u) - sum e_i^2 phi(u_i), phi' = u^-power.
     """
-    if not gram.isfinite().all():
-        return torch.full_like(gram[0], torch.nan)
     square = gram.diagonal()
     kept = (square > 0).nonzero().flatten()
     weights = torch.zeros_like(square)
@@ -95,13 +85,11 @@ def _step_length(cosine: Tensor, unit: Tensor, point: Tensor, step: Tensor, powe
     return low
 
 
-def _fake(gram: Tensor, alpha: float, warm_start: Tensor | None = None) -> Tensor:
-    _check(gram, alpha, warm_start)
-    return gram.new_empty(gram.shape[:1], dtype=weight_dtype(gram.device))
-
-
-_fairgrad = declare(
-    "fairgrad", "(Tensor gram, float alpha, Tensor? warm_start=None) -> Tensor", reference=_reference, fake=_fake
+_fairgrad = declare_solver(
+    "fairgrad",
+    "(Tensor gram, float alpha, Tensor? warm_start=None) -> Tensor",
+    check=_check,
+    solve=lambda gram, alpha, warm_start=None: fair_weights(gram, 1 / alpha),
 )
 
 
@@ -147,9 +135,4 @@ def fairgrad(gram: Tensor, alpha: float, warm_start: Tensor | None = None) -> Te
         >>> fairgrad(torch.tensor([[1.0, 0.0], [0.0, 8.0]]), alpha=0.5)
         tensor([1.0000, 0.5000], dtype=torch.float64)
     """
-    try:
-        return _fairgrad(gram, alpha, warm_start)
-    except RuntimeError:
-        # Kernels refuse with a terse message; the full check finds the sentence for the user.
-        _check(gram, alpha, warm_start)
-        raise
+    return _fairgrad(gram, alpha, warm_start)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor
 from fastmtl.errors import UsageError
 from fastmtl.ops._philox import uniform
 from fastmtl.ops._registry import declare
-from fastmtl.ops._rows import FLOAT_TYPES, Rows, check_rows, columns, device_of, flatten, shared_strides
-from fastmtl.ops._square import weight_dtype
+from fastmtl.ops._rows import FLOAT_TYPES, Rows, check_rows, columns, device_of, empty_sum, flatten, shared_strides
+from fastmtl.support.dtypes import wide_dtype
 
 __all__ = [
     "check_graddrop",
@@ -82,9 +83,8 @@ def empty_results(reps: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tenso
     outer = max(grads[0].shape[1:].numel(), 1)
     results = []
     for r, rep in enumerate(reps):
-        dtype = grads[r].dtype
-        for grad in grads if len(reps) == 1 else ():
-            dtype = torch.promote_types(dtype, grad.dtype)
+        own = grads if len(reps) == 1 else grads[r : r + 1]
+        dtype = functools.reduce(torch.promote_types, (grad.dtype for grad in own))
         results.append(torch.empty_strided(rep.shape, (outer, *strides), dtype=dtype, device=rep.device))
     return results
 
@@ -106,27 +106,19 @@ def _sign(rep: Tensor) -> Tensor:
 
 
 def _reference(
-    reps: list[Tensor], grads: list[Tensor], leak: float, random: Tensor, noise: Tensor | None = None
+    reps: Sequence[Tensor], grads: Sequence[Tensor], leak: float, random: Tensor, noise: Tensor | None = None
 ) -> list[Tensor]:
-    check_graddrop(reps, grads, random, noise)
-    dtype = weight_dtype(grads[0].device)
+    dtype = wide_dtype(grads[0].device)
     shape = grads[0].shape[1:]
     if noise is None:
         noise = _in_memory_order(uniform(random, 0, shape.numel()), shape, feature_strides([*reps, *grads]))
-    each = reps * len(grads) if len(reps) == 1 else reps
+    each = list(reps) * len(grads) if len(reps) == 1 else reps
     wide = [grad.to(dtype) for grad in grads]
     kept = _kept(torch.stack([(g * _sign(rep.to(dtype))).sum(0) for g, rep in zip(wide, each, strict=True)]), noise)
     dropped = [g * torch.where(keep, 1.0, leak) for g, keep in zip(wide, kept, strict=True)]
     if len(reps) == 1:
         dropped = [torch.stack(dropped).sum(0)]
     return [result.copy_(value) for result, value in zip(empty_results(reps, grads), dropped, strict=True)]
-
-
-def _fake(
-    reps: list[Tensor], grads: list[Tensor], leak: float, random: Tensor, noise: Tensor | None = None
-) -> list[Tensor]:
-    check_graddrop(reps, grads, random, noise)
-    return empty_results(reps, grads)
 
 
 def check_graddrop_rows(
@@ -160,24 +152,13 @@ def check_graddrop_rows(
 
 def empty_row_results(rows: Sequence[Tensor | None], num_rows: int) -> list[Tensor]:
     """Return empty results, one for each parameter that has a row."""
-    results = []
-    for column in columns(rows, num_rows):
-        if column:
-            tensors = [row for _, row in column]
-            dtype = tensors[0].dtype
-            for row in tensors:
-                dtype = torch.promote_types(dtype, row.dtype)
-            results.append(
-                torch.empty_strided(tensors[0].shape, shared_strides(tensors), dtype=dtype, device=tensors[0].device)
-            )
-    return results
+    return [empty_sum([row for _, row in column]) for column in columns(rows, num_rows) if column]
 
 
 def _reference_rows(
-    rows: list[Tensor | None], num_rows: int, leak: Tensor, random: Tensor, noise: list[Tensor]
+    rows: Sequence[Tensor | None], num_rows: int, leak: Tensor, random: Tensor, noise: Sequence[Tensor]
 ) -> list[Tensor]:
-    check_graddrop_rows(rows, num_rows, leak, random, noise)
-    dtype = weight_dtype(device_of(rows))
+    dtype = wide_dtype(device_of(rows))
     results = iter(empty_row_results(rows, num_rows))
     written = []
     first = 0
@@ -194,24 +175,19 @@ def _reference_rows(
     return written
 
 
-def _fake_rows(
-    rows: list[Tensor | None], num_rows: int, leak: Tensor, random: Tensor, noise: list[Tensor]
-) -> list[Tensor]:
-    check_graddrop_rows(rows, num_rows, leak, random, noise)
-    return empty_row_results(rows, num_rows)
-
-
 _graddrop = declare(
     "graddrop",
     "(Tensor[] reps, Tensor[] grads, float leak, Tensor random, Tensor? noise=None) -> Tensor[]",
+    check=lambda reps, grads, leak, random, noise=None: check_graddrop(reps, grads, random, noise),
     reference=_reference,
-    fake=_fake,
+    fake=lambda reps, grads, leak, random, noise=None: empty_results(reps, grads),
 )
 _graddrop_rows = declare(
     "graddrop_rows",
     "(Tensor?[] rows, int num_rows, Tensor leak, Tensor random, Tensor[] noise) -> Tensor[]",
+    check=check_graddrop_rows,
     reference=_reference_rows,
-    fake=_fake_rows,
+    fake=lambda rows, num_rows, leak, random, noise: empty_row_results(rows, num_rows),
 )
 
 
@@ -253,12 +229,7 @@ def graddrop(
         >>> graddrop(reps, grads, 0.0, torch.tensor([0, 0]), noise=torch.tensor([0.5, 0.5]))
         [tensor([[4., 2.]])]
     """
-    try:
-        return _graddrop(reps, grads, leak, random, noise)
-    except RuntimeError:
-        # Kernels refuse with a terse message; the full check finds the sentence for the user.
-        check_graddrop(reps, grads, random, noise)
-        raise
+    return _graddrop(reps, grads, leak, random, noise)
 
 
 def graddrop_rows(
@@ -290,9 +261,5 @@ def graddrop_rows(
     """
     flat, num_rows = flatten(rows)
     given = [] if noise is None else list(noise)
-    try:
-        found = iter(_graddrop_rows(flat, num_rows, leak, random, given))
-    except RuntimeError:
-        check_graddrop_rows(flat, num_rows, leak, random, given)
-        raise
+    found = iter(_graddrop_rows(flat, num_rows, leak, random, given))
     return [next(found) if column else None for column in columns(flat, num_rows)]

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastmtl.errors import UsageError
 from fastmtl.ops._orders import as_orders, check_orders, check_tasks
 from fastmtl.ops._registry import declare
-from fastmtl.ops._square import weight_dtype
+from fastmtl.support.dtypes import wide_dtype
 
 __all__ = ["gradvac"]
 
@@ -37,14 +37,11 @@ def _check(gram: Tensor, orders: Tensor, rho: Tensor, beta: float) -> None:
 
 
 def _reference(gram: Tensor, orders: Tensor, rho: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    _check(gram, orders, rho, beta)
-    orders = as_orders(orders)
-    check_tasks(orders)
     size = gram.shape[-1]
     grams = gram.detach().to("cpu").double().view(-1, size, size)
     averages = rho.detach().to("cpu").double().clone().view(-1, size, size)
-    weights = _vaccinate(grams, orders, averages, beta)
-    dtype = weight_dtype(gram.device)
+    weights = _vaccinate(grams, as_orders(orders.cpu()), averages, beta)
+    dtype = wide_dtype(gram.device)
     return weights.view(gram.shape[:-1]).to(dtype).to(gram.device), averages.view(gram.shape).to(dtype).to(gram.device)
 
 
@@ -80,16 +77,17 @@ def _vaccinate(gram: Tensor, orders: Tensor, rho: Tensor, beta: float) -> Tensor
 
 
 def _fake(gram: Tensor, orders: Tensor, rho: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    _check(gram, orders, rho, beta)
-    dtype = weight_dtype(gram.device)
+    dtype = wide_dtype(gram.device)
     return gram.new_empty(gram.shape[:-1], dtype=dtype), gram.new_empty(gram.shape, dtype=dtype)
 
 
 _gradvac = declare(
     "gradvac",
     "(Tensor gram, Tensor orders, Tensor rho, float beta) -> (Tensor, Tensor)",
+    check=_check,
     reference=_reference,
     fake=_fake,
+    check_contents=lambda gram, orders, rho, beta: check_tasks(orders),
 )
 
 
@@ -144,10 +142,4 @@ def gradvac(gram: Tensor, orders: Tensor, rho: Tensor, beta: float) -> tuple[Ten
         (tensor([2.0000, 1.2500], dtype=torch.float64), tensor([[ 0.0000, -0.2500],
                 [-0.2500,  0.0000]], dtype=torch.float64))
     """
-    try:
-        return _gradvac(gram, orders, rho, beta)
-    except RuntimeError:
-        # Kernels refuse with a terse message; the full check finds the sentence for the user.
-        _check(gram, orders, rho, beta)
-        check_tasks(as_orders(orders))
-        raise
+    return _gradvac(gram, orders, rho, beta)

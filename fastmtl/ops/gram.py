@@ -9,21 +9,21 @@ from torch import Tensor
 
 from fastmtl.ops._registry import declare
 from fastmtl.ops._rows import Rows, check_groups, check_rows, columns, device_of, flatten
+from fastmtl.support.dtypes import wide_dtype
 
 __all__ = ["gram", "gram_reference"]
 
 
-def _accumulate_dtype(device: torch.device) -> torch.dtype:
-    # MPS is the one device without float64.
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def gram_reference(rows: list[Tensor | None], num_rows: int, groups: list[int] | None = None) -> Tensor:
-    """Return what :func:`gram` does from a flat task-major list, in plain torch operators."""
+def _check(rows: Sequence[Tensor | None], num_rows: int, groups: Sequence[int] | None = None) -> None:
     check_rows(rows, num_rows)
+    check_groups(groups, len(rows) // num_rows)
+
+
+def gram_reference(rows: Sequence[Tensor | None], num_rows: int, groups: Sequence[int] | None = None) -> Tensor:
+    """Return what :func:`gram` does from a flat task-major list, in plain torch operators."""
     num_groups = check_groups(groups, len(rows) // num_rows)
     device = device_of(rows)
-    dtype = _accumulate_dtype(device)
+    dtype = wide_dtype(device)
     result = torch.zeros(num_groups, num_rows, num_rows, dtype=dtype, device=device)
     for k, column in enumerate(columns(rows, num_rows)):
         if column:
@@ -35,16 +35,19 @@ def gram_reference(rows: list[Tensor | None], num_rows: int, groups: list[int] |
     return result[0] if groups is None else result
 
 
-def _fake(rows: list[Tensor | None], num_rows: int, groups: list[int] | None = None) -> Tensor:
-    check_rows(rows, num_rows)
+def _fake(rows: Sequence[Tensor | None], num_rows: int, groups: Sequence[int] | None = None) -> Tensor:
     num_groups = check_groups(groups, len(rows) // num_rows)
     device = device_of(rows)
     shape = (num_rows, num_rows) if groups is None else (num_groups, num_rows, num_rows)
-    return torch.empty(shape, dtype=_accumulate_dtype(device), device=device)
+    return torch.empty(shape, dtype=wide_dtype(device), device=device)
 
 
 _gram = declare(
-    "gram", "(Tensor?[] rows, int num_rows, int[]? groups=None) -> Tensor", reference=gram_reference, fake=_fake
+    "gram",
+    "(Tensor?[] rows, int num_rows, int[]? groups=None) -> Tensor",
+    check=_check,
+    reference=gram_reference,
+    fake=_fake,
 )
 
 
@@ -75,10 +78,4 @@ def gram(rows: Rows, groups: Sequence[int] | None = None) -> Tensor:
                 [ 1., 10.]], dtype=torch.float64)
     """
     flat, num_rows = flatten(rows)
-    try:
-        return _gram(flat, num_rows, groups)
-    except RuntimeError:
-        # Kernels refuse with a terse message; the full check finds the sentence for the user.
-        check_rows(flat, num_rows)
-        check_groups(groups, len(flat) // num_rows)
-        raise
+    return _gram(flat, num_rows, groups)

@@ -6,21 +6,13 @@ import torch
 from torch import Tensor
 
 from fastmtl.ops._eigh import COSINE_TOLERANCE, equal_projection
-from fastmtl.ops._registry import declare
-from fastmtl.ops._square import check_gram, weight_dtype
+from fastmtl.ops._square import check_gram, declare_solver
 
 __all__ = ["imtl"]
 
 
-def _reference(gram: Tensor) -> Tensor:
-    check_gram(gram)
-    return _closed_form(gram.detach().to("cpu").double()).to(weight_dtype(gram.device)).to(gram.device)
-
-
 def _closed_form(gram: Tensor) -> Tensor:
     size = len(gram)
-    if not gram.isfinite().all():
-        return torch.full((size,), torch.nan, dtype=gram.dtype)
     inverse, weight, _ = equal_projection(gram)
     weight = weight * inverse
     total = weight.sum()
@@ -29,12 +21,7 @@ def _closed_form(gram: Tensor) -> Tensor:
     return inverse / inverse.sum() if inverse.any() else torch.full_like(inverse, 1 / size)
 
 
-def _fake(gram: Tensor) -> Tensor:
-    check_gram(gram)
-    return gram.new_empty(gram.shape[:1], dtype=weight_dtype(gram.device))
-
-
-_imtl = declare("imtl", "(Tensor gram) -> Tensor", reference=_reference, fake=_fake)
+_imtl = declare_solver("imtl", "(Tensor gram) -> Tensor", check=check_gram, solve=_closed_form)
 
 
 def imtl(gram: Tensor) -> Tensor:
@@ -71,9 +58,4 @@ def imtl(gram: Tensor) -> Tensor:
         >>> imtl(torch.tensor([[1.0, 0.0], [0.0, 4.0]]))
         tensor([0.6667, 0.3333], dtype=torch.float64)
     """
-    try:
-        return _imtl(gram)
-    except RuntimeError:
-        # Kernels refuse with a terse message; the full check finds the sentence for the user.
-        check_gram(gram)
-        raise
+    return _imtl(gram)

@@ -5,34 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmtl.ops._registry import declare
-from fastmtl.ops._square import check_gram, check_vector, weight_dtype
+from fastmtl.ops._square import check_warm, declare_solver
 
 __all__ = ["min_norm"]
 
 _RIDGE = 2.0**-42
 
 
-def _check(gram: Tensor, warm_start: Tensor | None) -> None:
-    check_gram(gram)
-    check_vector("warm_start", warm_start, gram)
-
-
-def _reference(gram: Tensor, warm_start: Tensor | None = None) -> Tensor:
-    _check(gram, warm_start)
-    weights = _wolfe(gram.detach().to("cpu").double())
-    return weights.to(weight_dtype(gram.device)).to(gram.device)
-
-
-def _wolfe(gram: Tensor) -> Tensor:
+def _wolfe(gram: Tensor, warm_start: Tensor | None = None) -> Tensor:
     """Wolfe's algorithm on the gradients' cosines, each affine minimiser from a bordered linear system.
 
     It works on v = w d with d_i = sqrt(G_ii), so that the matrix is C = G / (d d^T) plus a ridge, which the guarantee's
     1e-12 s_i pays for, and the constraint sum(w) = 1 is b^T v = 1 with b = min(d) / d.
     """
     size = len(gram)
-    if not gram.isfinite().all():
-        return torch.full((size,), torch.nan, dtype=gram.dtype)
     zero = gram.diagonal() <= 0
     if zero.any():
         return zero.to(gram.dtype) / zero.sum()
@@ -76,12 +62,9 @@ def _affine_minimiser(matrix: Tensor, border: Tensor) -> Tensor:
     return torch.linalg.solve(system, right)[:size]
 
 
-def _fake(gram: Tensor, warm_start: Tensor | None = None) -> Tensor:
-    _check(gram, warm_start)
-    return gram.new_empty(gram.shape[:1], dtype=weight_dtype(gram.device))
-
-
-_min_norm = declare("min_norm", "(Tensor gram, Tensor? warm_start=None) -> Tensor", reference=_reference, fake=_fake)
+_min_norm = declare_solver(
+    "min_norm", "(Tensor gram, Tensor? warm_start=None) -> Tensor", check=check_warm, solve=_wolfe
+)
 
 
 def min_norm(gram: Tensor, warm_start: Tensor | None = None) -> Tensor:
@@ -120,9 +103,4 @@ def min_norm(gram: Tensor, warm_start: Tensor | None = None) -> Tensor:
         >>> min_norm(torch.tensor([[1.0, 0.0], [0.0, 4.0]]))
         tensor([0.8000, 0.2000], dtype=torch.float64)
     """
-    try:
-        return _min_norm(gram, warm_start)
-    except RuntimeError:
-        # Kernels refuse with a terse message; the full check finds the sentence for the user.
-        _check(gram, warm_start)
-        raise
+    return _min_norm(gram, warm_start)

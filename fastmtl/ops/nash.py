@@ -4,30 +4,18 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastmtl.ops._registry import declare
-from fastmtl.ops._square import check_gram, check_vector, weight_dtype
+from fastmtl.ops._square import check_warm, declare_solver
 from fastmtl.ops.fairgrad import fair_weights
 
 __all__ = ["nash"]
 
 
-def _check(gram: Tensor, warm_start: Tensor | None) -> None:
-    check_gram(gram)
-    check_vector("warm_start", warm_start, gram)
-
-
-def _reference(gram: Tensor, warm_start: Tensor | None = None) -> Tensor:
-    _check(gram, warm_start)
-    weights = fair_weights(gram.detach().to("cpu").double(), 1.0)
-    return weights.to(weight_dtype(gram.device)).to(gram.device)
-
-
-def _fake(gram: Tensor, warm_start: Tensor | None = None) -> Tensor:
-    _check(gram, warm_start)
-    return gram.new_empty(gram.shape[:1], dtype=weight_dtype(gram.device))
-
-
-_nash = declare("nash", "(Tensor gram, Tensor? warm_start=None) -> Tensor", reference=_reference, fake=_fake)
+_nash = declare_solver(
+    "nash",
+    "(Tensor gram, Tensor? warm_start=None) -> Tensor",
+    check=check_warm,
+    solve=lambda gram, warm_start=None: fair_weights(gram, 1.0),
+)
 
 
 def nash(gram: Tensor, warm_start: Tensor | None = None) -> Tensor:
@@ -68,9 +56,4 @@ def nash(gram: Tensor, warm_start: Tensor | None = None) -> Tensor:
         >>> nash(torch.tensor([[1.0, 0.0], [0.0, 4.0]]))
         tensor([1.0000, 0.5000], dtype=torch.float64)
     """
-    try:
-        return _nash(gram, warm_start)
-    except RuntimeError:
-        # Kernels refuse with a terse message; the full check finds the sentence for the user.
-        _check(gram, warm_start)
-        raise
+    return _nash(gram, warm_start)

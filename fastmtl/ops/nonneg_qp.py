@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmtl.ops._registry import declare
-from fastmtl.ops._square import check_gram, check_vector, weight_dtype
+from fastmtl.ops._square import check_gram, check_vector, declare_solver
 
 __all__ = ["least_on_cosines", "nonneg_qp"]
 
@@ -48,29 +47,22 @@ def least_on_cosines(cosine: Tensor, linear: Tensor) -> Tensor:
     return point
 
 
-def _reference(gram: Tensor, linear: Tensor) -> Tensor:
-    _check(gram, linear)
-    matrix, wanted = gram.detach().to("cpu").double(), linear.detach().to("cpu").double()
-    solution = torch.zeros_like(wanted)
-    moving = (matrix.diagonal() > 0).nonzero()[:, 0]
-    if not (matrix.isfinite().all() and wanted.isfinite().all()):
+def _solve(gram: Tensor, linear: Tensor) -> Tensor:
+    solution = torch.zeros_like(linear)
+    moving = (gram.diagonal() > 0).nonzero()[:, 0]
+    if not linear.isfinite().all():
         solution.fill_(torch.nan)
     elif len(moving) > 0:
-        length = matrix.diagonal()[moving].sqrt()
-        scaled = wanted[moving] / length
+        length = gram.diagonal()[moving].sqrt()
+        scaled = linear[moving] / length
         unit = scaled.abs().max()
         if unit > 0:
-            cosine = matrix[moving][:, moving] / length[:, None] / length
+            cosine = gram[moving][:, moving] / length[:, None] / length
             solution[moving] = least_on_cosines(cosine, scaled / unit) / length * unit
-    return solution.to(weight_dtype(gram.device)).to(gram.device)
+    return solution
 
 
-def _fake(gram: Tensor, linear: Tensor) -> Tensor:
-    _check(gram, linear)
-    return gram.new_empty(gram.shape[:1], dtype=weight_dtype(gram.device))
-
-
-_nonneg_qp = declare("nonneg_qp", "(Tensor gram, Tensor linear) -> Tensor", reference=_reference, fake=_fake)
+_nonneg_qp = declare_solver("nonneg_qp", "(Tensor gram, Tensor linear) -> Tensor", check=_check, solve=_solve)
 
 
 def nonneg_qp(gram: Tensor, linear: Tensor) -> Tensor:
@@ -105,9 +97,4 @@ def nonneg_qp(gram: Tensor, linear: Tensor) -> Tensor:
         >>> nonneg_qp(torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([1.0, -1.0]))
         tensor([0.5000, 0.0000], dtype=torch.float64)
     """
-    try:
-        return _nonneg_qp(gram, linear)
-    except RuntimeError:
-        # Kernels refuse with a terse message; the full check finds the sentence for the user.
-        _check(gram, linear)
-        raise
+    return _nonneg_qp(gram, linear)

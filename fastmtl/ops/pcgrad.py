@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.ops._orders import as_orders, check_orders, check_tasks
-from fastmtl.ops._registry import declare
-from fastmtl.ops._square import check_gram, weight_dtype
+from fastmtl.ops._square import check_gram, declare_solver
 
 __all__ = ["pcgrad"]
 
@@ -17,21 +16,11 @@ def _check(gram: Tensor, orders: Tensor) -> None:
     check_orders(orders, gram)
 
 
-def _reference(gram: Tensor, orders: Tensor) -> Tensor:
-    _check(gram, orders)
-    orders = as_orders(orders)
-    check_tasks(orders)
-    weights = _project(gram.detach().to("cpu").double(), orders)
-    return weights.to(weight_dtype(gram.device)).to(gram.device)
-
-
 def _project(gram: Tensor, orders: Tensor) -> Tensor:
     """Return the column sums of the coefficients, all rows advanced together and each product taken anew."""
-    if not gram.isfinite().all():
-        return torch.full_like(gram[0], torch.nan)
     square = gram.diagonal()
     coefficients = torch.eye(len(gram), dtype=gram.dtype)
-    for others in orders.unbind(1):
+    for others in as_orders(orders).unbind(1):
         product = (coefficients * gram[others]).sum(dim=1)
         conflicts = (product < 0) & (square[others] > 0)
         amount = torch.where(conflicts, -product / square[others], 0)
@@ -39,12 +28,13 @@ def _project(gram: Tensor, orders: Tensor) -> Tensor:
     return coefficients.sum(dim=0)
 
 
-def _fake(gram: Tensor, orders: Tensor) -> Tensor:
-    _check(gram, orders)
-    return gram.new_empty(gram.shape[:1], dtype=weight_dtype(gram.device))
-
-
-_pcgrad = declare("pcgrad", "(Tensor gram, Tensor orders) -> Tensor", reference=_reference, fake=_fake)
+_pcgrad = declare_solver(
+    "pcgrad",
+    "(Tensor gram, Tensor orders) -> Tensor",
+    check=_check,
+    solve=_project,
+    check_contents=lambda gram, orders: check_tasks(orders),
+)
 
 
 def pcgrad(gram: Tensor, orders: Tensor) -> Tensor:
@@ -82,10 +72,4 @@ def pcgrad(gram: Tensor, orders: Tensor) -> Tensor:
         >>> pcgrad(torch.tensor([[1.0, -1.0], [-1.0, 4.0]]), torch.tensor([[1], [0]]))
         tensor([2.0000, 1.2500], dtype=torch.float64)
     """
-    try:
-        return _pcgrad(gram, orders)
-    except RuntimeError:
-        # Kernels refuse with a terse message; the full check finds the sentence for the user.
-        _check(gram, orders)
-        check_tasks(as_orders(orders))
-        raise
+    return _pcgrad(gram, orders)

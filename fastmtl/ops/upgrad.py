@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fastmtl.errors import UsageError
-from fastmtl.ops._registry import declare, implementation
-from fastmtl.ops._square import check_gram, weight_dtype
+from fastmtl.ops._registry import implementation
+from fastmtl.ops._square import check_gram, declare_solver
 
 __all__ = ["upgrad"]
 
@@ -19,23 +19,15 @@ def _check(gram: Tensor, norm_eps: float, reg_eps: float) -> None:
             raise UsageError(f"{name} must be at least 0, got {value}.")
 
 
-def _reference(gram: Tensor, norm_eps: float, reg_eps: float) -> Tensor:
-    _check(gram, norm_eps, reg_eps)
-    matrix = gram.detach().to("cpu").double()
-    trace = matrix.diagonal().sum()
-    identity = torch.eye(len(matrix), dtype=matrix.dtype)
-    scaled = matrix * 0 if trace < norm_eps or trace == 0 else matrix / trace
-    projected = implementation("dual_cone", "reference")(scaled + reg_eps * identity, identity / len(matrix))
-    weights: Tensor = projected.sum(0)
-    return weights.to(weight_dtype(gram.device)).to(gram.device)
+def _solve(gram: Tensor, norm_eps: float, reg_eps: float) -> Tensor:
+    trace = gram.diagonal().sum()
+    identity = torch.eye(len(gram), dtype=gram.dtype)
+    scaled = gram * 0 if trace < norm_eps or trace == 0 else gram / trace
+    projected: Tensor = implementation("dual_cone", "reference")(scaled + reg_eps * identity, identity / len(gram))
+    return projected.sum(0)
 
 
-def _fake(gram: Tensor, norm_eps: float, reg_eps: float) -> Tensor:
-    _check(gram, norm_eps, reg_eps)
-    return gram.new_empty(gram.shape[:1], dtype=weight_dtype(gram.device))
-
-
-_upgrad = declare("upgrad", "(Tensor gram, float norm_eps, float reg_eps) -> Tensor", reference=_reference, fake=_fake)
+_upgrad = declare_solver("upgrad", "(Tensor gram, float norm_eps, float reg_eps) -> Tensor", check=_check, solve=_solve)
 
 
 def upgrad(gram: Tensor, norm_eps: float = 1e-4, reg_eps: float = 1e-4) -> Tensor:
@@ -66,9 +58,4 @@ def upgrad(gram: Tensor, norm_eps: float = 1e-4, reg_eps: float = 1e-4) -> Tenso
         >>> upgrad(torch.tensor([[1.0, -1.0], [-1.0, 4.0]]), reg_eps=0.0)
         tensor([1.0000, 0.6250], dtype=torch.float64)
     """
-    try:
-        return _upgrad(gram, norm_eps, reg_eps)
-    except RuntimeError:
-        # Kernels refuse with a terse message; the full check finds the sentence for the user.
-        _check(gram, norm_eps, reg_eps)
-        raise
+    return _upgrad(gram, norm_eps, reg_eps)

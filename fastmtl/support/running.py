@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fastmtl.support.dtypes import wide_dtype
+
 if TYPE_CHECKING:
     from fastmtl.distributed import Peers
 
@@ -36,8 +38,7 @@ class RunningMean:
     def _add(self, value: Tensor, factor: float | Tensor, weight: float | Tensor) -> None:
         value = value.detach().reshape(())
         if self._total is None:
-            dtype = torch.float32 if value.device.type == "mps" else torch.float64
-            self._total = torch.zeros((), dtype=dtype, device=value.device)
+            self._total = torch.zeros((), dtype=wide_dtype(value.device), device=value.device)
         self._total = self._total + value.to(self._total.dtype) * factor
         self._weight += weight
 
