@@ -12,13 +12,16 @@ from torch import Tensor, nn
 from fastmtl.aggregation.rows import add_combined, as_matrix, gram_of, put
 from fastmtl.errors import UsageError
 from fastmtl.linalg import Matrix, PSDMatrix
-from fastmtl.support.settings import described
+from fastmtl.support.dtypes import wide_dtype
+from fastmtl.support.settings import described, weighting_of
+from fastmtl.support.stateful import Stateful
 
 __all__ = [
     "Aggregator",
     "GramWeighting",
     "GramianWeightedAggregator",
     "MatrixWeighting",
+    "Remembering",
     "WeightedAggregator",
     "Weighting",
     "is_derived",
@@ -82,7 +85,7 @@ class GramWeighting(Weighting[PSDMatrix]):
         """Return the (T,) weights, in the dtype of ``gramian``."""
         if not len(gramian):
             return gramian.new_empty(0)
-        wide = gramian.detach().to(torch.float32 if gramian.device.type == "mps" else torch.float64)
+        wide = gramian.detach().to(wide_dtype(gramian.device))
         return self.weigh(wide).to(gramian.dtype)
 
     @abstractmethod
@@ -151,6 +154,16 @@ class Aggregator(nn.Module, ABC):
         return None
 
 
+class Remembering(Stateful):
+    """An aggregator whose weighting remembers something."""
+
+    def reset(self) -> None:
+        """Forget what the weighting remembers."""
+        weighting = weighting_of(self)
+        assert isinstance(weighting, Stateful)
+        weighting.reset()
+
+
 class WeightedAggregator(Aggregator):
     """A weighted sum of the rows.
 
@@ -163,9 +176,14 @@ class WeightedAggregator(Aggregator):
         self.weighting = weighting
 
     def forward(self, matrix: Tensor, /) -> Tensor:
-        """Return the weighted sum."""
-        weights: Tensor = self.weighting(matrix)
-        return weights.to(matrix.dtype) @ matrix
+        """Return the weighted sum; without a graph where the weights have none by nature."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self._is_solved()):
+            weights: Tensor = self.weighting(matrix)
+            return weights.to(matrix.dtype) @ matrix
+
+    def _is_solved(self) -> bool:
+        """Return whether the weights are the solution of a problem or remembered, through which nothing flows."""
+        return isinstance(self, Remembering)
 
     def write(self, jacobians: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor | None:
         """Add the weighted sum of the rows to ``.grad``; see :meth:`Aggregator.write`."""
@@ -204,11 +222,6 @@ class GramianWeightedAggregator(WeightedAggregator):
     def __init__(self, gramian_weighting: Weighting[Any]) -> None:
         super().__init__(gramian_weighting << self._gram)
         self.gramian_weighting = gramian_weighting
-
-    def forward(self, matrix: Tensor, /) -> Tensor:
-        """Return the weighted sum; without a graph where an op makes the weights."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self._is_solved()):
-            return super().forward(matrix)
 
     def _is_solved(self) -> bool:
         return isinstance(self.gramian_weighting, GramWeighting)

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastmtl import ops
 from fastmtl.aggregation.base import GramianWeightedAggregator, GramWeighting
 from fastmtl.linalg import normalized
-from fastmtl.support.settings import Setting, Through
+from fastmtl.support.settings import Through, at_least
 
 __all__ = ["CAGrad", "CAGradWeighting"]
 
@@ -24,8 +24,8 @@ class CAGradWeighting(GramWeighting):
     """
 
     settings = ("c", "norm_eps")
-    c: Setting[float] = Setting(lambda value: value >= 0, "at least 0")
-    norm_eps: Setting[float] = Setting(lambda value: value >= 0, "at least 0")
+    c = at_least(0.0)
+    norm_eps = at_least(0.0)
 
     def __init__(self, c: float, norm_eps: float = 0.0001) -> None:
         super().__init__()

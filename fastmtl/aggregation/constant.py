@@ -19,7 +19,13 @@ __all__ = [
     "RandomWeighting",
     "Sum",
     "SumWeighting",
+    "equal_weights",
 ]
+
+
+def equal_weights(matrix: Tensor) -> Tensor:
+    """Return T weights 1 / T in the dtype of a matrix of T rows."""
+    return torch.full_like(matrix[:, :0].sum(1), 1 / max(len(matrix), 1))
 
 
 class ConstantWeighting(MatrixWeighting):
@@ -50,7 +56,7 @@ class MeanWeighting(MatrixWeighting):
 
     def forward(self, matrix: Tensor, /) -> Tensor:
         """Return the weights."""
-        return torch.full_like(matrix[:, :0].sum(1), 1 / max(len(matrix), 1))
+        return equal_weights(matrix)
 
 
 class SumWeighting(MatrixWeighting):

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl.aggregation.base import MatrixWeighting, WeightedAggregator
-from fastmtl.support.settings import Setting, Through
+from fastmtl.aggregation.base import MatrixWeighting, Remembering, WeightedAggregator
+from fastmtl.aggregation.constant import equal_weights
+from fastmtl.support.settings import Through, at_least, positive
 from fastmtl.support.stateful import Stateful
 from fastmtl.weighting.rules import raised
 
@@ -30,8 +31,8 @@ class ExcessMTLWeighting(MatrixWeighting, Stateful):
 
     needs_rows_only = False
     settings = ("robust_step_size", "n_warmup_steps")
-    robust_step_size: Setting[float] = Setting(lambda value: value > 0, "positive")
-    n_warmup_steps: Setting[int] = Setting(lambda value: value >= 0, "at least 0")
+    robust_step_size = positive(float)
+    n_warmup_steps = at_least(0)
     _weights: Tensor | None
     _sq_grad_sum: Tensor | None
     _initial_w: Tensor | None
@@ -69,7 +70,7 @@ class ExcessMTLWeighting(MatrixWeighting, Stateful):
         if weights is None or sums is None or (sums.shape, sums.dtype) != (matrix.shape, matrix.dtype):
             self.reset()
             self._sq_grad_sum = sums = torch.zeros_like(matrix)
-            self._weights = weights = torch.full_like(matrix[:, :0].sum(1), 1 / max(len(matrix), 1))
+            self._weights = weights = equal_weights(matrix)
         return weights, sums
 
     def reset(self) -> None:
@@ -78,7 +79,7 @@ class ExcessMTLWeighting(MatrixWeighting, Stateful):
         self._calls = 0
 
 
-class ExcessMTL(WeightedAggregator, Stateful):
+class ExcessMTL(WeightedAggregator, Remembering):
     """A weighted sum in which tasks far from their optimum count more; see :class:`ExcessMTLWeighting`."""
 
     settings = ("robust_step_size", "n_warmup_steps")
@@ -88,12 +89,3 @@ class ExcessMTL(WeightedAggregator, Stateful):
 
     def __init__(self, robust_step_size: float = 1.0, n_warmup_steps: int = 0) -> None:
         super().__init__(ExcessMTLWeighting(robust_step_size, n_warmup_steps))
-
-    @torch.no_grad()
-    def forward(self, matrix: Tensor, /) -> Tensor:
-        """Return the weighted sum."""
-        return super().forward(matrix)
-
-    def reset(self) -> None:
-        """Forget the state."""
-        self.weighting.reset()

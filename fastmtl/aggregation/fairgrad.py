@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastmtl import ops
 from fastmtl.aggregation.base import GramianWeightedAggregator, GramWeighting
-from fastmtl.support.settings import Setting, Through
+from fastmtl.support.settings import Through, at_least
 
 __all__ = ["FairGrad", "FairGradWeighting"]
 
@@ -23,7 +23,7 @@ class FairGradWeighting(GramWeighting):
     """
 
     settings = ("alpha", "max_iters")
-    alpha: Setting[float] = Setting(lambda value: value >= 0, "at least 0")
+    alpha = at_least(0.0)
 
     def __init__(self, alpha: float, max_iters: int | None = None) -> None:
         super().__init__()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastmtl.aggregation.columns import ColumnAggregator
 from fastmtl.errors import UsageError
-from fastmtl.support.settings import Setting, vector_string
+from fastmtl.support.settings import optional_vector, vector_string
 from fastmtl.weighting.rules import kept_signs
 
 __all__ = ["GradDrop"]
@@ -34,7 +34,7 @@ class GradDrop(ColumnAggregator):
     """
 
     settings = ("f", "leak")
-    leak: Setting[Tensor | None] = Setting(lambda value: value is None or value.dim() == 1, "None or of shape (T,)")
+    leak = optional_vector()
 
     def __init__(self, f: Callable[[Tensor], Tensor] = _identity, leak: Tensor | None = None) -> None:
         super().__init__()

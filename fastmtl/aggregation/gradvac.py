@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl.aggregation.base import GramianWeightedAggregator, GramWeighting
-from fastmtl.support.settings import Setting, Through
+from fastmtl.aggregation.base import GramianWeightedAggregator, GramWeighting, Remembering
+from fastmtl.support.settings import Setting, Through, at_least
 from fastmtl.support.stateful import Stateful
 
 __all__ = ["GradVac", "GradVacWeighting"]
@@ -26,7 +26,7 @@ class GradVacWeighting(GramWeighting, Stateful):
 
     settings = ("beta", "eps")
     beta: Setting[float] = Setting(lambda value: 0 <= value <= 1, "from 0 to 1")
-    eps: Setting[float] = Setting(lambda value: value >= 0, "at least 0")
+    eps = at_least(0.0)
     _phi_t: Tensor | None
 
     def __init__(self, beta: float = 0.5, eps: float = 1e-8) -> None:
@@ -47,7 +47,7 @@ class GradVacWeighting(GramWeighting, Stateful):
         self._phi_t = None
 
 
-class GradVac(GramianWeightedAggregator, Stateful):
+class GradVac(GramianWeightedAggregator, Remembering):
     """The sum of the gradients, each turned towards the others where it was closer before.
 
     See :class:`GradVacWeighting`.
@@ -60,7 +60,3 @@ class GradVac(GramianWeightedAggregator, Stateful):
 
     def __init__(self, beta: float = 0.5, eps: float = 1e-8) -> None:
         super().__init__(GradVacWeighting(beta, eps))
-
-    def reset(self) -> None:
-        """Forget the averages."""
-        self.gramian_weighting.reset()

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fastmtl import ops
 from fastmtl.aggregation.base import GramianWeightedAggregator, GramWeighting
-from fastmtl.support.settings import Setting, Through
+from fastmtl.support.settings import Through, positive
 
 __all__ = ["MGDA", "MGDAWeighting"]
 
@@ -24,8 +24,8 @@ class MGDAWeighting(GramWeighting):
     """
 
     settings = ("epsilon", "max_iters")
-    epsilon: Setting[float] = Setting(lambda value: value > 0, "positive")
-    max_iters: Setting[int] = Setting(lambda value: value > 0, "positive")
+    epsilon = positive(float)
+    max_iters = positive(int)
 
     def __init__(self, epsilon: float = 0.001, max_iters: int = 100) -> None:
         super().__init__()

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl.aggregation.base import MatrixWeighting, WeightedAggregator
+from fastmtl.aggregation.base import MatrixWeighting, Remembering, WeightedAggregator
 from fastmtl.aggregation.rows import gram_of
 from fastmtl.errors import UsageError
-from fastmtl.support.settings import Setting, Through
+from fastmtl.support.settings import Through, at_least, positive
 from fastmtl.support.stateful import Stateful
 
 __all__ = ["NashMTL", "NashMTLWeighting"]
@@ -31,10 +31,10 @@ class NashMTLWeighting(MatrixWeighting, Stateful):
 
     needs_rows_only = False
     settings = ("n_tasks", "max_norm", "update_weights_every", "optim_niter")
-    n_tasks: Setting[int] = Setting(lambda value: value > 0, "positive")
-    max_norm: Setting[float] = Setting(lambda value: value >= 0, "at least 0")
-    update_weights_every: Setting[int] = Setting(lambda value: value > 0, "positive")
-    optim_niter: Setting[int] = Setting(lambda value: value > 0, "positive")
+    n_tasks = positive(int)
+    max_norm = at_least(0.0)
+    update_weights_every = positive(int)
+    optim_niter = positive(int)
 
     def __init__(
         self, n_tasks: int, max_norm: float = 1.0, update_weights_every: int = 1, optim_niter: int = 20
@@ -75,7 +75,7 @@ class NashMTLWeighting(MatrixWeighting, Stateful):
         self._calls = 0
 
 
-class NashMTL(WeightedAggregator, Stateful):
+class NashMTL(WeightedAggregator, Remembering):
     """The Nash bargaining solution between the tasks; see :class:`NashMTLWeighting`."""
 
     settings = ("n_tasks", "max_norm", "update_weights_every", "optim_niter")
@@ -90,14 +90,5 @@ class NashMTL(WeightedAggregator, Stateful):
     ) -> None:
         super().__init__(NashMTLWeighting(n_tasks, max_norm, update_weights_every, optim_niter))
 
-    @torch.no_grad()
-    def forward(self, matrix: Tensor, /) -> Tensor:
-        """Return the update."""
-        return super().forward(matrix)
-
     def _weights_of(self, jacobians: Sequence[Tensor]) -> Tensor:
         return self.weighting.weigh(gram_of(jacobians))
-
-    def reset(self) -> None:
-        """Forget the last weights."""
-        self.weighting.reset()

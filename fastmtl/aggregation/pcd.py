@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmtl.aggregation.base import GramianWeightedAggregator, GramWeighting
+from fastmtl.aggregation.base import GramianWeightedAggregator, GramWeighting, Remembering
 from fastmtl.errors import UsageError
-from fastmtl.support.settings import Setting, Through
+from fastmtl.support.settings import Setting, Through, at_least
 from fastmtl.support.stateful import Stateful
-from fastmtl.weighting.PCD import at_length, priority_weights
+from fastmtl.weighting.PCD import constrained_descent
 
 __all__ = ["PCD", "PCDWeighting"]
 
@@ -42,7 +42,7 @@ class PCDWeighting(GramWeighting, Stateful):
     settings = ("tau", "beta", "eps")
     tau: Setting[float | Tensor] = Setting(_is_share, "from 0 to 1, a number or a vector")
     beta: Setting[float] = Setting(lambda value: 0 <= value < 1, "from 0 to below 1")
-    eps: Setting[float] = Setting(lambda value: value >= 0, "at least 0")
+    eps = at_least(0.0)
     _sq_norm_ema: Tensor | None
     _n_steps: Tensor | None
 
@@ -64,23 +64,20 @@ class PCDWeighting(GramWeighting, Stateful):
         if self._sq_norm_ema is None or self._n_steps is None or len(self._sq_norm_ema) != len(gram):
             self._sq_norm_ema, self._n_steps = torch.zeros_like(gram[0]), torch.zeros_like(gram[0, 0])
         finite = gram.isfinite().all()
-        square = gram.diagonal().clamp(min=0)
-        average = self.beta * self._sq_norm_ema.to(gram) + (1 - self.beta) * square
-        steps = self._n_steps.to(gram) + 1
-        self._sq_norm_ema = torch.where(finite, average, self._sq_norm_ema.to(gram))
+        last, steps = self._sq_norm_ema.to(gram), self._n_steps.to(gram) + 1
+        average = self.beta * last + (1 - self.beta) * gram.diagonal().clamp(min=0)
+        self._sq_norm_ema = torch.where(finite, average, last)
         self._n_steps = torch.where(finite, steps, steps - 1)
         spread = average / (1 - self.beta**steps) + self.eps
         scale = torch.where(spread > 0, spread.rsqrt(), 0.0)
-        matrix = gram * scale * scale[:, None]
-        weights = scale * at_length(priority_weights(matrix, tau), matrix, square[0])
-        return torch.where(finite, weights, torch.nan)
+        return torch.where(finite, constrained_descent(gram, scale, tau), torch.nan)
 
     def reset(self) -> None:
         """Forget the moving average."""
         self._sq_norm_ema = self._n_steps = None
 
 
-class PCD(GramianWeightedAggregator, Stateful):
+class PCD(GramianWeightedAggregator, Remembering):
     """The first task's gradient, as long as the others make progress too; see :class:`PCDWeighting`."""
 
     settings = ("tau", "beta", "eps")
@@ -91,7 +88,3 @@ class PCD(GramianWeightedAggregator, Stateful):
 
     def __init__(self, tau: float | Tensor = 0.02, beta: float = 0.999, eps: float = 1e-8) -> None:
         super().__init__(PCDWeighting(tau, beta, eps))
-
-    def reset(self) -> None:
-        """Forget the moving average."""
-        self.gramian_weighting.reset()

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, overload
-
 from torch import Tensor
 
-from fastmtl.aggregation.base import MatrixWeighting, Weighting
+from fastmtl.aggregation.base import MatrixWeighting
 from fastmtl.aggregation.constant import ConstantWeighting
 from fastmtl.errors import UsageError
-from fastmtl.support.settings import vector_string
+from fastmtl.support.settings import Attribute, vector_string
 
 __all__ = ["Preference", "preference_suffix"]
 
 
-class Preference:
+class Preference(Attribute[Tensor | None]):
     """The attribute ``pref_vector``: a (T,) tensor or None for equal preference.
 
     Setting it also sets ``weighting`` of its owner, whose forward hooks see the preferences that are used.
@@ -26,22 +24,11 @@ class Preference:
     def __init__(self, default: type[MatrixWeighting]) -> None:
         self.default = default
 
-    @overload
-    def __get__(self, instance: None, owner: type) -> Preference: ...
-    @overload
-    def __get__(self, instance: object, owner: type) -> Tensor | None: ...
-    def __get__(self, instance: object | None, owner: type) -> Preference | Tensor | None:
-        if instance is None:
-            return self
-        found: Tensor | None = instance.__dict__["_pref_vector"]
-        return found
-
-    def __set__(self, instance: Any, value: Tensor | None) -> None:
+    def __set__(self, instance: object, value: Tensor | None) -> None:
         if value is not None and value.dim() != 1:
             raise UsageError(f"pref_vector must have the shape (T,), got {tuple(value.shape)}.")
-        weighting: Weighting[Any] = self.default() if value is None else ConstantWeighting(value)
-        instance.weighting = weighting
-        instance.__dict__["_pref_vector"] = value
+        setattr(instance, "weighting", self.default() if value is None else ConstantWeighting(value))  # noqa: B010
+        super().__set__(instance, value)
 
 
 def preference_suffix(preference: Tensor | None) -> str:

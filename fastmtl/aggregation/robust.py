@@ -8,7 +8,7 @@ from torch import Tensor
 from fastmtl.aggregation.base import GramianWeightedAggregator, GramWeighting
 from fastmtl.aggregation.columns import ColumnAggregator
 from fastmtl.errors import UsageError
-from fastmtl.support.settings import Setting, Through
+from fastmtl.support.settings import Through, at_least
 
 __all__ = ["Krum", "KrumWeighting", "TrimmedMean"]
 
@@ -30,8 +30,8 @@ class KrumWeighting(GramWeighting):
     """
 
     settings = ("n_byzantine", "n_selected")
-    n_byzantine: Setting[int] = Setting(lambda value: value >= 0, "at least 0")
-    n_selected: Setting[int] = Setting(lambda value: value >= 1, "at least 1")
+    n_byzantine = at_least(0)
+    n_selected = at_least(1)
 
     def __init__(self, n_byzantine: int, n_selected: int = 1) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class TrimmedMean(ColumnAggregator):
     """
 
     settings = ("trim_number",)
-    trim_number: Setting[int] = Setting(lambda value: value >= 0, "at least 0")
+    trim_number = at_least(0)
 
     def __init__(self, trim_number: int) -> None:
         super().__init__()

@@ -8,16 +8,13 @@ import torch
 from torch import Tensor
 
 from fastmtl.aggregation.base import MatrixWeighting, Weighting
+from fastmtl.aggregation.constant import equal_weights
 from fastmtl.errors import UsageError
-from fastmtl.support.settings import Setting
+from fastmtl.support.settings import Setting, at_least, optional_vector, positive
 from fastmtl.support.stateful import Stateful
 from fastmtl.weighting.rules import directed_weights, stepped
 
 __all__ = ["CRMOGMWeighting", "MoDoWeighting", "SDMGradWeighting"]
-
-
-def _uniform(matrix: Tensor) -> Tensor:
-    return matrix.new_full((len(matrix),), 1 / len(matrix))
 
 
 def _fits(weights: Tensor | None, matrix: Tensor) -> bool:
@@ -39,8 +36,8 @@ class MoDoWeighting(MatrixWeighting, Stateful):
 
     needs_rows_only = False
     settings = ("gamma", "rho")
-    gamma: Setting[float] = Setting(lambda value: value > 0, "positive")
-    rho: Setting[float] = Setting(lambda value: value >= 0, "at least 0")
+    gamma = positive(float)
+    rho = at_least(0.0)
     _lambda: Tensor | None
 
     def __init__(self, gamma: float = 0.1, rho: float = 0.1) -> None:
@@ -53,7 +50,7 @@ class MoDoWeighting(MatrixWeighting, Stateful):
     def forward(self, matrix: Tensor, /) -> Tensor:
         """Return the weights; another number of tasks starts anew."""
         last = self._lambda if _fits(self._lambda, matrix) else None
-        self._lambda = stepped(_uniform(matrix) if last is None else last, matrix, self.gamma, self.rho)
+        self._lambda = stepped(equal_weights(matrix) if last is None else last, matrix, self.gamma, self.rho)
         return self._lambda
 
     def reset(self) -> None:
@@ -83,13 +80,11 @@ class SDMGradWeighting(MatrixWeighting, Stateful):
 
     needs_rows_only = False
     settings = ("lr", "momentum", "n_iter", "lambda_", "pref_vector")
-    lr: Setting[float] = Setting(lambda value: value > 0, "positive")
+    lr = positive(float)
     momentum: Setting[float] = Setting(lambda value: 0 <= value < 1, "from 0 to below 1")
-    n_iter: Setting[int] = Setting(lambda value: value >= 1, "at least 1")
-    lambda_: Setting[float] = Setting(lambda value: value >= 0, "at least 0")
-    pref_vector: Setting[Tensor | None] = Setting(
-        lambda value: value is None or value.dim() == 1, "None or of shape (T,)"
-    )
+    n_iter = at_least(1)
+    lambda_ = at_least(0.0)
+    pref_vector = optional_vector()
     _w: Tensor | None
 
     def __init__(
@@ -111,12 +106,12 @@ class SDMGradWeighting(MatrixWeighting, Stateful):
     @torch.no_grad()
     def forward(self, matrix: Tensor, /) -> Tensor:
         """Return the weights; another number of tasks starts anew."""
-        preference = _uniform(matrix) if self.pref_vector is None else self.pref_vector.to(matrix)
+        preference = equal_weights(matrix) if self.pref_vector is None else self.pref_vector.to(matrix)
         if len(preference) != len(matrix):
             raise UsageError(f"pref_vector must have {len(matrix)} entries, one per row, got {len(preference)}.")
         last = self._w if _fits(self._w, matrix) else None
         self._w = directed_weights(
-            _uniform(matrix) if last is None else last,
+            equal_weights(matrix) if last is None else last,
             matrix,
             preference,
             lamda=self.lambda_,

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fastmtl.errors import UsageError
 from fastmtl.scalarization.base import Scalarizer
-from fastmtl.support.settings import Setting
+from fastmtl.support.settings import positive
 from fastmtl.support.stateful import Stateful
 from fastmtl.weighting.rules import descent_rates
 
@@ -29,7 +29,7 @@ class DWA(Scalarizer, Stateful):
     """
 
     settings = ("temperature",)
-    temperature: Setting[float] = Setting(lambda value: value > 0, "positive")
+    temperature = positive(float)
     _loss_sum: Tensor | None
     _n_batches: int
     _previous_averages: list[Tensor]

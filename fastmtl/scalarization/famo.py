@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastmtl.errors import UsageError
 from fastmtl.scalarization.base import Scalarizer, check_same_shape
-from fastmtl.support.settings import Setting
+from fastmtl.support.settings import at_least
 from fastmtl.support.stateful import Stateful
 from fastmtl.weighting.rules import even_fall, even_fall_slope
 
@@ -34,8 +34,8 @@ class FAMO(Scalarizer, Stateful):
     """
 
     settings = ("shape", "lr", "weight_decay")
-    lr: Setting[float] = Setting(lambda value: value >= 0, "at least 0")
-    weight_decay: Setting[float] = Setting(lambda value: value >= 0, "at least 0")
+    lr = at_least(0.0)
+    weight_decay = at_least(0.0)
     min_losses: Tensor
 
     def __init__(

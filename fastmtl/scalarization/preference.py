@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.scalarization.base import Scalarizer, check_same_shape
-from fastmtl.support.settings import Setting
+from fastmtl.support.settings import at_least, positive
 
 __all__ = ["COSMOS", "PBI", "STCH"]
 
@@ -22,7 +22,7 @@ class COSMOS(Scalarizer):
     """
 
     settings = ("lambda_", "weights")
-    lambda_: Setting[float] = Setting(lambda value: value >= 0, "at least 0")
+    lambda_ = at_least(0.0)
 
     def __init__(self, lambda_: float, weights: Tensor) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class PBI(Scalarizer):
     """
 
     settings = ("theta", "weights", "reference")
-    theta: Setting[float] = Setting(lambda value: value >= 0, "at least 0")
+    theta = at_least(0.0)
 
     def __init__(self, theta: float, weights: Tensor, reference: Tensor | None = None) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class STCH(Scalarizer):
     """
 
     settings = ("mu", "weights", "reference")
-    mu: Setting[float] = Setting(lambda value: value > 0, "positive")
+    mu = positive(float)
 
     def __init__(self, mu: float, weights: Tensor | None = None, reference: Tensor | None = None) -> None:
         super().__init__()

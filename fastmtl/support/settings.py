@@ -3,18 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar, cast, overload
+from typing import Generic, Self, TypeVar, cast, overload
 
 from torch import Tensor
 
 from fastmtl.errors import UsageError
 
-__all__ = ["Setting", "Through", "described", "vector_string"]
+__all__ = [
+    "Attribute",
+    "Setting",
+    "Through",
+    "at_least",
+    "described",
+    "optional_vector",
+    "positive",
+    "vector_string",
+    "weighting_of",
+]
 
 T = TypeVar("T")
+Number = TypeVar("Number", int, float)
 
 
-class Setting(Generic[T]):
+class Attribute(Generic[T]):
+    """An attribute that a module keeps under its name with ``_`` in front."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> Self: ...
+    @overload
+    def __get__(self, instance: object, owner: type) -> T: ...
+    def __get__(self, instance: object | None, owner: type) -> Self | T:
+        return self if instance is None else self.read(instance)
+
+    def read(self, instance: object) -> T:
+        """Return the value."""
+        return cast(T, instance.__dict__[f"_{self.name}"])
+
+    def __set__(self, instance: object, value: T) -> None:
+        instance.__dict__[f"_{self.name}"] = value
+
+
+class Setting(Attribute[T]):
     """An attribute with a condition.
 
     Args:
@@ -26,45 +58,41 @@ class Setting(Generic[T]):
         self.allowed = allowed
         self.what = what
 
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
-    @overload
-    def __get__(self, instance: None, owner: type) -> Setting[T]: ...
-    @overload
-    def __get__(self, instance: object, owner: type) -> T: ...
-    def __get__(self, instance: object | None, owner: type) -> Setting[T] | T:
-        if instance is None:
-            return self
-        return cast(T, instance.__dict__[f"_{self.name}"])
-
     def __set__(self, instance: object, value: T) -> None:
         if not self.allowed(value):
             raise UsageError(f"{self.name} of {type(instance).__name__} must be {self.what}, got {value!r}.")
-        instance.__dict__[f"_{self.name}"] = value
+        super().__set__(instance, value)
 
 
-class Through(Generic[T]):
+def at_least(least: Number) -> Setting[Number]:
+    """Return a setting of numbers that are not less."""
+    return Setting(lambda value: value >= least, f"at least {least:g}")
+
+
+def positive(kind: type[Number]) -> Setting[Number]:
+    """Return a setting of numbers above 0."""
+    return Setting(lambda value: value > 0, "positive")
+
+
+def optional_vector() -> Setting[Tensor | None]:
+    """Return a setting of one number for each task, or None."""
+    return Setting(lambda value: value is None or value.dim() == 1, "None or of shape (T,)")
+
+
+class Through(Attribute[T]):
     """An attribute of an aggregator that is its weighting's."""
 
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
-    @overload
-    def __get__(self, instance: None, owner: type) -> Through[T]: ...
-    @overload
-    def __get__(self, instance: object, owner: type) -> T: ...
-    def __get__(self, instance: object | None, owner: type) -> Through[T] | T:
-        if instance is None:
-            return self
-        return cast(T, getattr(_weighting_of(instance), self.name))
+    def read(self, instance: object) -> T:
+        """Return the weighting's value."""
+        return cast(T, getattr(weighting_of(instance), self.name))
 
     def __set__(self, instance: object, value: T) -> None:
-        setattr(_weighting_of(instance), self.name, value)
+        setattr(weighting_of(instance), self.name, value)
 
 
-def _weighting_of(aggregator: Any) -> Any:
-    return getattr(aggregator, "gramian_weighting", None) or aggregator.weighting
+def weighting_of(aggregator: object) -> object:
+    """Return the weighting with an aggregator's settings and state."""
+    return getattr(aggregator, "gramian_weighting" if hasattr(aggregator, "gramian_weighting") else "weighting")
 
 
 def described(instance: object, names: tuple[str, ...]) -> str:

@@ -10,7 +10,7 @@ from fastmtl.errors import UsageError
 from fastmtl.support.hyper import Hyper
 from fastmtl.weighting.base import AbsWeighting, Weights
 
-__all__ = ["PCD", "at_length", "priority_weights"]
+__all__ = ["PCD", "constrained_descent", "priority_weights"]
 
 
 def priority_weights(gram: Tensor, tau: float | Tensor, primary: int = 0) -> Tensor:
@@ -41,7 +41,21 @@ def priority_weights(gram: Tensor, tau: float | Tensor, primary: int = 0) -> Ten
     return torch.ones_like(gram[0]).index_put((index,), multipliers)
 
 
-def at_length(weights: Tensor, gram: Tensor, square: Tensor) -> Tensor:
+def constrained_descent(gram: Tensor, scale: Tensor, tau: float | Tensor, primary: int = 0) -> Tensor:
+    """Return the weights of PCD's update.
+
+    Args:
+        gram: (T, T) float64 Gram matrix of the gradients.
+        scale: (T,) factors that normalise them.
+        tau: As for :func:`priority_weights`.
+        primary: The task whose gradient the update is as long as.
+    """
+    normalised = gram * scale * scale[:, None]
+    weights = priority_weights(normalised, tau, primary)
+    return scale * _at_length(weights, normalised, gram[primary, primary].clamp(min=0))
+
+
+def _at_length(weights: Tensor, gram: Tensor, square: Tensor) -> Tensor:
     """Return weights scaled so that their update has the squared length ``square``; zero where it cancels."""
     length = (weights @ gram @ weights).clamp(min=0)
     sizes = (weights * gram.diagonal().clamp(min=0).sqrt()).sum()
@@ -103,13 +117,10 @@ class PCD(AbsWeighting):
     ) -> Weights:
         """Return the weights."""
         assert gram is not None
-        square = gram.diagonal().clamp(min=0)
         self.steps_seen.add_(1)
-        self.square_average.mul_(PCD_beta).add_((1 - PCD_beta) * square)
+        self.square_average.mul_(PCD_beta).add_((1 - PCD_beta) * gram.diagonal().clamp(min=0))
         scale = (self.square_average / (1 - PCD_beta**self.steps_seen) + PCD_eps).rsqrt()
-        normalised = gram * scale * scale[:, None]
         # In a step of some tasks without the primary one, the first of them takes its place.
         tasks = list(range(self.task_num)) if self.active is None else self.active
         primary = tasks.index(PCD_primary) if PCD_primary in tasks else 0
-        weights = priority_weights(normalised, PCD_tau, primary)
-        return Weights(shared=scale * at_length(weights, normalised, square[primary]))
+        return Weights(shared=constrained_descent(gram, scale, PCD_tau, primary))
