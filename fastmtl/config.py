@@ -13,16 +13,23 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 
 from fastmtl.architecture import ARCHITECTURES, AbsArchitecture
 from fastmtl.errors import UsageError
-from fastmtl.support.hyper import Hyper, fill_hyper
-from fastmtl.support.names import resolve_name
+from fastmtl.support.hyper import fill_hyper
 from fastmtl.trainer.optimizer import OPTIMIZERS, SCHEDULERS
-from fastmtl.weighting import WEIGHTINGS
+from fastmtl.trainer.run.settings import (
+    Arguments,
+    HyperOption,
+    hyper_options,
+    optimizer_param,
+    print_settings,
+    scheduler_param,
+    spelled_as,
+)
+from fastmtl.weighting import WEIGHTINGS, AbsWeighting
 
 __all__ = ["LibMTL_args", "prepare_args"]
 
@@ -53,35 +60,27 @@ def _make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--T_max", type=int, default=None, help="epochs to anneal over, for cos; --epochs if not given")
     parser.add_argument("--eta_min", type=float, default=0.0, help="last learning rate, for cos")
     parser.add_argument("--patience", type=int, default=10, help="epochs without improvement, for reduce")
-    for name, (spec, owners) in _hyper_flags().items():
-        _add_hyper(parser, name, spec, owners)
+    for each in hyper_options().values():
+        _add_hyper(parser, each)
     return parser
 
 
-def _hyper_flags() -> dict[str, tuple[Hyper, list[str]]]:
-    """Return every hyper-parameter with the classes that have it; several may share one name."""
-    flags: dict[str, tuple[Hyper, list[str]]] = {}
-    classes: dict[str, Any] = {**WEIGHTINGS, **ARCHITECTURES}
-    for owner, kind in classes.items():
-        for name, spec in kind.hyper.items():
-            flags.setdefault(name, (spec, []))[1].append(owner)
-    return flags
-
-
-def _add_hyper(parser: argparse.ArgumentParser, name: str, spec: Hyper, owners: list[str]) -> None:
+def _add_hyper(parser: argparse.ArgumentParser, hyper: HyperOption) -> None:
+    spec = hyper.spec
     choices = f": {_any_of(map(str, spec.choices))}" if spec.choices else ""
-    options: dict[str, Any] = {"default": None, "help": f"{_any_of(owners)}: {spec.help}{choices}".replace("%", "%%")}
+    text = f"{_any_of(hyper.owners)}: {spec.help}{choices}".replace("%", "%%")
     if spec.type is bool:
-        options["action"] = argparse.BooleanOptionalAction
+        parser.add_argument(f"--{hyper.name}", default=None, help=text, action=argparse.BooleanOptionalAction)
     else:
-        options |= {"type": spec.type, "nargs": "+" if spec.many else None}
-    parser.add_argument(f"--{name}", **options)
+        parser.add_argument(
+            f"--{hyper.name}", default=None, help=text, type=spec.type, nargs="+" if spec.many else None
+        )
 
 
 LibMTL_args = _make_parser()
 
 
-def prepare_args(params: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]:
+def prepare_args(params: argparse.Namespace) -> tuple[Arguments, Arguments, Arguments | None]:
     """Return what ``Trainer`` takes from parsed arguments, and print the configuration.
 
     Args:
@@ -93,65 +92,13 @@ def prepare_args(params: argparse.Namespace) -> tuple[dict[str, Any], dict[str, 
     Raises:
         UsageError: An unknown name or value; the message gives the nearest valid name.
     """
-    kwargs = {
-        "weight_args": _hyper_of(params, "weighting", WEIGHTINGS),
-        "arch_args": _hyper_of(params, "arch", _architectures()),
-    }
-    optim_param = _optim_param(params)
-    scheduler_param = _scheduler_param(params)
-    _display(params, kwargs, optim_param, scheduler_param)
-    return kwargs, optim_param, scheduler_param
-
-
-def _spelling(name: str, names: Iterable[str], what: str) -> str:
-    return resolve_name(name, {each: each for each in names}, what)
-
-
-def _architectures() -> dict[str, type[AbsArchitecture]]:
+    weighting, weight_args = _hyper_of(params.weighting, WEIGHTINGS, "weighting", params)
     # DIY is LibMTL's name for an architecture that the script itself defines.
-    return {**ARCHITECTURES, "DIY": AbsArchitecture}
-
-
-_WHAT = {"weighting": "weighting", "arch": "architecture"}
-
-
-def _hyper_of(params: argparse.Namespace, flag: str, classes: Mapping[str, Any]) -> dict[str, Any]:
-    owner = _spelling(getattr(params, flag), classes, _WHAT[flag])
-    declared = classes[owner].hyper
-    given = {name: getattr(params, name, None) for name in declared}
-    return fill_hyper(owner, declared, {name: value for name, value in given.items() if value is not None})
-
-
-def _optim_param(params: argparse.Namespace) -> dict[str, Any]:
-    name = _spelling(params.optim, OPTIMIZERS, "optimizer")
-    param = {"optim": name, "lr": params.lr, "weight_decay": params.weight_decay}
-    return {**param, "momentum": params.momentum} if name == "sgd" else param
-
-
-def _scheduler_param(params: argparse.Namespace) -> dict[str, Any] | None:
-    if params.scheduler is None:
-        return None
-    name = _spelling(params.scheduler, SCHEDULERS, "scheduler")
-    own: dict[str, dict[str, Any]] = {
-        "step": {"step_size": params.step_size, "gamma": params.gamma},
-        "exp": {"gamma": params.gamma},
-        "cos": {"T_max": params.T_max or getattr(params, "epochs", None), "eta_min": params.eta_min},
-        # The trainer steps it with the improvement over the first epoch, which is better when larger.
-        "reduce": {"mode": "max", "factor": params.gamma, "patience": params.patience},
-    }
-    if name == "cos" and own["cos"]["T_max"] is None:
-        raise UsageError("The scheduler cos needs --T_max, the number of epochs it anneals over.")
-    return {"scheduler": name, **own[name]}
-
-
-def _display(
-    params: argparse.Namespace,
-    kwargs: Mapping[str, Mapping[str, Any]],
-    optim_param: Mapping[str, Any],
-    scheduler_param: Mapping[str, Any] | None,
-) -> None:
-    weighting = _spelling(params.weighting, WEIGHTINGS, "weighting")
-    arch = _spelling(params.arch, _architectures(), "architecture")
+    architectures = {**ARCHITECTURES, "DIY": AbsArchitecture}
+    arch, arch_args = _hyper_of(params.arch, architectures, "architecture", params)
+    optim = spelled_as(params.optim, OPTIMIZERS, "optimizer")
+    optim_param = optimizer_param(optim, lr=params.lr, weight_decay=params.weight_decay, momentum=params.momentum)
+    schedule = _scheduler_param(params)
     general = {
         "Mode": params.mode,
         # Spelled as LibMTL prints it, for scripts that read its logs.
@@ -164,16 +111,43 @@ def _display(
         "Load Path": params.load_path,
         "Device": f"cuda:{params.gpu_id}" if torch.cuda.is_available() else "cpu",
     }
-    print("=" * 40)
-    sections: list[tuple[str, Mapping[str, Any] | None]] = [
-        ("General", general),
-        (weighting, kwargs["weight_args"]),
-        (arch, kwargs["arch_args"]),
-        ("Optimizer", optim_param),
-        ("Scheduler", scheduler_param),
-    ]
-    for title, values in sections:
-        if values:
-            print(f"{title} Configuration:")
-            for name, value in values.items():
-                print(f"\t{name}: {value}")
+    print_settings(
+        [
+            ("General", general),
+            (weighting, weight_args),
+            (arch, arch_args),
+            ("Optimizer", optim_param),
+            ("Scheduler", schedule),
+        ]
+    )
+    return {"weight_args": weight_args, "arch_args": arch_args}, optim_param, schedule
+
+
+def _hyper_of(
+    name: str,
+    classes: Mapping[str, type[AbsWeighting] | type[AbsArchitecture]],
+    what: str,
+    params: argparse.Namespace,
+) -> tuple[str, Arguments]:
+    """Return the name in its own spelling and all hyper-parameters of the class."""
+    owner = spelled_as(name, classes, what)
+    declared = classes[owner].hyper
+    given = {each: getattr(params, each, None) for each in declared}
+    return owner, fill_hyper(owner, declared, {each: value for each, value in given.items() if value is not None})
+
+
+def _scheduler_param(params: argparse.Namespace) -> Arguments | None:
+    if params.scheduler is None:
+        return None
+    name = spelled_as(params.scheduler, SCHEDULERS, "scheduler")
+    epochs = params.T_max or getattr(params, "epochs", None)
+    if name == "cos" and epochs is None:
+        raise UsageError("The scheduler cos needs --T_max, the number of epochs it anneals over.")
+    return scheduler_param(
+        name,
+        step_size=params.step_size,
+        gamma=params.gamma,
+        epochs=epochs,
+        eta_min=params.eta_min,
+        patience=params.patience,
+    )

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fastmtl import config
+from fastmtl.architecture import ARCHITECTURES
 from fastmtl.config import LibMTL_args, prepare_args
 from fastmtl.errors import UsageError
 from fastmtl.support.hyper import Hyper
@@ -88,7 +89,8 @@ def test_lists_flags_and_shared_names(monkeypatch: pytest.MonkeyPatch) -> None:
     class Other:
         hyper: ClassVar[dict[str, Hyper]] = {"sizes": Hyper(type=int, default=[1], help="sizes", many=True)}
 
-    monkeypatch.setattr(config, "ARCHITECTURES", {"Gated": Gated, "Other": Other})
+    monkeypatch.setitem(ARCHITECTURES, "Gated", Gated)
+    monkeypatch.setitem(ARCHITECTURES, "Other", Other)
     parser = config._make_parser()
     assert "Gated, Other: sizes in %" in parser.format_help()
     params = parser.parse_args(["--arch", "gated", "--sizes", "3", "4", "--no-gate"])
@@ -98,8 +100,8 @@ def test_lists_flags_and_shared_names(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_hyper_parameter_takes_the_name_of_another_flag(monkeypatch: pytest.MonkeyPatch) -> None:
-    declared = config._hyper_flags().keys()
-    monkeypatch.setattr(config, "_hyper_flags", dict)
+    declared = config.hyper_options().keys()
+    monkeypatch.setattr(config, "hyper_options", dict)
     general = vars(config._make_parser().parse_args([])).keys()
     assert {"lr", "gamma", "step_size"} <= general
     assert not general & declared

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastmtl.data import DataBundle
 from fastmtl.trainer.run.config import TrainConfig
 from fastmtl.trainer.run.directory import RunDirectory
+from fastmtl.trainer.run.settings import print_settings
 
 __all__ = ["print_banner"]
 
@@ -14,29 +13,27 @@ __all__ = ["print_banner"]
 def print_banner(config: TrainConfig, bundle: DataBundle, run: RunDirectory) -> None:
     """Print the configuration of a run, by part."""
     rows = ", ".join(f"{count:,} {split}" for split, count in bundle.rows.items())
-    parts: dict[str, dict[str, Any]] = {
-        "General": {
-            "Mode": "train",
-            "Weighting": config.weighting,
-            "Architecture": config.arch,
-            "Rep_Grad": config.rep_grad,
-            "Multi_Input": config.multi_input,
-            "Seed": config.seed,
-            "Run Directory": run.path,
-            "Load Path": config.load_path,
-            "Device": config.device or "auto",
-            "Compile": config.compile,
-        },
-        "Data": {"Data Set": f"{bundle.name} ({rows})", "Encoder": bundle.encoder, "Batch Size": config.batch_size},
-        config.weighting: config.weight_args,
-        config.arch: config.arch_args,
-        "Optimizer": config.optim_param,
-        "Scheduler": config.scheduler_param or {},
+    general = {
+        "Mode": "train",
+        "Weighting": config.weighting,
+        "Architecture": config.arch,
+        "Rep_Grad": config.rep_grad,
+        "Multi_Input": config.multi_input,
+        "Seed": config.seed,
+        "Run Directory": run.path,
+        "Load Path": config.load_path,
+        "Device": config.device or "auto",
+        "Compile": config.compile,
     }
-    print("=" * 40)
-    for title, entries in parts.items():
-        if entries:
-            print(f"{title} Configuration:")
-        for name, value in entries.items():
-            print(f"\t{name}: {value}")
+    data = {"Data Set": f"{bundle.name} ({rows})", "Encoder": bundle.encoder, "Batch Size": config.batch_size}
+    print_settings(
+        [
+            ("General", general),
+            ("Data", data),
+            (config.weighting, config.weight_args),
+            (config.arch, config.arch_args),
+            ("Optimizer", config.optim_param),
+            ("Scheduler", config.scheduler_param),
+        ]
+    )
     print("=" * 40)

@@ -6,55 +6,26 @@ import inspect
 import types
 import typing
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, fields
-from typing import Annotated, Any
+from dataclasses import fields
+from typing import Annotated
 
 import typer
 
 from fastmtl.architecture import ARCHITECTURES
-from fastmtl.support.hyper import Hyper
 from fastmtl.trainer.run.config import TrainConfig
+from fastmtl.trainer.run.settings import Arguments, HyperOption, hyper_options
 from fastmtl.weighting import WEIGHTINGS
 
-__all__ = ["HyperOption", "hyper_options", "split_values", "train_parameters"]
+__all__ = ["own_hyper_options", "split_values", "train_parameters"]
 
 _PREFIX = "hyper_"
 _NAMES: dict[str, Collection[str]] = {"arch": ARCHITECTURES, "weighting": WEIGHTINGS}
 
 
-@dataclass(kw_only=True, slots=True, frozen=True)
-class HyperOption:
-    """A hyper-parameter on the command line.
-
-    Attributes:
-        name: As its classes declare it.
-        owners: Names of the classes that have it, in order.
-        spec: As the first of them declares it.
-    """
-
-    name: str
-    owners: tuple[str, ...]
-    spec: Hyper
-
-    @property
-    def option(self) -> str:
-        """The long option, ``"--mgda-gn"``."""
-        return "--" + self.name.lower().replace("_", "-")
-
-
-def hyper_options() -> dict[str, HyperOption]:
-    """Return the hyper-parameters of all architectures and weightings, by name, without those that are settings too."""
-    found: dict[str, HyperOption] = {}
+def own_hyper_options() -> list[HyperOption]:
+    """Return the hyper-parameters of all architectures and weightings, without those that are settings too."""
     settings = {each.name for each in fields(TrainConfig)}
-    for classes in (WEIGHTINGS, ARCHITECTURES):
-        for owner, cls in classes.items():
-            for name, spec in cls.hyper.items():
-                if name in settings:
-                    continue
-                earlier = found.get(name)
-                owners = (*earlier.owners, owner) if earlier else (owner,)
-                found[name] = HyperOption(name=name, owners=owners, spec=earlier.spec if earlier else spec)
-    return found
+    return [each for each in hyper_options().values() if each.name not in settings]
 
 
 def train_parameters() -> Iterator[inspect.Parameter]:
@@ -76,11 +47,11 @@ def train_parameters() -> Iterator[inspect.Parameter]:
         if each.name == "compile":
             kind, metavar = str, "[on|auto|off]"
         yield _parameter(each.name, option, kind, f"{text}{_default(each.default)}", each.metadata["panel"], metavar)
-    for hyper in hyper_options().values():
+    for hyper in own_hyper_options():
         yield _hyper_parameter(hyper)
 
 
-def split_values(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_values(values: Mapping[str, object]) -> tuple[Arguments, Arguments]:
     """Return the settings and the hyper-parameters among the command's values, without those that were not given."""
     given = {name: value for name, value in values.items() if value is not None}
     hyper = {name.removeprefix(_PREFIX): value for name, value in given.items() if name.startswith(_PREFIX)}
@@ -89,7 +60,7 @@ def split_values(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
 
 def _hyper_parameter(hyper: HyperOption) -> inspect.Parameter:
     spec, metavar = hyper.spec, None
-    kind: Any = str if spec.many else spec.type
+    kind = str if spec.many else spec.type
     text = spec.help
     if spec.choices:
         metavar = "|".join(map(str, spec.choices))
@@ -101,7 +72,7 @@ def _hyper_parameter(hyper: HyperOption) -> inspect.Parameter:
     return _parameter(_PREFIX + hyper.name, hyper.option, kind, f"{text}{_default(spec.default)}", panel, metavar)
 
 
-def _parameter(name: str, option: str, kind: Any, text: str, panel: str, metavar: str | None) -> inspect.Parameter:
+def _parameter(name: str, option: str, kind: object, text: str, panel: str, metavar: str | None) -> inspect.Parameter:
     members = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     declared = f"{option}/--no-{option[2:]}" if bool in members else option
     about = typer.Option(declared, help=text, rich_help_panel=panel, show_default=False, metavar=metavar)
@@ -109,7 +80,7 @@ def _parameter(name: str, option: str, kind: Any, text: str, panel: str, metavar
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def _default(value: Any) -> str:
+def _default(value: object) -> str:
     if value is None or value is False or value in ("", ()):
         return ""
     shown = "on" if value is True else " ".join(map(str, value)) if isinstance(value, tuple) else value

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import typer
 
@@ -47,7 +46,7 @@ _CHANGEABLE = (
 )
 
 
-def train(*, config: Path | None, run_dir: Path | None, resume: Path | None, **values: Any) -> None:
+def train(*, config: Path | None, run_dir: Path | None, resume: Path | None, **values: object) -> None:
     """Run the command.
 
     Args:
@@ -107,7 +106,7 @@ def _run(trainer: Trainer, config: TrainConfig, bundle: DataBundle) -> None:
     trainer.train(train, test, config.epochs, val_dataloaders=val)
 
 
-def _config_to_resume(run: RunDirectory, settings: Mapping[str, Any], hyper: Mapping[str, Any]) -> TrainConfig:
+def _config_to_resume(run: RunDirectory, settings: Mapping[str, object], hyper: Mapping[str, object]) -> TrainConfig:
     if not run.last.exists():
         raise CheckpointError(f"{run.path} has no {run.last.name} to go on from: it ended before its first checkpoint.")
     run.check_writable()

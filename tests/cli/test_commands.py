@@ -65,10 +65,10 @@ def test_traceback_on_demand(
 def test_unforeseen_failure_is_one_line_and_exit_code_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(*, as_json: bool) -> None:
+    def fail() -> None:
         raise ZeroDivisionError("first line\nsecond line")
 
-    monkeypatch.setattr("fastmtl.cli.listing.list_data", fail)
+    monkeypatch.setattr("fastmtl.data.describe_all", fail)
     assert main(["data", "list"]) == 1
     assert capsys.readouterr().err == "error: ZeroDivisionError: first line (--traceback shows where)\n"
 
@@ -76,20 +76,20 @@ def test_unforeseen_failure_is_one_line_and_exit_code_1(
 def test_error_of_the_system_is_one_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(*, as_json: bool) -> None:
+    def fail() -> None:
         Path("no such folder/file").read_text()
 
-    monkeypatch.setattr("fastmtl.cli.listing.list_data", fail)
+    monkeypatch.setattr("fastmtl.data.describe_all", fail)
     assert main(["data", "list"]) == 1
     wanted = "error: no such folder/file cannot be used: No such file or directory (--traceback shows where)\n"
     assert capsys.readouterr().err == wanted
 
 
 def test_interrupt_is_exit_code_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupt(*, as_json: bool) -> None:
+    def interrupt() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastmtl.cli.listing.list_data", interrupt)
+    monkeypatch.setattr("fastmtl.data.describe_all", interrupt)
     assert main(["data", "list"]) == 130
     assert "Traceback" not in capsys.readouterr().err
 
@@ -106,7 +106,7 @@ def test_help_of_train_groups_every_setting_and_hyper_parameter(
 ) -> None:
     from dataclasses import fields
 
-    from fastmtl.cli.options import hyper_options
+    from fastmtl.cli.options import own_hyper_options
     from fastmtl.trainer.run.config import TrainConfig
 
     monkeypatch.setenv("COLUMNS", "140")
@@ -120,7 +120,7 @@ def test_help_of_train_groups_every_setting_and_hyper_parameter(
     assert "─ Hyper-parameters of MGDA ─" in text
     assert "HPS, MTAN" in text
     settings = {f"--{each.name.replace('_', '-')}" for each in fields(TrainConfig)}
-    assert settings.isdisjoint(each.option for each in hyper_options().values())
+    assert settings.isdisjoint(each.option for each in own_hyper_options())
 
 
 @pytest.mark.parametrize("line", ["--help", "train --help", "eval --help", "data --help", "data list --help"])

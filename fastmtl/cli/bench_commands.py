@@ -1,0 +1,140 @@
+"""`fastmtl bench`: how fast the operators and training steps are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastmtl.cli.spelling import Command
+
+__all__ = ["bench"]
+
+bench = typer.Typer(help="Measure the operators, each behind a correctness gate.", no_args_is_help=True)
+
+
+def _use_threads(count: int | None) -> None:
+    if count is not None:
+        import torch
+
+        torch.set_num_threads(count)
+
+
+def _end(right: bool) -> None:
+    """Exit with code 1 if something of ours is wrong."""
+    if not right:
+        raise typer.Exit(1)
+
+
+@bench.command("kernels", cls=Command)
+def _kernels(
+    op: Annotated[
+        list[str] | None, typer.Option(help="Operator to measure; may be repeated, all if not given.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")] = "cpu",
+    csv: Annotated[Path | None, typer.Option(help="File to write the rows to.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture to draw of them.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Few cases and little time.")] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; PyTorch's choice if not given.")] = None,
+) -> None:
+    """Time each operator against its baselines and the memory bandwidth; a wrong result gets no time."""
+    from fastmtl.benchmarks.runner import run_kernels
+
+    _use_threads(threads)
+    rows = run_kernels(op, device, csv, plot, quick)
+    _end(all(row["variant"] != "fastmtl" or row["error"] <= row["allowed_error"] for row in rows))
+
+
+@bench.command("solvers", cls=Command)
+def _solvers(
+    libmtl: Annotated[
+        Path | None, typer.Option(help="Folder of a LibMTL checkout, to measure its solvers too.")
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(help="File to write the rows to.")] = None,
+) -> None:
+    """Time the weighting strategies from one Gram matrix beside LibMTL's and TorchJD's solvers of the same problem."""
+    from fastmtl.benchmarks.solvers import run_solvers
+
+    rows = run_solvers(libmtl, csv)
+    _end(all(row["library"] != "fastmtl" or "median_us" in row for row in rows))
+
+
+@bench.command("step", cls=Command)
+def _step(
+    weighting: Annotated[list[str], typer.Option(help="Strategy to measure; may be repeated.")] = ["MGDA"],  # noqa: B006
+    peer: Annotated[list[str] | None, typer.Option(help="libmtl or torchjd; may be repeated.")] = None,
+    libmtl: Annotated[Path | None, typer.Option(help="Folder of a LibMTL checkout, for the peer libmtl.")] = None,
+    arch: Annotated[str, typer.Option(help="Architecture.")] = "HPS",
+    tasks: Annotated[list[int], typer.Option("--tasks", "--t", "-T", help="Number of tasks; may be repeated.")] = [3],  # noqa: B006
+    net: Annotated[str, typer.Option(help="resnet18, resnet50 (dilated), or mlp (128-512-512-512).")] = "resnet18",
+    batch: Annotated[int, typer.Option(help="Rows of the batch.")] = 32,
+    size: Annotated[str, typer.Option(help="Height and width of the images, as 64 or 288x384.")] = "64",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")] = "cpu",
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16, of our step alone.")] = "fp32",
+    compile: Annotated[bool, typer.Option("--compile", help="Measure our step compiled too.")] = False,
+    cuda_graph: Annotated[bool, typer.Option("--cuda-graph", help="Measure our step captured too.")] = False,
+    csv: Annotated[Path | None, typer.Option(help="File to write the rows to.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture to draw, time over the number of tasks.")] = None,
+    seconds: Annotated[float, typer.Option(help="Time for each strategy and number of tasks.")] = 20.0,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; PyTorch's choice if not given.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="H100, H200 or A100: print what a step must cost there, and measure nothing.")
+    ] = None,
+) -> None:
+    """Time whole training steps beside their floor, the sum of the losses, LibMTL and TorchJD, all in turn.
+
+    Those beside ours compute in fp32 whatever --precision says. A step of ours whose update is wrong is not timed; a
+    peer whose update is more than 1 % from ours is marked ANOTHER UPDATE.
+    """
+    if model is not None:
+        from fastmtl.benchmarks.model import print_model
+
+        print_model(model, net, tasks, batch, size, precision)
+        return
+    from fastmtl.benchmarks.step import run_step
+
+    _use_threads(threads)
+    rows = run_step(
+        weighting, peers=peer or [], libmtl=libmtl, arch=arch, tasks=tasks, net=net, batch=batch, size=size,
+        device=device, precision=precision, compile=compile, cuda_graph=cuda_graph, csv_path=csv, plot_path=plot,
+        seconds=seconds,
+    )  # fmt: skip
+    _end(all(not row["library"].startswith("fastmtl") or "median_ms" in row for row in rows))
+
+
+@bench.command("autojac", cls=Command)
+def _autojac(
+    tasks: Annotated[list[int], typer.Option("--tasks", "--t", "-T", help="Number of tasks; may be repeated.")] = [3],  # noqa: B006
+    net: Annotated[str, typer.Option(help="resnet18, or mlp (128-512-512-512).")] = "resnet18",
+    aggregator: Annotated[str, typer.Option(help="Aggregator of both packages.")] = "UPGrad",
+    batch: Annotated[int, typer.Option(help="Rows of the batch.")] = 32,
+    size: Annotated[int, typer.Option(help="Height and width of the images.")] = 64,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")] = "cpu",
+    csv: Annotated[Path | None, typer.Option(help="File to write the rows to.")] = None,
+    seconds: Annotated[float, typer.Option(help="Time for each number of tasks.")] = 20.0,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; PyTorch's choice if not given.")] = None,
+) -> None:
+    """Time mtl_backward and jac_to_grad beside TorchJD's, in turn; a wrong gradient gets no time."""
+    from fastmtl.benchmarks.autojac import run_autojac
+
+    _use_threads(threads)
+    rows = run_autojac(
+        tasks=tasks,
+        net=net,
+        aggregator=aggregator,
+        batch=batch,
+        size=size,
+        device=device,
+        csv_path=csv,
+        seconds=seconds,
+    )
+    _end(all("median_ms" in row for row in rows))
+
+
+@bench.command("list", cls=Command)
+def _list() -> None:
+    """List the operators that can be measured."""
+    from fastmtl.benchmarks.registry import BENCHES
+
+    print("\n".join(BENCHES))
