@@ -16,19 +16,25 @@ from fastmtl.errors import UsageError
 
 __all__ = [
     "MAX_ROWS",
+    "Flat",
+    "Groups",
     "Rows",
+    "check_float",
     "check_groups",
+    "check_per_row",
     "check_rows",
     "columns",
     "device_of",
     "empty_sum",
     "flatten",
     "is_dense",
+    "present",
     "shared_strides",
 ]
 
 Rows = Tensor | Sequence[Sequence[Tensor | None]]
 Flat = Sequence[Tensor | None]
+Groups = Sequence[int] | None
 
 MAX_ROWS = 128
 FLOAT_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -64,6 +70,12 @@ def columns(flat: Flat, num_rows: int) -> Iterator[list[tuple[int, Tensor]]]:
         yield [(t, row) for t in range(num_rows) if (row := flat[t * width + k]) is not None]
 
 
+def present(flat: Flat, num_rows: int) -> list[bool]:
+    """Return for each of the K parameters whether a row has a gradient of it."""
+    width = len(flat) // num_rows
+    return [flat[k] is not None or any(row is not None for row in flat[k::width]) for k in range(width)]
+
+
 def device_of(flat: Flat) -> torch.device:
     """Return the device of the first tensor, the CPU if there is none."""
     return next((row.device for row in flat if row is not None), torch.device("cpu"))
@@ -96,7 +108,33 @@ def check_rows(flat: Flat, num_rows: int) -> None:
                 )
 
 
-def check_groups(groups: Sequence[int] | None, width: int) -> int:
+def check_float(place: str, tensor: Tensor, device: torch.device) -> None:
+    """Refuse what is no dense tensor of one of the four float types on a device.
+
+    Raises:
+        UsageError: Another dtype, layout or device.
+    """
+    if tensor.layout != torch.strided or tensor.dtype not in FLOAT_TYPES or tensor.device != device:
+        raise UsageError(
+            f"{place} must be a dense float32, float64, bfloat16 or float16 tensor on {device}, "
+            f"got {tensor.dtype}, {tensor.layout} on {tensor.device}."
+        )
+
+
+def check_per_row(name: str, vector: Tensor, num_rows: int, device: torch.device) -> None:
+    """Refuse what does not hold one number per row on a device.
+
+    Raises:
+        UsageError: Another shape, dtype or device.
+    """
+    if vector.shape != (num_rows,) or not vector.is_floating_point() or vector.device != device:
+        raise UsageError(
+            f"{name} must hold {num_rows} floats on {device}, one per row, "
+            f"got shape {tuple(vector.shape)}, {vector.dtype} on {vector.device}."
+        )
+
+
+def check_groups(groups: Groups, width: int) -> int:
     """Return the number of groups L; 1 if ``groups`` is None.
 
     Raises:

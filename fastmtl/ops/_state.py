@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from fastmtl.errors import UsageError
-from fastmtl.ops._rows import FLOAT_TYPES, check_rows, device_of, shared_strides
+from fastmtl.ops._rows import Flat, Rows, check_float, check_rows, device_of, flatten, shared_strides
 
-__all__ = ["check_state", "pairs"]
+__all__ = ["check_state", "pairs", "updated"]
+
+R = TypeVar("R")
 
 
-def check_state(name: str, state: Sequence[Tensor], rows: Sequence[Tensor | None], num_rows: int) -> None:
+def check_state(name: str, state: Sequence[Tensor], rows: Flat, num_rows: int) -> None:
     """Refuse rows that no backend takes, and state that does not fit them.
 
     Raises:
@@ -26,11 +29,7 @@ def check_state(name: str, state: Sequence[Tensor], rows: Sequence[Tensor | None
     width = len(rows) // num_rows
     for index, (own, row) in enumerate(zip(state, rows, strict=True)):
         place = f"{name}[{index // width}][{index % width}]"
-        if own.layout != torch.strided or own.dtype not in FLOAT_TYPES or own.device != device:
-            raise UsageError(
-                f"{place} must be a dense float32, float64, bfloat16 or float16 tensor on {device}, "
-                f"got {own.dtype}, {own.layout} on {own.device}."
-            )
+        check_float(place, own, device)
         if row is not None and (row.shape != own.shape or row.device != device):
             raise UsageError(
                 f"{place} must have the shape {tuple(row.shape)} of its gradient on {row.device}, "
@@ -46,10 +45,18 @@ def check_state(name: str, state: Sequence[Tensor], rows: Sequence[Tensor | None
             raise UsageError(f"{name} must hold tensor {k} of all rows in one dense memory layout.")
 
 
-def pairs(
-    state: Sequence[Tensor], rows: Sequence[Tensor | None], num_rows: int
-) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+def pairs(state: Sequence[Tensor], rows: Flat, num_rows: int) -> Iterator[tuple[int, Tensor, Tensor | None]]:
     """Yield row number, state and gradient of each tensor."""
     width = len(rows) // num_rows
     for index, (own, row) in enumerate(zip(state, rows, strict=True)):
         yield index // width, own, row
+
+
+def updated(op: Callable[..., R], state: Rows, rows: Rows, *args: object) -> R:
+    """Return the result of an op that updates the state in place, of which autograd is told."""
+    flat, num_rows = flatten(rows)
+    own = cast(list[Tensor], flatten(state)[0])
+    result = op(own, flat, num_rows, *args)
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(own)
+    return result

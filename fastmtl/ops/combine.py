@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from fastmtl.errors import UsageError
 from fastmtl.ops._registry import declare
-from fastmtl.ops._rows import Rows, check_groups, check_rows, columns, device_of, empty_sum, flatten, is_dense
+from fastmtl.ops._rows import (
+    Flat,
+    Groups,
+    Rows,
+    check_groups,
+    check_rows,
+    columns,
+    device_of,
+    empty_sum,
+    flatten,
+    is_dense,
+    present,
+)
 
 __all__ = ["check_combine", "check_combine_", "combine", "combine_", "empty_results"]
 
@@ -28,7 +39,7 @@ def _check_weights(weights: Tensor, num_rows: int, num_groups: int | None, many:
         raise UsageError(f"weights must have the shape {allowed}, got {tuple(weights.shape)}.")
 
 
-def _check_out(out: Sequence[Tensor], rows: Sequence[Tensor | None], num_rows: int) -> None:
+def _check_out(out: Sequence[Tensor], rows: Flat, num_rows: int) -> None:
     width = len(rows) // num_rows
     if len(out) != width:
         raise UsageError(f"out must hold one tensor for each of the {width} tensors of a row, got {len(out)}.")
@@ -57,13 +68,7 @@ def _check_apart(out: Sequence[Tensor]) -> None:
             raise UsageError(f"out[{k}] and out[{other}] must not overlap in memory.")
 
 
-def check_combine(
-    rows: Sequence[Tensor | None],
-    num_rows: int,
-    weights: Tensor,
-    groups: Sequence[int] | None = None,
-    many: bool = True,
-) -> None:
+def check_combine(rows: Flat, num_rows: int, weights: Tensor, groups: Groups = None, many: bool = True) -> None:
     """Refuse what ``combine`` does not take, or several sums unless ``many``.
 
     Raises:
@@ -75,24 +80,13 @@ def check_combine(
 
 
 def _check_into(
-    out: Sequence[Tensor],
-    rows: Sequence[Tensor | None],
-    num_rows: int,
-    weights: Tensor,
-    groups: Sequence[int] | None = None,
-    accumulate: bool = False,
+    out: Sequence[Tensor], rows: Flat, num_rows: int, weights: Tensor, groups: Groups = None, accumulate: bool = False
 ) -> None:
     check_combine(rows, num_rows, weights, groups, many=False)
     _check_out(out, rows, num_rows)
 
 
-def check_combine_(
-    out: Sequence[Tensor],
-    rows: Sequence[Tensor | None],
-    num_rows: int,
-    weights: Tensor,
-    groups: Sequence[int] | None,
-) -> None:
+def check_combine_(out: Sequence[Tensor], rows: Flat, num_rows: int, weights: Tensor, groups: Groups) -> None:
     """Refuse what ``combine_`` does not take.
 
     Raises:
@@ -102,15 +96,13 @@ def check_combine_(
     _check_apart(out)
 
 
-def empty_results(
-    rows: Sequence[Tensor | None], num_rows: int, weights: Tensor, groups: Sequence[int] | None = None
-) -> list[Tensor]:
+def empty_results(rows: Flat, num_rows: int, weights: Tensor, groups: Groups = None) -> list[Tensor]:
     """Return what ``combine`` is to fill."""
     return [result for result, _, _ in _results(rows, num_rows, weights, groups)]
 
 
 def _results(
-    rows: Sequence[Tensor | None], num_rows: int, weights: Tensor, groups: Sequence[int] | None
+    rows: Flat, num_rows: int, weights: Tensor, groups: Groups
 ) -> Iterator[tuple[Tensor, Tensor, list[tuple[int, Tensor]]]]:
     """Yield an empty result, its (T,) weights and its rows, for every result and every parameter that has a row."""
     per_result = weights[None] if weights.dim() == 1 or groups is not None else weights
@@ -133,9 +125,7 @@ def _sum_dtype(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
-def _reference(
-    rows: Sequence[Tensor | None], num_rows: int, weights: Tensor, groups: Sequence[int] | None = None
-) -> list[Tensor]:
+def _reference(rows: Flat, num_rows: int, weights: Tensor, groups: Groups = None) -> list[Tensor]:
     return [
         result.copy_(_weighted_sum(row_weights, column, _sum_dtype(result.dtype)))
         for result, row_weights, column in _results(rows, num_rows, weights, groups)
@@ -143,12 +133,7 @@ def _reference(
 
 
 def _reference_(
-    out: Sequence[Tensor],
-    rows: Sequence[Tensor | None],
-    num_rows: int,
-    weights: Tensor,
-    groups: Sequence[int] | None = None,
-    accumulate: bool = False,
+    out: Sequence[Tensor], rows: Flat, num_rows: int, weights: Tensor, groups: Groups = None, accumulate: bool = False
 ) -> None:
     totals = []
     for k, (target, column) in enumerate(zip(out, columns(rows, num_rows), strict=True)):
@@ -179,9 +164,7 @@ _combine_ = declare(
 )
 
 
-def combine(
-    rows: Rows, weights: Tensor, groups: Sequence[int] | None = None
-) -> list[Tensor | None] | list[list[Tensor | None]]:
+def combine(rows: Rows, weights: Tensor, groups: Groups = None) -> list[Tensor | None] | list[list[Tensor | None]]:
     """Return sum_t w_t row_t, one new tensor per parameter.
 
     The sum is taken in float32, in float64 if a row of the parameter is float64; the result has the promoted dtype of
@@ -207,32 +190,18 @@ def combine(
         [tensor([2.0000, 0.5000])]
     """
     flat, num_rows = flatten(rows)
-    width = len(flat) // num_rows
-    sums = _combine(flat, num_rows, weights, groups)
-    for k in range(width):
-        if flat[k] is None and all(row is None for row in flat[k::width]):
-            return _with_missing(sums, flat, num_rows, weights, groups)
-    if weights.dim() == 1 or groups is not None:
-        return cast(list[Tensor | None], sums)
-    return [list[Tensor | None](sums[m * width : (m + 1) * width]) for m in range(len(weights))]
-
-
-def _with_missing(
-    sums: list[Tensor], flat: list[Tensor | None], num_rows: int, weights: Tensor, groups: Sequence[int] | None
-) -> list[Tensor | None] | list[list[Tensor | None]]:
-    """Put None where a parameter has no row."""
-    remaining = iter(sums)
-    present = [bool(column) for column in columns(flat, num_rows)]
-    if weights.dim() == 1 or groups is not None:
-        return [next(remaining) if there else None for there in present]
-    return [[next(remaining) if there else None for there in present] for _ in range(len(weights))]
+    sums = iter(_combine(flat, num_rows, weights, groups))
+    single = weights.dim() == 1 or groups is not None
+    there = present(flat, num_rows)
+    results = [[next(sums) if each else None for each in there] for _ in range(1 if single else len(weights))]
+    return results[0] if single else results
 
 
 def combine_(
     out: Sequence[Tensor],
     rows: Rows,
     weights: Tensor,
-    groups: Sequence[int] | None = None,
+    groups: Groups = None,
     accumulate: bool = False,
 ) -> None:
     """Write sum_t w_t row_t into given tensors, or add it to them.

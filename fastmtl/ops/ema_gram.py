@@ -3,35 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor
 
-from fastmtl.errors import UsageError
 from fastmtl.ops._registry import declare
-from fastmtl.ops._rows import Rows, device_of, flatten
-from fastmtl.ops._state import check_state, pairs
+from fastmtl.ops._rows import Flat, Rows, check_per_row, device_of
+from fastmtl.ops._state import check_state, pairs, updated
 from fastmtl.ops.gram import gram_reference
 from fastmtl.support.dtypes import wide_dtype
 
 __all__ = ["ema_gram_"]
 
 
-def _check(state: Sequence[Tensor], rows: Sequence[Tensor | None], num_rows: int, keep: Tensor, gains: Tensor) -> None:
+def _check(state: Sequence[Tensor], rows: Flat, num_rows: int, keep: Tensor, gains: Tensor) -> None:
     check_state("state", state, rows, num_rows)
     device = device_of(state)
     for name, vector in (("keep", keep), ("gains", gains)):
-        if vector.shape != (num_rows,) or not vector.is_floating_point() or vector.device != device:
-            raise UsageError(
-                f"{name} must hold {num_rows} floats on {device}, one per row, "
-                f"got shape {tuple(vector.shape)}, {vector.dtype} on {vector.device}."
-            )
+        check_per_row(name, vector, num_rows, device)
 
 
-def _reference(
-    state: Sequence[Tensor], rows: Sequence[Tensor | None], num_rows: int, keep: Tensor, gains: Tensor
-) -> Tensor:
+def _reference(state: Sequence[Tensor], rows: Flat, num_rows: int, keep: Tensor, gains: Tensor) -> Tensor:
     dtype = wide_dtype(device_of(state))
     keep, gains = keep.to(dtype), gains.to(dtype)
     for t, own, row in pairs(state, rows, num_rows):
@@ -40,7 +32,7 @@ def _reference(
     return gram_reference(state, num_rows)
 
 
-def _fake(state: Sequence[Tensor], rows: Sequence[Tensor | None], num_rows: int, keep: Tensor, gains: Tensor) -> Tensor:
+def _fake(state: Sequence[Tensor], rows: Flat, num_rows: int, keep: Tensor, gains: Tensor) -> Tensor:
     device = device_of(state)
     return torch.empty(num_rows, num_rows, dtype=wide_dtype(device), device=device)
 
@@ -86,11 +78,6 @@ def ema_gram_(state: Rows, rows: Rows, keep: Tensor, gains: Tensor) -> Tensor:
         tensor([[1., 1.],
                 [1., 1.]])
     """
-    flat, num_rows = flatten(rows)
-    own = cast(list[Tensor], flatten(state)[0])
     if keep.dim() == 0:
-        keep = keep.expand(num_rows)
-    result = _ema_gram_(own, flat, num_rows, keep, gains)
-    if not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version(own)
-    return result
+        keep = keep.expand(len(rows))
+    return updated(_ema_gram_, state, rows, keep, gains)

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from fastmtl.errors import UsageError
 from fastmtl.ops._registry import declare
-from fastmtl.ops._rows import Rows, device_of, flatten
-from fastmtl.ops._state import check_state, pairs
+from fastmtl.ops._rows import Flat, Rows, device_of
+from fastmtl.ops._state import check_state, pairs, updated
 from fastmtl.support.dtypes import wide_dtype
 
 __all__ = ["excess_risk_"]
 
 
-def _check(sums: Sequence[Tensor], rows: Sequence[Tensor | None], num_rows: int, epsilon: float) -> None:
+def _check(sums: Sequence[Tensor], rows: Flat, num_rows: int, epsilon: float) -> None:
     check_state("sums", sums, rows, num_rows)
     if not epsilon > 0:
         raise UsageError(f"epsilon must be above 0, got {epsilon}.")
 
 
-def _reference(sums: Sequence[Tensor], rows: Sequence[Tensor | None], num_rows: int, epsilon: float) -> Tensor:
+def _reference(sums: Sequence[Tensor], rows: Flat, num_rows: int, epsilon: float) -> Tensor:
     device = device_of(sums)
     dtype = wide_dtype(device)
     risks = torch.zeros(num_rows, dtype=dtype, device=device)
@@ -35,7 +34,7 @@ def _reference(sums: Sequence[Tensor], rows: Sequence[Tensor | None], num_rows: 
     return risks
 
 
-def _fake(sums: Sequence[Tensor], rows: Sequence[Tensor | None], num_rows: int, epsilon: float) -> Tensor:
+def _fake(sums: Sequence[Tensor], rows: Flat, num_rows: int, epsilon: float) -> Tensor:
     device = device_of(sums)
     return torch.empty(num_rows, dtype=wide_dtype(device), device=device)
 
@@ -80,9 +79,4 @@ def excess_risk_(sums: Rows, rows: Rows, epsilon: float = 1e-7) -> Tensor:
         >>> sums
         tensor([[ 9., 16.]])
     """
-    flat, num_rows = flatten(rows)
-    own = cast(list[Tensor], flatten(sums)[0])
-    risks = _excess_risk_(own, flat, num_rows, epsilon)
-    if not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version(own)
-    return risks
+    return updated(_excess_risk_, sums, rows, epsilon)

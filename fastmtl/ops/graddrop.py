@@ -11,7 +11,20 @@ from torch import Tensor
 from fastmtl.errors import UsageError
 from fastmtl.ops._philox import uniform
 from fastmtl.ops._registry import declare
-from fastmtl.ops._rows import FLOAT_TYPES, Rows, check_rows, columns, device_of, empty_sum, flatten, shared_strides
+from fastmtl.ops._rows import (
+    FLOAT_TYPES,
+    Flat,
+    Rows,
+    check_float,
+    check_per_row,
+    check_rows,
+    columns,
+    device_of,
+    empty_sum,
+    flatten,
+    present,
+    shared_strides,
+)
 from fastmtl.support.dtypes import wide_dtype
 
 __all__ = [
@@ -44,11 +57,7 @@ def check_graddrop(reps: Sequence[Tensor], grads: Sequence[Tensor], random: Tens
     device = grads[0].device
     for name, list_ in (("reps", reps), ("grads", grads)):
         for t, tensor in enumerate(list_):
-            if tensor.layout != torch.strided or tensor.dtype not in FLOAT_TYPES or tensor.device != device:
-                raise UsageError(
-                    f"{name}[{t}] must be a dense float32, float64, bfloat16 or float16 tensor on {device}, "
-                    f"got {tensor.dtype}, {tensor.layout} on {tensor.device}."
-                )
+            check_float(f"{name}[{t}]", tensor, device)
             if tensor.dim() < 1 or tensor.shape[1:] != grads[0].shape[1:]:
                 raise UsageError(
                     f"{name}[{t}] must have the shape (batch, ...) with the features of grads[0], "
@@ -121,9 +130,7 @@ def _reference(
     return [result.copy_(value) for result, value in zip(empty_results(reps, grads), dropped, strict=True)]
 
 
-def check_graddrop_rows(
-    rows: Sequence[Tensor | None], num_rows: int, leak: Tensor, random: Tensor, noise: Sequence[Tensor]
-) -> None:
+def check_graddrop_rows(rows: Flat, num_rows: int, leak: Tensor, random: Tensor, noise: Sequence[Tensor]) -> None:
     """Refuse what no backend of ``graddrop_rows`` takes.
 
     Raises:
@@ -131,11 +138,7 @@ def check_graddrop_rows(
     """
     check_rows(rows, num_rows)
     device = device_of(rows)
-    if leak.shape != (num_rows,) or not leak.is_floating_point() or leak.device != device:
-        raise UsageError(
-            f"leak must hold {num_rows} floats on {device}, one per row, "
-            f"got shape {tuple(leak.shape)}, {leak.dtype} on {leak.device}."
-        )
+    check_per_row("leak", leak, num_rows, device)
     _check_random(random, device)
     if not noise:
         return
@@ -150,14 +153,12 @@ def check_graddrop_rows(
             )
 
 
-def empty_row_results(rows: Sequence[Tensor | None], num_rows: int) -> list[Tensor]:
+def empty_row_results(rows: Flat, num_rows: int) -> list[Tensor]:
     """Return empty results, one for each parameter that has a row."""
     return [empty_sum([row for _, row in column]) for column in columns(rows, num_rows) if column]
 
 
-def _reference_rows(
-    rows: Sequence[Tensor | None], num_rows: int, leak: Tensor, random: Tensor, noise: Sequence[Tensor]
-) -> list[Tensor]:
+def _reference_rows(rows: Flat, num_rows: int, leak: Tensor, random: Tensor, noise: Sequence[Tensor]) -> list[Tensor]:
     dtype = wide_dtype(device_of(rows))
     results = iter(empty_row_results(rows, num_rows))
     written = []
@@ -262,4 +263,4 @@ def graddrop_rows(
     flat, num_rows = flatten(rows)
     given = [] if noise is None else list(noise)
     found = iter(_graddrop_rows(flat, num_rows, leak, random, given))
-    return [next(found) if column else None for column in columns(flat, num_rows)]
+    return [next(found) if each else None for each in present(flat, num_rows)]

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from fastmtl.ops._registry import declare
-from fastmtl.ops._rows import Rows, check_groups, check_rows, columns, device_of, flatten
+from fastmtl.ops._rows import Flat, Groups, Rows, check_groups, check_rows, columns, device_of, flatten
 from fastmtl.support.dtypes import wide_dtype
 
 __all__ = ["gram", "gram_reference"]
 
 
-def _check(rows: Sequence[Tensor | None], num_rows: int, groups: Sequence[int] | None = None) -> None:
+def _check(rows: Flat, num_rows: int, groups: Groups = None) -> None:
     check_rows(rows, num_rows)
     check_groups(groups, len(rows) // num_rows)
 
 
-def gram_reference(rows: Sequence[Tensor | None], num_rows: int, groups: Sequence[int] | None = None) -> Tensor:
+def gram_reference(rows: Flat, num_rows: int, groups: Groups = None) -> Tensor:
     """Return what :func:`gram` does from a flat task-major list, in plain torch operators."""
     num_groups = check_groups(groups, len(rows) // num_rows)
     device = device_of(rows)
@@ -35,7 +33,7 @@ def gram_reference(rows: Sequence[Tensor | None], num_rows: int, groups: Sequenc
     return result[0] if groups is None else result
 
 
-def _fake(rows: Sequence[Tensor | None], num_rows: int, groups: Sequence[int] | None = None) -> Tensor:
+def _fake(rows: Flat, num_rows: int, groups: Groups = None) -> Tensor:
     num_groups = check_groups(groups, len(rows) // num_rows)
     device = device_of(rows)
     shape = (num_rows, num_rows) if groups is None else (num_groups, num_rows, num_rows)
@@ -51,7 +49,7 @@ _gram = declare(
 )
 
 
-def gram(rows: Rows, groups: Sequence[int] | None = None) -> Tensor:
+def gram(rows: Rows, groups: Groups = None) -> Tensor:
     """Return the Gram matrix G_ij = <row_i, row_j> of T gradients.
 
     The rows are read once, where they lie. Products are summed in float32 within short chunks and in float64 across
