@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+import fastmtl
 from fastmtl.cli import doctor
 
 SECTIONS = ("versions", "build", "devices", "ops", "memory", "compile")
@@ -48,6 +49,12 @@ def test_report_is_plain_data(facts: dict[str, Any]) -> None:
 def test_versions_are_those_running(facts: dict[str, Any]) -> None:
     assert facts["versions"]["torch"] == torch.__version__
     assert facts["versions"]["python"] == sys.version.split()[0].rstrip("+")
+
+
+def test_what_was_built_is_told(facts: dict[str, Any]) -> None:
+    record = Path(fastmtl.__file__).with_name("_build.json")
+    assert facts["build"]["record"] == (json.loads(record.read_text()) if record.is_file() else None)
+    assert ("this copy was not installed" in doctor.render(facts)) is not record.is_file()
 
 
 def test_every_op_has_a_backend_on_the_cpu(facts: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -27,8 +28,12 @@ __all__ = ["render", "report"]
 _PACKAGES = ("torch", "torchvision", "triton", "numpy")
 _FALLBACK_BYTES = 256 << 20
 
+# What is known of something, by name, as JSON can hold it.
+Facts = dict[str, Any]
+Rows = Iterable[tuple[str, str]]
 
-def report(*, seconds: float = 0.25) -> dict[str, Any]:
+
+def report(*, seconds: float = 0.25) -> Facts:
     """Return everything there is to know, as data that JSON can hold.
 
     Args:
@@ -38,7 +43,7 @@ def report(*, seconds: float = 0.25) -> dict[str, Any]:
         The sections ``versions``, ``build``, ``devices``, ``ops``, ``memory``, ``compile`` and ``environment``. A
         section that could not be gathered is ``{"error": reason}``.
     """
-    sections: dict[str, Callable[[], Any]] = {
+    sections: dict[str, Callable[[], object]] = {
         "versions": _versions,
         "build": _build,
         "devices": _devices,
@@ -50,7 +55,7 @@ def report(*, seconds: float = 0.25) -> dict[str, Any]:
     return {name: _gather(section) for name, section in sections.items()}
 
 
-def _gather(section: Callable[[], Any]) -> Any:
+def _gather(section: Callable[[], object]) -> object:
     # A broken driver or a half-installed package raises anything at all, and the doctor is run because of it.
     try:
         return section()
@@ -75,7 +80,7 @@ def _versions() -> dict[str, str | None]:
     return {**{name: _version(name) for name in _PACKAGES}, **known}
 
 
-def _host() -> Any:
+def _host() -> ModuleType | str:
     """Return the module ``fastmtl._host``, or why it cannot be had."""
     try:
         return importlib.import_module("fastmtl._host")
@@ -83,13 +88,13 @@ def _host() -> Any:
         return _first_line(error)
 
 
-def _build() -> dict[str, Any]:
-    path = Path(__file__).with_name("_build.json")
-    facts: dict[str, Any] = {"record": json.loads(path.read_text()) if path.is_file() else None}
+def _build() -> Facts:
+    path = Path(fastmtl.__file__).with_name("_build.json")
+    record = json.loads(path.read_text()) if path.is_file() else None
     host = _host()
-    if not isinstance(host, str):
-        facts |= {"compiler": host.compiler, "flags": host.build_flags()}
-    return facts
+    if isinstance(host, str):
+        return {"record": record}
+    return {"record": record, "compiler": host.compiler, "flags": host.build_flags()}
 
 
 def _cpu_name() -> str:
@@ -99,12 +104,11 @@ def _cpu_name() -> str:
     return next(names, "") or platform.processor() or platform.machine()
 
 
-def _devices() -> list[dict[str, Any]]:
+def _devices() -> list[Facts]:
     host = _host()
-    cpu: dict[str, Any] = {"device": "cpu", "name": _cpu_name(), "threads": torch.get_num_threads()}
-    cpu["cores"] = os.cpu_count()
-    cpu["isa"] = None if isinstance(host, str) else host.isa()
-    found = [cpu]
+    isa = None if isinstance(host, str) else host.isa()
+    threads, cores = torch.get_num_threads(), os.cpu_count()
+    found: list[Facts] = [{"device": "cpu", "name": _cpu_name(), "threads": threads, "cores": cores, "isa": isa}]
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         properties = torch.cuda.get_device_properties(index)
         capability = f"{properties.major}.{properties.minor}"
@@ -121,7 +125,7 @@ def _ops() -> list[dict[str, str]]:
     return backends
 
 
-def _memory(seconds: float) -> dict[str, Any]:
+def _memory(seconds: float) -> Facts:
     host = _host()
     threads = torch.get_num_threads()
     if isinstance(host, str):
@@ -156,7 +160,7 @@ def _fastest(work: Callable[[], object], seconds: float) -> float:
     return min(times)
 
 
-def _compile() -> dict[str, Any]:
+def _compile() -> Facts:
     regions = importlib.import_module("fastmtl.engine.regions")
     compiler, reason = regions.cpp_compiler()
     functorch = importlib.import_module("torch._functorch.config")
@@ -174,9 +178,9 @@ def _environment() -> dict[str, str]:
     return {name: os.environ[name] for name in env.VARIABLES if os.environ.get(name)}
 
 
-def render(data: Mapping[str, Any]) -> str:
+def render(data: Facts) -> str:
     """Return the text `fastmtl doctor` prints for a report."""
-    sections: dict[str, Callable[[Any], Iterable[tuple[str, str]]]] = {
+    sections: dict[str, Callable[[Any], Rows]] = {
         "versions": _render_versions,
         "build": _render_build,
         "devices": _render_devices,
@@ -197,12 +201,12 @@ def render(data: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _render_versions(versions: Mapping[str, str | None]) -> Iterable[tuple[str, str]]:
+def _render_versions(versions: Mapping[str, str | None]) -> Rows:
     order = ("fastmtl", "python", *_PACKAGES)
     return [(name, versions[name] or "not installed") for name in order]
 
 
-def _render_build(build: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+def _render_build(build: Facts) -> Rows:
     record = build["record"]
     if record is None:
         return [("extensions", f"none: this copy was not installed ({sys.executable} -m pip install .)")]
@@ -212,26 +216,24 @@ def _render_build(build: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     return rows
 
 
-def _render_devices(devices: Iterable[Mapping[str, Any]]) -> Iterable[tuple[str, str]]:
+def _render_devices(devices: Iterable[Facts]) -> Rows:
     for device in devices:
         facts = [device["name"]]
         if "cores" in device:
-            facts += [
-                f"{device['threads']} threads on {device['cores']} cores",
-                device["isa"] or "instructions unknown",
-            ]
+            isa = device["isa"] or "instructions unknown"
+            facts += [f"{device['threads']} threads on {device['cores']} cores", isa]
         if "capability" in device:
             facts += [f"compute capability {device['capability']}", f"{device['bytes'] / 2**30:.0f} GiB"]
         yield device["device"], ", ".join(facts)
 
 
-def _render_ops(ops: Iterable[Mapping[str, str]]) -> Iterable[tuple[str, str]]:
+def _render_ops(ops: Iterable[Mapping[str, str]]) -> Rows:
     for row in ops:
         reason = f"  ({row['absent']})" if row["absent"] else ""
         yield f"{row['op']} on {row['device']}", f"{row['backend']}{reason}"
 
 
-def _render_memory(memory: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+def _render_memory(memory: Facts) -> Rows:
     if memory.get("last_level_cache_bytes"):
         yield "last-level cache", f"{memory['last_level_cache_bytes'] / 2**20:.0f} MiB"
     yield "read", f"{memory['read_bytes_per_second'] / 1e9:.1f} GB/s"
@@ -239,14 +241,9 @@ def _render_memory(memory: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     yield "measured by", f"{memory['method']}, {memory['threads']} threads, {memory['buffer_bytes'] >> 20} MiB"
 
 
-def _render_compile(compile_facts: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
-    yield (
-        "on cpu",
-        f"yes, with {compile_facts['cpp_compiler']}" if compile_facts["cpu"] else compile_facts["cpu_reason"],
-    )
-    yield "on cuda", f"Triton {compile_facts['triton']}" if compile_facts["triton"] else "no: Triton is not installed"
-    yield (
-        "donated buffers",
-        {True: "on by default", False: "off"}.get(compile_facts["donated_buffer"], "not in this torch"),
-    )
-    yield "gradients in the graph", "available" if compile_facts["trace_autograd_ops"] else "not in this torch"
+def _render_compile(facts: Facts) -> Rows:
+    yield "on cpu", f"yes, with {facts['cpp_compiler']}" if facts["cpu"] else facts["cpu_reason"]
+    yield "on cuda", f"Triton {facts['triton']}" if facts["triton"] else "no: Triton is not installed"
+    donated = {True: "on by default", False: "off"}.get(facts["donated_buffer"], "not in this torch")
+    yield "donated buffers", donated
+    yield "gradients in the graph", "available" if facts["trace_autograd_ops"] else "not in this torch"
