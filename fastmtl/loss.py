@@ -115,7 +115,7 @@ class AbsLoss:
         self.record, self.bs, running = state
         self._running.restore(running)
 
-    def _sync(self, peers: Peers) -> None:
+    def sync(self, peers: Peers) -> None:
         """Take in what the other processes have accumulated."""
         self.record = [loss for losses in peers.gather(self.record) for loss in losses]
         self.bs = [size for sizes in peers.gather(self.bs) for size in sizes]

@@ -99,7 +99,7 @@ def _place(
 
 def _run(trainer: Trainer, config: TrainConfig, bundle: DataBundle) -> None:
     train, test, val = bundle.train, bundle.test, bundle.val if config.validate else None
-    if trainer.peers is not None:
+    if trainer.peers.size > 1:
         train = shard(train, trainer.peers)
         test = shard(test, trainer.peers, whole=True)
         val = None if val is None else shard(val, trainer.peers, whole=True)

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from fastmtl.distributed.loading import shard
-from fastmtl.distributed.peers import Peers, find_peers, join, leave, together
+from fastmtl.distributed.peers import Alone, Peers, find_peers, join, leave, together
 
-__all__ = ["Peers", "find_peers", "join", "leave", "shard", "together"]
+__all__ = ["Alone", "Peers", "find_peers", "join", "leave", "shard", "together"]

@@ -1,180 +1,142 @@
-"""What a training step asks of the other processes."""
+"""Several processes as the engine sees them, each with a part of every batch and all parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from fastmtl import ops
 from fastmtl.distributed.peers import Peers
-from fastmtl.distributed.shards import Row, Shards, check_used
-from fastmtl.weighting import AbsWeighting, Weights
+from fastmtl.distributed.shards import RowShards, Shards, check_used
+from fastmtl.engine.comm import Combination, Comm, MaskReps, SplitsRows
+from fastmtl.engine.model import Tasks
+from fastmtl.engine.vjp import Cotangents, vjp
+from fastmtl.engine.weights import Row, Rows, Weights
 
-if TYPE_CHECKING:
-    from fastmtl.distributed.sharded import GradientShards
-
-__all__ = ["Exchange"]
+__all__ = ["DataParallel", "ExactDataParallel"]
 
 
-class Exchange:
-    """Makes the processes' parts of a batch one batch.
-
-    Each loss, a mean over its part, is multiplied by the part's share of the rows before it is differentiated; sums
-    over the processes are then those of one process with the whole batch.
+class DataParallel(Comm):
+    """No row leaves its process: a Gram matrix is the mean of those of the processes' own parts of the batch.
 
     Args:
         peers: The processes.
         shared: The shared parameters.
         own: The task-specific parameters.
-        exact: Weights from the Gram matrix of the whole batch's gradients; otherwise from the mean over the processes
-            of the Gram matrices of their own parts, so that no row leaves its process.
-        of_rule: The parameters of the strategy, whose gradients all processes have.
-
-    Attributes:
-        share: This process's share in the labels behind each row: (T,), or (samples T,).
-        stream: What takes the place of the VJPs of shared parameters; see :class:`fastmtl.engine.methods.routes.Route`.
+        of_strategy: The parameters of the strategy, whose gradients all processes have.
     """
 
-    stream: Callable[..., tuple[Row, Row]] | None = None
+    shares_batches = True
+    cuts_rows = False
 
     def __init__(
         self,
         peers: Peers,
         shared: Sequence[nn.Parameter],
         own: Sequence[nn.Parameter],
-        exact: bool = True,
-        of_rule: Sequence[nn.Parameter] = (),
+        of_strategy: Sequence[nn.Parameter] = (),
     ) -> None:
         self.peers = peers
+        self.shared = shared
         self.own = own
-        self.of_rule = of_rule
-        self.params = [*shared, *own]
-        self.exact = exact
-        self.share: Tensor | None = None
-        self._shards: Shards | GradientShards | None = Shards(shared, peers) if exact and shared else None
-        self._tasks: tuple[int, ...] = ()
-        self._used: dict[tuple[bool, tuple[int, ...]], list[bool]] = {}
+        self.of_strategy = of_strategy
+        self.combination = Combination(shared)
+        self._used: dict[tuple[int, Tasks], list[bool]] = {}
 
-    def gather(self) -> None:
-        """Make sure that the model has whole parameters."""
-
-    def free(self) -> None:
-        """Let go of what whole parameters this process need not keep."""
-
-    def clip(self, params: Sequence[nn.Parameter] | None, max_norm: Any) -> None:
-        """Bring the norm of the gradients of some parameters together, all if None, down to ``max_norm``."""
-        nn.utils.clip_grad_norm_([*self.params, *self.of_rule] if params is None else params, max_norm)
-
-    def cut_states(self, rule: AbsWeighting) -> None:
-        """Let a strategy that keeps something as large as the rows keep this process's pieces of it."""
-        if self._shards is not None and rule.row_states:
-            rule.sum_parts = self.peers.sum_
-            for state in rule.row_states.values():
-                state.cut(self._shards.shapes)
-
-    def whole_states(self, state: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
-        """Return a ``state_dict`` with whole rows (T, P), for the leading process, in the place of pieces."""
-        if self._shards is None:
-            return state
-        found = {name: [self._shards.whole_of(row) for row in state[name]] for name in names}
-        return state | {
-            name: torch.stack([row for row in rows if row is not None])
-            for name, rows in found.items()
-            if self.peers.leads
-        }
-
-    def part_states(self, state: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
-        """Return a ``state_dict`` with this process's pieces in the place of whole rows (T, P)."""
-        if self._shards is None:
-            return state
-        parts = self._shards.part_of
-        return state | {name: torch.stack([parts(row) for row in state[name]]) for name in names if name in state}
-
-    def agree_on_tasks(
-        self, present: Sequence[int] | None, drawn: Sequence[int] | None, count: int
-    ) -> list[int] | None:
-        """Return the tasks of this step: those with labels in any process, of those the leading process has drawn.
-
-        Args:
-            present: The tasks that have labels here, all if None.
-            drawn: What the leading process has drawn, all if None; not looked at elsewhere.
-            count: Number of tasks T.
-
-        Returns:
-            The tasks in order, None for all.
-        """
+    @override
+    def agree_on_tasks(self, present: Sequence[int] | None, drawn: Sequence[int] | None, count: int) -> list[int]:
         here = set(range(count) if present is None else present)
         chosen = set(range(count) if drawn is None else drawn) if self.peers.leads else set()
         flags = self.peers.any_([t in here for t in range(count)] + [t in chosen for t in range(count)])
-        tasks = [t for t in range(count) if flags[t] and flags[count + t]]
-        self._tasks = tuple(tasks)
-        return None if len(tasks) == count else tasks
+        return [t for t in range(count) if flags[t] and flags[count + t]]
 
-    def mean(self, losses: Tensor, share: Tensor) -> Tensor:
-        """Return the losses (T,) of all parts of a batch, from those of this part and its share in them."""
+    @override
+    def unshard(self) -> None:
+        pass
+
+    @override
+    def reshard(self) -> None:
+        pass
+
+    @override
+    def total(self, tensor: Tensor) -> Tensor:
+        return self.peers.sum_(tensor)
+
+    @override
+    def mean(self, losses: Tensor, share: Tensor | None) -> Tensor:
+        assert share is not None
         return self.peers.sum_(losses.to(share.dtype) * share).to(losses.dtype)
 
-    def send(self, row: Row) -> Row:
-        """Begin to sum a row over the processes; see :meth:`Shards.send`."""
-        assert isinstance(self._shards, Shards)
-        return self._shards.send(row)
+    @override
+    def row(
+        self,
+        outputs: Sequence[Tensor],
+        cotangents: Cotangents,
+        own: Sequence[nn.Parameter],
+        retain: bool,
+        complete: bool,
+    ) -> tuple[Row, Row]:
+        grads = vjp(outputs, cotangents, [*self.shared, *own], retain)
+        return grads[: len(self.shared)], grads[len(self.shared) :]
 
-    def wait(self) -> None:
-        """Wait for the rows that were sent."""
-        assert isinstance(self._shards, Shards)
-        self._shards.wait()
+    @override
+    def collect(self, rows: Rows, complete: bool) -> Rows:
+        return rows
 
-    def whole_rows(self, rows: Sequence[Row]) -> list[Row]:
-        """Return rows of one small tensor each, such as representations' gradients, summed over the processes."""
+    @override
+    def collect_reps(self, rows: Rows) -> Rows:
         stacked = torch.stack([row[0] for row in rows if row[0] is not None])
         return [[row] for row in self.peers.sum_(stacked)]
 
+    @override
     def whole_row(self, row: Row) -> Row:
-        """Return a row over all parameters, None at the same places in all processes, summed over them."""
-        found = iter(self.peers.sums([grad for grad in row if grad is not None]))
-        return [None if grad is None else next(found) for grad in row]
+        sums = iter(self.peers.sums([grad for grad in row if grad is not None]))
+        return [None if grad is None else next(sums) for grad in row]
 
-    def put(self, params: Sequence[nn.Parameter], grads: Row) -> None:
-        """Fill ``.grad`` with whole gradients that all processes have."""
-        for param, grad in zip(params, grads, strict=True):
-            param.grad = grad
-
-    def gram(self, rows: Sequence[Row], groups: Sequence[int] | None) -> Tensor:
-        """Return the Gram matrix of the whole batch, or what stands for it; rows are pieces if it is to be exact."""
-        if self._shards is not None:
-            return self._shards.gram(rows, groups)
-        assert self.share is not None
+    @override
+    def gram(self, rows: Rows, groups: Sequence[int] | None, shares: Tensor | None) -> Tensor:
+        assert shares is not None
         gram = ops.gram(rows, groups)
         # The rows carry their share, of which a mean of Gram matrices takes one in place of two.
-        scale = self.share.where(self.share > 0, torch.inf).rsqrt().to(gram.dtype)
+        scale = shares.where(shares > 0, torch.inf).rsqrt().to(gram.dtype)
         return self.peers.sum_(gram * scale[:, None] * scale)
 
+    @override
     def agree(self, weights: Weights) -> None:
-        """Give all processes the leader's weights: random numbers, and the last bits of solvers, may differ."""
         self.peers.from_leader([weights.shared] if weights.heads is None else [weights.shared, weights.heads])
 
-    def write_shared(self, rows: Sequence[Row], weights: Tensor, groups: Sequence[int] | None) -> None:
-        """Fill ``.grad`` of the shared parameters from pieces, and sum that of the others over the processes."""
-        assert self._shards is not None
-        self._shards.write(rows, weights, groups, self._tasks)
-        self.reduce(own_only=True)
-        for param in self.params:
-            # Some may have been frozen since the first step.
-            param.grad = param.grad if param.requires_grad else None
+    @override
+    def mask(
+        self, mask_reps: MaskReps, losses: Tensor, reps: Sequence[Tensor], grads: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        # One row more, of representation 1, holds what the sums of the other parts add to this one's.
+        signed = torch.stack([(grad * rep.sign()).sum(0) for rep, grad in zip(reps, grads, strict=True)])
+        rest = self.peers.sum_(signed.clone()) - signed
+        longer = {id(rep): torch.cat([rep, torch.ones_like(rep[:1])]) for rep in reps}
+        more = [torch.cat([grad, line[None]]) for grad, line in zip(grads, rest, strict=True)]
+        return [masked[:-1] for masked in mask_reps(losses, [longer[id(rep)] for rep in reps], more)]
+
+    @override
+    def write_shared(self, rows: Rows, weights: Tensor, groups: Sequence[int] | None, tasks: Tasks) -> None:
+        self.combination.write(rows, weights, groups)
+        self.reduce(tasks)
+
+    @override
+    def reduce(self, tasks: Tasks) -> None:
+        self._reduce([*self.shared, *self.own], tasks)
 
     @torch.no_grad()
-    def reduce(self, own_only: bool = False) -> None:
-        """Sum ``.grad`` of all parameters, or of the task-specific ones, over the processes.
+    def _reduce(self, params: Sequence[nn.Parameter], tasks: Tasks) -> None:
+        """Sum ``.grad`` of some parameters over the processes.
 
         Which of them have one in any process is learned in the first step of the same tasks; see :func:`check_used`.
         """
-        params = self.own if own_only else self.params
         if not params:
             return
-        key = own_only, self._tasks
+        key = len(params), tasks
         has_grad = [param.grad is not None for param in params]
         if key not in self._used:
             self._used[key] = self.peers.any_(has_grad)
@@ -184,19 +146,104 @@ class Exchange:
         for param, grad in zip(used, sums, strict=True):
             param.grad = grad if param.requires_grad else None
 
-    def mask(
-        self,
-        mask_reps: Callable[..., Sequence[Tensor]],
-        losses: Tensor,
-        reps: Sequence[Tensor],
-        grads: Sequence[Tensor],
-    ) -> list[Tensor]:
-        """Let a strategy that masks by sums over the batch see those of the whole batch.
+    @override
+    def put(self, params: Sequence[nn.Parameter], grads: Row) -> None:
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad
 
-        One row more, of representation 1, holds what the sums of the other parts add to this one's.
-        """
-        signed = torch.stack([(grad * rep.sign()).sum(0) for rep, grad in zip(reps, grads, strict=True)])
-        rest = self.peers.sum_(signed.clone()) - signed
-        longer = {id(rep): torch.cat([rep, torch.ones_like(rep[:1])]) for rep in reps}
-        more = [torch.cat([grad, each[None]]) for grad, each in zip(grads, rest, strict=True)]
-        return [each[:-1] for each in mask_reps(losses, [longer[id(rep)] for rep in reps], more)]
+    @override
+    def clip(self, max_norm: float | Tensor, shared_only: bool) -> None:
+        params = self.shared if shared_only else [*self.shared, *self.own, *self.of_strategy]
+        nn.utils.clip_grad_norm_(params, max_norm)  # type: ignore[arg-type]
+
+    @override
+    def cut_states(self, strategy: SplitsRows) -> None:
+        pass
+
+    @override
+    def whole_states(self, state: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+        return state
+
+    @override
+    def part_states(self, state: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+        return state
+
+
+class ExactDataParallel(DataParallel):
+    """Each process has 1/W of the sum of every row: Gram matrix and update are those of the whole batch.
+
+    Args:
+        peers: The processes.
+        shared: The shared parameters.
+        own: The task-specific parameters.
+        of_strategy: The parameters of the strategy.
+        shards: What cuts the rows into pieces, unless they are to be sent as buckets.
+    """
+
+    cuts_rows = True
+
+    def __init__(
+        self,
+        peers: Peers,
+        shared: Sequence[nn.Parameter],
+        own: Sequence[nn.Parameter],
+        of_strategy: Sequence[nn.Parameter] = (),
+        shards: RowShards | None = None,
+    ) -> None:
+        super().__init__(peers, shared, own, of_strategy)
+        self.shards: RowShards = Shards(shared, peers) if shards is None else shards
+
+    @override
+    def row(
+        self,
+        outputs: Sequence[Tensor],
+        cotangents: Cotangents,
+        own: Sequence[nn.Parameter],
+        retain: bool,
+        complete: bool,
+    ) -> tuple[Row, Row]:
+        row, rest = super().row(outputs, cotangents, own, retain, complete)
+        # Rows that will be added up are sent when they are.
+        return self.shards.send(row) if complete else row, rest
+
+    @override
+    def collect(self, rows: Rows, complete: bool) -> Rows:
+        rows = rows if complete else [self.shards.send(row) for row in rows]
+        self.shards.wait()
+        return rows
+
+    @override
+    def gram(self, rows: Rows, groups: Sequence[int] | None, shares: Tensor | None) -> Tensor:
+        return self.shards.gram(rows, groups)
+
+    @override
+    def write_shared(self, rows: Rows, weights: Tensor, groups: Sequence[int] | None, tasks: Tasks) -> None:
+        self.shards.write(rows, weights, groups, tasks)
+        self._reduce_own(tasks)
+        for param in [*self.shared, *self.own]:
+            # Some may have been frozen since the first step.
+            param.grad = param.grad if param.requires_grad else None
+
+    def _reduce_own(self, tasks: Tasks) -> None:
+        self._reduce(self.own, tasks)
+
+    @override
+    def cut_states(self, strategy: SplitsRows) -> None:
+        if strategy.row_states:
+            strategy.sum_parts = self.peers.sum_
+            for state in strategy.row_states.values():
+                state.cut(self.shards.shapes)
+
+    @override
+    def whole_states(self, state: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+        found = {name: [self.shards.whole_of(row) for row in state[name]] for name in names}
+        return state | {
+            name: torch.stack([row for row in rows if row is not None])
+            for name, rows in found.items()
+            if self.peers.leads
+        }
+
+    @override
+    def part_states(self, state: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+        parts = self.shards.part_of
+        return state | {name: torch.stack([parts(row) for row in state[name]]) for name in names if name in state}

@@ -116,6 +116,8 @@ def synchronize(model: nn.Module, peers: Peers) -> None:
 
     Classes derived from torch's batch norms keep what they do.
     """
+    if peers.size == 1:
+        return
     made: dict[nn.Module, SyncBatchNorm] = {}
     for module in list(model.modules()):
         for name, child in module._modules.items():

@@ -9,15 +9,18 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from itertools import groupby
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import override
 
 from fastmtl.errors import PeerError, UsageError
 
-__all__ = ["Peers", "find_peers", "join", "leave", "together"]
+__all__ = ["Alone", "Peers", "find_peers", "join", "leave", "together"]
+
+T = TypeVar("T")
 
 # How long whoever is done waits for the others to be done too, in seconds.
 _PARTING = 30.0
@@ -110,6 +113,13 @@ def find_peers() -> Peers | None:
     return Peers()
 
 
+class Synced(Protocol):
+    """What keeps sums that can become those of all processes."""
+
+    def sync(self, peers: Peers) -> None:
+        """Become the sums of all processes."""
+
+
 class Peers:
     """A group of processes of ``torch.distributed``.
 
@@ -132,6 +142,10 @@ class Peers:
         self.size = dist.get_world_size(group)
         self.leads = self.rank == 0
         self._host = "cpu" if "cpu:" in dist.get_backend_config(group) else "cuda"
+
+    def own_gpu(self, device: torch.device) -> torch.device:
+        """Return this process's GPU for a GPU without number."""
+        return torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else device
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Replace a tensor by its sum over all processes."""
@@ -182,12 +196,17 @@ class Peers:
             dist.gather(tensor, found, group=self.group, group_dst=0)
         return found
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: T) -> list[T]:
         """Return a picklable value of each process, in the order of their ranks."""
-        found: list[Any] = [None] * self.size
+        found = [value] * self.size
         with _heard():
             dist.all_gather_object(found, value, group=self.group)
         return found
+
+    def sync(self, parts: Iterable[Synced]) -> None:
+        """Let sums become those of all processes."""
+        for part in parts:
+            part.sync(self)
 
     def total(self, tensor: Tensor | None) -> Tensor | None:
         """Return the sum of a tensor that some processes may not have, None if none of them has it."""
@@ -208,6 +227,52 @@ class Peers:
             return
         with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
             yield
+
+
+class Alone(Peers):
+    """One process, which has nobody to talk to."""
+
+    def __init__(self) -> None:
+        self.group = None
+        self.rank = 0
+        self.size = 1
+        self.leads = True
+
+    @override
+    def own_gpu(self, device: torch.device) -> torch.device:
+        return device
+
+    @override
+    def sum_(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    @override
+    def sums(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return list(tensors)
+
+    @override
+    def any_(self, flags: list[bool]) -> list[bool]:
+        return flags
+
+    @override
+    def from_leader(self, tensors: Iterable[Tensor]) -> None:
+        pass
+
+    @override
+    def to_leader(self, tensor: Tensor) -> list[Tensor]:
+        return [tensor]
+
+    @override
+    def gather(self, value: T) -> list[T]:
+        return [value]
+
+    @override
+    def total(self, tensor: Tensor | None) -> Tensor | None:
+        return tensor
+
+    @override
+    def sync(self, parts: Iterable[Synced]) -> None:
+        pass
 
 
 class _Arrival:

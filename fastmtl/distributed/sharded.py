@@ -14,7 +14,9 @@ from torch.distributed.tensor import DTensor
 
 from fastmtl import ops
 from fastmtl.distributed.peers import Peers
-from fastmtl.distributed.shards import BUCKET_BYTES, Row, cut_buckets
+from fastmtl.distributed.shards import BUCKET_BYTES, cut_buckets
+from fastmtl.engine.model import Tasks
+from fastmtl.engine.weights import Row
 from fastmtl.errors import UsageError
 
 __all__ = ["GradientShards", "ShardedModel"]
@@ -39,6 +41,8 @@ class ShardedModel:
     Raises:
         UsageError: A parameter is not contiguous.
     """
+
+    is_sharded = True
 
     def __init__(self, model: nn.Module, peers: Peers, kept: Sequence[nn.Parameter]) -> None:
         for name, param in model.named_parameters():
@@ -129,7 +133,7 @@ class ShardedModel:
 
 
 @dataclass(slots=True)
-class _Bucket:
+class _Incoming:
     """Parameters whose gradients travel together.
 
     Attributes:
@@ -189,12 +193,12 @@ class GradientShards:
         for k, param in enumerate(self.params):
             param.register_post_accumulate_grad_hook(self._hook(k))
 
-    def _bucket(self, places: list[int]) -> _Bucket:
+    def _bucket(self, places: list[int]) -> _Incoming:
         begins, size = {}, 0
         for k in places:
             begins[k] = size
             size += self._pads[k]
-        return _Bucket(begins, size)
+        return _Incoming(begins, size)
 
     def _hook(self, k: int) -> Callable[[Tensor], None]:
         def take(param: Tensor) -> None:
@@ -221,7 +225,7 @@ class GradientShards:
         if len(bucket.arrived) == len(bucket.begins):
             self._send(bucket)
 
-    def _send(self, bucket: _Bucket) -> None:
+    def _send(self, bucket: _Incoming) -> None:
         flat = bucket.flat
         assert flat is not None
         bucket.flat = None
@@ -280,6 +284,13 @@ class GradientShards:
             param.grad = None
         return self._collect()[: self._count], found
 
+    def send(self, row: Sequence[Tensor | None]) -> Row:
+        """Return a row as it is: its pieces arrived with the backward pass."""
+        return list(row)
+
+    def wait(self) -> None:
+        """Do nothing: the pieces are there."""
+
     @property
     def shapes(self) -> list[torch.Size]:
         """The shapes of this process's pieces of a row."""
@@ -307,9 +318,7 @@ class GradientShards:
         return self.peers.sum_(ops.gram(rows, None if groups is None else list(groups)).contiguous())
 
     @torch.no_grad()
-    def write(
-        self, rows: Sequence[Row], weights: Tensor, groups: Sequence[int] | None, tasks: tuple[int, ...] = ()
-    ) -> None:
+    def write(self, rows: Sequence[Row], weights: Tensor, groups: Sequence[int] | None, tasks: Tasks = ()) -> None:
         """Fill ``.grad`` of the shared parameters' shards with ``sum_t w_t row_t``; see :meth:`Shards.write`."""
         used = [k for k in range(self._count) if any(row[k] is not None for row in rows)]
         like = [next(row[k] for row in rows if row[k] is not None) for k in used]
@@ -339,7 +348,7 @@ class GradientShards:
         shard.grad = grad if shard.grad is None else shard.grad + grad
 
     @torch.no_grad()
-    def clip(self, max_norm: Any, shared_only: bool, kept: Sequence[nn.Parameter]) -> None:
+    def clip(self, max_norm: float | Tensor, shared_only: bool, kept: Sequence[nn.Parameter]) -> None:
         """Bring the norm of the gradients together down to ``max_norm``; ``kept`` are whole in every process."""
         params = self.params[: self._count] if shared_only else self.params
         grads = [grad for param in params if (grad := self.model.shard_of[param].grad) is not None]

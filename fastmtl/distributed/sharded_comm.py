@@ -1,62 +1,76 @@
-"""What a training step asks of the other processes where each has a shard of the parameters."""
+"""Several processes as the engine sees them, each with a shard of the parameters (FSDP2)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from typing_extensions import override
 
-from fastmtl.distributed.comm import Exchange
+from fastmtl.distributed.comm import ExactDataParallel
 from fastmtl.distributed.sharded import GradientShards, ShardedModel
-from fastmtl.distributed.shards import Row
+from fastmtl.engine.model import Tasks
+from fastmtl.engine.vjp import Cotangents
+from fastmtl.engine.weights import Row
 
-__all__ = ["ShardedExchange"]
+__all__ = ["ShardedDataParallel"]
 
 
-class ShardedExchange(Exchange):
-    """Makes the processes' parts of a batch one batch; gradients end in the shards of the parameters.
+class ShardedDataParallel(ExactDataParallel):
+    """Gradients end in the shards of the parameters.
 
     Args:
         model: The parameters, gathered.
         shared: The shared parameters.
         own: The task-specific parameters.
-        exact: Whether the strategy asks for the gradients of the tasks.
-        of_rule: The parameters of the strategy, which every process has whole.
+        of_strategy: The parameters of the strategy, which every process has whole.
     """
+
+    shards: GradientShards
 
     def __init__(
         self,
         model: ShardedModel,
         shared: Sequence[nn.Parameter],
         own: Sequence[nn.Parameter],
-        exact: bool,
-        of_rule: Sequence[nn.Parameter] = (),
+        of_strategy: Sequence[nn.Parameter] = (),
     ) -> None:
         # What is left to all-reduce are parameters that every process has whole.
         kept = [param for param in own if param not in model.shard_of]
-        super().__init__(model.peers, [], kept, exact, of_rule)
+        super().__init__(model.peers, [], kept, of_strategy, GradientShards(shared, own, model))
         self.model = model
-        self._shards: GradientShards = GradientShards(shared, own, model)
-        self.stream = self._shards.stream
 
-    def gather(self) -> None:
-        """Put whole parameters in the model."""
+    @override
+    def unshard(self) -> None:
         self.model.gather()
 
-    def free(self) -> None:
-        """Free the whole parameters."""
+    @override
+    def reshard(self) -> None:
         self.model.free()
 
-    def send(self, row: Row) -> Row:
-        """Return a row as it is: its pieces arrived with the backward pass."""
-        return row
+    @override
+    def row(
+        self,
+        outputs: Sequence[Tensor],
+        cotangents: Cotangents,
+        own: Sequence[nn.Parameter],
+        retain: bool,
+        complete: bool,
+    ) -> tuple[Row, Row]:
+        # The pieces arrive with the backward pass.
+        return self.shards.stream(outputs, cotangents, own, retain)
 
-    def wait(self) -> None:
-        """Do nothing: the pieces are there."""
+    @override
+    def _reduce_own(self, tasks: Tasks) -> None:
+        self.shards.reduce()
+        super()._reduce_own(tasks)
 
+    @override
+    def reduce(self, tasks: Tasks) -> None:
+        self._reduce_own(tasks)
+
+    @override
     def put(self, params: Sequence[nn.Parameter], grads: Row) -> None:
-        """Fill ``.grad`` of the shards with this process's parts of whole gradients that all processes have."""
         for param, grad in zip(params, grads, strict=True):
             shard = self.model.shard_of.get(param)
             if shard is None:
@@ -64,11 +78,6 @@ class ShardedExchange(Exchange):
             else:
                 shard.grad = None if grad is None else self.model.part(grad, shard.shape)
 
-    def reduce(self, own_only: bool = False) -> None:
-        """Sum gradients over the processes into those of the shards."""
-        self._shards.reduce()
-        super().reduce(own_only)
-
-    def clip(self, params: Sequence[nn.Parameter] | None, max_norm: Any) -> None:
-        """Bring the norm of the gradients down, of all parameters or, if some are given, of the shared ones."""
-        self._shards.clip(max_norm, params is not None, [*self.own, *self.of_rule] if params is None else [])
+    @override
+    def clip(self, max_norm: float | Tensor, shared_only: bool) -> None:
+        self.shards.clip(max_norm, shared_only, [] if shared_only else [*self.own, *self.of_strategy])

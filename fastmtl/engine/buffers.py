@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -11,8 +12,15 @@ from torch import nn
 __all__ = ["keeping_buffers"]
 
 
+class HasModules(Protocol):
+    """A network, by its modules."""
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Return all modules."""
+
+
 @contextmanager
-def keeping_buffers(model: nn.Module) -> Iterator[None]:
+def keeping_buffers(model: HasModules) -> Iterator[None]:
     """Let the buffers of a network, such as statistics of batch norms, be at the end what they were."""
     kept = [
         (module, name, buffer, buffer.clone())

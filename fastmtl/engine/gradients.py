@@ -1,12 +1,16 @@
-"""The gradients of task-specific parameters: found during the backward passes, written once their weights are known."""
+"""Gradients as autograd returns them: added up, and written into ``.grad``."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["OwnGradients", "set_grads", "summed"]
+from fastmtl.engine.weights import Row
+from fastmtl.ops._rows import is_dense
+
+__all__ = ["OwnGradients", "WeightedGradients", "add_grads", "set_grads", "summed", "unshared"]
 
 Grads = Sequence[Tensor | None]
 
@@ -31,44 +35,78 @@ class OwnGradients:
         """Add the gradients of another batch."""
         self.parts = summed(self.parts, other.parts)
 
+    def weighted(self, weights: Tensor | None) -> WeightedGradients:
+        """Return the sum over the tasks, each weighted by ``weights`` (T,) if given."""
+        return WeightedGradients(self.params, [self._added_to([None] * len(self.params), weights)])
+
     def write(self, weights: Tensor | None) -> None:
         """Add the gradients, each task's weighted by ``weights`` (T,) if given, to ``.grad``."""
-        by_task = None if weights is None else weights.unbind()
-        if by_task is not None and len(self.parts) == 1 and len(by_task) > 1:
+        set_grads(self.params, self._added_to([param.grad for param in self.params], weights))
+
+    def _added_to(self, total: Row, weights: Tensor | None) -> Row:
+        for part in self._scaled(weights):
+            total = summed([total], [part])[0]
+        return total
+
+    def _scaled(self, weights: Tensor | None) -> Sequence[Grads]:
+        if weights is None:
+            return self.parts
+        by_task = weights.unbind()
+        if len(self.parts) == 1 and len(by_task) > 1:
             assert self.owners is not None
-            self.parts = [_scaled(self.parts[0], [by_task[owner] for owner in self.owners])]
-        elif by_task is not None:
-            self.parts = [
-                _scaled(part, [weight] * len(self.params)) for part, weight in zip(self.parts, by_task, strict=True)
-            ]
-        total = [[param.grad for param in self.params]]
-        for part in self.parts:
-            total = summed(total, [part])
-        set_grads(self.params, total[0])
+            return [_scaled(self.parts[0], [by_task[owner] for owner in self.owners])]
+        return [_scaled(part, [weight] * len(self.params)) for part, weight in zip(self.parts, by_task, strict=True)]
 
 
-def _scaled(grads: Grads, weights: Sequence[Tensor]) -> list[Tensor | None]:
+class WeightedGradients(OwnGradients):
+    """The sum over the tasks, which were weighted already."""
+
+    def _scaled(self, weights: Tensor | None) -> Sequence[Grads]:
+        return self.parts
+
+
+def _scaled(grads: Grads, weights: Sequence[Tensor]) -> Row:
     return [None if grad is None else grad * weight.to(grad.dtype) for grad, weight in zip(grads, weights, strict=True)]
 
 
-def set_grads(params: Sequence[nn.Parameter], grads: Grads) -> None:
-    """Let ``.grad`` be these gradients, copied where autograd did not make them for one parameter alone.
+def unshared(grads: Grads) -> Row:
+    """Return gradients that own their memory, copied where autograd did not make them for one tensor alone.
 
     What a sum is made of gets one gradient, what is summed up gets an expanded scalar, and pieces get views of a whole.
     Clipping, unscaling and optimizers write into ``.grad``.
     """
-    taken = set()
-    for param, grad in zip(params, grads, strict=True):
-        if grad is None or grad is param.grad:
-            continue
-        storage = grad.untyped_storage()
-        if storage.data_ptr() in taken or storage.nbytes() != grad.nbytes:
-            grad = grad.clone()
-        taken.add(storage.data_ptr())
-        param.grad = grad
+    taken: set[int] = set()
+    found: Row = []
+    for grad in grads:
+        if grad is not None:
+            storage = grad.untyped_storage()
+            alone = storage.data_ptr() not in taken and storage.nbytes() == grad.numel() * grad.element_size()
+            if not alone or not is_dense(grad):
+                grad = grad.clone(memory_format=torch.preserve_format)
+            taken.add(grad.untyped_storage().data_ptr())
+        found.append(grad)
+    return found
 
 
-def summed(rows: Sequence[Grads], others: Sequence[Grads]) -> list[list[Tensor | None]]:
+def set_grads(params: Sequence[nn.Parameter], grads: Grads) -> None:
+    """Let ``.grad`` be these gradients, see :func:`unshared`; None leaves what is there."""
+    fresh = [None if grad is param.grad else grad for param, grad in zip(params, grads, strict=True)]
+    for param, grad in zip(params, unshared(fresh), strict=True):
+        if grad is not None:
+            param.grad = grad
+
+
+@torch.no_grad()
+def add_grads(tensors: Sequence[Tensor], grads: Grads) -> None:
+    """Add gradients to ``.grad``, see :func:`unshared`; None counts as zeros."""
+    for tensor, grad in zip(tensors, unshared(grads), strict=True):
+        if grad is None:
+            grad = torch.zeros_like(tensor) if tensor.grad is None else None
+        if grad is not None:
+            tensor.grad = grad if tensor.grad is None else tensor.grad + grad
+
+
+def summed(rows: Sequence[Grads], others: Sequence[Grads]) -> list[Row]:
     """Return the sums of gradients of two batches, None where neither has one."""
     return [
         [a if b is None else b if a is None else a + b for a, b in zip(mine, other, strict=True)]

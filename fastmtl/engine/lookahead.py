@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl.distributed.comm import Exchange
 from fastmtl.engine.buffers import keeping_buffers
+from fastmtl.engine.comm import Comm
+from fastmtl.engine.context import Batch, StepContext, batch_shares, mean_losses
 from fastmtl.engine.halves import halves, joined
-from fastmtl.engine.losses import Problem
-from fastmtl.engine.methods.routes import forward
+from fastmtl.engine.jacobian import detached
+from fastmtl.engine.methods.base import forward
+from fastmtl.engine.model import Labels
+from fastmtl.engine.pullback import Sum
 from fastmtl.engine.regions import Regions
-from fastmtl.trainer.log.profiling import part
+from fastmtl.engine.weights import Row, Weights
+from fastmtl.support.profiling import part
 
-__all__ = ["LookAhead"]
-
-Row = list[Tensor | None]
+__all__ = ["LookAhead", "LookaheadEngine", "LookedAhead"]
 
 
 class LookAhead:
@@ -29,57 +32,55 @@ class LookAhead:
     Gradients are lists over all trainable parameters, None where a parameter has none.
 
     Args:
-        problem: The model and its losses.
-        regions: The problem's functions, compiled or not.
-        batch: Inputs and labels.
+        batch: The batch.
         lr: Learning rate of the model's optimizer.
-        exchange: The other processes, if there are any; losses and gradients are then those of all of them.
+        regions: The network's functions, compiled or not.
+        comm: The other processes; losses and gradients are those of all of them.
 
     Attributes:
         inner: The half for the lower level: the training loss that the weights shape.
         outer: The half for the upper level: the losses that the weights are judged by.
     """
 
-    def __init__(
-        self,
-        problem: Problem,
-        regions: Regions,
-        batch: tuple[Any, Any],
-        lr: float,
-        exchange: Exchange | None = None,
-    ) -> None:
-        self.problem = problem
+    def __init__(self, batch: Batch, lr: float, regions: Regions, comm: Comm) -> None:
         self.regions = regions
-        self.inner, self.outer = halves(batch)
+        self.problem = regions.problem
+        self.comm = comm
         self.lr = lr
-        self.exchange = exchange
-        self.params = [*problem.shared_params, *problem.own_params]
+        self.params = [*self.problem.shared_params, *self.problem.own_params]
         self._moved = False
-        self._seen: list[tuple[Any, Tensor, dict[str, Any]]] = []
+        self._seen: list[tuple[Batch, Tensor, Mapping[str, object]]] = []
+        self.inner, self.outer = (self._half(batch, *half) for half in halves((batch.inputs, batch.labels)))
+        self._is_single = self.inner.inputs is self.outer.inputs
+
+    def _half(self, batch: Batch, inputs: object, labels: Labels) -> Batch:
+        share = None
+        if self.comm.shares_batches:
+            share = batch_shares(self.problem, batch.tasks, [labels], self.comm)[0]
+        return replace(batch, inputs=inputs, labels=labels, share=share, factor=share)
 
     @torch.no_grad()
-    def losses(self, batch: tuple[Any, Any]) -> Tensor:
+    def losses(self, batch: Batch) -> Tensor:
         """Return the (T,) losses."""
-        self._weigh(batch)
-        return self._of_all(torch.stack(list(forward(self.problem, self.regions, *batch)[0])))
+        return self.comm.mean(torch.stack(list(forward(self.regions, batch)[0])), batch.share)
 
-    def rows(self, batch: tuple[Any, Any]) -> tuple[Tensor, list[Row]]:
+    def rows(self, batch: Batch) -> tuple[Tensor, list[Row]]:
         """Return the (T,) losses and the gradient of each."""
-        losses, detached = self._forward(batch)
-        seeds = self._seeds(losses, torch.ones_like(detached))
+        losses, known = self._forward(batch)
+        seeds = batch.seeds(losses, torch.ones_like(known))
         with part("VJPs"):
             rows: list[Row] = [
                 list(torch.autograd.grad(loss, self.params, seed, t + 1 < len(losses), allow_unused=True))
                 for t, (loss, seed) in enumerate(zip(losses, seeds, strict=True))
             ]
-        return detached, [self._summed(row) for row in rows]
+        return known, [self.comm.whole_row(row) for row in rows]
 
-    def gradient(self, batch: tuple[Any, Any], weights: Tensor) -> tuple[Tensor, Row]:
+    def gradient(self, batch: Batch, weights: Tensor) -> tuple[Tensor, Row]:
         """Return the (T,) losses and the gradient of their weighted sum."""
-        losses, detached = self._forward(batch)
+        losses, known = self._forward(batch)
         with part("VJPs"):
-            row = torch.autograd.grad(losses, self.params, self._seeds(losses, weights), allow_unused=True)
-        return detached, self._summed(list(row))
+            row = torch.autograd.grad(losses, self.params, batch.seeds(losses, weights), allow_unused=True)
+        return known, self.comm.whole_row(list(row))
 
     @contextmanager
     def moved(self) -> Iterator[None]:
@@ -106,33 +107,73 @@ class LookAhead:
             if grad is not None:
                 param.add_(grad * amount)
 
-    def seen(self) -> tuple[Tensor, dict[str, Any]]:
+    def seen(self) -> tuple[Tensor, Mapping[str, object]]:
         """Return losses and predictions of the whole batch, from passes on both halves at the model's parameters."""
-        labels, losses, preds = zip(*self._seen, strict=True)
-        mean = self.problem.mean_losses(torch.stack(losses), labels, self.exchange)
+        batches, losses, preds = zip(*self._seen, strict=True)
+        labels = [batch.labels for batch in batches]
+        mean = mean_losses(self.problem, batches[0].tasks, torch.stack(losses), labels, self.comm)
         # A single row is both halves, here if not in other processes.
-        return mean, preds[0] if self.inner is self.outer else joined(preds)
+        return mean, preds[0] if self._is_single else joined(preds)
 
-    def _forward(self, batch: tuple[Any, Any]) -> tuple[Sequence[Tensor], Tensor]:
-        self._weigh(batch)
-        losses, preds = forward(self.problem, self.regions, *batch)
-        detached = self._of_all(torch.stack([loss.detach() for loss in losses]))
+    def _forward(self, batch: Batch) -> tuple[Sequence[Tensor], Tensor]:
+        losses, preds = forward(self.regions, batch)
+        known = self.comm.mean(torch.stack([loss.detach() for loss in losses]), batch.share)
         if not self._moved:
-            self._seen.append((batch[1], detached, preds))
-        return losses, detached
+            self._seen.append((batch, known, preds))
+        return losses, known
 
-    def _weigh(self, batch: tuple[Any, Any]) -> None:
-        """Find this process's share in a batch."""
-        self.problem.share = None if self.exchange is None else self.problem.shares([batch[1]], self.exchange)[0]
 
-    def _of_all(self, losses: Tensor) -> Tensor:
-        share = self.problem.share
-        return losses if self.exchange is None or share is None else self.exchange.mean(losses, share)
+class LookedAhead:
+    """A step whose update, or the weights of its last batch, a bilevel strategy decides by looking ahead.
 
-    def _seeds(self, losses: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
-        factors = self.problem.factors()
-        weights = weights if factors is None else weights * factors
-        return [weight.to(loss.dtype) for weight, loss in zip(weights, losses, strict=True)]
+    Args:
+        ctx: The step.
+        ahead: What the strategy sees.
 
-    def _summed(self, row: Row) -> Row:
-        return row if self.exchange is None else self.exchange.whole_row(row)
+    Attributes:
+        losses: (T,) losses of the step, once the gradients are written.
+        preds: Predictions by task, in a list of one, once the gradients are written.
+    """
+
+    losses: Tensor
+    preds: list[Mapping[str, object]]
+
+    def __init__(self, ctx: StepContext, ahead: LookAhead) -> None:
+        self.ahead = ahead
+        self._last = ctx.batches[-1]
+
+    def write_grads(self, weights: Weights) -> None:
+        """Write the update, or differentiate the last batch with the weights."""
+        ahead, comm = self.ahead, self.ahead.comm
+        if weights.rows is not None:
+            comm.put(ahead.params, ahead.weighted(weights.rows, weights.shared))
+            self.losses, preds = ahead.seen()
+            self.preds = [preds]
+            return
+        comm.unshard()
+        attached, preds = forward(ahead.regions, self._last)
+        losses, preds = detached(attached, preds)
+        self.losses, self.preds = comm.mean(losses, self._last.share), [preds]
+        Sum(attached, self._last).backward(weights.shared)
+        comm.reduce(self._last.tasks)
+
+
+class LookaheadEngine:
+    """Lets a bilevel strategy look ahead on the first batch; it decides the update, or weights for the last batch.
+
+    Args:
+        regions: The network's functions, compiled or not.
+        comm: The other processes.
+    """
+
+    keeps_grads = False
+    possible = True
+
+    def __init__(self, regions: Regions, comm: Comm) -> None:
+        self.regions = regions
+        self.comm = comm
+
+    def differentiate(self, ctx: StepContext, known: Weights | None) -> LookedAhead:
+        """Return the halves of the first batch; nothing is run yet."""
+        self.comm.unshard()
+        return LookedAhead(ctx, LookAhead(ctx.batches[0], ctx.lr, self.regions, self.comm))

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastmtl.engine.labels import present_tasks
-from fastmtl.engine.regions import measure_compiled
+from fastmtl.support.profiling import part
 from fastmtl.trainer.checkpoint.files import rng_state, set_rng_state
-from fastmtl.trainer.log.profiling import part
+from fastmtl.trainer.compile.report import measure_compiled
+from fastmtl.trainer.evaluation import report
 from fastmtl.trainer.log.records import StepBuffer
 from fastmtl.trainer.run.interrupt import DeferredInterrupt
 from fastmtl.trainer.setup.loaders import count_batches, train_batches
@@ -50,7 +51,7 @@ class TrainingEpoch:
         model, meter, profiler = trainer.model, trainer.meter, trainer.profiler
         model.epoch = self._index
         model.train()
-        if not step.legacy:
+        if not step.runs_backward:
             model.start_epoch(**trainer.kwargs["weight_args"])
         skip, accumulate = start["batch"], step.options.accumulate
         batches = self._batches(start)
@@ -58,7 +59,7 @@ class TrainingEpoch:
         meter.begin()
         meter.go_on(start["loss_sums"])
         for batch in range(skip, steps):
-            if profiler is not None and step.trial is None:
+            if profiler is not None and step.trial.settled:
                 profiler.before_step(step.warmth)
             with part("step"):
                 with part("loader"):
@@ -83,7 +84,7 @@ class TrainingEpoch:
         if profiler is not None:
             profiler.finish()
         meter.end()
-        trainer.report("train", self._index)
+        report(trainer, "train", self._index)
         self._keep_losses()
         self._check_interrupt(steps)
 
@@ -111,10 +112,10 @@ class TrainingEpoch:
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Run one step; once, when it is compiled and warm, also tell how much of it was."""
         trainer, step = self._trainer, self._trainer.step
-        if not step.compiled or trainer.compile_report is not None or step.warmth < 2:
+        if not step.engine.regions.compiled or trainer.compile_report is not None or step.warmth < 2:
             return step(batches, self._buffer, present)
         results: list[tuple[dict[str, Any], list[dict[str, Any]]]] = []
-        report = measure_compiled(lambda: results.append(step(batches, self._buffer, present)), step.route.regions)
+        report = measure_compiled(lambda: results.append(step(batches, self._buffer, present)), step.engine.regions)
         trainer.compile_report = report
         trainer.logger.on_compile(str(report))
         return results[0]
@@ -143,7 +144,7 @@ class TrainingEpoch:
         """Read the records of the steps since the last call, ``done`` of the epoch being done."""
         trainer, index = self._trainer, self._index
         next_step = index * self._steps + done
-        records = self._buffer.flush(index, next_step, trainer.step.scaler)
+        records = self._buffer.flush(index, next_step, trainer.step.scaler.shown())
         if records.weights is not None:
             first = records.first_step - index * self._steps
             trainer.batch_weight[:, index, first : first + records.count] = records.weights.T

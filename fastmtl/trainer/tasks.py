@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import TypeIs
 
-from fastmtl.engine.losses import Problem
+from fastmtl.engine.model import Tasks
+from fastmtl.weighting import AbsWeighting
 
-__all__ = ["OWN", "TaskSampler", "keeping", "narrowed", "only", "spread", "write_back"]
-
-OWN = "loss_scale"
+__all__ = ["EveryTask", "SomeTasks", "StepTasks", "TaskSampler", "narrowed", "spread", "step_tasks", "write_back"]
 
 
 class TaskSampler:
@@ -44,54 +43,125 @@ class TaskSampler:
         return sorted(drawn)
 
 
-@contextmanager
-def only(problem: Problem, tasks: Sequence[int]) -> Iterator[None]:
-    """Let a problem and its strategy see some of the tasks; what is remembered of the others stays as it is.
+class EveryTask:
+    """All tasks are in every step.
 
-    The strategy's own parameter ``loss_scale`` has entries of these tasks alone too, and its gradient is 0 for the
-    others.
+    Attributes:
+        left: The tasks of the round that are still to come: none.
     """
-    model: Any = problem.model
-    index = _index(tasks, model.device)
-    names, count = problem.tasks, model.task_num
-    whole: dict[str, Tensor] = {name: getattr(model, name) for name in model.remembered()}
-    dims = model.task_dims
-    problem.tasks, model.task_num, model.active = [names[t] for t in tasks], len(tasks), list(tasks)
-    for name, value in whole.items():
-        setattr(model, name, _narrow(value, dims[name], index))
-    scale: nn.Parameter | None = getattr(model, OWN, None)
-    if scale is not None:
-        model.loss_scale = nn.Parameter(scale.detach().index_select(0, index))
-    try:
-        yield
-    finally:
-        problem.tasks, model.task_num, model.active = names, count, None
+
+    left: list[int] = []  # noqa: RUF012
+
+    def draw(self) -> None:
+        """Return None, which stands for all tasks."""
+
+
+class StepTasks:
+    """The tasks of a step that has all of them.
+
+    Args:
+        places: Their places in ``task_name``.
+        names: Their names.
+
+    Attributes:
+        are_all: Whether the step has all tasks.
+    """
+
+    are_all = True
+
+    def __init__(self, places: list[int], names: Tasks) -> None:
+        self.places = places
+        self.names = names
+
+    def spread(self, values: Tensor | None, fill: float) -> Tensor | None:
+        """Return values of the tasks of the step, (k,) or (k, k), as (T,) or (T, T), ``fill`` elsewhere."""
+        return values
+
+    def alone(self, strategy: AbsWeighting) -> AbstractContextManager[None]:
+        """Let a strategy see these tasks alone; what it remembers of the others stays as it is."""
+        return nullcontext()
+
+    def keeping(self, optimizer: torch.optim.Optimizer, strategy: AbsWeighting) -> AbstractContextManager[None]:
+        """Leave a strategy's own parameters of other tasks, and what an optimizer remembers of them, as they are."""
+        return nullcontext()
+
+
+class SomeTasks(StepTasks):
+    """The tasks of a step that lacks some.
+
+    Args:
+        places: Their places in ``task_name``.
+        names: Their names.
+        count: Number of all tasks T.
+    """
+
+    are_all = False
+
+    def __init__(self, places: list[int], names: Tasks, count: int) -> None:
+        super().__init__(places, names)
+        self.count = count
+
+    def spread(self, values: Tensor | None, fill: float) -> Tensor | None:
+        """Return the values of all tasks."""
+        return None if values is None else spread(values, self.places, self.count, fill)
+
+    @contextmanager
+    def alone(self, strategy: AbsWeighting) -> Iterator[None]:
+        """Narrow ``task_num``, what the strategy remembers, and its own parameter ``loss_scale``."""
+        index = _index(self.places, strategy.device)
+        whole: dict[str, Tensor] = {name: getattr(strategy, name) for name in strategy.remembered()}
+        dims = strategy.task_dims
+        strategy.task_num, strategy.active = len(self.places), list(self.places)
         for name, value in whole.items():
-            part = getattr(model, name)
-            setattr(model, name, value)
-            _write_back(value, part, dims[name], index)
+            setattr(strategy, name, _narrow(value, dims[name], index))
+        scale = _own_parameter(strategy)
         if scale is not None:
-            grad = model.loss_scale.grad
-            model.loss_scale = scale
-            if grad is not None:
-                scale.grad = spread(grad, tasks, len(scale), 0.0)
+            strategy.loss_scale = nn.Parameter(scale.detach().index_select(0, index))
+        try:
+            yield
+        finally:
+            strategy.task_num, strategy.active = self.count, None
+            for name, value in whole.items():
+                part = getattr(strategy, name)
+                setattr(strategy, name, value)
+                _write_back(value, part, dims[name], index)
+            if scale is not None:
+                grad = strategy.loss_scale.grad
+                strategy.loss_scale = scale
+                if grad is not None:
+                    scale.grad = spread(grad, self.places, len(scale), 0.0)
+
+    @contextmanager
+    def keeping(self, optimizer: torch.optim.Optimizer, strategy: AbsWeighting) -> Iterator[None]:
+        """Put back the other tasks' entries of ``loss_scale`` and of its moments."""
+        param = _own_parameter(strategy)
+        if param is None:
+            yield
+            return
+        before = param.detach().clone()
+        known = {key: value.clone() for key, value in optimizer.state.get(param, {}).items() if _is_like(value, param)}
+        yield
+        ones = torch.ones_like(before).index_select(0, _index(self.places, before.device))
+        chosen = spread(ones, self.places, len(before), 0.0) != 0
+        with torch.no_grad():
+            param.copy_(torch.where(chosen, param, before))
+            for key, value in optimizer.state.get(param, {}).items():
+                if _is_like(value, param):
+                    value.copy_(torch.where(chosen, value, known.get(key, torch.zeros_like(value))))
 
 
-@contextmanager
-def keeping(optimizer: torch.optim.Optimizer, param: Tensor, tasks: Sequence[int]) -> Iterator[None]:
-    """Leave a (T,) parameter, and what an optimizer remembers of it, as they are but for some tasks."""
-    before = param.detach().clone()
-    known = {key: value.clone() for key, value in optimizer.state.get(param, {}).items() if _is_like(value, param)}
-    yield
-    chosen = spread(torch.ones_like(before).index_select(0, _index(tasks, before.device)), tasks, len(before), 0.0) != 0
-    with torch.no_grad():
-        param.copy_(torch.where(chosen, param, before))
-        for key, value in optimizer.state.get(param, {}).items():
-            if _is_like(value, param):
-                value.copy_(torch.where(chosen, value, known.get(key, torch.zeros_like(value))))
+def step_tasks(places: list[int], names: Sequence[str]) -> StepTasks:
+    """Return the tasks of a step from their places among the names of all."""
+    if len(places) == len(names):
+        return StepTasks(places, tuple(names))
+    return SomeTasks(places, tuple(names[place] for place in places), len(names))
 
 
-def _is_like(value: Any, param: Tensor) -> bool:
+def _own_parameter(strategy: AbsWeighting) -> nn.Parameter | None:
+    return getattr(strategy, "loss_scale", None)
+
+
+def _is_like(value: object, param: Tensor) -> TypeIs[Tensor]:
     return isinstance(value, Tensor) and value.shape == param.shape
 
 
@@ -128,7 +198,7 @@ def _write_back(whole: Tensor, part: Tensor, dims: Sequence[int], index: Tensor)
     if not dims:
         whole.copy_(part)
         return
-    at: list[Any] = [slice(None)] * whole.dim()
+    at: list[slice | Tensor] = [slice(None)] * whole.dim()
     for place, dim in enumerate(dims):
         shape = [1] * len(dims)
         shape[place] = -1

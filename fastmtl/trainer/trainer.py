@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
 
 from fastmtl.architecture import AbsArchitecture
-from fastmtl.distributed import join
+from fastmtl.distributed import Alone, join
 from fastmtl.distributed.norm import synchronize
+from fastmtl.distributed.storage import make_comm, make_storage
 from fastmtl.engine.losses import Problem
-from fastmtl.engine.regions import CompileReport
 from fastmtl.errors import UsageError
 from fastmtl.support.memory import keep_freed_memory
+from fastmtl.support.profiling import StepProfiler
 from fastmtl.trainer.checkpoint.files import load_model_state, read_checkpoint, set_rng_state
 from fastmtl.trainer.checkpoint.state import BEGINNING, resume_run
 from fastmtl.trainer.checkpoint.writer import Checkpoints
+from fastmtl.trainer.compile.report import CompileReport
 from fastmtl.trainer.epoch import TrainingEpoch
+from fastmtl.trainer.evaluation import evaluate
 from fastmtl.trainer.guard import FiniteGuard
 from fastmtl.trainer.log.logger import Logger, RunInfo, as_logger
 from fastmtl.trainer.log.meter import PerformanceMeter
-from fastmtl.trainer.log.profiling import StepProfiler
 from fastmtl.trainer.log.records import StepSignals
 from fastmtl.trainer.optimizer import make_optimizer, make_scheduler
 from fastmtl.trainer.precision import PRECISIONS, set_tf32
@@ -39,22 +41,12 @@ from fastmtl.trainer.setup.checks import (
     find_device,
     make_folder,
 )
-from fastmtl.trainer.setup.loaders import (
-    check_loaders,
-    count_batches,
-    eval_batches,
-    generators,
-    to_channels_last,
-    to_device,
-)
+from fastmtl.trainer.setup.loaders import check_loaders, count_batches, generators, to_channels_last, to_device
 from fastmtl.trainer.setup.model import make_model
 from fastmtl.trainer.setup.options import StepOptions, check_distributed, check_options
 from fastmtl.trainer.step import TrainingStep
 from fastmtl.utils import count_parameters
 from fastmtl.weighting import AbsWeighting
-
-if TYPE_CHECKING:
-    from fastmtl.distributed.sharded import ShardedModel
 
 __all__ = ["Trainer"]
 
@@ -170,101 +162,51 @@ class Trainer(nn.Module):
         profile: str | Path | None = None,
         **kwargs: Any,
     ) -> None:
+        given = SimpleNamespace(**{name: value for name, value in locals().items() if name != "__class__"})
         super().__init__()
+        self.kwargs = {"weight_args": {}, "arch_args": {}} | kwargs
+        self._meet(given)
+        with self.peers.one_voice():
+            self._prepare_model(given)
+        self._prepare_step(given)
+        self._begin(given)
+
+    def _meet(self, given: SimpleNamespace) -> None:
+        """Check the arguments, meet the other processes, and keep what the run needs."""
         check_methods(self)
         if type(self).__init__ is Trainer.__init__:
             # A subclass may read further ones from ``self.kwargs``.
-            check_arguments(kwargs, Trainer.__init__)
-        check_counts(log_every=log_every)
-        check_counts(optional=True, checkpoint_every=checkpoint_every, limit_batches=limit_batches)
-        self.peers = join(peer_timeout)
-        self.device = find_device(device, self.peers)
+            check_arguments(given.kwargs, Trainer.__init__)
+        check_counts(log_every=given.log_every)
+        check_counts(optional=True, checkpoint_every=given.checkpoint_every, limit_batches=given.limit_batches)
+        self.peers = join(given.peer_timeout) or Alone()
+        self.device = find_device(given.device, self.peers)
         if self.device.type == "cpu":
             keep_freed_memory()
-        self._leads = self.peers is None or self.peers.leads
-        self.sharded: ShardedModel | None = None
-        if tf32 is not None:
-            set_tf32(tf32, self.device)
-        self.task_dict = task_dict
-        self.task_name = check_tasks(task_dict, decoders)
+        if given.tf32 is not None:
+            set_tf32(given.tf32, self.device)
+        self.task_dict: dict[str, dict[str, Any]] = given.task_dict
+        self.task_name = check_tasks(given.task_dict, given.decoders)
         self.task_num = len(self.task_name)
-        self.rep_grad = rep_grad
-        self.multi_input = multi_input
-        self.scheduler_param = scheduler_param
-        self.save_path = None if save_path is None else make_folder(save_path)
-        self.load_path = load_path
-        self.channels_last = channels_last
-        self._sync_batch_norm = sync_batch_norm
-        self.checkpoint_every = checkpoint_every
-        self.log_every = log_every
-        self.limit_batches = limit_batches
-        self.logger = as_logger(logger if self._leads else None)
-        self.kwargs = {"weight_args": {}, "arch_args": {}} | kwargs
+        self.rep_grad: bool = given.rep_grad
+        self.multi_input: bool = given.multi_input
+        self.scheduler_param = given.scheduler_param
+        self.save_path = None if given.save_path is None else make_folder(given.save_path)
+        self.load_path: str | None = given.load_path
+        self.channels_last: bool = given.channels_last
+        self.checkpoint_every: int | None = given.checkpoint_every
+        self.log_every: int = given.log_every
+        self.limit_batches: int | None = given.limit_batches
+        self.logger = as_logger(given.logger if self.peers.leads else None)
         self.batch_weight: np.ndarray = np.zeros((self.task_num, 0, 0))
 
-        with self._one_voice():
-            self._prepare_model(weighting, architecture, encoder_class, decoders)
-            self.meter = PerformanceMeter(task_dict, peers=self.peers)
-            self.meter.display_format()
-        self.guard = FiniteGuard(self.device, self.task_name)
-        options = StepOptions(
-            compile=compile,
-            cuda_graph=cuda_graph,
-            vjps=vjps,
-            precision=precision,
-            accumulate=accumulate,
-            clip_grad_norm=clip_grad_norm,
-            update_weights_every=update_weights_every,
-            weight_momentum=weight_momentum,
-            tasks_per_step=tasks_per_step,
-            gram=gram,
-            shard=shard,
-        )
-        options = check_options(self.model, self.weighting, self.kwargs["weight_args"], options)
-        if self.peers is not None:
-            check_distributed(self.model, self.weighting, options)
-            if sync_batch_norm and compile:
-                raise UsageError("sync_batch_norm cannot be combined with compile: its messages cannot be compiled.")
-            self.peers.from_leader([*self.model.parameters(), *self.model.buffers()])
-            if options.shard == "fsdp":
-                from fastmtl.distributed.sharded import ShardedModel
-
-                self.sharded = ShardedModel(self.model, self.peers, self._strategy_params)
-        self._prepare_optimizer(optim_param, scheduler_param)
-        self.step = self._make_step(options)
-        self.compile_report: CompileReport | None = None
-        self.skipped = 0
-        self.profiler = None if profile is None else StepProfiler(Path(profile), self.device)
-        self._start = BEGINNING
-        self.checkpoints = Checkpoints(self)
-        if resume is not None:
-            self._start = resume_run(self, Path(resume))
-        if self.peers is not None:
-            params = self.model.parameters() if self.sharded is None else self.sharded.kept
-            self.peers.from_leader([*params, *self._common_buffers()])
-            self.checkpoints.agree(self.peers)
-
-    def _common_buffers(self) -> list[torch.Tensor]:
-        """Return the buffers that every process has whole."""
-        spread = self.model.row_states if self.step.spread else ()
-        return [buffer for name, buffer in self.model.named_buffers() if name not in spread]
-
-    def _one_voice(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.peers is None else self.peers.one_voice()
-
-    def _prepare_model(
-        self,
-        weighting: str | type[AbsWeighting],
-        architecture: str | type[AbsArchitecture],
-        encoder_class: Callable[[], nn.Module],
-        decoders: nn.ModuleDict | Mapping[str, nn.Module],
-    ) -> None:
+    def _prepare_model(self, given: SimpleNamespace) -> None:
         made = make_model(
-            weighting,
-            architecture,
+            given.weighting,
+            given.architecture,
             task_name=self.task_name,
-            encoder_class=encoder_class,
-            decoders=decoders,
+            encoder_class=given.encoder_class,
+            decoders=given.decoders,
             rep_grad=self.rep_grad,
             multi_input=self.multi_input,
             device=self.device,
@@ -274,13 +216,14 @@ class Trainer(nn.Module):
         self.weighting, self.architecture = rule.__name__, made.network.__name__
         self._strategy_params = made.strategy_params
         self.model.to(self.device)
-        if self._sync_batch_norm and self.peers is not None:
+        if given.sync_batch_norm:
             synchronize(self.model, self.peers)
         if self.channels_last:
             self.model.to(memory_format=torch.channels_last)
-        if rule.backward is AbsWeighting.backward:
+        needs = rule.needs_of_step()
+        if needs != "backward":
             check_weighting(self.model, rule, self.architecture, self.rep_grad)
-        if rule.needs == "losses" and rule.backward is AbsWeighting.backward:
+        if needs == "losses":
             # Only the losses count, so the graph stays in one piece: cut at the representation, the encoder would get
             # no gradient.
             self.model.rep_grad = False
@@ -290,13 +233,50 @@ class Trainer(nn.Module):
             load_model_state(self.model, read_checkpoint(path, self.device), path)
             print(f"Load Model from - {path}")
         count_parameters(self.model)
+        self.meter = PerformanceMeter(self.task_dict, peers=self.peers)
+        self.meter.display_format()
+
+    def _prepare_step(self, given: SimpleNamespace) -> None:
+        self.guard = FiniteGuard(self.device, self.task_name)
+        options = StepOptions(**{name: getattr(given, name) for name in StepOptions.__slots__})
+        options = check_options(self.model, self.weighting, self.kwargs["weight_args"], options)
+        if self.peers.size > 1:
+            check_distributed(self.model, self.weighting, options)
+            if given.sync_batch_norm and options.compile:
+                raise UsageError("sync_batch_norm cannot be combined with compile: its messages cannot be compiled.")
+        self.peers.from_leader([*self.model.parameters(), *self.model.buffers()])
+        self.storage = make_storage(self.model, self.peers, self._strategy_params, options.shard)
+        sparse = any(getattr(module, "sparse", False) for module in self.model.modules())
+        self.optimizer = make_optimizer(self.storage.trained, given.optim_param, self.device, sparse)
+        self.scheduler = make_scheduler(self.optimizer, given.scheduler_param)
+        self.step = self._make_step(options)
+
+    def _begin(self, given: SimpleNamespace) -> None:
+        """Go on from a checkpoint, if there is one, and let all processes begin with the same."""
+        self.compile_report: CompileReport | None = None
+        self.skipped = 0
+        self.profiler = None if given.profile is None else StepProfiler(Path(given.profile), self.device)
+        self._start = BEGINNING
+        self.checkpoints = Checkpoints(self)
+        if given.resume is not None:
+            self._start = resume_run(self, Path(given.resume))
+        self.peers.from_leader([*self.storage.kept, *self.common_buffers()])
+        self.checkpoints.agree(self.peers)
+
+    def common_buffers(self) -> list[torch.Tensor]:
+        """Return the buffers that every process has whole."""
+        in_pieces = self.model.row_states if self.step.comm.cuts_rows else ()
+        return [buffer for name, buffer in self.model.named_buffers() if name not in in_pieces]
 
     def _make_step(self, options: StepOptions) -> TrainingStep:
         self._trained = {name for name, param in self.model.named_parameters() if param.requires_grad}
         low_precision = PRECISIONS[options.precision]
         problem = Problem(self.model, self.meter.losses, self.process_preds, low_precision, self._strategy_params)
+        # Rows of representations are small: they are summed as they are.
+        exact = options.gram == "exact" and self.model.needs in ("gram", "rows") and not self.model.rep_grad
+        comm = make_comm(self.peers, problem, self.storage, exact)
         hyper, tell = self.kwargs["weight_args"], self.logger.on_compile
-        return TrainingStep(problem, self.optimizer, self.guard, tell, hyper, options, self.peers, self.sharded)
+        return TrainingStep(self.model, problem, self.optimizer, self.guard, tell, hyper, options, comm)
 
     def follow_freezing(self) -> None:
         """Train from now on the parameters that require gradients now.
@@ -314,7 +294,7 @@ class Trainer(nn.Module):
         if not added:
             return
         shared, kept = set(self.model.get_share_params()), None
-        if self.sharded is not None:
+        if self.storage.is_sharded:
             kept = "shards are made"
         elif any(params[name] in shared for name in added):
             if self.model.row_states:
@@ -328,12 +308,6 @@ class Trainer(nn.Module):
         state = self.step.state_dict()
         self.step = self._make_step(self.step.options)
         self.step.load_state_dict(state)
-
-    def _prepare_optimizer(self, optim_param: Mapping[str, Any], scheduler_param: Mapping[str, Any] | None) -> None:
-        params = self.model.parameters() if self.sharded is None else self.sharded.trained
-        sparse = any(getattr(module, "sparse", False) for module in self.model.modules())
-        self.optimizer = make_optimizer(params, optim_param, self.device, sparse)
-        self.scheduler = make_scheduler(self.optimizer, scheduler_param)
 
     @property
     def latest(self) -> StepSignals | None:
@@ -377,7 +351,7 @@ class Trainer(nn.Module):
         """
         if isinstance(train_dataloaders, bool):
             return super().train(train_dataloaders)
-        with self._one_voice():
+        with self.peers.one_voice():
             return self._train(train_dataloaders, test_dataloaders, epochs, val_dataloaders, return_weight)
 
     def _train(
@@ -391,7 +365,7 @@ class Trainer(nn.Module):
             check_loaders(loaders, self.task_name, self.multi_input, what)
         self.meter.has_val = val_dataloaders is not None
         batches = count_batches(train_dataloaders, self.multi_input, self.limit_batches)
-        if self.peers is not None and len(counts := set(self.peers.gather(batches))) > 1:
+        if len(counts := set(self.peers.gather(batches))) > 1:
             raise UsageError(f"train_dataloaders must have the same length in all processes, got {sorted(counts)}.")
         steps = -(-batches // self.step.options.accumulate)
         self.batch_weight = np.zeros((self.task_num, epochs, steps))
@@ -409,7 +383,7 @@ class Trainer(nn.Module):
         self.model.epochs = epochs
         try:
             self.logger.on_start(info)
-            with DeferredInterrupt(tells=self._leads) as interrupt:
+            with DeferredInterrupt(tells=self.peers.leads) as interrupt:
                 for epoch in range(start["epoch"], epochs):
                     if start["batch"] < steps:
                         TrainingEpoch(self, train_dataloaders, epoch, steps, interrupt).run(start)
@@ -430,8 +404,8 @@ class Trainer(nn.Module):
 
     def _evaluate_epoch(self, val: Any, test: Any, epoch: int) -> None:
         if val is not None:
-            self._evaluate(val, "val", epoch)
-        self._evaluate(test, "test", epoch)
+            evaluate(self, val, "val", epoch)
+        evaluate(self, test, "test", epoch)
         if self.scheduler is not None:
             if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
                 self.scheduler.step(self.meter.improvement or 0.0)
@@ -452,41 +426,9 @@ class Trainer(nn.Module):
             return_improvement: Return the improvement over the first epoch, or over the baseline.
         """
         check_loaders(test_dataloaders, self.task_name, self.multi_input, f"{mode}_dataloaders")
-        with self._one_voice():
-            self._evaluate(test_dataloaders, mode, epoch)
+        with self.peers.one_voice():
+            evaluate(self, test_dataloaders, mode, epoch)
         return self.meter.improvement if return_improvement else None
-
-    @torch.no_grad()
-    def _evaluate(self, loaders: Any, mode: str, epoch: int | None) -> None:
-        self.model.eval()
-        if self.step.exchange is not None:
-            self.step.exchange.gather()
-        if self.peers is not None:
-            # Batch statistics are each process's own; what is saved is the leader's.
-            self.peers.from_leader(self._common_buffers())
-        self.meter.begin()
-        batches = eval_batches(
-            loaders, self.task_name, self.multi_input, self.limit_batches, what=f"{mode}_dataloaders"
-        )
-        for task, inputs, labels in batches:
-            inputs, labels = self.prepared((inputs, labels))
-            problem = self.step.problem
-            if task is None:
-                losses, preds = problem.whole(inputs, labels)
-                self.meter.update(
-                    dict(zip(filter(labels.__contains__, self.task_name), losses, strict=True)), preds, labels
-                )
-            else:
-                loss, pred = problem.single(inputs, labels, task)
-                self.meter.update({task: loss}, {task: pred}, {task: labels})
-        self.meter.end()
-        self.report(mode, epoch)
-
-    def report(self, mode: str, epoch: int | None) -> None:
-        """Print and log the scores of the pass that the meter has just ended."""
-        self.meter.display(mode, epoch)
-        losses = dict(zip(self.task_name, map(float, self.meter.loss_item), strict=True))
-        self.logger.on_epoch(epoch or 0, mode, losses, self.meter.results, self.meter.seconds)
 
     def _run_info(self, epochs: int, steps: int) -> RunInfo:
         return RunInfo(

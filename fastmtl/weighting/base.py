@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastmtl.engine.weights import Rows, Weights
 from fastmtl.errors import UsageError
 from fastmtl.support.hyper import Hyper
 
@@ -18,42 +18,10 @@ if TYPE_CHECKING:
     from fastmtl.engine.lookahead import LookAhead
     from fastmtl.weighting.row_state import RowState
 
-__all__ = ["AbsWeighting", "Needs", "Rows", "Weights"]
+__all__ = ["AbsWeighting", "Needs", "Rows", "StepNeeds", "Weights"]
 
 Needs = Literal["losses", "gram", "rows", "reps", "lookahead"]
-Rows = list[list[Tensor | None]]
-
-
-@dataclass(kw_only=True, slots=True)
-class Weights:
-    """What a strategy decides in one step; all tensors stay on the device.
-
-    Attributes:
-        shared: (T,). The update of the shared parameters is ``sum_t shared_t g_t``, g_t the gradient of task t's loss;
-            with several groups of parameters (L, T), with k samples (k T,).
-        heads: (T,), or (k T,), weights of the task-specific parameters' gradients. A strategy that ``weighs_heads``
-            gives them; for the others they are ones. With ``needs = "losses"`` everything has the weights ``shared``.
-        logged: (T,). What is reported as the task weights; ``shared`` unless given, of groups its mean.
-        rows: What ``shared`` combines in place of the task gradients.
-        gram: (T, T) Gram matrix for the log, from a strategy that takes rows.
-        max_norm: Greatest norm of the shared update.
-        own_grads: Gradients of the strategy's own parameters, by name; the model's optimizer trains them.
-    """
-
-    shared: Tensor
-    heads: Tensor | None = None
-    logged: Tensor | None = None
-    rows: Rows | None = None
-    gram: Tensor | None = None
-    max_norm: float | None = None
-    own_grads: Mapping[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def reported(self) -> Tensor:
-        """Return the (T,) task weights for the log."""
-        if self.logged is not None:
-            return self.logged
-        return self.shared if self.shared.dim() == 1 else self.shared.mean(0)
+StepNeeds = Literal[Needs, "backward"]
 
 
 class AbsWeighting(nn.Module):
@@ -91,6 +59,8 @@ class AbsWeighting(nn.Module):
     row_states: Mapping[str, RowState] = MappingProxyType({})
     sum_parts: Callable[[Tensor], Tensor] | None = None
     task_dims: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+    strategy_name: str
+    loss_scale: nn.Parameter
     task_num: int
     task_name: list[str]
     device: torch.device
@@ -100,6 +70,11 @@ class AbsWeighting(nn.Module):
     epoch: int
     epochs: int
     train_loss_buffer: np.ndarray
+
+    @classmethod
+    def needs_of_step(cls) -> StepNeeds:
+        """Return what a step gives the strategy: ``needs``, or ``"backward"`` to one that overrides ``backward``."""
+        return cls.needs if cls.backward is AbsWeighting.backward else "backward"
 
     def init_param(self) -> None:
         """Create the strategy's own parameters and state; called once the architecture is built."""

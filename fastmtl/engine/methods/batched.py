@@ -2,42 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+from torch import Tensor
+
+from fastmtl.engine.comm import Comm
+from fastmtl.engine.context import Batch
 from fastmtl.engine.cut import Structure
 from fastmtl.engine.graph import batches_well
-from fastmtl.engine.losses import Features
-from fastmtl.engine.methods.routes import Rows, SplitRoute
+from fastmtl.engine.methods.split import Split
 from fastmtl.engine.regions import Regions
 from fastmtl.engine.vjp import batched_vjps
+from fastmtl.engine.weights import Rows
 
-__all__ = ["BatchedRoute"]
+__all__ = ["Batched"]
 
 
-class BatchedRoute(SplitRoute):
+class Batched(Split):
     """The T cotangents go through the trunk together; one after the other where that is not possible.
 
     Args:
         structure: The problem to differentiate.
         regions: The problem's functions; the trunk is not compiled: compiled backward passes have no batching rules.
+        comm: The other processes: none.
         weighs_heads: Whether the task-specific parameters' gradients will be weighted.
         tell: Told why, if it is not possible.
         forced: Batch operators too that are known not to gain, such as convolutions and recurrent networks.
     """
 
+    needs_cut = True
+
     def __init__(
         self,
         structure: Structure,
         regions: Regions,
+        comm: Comm,
         weighs_heads: bool,
         tell: Callable[[str], None],
         forced: bool = False,
     ) -> None:
-        super().__init__(structure, regions, weighs_heads)
+        super().__init__(structure, regions, comm, weighs_heads)
         self.tell = tell
         self.forced = forced
 
-    def rows_of(self, features: Features, cotangents: Rows) -> Rows:
+    def rows_of(self, features: Sequence[Tensor], cotangents: Rows, batch: Batch) -> Rows:
         """Return one row per cotangent: views of (T, ...) gradients."""
         if self.possible and not self.forced and not batches_well(features):
             self._give_up("the trunk has operators that do not gain")
@@ -46,7 +54,7 @@ class BatchedRoute(SplitRoute):
                 return batched_vjps(features, cotangents, self.problem.shared_params)
             except RuntimeError as cause:
                 self._give_up(str(cause).splitlines()[0])
-        return super().rows_of(features, cotangents)
+        return super().rows_of(features, cotangents, batch)
 
     def _give_up(self, reason: str) -> None:
         self.possible = False

@@ -11,60 +11,40 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from fastmtl.engine.comm import Comm
+from fastmtl.engine.context import Batch
 from fastmtl.engine.cut import Structure
-from fastmtl.engine.gradients import OwnGradients, set_grads
 from fastmtl.engine.graph import batches_well, graph_nodes
-from fastmtl.engine.losses import Features
-from fastmtl.engine.methods.routes import Rows, RowsPass, SplitRoute, weighted
+from fastmtl.engine.jacobian import BatchGradients, detached
+from fastmtl.engine.methods.split import Split
+from fastmtl.engine.pullback import Through
 from fastmtl.engine.regions import Regions
 from fastmtl.engine.vjp import batched_vjps, vjp
-from fastmtl.trainer.log.profiling import part
+from fastmtl.engine.weights import Rows
+from fastmtl.support.profiling import part
 
-__all__ = ["CompressedRoute"]
+__all__ = ["Compressed"]
 
 # Cotangents that go through the trunk together: more hold more gradients of the layers' outputs at a time.
 _AT_ONCE = 4
 
 
-class CompressedPass(RowsPass):
-    """A pass whose rows have the Jacobian's Gram matrix and are no gradients; the update is one more VJP."""
-
-    def __init__(
-        self,
-        route: SplitRoute,
-        losses: Sequence[Tensor],
-        preds: dict[str, Any],
-        rows: Rows,
-        own: OwnGradients,
-        features: Features,
-        cotangents: Rows,
-    ) -> None:
-        super().__init__(route, losses, preds, rows, own)
-        self.features = features
-        self.cotangents = cotangents
-
-    def write_shared(self, weights: Tensor, rows: Rows | None = None, groups: list[int] | None = None) -> None:
-        """Send the weighted sum of the cotangents through the trunk."""
-        total, params = weighted(weights, self.cotangents), self.route.problem.shared_params
-        with part("VJPs"):
-            set_grads(params, vjp(self.features, total, params, retain=False))
-
-
-class CompressedRoute(SplitRoute):
+class Compressed(Split):
     """For strategies that need the gradients for one Gram matrix only.
 
     A linear layer counts if its parameters are used once, on fewer examples than it has inputs. Of all other parameters
     the rows are gradients as ever.
     """
 
-    def __init__(self, structure: Structure, regions: Regions, weighs_heads: bool) -> None:
-        super().__init__(structure, regions, weighs_heads)
+    needs_cut = True
+
+    def __init__(self, structure: Structure, regions: Regions, comm: Comm, weighs_heads: bool) -> None:
+        super().__init__(structure, regions, comm, weighs_heads)
         self._batches: bool | None = None
         shared = set(self.problem.shared_params)
         self.layers = [
@@ -73,25 +53,29 @@ class CompressedRoute(SplitRoute):
             if type(module) is nn.Linear and module.weight in shared and (module.bias is None or module.bias in shared)
         ]
 
-    def split(self, inputs: Any, labels: Any) -> CompressedPass:
+    def split(self, batch: Batch) -> BatchGradients:
         """Run the forward pass and the VJPs down to the outputs of the layers that count."""
         with self._calls() as calls:
-            outputs = self._trunk(inputs)
-        features, losses, preds, cotangents, own = self._heads(outputs, labels)
+            outputs = self.trunk(batch)
+        features, losses, preds, cotangents, own = self.heads(outputs, batch)
         with part("VJPs"):
             rows = self._compressed(features, cotangents, calls)
-        return CompressedPass(self, losses, preds, rows, own, features, cotangents)
+        pullback = Through(features, cotangents, self.problem.shared_params)
+        return BatchGradients(*detached(losses, preds), rows, own, pullback)
 
     @contextmanager
     def _calls(self) -> Iterator[list[tuple[nn.Linear, Tensor, GradientEdge]]]:
         """Note each call of a layer: its input and where its output's gradient passes."""
         calls: list[tuple[nn.Linear, Tensor, GradientEdge]] = []
 
-        def note(layer: Any, args: tuple[Any, ...], output: Tensor) -> None:
+        def note(layer: nn.Module, args: tuple[object, ...], output: object) -> None:
+            assert isinstance(layer, nn.Linear)
+            given = args[0]
             # In low precision, which a network may ask for by itself, products would be rounded twice.
-            same = isinstance(output, Tensor) and len(args) == 1 and output.dtype == args[0].dtype == layer.weight.dtype
-            if same and output.grad_fn is not None:
-                calls.append((layer, args[0].detach(), GradientEdge(output.grad_fn, output.output_nr)))
+            if len(args) > 1 or not isinstance(output, Tensor) or not isinstance(given, Tensor):
+                return
+            if output.dtype == given.dtype == layer.weight.dtype and output.grad_fn is not None:
+                calls.append((layer, given.detach(), GradientEdge(output.grad_fn, output.output_nr)))
 
         # A hook of the user's may return something else than the layer does.
         handles = [layer.register_forward_hook(note) for layer in self.layers if not layer._forward_hooks]
@@ -102,7 +86,7 @@ class CompressedRoute(SplitRoute):
                 handle.remove()
 
     def _compressed(
-        self, features: Features, cotangents: Rows, calls: list[tuple[nn.Linear, Tensor, GradientEdge]]
+        self, features: Sequence[Tensor], cotangents: Rows, calls: list[tuple[nn.Linear, Tensor, GradientEdge]]
     ) -> Rows:
         uses: Counter[Tensor] = Counter()
         nodes = list(graph_nodes(feature.grad_fn for feature in features if feature.grad_fn is not None))
@@ -132,7 +116,7 @@ class CompressedRoute(SplitRoute):
                 rows.append([*grads[: len(others)], *short])
         return rows
 
-    def _vjps(self, features: Features, cotangents: Rows, wanted: Sequence[Tensor | GradientEdge]) -> Rows:
+    def _vjps(self, features: Sequence[Tensor], cotangents: Rows, wanted: Sequence[Tensor | GradientEdge]) -> Rows:
         """Return VJPs, batched where that is possible; the graph, which the update needs, stays."""
         if self._batches is None:
             self._batches = batches_well(features)

@@ -2,130 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Self
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from fastmtl.engine.gradients import OwnGradients, summed
-from fastmtl.engine.losses import Features, cut_features
-from fastmtl.engine.methods.routes import Pass, Route, Rows, forward
+from fastmtl.engine.context import Batch
+from fastmtl.engine.jacobian import BatchGradients, detached
+from fastmtl.engine.losses import cut_features
+from fastmtl.engine.methods.base import Method, forward
+from fastmtl.engine.pullback import Representations
 from fastmtl.errors import UsageError
-from fastmtl.trainer.log.profiling import part
+from fastmtl.support.profiling import part
 
-__all__ = ["ForwardRepRoute", "RepPass", "RepRoute"]
+__all__ = ["ForwardRepresentation", "Representation"]
 
-
-class RepPass(Pass):
-    """A pass whose rows are gradients of the representations; one VJP carries what they become to the parameters.
-
-    Attributes:
-        reps: T representations, the same tensor T times where the tasks share it.
-        grads: T gradients of them.
-    """
-
-    def __init__(
-        self,
-        losses: Sequence[Tensor],
-        preds: dict[str, Any],
-        attached: Features,
-        grads: Sequence[Tensor],
-        own: OwnGradients,
-    ) -> None:
-        super().__init__(losses, preds, [[grad.reshape(len(grad), -1).sum(0)] for grad in grads])
-        self.attached = attached
-        self.grads = grads
-        self.own = own
-        self.others: list[RepPass] = []
-
-    def absorb(self, other: Self) -> None:
-        """Add up the rows, and keep the other batch's graph until the weights are known."""
-        assert self.rows is not None
-        assert other.rows is not None
-        self.rows = summed(self.rows, other.rows)
-        self.own.absorb(other.own)
-        self.others.append(other)
-
-    @property
-    def reps(self) -> list[Tensor]:
-        """Return the representations, detached."""
-        reps = [rep.detach() for rep in self.attached]
-        return reps if len(reps) == len(self.grads) else reps * len(self.grads)
-
-    def write_heads(self, weights: Tensor | None) -> None:
-        """Add the gradients kept from the backward pass of the heads."""
-        self.own.write(weights)
-
-    def write_shared(self, weights: Tensor, rows: Rows | None = None, groups: list[int] | None = None) -> None:
-        """Send the weighted gradients of the representations down."""
-        for each in (self, *self.others):
-            each.send([weight.to(grad.dtype) * grad for weight, grad in zip(weights, each.grads, strict=True)])
-
-    def send(self, grads: Sequence[Tensor]) -> None:
-        """Send down to the shared parameters T gradients of the representations, or their sum where they share one."""
-        fits = len(grads) == len(self.attached)
-        with part("VJPs"):
-            torch.autograd.backward(self.attached, list(grads) if fits else [torch.stack(list(grads)).sum(0)])
+# Representations, losses, predictions, and the cut representations that the losses start from.
+Represented = tuple[Sequence[Tensor], Sequence[Tensor], Mapping[str, object], list[Tensor]]
 
 
-class RepRoute(Route):
-    """``rep_grad``: the rows are gradients of the representations."""
+class Representation(Method):
+    """The heads are differentiated once; one VJP of the weighted gradients of the representations is left."""
 
-    def prepare(self, inputs: Any, labels: Any) -> None:
+    def prepare(self, batch: Batch) -> None:
         """Refuse decoders that use shared parameters; find out whose parameters are if their gradients are weighted."""
         model = self.problem.model
-        if model.splits and not model.multi_input and self.structure.learn_cut(inputs, labels) and self.structure.tied:
+        if model.splits and not model.multi_input and self.structure.learn_cut(batch) and self.structure.tied:
             raise UsageError(f"rep_grad must be False here, as {self.structure.against_cut}.")
         if self.weighs_heads and not model.multi_input:
-            self.structure.learn_owners(inputs, labels)
+            self.structure.learn_owners(batch)
 
-    def differentiate(self, inputs: Any, labels: Any) -> RepPass:
+    def differentiate(self, batch: Batch) -> BatchGradients:
         """Run the forward pass and the backward pass of the heads."""
-        reps, losses, preds, cuts = self._represent(inputs, labels)
+        reps, losses, preds, cuts = self._represent(batch)
         with part("VJPs"):
-            found, own = self.own_gradients(losses, [[cut] for cut in cuts])
+            found, own = self.own_gradients(batch, losses, [[cut] for cut in cuts])
         grads = [torch.zeros_like(cut) if grad is None else grad for (grad,), cut in zip(found, cuts, strict=True)]
-        sizes = {grad.shape[1:].numel() for grad in grads}
-        if len(sizes) > 1:
+        if len({grad.shape[1:].numel() for grad in grads}) > 1:
             raise UsageError(
                 "rep_grad needs representations of one size for all tasks, got "
-                + ", ".join(f"{task}: {tuple(cut.shape)}" for task, cut in zip(self.problem.tasks, cuts, strict=True))
+                + ", ".join(f"{task}: {tuple(cut.shape)}" for task, cut in zip(batch.tasks, cuts, strict=True))
                 + "."
             )
-        return RepPass(losses, preds, reps, grads, own)
+        rows = [[grad.reshape(len(grad), -1).sum(0)] for grad in grads]
+        return BatchGradients(*detached(losses, preds), rows, own, Representations(reps, grads))
 
-    def _represent(self, inputs: Any, labels: Any) -> tuple[Features, Sequence[Tensor], dict[str, Any], list[Tensor]]:
-        """Return the representations, losses, predictions, and the cut representations the losses start from."""
-        problem, tasks = self.problem, self.problem.tasks
+    def _represent(self, batch: Batch) -> Represented:
+        tasks = batch.tasks
         with part("forward"):
-            if problem.model.multi_input:
-                reps = tuple(self.regions.single_rep(inputs[task], task) for task in tasks)
-                cuts = list(cut_features(reps))
+            if self.problem.model.multi_input:
+                apart = tuple(self.regions.single_rep(batch.of(task), task) for task in tasks)
+                cuts = [_cut(rep) for rep in apart]
                 losses, preds = [], {}
                 for task, cut in zip(tasks, cuts, strict=True):
-                    loss, preds[task] = self.regions.single_decode(cut, labels[task], task)
+                    loss, preds[task] = self.regions.single_decode(cut, batch.labels[task], task)
                     losses.append(loss)
-                return reps, losses, preds, cuts
-            reps = self.regions.reps(inputs)
+                return apart, losses, preds, cuts
+            reps = self.regions.reps(batch.inputs, tasks)
             if not all(isinstance(rep, Tensor) for rep in reps):
                 raise UsageError(f"rep_grad needs a representation that is a tensor, got a {type(reps[0]).__name__}.")
-            cuts = [cut_features(reps)[0] for _ in tasks] if len(reps) == 1 else list(cut_features(reps))
-            scored, preds = self.regions.decode(cuts, labels)
+            cuts = [_cut(rep) for rep in (reps if len(reps) > 1 else [reps[0] for _ in tasks])]
+            scored, preds = self.regions.decode(cuts, batch.labels, tasks)
             return reps, scored, preds, cuts
 
 
-class ForwardRepRoute(RepRoute):
-    """``rep_grad`` for an architecture that overrides ``forward`` as a whole and calls ``_prepare_rep`` in it."""
+class ForwardRepresentation(Representation):
+    """For an architecture that overrides ``forward`` as a whole and calls ``_prepare_rep`` in it."""
 
-    def _represent(self, inputs: Any, labels: Any) -> tuple[Features, Sequence[Tensor], dict[str, Any], list[Tensor]]:
+    def _represent(self, batch: Batch) -> Represented:
         model = self.problem.model
-        losses, preds = forward(self.problem, self.regions, inputs, labels)
-        if set(self.problem.tasks) - set(model.rep_tasks):
+        losses, preds = forward(self.regions, batch)
+        if set(batch.tasks) - set(model.rep_tasks):
             raise UsageError(
-                f"rep_grad must be False for {type(model).__mro__[1].__name__}: its forward passes no representation "
-                "to _prepare_rep."
+                f"rep_grad must be False for {model.architecture_name}: its forward passes no representation to "
+                "_prepare_rep."
             )
         rep = model.rep
-        reps = tuple(rep[task] for task in self.problem.tasks) if isinstance(rep, dict) else (rep,)
-        return reps, losses, preds, [model.rep_tasks[task] for task in self.problem.tasks]
+        reps = tuple(rep[task] for task in batch.tasks) if isinstance(rep, dict) else (rep,)
+        return reps, losses, preds, [model.rep_tasks[task] for task in batch.tasks]
+
+
+def _cut(rep: Tensor) -> Tensor:
+    (alias,) = cut_features((rep,))
+    assert isinstance(alias, Tensor)
+    return alias

@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor, nn
 
+from fastmtl.engine.context import Batch
 from fastmtl.engine.gradients import OwnGradients
-from fastmtl.engine.methods.routes import Pass, Route, RowsPass
-from fastmtl.engine.regions import graph_errors
-from fastmtl.trainer.log.profiling import part
+from fastmtl.engine.inductor import graph_errors
+from fastmtl.engine.jacobian import BatchGradients, detached
+from fastmtl.engine.methods.base import Method
+from fastmtl.engine.model import Labels, MTLModel, Tasks
+from fastmtl.engine.pullback import Combine
+from fastmtl.engine.weights import Rows, Weights
+from fastmtl.support.profiling import part
 
-__all__ = ["TracedRoute", "has_gradient_hooks"]
+__all__ = ["Traced", "has_gradient_hooks"]
 
 
-def has_gradient_hooks(model: nn.Module) -> bool:
+def has_gradient_hooks(model: MTLModel) -> bool:
     """Return whether something of the user's is called with gradients of parameters or modules."""
+    modules: Iterable[nn.Module] = model.modules()
     return any(param._backward_hooks for param in model.parameters()) or any(
-        module._backward_hooks or module._backward_pre_hooks for module in model.modules()
+        module._backward_hooks or module._backward_pre_hooks for module in modules
     )
 
 
-class TracedRoute(Route):
-    """A route traced with its backward passes, so that nothing is left to autograd, and each task's VJP is compiled.
+class Traced(Method):
+    """A method traced with its backward passes, so that nothing is left to autograd, and each task's VJP is compiled.
 
     Args:
-        plain: The route to trace, of functions that are not compiled: one that has a `RowsPass`.
+        plain: The method to trace, of functions that are not compiled: one whose rows are gradients.
         regional: The same of compiled regions: for steps with weights known beforehand, and where tracing fails.
         tell: Told why, if it does.
 
@@ -34,43 +39,46 @@ class TracedRoute(Route):
         traces: Whether tracing has not failed yet.
     """
 
-    def __init__(self, plain: Route, regional: Route, tell: Callable[[str], None]) -> None:
-        super().__init__(plain.structure, regional.regions.with_gradients(self._gradients), plain.weighs_heads)
+    def __init__(self, plain: Method, regional: Method, tell: Callable[[str], None]) -> None:
+        regions = regional.regions.with_gradients(self._gradients)
+        super().__init__(plain.structure, regions, plain.comm, plain.weighs_heads)
         self.plain = plain
         self.regional = regional
         self.tell = tell
         self.traces = True
 
-    def prepare(self, inputs: Any, labels: Any) -> None:
-        """Find out what the traced route must know."""
-        self.plain.prepare(inputs, labels)
+    def prepare(self, batch: Batch) -> None:
+        """Find out what the traced method must know."""
+        self.plain.prepare(batch)
         if self.traces and has_gradient_hooks(self.problem.model):
             self._give_up("gradients have hooks, which a graph would not call")
 
-    def differentiate(self, inputs: Any, labels: Any) -> Pass:
+    def differentiate(self, batch: Batch) -> BatchGradients:
         """Run the forward pass and all VJPs."""
         if self.traces:
             try:
-                return self._traced(inputs, labels)
+                return self._traced(batch)
             except graph_errors() as cause:
                 self._give_up(str(cause).splitlines()[0])
-        return self.regional.differentiate(inputs, labels)
+        return self.regional.differentiate(batch)
 
-    def frozen(self, inputs: Any, labels: Any, shared: Tensor, heads: Tensor | None) -> Pass:
+    def combined(self, batch: Batch, weights: Weights) -> BatchGradients:
         """Run the forward pass and one VJP, of compiled regions."""
-        return self.regional.frozen(inputs, labels, shared, heads)
+        return self.regional.combined(batch, weights)
 
     def _give_up(self, reason: str) -> None:
         self.traces = False
         self.tell(f"compile: in regions, as the gradients cannot be in one graph with the rest: {reason}")
 
-    def _traced(self, inputs: Any, labels: Any) -> Pass:
+    def _traced(self, batch: Batch) -> BatchGradients:
         with part("traced"):
-            losses, preds, rows, parts = self.regions.gradients(inputs, labels)
-        own = OwnGradients(self.problem.own_params, parts, self.plain.places())
-        return RowsPass(self, losses, preds, rows, own)
+            losses, preds, rows, parts = self.regions.gradients(batch.inputs, batch.factor, batch.labels, batch.tasks)
+        own = OwnGradients(self.problem.own_params, parts, self.structure.places(batch.tasks))
+        return BatchGradients(*detached(losses, preds), rows, own, Combine())
 
-    def _gradients(self, inputs: Any, labels: Any) -> tuple[Any, ...]:
+    def _gradients(
+        self, inputs: object, factor: Tensor | None, labels: Labels, tasks: Tasks
+    ) -> tuple[Tensor, object, Rows, Sequence[Sequence[Tensor | None]]]:
         """Return losses, predictions, rows and the gradients of the task-specific parameters."""
-        done: Any = self.plain.differentiate(inputs, labels)
+        done = self.plain.differentiate(Batch(inputs=inputs, labels=labels, tasks=tasks, factor=factor))
         return done.losses, done.preds, done.rows, done.own.parts

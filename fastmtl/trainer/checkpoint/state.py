@@ -28,10 +28,8 @@ def run_state(trainer: Trainer) -> dict[str, Any]:
     """
     scheduler = trainer.scheduler
     model, optimizer = trainer.model.state_dict(), trainer.optimizer.state_dict()
-    if trainer.sharded is not None:
-        model, optimizer = trainer.sharded.whole_state(model), trainer.sharded.whole_optimizer(optimizer)
-    if trainer.step.spread and trainer.step.exchange is not None:
-        model = trainer.step.exchange.whole_states(model, trainer.model.row_states)
+    model, optimizer = trainer.storage.whole_state(model), trainer.storage.whole_optimizer(optimizer)
+    model = trainer.step.comm.whole_states(model, trainer.model.row_states)
     return {
         "model": model,
         "step": trainer.step.state_dict(),
@@ -64,10 +62,8 @@ def resume_run(trainer: Trainer, path: Path) -> Mapping[str, Any]:
     if (other := state.get("optimizer_name", optimizer_name)) != optimizer_name:
         raise CheckpointError(f"The checkpoint {path} is of the optimizer {other}, this run is of {optimizer_name}.")
     model, optimizer = state["model"], state["optimizer"]
-    if trainer.step.spread and trainer.step.exchange is not None:
-        model = trainer.step.exchange.part_states(model, trainer.model.row_states)
-    if trainer.sharded is not None:
-        model, optimizer = trainer.sharded.load_shards(model), trainer.sharded.part_optimizer(optimizer)
+    model = trainer.step.comm.part_states(model, trainer.model.row_states)
+    model, optimizer = trainer.storage.load_shards(model), trainer.storage.part_optimizer(optimizer)
     load_model_state(trainer.model, model, path)
     trainer.step.load_state_dict(state["step"])
     _load_optimizer(trainer.optimizer, optimizer)

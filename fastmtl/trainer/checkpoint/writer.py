@@ -36,8 +36,9 @@ class Checkpoints:
     def agree(self, peers: Peers) -> None:
         """Find out whether all processes take part; the leading one alone writes."""
         trainer = self._trainer
-        spread = trainer.step.spread or trainer.sharded is not None
-        self.gathers = spread and bool(peers.gather(trainer.save_path is not None)[0])
+        in_pieces = trainer.step.comm.cuts_rows and bool(trainer.model.row_states)
+        saves = peers.gather(trainer.save_path is not None)[0]
+        self.gathers = saves and (in_pieces or trainer.storage.is_sharded)
         if not peers.leads:
             trainer.save_path = None
 
@@ -55,8 +56,7 @@ class Checkpoints:
         if trainer.meter.best_result["epoch"] != epoch:
             return
         remembered, state = trainer.model.remembered(), trainer.model.state_dict()
-        if trainer.sharded is not None:
-            state = trainer.sharded.whole_state(state)
+        state = trainer.storage.whole_state(state)
         if trainer.save_path is None:
             return
         self._check_finite(state)

@@ -4,25 +4,51 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
+from fastmtl.engine.model import Labels
 from fastmtl.engine.trees import leaves, map_tree
 from fastmtl.trainer.setup.options import StepOptions
+from fastmtl.weighting import AbsWeighting
 
-__all__ = ["CudaGraph", "StepCapture", "reason_against"]
+__all__ = ["CudaGraph", "StepCapture", "make_capture", "reason_against", "run_eagerly"]
 
-Batches = Sequence[tuple[Any, Any]]
+T = TypeVar("T")
+Batches: TypeAlias = Sequence[tuple[object, Labels]]
+Run: TypeAlias = Callable[[Callable[[Batches], T], Batches], T]
 # Eager steps of one layout before its capture: of the first, and of one that takes another's place.
 WARM, PATIENCE = 3, 10
 _MOST_LAYOUTS = 16
 _PLAIN = str | bytes | int | float | None
 
 
+def make_capture(
+    strategy: AbsWeighting,
+    optimizer: torch.optim.Optimizer,
+    options: StepOptions,
+    device: torch.device,
+    tell: Callable[[str], None],
+) -> Run | StepCapture:
+    """Return what runs the body of a step on its batches: as a CUDA graph, if that is asked for and can be."""
+    if not options.cuda_graph:
+        return run_eagerly
+    reason = reason_against(strategy, optimizer, options, device)
+    if reason is None:
+        return StepCapture(strategy, optimizer, CudaGraph(device), tell)
+    tell(f"cuda_graph: the step runs eagerly, as {reason}")
+    return run_eagerly
+
+
+def run_eagerly(body: Callable[[Batches], T], batches: Batches) -> T:
+    """Run the body of a step as it is."""
+    return body(batches)
+
+
 def reason_against(
-    model: Any, optimizer: torch.optim.Optimizer, options: StepOptions, legacy: bool, device: torch.device
+    strategy: AbsWeighting, optimizer: torch.optim.Optimizer, options: StepOptions, device: torch.device
 ) -> str | None:
     """Return why a step cannot be captured, in a few words; None if nothing known stands against it."""
     reasons = {
@@ -31,8 +57,8 @@ def reason_against(
         "tasks_per_step draws the tasks on the host": options.tasks_per_step is not None,
         "update_weights_every makes steps differ": options.update_weights_every > 1,
         "weight_momentum starts with a step of its own": options.weight_momentum > 0,
-        "the strategy is written for LibMTL and runs on the host": legacy,
-        "the strategy looks ahead with the learning rate of the host": model.needs == "lookahead",
+        "the strategy is written for LibMTL and runs on the host": strategy.needs_of_step() == "backward",
+        "the strategy looks ahead with the learning rate of the host": strategy.needs == "lookahead",
         "Adagrad counts its steps on the host": isinstance(optimizer, torch.optim.Adagrad),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
@@ -50,7 +76,7 @@ class CudaGraph:
         self.stream = torch.cuda.Stream(device)
         self._graph: torch.cuda.CUDAGraph | None = None
 
-    def eagerly(self, function: Callable[[], Any]) -> Any:
+    def eagerly(self, function: Callable[[], T]) -> T:
         """Run a function on the stream that captures, as torch asks for before a capture."""
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
@@ -58,7 +84,7 @@ class CudaGraph:
         torch.cuda.current_stream(self.device).wait_stream(self.stream)
         return result
 
-    def capture(self, function: Callable[[], Any]) -> Any:
+    def capture(self, function: Callable[[], T]) -> T:
         """Record a function without running it; return where its results will be."""
         self._graph = None
         graph = torch.cuda.CUDAGraph()
@@ -89,7 +115,7 @@ class StepCapture:
     """
 
     def __init__(
-        self, model: Any, optimizer: torch.optim.Optimizer, graph: CudaGraph, tell: Callable[[str], None]
+        self, model: AbsWeighting, optimizer: torch.optim.Optimizer, graph: CudaGraph, tell: Callable[[str], None]
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -107,7 +133,7 @@ class StepCapture:
         self._result: Any = None
         self._remembered = {name: getattr(model, name) for name in model.remembered()}
 
-    def __call__(self, body: Callable[[Batches], Any], batches: Batches) -> Any:
+    def __call__(self, body: Callable[[Batches], T], batches: Batches) -> T:
         """Return what ``body(batches)`` returns, a tree of tensors and None."""
         if self.failed or not self._is_due(batches):
             return self._eagerly(body, batches)
@@ -153,7 +179,7 @@ class StepCapture:
             return False
         return self._seen[repr(layout)] > (WARM if self._layout is None else PATIENCE)
 
-    def _eagerly(self, body: Callable[[Batches], Any], batches: Batches) -> Any:
+    def _eagerly(self, body: Callable[[Batches], T], batches: Batches) -> T:
         make_capturable(self.optimizer)
         self._tried = self._fixed_settings()
         result = self.graph.eagerly(lambda: body(batches))

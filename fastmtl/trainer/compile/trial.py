@@ -1,4 +1,4 @@
-"""Several routes to the same gradients: all are tried in the first steps of training, which are good steps anyhow."""
+"""Several engines for the same gradients: all are tried in the first steps of training, which are good steps anyhow."""
 
 from __future__ import annotations
 
@@ -7,40 +7,46 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from fastmtl.engine.methods.routes import Route
+from fastmtl.engine.engine import Engine
 
 __all__ = ["Trial"]
 
-# Steps of each route in a row, not timed and timed: in two rounds, as the machine may be slower for a while.
+# Steps of each engine in a row, not timed and timed: in two rounds, as the machine may be slower for a while.
 _ROUNDS = ((2, 5), (1, 5))
 # Steps that may be left out for each one that counts.
 _PATIENCE = 10
 
 
 class Trial:
-    """Hands out the routes in turn, times them, and settles on the fastest of those that turn out possible.
+    """Hands out the engines in turn, times them, and settles on the fastest of those that turn out possible.
 
-    Where too few steps say how long one takes, it settles on the first.
+    Where too few steps say how long one takes, it settles on the first. A single one is settled from the beginning.
 
     Args:
-        routes: By name.
+        engines: By name.
         on_compile: Told of the decision.
 
     Attributes:
-        chosen: The name of the fastest, None as long as it is not known.
+        engine: The engine of the step under way.
+        chosen: The name of the fastest, None as long as it is not known, or if there is no choice.
+        settled: Whether the engine stays.
+        warmth: Steps run with this engine so far, of those after a decision.
     """
 
-    def __init__(self, routes: Mapping[str, Route], on_compile: Callable[[str], None]) -> None:
-        self.names = list(routes)
-        self.routes = list(routes.values())
+    def __init__(self, engines: Mapping[str, Engine], on_compile: Callable[[str], None]) -> None:
+        self.names = list(engines)
+        self.engines = list(engines.values())
         self.on_compile = on_compile
+        self.engine = self.engines[0]
         self.chosen: str | None = None
-        self._seconds: list[list[float]] = [[] for _ in routes]
-        # The routes of the steps to come, and whether they are timed; first the one under way.
+        self.settled = len(engines) == 1
+        self.warmth = 0
+        self._seconds: list[list[float]] = [[] for _ in engines]
+        # The engines of the steps to come, and whether they are timed; first the one under way.
         self._plan = [
             (index, timed)
             for warm_up, steps in _ROUNDS
-            for index in range(len(routes))
+            for index in range(len(engines))
             for timed in [False] * warm_up + [True] * steps
         ]
         self._started: float | None = None
@@ -51,8 +57,15 @@ class Trial:
         """Leave the step under way out: it is shorter than others, of some tasks or with weights known beforehand."""
         self._counts = False
 
-    def next_route(self) -> Route:
-        """Return the route of the next training step; the time since the last call is that of the last step."""
+    def next_engine(self) -> Engine:
+        """Return the engine of the next training step; the time since the last call is that of the last step."""
+        if not self.settled:
+            self.warmth = 0
+            self.engine = self._next()
+        self.warmth += 1
+        return self.engine
+
+    def _next(self) -> Engine:
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         now = time.perf_counter()
@@ -62,29 +75,30 @@ class Trial:
             index, timed = self._plan.pop(0)
             if timed:
                 self._seconds[index].append(now - self._started)
-            self._plan = [(index, timed) for index, timed in self._plan if self.routes[index].possible]
+            self._plan = [(index, timed) for index, timed in self._plan if self.engines[index].possible]
         self._started, self._counts = now, True
         if self._left_out > self._most_left_out:
-            self.chosen = self.names[0]
-            self.on_compile(f"too few steps are of all tasks to measure by: going on {self.chosen}")
-            return self.routes[0]
+            self.on_compile(f"too few steps are of all tasks to measure by: going on {self.names[0]}")
+            return self._choose(self.names[0])
         if self._plan:
-            return self.routes[self._plan[0][0]]
+            return self.engines[self._plan[0][0]]
         # What disturbs a full step makes it longer.
         times = {
             name: sorted(seconds)[len(seconds) // 4]
-            for name, route, seconds in zip(self.names, self.routes, self._seconds, strict=True)
-            if route.possible
+            for name, engine, seconds in zip(self.names, self.engines, self._seconds, strict=True)
+            if engine.possible
         }
-        self.chosen = min(times, key=times.__getitem__)
+        chosen = min(times, key=times.__getitem__)
         measured = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in times.items())
-        self.on_compile(f"a step takes {measured}: going on {self.chosen}")
-        return self.routes[self.names.index(self.chosen)]
+        self.on_compile(f"a step takes {measured}: going on {chosen}")
+        return self._choose(chosen)
 
-    def settle(self, name: str) -> Route | None:
-        """Return the route that an earlier part of the run has chosen, None if it is not among these."""
-        if name not in self.names:
-            return None
-        self.chosen = name
-        self.on_compile(f"going on {name}, as before")
-        return self.routes[self.names.index(name)]
+    def settle(self, name: str | None) -> None:
+        """Go on with the engine that an earlier part of the run has chosen, if it is among these."""
+        if name in self.names and not self.settled:
+            self.on_compile(f"going on {name}, as before")
+            self.engine = self._choose(name)
+
+    def _choose(self, name: str) -> Engine:
+        self.chosen, self.settled = name, True
+        return self.engines[self.names.index(name)]

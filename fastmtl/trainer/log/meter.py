@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastmtl.distributed import Peers
+from fastmtl.distributed import Alone, Peers
 from fastmtl.engine.labels import labelled_rows
 from fastmtl.errors import UsageError
 from fastmtl.loss import AbsLoss
@@ -41,7 +41,7 @@ class PerformanceMeter:
         peers: Peers | None = None,
     ) -> None:
         self.task_dict = task_dict
-        self.peers = peers
+        self.peers = peers or Alone()
         self.task_name = list(task_dict)
         self.weight: dict[str, list[int]] = {task: task_dict[task]["weight"] for task in self.task_name}
         self.losses: dict[str, AbsLoss] = losses_of(task_dict)
@@ -93,12 +93,10 @@ class PerformanceMeter:
 
         They are NaN for a task that no batch had labels of.
         """
-        if self.peers is not None:
-            self._seen.update(*self.peers.gather(self._seen))
-            self._scored.update(*self.peers.gather(self._scored))
-            for task in self.task_name:
-                self.losses[task]._sync(self.peers)
-                self.metrics[task].sync(self.peers)
+        self._seen.update(*self.peers.gather(self._seen))
+        self._scored.update(*self.peers.gather(self._scored))
+        for task in self.task_name:
+            self.peers.sync([self.losses[task], self.metrics[task]])
         self.results = {
             task: self._scores(task) if self._had(task, self._scored) else [math.nan] * len(self.weight[task])
             for task in self.task_name

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fastmtl.trainer.log.logger import StepRecords
-from fastmtl.trainer.precision import LossScaler
 
 __all__ = ["StepBuffer", "StepSignals"]
 
@@ -77,21 +76,21 @@ class StepBuffer:
         self._weights.append(weights)
         self._grams.append(gram)
 
-    def flush(self, epoch: int, next_step: int, scaler: LossScaler | None = None) -> StepRecords:
+    def flush(self, epoch: int, next_step: int, numbers: Sequence[Tensor] = ()) -> StepRecords:
         """Read everything and empty the buffer; the only place where the loop waits for the device.
 
         Args:
             epoch: The epoch the steps belong to.
             next_step: Global index of the step after the last one kept.
-            scaler: The loss scale of float16 steps.
+            numbers: The loss scale of float16 steps and how many were skipped so far; none in another precision.
         """
         count = len(self)
         now = time.perf_counter()
         device = self._losses[0].device
         dtype = torch.float32 if device.type == "mps" else torch.float64
         kept = [_stacked(each) for each in (self._losses, self._weights, self._grams)]
-        if scaler is not None:
-            kept.append(torch.stack([scaler.scale, scaler.skipped.to(scaler.scale)]))
+        # The loss scale and the steps skipped, of float16 steps.
+        kept += [number.reshape(1) for number in numbers]
         values = torch.cat([each.to(device, dtype).flatten() for each in kept if each is not None]).cpu().numpy()
         tasks = self._losses[0].numel()
         losses, values = values[: count * tasks].reshape(count, tasks), values[count * tasks :]
@@ -107,8 +106,8 @@ class StepBuffer:
             weights=weights,
             gram=gram,
             seconds=now - self._since,
-            loss_scale=None if scaler is None else float(values[0]),
-            skipped=None if scaler is None else int(values[1]),
+            loss_scale=float(values[0]) if numbers else None,
+            skipped=int(values[1]) if numbers else None,
         )
         self._clear()
         return records

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastmtl.distributed import Peers
+from fastmtl.distributed import Alone, Peers
 from fastmtl.errors import BackendError, UsageError
 from fastmtl.weighting import AbsWeighting
 
@@ -73,9 +73,11 @@ def find_device(device: str | torch.device | None, peers: Peers | None = None) -
         UsageError: No name of a device.
         BackendError: The device is not there.
     """
+    peers = peers or Alone()
     if device is None:
-        index = 0 if peers is None or not torch.cuda.is_available() else torch.cuda.current_device()
-        return torch.device(f"cuda:{index}" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", peers.own_gpu(torch.device("cuda")).index or 0)
     try:
         found = torch.device(device)
     except RuntimeError:
@@ -89,8 +91,7 @@ def find_device(device: str | torch.device | None, peers: Peers | None = None) -
             )
         if found.index is not None and found.index >= torch.cuda.device_count():
             raise BackendError(f"device is {device}, but there are only {torch.cuda.device_count()} CUDA GPUs.")
-        if peers is not None and str(found) == "cuda":
-            found = torch.device("cuda", torch.cuda.current_device())
+        found = peers.own_gpu(found)
     if found.type == "mps" and not torch.backends.mps.is_available():
         raise BackendError(
             f"device is {device}, but torch {torch.__version__} finds no MPS device here; use --device cpu."

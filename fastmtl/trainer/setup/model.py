@@ -74,6 +74,7 @@ def make_model(
         device=device,
         **given["arch_args"],
     )
+    model.strategy_name, model.architecture_name = rule.__name__, network.__name__
     network_params = set(model.parameters())
     model.init_param()
     return MadeModel(model, rule, network, [param for param in model.parameters() if param not in network_params])

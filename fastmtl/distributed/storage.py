@@ -1,0 +1,91 @@
+"""Where the parameters are: whole in every process, or in shards; and how the processes then exchange gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from fastmtl.distributed.peers import Peers
+from fastmtl.engine.comm import Comm, Local
+from fastmtl.engine.losses import Problem
+
+if TYPE_CHECKING:
+    from fastmtl.distributed.sharded import ShardedModel
+
+__all__ = ["Whole", "make_comm", "make_storage"]
+
+
+class Whole:
+    """Every process has all parameters.
+
+    Args:
+        model: The model.
+
+    Attributes:
+        trained: What the optimizer works on, in the order of the model's parameters.
+        kept: Parameters that every process keeps whole.
+    """
+
+    is_sharded = False
+
+    def __init__(self, model: nn.Module) -> None:
+        self.trained = list(model.parameters())
+        self.kept = self.trained
+
+    def whole_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return a ``state_dict`` with whole parameters."""
+        return state
+
+    def load_shards(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return a ``state_dict`` that fits the model."""
+        return state
+
+    def whole_optimizer(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Return the optimizer's ``state_dict`` with whole tensors."""
+        return state
+
+    def part_optimizer(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Return an optimizer's ``state_dict`` with what this process has of whole tensors."""
+        return state
+
+
+def make_storage(
+    model: nn.Module, peers: Peers, strategy_params: Sequence[nn.Parameter], shard: str
+) -> Whole | ShardedModel:
+    """Return where the parameters are; with ``shard="fsdp"`` and several processes they are cut now.
+
+    Args:
+        model: With the same parameters in every process.
+        peers: The processes.
+        strategy_params: Parameters of the strategy, which every process keeps whole.
+        shard: ``"none"`` or ``"fsdp"``.
+    """
+    if shard == "none" or peers.size == 1:
+        return Whole(model)
+    from fastmtl.distributed.sharded import ShardedModel
+
+    return ShardedModel(model, peers, strategy_params)
+
+
+def make_comm(peers: Peers, problem: Problem, storage: Whole | ShardedModel, exact: bool) -> Comm:
+    """Return what the engine asks of the other processes.
+
+    Args:
+        peers: The processes.
+        problem: The model and its losses.
+        storage: Where the parameters are.
+        exact: Whether rows are summed over the processes.
+    """
+    shared, own = problem.shared_params, problem.own_params
+    if peers.size == 1:
+        return Local(shared, list(problem.model.parameters()))
+    if not isinstance(storage, Whole):
+        from fastmtl.distributed.sharded_comm import ShardedDataParallel
+
+        return ShardedDataParallel(storage, shared, own, problem.strategy_params)
+    from fastmtl.distributed.comm import DataParallel, ExactDataParallel
+
+    kind = ExactDataParallel if exact else DataParallel
+    return kind(peers, shared, own, problem.strategy_params)

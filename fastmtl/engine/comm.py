@@ -1,0 +1,272 @@
+"""What the engine asks of the other processes that have parts of every batch, and the answers of one alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+from typing_extensions import override
+
+from fastmtl import ops
+from fastmtl.engine.model import Tasks
+from fastmtl.engine.vjp import Cotangents, vjp
+from fastmtl.engine.weights import Row, Rows, Weights
+from fastmtl.support.profiling import part
+
+__all__ = ["Combination", "Comm", "Local", "MaskReps"]
+
+# Masks the gradients of T representations, from losses, representations and gradients.
+MaskReps = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]]
+
+
+class Comm(Protocol):
+    """The processes that train together.
+
+    Each loss, a mean over this process's part of a batch, is multiplied by the part's share of the labels before it is
+    differentiated; sums over the processes are then those of one process with the whole batch.
+
+    Attributes:
+        shares_batches: Whether other processes have parts of a batch.
+        cuts_rows: Whether this process has pieces of the rows, and of what a strategy keeps of their size.
+    """
+
+    shares_batches: bool
+    cuts_rows: bool
+
+    def agree_on_tasks(self, present: Sequence[int] | None, drawn: Sequence[int] | None, count: int) -> list[int]:
+        """Return the tasks of this step: those with labels in any process, of those the main process has drawn.
+
+        Args:
+            present: The tasks that have labels here, all if None.
+            drawn: What the main process has drawn, all if None; not looked at elsewhere.
+            count: Number of tasks T.
+        """
+
+    def unshard(self) -> None:
+        """Make sure that the model has whole parameters."""
+
+    def reshard(self) -> None:
+        """Free what of whole parameters this process need not keep."""
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """Return the sum of a tensor over the processes; it may be written into."""
+
+    def mean(self, losses: Tensor, share: Tensor | None) -> Tensor:
+        """Return the losses (T,) of all parts of a batch, from those of this part and its share in the step's."""
+
+    def row(
+        self,
+        outputs: Sequence[Tensor],
+        cotangents: Cotangents,
+        own: Sequence[nn.Parameter],
+        retain: bool,
+        complete: bool,
+    ) -> tuple[Row, Row]:
+        """Run a VJP; return what stands for the row of the shared parameters, and the gradients of ``own``.
+
+        Args:
+            outputs: What to differentiate.
+            cotangents: Its cotangents.
+            own: Further parameters to differentiate with respect to.
+            retain: Keep the graph.
+            complete: Nothing will be added to the row: it may be sent.
+        """
+
+    def collect(self, rows: Rows, complete: bool) -> Rows:
+        """Return the rows of all processes, or this one's pieces of them, once they have arrived."""
+
+    def collect_reps(self, rows: Rows) -> Rows:
+        """Return the sums over the processes of rows of one small tensor each, such as representations' gradients."""
+
+    def whole_row(self, row: Row) -> Row:
+        """Return a row over all parameters, None at the same places in all processes, summed over them."""
+
+    def gram(self, rows: Rows, groups: Sequence[int] | None, shares: Tensor | None) -> Tensor:
+        """Return the Gram matrix of collected rows, or what stands for it.
+
+        Args:
+            rows: T rows.
+            groups: The group of each parameter, or None.
+            shares: This process's share in the labels behind each row.
+        """
+
+    def agree(self, weights: Weights) -> None:
+        """Give all processes the main process's weights: random numbers, and the last bits of solvers, may differ."""
+
+    def mask(
+        self, mask_reps: MaskReps, losses: Tensor, reps: Sequence[Tensor], grads: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        """Let a strategy that masks by sums over the batch see those of the whole batch."""
+
+    def write_shared(self, rows: Rows, weights: Tensor, groups: Sequence[int] | None, tasks: Tasks) -> None:
+        """Fill ``.grad`` of the shared parameters with ``sum_t w_t row_t``; that of the others is summed up too."""
+
+    def reduce(self, tasks: Tasks) -> None:
+        """Sum ``.grad`` of all parameters, after a step of these tasks, over the processes."""
+
+    def put(self, params: Sequence[nn.Parameter], grads: Row) -> None:
+        """Fill ``.grad`` with whole gradients that all processes have."""
+
+    def clip(self, max_norm: float | Tensor, shared_only: bool) -> None:
+        """Bring the norm of the gradients together down to ``max_norm``: of the shared parameters, or of all."""
+
+    def cut_states(self, strategy: SplitsRows) -> None:
+        """Let a strategy that keeps something as large as the rows keep this process's pieces of it."""
+
+    def whole_states(self, state: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+        """Return a ``state_dict`` with whole rows (T, P), for the main process, in the place of pieces."""
+
+    def part_states(self, state: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+        """Return a ``state_dict`` with this process's pieces in the place of whole rows (T, P)."""
+
+
+class CutsRows(Protocol):
+    """Numbers of the shape of the rows, see :class:`fastmtl.weighting.row_state.RowState`."""
+
+    def cut(self, shapes: Sequence[torch.Size]) -> None:
+        """Start anew with rows in the shapes of the pieces that this process has of each."""
+
+
+class SplitsRows(Protocol):
+    """A strategy that may keep numbers of the shape of the rows."""
+
+    row_states: Mapping[str, CutsRows]
+    sum_parts: Callable[[Tensor], Tensor] | None
+
+
+class Combination:
+    """Writes weighted sums of rows into ``.grad``, in memory that is kept from step to step.
+
+    Args:
+        params: The shared parameters.
+    """
+
+    def __init__(self, params: Sequence[nn.Parameter]) -> None:
+        self.params = params
+        self._update: list[Tensor] | None = None
+
+    def write(self, rows: Rows, weights: Tensor, groups: Sequence[int] | None) -> None:
+        """Write ``sum_t w_t row_t``."""
+        if self._update is None:
+            self._update = [torch.empty_like(param) for param in self.params]
+        # What a strategy remembers may be of parameters that have been frozen since.
+        used = [
+            k for k, param in enumerate(self.params) if param.requires_grad and any(row[k] is not None for row in rows)
+        ]
+        out = [self._update[k] for k in used]
+        some = None if groups is None else [groups[k] for k in used]
+        if some is not None:
+            weights = weights[: max(some, default=-1) + 1]
+        with part("combine"):
+            ops.combine_(out, [[row[k] for k in used] for row in rows], weights, some)
+        for k, grad in zip(used, out, strict=True):
+            self.params[k].grad = grad
+
+
+class Local(Comm):
+    """One process alone.
+
+    Args:
+        shared: The shared parameters.
+        params: All parameters.
+    """
+
+    shares_batches = False
+    cuts_rows = False
+
+    def __init__(self, shared: Sequence[nn.Parameter], params: Sequence[nn.Parameter]) -> None:
+        self.shared = shared
+        self.params = params
+        self.combination = Combination(shared)
+
+    @override
+    def agree_on_tasks(self, present: Sequence[int] | None, drawn: Sequence[int] | None, count: int) -> list[int]:
+        here = range(count) if present is None else present
+        return [task for task in here if drawn is None or task in drawn]
+
+    @override
+    def unshard(self) -> None:
+        pass
+
+    @override
+    def reshard(self) -> None:
+        pass
+
+    @override
+    def total(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    @override
+    def mean(self, losses: Tensor, share: Tensor | None) -> Tensor:
+        return losses if share is None else (losses * share).to(losses.dtype)
+
+    @override
+    def row(
+        self,
+        outputs: Sequence[Tensor],
+        cotangents: Cotangents,
+        own: Sequence[nn.Parameter],
+        retain: bool,
+        complete: bool,
+    ) -> tuple[Row, Row]:
+        wanted: list[Tensor | GradientEdge] = [*self.shared, *own]
+        grads = vjp(outputs, cotangents, wanted, retain)
+        return grads[: len(self.shared)], grads[len(self.shared) :]
+
+    @override
+    def collect(self, rows: Rows, complete: bool) -> Rows:
+        return rows
+
+    @override
+    def collect_reps(self, rows: Rows) -> Rows:
+        return rows
+
+    @override
+    def whole_row(self, row: Row) -> Row:
+        return row
+
+    @override
+    def gram(self, rows: Rows, groups: Sequence[int] | None, shares: Tensor | None) -> Tensor:
+        return ops.gram(rows, groups)
+
+    @override
+    def agree(self, weights: Weights) -> None:
+        pass
+
+    @override
+    def mask(
+        self, mask_reps: MaskReps, losses: Tensor, reps: Sequence[Tensor], grads: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        return mask_reps(losses, reps, grads)
+
+    @override
+    def write_shared(self, rows: Rows, weights: Tensor, groups: Sequence[int] | None, tasks: Tasks) -> None:
+        self.combination.write(rows, weights, groups)
+
+    @override
+    def reduce(self, tasks: Tasks) -> None:
+        pass
+
+    @override
+    def put(self, params: Sequence[nn.Parameter], grads: Row) -> None:
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad
+
+    @override
+    def clip(self, max_norm: float | Tensor, shared_only: bool) -> None:
+        nn.utils.clip_grad_norm_(self.shared if shared_only else self.params, max_norm)  # type: ignore[arg-type]
+
+    @override
+    def cut_states(self, strategy: SplitsRows) -> None:
+        pass
+
+    @override
+    def whole_states(self, state: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+        return state
+
+    @override
+    def part_states(self, state: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+        return state

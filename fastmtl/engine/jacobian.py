@@ -1,0 +1,148 @@
+"""The gradients of all tasks in one step, from the Gram matrix to ``.grad``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastmtl.engine.comm import Comm
+from fastmtl.engine.context import StepContext, mean_losses
+from fastmtl.engine.gradients import OwnGradients, summed
+from fastmtl.engine.losses import Problem
+from fastmtl.engine.pullback import Combine
+from fastmtl.engine.trees import map_tree
+from fastmtl.engine.weights import Rows, Weights
+from fastmtl.support.profiling import part
+
+__all__ = ["BatchGradients", "Differentiated", "Jacobian", "detached"]
+
+
+class Differentiated(Protocol):
+    """Losses of a step whose gradients wait for weights: what an engine returns.
+
+    Attributes:
+        losses: (T,) losses of the step; final once the gradients are written.
+        preds: Predictions by task, of the last sample or of each accumulated batch; final with the losses.
+    """
+
+    losses: Tensor
+    preds: list[Mapping[str, object]]
+
+    def write_grads(self, weights: Weights) -> None:
+        """Fill all ``.grad`` of the network."""
+
+
+@dataclass(slots=True)
+class BatchGradients:
+    """One forward pass and what came of it.
+
+    Attributes:
+        losses: (T,) detached.
+        preds: Predictions by task, detached: whoever keeps them keeps no activations.
+        rows: T gradients, each a list over tensors.
+        own: The gradients of the task-specific parameters.
+        pullback: How weights become gradients of the shared parameters.
+    """
+
+    losses: Tensor
+    preds: Mapping[str, object]
+    rows: Rows
+    own: OwnGradients
+    pullback: Combine
+
+    def absorb(self, other: BatchGradients) -> None:
+        """Take in the gradients of another batch, which together with this one makes one step."""
+        self.rows = summed(self.rows, other.rows)
+        self.own.absorb(other.own)
+        self.pullback.absorb(other.pullback)
+
+
+def detached(losses: Tensor | Sequence[Tensor], preds: Mapping[str, object]) -> tuple[Tensor, Mapping[str, object]]:
+    """Return the losses (T,) and the predictions without their graph."""
+    if not isinstance(losses, Tensor):
+        losses = torch.stack([loss.detach() for loss in losses])
+    return losses, map_tree(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, preds)
+
+
+class Jacobian:
+    """The gradients of T losses: T rows over the shared parameters, and those of each task's own.
+
+    Args:
+        batches: Of each sample of the strategy; one where batches were accumulated.
+        losses: (n, T) losses of all n batches.
+        preds: Predictions of all batches.
+        ctx: The step.
+        problem: The model and its losses.
+        comm: The other processes.
+
+    Attributes:
+        losses: (T,), their mean over the batches.
+        shown: What the strategy is shown of them: (T,), or (samples, T).
+        preds: Predictions by task, of the last sample or of each accumulated batch.
+    """
+
+    def __init__(
+        self,
+        batches: Sequence[BatchGradients],
+        losses: Tensor,
+        preds: list[Mapping[str, object]],
+        ctx: StepContext,
+        problem: Problem,
+        comm: Comm,
+    ) -> None:
+        several = len(batches) > 1
+        self.losses = losses.sum(0)
+        if several:
+            self.losses = mean_losses(problem, ctx.tasks, losses, [batch.labels for batch in ctx.batches], comm)
+        self.shown = losses if several else self.losses
+        self.preds = preds[-1:] if several else preds
+        self.pullback = batches[-1].pullback
+        self._batches = batches
+        self._ctx = ctx
+        self._comm = comm
+        rows = [row for batch in batches for row in batch.rows]
+        self.rows: Rows = self.pullback.collect(rows, comm, ctx.batches[0].complete) if rows else rows
+
+    def gram(self, groups: Sequence[int] | None = None) -> Tensor:
+        """Return the Gram matrix (R, R) of the R rows; (L, R, R) with the group, 0 .. L-1, of each shared parameter."""
+        with part("gram"):
+            gram = self.pullback.gram(self.rows, groups, self._comm, self._ctx.row_shares)
+            return self._ctx.scaling.gram(gram)
+
+    def scaled(self, weights: Weights) -> Weights:
+        """Return weights of unscaled rows as those of the rows that are there."""
+        return replace(weights, shared=self._ctx.scaling.up(weights.shared))
+
+    def unscaled_rows(self) -> Rows:
+        """Return the rows without the loss scale of float16."""
+        return self._ctx.scaling.rows(self.rows)
+
+    def mean_gram(self, gram: Tensor) -> Tensor:
+        """Return the (T, T) matrix of what :meth:`gram` returned: the groups' sum, or the mean of the samples' own."""
+        if gram.dim() == 3:
+            return gram.sum(0)
+        size = len(self.losses)
+        return torch.stack([gram[a : a + size, a : a + size] for a in range(0, len(gram), size)]).mean(0)
+
+    def write_grads(self, weights: Weights) -> None:
+        """Fill ``.grad``: of the shared parameters with the weighted rows, of the others with their sum."""
+        heads = [None] * len(self._batches) if weights.heads is None else weights.heads.chunk(len(self._batches))
+        with part("combine"):
+            for batch, own in zip(self._batches, heads, strict=True):
+                batch.own.write(own)
+        if weights.max_norm is not None and weights.gram is not None:
+            weights = _capped(weights, weights.gram, weights.max_norm)
+        self.pullback.write(weights, self.rows, self._comm, self._ctx.tasks)
+        if weights.max_norm is not None and weights.gram is None:
+            self._comm.clip(self._ctx.scaling.limit(weights.max_norm), shared_only=True)
+
+
+def _capped(weights: Weights, gram: Tensor, max_norm: float) -> Weights:
+    """Return weights with the norm of ``sum_t w_t g_t`` brought down to ``max_norm``."""
+    norm = (weights.shared @ gram @ weights.shared).clamp(min=0).sqrt()
+    limit = (max_norm / (norm + 1e-6)).clamp(max=1)
+    return replace(weights, shared=weights.shared * limit)

@@ -1,0 +1,117 @@
+"""What all methods of computing the gradients of a batch have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fastmtl.engine.comm import Comm
+from fastmtl.engine.context import Batch
+from fastmtl.engine.cut import Structure
+from fastmtl.engine.gradients import OwnGradients, WeightedGradients
+from fastmtl.engine.jacobian import BatchGradients, detached
+from fastmtl.engine.pullback import Known
+from fastmtl.engine.regions import Regions
+from fastmtl.engine.vjp import vjp
+from fastmtl.engine.weights import Row, Rows, Weights
+from fastmtl.support.profiling import part
+
+__all__ = ["Method", "forward", "mean_of_forwards"]
+
+
+def forward(regions: Regions, batch: Batch) -> tuple[Sequence[Tensor], Mapping[str, object]]:
+    """Run the network with the graph in one piece, task by task if each has its own batch."""
+    with part("forward"):
+        if not regions.problem.model.multi_input:
+            return regions.whole(batch.inputs, batch.labels, batch.tasks)
+        losses, preds = [], {}
+        for task in batch.tasks:
+            loss, preds[task] = regions.single(batch.of(task), batch.labels[task], task)
+            losses.append(loss)
+        return losses, preds
+
+
+def mean_of_forwards(regions: Regions, batches: Sequence[Batch], comm: Comm) -> Tensor:
+    """Return the losses (n, T) of a forward pass of each batch, those of all processes, times the batch's share."""
+    comm.unshard()
+    return torch.stack([comm.mean(torch.stack(list(forward(regions, each)[0])), each.share) for each in batches])
+
+
+class Method:
+    """One forward pass and the vector-Jacobian products (VJPs) of a batch.
+
+    Args:
+        structure: The problem to differentiate, and what is known of its network.
+        regions: The problem's functions, compiled or not.
+        comm: The other processes.
+        weighs_heads: Whether the task-specific parameters' gradients will be weighted.
+
+    Attributes:
+        problem: What to differentiate.
+        possible: False once it has turned out that the method has to do what a plainer one does.
+        needs_cut: Whether it does what a plainer one does for a network that cannot be cut.
+    """
+
+    needs_cut: ClassVar[bool] = False
+    possible = True
+
+    def __init__(self, structure: Structure, regions: Regions, comm: Comm, weighs_heads: bool) -> None:
+        self.structure = structure
+        self.problem = structure.problem
+        self.regions = regions
+        self.comm = comm
+        self.weighs_heads = weighs_heads
+
+    def __call__(self, batch: Batch) -> BatchGradients:
+        """Run the forward pass and the VJPs of all tasks."""
+        self.prepare(batch)
+        return self.differentiate(batch)
+
+    def prepare(self, batch: Batch) -> None:
+        """Find out what must be known of the network before it is differentiated."""
+
+    def differentiate(self, batch: Batch) -> BatchGradients:
+        """Do what a call does, once the network is prepared."""
+        raise NotImplementedError
+
+    def combined(self, batch: Batch, weights: Weights) -> BatchGradients:
+        """Run the forward pass and, where there is a shorter way, one VJP with weights known beforehand."""
+        return self(batch)
+
+    def known(
+        self, losses: Sequence[Tensor], preds: Mapping[str, object], shared: Row, own: WeightedGradients
+    ) -> BatchGradients:
+        """Return what :meth:`combined` has found: the update of the shared parameters and of the others."""
+        return BatchGradients(*detached(losses, preds), [shared], own, Known(self.problem.shared_params))
+
+    def own_gradients(
+        self, batch: Batch, losses: Sequence[Tensor], leaves: Sequence[Sequence[Tensor]]
+    ) -> tuple[Rows, OwnGradients]:
+        """Differentiate the losses down to the cut features and the task-specific parameters.
+
+        Args:
+            batch: What the losses are of.
+            losses: T losses.
+            leaves: For each task the cut features its loss starts from.
+
+        Returns:
+            The gradients of each task's leaves, and of the parameters.
+        """
+        own: Sequence[nn.Parameter] = self.problem.own_params
+        flat = [leaf for of_task in leaves for leaf in of_task]
+        seeds = batch.seeds(losses)
+        if not self.weighs_heads or self.structure.owners is not None:
+            grads = vjp(losses, seeds, [*flat, *own], retain=False)
+            parts = [grads[len(flat) :]]
+            rest = iter(grads)
+            cotangents = [[next(rest) for _ in of_task] for of_task in leaves]
+        else:
+            parts, cotangents = [], []
+            for t, loss in enumerate(losses):
+                grads = vjp([loss], [seeds[t]], [*leaves[t], *own], retain=t + 1 < len(losses))
+                cotangents.append(grads[: len(leaves[t])])
+                parts.append(grads[len(leaves[t]) :])
+        return cotangents, OwnGradients(own, parts, self.structure.places(batch.tasks))

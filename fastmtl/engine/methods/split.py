@@ -1,0 +1,99 @@
+"""A network that splits: the heads of all tasks at once, then one VJP per task through the trunk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+from torch import Tensor
+
+from fastmtl.engine.comm import Comm
+from fastmtl.engine.context import Batch
+from fastmtl.engine.cut import Structure
+from fastmtl.engine.gradients import OwnGradients
+from fastmtl.engine.jacobian import BatchGradients, detached
+from fastmtl.engine.losses import cut_features
+from fastmtl.engine.methods.base import Method
+from fastmtl.engine.methods.whole import Whole
+from fastmtl.engine.model import Features
+from fastmtl.engine.pullback import Combine, weighted
+from fastmtl.engine.regions import Regions
+from fastmtl.engine.trees import leaves
+from fastmtl.engine.vjp import vjp
+from fastmtl.engine.weights import Rows, Weights
+from fastmtl.support.profiling import part
+
+__all__ = ["Heads", "Split"]
+
+# Features, losses, predictions, the cotangents of the features by task, and gradients of the tasks' own parameters.
+Heads = tuple[list[Tensor], Sequence[Tensor], Mapping[str, object], Rows, OwnGradients]
+
+
+class Split(Method):
+    """One batch for all tasks: the VJPs through the trunk come one after the other.
+
+    Where trunk and heads turn out to be joined by more than features the network is differentiated as a whole.
+    """
+
+    def __init__(self, structure: Structure, regions: Regions, comm: Comm, weighs_heads: bool) -> None:
+        super().__init__(structure, regions, comm, weighs_heads)
+        self.whole = Whole(structure, regions, comm, weighs_heads)
+
+    def prepare(self, batch: Batch) -> None:
+        """Find out whether the network can be cut, and whose its parameters are if their gradients are weighted."""
+        if self.structure.learn_cut(batch):
+            self.regions.on_compile(f"each task's backward pass is of all the network, as {self.structure.against_cut}")
+        # Ways of taking VJPs through a trunk are then one.
+        self.possible = self.possible and not (self.needs_cut and self.structure.against_cut is not None)
+        if self.weighs_heads:
+            self.structure.learn_owners(batch)
+
+    def differentiate(self, batch: Batch) -> BatchGradients:
+        """Run the forward pass and all VJPs."""
+        return self.split(batch) if self.structure.against_cut is None else self.whole.differentiate(batch)
+
+    def split(self, batch: Batch) -> BatchGradients:
+        """Run the forward pass and all VJPs of a network that can be cut."""
+        features, losses, preds, cotangents, own = self.heads(self.trunk(batch), batch)
+        with part("VJPs"):
+            rows = self.rows_of(features, cotangents, batch)
+        return BatchGradients(*detached(losses, preds), rows, own, Combine())
+
+    def combined(self, batch: Batch, weights: Weights) -> BatchGradients:
+        """Send the weighted sum of the tasks' cotangents through the trunk, once."""
+        self.prepare(batch)
+        if self.structure.against_cut is not None:
+            return self.whole.combined(batch, weights)
+        features, losses, preds, cotangents, own = self.heads(self.trunk(batch), batch)
+        total = weighted(weights.shared, cotangents)
+        with part("VJPs"):
+            row = vjp(features, total, self.problem.shared_params, retain=False)
+        return self.known(losses, preds, row, own.weighted(weights.heads))
+
+    def rows_of(self, features: Sequence[Tensor], cotangents: Rows, batch: Batch) -> Rows:
+        """Return the VJPs through the trunk, one row per cotangent."""
+        last = len(cotangents) - 1
+        return [
+            self.comm.row(features, cotangent, [], t < last, batch.complete)[0]
+            for t, cotangent in enumerate(cotangents)
+        ]
+
+    def trunk(self, batch: Batch) -> Features:
+        """Return the shared features."""
+        with part("forward"):
+            return cast(Features, self.regions.trunk(batch.inputs))
+
+    def heads(self, features: Features, batch: Batch) -> Heads:
+        """Run the heads and differentiate them; of the features only the tensors are returned."""
+        with part("forward"):
+            aliases = [cut_features(features) for _ in batch.tasks]
+            losses, preds = self.regions.heads(aliases, batch.labels, batch.tasks)
+        tensors, *cut = (_tensors(alias) for alias in (features, *aliases))
+        with part("VJPs"):
+            cotangents, own = self.own_gradients(batch, losses, cut)
+        return tensors, losses, preds, cotangents, own
+
+
+def _tensors(features: Features) -> list[Tensor]:
+    """Leave out what a trunk hands on that is no tensor, such as inputs in a dictionary."""
+    return [leaf for leaf in leaves(features) if isinstance(leaf, Tensor)]

@@ -1,0 +1,71 @@
+"""A network that is one piece: each loss is differentiated down to all parameters."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmtl.engine.context import Batch
+from fastmtl.engine.gradients import OwnGradients, WeightedGradients
+from fastmtl.engine.jacobian import BatchGradients, detached
+from fastmtl.engine.methods.base import Method, forward
+from fastmtl.engine.pullback import Combine
+from fastmtl.engine.vjp import vjp
+from fastmtl.engine.weights import Weights
+from fastmtl.support.profiling import part
+
+__all__ = ["Whole"]
+
+
+class Whole(Method):
+    """One VJP per task from the loss to all parameters.
+
+    Inputs for each task are a graph for each, which is gone before the next one's forward pass.
+    """
+
+    def differentiate(self, batch: Batch) -> BatchGradients:
+        """Run the forward pass and all VJPs."""
+        problem, apart = self.problem, self.problem.model.multi_input
+        losses: list[Tensor] = []
+        preds: dict[str, object] = {}
+        if not apart:
+            found, scored = forward(self.regions, batch)
+            losses += found
+            preds |= scored
+        rows, parts = [], []
+        factors = batch.factors()
+        for t, task in enumerate(batch.tasks):
+            if apart:
+                with part("forward"):
+                    loss, preds[task] = self.regions.single(batch.of(task), batch.labels[task], task)
+                losses.append(loss)
+            with part("VJPs"):
+                factor = factors[t]
+                seed = None if factor is None else factor.to(losses[t].dtype)
+                retain = not apart and t + 1 < len(batch.tasks)
+                row, own = self.comm.row([losses[t]], [seed], problem.own_params, retain, batch.complete)
+            rows.append(row)
+            parts.append(own)
+        return BatchGradients(*detached(losses, preds), rows, OwnGradients(problem.own_params, parts), Combine())
+
+    def combined(self, batch: Batch, weights: Weights) -> BatchGradients:
+        """Differentiate one weighted sum of the losses, or two where a parameter serves several tasks, but not all."""
+        problem, structure, shared = self.problem, self.structure, weights.shared
+        if not problem.model.multi_input:
+            structure.learn_owners(batch)
+        losses, preds = forward(self.regions, batch)
+        heads = torch.ones_like(shared) if weights.heads is None else weights.heads
+        count = len(problem.shared_params)
+        if structure.owners is not None and problem.low_precision != torch.float16:
+            # Each task's own gradients come out scaled by its shared weight, which is taken back; for that it must not
+            # be zero, and 1e-12 of the greatest is as good.
+            greatest = shared.abs().max()
+            least = 1e-12 * greatest.where(greatest > 0, 1.0)
+            divisors = shared.where(shared.abs() > least, least)
+            everything = [*problem.shared_params, *problem.own_params]
+            grads = vjp(losses, batch.seeds(losses, divisors), everything, retain=False)
+            own = OwnGradients(problem.own_params, [grads[count:]], structure.places(batch.tasks))
+            return self.known(losses, preds, grads[:count], own.weighted(heads / divisors))
+        row = vjp(losses, batch.seeds(losses, shared), problem.shared_params, retain=bool(problem.own_params))
+        rest = vjp(losses, batch.seeds(losses, heads), problem.own_params, retain=False)
+        return self.known(losses, preds, row, WeightedGradients(problem.own_params, [rest]))

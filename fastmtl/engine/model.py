@@ -1,0 +1,67 @@
+"""What the engine asks of a model: the architecture with the strategy mixed in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Protocol, TypeAlias, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Features", "Labels", "MTLModel", "Tasks"]
+
+# Tensors, or containers of them.
+Features: TypeAlias = tuple[object, ...]
+# The labels of a batch by task; None stands for those that only other batches or processes of the step have.
+Labels: TypeAlias = Mapping[str, object]
+Tasks: TypeAlias = tuple[str, ...]
+
+
+@runtime_checkable
+class MTLModel(Protocol):
+    """A network for several tasks.
+
+    Attributes:
+        task_name: The tasks.
+        architecture_name: Name of the architecture's class.
+        strategy_name: Name of the strategy's class.
+        device: Where the model is.
+        rep_grad: Whether the gradients of the representations are balanced.
+        multi_input: Whether each task has inputs of its own.
+        splits: Whether ``trunk`` and ``branch`` are its ``forward``.
+        decoders: The decoder of each task.
+        rep: After a forward pass in one piece with ``rep_grad``: the representation, or one for each task.
+        rep_tasks: The same, cut off, for each task.
+    """
+
+    task_name: list[str]
+    architecture_name: str
+    strategy_name: str
+    device: torch.device
+    rep_grad: bool
+    multi_input: bool
+    splits: bool
+    decoders: nn.ModuleDict
+    rep: Tensor | dict[str, Tensor]
+    rep_tasks: dict[str, Tensor]
+
+    def __call__(self, inputs: object, task_name: str | None = None) -> dict[str, object]:
+        """Return the predictions by task, of one task if it is named."""
+
+    def trunk(self, inputs: object, task_name: str | None = None) -> Features:
+        """Return the shared features."""
+
+    def branch(self, features: Features, task: str) -> Tensor:
+        """Return the representation of a task from the shared features."""
+
+    def get_share_params(self) -> Iterable[nn.Parameter]:
+        """Return the parameters whose gradients are balanced."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Return all parameters."""
+
+    def named_parameters(self, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
+        """Return all parameters with their names."""
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Return all modules."""

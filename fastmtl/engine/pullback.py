@@ -1,0 +1,165 @@
+"""How weights become gradients of the shared parameters: rows are combined, or what is left is differentiated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from fastmtl import ops
+from fastmtl.engine.comm import Comm
+from fastmtl.engine.context import Batch
+from fastmtl.engine.gradients import set_grads
+from fastmtl.engine.model import Tasks
+from fastmtl.engine.vjp import vjp
+from fastmtl.engine.weights import Row, Rows, Weights
+from fastmtl.support.profiling import part
+
+__all__ = ["Combine", "Known", "Representations", "Sum", "Through", "weighted"]
+
+
+def weighted(weights: Tensor, cotangents: Rows) -> Row:
+    """Return ``sum_t w_t cotangents_t``, tensor by tensor."""
+    with part("combine"):
+        return cast(Row, ops.combine(cotangents, weights))
+
+
+class Combine:
+    """The rows are gradients of the shared parameters; the base of the others, whose rows are something else.
+
+    A way to have a Gram matrix without rows, layer by layer, is another one of these: it overrides :meth:`gram`, and
+    :meth:`write` with one more backward pass of the weighted cotangents.
+    """
+
+    def collect(self, rows: Rows, comm: Comm, complete: bool) -> Rows:
+        """Return the rows of all processes, or this one's pieces of them."""
+        return comm.collect(rows, complete)
+
+    def gram(self, rows: Rows, groups: Sequence[int] | None, comm: Comm, shares: Tensor | None) -> Tensor:
+        """Return the Gram matrix of collected rows; (L, T, T) with L groups of parameters."""
+        return comm.gram(rows, groups, shares)
+
+    def absorb(self, other: Combine) -> None:
+        """Take in another batch, which together with this one makes one step; its rows are added to this one's."""
+
+    def write(self, weights: Weights, rows: Rows, comm: Comm, tasks: Tasks) -> None:
+        """Fill ``.grad`` of the shared parameters."""
+        comm.write_shared(rows if weights.rows is None else weights.rows, weights.shared, weights.groups, tasks)
+
+
+class Known(Combine):
+    """The weights were known beforehand: the only row is the update.
+
+    Args:
+        params: The shared parameters.
+    """
+
+    def __init__(self, params: Sequence[nn.Parameter]) -> None:
+        self.params = params
+
+    def collect(self, rows: Rows, comm: Comm, complete: bool) -> Rows:
+        """Return the row as it is."""
+        return rows
+
+    def write(self, weights: Weights, rows: Rows, comm: Comm, tasks: Tasks) -> None:
+        """Write the update."""
+        set_grads(self.params, rows[0])
+        comm.reduce(tasks)
+
+
+class Through(Combine):
+    """The rows have the Jacobian's Gram matrix and are no gradients; the update is one more VJP through the trunk.
+
+    Args:
+        features: The shared features.
+        cotangents: T gradients of them.
+        params: The shared parameters.
+    """
+
+    def __init__(self, features: Sequence[Tensor], cotangents: Rows, params: Sequence[nn.Parameter]) -> None:
+        self.features = features
+        self.cotangents = cotangents
+        self.params = params
+
+    def write(self, weights: Weights, rows: Rows, comm: Comm, tasks: Tasks) -> None:
+        """Send the weighted sum of the cotangents through the trunk."""
+        total = weighted(weights.shared, self.cotangents)
+        with part("VJPs"):
+            set_grads(self.params, vjp(self.features, total, self.params, retain=False))
+        comm.reduce(tasks)
+
+
+class Representations(Combine):
+    """The rows are gradients of the representations; one VJP carries what they become to the parameters.
+
+    Args:
+        attached: T representations, or one that the tasks share.
+        grads: T gradients of them.
+    """
+
+    def __init__(self, attached: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+        self.attached = attached
+        self.grads = grads
+        self.others: list[Representations] = []
+
+    @property
+    def reps(self) -> list[Tensor]:
+        """Return T representations, detached: the same tensor T times where the tasks share it."""
+        reps = [rep.detach() for rep in self.attached]
+        return reps if len(reps) == len(self.grads) else reps * len(self.grads)
+
+    def collect(self, rows: Rows, comm: Comm, complete: bool) -> Rows:
+        """Return the sums over the processes, which are small."""
+        return comm.collect_reps(rows)
+
+    def gram(self, rows: Rows, groups: Sequence[int] | None, comm: Comm, shares: Tensor | None) -> Tensor:
+        """Return the Gram matrix; each process has whole rows."""
+        return ops.gram(rows, groups)
+
+    def absorb(self, other: Combine) -> None:
+        """Keep the other batch's graph until the weights are known."""
+        assert isinstance(other, Representations)
+        self.others.append(other)
+
+    def write(self, weights: Weights, rows: Rows, comm: Comm, tasks: Tasks) -> None:
+        """Send the weighted gradients of the representations down to the shared parameters."""
+        if weights.reps is not None:
+            self._send(weights.reps)
+        else:
+            for batch in (self, *self.others):
+                batch._send([w.to(grad.dtype) * grad for w, grad in zip(weights.shared, batch.grads, strict=True)])
+        comm.reduce(tasks)
+
+    def _send(self, grads: Sequence[Tensor]) -> None:
+        """Send down T gradients of the representations, or their sum where they share one."""
+        fits = len(grads) == len(self.attached)
+        with part("VJPs"):
+            torch.autograd.backward(self.attached, list(grads) if fits else [torch.stack(list(grads)).sum(0)])
+
+
+class Sum(Combine):
+    """The losses are still to be differentiated, as one weighted sum that reaches all parameters.
+
+    Args:
+        losses: T losses with their graph.
+        batch: What they are of.
+    """
+
+    def __init__(self, losses: Sequence[Tensor], batch: Batch) -> None:
+        self.losses = losses
+        self.batch = batch
+
+    def write(self, weights: Weights, rows: Rows, comm: Comm, tasks: Tasks) -> None:
+        """Run the backward pass."""
+        self.backward(weights.shared)
+        comm.reduce(tasks)
+
+    def backward(self, weights: Tensor) -> None:
+        """Run the backward pass in this process; a loss that depends on no parameter takes no part."""
+        seeds = self.batch.seeds(self.losses, weights)
+        pairs = [(loss, seed) for loss, seed in zip(self.losses, seeds, strict=True) if loss.requires_grad]
+        if pairs:
+            with part("VJPs"):
+                torch.autograd.backward([loss for loss, _ in pairs], [seed for _, seed in pairs])

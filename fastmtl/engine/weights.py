@@ -1,0 +1,51 @@
+"""What a strategy decides in one step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+__all__ = ["Row", "Rows", "Weights"]
+
+Row = list[Tensor | None]
+Rows = list[Row]
+
+
+@dataclass(kw_only=True, slots=True)
+class Weights:
+    """What a strategy decides in one step; all tensors stay on the device.
+
+    Attributes:
+        shared: (T,). The update of the shared parameters is ``sum_t shared_t g_t``, g_t the gradient of task t's loss;
+            with several groups of parameters (L, T), with k samples (k T,).
+        heads: (T,), or (k T,), weights of the task-specific parameters' gradients. A strategy that ``weighs_heads``
+            gives them; for the others they are ones. With ``needs = "losses"`` everything has the weights ``shared``.
+        logged: (T,). What is reported as the task weights; ``shared`` unless given, of groups its mean.
+        rows: What ``shared`` combines in place of the task gradients.
+        groups: The group of each shared parameter, if groups are weighed apart.
+        reps: What flows back into the representations in place of their weighted gradients.
+        reports: Whether there are weights to report.
+        gram: (T, T) Gram matrix for the log, from a strategy that takes rows.
+        max_norm: Greatest norm of the shared update.
+        own_grads: Gradients of the strategy's own parameters, by name; the model's optimizer trains them.
+    """
+
+    shared: Tensor
+    heads: Tensor | None = None
+    logged: Tensor | None = None
+    rows: Rows | None = None
+    groups: Sequence[int] | None = None
+    reps: Sequence[Tensor] | None = None
+    reports: bool = True
+    gram: Tensor | None = None
+    max_norm: float | None = None
+    own_grads: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def reported(self) -> Tensor | None:
+        """Return the (T,) task weights for the log."""
+        if self.logged is not None or not self.reports:
+            return self.logged
+        return self.shared if self.shared.dim() == 1 else self.shared.mean(0)

@@ -1,0 +1,207 @@
+"""Which engines a run may take: one, or several among which the first steps decide."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastmtl.engine.comm import Comm
+from fastmtl.engine.cut import Structure
+from fastmtl.engine.engine import Engine, GradientEngine
+from fastmtl.engine.foreign import ForeignEngine
+from fastmtl.engine.inductor import cpp_compiler, is_compiled, traces_gradients
+from fastmtl.engine.lookahead import LookaheadEngine
+from fastmtl.engine.losses import Problem
+from fastmtl.engine.methods.base import Method
+from fastmtl.engine.methods.batched import Batched
+from fastmtl.engine.methods.compressed import Compressed
+from fastmtl.engine.methods.representation import ForwardRepresentation, Representation
+from fastmtl.engine.methods.split import Split
+from fastmtl.engine.methods.traced import Traced, has_gradient_hooks
+from fastmtl.engine.methods.whole import Whole
+from fastmtl.engine.regions import Regions
+from fastmtl.engine.repeated import allow_repeated_backwards
+from fastmtl.engine.sums import LossEngine
+from fastmtl.errors import BackendError, UsageError
+from fastmtl.trainer.setup.options import StepOptions
+from fastmtl.weighting import AbsWeighting
+
+__all__ = ["engines_to_try"]
+
+# With fewer tasks than this, what batching saves is less than what it costs.
+_MANY_TASKS = 8
+# Gradients, counted as tensors, that are compiled into one graph without being asked to.
+_MOST_GRADIENTS = 400
+
+Tell = Callable[[str], None]
+
+
+def engines_to_try(
+    strategy: AbsWeighting, problem: Problem, hyper: Mapping[str, Any], options: StepOptions, tell: Tell, comm: Comm
+) -> Mapping[str, Engine]:
+    """Return the engines by name, the plainest one first.
+
+    Args:
+        strategy: The strategy.
+        problem: What to differentiate.
+        hyper: Hyper-parameters of the strategy.
+        options: Checked options.
+        tell: Told of compilations, and why a way that was asked for cannot be taken.
+        comm: The other processes.
+
+    Raises:
+        BackendError: The step is to be compiled, and there is nothing to compile it with.
+    """
+    options = _compilable(options, problem, tell)
+    if strategy.needs not in ("losses", "lookahead"):
+        _prepare_compiler(problem, tell)
+    make = partial(_plainest, strategy, Structure(problem), comm)
+    eager = make(Regions(problem, False, tell))
+    against_tracing = _against_tracing(eager, problem, comm) if options.compile else "the step is not compiled"
+    traces = options.vjps == "traced" or (options.vjps == "auto" and _is_worth_tracing(problem))
+
+    def compiled() -> Engine:
+        regional = make(Regions(problem, True, tell))
+        if not traces or against_tracing is not None:
+            return regional
+        assert isinstance(eager, GradientEngine)
+        assert isinstance(regional, GradientEngine)
+        return GradientEngine(Traced(eager.method, regional.method, tell))
+
+    plain = compiled() if options.compile is True else eager
+    engines = {"eager" if plain is eager else "compiled": plain}
+    reasons = {"traced": against_tracing}
+    others: dict[str, Engine] = {}
+    if isinstance(plain, GradientEngine):
+        # Compiled backward passes have no batching rules and no layers.
+        regions, method = plain.regions.with_trunk(problem.trunk), plain.method
+        batched = Batched(method.structure, regions, comm, method.weighs_heads, tell, forced=options.vjps == "batched")
+        compressed = Compressed(method.structure, regions, comm, method.weighs_heads)
+        others = {"batched": GradientEngine(batched), "compressed": GradientEngine(compressed)}
+        reasons["compressed"] = _against_compression(strategy, compressed, hyper, options)
+    against_batching = _against_batching(eager, comm)
+    reasons |= {name: reasons.get(name) or against_batching for name in ("batched", "compressed")}
+    if options.vjps == "auto":
+        if len(problem.tasks) >= _MANY_TASKS and not options.cuda_graph and options.tasks_per_step is None:
+            engines |= {name: engine for name, engine in others.items() if reasons[name] is None}
+    elif options.vjps != "sequential":
+        reason = reasons[options.vjps]
+        if reason is not None:
+            tell(f"vjps: one after the other, as {reason}")
+        elif options.vjps != "traced":
+            engines = {options.vjps: others[options.vjps]}
+    if options.compile == "auto":
+        engines["compiled"] = compiled()
+    return engines
+
+
+def _compilable(options: StepOptions, problem: Problem, tell: Tell) -> StepOptions:
+    """Return the options without ``compile`` where there is no compiler and that is allowed."""
+    if not options.compile or problem.model.device.type != "cpu":
+        return options
+    found, missing = cpp_compiler()
+    if found is not None:
+        return options
+    if options.compile != "auto":
+        raise BackendError(f"compile must be off or auto here: {missing}.")
+    tell(f"compile: the step runs eagerly, as {missing}")
+    return replace(options, compile=False)
+
+
+def _prepare_compiler(problem: Problem, tell: Tell) -> None:
+    """Let what is compiled in the network, or will be, run one backward pass per task."""
+    # For functions in it that are compiled, too, which cannot be found.
+    allow_repeated_backwards()
+    if is_compiled(problem.model):
+        # Backward passes that were compiled before may overwrite what the next task's needs.
+        torch.compiler.reset()
+        tell("parts of the network were compiled before: they are compiled anew, for one backward pass per task")
+
+
+def _plainest(strategy: AbsWeighting, structure: Structure, comm: Comm, regions: Regions) -> Engine:
+    """Return the engine for a model and a strategy, the plainest of those that have the same gradients."""
+    needs = strategy.needs_of_step()
+    if needs == "losses":
+        return LossEngine(regions, comm, strategy.reads_losses)
+    if needs == "lookahead":
+        return LookaheadEngine(regions, comm)
+    if needs == "backward":
+        return ForeignEngine(regions)
+    return GradientEngine(_method(structure.problem, regions)(structure, regions, comm, strategy.weighs_heads))
+
+
+def _method(problem: Problem, regions: Regions) -> type[Method]:
+    """Return how the gradients of a network are computed.
+
+    Raises:
+        UsageError: The combination cannot be compiled.
+    """
+    model = problem.model
+    if not model.rep_grad:
+        return Split if model.splits and not model.multi_input else Whole
+    if model.splits:
+        return Representation
+    if regions.compiled:
+        raise UsageError(
+            f"rep_grad cannot be compiled for {model.architecture_name}, whose forward is one piece: "
+            "give it trunk and branch, or leave compile off."
+        )
+    return ForwardRepresentation
+
+
+def _against_batching(plain: Engine, comm: Comm) -> str | None:
+    """Return why the cotangents cannot go through the trunk together, in a few words; None if nothing is known."""
+    if isinstance(plain, ForeignEngine):
+        return "the strategy runs backward passes of its own"
+    if not isinstance(plain, GradientEngine) or type(plain.method) is not Split:
+        return "the strategy or the network does not have one VJP per task go through a trunk"
+    return "several processes send each row when it is known" if comm.shares_batches else None
+
+
+def _against_tracing(plain: Engine, problem: Problem, comm: Comm) -> str | None:
+    """Return why forward pass and VJPs cannot be one graph, in a few words; None if nothing is known."""
+    if isinstance(plain, ForeignEngine):
+        return "the strategy runs backward passes of its own"
+    reasons = {
+        "the strategy or the network does not have one VJP per task": not isinstance(plain, GradientEngine)
+        or type(plain.method) not in (Split, Whole),
+        "several processes send each row when it is known": comm.shares_batches,
+        "gradients have hooks, which a graph would not call": has_gradient_hooks(problem.model),
+        "this version of torch does not trace gradients": not traces_gradients(),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _is_worth_tracing(problem: Problem) -> bool:
+    """Return whether one graph of all VJPs is soon compiled, and gains.
+
+    Convolutions, calls of a library in any graph, are most of a step with them; recurrent networks are not traced.
+    """
+    kinds = (nn.modules.conv._ConvNd, nn.RNNBase)
+    if any(isinstance(module, kinds) for module in problem.model.modules()):
+        return False
+    return len(problem.shared_params) * len(problem.tasks) <= _MOST_GRADIENTS
+
+
+def _against_compression(
+    strategy: AbsWeighting, compressed: Compressed, hyper: Mapping[str, Any], options: StepOptions
+) -> str | None:
+    """Return why the rows are needed, in a few words; None if nothing is known."""
+    model = compressed.problem.model
+    reasons = {
+        "the strategy needs more than one Gram matrix": strategy.needs != "gram" or strategy.samples > 1,
+        "gradients are accumulated": options.accumulate > 1,
+        "the precision is not fp32": options.precision != "fp32",
+        "parts of the network are compiled": is_compiled(model),
+        "the device has no float64": model.device.type == "mps",
+        "the shared network has no linear layers": not compressed.layers,
+    }
+    found = next((reason for reason, holds in reasons.items() if holds), None)
+    if found is None and strategy.groups(**hyper) is not None:
+        return "the strategy weighs groups of parameters apart"
+    return found

@@ -1,0 +1,52 @@
+"""Evaluation on a data split."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastmtl.trainer.setup.loaders import eval_batches
+
+if TYPE_CHECKING:
+    from fastmtl.trainer.trainer import Trainer
+
+__all__ = ["evaluate", "report"]
+
+
+@torch.no_grad()
+def evaluate(trainer: Trainer, loaders: Any, mode: str, epoch: int | None) -> None:
+    """Run the network on all batches, and print and log losses and scores.
+
+    Args:
+        trainer: The trainer.
+        loaders: The data.
+        mode: ``"val"`` or ``"test"``.
+        epoch: The current epoch, if within training.
+    """
+    trainer.model.eval()
+    trainer.step.comm.unshard()
+    # Batch statistics are each process's own; what is saved is the main one's.
+    trainer.peers.from_leader(trainer.common_buffers())
+    meter, problem = trainer.meter, trainer.step.problem
+    meter.begin()
+    names, multi_input = trainer.task_name, trainer.multi_input
+    for task, *batch in eval_batches(loaders, names, multi_input, trainer.limit_batches, what=f"{mode}_dataloaders"):
+        inputs, labels = trainer.prepared((batch[0], batch[1]))
+        if task is None:
+            losses, preds = problem.whole(inputs, labels)
+            present = filter(labels.__contains__, names)
+            meter.update(dict(zip(present, losses, strict=True)), preds, labels)
+        else:
+            loss, pred = problem.single(inputs, labels, task)
+            meter.update({task: loss}, {task: pred}, {task: labels})
+    meter.end()
+    report(trainer, mode, epoch)
+
+
+def report(trainer: Trainer, mode: str, epoch: int | None) -> None:
+    """Print and log the scores of the pass that the meter has just ended."""
+    meter = trainer.meter
+    meter.display(mode, epoch)
+    losses = dict(zip(trainer.task_name, map(float, meter.loss_item), strict=True))
+    trainer.logger.on_epoch(epoch or 0, mode, losses, meter.results, meter.seconds)

@@ -1,0 +1,87 @@
+"""What the strategy decides, from what it needs of a step: losses, Gram matrix, rows, representations or more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+
+from fastmtl.engine.comm import Comm
+from fastmtl.engine.foreign import ForeignLosses
+from fastmtl.engine.jacobian import Jacobian
+from fastmtl.engine.lookahead import LookedAhead
+from fastmtl.engine.pullback import Representations
+from fastmtl.engine.sums import LossSum
+from fastmtl.engine.weights import Weights
+from fastmtl.support.profiling import part
+from fastmtl.weighting import AbsWeighting
+
+__all__ = ["make_solver"]
+
+Hypers = Mapping[str, Any]
+Solver = Callable[[Any], Weights]
+
+
+def make_solver(strategy: AbsWeighting, hyper: Hypers, comm: Comm) -> Solver:
+    """Return the function from what an engine has found to the strategy's weights.
+
+    Args:
+        strategy: The strategy.
+        hyper: Its hyper-parameters.
+        comm: The other processes.
+    """
+    by_need: Mapping[str, Solver] = {
+        "losses": partial(_from_losses, strategy, hyper),
+        "gram": partial(_from_gram, strategy, hyper),
+        "rows": partial(_from_rows, strategy, hyper),
+        "reps": partial(_from_reps, strategy, hyper, comm),
+        "lookahead": partial(_from_lookahead, strategy, hyper),
+        "backward": partial(_from_backward, strategy, hyper),
+    }
+    return by_need[strategy.needs_of_step()]
+
+
+def _from_losses(strategy: AbsWeighting, hyper: Hypers, found: LossSum) -> Weights:
+    with part("solver"):
+        return strategy.weigh(found.shown, None, **hyper)
+
+
+def _from_gram(strategy: AbsWeighting, hyper: Hypers, found: Jacobian) -> Weights:
+    groups = strategy.groups(**hyper)
+    gram = found.gram(groups)
+    with part("solver"):
+        weights = strategy.weigh(found.shown, gram, **hyper)
+    weights.groups, weights.gram = groups, found.mean_gram(gram)
+    return weights
+
+
+def _from_rows(strategy: AbsWeighting, hyper: Hypers, found: Jacobian) -> Weights:
+    rows = found.unscaled_rows()
+    with part("solver"):
+        weights = strategy.weigh_rows(found.shown, rows, **hyper)
+    weights.rows = weights.rows or rows
+    return found.scaled(weights)
+
+
+def _from_reps(strategy: AbsWeighting, hyper: Hypers, comm: Comm, found: Jacobian) -> Weights:
+    pullback = found.pullback
+    assert isinstance(pullback, Representations)
+    # Masks depend on signs and shares only: the scale of the gradients does not matter.
+    mask = partial(strategy.mask_reps, **hyper)
+    with part("solver"):
+        masked = comm.mask(mask, found.shown, pullback.reps, pullback.grads)
+    return Weights(shared=torch.ones_like(found.losses), reps=masked, reports=False)
+
+
+def _from_lookahead(strategy: AbsWeighting, hyper: Hypers, found: LookedAhead) -> Weights:
+    return strategy.look_ahead(found.ahead, **hyper)
+
+
+def _from_backward(strategy: AbsWeighting, hyper: Hypers, found: ForeignLosses) -> Weights:
+    with part("VJPs"):
+        weights = strategy.backward(found.attached, **hyper)
+    if weights is None:
+        return Weights(shared=torch.ones_like(found.losses), reports=False)
+    return Weights(shared=torch.as_tensor(weights).to(found.losses))
