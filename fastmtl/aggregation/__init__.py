@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from fastmtl.aggregation.aligned import AlignedMTL, AlignedMTLWeighting
 from fastmtl.aggregation.base import Aggregator, GramianWeightedAggregator, WeightedAggregator, Weighting
-from fastmtl.aggregation.cagrad import CAGrad, CAGradWeighting
 from fastmtl.aggregation.config import ConFIG
 from fastmtl.aggregation.constant import (
     Constant,
@@ -23,15 +22,23 @@ from fastmtl.aggregation.constant import (
 )
 from fastmtl.aggregation.dual_cone import DualProj, DualProjWeighting, UPGrad, UPGradWeighting
 from fastmtl.aggregation.excess import ExcessMTL, ExcessMTLWeighting
-from fastmtl.aggregation.fairgrad import FairGrad, FairGradWeighting
 from fastmtl.aggregation.graddrop import GradDrop
 from fastmtl.aggregation.gradvac import GradVac, GradVacWeighting
-from fastmtl.aggregation.imtl import IMTLG, IMTLGWeighting
-from fastmtl.aggregation.mgda import MGDA, MGDAWeighting
 from fastmtl.aggregation.nash import NashMTL, NashMTLWeighting
 from fastmtl.aggregation.pcd import PCD, PCDWeighting
-from fastmtl.aggregation.pcgrad import PCGrad, PCGradWeighting
 from fastmtl.aggregation.robust import Krum, KrumWeighting, TrimmedMean
+from fastmtl.aggregation.solvers import (
+    IMTLG,
+    MGDA,
+    CAGrad,
+    CAGradWeighting,
+    FairGrad,
+    FairGradWeighting,
+    IMTLGWeighting,
+    MGDAWeighting,
+    PCGrad,
+    PCGradWeighting,
+)
 from fastmtl.aggregation.stochastic import CRMOGMWeighting, MoDoWeighting, SDMGradWeighting
 
 __all__ = [

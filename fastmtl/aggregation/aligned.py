@@ -6,8 +6,7 @@ from torch import Tensor
 
 from fastmtl import ops
 from fastmtl.aggregation.base import GramianWeightedAggregator, GramWeighting, MatrixWeighting
-from fastmtl.aggregation.constant import MeanWeighting
-from fastmtl.aggregation.preference import Preference, preference_suffix
+from fastmtl.aggregation.constant import MeanWeighting, Preference, preference_suffix
 from fastmtl.errors import UsageError
 from fastmtl.ops._eigh import Scale
 from fastmtl.support.settings import Through
@@ -47,7 +46,6 @@ class AlignedMTLWeighting(GramWeighting):
 class AlignedMTL(GramianWeightedAggregator):
     """The mean of the aligned gradients; see :class:`AlignedMTLWeighting`."""
 
-    settings = ("pref_vector", "scale_mode")
     gramian_weighting: AlignedMTLWeighting
     pref_vector: Through[Tensor | None] = Through()
     scale_mode: Through[Scale] = Through()

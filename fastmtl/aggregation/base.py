@@ -13,11 +13,12 @@ from fastmtl.aggregation.rows import add_combined, as_matrix, gram_of, put
 from fastmtl.errors import UsageError
 from fastmtl.linalg import Matrix, PSDMatrix
 from fastmtl.support.dtypes import wide_dtype
-from fastmtl.support.settings import described, weighting_of
+from fastmtl.support.settings import Described, weighting_of
 from fastmtl.support.stateful import Stateful
 
 __all__ = [
     "Aggregator",
+    "ColumnAggregator",
     "GramWeighting",
     "GramianWeightedAggregator",
     "MatrixWeighting",
@@ -31,13 +32,11 @@ __all__ = [
 _Stat = TypeVar("_Stat", bound=Tensor, contravariant=True)
 
 
-class Weighting(nn.Module, ABC, Generic[_Stat]):
+class Weighting(Described, nn.Module, ABC, Generic[_Stat]):
     """Turns something known of the T gradients, usually their (T, T) Gram matrix, into T weights.
 
     A module, so that forward hooks can watch or change the weights.
     """
-
-    settings: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +49,7 @@ class Weighting(nn.Module, ABC, Generic[_Stat]):
         return _Composition(self, function)
 
     def __repr__(self) -> str:
-        return described(self, self.settings) if self.settings else super().__repr__()
+        return super().__repr__() if self.settings else nn.Module.__repr__(self)
 
 
 class _Composition(Weighting[Tensor]):
@@ -103,10 +102,8 @@ def is_derived(module: nn.Module) -> bool:
     return not type(module).forward.__module__.startswith("fastmtl.")
 
 
-class Aggregator(nn.Module, ABC):
+class Aggregator(Described, nn.Module, ABC):
     """Turns a (T, P) Jacobian into one (P,) gradient."""
-
-    settings: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def forward(self, matrix: Matrix, /) -> Tensor:
@@ -126,9 +123,6 @@ class Aggregator(nn.Module, ABC):
     def _check_is_matrix(matrix: Tensor) -> None:
         if matrix.dim() != 2:
             raise UsageError(f"matrix must have the shape (T, P), got {tuple(matrix.shape)}.")
-
-    def __repr__(self) -> str:
-        return described(self, self.settings)
 
     def __str__(self) -> str:
         return type(self).__name__
@@ -151,6 +145,18 @@ class Aggregator(nn.Module, ABC):
         vector = self(matrix)
         parts = vector.split([tensor.numel() for tensor in tensors])
         put([part.reshape(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)], tensors)
+        return None
+
+
+class ColumnAggregator(Aggregator):
+    """An aggregator of which each tensor's gradient follows from that tensor's Jacobian."""
+
+    def write(self, jacobians: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor | None:
+        """Aggregate one tensor after the other into ``.grad``; see :meth:`Aggregator.write`."""
+        if is_watched(self) or is_derived(self):
+            return super().write(jacobians, tensors)
+        for jacobian, tensor in zip(jacobians, tensors, strict=True):
+            put([self(as_matrix(jacobian)).reshape(tensor.shape)], [tensor])
         return None
 
 
@@ -229,10 +235,7 @@ class GramianWeightedAggregator(WeightedAggregator):
     def _gram(self, matrix: Tensor) -> Tensor:
         if matrix.requires_grad and torch.is_grad_enabled() and not self._is_solved():
             return matrix @ matrix.mT
-        return self._seen([matrix], matrix.dtype)
-
-    def _seen(self, jacobians: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        return self._shown(gram_of(jacobians), dtype)
+        return self._shown(gram_of([matrix]), matrix.dtype)
 
     def _shown(self, gram: Tensor, dtype: torch.dtype) -> Tensor:
         """Return a Gram matrix as exact as it is known for the ops, in the rows' dtype for a user's weighting."""

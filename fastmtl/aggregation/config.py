@@ -9,8 +9,7 @@ from torch import Tensor
 
 from fastmtl import ops
 from fastmtl.aggregation.base import Aggregator, MatrixWeighting, is_derived, is_watched
-from fastmtl.aggregation.constant import SumWeighting
-from fastmtl.aggregation.preference import Preference, preference_suffix
+from fastmtl.aggregation.constant import Preference, SumWeighting, preference_suffix
 from fastmtl.aggregation.rows import add_combined, gram_of
 
 __all__ = ["ConFIG"]
@@ -26,7 +25,6 @@ class ConFIG(Aggregator):
     ICLR 2025.
     """
 
-    settings = ("pref_vector",)
     pref_vector = Preference(SumWeighting)
     weighting: MatrixWeighting
 

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from fastmtl import ops
 from fastmtl.aggregation.base import GramianWeightedAggregator, GramWeighting, MatrixWeighting
-from fastmtl.aggregation.constant import MeanWeighting
-from fastmtl.aggregation.preference import Preference, preference_suffix
+from fastmtl.aggregation.constant import MeanWeighting, Preference, preference_suffix
 from fastmtl.linalg import DualConeProjector, QuadprogProjector
 from fastmtl.support.settings import Through
 
@@ -69,7 +68,6 @@ class DualProjWeighting(_ConeWeighting):
 
 
 class _ConeAggregator(GramianWeightedAggregator):
-    settings = ("pref_vector", "projector")
     pref_vector: Through[Tensor | None] = Through()
     projector: Through[DualConeProjector | None] = Through()
 

@@ -30,7 +30,6 @@ class ExcessMTLWeighting(MatrixWeighting, Stateful):
     """
 
     needs_rows_only = False
-    settings = ("robust_step_size", "n_warmup_steps")
     robust_step_size = positive(float)
     n_warmup_steps = at_least(0)
     _weights: Tensor | None
@@ -82,7 +81,6 @@ class ExcessMTLWeighting(MatrixWeighting, Stateful):
 class ExcessMTL(WeightedAggregator, Remembering):
     """A weighted sum in which tasks far from their optimum count more; see :class:`ExcessMTLWeighting`."""
 
-    settings = ("robust_step_size", "n_warmup_steps")
     weighting: ExcessMTLWeighting
     robust_step_size: Through[float] = Through()
     n_warmup_steps: Through[int] = Through()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastmtl.aggregation.columns import ColumnAggregator
+from fastmtl.aggregation.base import ColumnAggregator
 from fastmtl.errors import UsageError
 from fastmtl.support.settings import optional_vector, vector_string
 from fastmtl.weighting.rules import kept_signs

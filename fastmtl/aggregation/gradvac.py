@@ -24,7 +24,6 @@ class GradVacWeighting(GramWeighting, Stateful):
     Multilingual Models", ICLR 2021.
     """
 
-    settings = ("beta", "eps")
     beta: Setting[float] = Setting(lambda value: 0 <= value <= 1, "from 0 to 1")
     eps = at_least(0.0)
     _phi_t: Tensor | None
@@ -53,7 +52,6 @@ class GradVac(GramianWeightedAggregator, Remembering):
     See :class:`GradVacWeighting`.
     """
 
-    settings = ("beta", "eps")
     gramian_weighting: GradVacWeighting
     beta: Through[float] = Through()
     eps: Through[float] = Through()

@@ -30,7 +30,6 @@ class NashMTLWeighting(MatrixWeighting, Stateful):
     """
 
     needs_rows_only = False
-    settings = ("n_tasks", "max_norm", "update_weights_every", "optim_niter")
     n_tasks = positive(int)
     max_norm = at_least(0.0)
     update_weights_every = positive(int)
@@ -78,7 +77,6 @@ class NashMTLWeighting(MatrixWeighting, Stateful):
 class NashMTL(WeightedAggregator, Remembering):
     """The Nash bargaining solution between the tasks; see :class:`NashMTLWeighting`."""
 
-    settings = ("n_tasks", "max_norm", "update_weights_every", "optim_niter")
     weighting: NashMTLWeighting
     n_tasks: Through[int] = Through()
     max_norm: Through[float] = Through()

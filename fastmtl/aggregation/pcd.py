@@ -39,7 +39,6 @@ class PCDWeighting(GramWeighting, Stateful):
     Optimization", TMLR 2026.
     """
 
-    settings = ("tau", "beta", "eps")
     tau: Setting[float | Tensor] = Setting(_is_share, "from 0 to 1, a number or a vector")
     beta: Setting[float] = Setting(lambda value: 0 <= value < 1, "from 0 to below 1")
     eps = at_least(0.0)
@@ -80,7 +79,6 @@ class PCDWeighting(GramWeighting, Stateful):
 class PCD(GramianWeightedAggregator, Remembering):
     """The first task's gradient, as long as the others make progress too; see :class:`PCDWeighting`."""
 
-    settings = ("tau", "beta", "eps")
     gramian_weighting: PCDWeighting
     tau: Through[float | Tensor] = Through()
     beta: Through[float] = Through()

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmtl.aggregation.base import GramianWeightedAggregator, GramWeighting
-from fastmtl.aggregation.columns import ColumnAggregator
+from fastmtl.aggregation.base import ColumnAggregator, GramianWeightedAggregator, GramWeighting
 from fastmtl.errors import UsageError
 from fastmtl.support.settings import Through, at_least
 
@@ -29,7 +28,6 @@ class KrumWeighting(GramWeighting):
     Source: Blanchard et al., "Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent", NeurIPS 2017.
     """
 
-    settings = ("n_byzantine", "n_selected")
     n_byzantine = at_least(0)
     n_selected = at_least(1)
 
@@ -58,7 +56,6 @@ class KrumWeighting(GramWeighting):
 class Krum(GramianWeightedAggregator):
     """The mean of the gradients that are closest to their neighbours; see :class:`KrumWeighting`."""
 
-    settings = ("n_byzantine", "n_selected")
     gramian_weighting: KrumWeighting
     n_byzantine: Through[int] = Through()
     n_selected: Through[int] = Through()
@@ -82,7 +79,6 @@ class TrimmedMean(ColumnAggregator):
     Source: Yin et al., "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates", ICML 2018.
     """
 
-    settings = ("trim_number",)
     trim_number = at_least(0)
 
     def __init__(self, trim_number: int) -> None:

@@ -17,8 +17,11 @@ from fastmtl.weighting.rules import directed_weights, stepped
 __all__ = ["CRMOGMWeighting", "MoDoWeighting", "SDMGradWeighting"]
 
 
-def _fits(weights: Tensor | None, matrix: Tensor) -> bool:
-    return weights is not None and (weights.shape, weights.dtype) == (matrix.shape[:1], matrix.dtype)
+def _start(last: Tensor | None, matrix: Tensor) -> Tensor:
+    """Return the last weights, equal ones if there are none for so many tasks and this dtype."""
+    if last is None or (last.shape, last.dtype) != (matrix.shape[:1], matrix.dtype):
+        return equal_weights(matrix)
+    return last
 
 
 class MoDoWeighting(MatrixWeighting, Stateful):
@@ -35,7 +38,6 @@ class MoDoWeighting(MatrixWeighting, Stateful):
     """
 
     needs_rows_only = False
-    settings = ("gamma", "rho")
     gamma = positive(float)
     rho = at_least(0.0)
     _lambda: Tensor | None
@@ -49,8 +51,7 @@ class MoDoWeighting(MatrixWeighting, Stateful):
     @torch.no_grad()
     def forward(self, matrix: Tensor, /) -> Tensor:
         """Return the weights; another number of tasks starts anew."""
-        last = self._lambda if _fits(self._lambda, matrix) else None
-        self._lambda = stepped(equal_weights(matrix) if last is None else last, matrix, self.gamma, self.rho)
+        self._lambda = stepped(_start(self._lambda, matrix), matrix, self.gamma, self.rho)
         return self._lambda
 
     def reset(self) -> None:
@@ -79,7 +80,6 @@ class SDMGradWeighting(MatrixWeighting, Stateful):
     """
 
     needs_rows_only = False
-    settings = ("lr", "momentum", "n_iter", "lambda_", "pref_vector")
     lr = positive(float)
     momentum: Setting[float] = Setting(lambda value: 0 <= value < 1, "from 0 to below 1")
     n_iter = at_least(1)
@@ -109,9 +109,8 @@ class SDMGradWeighting(MatrixWeighting, Stateful):
         preference = equal_weights(matrix) if self.pref_vector is None else self.pref_vector.to(matrix)
         if len(preference) != len(matrix):
             raise UsageError(f"pref_vector must have {len(matrix)} entries, one per row, got {len(preference)}.")
-        last = self._w if _fits(self._w, matrix) else None
         self._w = directed_weights(
-            equal_weights(matrix) if last is None else last,
+            _start(self._w, matrix),
             matrix,
             preference,
             lamda=self.lambda_,
@@ -141,6 +140,7 @@ class CRMOGMWeighting(Weighting[Any], Stateful):
     2022.
     """
 
+    settings = ()
     alpha: Setting[float] = Setting(lambda value: 0 <= value <= 1, "from 0 to 1")
     _lambda: Tensor | None
 

@@ -31,11 +31,6 @@ def _remember(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         notes[_KEY] = (module, args[0].detach(), output.output_nr)
 
 
-def _remove(handles: list[Any]) -> None:
-    for handle in handles:
-        handle.remove()
-
-
 class Engine:
     """Computes the Gram matrix of a tensor's Jacobian with respect to the parameters of some modules.
 
@@ -64,13 +59,11 @@ class Engine:
     def __init__(self, *modules: nn.Module, batch_dim: int | None) -> None:
         self._modules = modules
         self._batch_dim = batch_dim
-        handles = []
         if batch_dim is not None:
             for layer in {layer for module in modules for layer in module.modules()}:
                 self._check(layer)
                 if type(layer) in SHORTCUTS:
-                    handles.append(layer.register_forward_hook(_remember))
-        weakref.finalize(self, _remove, handles)
+                    weakref.finalize(self, layer.register_forward_hook(_remember).remove)
 
     @staticmethod
     def _check(layer: nn.Module) -> None:

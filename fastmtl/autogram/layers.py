@@ -22,19 +22,15 @@ def _linear(module: nn.Linear, inputs: Tensor) -> Tensor:
 
 def _conv(module: nn.Conv1d | nn.Conv2d, inputs: Tensor) -> Tensor:
     images = inputs if inputs.dim() == 4 else inputs[:, :, None]
+    assert not isinstance(module.padding, str)
     kernel, stride, padding, dilation = (
         (1, *each) if len(each) == 1 else each
-        for each in (module.kernel_size, module.stride, _padding(module), module.dilation)
+        for each in (module.kernel_size, module.stride, module.padding, module.dilation)
     )
     if inputs.dim() == 3:
         padding = (0, padding[-1])
     patches = functional.unfold(images, kernel, dilation=dilation, padding=padding, stride=stride)
     return patches.mT
-
-
-def _padding(module: nn.Conv1d | nn.Conv2d) -> tuple[int, ...]:
-    assert not isinstance(module.padding, str)
-    return tuple(module.padding)
 
 
 def _is_plain(module: nn.Conv1d | nn.Conv2d) -> bool:

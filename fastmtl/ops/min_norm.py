@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.ops._square import check_warm, declare_solver
+from fastmtl.ops.nonneg_qp import shrink_support
 
 __all__ = ["min_norm"]
 
@@ -37,16 +38,7 @@ def _wolfe(gram: Tensor, warm_start: Tensor | None = None) -> Tensor:
         if excess[entering] <= 0.25 * _RIDGE * point.sum():
             break
         support.append(entering)
-        while True:
-            target = _affine_minimiser(cosine[support][:, support], border[support])
-            inside = point[support]
-            if (target > 0).all():
-                point[support] = target
-                break
-            ratio = torch.where(target > 0, torch.inf, inside / (inside - target))
-            blocking = int(ratio.argmin())
-            point[support] = (inside + ratio[blocking] * (target - inside)).clamp(min=0)
-            point[support.pop(blocking)] = 0
+        shrink_support(point, support, lambda at: _affine_minimiser(cosine[at][:, at], border[at]))
     weights = point * border
     return weights / weights.sum()
 

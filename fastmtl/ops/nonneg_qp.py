@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from fastmtl.ops._square import check_gram, check_vector, declare_solver
 
-__all__ = ["least_on_cosines", "nonneg_qp"]
+__all__ = ["least_on_cosines", "nonneg_qp", "shrink_support"]
 
 _RIDGE = 2.0**-42
 
@@ -34,17 +36,27 @@ def least_on_cosines(cosine: Tensor, linear: Tensor) -> Tensor:
         if slope[entering] <= 0.25 * _RIDGE * (1 + point.sum()):
             break
         support.append(entering)
-        while support:
-            minimiser = torch.linalg.solve(matrix[support][:, support], linear[support])
-            inside = point[support]
-            if (minimiser > 0).all():
-                point[support] = minimiser
-                break
-            ratio = torch.where(minimiser > 0, torch.inf, inside / (inside - minimiser)).nan_to_num(0, torch.inf)
-            blocking = int(ratio.argmin())
-            point[support] = (inside + ratio[blocking] * (minimiser - inside)).clamp(min=0)
-            point[support.pop(blocking)] = 0
+        shrink_support(point, support, lambda at: torch.linalg.solve(matrix[at][:, at], linear[at]))
     return point
+
+
+def shrink_support(point: Tensor, support: list[int], minimiser: Callable[[list[int]], Tensor]) -> None:
+    """Move a point to the minimiser on its support, off which tasks go whose entries would fall below zero.
+
+    Args:
+        point: (T,) entries, changed in place.
+        support: The tasks whose entries may be positive, changed in place.
+        minimiser: Returns the minimiser on a support, of any sign.
+    """
+    while support:
+        target, inside = minimiser(support), point[support]
+        if (target > 0).all():
+            point[support] = target
+            return
+        ratio = torch.where(target > 0, torch.inf, inside / (inside - target)).nan_to_num(0, torch.inf)
+        blocking = int(ratio.argmin())
+        point[support] = (inside + ratio[blocking] * (target - inside)).clamp(min=0)
+        point[support.pop(blocking)] = 0
 
 
 def _solve(gram: Tensor, linear: Tensor) -> Tensor:

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
 
 from torch import Tensor, nn
 
 from fastmtl.errors import UsageError
-from fastmtl.support.settings import described
+from fastmtl.support.settings import Described
 
 __all__ = ["Scalarizer", "check_same_shape"]
 
 
-class Scalarizer(nn.Module, ABC):
+class Scalarizer(Described, nn.Module, ABC):
     """Turns a tensor of losses of any shape into a scalar."""
-
-    settings: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def forward(self, values: Tensor, /) -> Tensor:
         """Return the scalar."""
-
-    def __repr__(self) -> str:
-        return described(self, self.settings)
 
     def __str__(self) -> str:
         return type(self).__name__

@@ -28,7 +28,6 @@ class DWA(Scalarizer, Stateful):
     Source: Liu, Johns and Davison, "End-to-End Multi-Task Learning with Attention", CVPR 2019.
     """
 
-    settings = ("temperature",)
     temperature = positive(float)
     _loss_sum: Tensor | None
     _n_batches: int

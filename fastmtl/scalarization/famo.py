@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl.errors import UsageError
-from fastmtl.scalarization.base import Scalarizer, check_same_shape
+from fastmtl.scalarization.base import check_same_shape
+from fastmtl.scalarization.learned import Learned
 from fastmtl.support.settings import at_least
-from fastmtl.support.stateful import Stateful
 from fastmtl.weighting.rules import even_fall, even_fall_slope
 
 __all__ = ["FAMO"]
@@ -18,7 +18,7 @@ __all__ = ["FAMO"]
 _TINY = 1e-8
 
 
-class FAMO(Scalarizer, Stateful):
+class FAMO(Learned):
     """``c sum_i z_i log(L_i - min_losses_i)`` with weights z that make all losses fall at the same relative rate.
 
     c makes the update a convex combination of the losses' gradients. After the model's step, call :meth:`update` with
@@ -36,6 +36,8 @@ class FAMO(Scalarizer, Stateful):
     settings = ("shape", "lr", "weight_decay")
     lr = at_least(0.0)
     weight_decay = at_least(0.0)
+    parameter = "_w"
+    _w: nn.Parameter
     min_losses: Tensor
 
     def __init__(
@@ -45,21 +47,15 @@ class FAMO(Scalarizer, Stateful):
         lr: float = 0.025,
         weight_decay: float = 1e-3,
     ) -> None:
-        super().__init__()
+        super().__init__(shape)
         self.lr = lr
         self.weight_decay = weight_decay
-        self._w = nn.Parameter(torch.zeros(shape))
         bounds = torch.zeros(self.shape) if min_losses is None else min_losses
         if bounds.shape != self._w.shape:
             raise UsageError(f"min_losses must have the shape {self.shape}, got {tuple(bounds.shape)}.")
         self.register_buffer("min_losses", bounds)
         self._optimizer: torch.optim.Adam | None = None
         self._prev_losses: Tensor | None = None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the losses."""
-        return tuple(self._w.shape)
 
     def forward(self, values: Tensor, /) -> Tensor:
         """Return the scalar."""
@@ -92,9 +88,8 @@ class FAMO(Scalarizer, Stateful):
         # An optimizer the user gave these logits to shall not move them as well.
         self._w.grad = None
 
-    @torch.no_grad()
     def reset(self) -> None:
         """Start from equal weights again."""
-        self._w.zero_()
+        super().reset()
         self._optimizer = None
         self._prev_losses = None

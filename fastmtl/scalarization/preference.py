@@ -36,7 +36,20 @@ class COSMOS(Scalarizer):
         return (self.weights * values).sum() - self.lambda_ * cosine
 
 
-class PBI(Scalarizer):
+class _Referred(Scalarizer):
+    """Base of scalarizers of the losses' distance from ideal ones."""
+
+    weights: Tensor | None
+    reference: Tensor | None
+
+    def _beyond(self, values: Tensor) -> Tensor:
+        """Return how far the losses are from the ideal ones; their shape and that of the weights must be the same."""
+        check_same_shape("weights", self.weights, values)
+        check_same_shape("reference", self.reference, values)
+        return values if self.reference is None else values - self.reference
+
+
+class PBI(_Referred):
     """``d_1 + theta d_2``: the losses' distance along the preferred direction, and a penalty on that from it.
 
     With ``v = L - reference`` and the unit vector u of ``weights``: ``d_1 = <v, u>`` and ``d_2 = |v - d_1 u|``.
@@ -52,6 +65,7 @@ class PBI(Scalarizer):
 
     settings = ("theta", "weights", "reference")
     theta = at_least(0.0)
+    weights: Tensor
 
     def __init__(self, theta: float, weights: Tensor, reference: Tensor | None = None) -> None:
         super().__init__()
@@ -61,9 +75,7 @@ class PBI(Scalarizer):
 
     def forward(self, values: Tensor, /) -> Tensor:
         """Return the scalar."""
-        check_same_shape("weights", self.weights, values)
-        check_same_shape("reference", self.reference, values)
-        vector = (values if self.reference is None else values - self.reference).flatten()
+        vector = self._beyond(values).flatten()
         unit = self.weights.flatten() / self.weights.norm()
         along = vector @ unit
         across = vector - along * unit
@@ -71,7 +83,7 @@ class PBI(Scalarizer):
         return along + self.theta * (across @ across + 1e-12).sqrt()
 
 
-class STCH(Scalarizer):
+class STCH(_Referred):
     """``mu log sum_i exp(w_i (L_i - reference_i) / mu)``: a smooth form of the greatest weighted loss.
 
     Args:
@@ -93,9 +105,7 @@ class STCH(Scalarizer):
 
     def forward(self, values: Tensor, /) -> Tensor:
         """Return the scalar."""
-        check_same_shape("weights", self.weights, values)
-        check_same_shape("reference", self.reference, values)
-        shifted = values if self.reference is None else values - self.reference
+        shifted = self._beyond(values)
         weighted = shifted / values.numel() if self.weights is None else self.weights * shifted
         # Relative to the greatest one, so that the division by a small mu does not overflow.
         greatest = weighted.max()

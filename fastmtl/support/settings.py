@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Generic, Self, TypeVar, cast, overload
+from typing import ClassVar, Generic, Self, TypeVar, cast, overload
 
 from torch import Tensor
 
@@ -11,10 +11,10 @@ from fastmtl.errors import UsageError
 
 __all__ = [
     "Attribute",
+    "Described",
     "Setting",
     "Through",
     "at_least",
-    "described",
     "optional_vector",
     "positive",
     "vector_string",
@@ -95,9 +95,23 @@ def weighting_of(aggregator: object) -> object:
     return getattr(aggregator, "gramian_weighting" if hasattr(aggregator, "gramian_weighting") else "weighting")
 
 
-def described(instance: object, names: tuple[str, ...]) -> str:
-    """Return ``Class(name=value, ...)``."""
-    return f"{type(instance).__name__}({', '.join(f'{name}={getattr(instance, name)!r}' for name in names)})"
+class Described:
+    """A class whose ``repr`` gives its settings.
+
+    Attributes:
+        settings: Their names, in order; those of the attributes of this module's kinds unless a class says otherwise.
+    """
+
+    settings: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        own = tuple(name for name, value in vars(cls).items() if isinstance(value, Attribute))
+        if own and "settings" not in vars(cls):
+            cls.settings = own
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in self.settings)})"
 
 
 def vector_string(vector: Tensor) -> str:

@@ -10,33 +10,40 @@ from fastmtl.support.hyper import Hyper
 from fastmtl.weighting.base import AbsWeighting, Weights
 from fastmtl.weighting.rules import heads_beside
 
-__all__ = ["FairGrad"]
+__all__ = ["Fair", "FairGrad"]
 
 
-class FairGrad(AbsWeighting):
-    """FairGrad: alpha-fair allocation of the improvement, weights w > 0 with ``G w = w^(-1/alpha)``.
-
-    Source: Ban and Ji, "Fair Resource Allocation in Multi-Task Learning", ICML 2024.
-    """
+class Fair(AbsWeighting):
+    """Base of strategies whose weights solve ``G w = w^(-1/alpha)``, each time from the last solution on."""
 
     needs = "gram"
     weighs_heads = True
     allows_rep_grad = False
-    hyper = {  # noqa: RUF012
-        "FairGrad_alpha": Hyper(
-            type=float, default=1.0, above=0.0, help="Fairness: 1 is proportional, towards infinity max-min."
-        )
-    }
-
     last_weights: Tensor
 
     def init_param(self) -> None:
         """Create the last solution, from which the next one starts."""
         self.remember("last_weights", torch.ones(self.task_num, dtype=torch.float64))
 
+    def settled(self, weights: Tensor, max_norm: float | None = None) -> Weights:
+        """Return a solution as the weights, of decoders too, and remember it."""
+        self.last_weights.copy_(weights)
+        return Weights(shared=weights, heads=heads_beside(weights), max_norm=max_norm)
+
+
+class FairGrad(Fair):
+    """FairGrad: alpha-fair allocation of the improvement, weights w > 0 with ``G w = w^(-1/alpha)``.
+
+    Source: Ban and Ji, "Fair Resource Allocation in Multi-Task Learning", ICML 2024.
+    """
+
+    hyper = {  # noqa: RUF012
+        "FairGrad_alpha": Hyper(
+            type=float, default=1.0, above=0.0, help="Fairness: 1 is proportional, towards infinity max-min."
+        )
+    }
+
     def weigh(self, losses: Tensor, gram: Tensor | None, *, FairGrad_alpha: float = 1.0, **hyper: object) -> Weights:
         """Return the weights, of decoders too."""
         assert gram is not None
-        weights = ops.fairgrad(gram, FairGrad_alpha, self.last_weights)
-        self.last_weights.copy_(weights)
-        return Weights(shared=weights, heads=heads_beside(weights))
+        return self.settled(ops.fairgrad(gram, FairGrad_alpha, self.last_weights))

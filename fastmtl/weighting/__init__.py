@@ -74,38 +74,7 @@ __all__ = [
 ]
 
 WEIGHTINGS: dict[str, type[AbsWeighting]] = {
-    strategy.__name__: strategy
-    for strategy in (
-        Aligned_MTL,
-        AutoLambda,
-        CAGrad,
-        ConFIG,
-        DB_MTL,
-        DualProj,
-        DWA,
-        EW,
-        ExcessMTL,
-        FairGrad,
-        FAMO,
-        FORUM,
-        GLS,
-        GO4Align,
-        GradDrop,
-        GradNorm,
-        GradVac,
-        IMTL,
-        MGDA,
-        MoCo,
-        MoDo,
-        MOML,
-        Nash_MTL,
-        PCD,
-        PCGrad,
-        RLW,
-        SDMGrad,
-        SI,
-        STCH,
-        UPGrad,
-        UW,
-    )
+    name: found
+    for name, found in sorted(vars().items(), key=lambda item: item[0].lower())
+    if isinstance(found, type) and issubclass(found, AbsWeighting) and found is not AbsWeighting
 }

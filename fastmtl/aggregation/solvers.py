@@ -1,0 +1,175 @@
+"""Aggregators whose weights are those of one op, without more."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmtl import ops
+from fastmtl.aggregation.base import GramianWeightedAggregator, GramWeighting
+from fastmtl.linalg import normalized
+from fastmtl.support.settings import Through, at_least, positive
+
+__all__ = [
+    "IMTLG",
+    "MGDA",
+    "CAGrad",
+    "CAGradWeighting",
+    "FairGrad",
+    "FairGradWeighting",
+    "IMTLGWeighting",
+    "MGDAWeighting",
+    "PCGrad",
+    "PCGradWeighting",
+]
+
+
+class CAGradWeighting(GramWeighting):
+    """Weights of CAGrad's update; see :func:`fastmtl.ops.cagrad_update`.
+
+    Args:
+        c: Radius around the mean gradient, relative to its length.
+        norm_eps: Where the trace of G is below it, or |g_w| of the G divided by its trace, all weights are zero.
+
+    Source: Liu et al., "Conflict-Averse Gradient Descent for Multi-task Learning", NeurIPS 2021.
+    """
+
+    c = at_least(0.0)
+    norm_eps = at_least(0.0)
+
+    def __init__(self, c: float, norm_eps: float = 0.0001) -> None:
+        super().__init__()
+        self.c = c
+        self.norm_eps = norm_eps
+
+    def weigh(self, gram: Tensor) -> Tensor:
+        """Return the weights."""
+        matrix = normalized(gram, self.norm_eps)
+        weights, update = ops.cagrad_update(matrix, self.c).unbind()
+        length = (weights @ matrix @ weights).clamp(min=0).sqrt()
+        return torch.where(length < self.norm_eps, 0.0, update)
+
+
+class CAGrad(GramianWeightedAggregator):
+    """The direction near the mean gradient that is best for the worst task; see :class:`CAGradWeighting`."""
+
+    gramian_weighting: CAGradWeighting
+    c: Through[float] = Through()
+    norm_eps: Through[float] = Through()
+
+    def __init__(self, c: float, norm_eps: float = 0.0001) -> None:
+        super().__init__(CAGradWeighting(c, norm_eps))
+
+    def __str__(self) -> str:
+        return f"CAGrad{str(self.c).removesuffix('.0')}"
+
+
+class FairGradWeighting(GramWeighting):
+    """Weights w > 0 with ``G w = w^(-1/alpha)``; see :func:`fastmtl.ops.fairgrad`.
+
+    Args:
+        alpha: Fairness, at least 0: 0 is the mean, 1 proportional, towards infinity max-min.
+        max_iters: Taken for TorchJD's sake; the solution is exact.
+
+    Source: Ban and Ji, "Fair Resource Allocation in Multi-Task Learning", ICML 2024.
+    """
+
+    settings = ("alpha", "max_iters")
+    alpha = at_least(0.0)
+
+    def __init__(self, alpha: float, max_iters: int | None = None) -> None:
+        super().__init__()
+        self.alpha = alpha
+        self.max_iters = max_iters
+
+    def weigh(self, gram: Tensor) -> Tensor:
+        """Return the weights."""
+        if self.alpha == 0:
+            return torch.full_like(gram[0], 1 / len(gram))
+        return ops.fairgrad(gram, self.alpha)
+
+
+class FairGrad(GramianWeightedAggregator):
+    """The alpha-fair update; see :class:`FairGradWeighting`."""
+
+    gramian_weighting: FairGradWeighting
+    alpha: Through[float] = Through()
+    max_iters: Through[int | None] = Through()
+
+    def __init__(self, alpha: float, max_iters: int | None = None) -> None:
+        super().__init__(FairGradWeighting(alpha, max_iters))
+
+    def __str__(self) -> str:
+        return f"{self.alpha}-FairGrad"
+
+
+class IMTLGWeighting(GramWeighting):
+    """Weights, with sum one, of the update that projects equally onto all gradients; see :func:`fastmtl.ops.imtl`.
+
+    Source: Liu et al., "Towards Impartial Multi-task Learning", ICLR 2021.
+    """
+
+    def weigh(self, gram: Tensor) -> Tensor:
+        """Return the weights."""
+        return ops.imtl(gram)
+
+
+class IMTLG(GramianWeightedAggregator):
+    """The update that projects equally onto all gradients; see :class:`IMTLGWeighting`."""
+
+    def __init__(self) -> None:
+        super().__init__(IMTLGWeighting())
+
+
+class MGDAWeighting(GramWeighting):
+    """Weights of the shortest convex combination of the gradients; see :func:`fastmtl.ops.min_norm`.
+
+    The solution is exact, so that the arguments, which stop TorchJD's approximation, change nothing.
+
+    Args:
+        epsilon: Positive.
+        max_iters: Positive.
+
+    Source: Désidéri, "Multiple-gradient descent algorithm (MGDA) for multiobjective optimization", 2012.
+    """
+
+    epsilon = positive(float)
+    max_iters = positive(int)
+
+    def __init__(self, epsilon: float = 0.001, max_iters: int = 100) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+        self.max_iters = max_iters
+
+    def weigh(self, gram: Tensor) -> Tensor:
+        """Return the weights."""
+        return ops.min_norm(gram)
+
+
+class MGDA(GramianWeightedAggregator):
+    """The shortest convex combination of the gradients; see :class:`MGDAWeighting`."""
+
+    gramian_weighting: MGDAWeighting
+    epsilon: Through[float] = Through()
+    max_iters: Through[int] = Through()
+
+    def __init__(self, epsilon: float = 0.001, max_iters: int = 100) -> None:
+        super().__init__(MGDAWeighting(epsilon, max_iters))
+
+
+class PCGradWeighting(GramWeighting):
+    """Weights of PCGrad's update, in a new random order of the tasks at each call; see :func:`fastmtl.ops.pcgrad`.
+
+    Source: Yu et al., "Gradient Surgery for Multi-Task Learning", NeurIPS 2020.
+    """
+
+    def weigh(self, gram: Tensor) -> Tensor:
+        """Return the weights."""
+        return ops.pcgrad(gram, torch.rand_like(gram))
+
+
+class PCGrad(GramianWeightedAggregator):
+    """The sum of the gradients, each projected off those it conflicts with; see :class:`PCGradWeighting`."""
+
+    def __init__(self) -> None:
+        super().__init__(PCGradWeighting())
