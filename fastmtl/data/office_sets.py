@@ -2,50 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 from torch.utils.data import Subset
 
 from fastmtl.data.digits import SPLITS
 from fastmtl.data.multimnist_sets import classification_head, classification_task
 from fastmtl.data.office import DOMAINS, OfficeDataset
-from fastmtl.data.registry import DatasetInfo, LoaderOptions, Splits, register
-from fastmtl.data.tensors import row_loader
+from fastmtl.data.registry import DatasetInfo, Loader, LoaderOptions, Splits, register
 from fastmtl.errors import UsageError
 
 __all__ = ["office_splits"]
 
 
-def office_splits(name: str, classes: int) -> Callable[[LoaderOptions], Splits]:
-    """Return what loads an Office data set from ``<path>/data_txt/<name>/<domain>_<split>.txt`` and the images."""
-
-    def load_splits(options: LoaderOptions) -> Splits:
-        assert options.path is not None
-        loaders: dict[str, dict[str, Any]] = {split: {} for split in SPLITS}
-        rows = dict.fromkeys(SPLITS, 0)
-        for number, domain in enumerate(DOMAINS[name]):
-            for split in SPLITS:
-                train = split == "train"
-                listing = options.path / "data_txt" / name / f"{domain}_{split}.txt"
-                images: Any = OfficeDataset(options.path, listing, augmentation=options.augment and train)
-                highest = max(label for _, label in images.rows)
-                if highest >= classes:
-                    raise UsageError(f"{str(listing)!r} must hold classes from 0 to {classes - 1}, got {highest}.")
-                if train and options.n_train is not None:
-                    images = Subset(images, range(min(options.n_train, len(images))))
-                loaders[split][domain] = row_loader(
-                    images,
-                    options.batch_size if train else options.test_batch_size,
-                    shuffle=train,
-                    seed=options.seed + number,
-                    num_workers=options.num_workers,
-                    pin_memory=options.pin_memory,
-                )
-                rows[split] = max(rows[split], len(images))
-        return Splits(train=loaders["train"], val=loaders["val"], test=loaders["test"], rows=rows)
-
-    return load_splits
+def office_splits(name: str, classes: int, options: LoaderOptions) -> Splits:
+    """Load an Office data set from ``<path>/data_txt/<name>/<domain>_<split>.txt`` and the images."""
+    assert options.path is not None
+    loaders: dict[str, dict[str, Loader]] = {split: {} for split in SPLITS}
+    rows = dict.fromkeys(SPLITS, 0)
+    for number, domain in enumerate(DOMAINS[name]):
+        for split in SPLITS:
+            train = split == "train"
+            listing = options.path / "data_txt" / name / f"{domain}_{split}.txt"
+            images = OfficeDataset(options.path, listing, augmentation=options.augment and train)
+            highest = max(label for _, label in images.rows)
+            if highest >= classes:
+                raise UsageError(f"{str(listing)!r} must hold classes from 0 to {classes - 1}, got {highest}.")
+            count = min(options.n_train or len(images), len(images)) if train else len(images)
+            part = images if count == len(images) else Subset(images, range(count))
+            loaders[split][domain] = options.loader(part, split, number=number)
+            rows[split] = max(rows[split], count)
+    return Splits(loaders=loaders, rows=rows)
 
 
 def _info(name: str, classes: int, rows: dict[str, int]) -> DatasetInfo:
@@ -58,7 +45,7 @@ def _info(name: str, classes: int, rows: dict[str, int]) -> DatasetInfo:
         outputs=dict.fromkeys(DOMAINS[name], classes),
         rows=rows,
         encoders=("resnet18", "resnet34", "resnet50"),
-        load_splits=office_splits(name, classes),
+        load_splits=partial(office_splits, name, classes),
         make_task=classification_task,
         make_head=classification_head,
         needs_path=True,

@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, TypeVar
 
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
+from fastmtl.data.tensors import as_is, row_loader
 from fastmtl.errors import UsageError
+from fastmtl.loss import AbsLoss
+from fastmtl.metrics import AbsMetric
 from fastmtl.support.names import resolve_name
 
 __all__ = ["DATASETS", "ENCODERS", "DataBundle", "DatasetInfo", "EncoderInfo", "LoaderOptions", "describe_all", "load"]
 
-Loaders = DataLoader[Any] | dict[str, DataLoader[Any]]
+Row = TypeVar("Row")
+
+Loader = DataLoader[Any]
+Loaders = Loader | dict[str, Loader]
+
+
+class Task(TypedDict):
+    """The entry of a task in LibMTL's ``task_dict``."""
+
+    metrics: list[str]
+    metrics_fn: AbsMetric
+    loss_fn: AbsLoss
+    weight: list[int]
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -71,22 +86,40 @@ class LoaderOptions:
                 f"n_train must be at least batch_size ({self.batch_size}) to give a whole batch, got {self.n_train}."
             )
 
+    def loader(
+        self, dataset: Dataset[Row], split: str, *, number: int = 0, in_batches: bool = False
+    ) -> DataLoader[Row]:
+        """Return the loader of a split: shuffled for training, in order otherwise.
+
+        Args:
+            dataset: The rows.
+            split: ``"train"``, ``"val"`` or ``"test"``.
+            number: Tells apart the orders of several loaders, as those of the tasks.
+            in_batches: The data set hands out whole batches.
+        """
+        train = split == "train"
+        return row_loader(
+            dataset,
+            self.batch_size if train else self.test_batch_size,
+            shuffle=train,
+            seed=self.seed + number,
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+            collate_fn=as_is if in_batches else None,
+        )
+
 
 @dataclass(kw_only=True, slots=True)
 class Splits:
     """The loaders of a data set.
 
     Attributes:
-        train: Loader, or one per task.
-        val: The same; None if there is no such split.
-        test: The same.
+        loaders: ``"train"``, ``"test"`` and, if there is such a split, ``"val"`` to a loader, or one per task.
         rows: Split to its number of rows; for multi-input data that of the task with the most.
         image_size: Height and width of the images, where the decoders must know.
     """
 
-    train: Loaders
-    val: Loaders | None
-    test: Loaders
+    loaders: Mapping[str, Loaders]
     rows: dict[str, int]
     image_size: tuple[int, int] | None = None
 
@@ -123,7 +156,7 @@ class DatasetInfo:
     rows: dict[str, int]
     encoders: tuple[str, ...]
     load_splits: Callable[[LoaderOptions], Splits]
-    make_task: Callable[[str], dict[str, Any]]
+    make_task: Callable[[str], Task]
     make_head: Callable[..., nn.Module]
     needs_path: bool = False
     batch_size: int = 64
@@ -263,39 +296,49 @@ def load(
     """
     info = resolve_name(name, DATASETS, "data set")
     chosen = resolve_name(encoder or info.encoders[0], {e: e for e in info.encoders}, f"encoder of {info.name}")
-    about = ENCODERS[chosen]
-    if pretrained and not about.has_weights:
+    if pretrained and not ENCODERS[chosen].has_weights:
         raise UsageError(f"pretrained must be off for the encoder {chosen}: there are no weights of it.")
-    folder = None if path is None else Path(path).expanduser()
-    if folder is None and info.needs_path:
-        raise UsageError(f"The data set {info.name} is not in the package: give its folder as dataset_path.")
-    if folder is not None and not folder.is_dir():
-        raise UsageError(f"The data folder {str(path)!r} does not exist.")
     options = LoaderOptions(
         batch_size=info.batch_size if batch_size is None else batch_size,
         test_batch_size=info.test_batch_size if test_batch_size is None else test_batch_size,
         seed=seed,
-        path=folder,
+        path=_folder(info, path),
         n_train=n_train,
         num_workers=_default_workers(info, pin_memory) if num_workers is None else num_workers,
         pin_memory=pin_memory,
         augment=augment,
     )
-    splits = info.load_splits(options)
+    return _bundle(info, options, chosen, pretrained)
+
+
+def _folder(info: DatasetInfo, path: str | Path | None) -> Path | None:
+    """Return the folder to read the data from, None for the data set's own place."""
+    if path is None:
+        if info.needs_path:
+            raise UsageError(f"The data set {info.name} is not in the package: give its folder as dataset_path.")
+        return None
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise UsageError(f"The data folder {str(path)!r} does not exist.")
+    return folder
+
+
+def _bundle(info: DatasetInfo, options: LoaderOptions, encoder: str, pretrained: bool) -> DataBundle:
+    splits, about, folder = info.load_splits(options), ENCODERS[encoder], options.path
     return DataBundle(
         name=info.name,
         description=info.description,
         source=info.source if folder is None else str(folder),
         licence=info.licence if folder is None else "as of the folder's data",
         multi_input=info.multi_input,
-        task_dict={task: info.make_task(task) for task in info.outputs},
-        train=splits.train,
-        val=splits.val,
-        test=splits.test,
+        task_dict={task: dict(info.make_task(task)) for task in info.outputs},
+        train=splits.loaders["train"],
+        val=splits.loaders.get("val"),
+        test=splits.loaders["test"],
         rows=splits.rows,
         batch_size=options.batch_size,
         test_batch_size=options.test_batch_size,
-        encoder=chosen,
+        encoder=encoder,
         encoder_class=partial(about.build, pretrained=True) if pretrained else about.build,
         feature_dim=about.feature_dim,
         outputs=dict(info.outputs),

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from fastmtl.data.digits import SPLITS
-from fastmtl.data.registry import DatasetInfo, LoaderOptions, Splits, register
+from fastmtl.data.registry import DatasetInfo, Loader, LoaderOptions, Splits, Task, register
 from fastmtl.data.reviews import SENTIMENTS, TOPICS, Texts, Words, default_folder, read_reviews
-from fastmtl.data.tensors import batch_loader
 from fastmtl.errors import UsageError
 from fastmtl.loss import CELoss
 from fastmtl.metrics import AbsMetric, AccMetric, F1Metric
@@ -47,10 +44,9 @@ class AccF1Metric(AbsMetric):
             each.reinit()
 
 
-def text_task(name: str) -> dict[str, Any]:
+def text_task(name: str) -> Task:
     """Return the entry of a task in ``task_dict``: cross-entropy, accuracy and F1."""
-    metric = AccF1Metric(_OUTPUTS[name])
-    return {"metrics": ["Acc", "F1"], "metrics_fn": metric, "loss_fn": CELoss(), "weight": [1, 1]}
+    return Task(metrics=["Acc", "F1"], metrics_fn=AccF1Metric(_OUTPUTS[name]), loss_fn=CELoss(), weight=[1, 1])
 
 
 def _reviews(options: LoaderOptions) -> Splits:
@@ -61,22 +57,15 @@ def _reviews(options: LoaderOptions) -> Splits:
     by_split["train"] = by_split["train"][: options.n_train]
     words = Words(row.text for row in by_split["train"])
     topics = {topic: number for number, topic in enumerate(TOPICS)}
-    loaders: dict[str, Any] = {}
+    loaders: dict[str, Loader] = {}
     for split, rows in by_split.items():
-        train = split == "train"
         labels = {
             "sentiment": torch.tensor([row.sentiment for row in rows]),
             "topic": torch.tensor([topics[row.topic] for row in rows]),
         }
-        loaders[split] = batch_loader(
-            Texts(words.encode([row.text for row in rows]), labels),
-            options.batch_size if train else options.test_batch_size,
-            shuffle=train,
-            seed=options.seed,
-            num_workers=options.num_workers,
-            pin_memory=options.pin_memory,
-        )
-    return Splits(**loaders, rows={split: len(rows) for split, rows in by_split.items()})
+        texts = Texts(words.encode([row.text for row in rows]), labels)
+        loaders[split] = options.loader(texts, split, in_batches=True)
+    return Splits(loaders=loaders, rows={split: len(rows) for split, rows in by_split.items()})
 
 
 register(

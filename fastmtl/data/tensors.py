@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastmtl.errors import UsageError
 
-__all__ = ["GreyImages", "batch_loader", "row_loader"]
+__all__ = ["GreyImages", "as_is", "batch_loader", "row_loader"]
+
+Row = TypeVar("Row")
 
 Labels = Tensor | dict[str, Tensor]
 
@@ -68,27 +71,21 @@ def _shift(images: Tensor, most: int) -> Tensor:
     return padded[torch.arange(batch).view(-1, 1, 1), rows, columns]
 
 
-def _as_is(batch: Any) -> Any:
+def as_is(batch: list[Row]) -> list[Row]:
+    """Collate nothing: the batches of a data set whose ``__getitems__`` returns whole ones."""
     return batch
 
 
-def batch_loader(
-    dataset: Dataset[Any], batch_size: int, *, shuffle: bool = False, seed: int = 0, **options: Any
-) -> DataLoader[Any]:
-    """Return a loader over a data set whose ``__getitems__`` returns whole batches; as :func:`row_loader` otherwise."""
-    return row_loader(dataset, batch_size, shuffle=shuffle, seed=seed, collate_fn=_as_is, **options)
-
-
 def row_loader(
-    dataset: Dataset[Any],
+    dataset: Dataset[Row],
     batch_size: int,
     *,
     shuffle: bool = False,
     seed: int = 0,
     num_workers: int = 0,
     pin_memory: bool = False,
-    collate_fn: Callable[[Any], Any] | None = None,
-) -> DataLoader[Any]:
+    collate_fn: Callable[[list[Row]], object] | None = None,
+) -> DataLoader[Row]:
     """Return a loader over a data set of rows, collated as torch does unless ``collate_fn`` says otherwise.
 
     With ``shuffle`` the order is drawn from ``seed`` and a last incomplete batch is dropped; without, all rows come in
@@ -111,3 +108,7 @@ def row_loader(
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory,
     )
+
+
+# The loader over a data set whose ``__getitems__`` returns whole batches.
+batch_loader = partial(row_loader, collate_fn=as_is)
