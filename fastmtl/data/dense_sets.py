@@ -78,7 +78,7 @@ def _splits(folder: Path, options: LoaderOptions, counts: dict[str, int | None])
         loaders[split] = options.loader(whole if count is None else Subset(whole, range(count)), split)
         height, width = whole[0][0].shape[-2:]
     # LibMTL tests on val and validates on nothing.
-    return Splits(loaders=loaders, rows=rows, image_size=(height, width))
+    return Splits(train=loaders["train"], val=None, test=loaders["test"], rows=rows, image_size=(height, width))
 
 
 def _nyuv2(options: LoaderOptions) -> Splits:

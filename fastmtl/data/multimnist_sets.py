@@ -39,7 +39,8 @@ def _images(options: LoaderOptions, stream: int = 0) -> dict[str, GreyImages]:
 def _shared_images(options: LoaderOptions) -> Splits:
     images = _images(options)
     loaders = {split: options.loader(images[split], split, in_batches=True) for split in SPLITS}
-    return Splits(loaders=loaders, rows={split: len(images[split]) for split in SPLITS})
+    rows = {split: len(images[split]) for split in SPLITS}
+    return Splits(train=loaders["train"], val=loaders["val"], test=loaders["test"], rows=rows)
 
 
 def _images_per_task(options: LoaderOptions) -> Splits:
@@ -54,7 +55,7 @@ def _images_per_task(options: LoaderOptions) -> Splits:
             own.labels = own.labels[task]
             loaders[split][task] = options.loader(own, split, number=number, in_batches=True)
             rows[split] = len(own)
-    return Splits(loaders=loaders, rows=rows)
+    return Splits(train=loaders["train"], val=loaders["val"], test=loaders["test"], rows=rows)
 
 
 _multimnist = partial(

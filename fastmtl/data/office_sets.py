@@ -32,7 +32,7 @@ def office_splits(name: str, classes: int, options: LoaderOptions) -> Splits:
             part = images if count == len(images) else Subset(images, range(count))
             loaders[split][domain] = options.loader(part, split, number=number)
             rows[split] = max(rows[split], count)
-    return Splits(loaders=loaders, rows=rows)
+    return Splits(train=loaders["train"], val=loaders["val"], test=loaders["test"], rows=rows)
 
 
 def _info(name: str, classes: int, rows: dict[str, int]) -> DatasetInfo:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -12,13 +12,25 @@ from typing import Any, TypedDict, TypeVar
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from fastmtl.data.encoders import ENCODERS, IMAGE_ENCODERS, EncoderInfo
 from fastmtl.data.tensors import as_is, row_loader
 from fastmtl.errors import UsageError
 from fastmtl.loss import AbsLoss
 from fastmtl.metrics import AbsMetric
 from fastmtl.support.names import resolve_name
 
-__all__ = ["DATASETS", "ENCODERS", "DataBundle", "DatasetInfo", "EncoderInfo", "LoaderOptions", "describe_all", "load"]
+__all__ = [
+    "DATASETS",
+    "ENCODERS",
+    "IMAGE_ENCODERS",
+    "DataBundle",
+    "DatasetInfo",
+    "EncoderInfo",
+    "LoaderOptions",
+    "describe_all",
+    "load",
+    "register",
+]
 
 Row = TypeVar("Row")
 
@@ -33,21 +45,6 @@ class Task(TypedDict):
     metrics_fn: AbsMetric
     loss_fn: AbsLoss
     weight: list[int]
-
-
-@dataclass(kw_only=True, slots=True, frozen=True)
-class EncoderInfo:
-    """An encoder a data set may use.
-
-    Attributes:
-        build: Called with ``pretrained=True`` or without arguments.
-        feature_dim: Channels of what it gives out.
-        has_weights: There are pretrained weights of it.
-    """
-
-    build: Callable[..., nn.Module]
-    feature_dim: int
-    has_weights: bool = False
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -114,12 +111,16 @@ class Splits:
     """The loaders of a data set.
 
     Attributes:
-        loaders: ``"train"``, ``"test"`` and, if there is such a split, ``"val"`` to a loader, or one per task.
+        train: Loader, or one per task.
+        val: The same; None if there is no such split.
+        test: The same.
         rows: Split to its number of rows; for multi-input data that of the task with the most.
         image_size: Height and width of the images, where the decoders must know.
     """
 
-    loaders: Mapping[str, Loaders]
+    train: Loaders
+    val: Loaders | None
+    test: Loaders
     rows: dict[str, int]
     image_size: tuple[int, int] | None = None
 
@@ -210,48 +211,6 @@ class DataBundle:
         return nn.ModuleDict({task: self.make_head(self.feature_dim, units) for task, units in self.outputs.items()})
 
 
-def _resnet(name: str, feature_dim: int) -> EncoderInfo:
-    def build(pretrained: bool = False) -> nn.Module:
-        from fastmtl import model
-
-        if name.endswith("-dilated"):
-            return model.resnet_dilated(name.removesuffix("-dilated"), pretrained=pretrained)
-        return getattr(model, name)(pretrained=pretrained)
-
-    return EncoderInfo(build=build, feature_dim=feature_dim, has_weights=True)
-
-
-def _conv() -> nn.Module:
-    from fastmtl.model import ConvEncoder
-
-    return ConvEncoder(channels=3, stage_dims=(16, 32, 64))
-
-
-def _segnet() -> nn.Module:
-    from fastmtl.model import SegNet
-
-    return SegNet()
-
-
-def _lstm() -> nn.Module:
-    from fastmtl.data.reviews import VOCABULARY
-    from fastmtl.model import LSTMEncoder
-
-    return LSTMEncoder(VOCABULARY)
-
-
-ENCODERS: dict[str, EncoderInfo] = {
-    "resnet18": _resnet("resnet18", 512),
-    "resnet34": _resnet("resnet34", 512),
-    "resnet50": _resnet("resnet50", 2048),
-    "resnet18-dilated": _resnet("resnet18-dilated", 512),
-    "resnet50-dilated": _resnet("resnet50-dilated", 2048),
-    "conv": EncoderInfo(build=_conv, feature_dim=64),
-    "segnet": EncoderInfo(build=_segnet, feature_dim=64),
-    "lstm": EncoderInfo(build=_lstm, feature_dim=256),
-}
-IMAGE_ENCODERS = ("resnet18", "resnet34", "resnet50", "conv")
-
 DATASETS: dict[str, DatasetInfo] = {}
 
 
@@ -332,9 +291,9 @@ def _bundle(info: DatasetInfo, options: LoaderOptions, encoder: str, pretrained:
         licence=info.licence if folder is None else "as of the folder's data",
         multi_input=info.multi_input,
         task_dict={task: dict(info.make_task(task)) for task in info.outputs},
-        train=splits.loaders["train"],
-        val=splits.loaders.get("val"),
-        test=splits.loaders["test"],
+        train=splits.train,
+        val=splits.val,
+        test=splits.test,
         rows=splits.rows,
         batch_size=options.batch_size,
         test_batch_size=options.test_batch_size,

@@ -65,7 +65,8 @@ def _reviews(options: LoaderOptions) -> Splits:
         }
         texts = Texts(words.encode([row.text for row in rows]), labels)
         loaders[split] = options.loader(texts, split, in_batches=True)
-    return Splits(loaders=loaders, rows={split: len(rows) for split, rows in by_split.items()})
+    counts = {split: len(rows) for split, rows in by_split.items()}
+    return Splits(train=loaders["train"], val=loaders["val"], test=loaders["test"], rows=counts)
 
 
 register(
