@@ -57,15 +57,7 @@ def jac_to_grad(
         tensor([0.5000, 2.5000])
     """
     wanted = list(tensors)
-    if not wanted:
-        raise UsageError("tensors must hold at least one tensor, got none.")
-    if len(unique(wanted)) < len(wanted):
-        raise UsageError("tensors must hold each tensor once, got one of them repeatedly.")
-    if any(getattr(tensor, "jac", None) is None for tensor in wanted):
-        raise UsageError("tensors must all have a .jac field: call backward or mtl_backward of fastmtl.autojac first.")
-    jacobians: list[Tensor] = [tensor.jac for tensor in wanted]  # type: ignore[attr-defined]
-    check_rows(jacobians, "tensors.jac")
-    check_writable(wanted, ".grad")
+    jacobians = _known_jacobians(wanted)
     if optimize_gramian_computation and not aggregator.works_on_gram():
         raise UsageError(
             "optimize_gramian_computation needs an aggregator with weights from the Gram matrix and without "
@@ -75,3 +67,16 @@ def jac_to_grad(
         for tensor in wanted:
             del tensor.jac  # type: ignore[attr-defined]
     return aggregator.write(jacobians, wanted)
+
+
+def _known_jacobians(tensors: list[Tensor]) -> list[Tensor]:
+    if not tensors:
+        raise UsageError("tensors must hold at least one tensor, got none.")
+    if len(unique(tensors)) < len(tensors):
+        raise UsageError("tensors must hold each tensor once, got one of them repeatedly.")
+    if any(getattr(tensor, "jac", None) is None for tensor in tensors):
+        raise UsageError("tensors must all have a .jac field: call backward or mtl_backward of fastmtl.autojac first.")
+    jacobians: list[Tensor] = [tensor.jac for tensor in tensors]  # type: ignore[attr-defined]
+    check_rows(jacobians, "tensors.jac")
+    check_writable(tensors, ".grad")
+    return jacobians

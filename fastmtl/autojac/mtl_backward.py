@@ -37,25 +37,23 @@ def mtl_backward(
 ) -> None:
     """Add each task's gradient to ``.grad`` of its own parameters, and all tasks' to ``.jac`` of the shared ones.
 
-    Each loss is differentiated once, down to its own parameters and the features; from there one VJP per task goes
-    through the shared network.
+    Each loss is differentiated down to its own parameters and the features, from where one VJP goes on per task.
 
     Args:
         tensors: The T losses.
         features: What the heads start from: one tensor or several, each computed by the shared network.
         aggregator: Turns the shared Jacobians into ``.grad`` at once, as TorchJD's ``mtl_backward`` did before 0.9.
-        tasks_params: For each task its own parameters. The leaves its loss reaches without passing the features if
+        tasks_params: For each task its own parameters, the leaves its loss reaches without passing the features if
             None. Tasks may have parameters in common; their gradients are added up.
         shared_params: The parameters of the shared network; the leaves the features depend on if None.
         retain_graph: Keep the graph for another backward pass.
-        parallel_chunk_size: Tasks that one backward pass through the shared network computes together; see
-            :func:`fastmtl.autojac.jac`.
+        parallel_chunk_size: Tasks per backward pass through the shared network; see :func:`fastmtl.autojac.jac`.
         grad_tensors: The cotangent of each tensor, for ``tensors`` that are no scalars.
         losses: Another name of ``tensors``, that of releases of TorchJD before 0.9.
 
     Raises:
-        UsageError: No losses or features, repeated ones, a number of ``tasks_params`` or ``grad_tensors`` that is not
-            that of the losses, a parameter both shared and task-specific, or a tensor without a graph.
+        UsageError: No losses or features, one repeated or without a graph, ``tasks_params`` or ``grad_tensors`` of
+            another number, or a parameter both shared and task-specific.
 
     Example:
         >>> shared = torch.tensor([1.0, 2.0], requires_grad=True)
@@ -67,24 +65,52 @@ def mtl_backward(
                 [-2., -4.]]), tensor(5.))
     """
     check_chunk(parallel_chunk_size)
+    tasks, cuts = _outputs(tensors, losses, features)
+    shared, own = _parameters(tasks, cuts, shared_params, tasks_params)
+    _check_fields(tasks, shared, own, grad_tensors)
+    cotangents = _through_heads(tasks, cuts, own, grad_tensors, retain_graph)
+    add_jacobians(shared, _through(cuts, cotangents, shared, retain_graph, parallel_chunk_size))
+    if aggregator is not None and shared:
+        jac_to_grad(shared, aggregator)
+
+
+def _outputs(
+    tensors: Sequence[Tensor] | None, losses: Sequence[Tensor] | None, features: Sequence[Tensor] | Tensor | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return losses and features."""
     given = losses if tensors is None else tensors
     if given is None or (tensors is not None and losses is not None):
         raise UsageError("losses must be given once, as the first argument or as losses=.")
     if features is None:
         raise UsageError("features must be the output of the shared network, got None.")
-    tasks = as_list(given)
-    cuts = as_list(features)
+    tasks, cuts = as_list(given), as_list(features)
     check_outputs(tasks, "tensors")
     check_outputs(cuts, "features")
-    shared = leaf_tensors(cuts, "features") if shared_params is None else unique(shared_params)
+    return tasks, cuts
+
+
+def _parameters(
+    tasks: list[Tensor],
+    features: list[Tensor],
+    shared_params: Iterable[Tensor] | None,
+    tasks_params: Sequence[Iterable[Tensor]] | None,
+) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """Return the shared parameters and each task's own."""
+    shared = leaf_tensors(features, "features") if shared_params is None else unique(shared_params)
     if tasks_params is None:
-        own = [leaf_tensors([task], "tensors", cuts, "features") for task in tasks]
+        own = [leaf_tensors([task], "tensors", features, "features") for task in tasks]
     else:
         check_lengths(tasks_params, tasks, "tasks_params", "tensors")
         own = [unique(params) for params in tasks_params]
     common = set(shared) & {param for params in own for param in params}
     if common:
         raise UsageError(f"tasks_params must hold no parameter of shared_params, got {len(common)} in both.")
+    return shared, own
+
+
+def _check_fields(
+    tasks: list[Tensor], shared: list[Tensor], own: list[list[Tensor]], grad_tensors: Sequence[Tensor] | None
+) -> None:
     if grad_tensors is not None:
         check_shapes(grad_tensors, tasks, "grad_tensors", "tensors", rows=False)
     elif any(task.dim() for task in tasks):
@@ -92,15 +118,22 @@ def mtl_backward(
     check_writable(shared, ".jac")
     check_writable((param for params in own for param in params), ".grad")
 
+
+def _through_heads(
+    tasks: list[Tensor],
+    features: list[Tensor],
+    own: list[list[Tensor]],
+    grad_tensors: Sequence[Tensor] | None,
+    retain: bool,
+) -> list[Cotangents]:
+    """Add to ``.grad`` of the tasks' own parameters and return the features' cotangents, task by task."""
     cotangents: list[Cotangents] = []
     for index, (task, params) in enumerate(zip(tasks, own, strict=True)):
         start = None if grad_tensors is None else grad_tensors[index]
-        grads = vjp([task], [start], [*params, *cuts], retain=retain_graph)
+        grads = vjp([task], [start], [*params, *features], retain=retain)
         add_grads(params, grads[: len(params)])
         cotangents.append(grads[len(params) :])
-    add_jacobians(shared, _through(cuts, cotangents, shared, retain_graph, parallel_chunk_size))
-    if aggregator is not None and shared:
-        jac_to_grad(shared, aggregator)
+    return cotangents
 
 
 def _through(

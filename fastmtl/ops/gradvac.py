@@ -116,15 +116,13 @@ def gradvac(gram: Tensor, orders: Tensor, rho: Tensor, beta: float) -> tuple[Ten
     Args:
         gram: (T, T) symmetric Gram matrix of the gradients, or (L, T, T), one matrix per group of parameters, as
             :func:`fastmtl.ops.gram` returns them; converted to float64 if need be.
-        orders: (T, K) int64 tasks that each gradient meets, K >= 0, usually a random permutation per row; the same in
-            all groups. A row may name its own task, which is passed over, or a task more than once. Or (T, T) float
-            keys: each row's order is that of its rising keys.
+        orders: (T, K) int64 tasks that each gradient meets in all groups, K >= 0, usually a random permutation per row.
+            Its own task is passed over. Or (T, T) float keys: each row's order is that of its rising keys.
         rho: Averages of the cosines, shaped like ``gram``; zeros at first. Not written to.
         beta: Weight of the new cosine in the average, 0 to 1.
 
     Returns:
-        (T,) or (L, T) weights and the new averages, shaped like ``gram``; float64 on the device of ``gram``, float32 on
-        MPS, which has no float64 (computed on the CPU).
+        (T,) or (L, T) weights, and the new averages; float64 on the device of ``gram``, float32 on MPS.
 
     Raises:
         UsageError: ``gram`` is no square matrix of floats, ``orders`` or ``rho`` does not fit it, ``orders`` holds what
