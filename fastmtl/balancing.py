@@ -14,7 +14,7 @@ from fastmtl.support.names import resolve_name
 
 if TYPE_CHECKING:
     from fastmtl.aggregation import Aggregator
-    from fastmtl.distributed import Peers
+    from fastmtl.engine.comm import Comm
 
 __all__ = ["balance", "balanced"]
 
@@ -127,34 +127,64 @@ class _Balance:
         return [*shared, *own]
 
     def __call__(self, scale: Tensor | None) -> Tensor | None:
-        """Add the gradients of the losses times ``scale`` to ``.grad``."""
-        from fastmtl.autojac.fields import add_grads, check_writable
-        from fastmtl.distributed import find_peers
-        from fastmtl.engine.vjp import jacobians
+        """Add the gradients of the losses times ``scale``, those of all processes, to ``.grad``."""
+        from fastmtl.autojac.fields import check_writable
+        from fastmtl.distributed.storage import comm_of_loop
+        from fastmtl.engine.gradients import add_grads
 
         shared, own = self._parameters()
-        check_writable([*shared, *own], ".grad")
-        peers = find_peers()
-        if peers is not None:
-            return self._with_others(scale, shared, own, peers)
-        rows = [([loss], [None if scale is None else scale.to(loss)]) for loss in self.losses]
-        found = jacobians(rows, len(rows), shared, False, own, lambda grads: add_grads(own, grads))
-        with torch.no_grad():
-            return self.aggregator.write(found, shared)
-
-    def _with_others(
-        self, scale: Tensor | None, shared: list[Tensor], own: list[Tensor], peers: Peers
-    ) -> Tensor | None:
-        from fastmtl.distributed.loop import write_balanced
-
         params = [*shared, *own]
+        check_writable(params, ".grad")
+        comm = comm_of_loop(shared)
+        if not comm.shares_batches:
+            return self._by_rows(scale, shared, own, comm)
         before = [param.grad for param in params]
         for param in params:
             param.grad = None
-        weights = write_balanced(self.losses, scale, shared, own, self.aggregator, peers)
+        # Means over the processes.
+        part = torch.full_like(self.losses[0].detach(), 1 / comm.size)
+        scale = part if scale is None else scale * part
+        works_on_gram = self.aggregator.works_on_gram()
+        weights = (self._by_gram if works_on_gram else self._by_rows)(scale, shared, own, comm)
+        comm.put(own, comm.whole_row([param.grad for param in own]))
         for param, grad in zip(params, before, strict=True):
             if grad is not None:
-                param.grad = grad if param.grad is None else grad + param.grad
+                add_grads([param], [grad])
+        return weights
+
+    def _seeds(self, scale: Tensor | None) -> list[Tensor | None]:
+        return [None if scale is None else scale.to(loss) for loss in self.losses]
+
+    def _by_gram(self, scale: Tensor | None, shared: list[Tensor], own: list[Tensor], comm: Comm) -> Tensor:
+        """Let each process have a part of every row; the Gram matrix is all that the aggregator needs."""
+        from fastmtl.aggregation.base import GramianWeightedAggregator
+        from fastmtl.engine.gradients import add_grads
+
+        assert isinstance(self.aggregator, GramianWeightedAggregator)
+        rows, last = [], len(self.losses) - 1
+        for t, (loss, seed) in enumerate(zip(self.losses, self._seeds(scale), strict=True)):
+            row, rest = comm.row([loss], [seed], own, t < last, complete=True)
+            rows.append(row)
+            add_grads(own, rest)
+        rows = comm.collect(rows, complete=True)
+        with torch.no_grad():
+            weights = self.aggregator.weights_of_gram(comm.gram(rows, None, None), shared[0].dtype)
+        comm.broadcast([weights])
+        comm.write_shared(rows, weights, None, ())
+        return weights
+
+    def _by_rows(self, scale: Tensor | None, shared: list[Tensor], own: list[Tensor], comm: Comm) -> Tensor | None:
+        """Let each process have the whole Jacobian."""
+        from fastmtl.engine.gradients import add_grads
+        from fastmtl.engine.vjp import jacobians
+
+        rows = [([loss], [seed]) for loss, seed in zip(self.losses, self._seeds(scale), strict=True)]
+        found = jacobians(rows, len(rows), shared, False, own, lambda grads: add_grads(own, grads))
+        with torch.no_grad():
+            weights = self.aggregator.write(comm.whole_row(found), shared)
+        comm.broadcast([weights])
+        if comm.shares_batches:
+            comm.broadcast([param.grad for param in shared])
         return weights
 
     def _parameters(self) -> tuple[list[Tensor], list[Tensor]]:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import torch
 from torch import Tensor
 
 from fastmtl.errors import UsageError
-from fastmtl.ops._rows import is_dense
 
-__all__ = ["add_grads", "add_jacobians", "check_writable"]
+__all__ = ["add_jacobians", "check_writable"]
 
 
 def check_writable(tensors: Iterable[Tensor], field: str) -> None:
@@ -40,24 +38,3 @@ def add_jacobians(tensors: Sequence[Tensor], jacobians: Sequence[Tensor]) -> Non
             )
         else:
             known += jacobian
-
-
-@torch.no_grad()
-def add_grads(tensors: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
-    """Put gradients into ``.grad``, added to what is there; None counts as zeros.
-
-    A gradient becomes the field itself where nothing else can be in its memory: autograd returns one tensor for two
-    inputs that are added, and expanded ones for sums.
-    """
-    taken: set[int] = set()
-    for tensor, grad in zip(tensors, grads, strict=True):
-        if grad is None:
-            if tensor.grad is None:
-                tensor.grad = torch.zeros_like(tensor)
-        elif tensor.grad is not None:
-            tensor.grad = tensor.grad + grad
-        else:
-            storage = grad.untyped_storage()
-            own = storage.data_ptr() not in taken and storage.nbytes() == grad.numel() * grad.element_size()
-            taken.add(storage.data_ptr())
-            tensor.grad = grad if own and is_dense(grad) else grad.clone(memory_format=torch.contiguous_format)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from fastmtl.autojac.checks import as_list, check_chunk, check_lengths, check_outputs, check_shapes, unique
-from fastmtl.autojac.fields import add_grads, add_jacobians, check_writable
+from fastmtl.autojac.fields import add_jacobians, check_writable
 from fastmtl.autojac.jac import chunk_for
 from fastmtl.autojac.jac_to_grad import jac_to_grad
+from fastmtl.engine.gradients import add_grads
 from fastmtl.engine.graph import leaf_tensors
 from fastmtl.engine.vjp import Cotangents, batched_jacobians, jacobians, vjp
 from fastmtl.errors import UsageError
@@ -65,9 +66,8 @@ def mtl_backward(
                 [-2., -4.]]), tensor(5.))
     """
     check_chunk(parallel_chunk_size)
-    tasks, cuts = _outputs(tensors, losses, features)
+    tasks, cuts = _outputs(tensors, losses, features, grad_tensors)
     shared, own = _parameters(tasks, cuts, shared_params, tasks_params)
-    _check_fields(tasks, shared, own, grad_tensors)
     cotangents = _through_heads(tasks, cuts, own, grad_tensors, retain_graph)
     add_jacobians(shared, _through(cuts, cotangents, shared, retain_graph, parallel_chunk_size))
     if aggregator is not None and shared:
@@ -75,7 +75,10 @@ def mtl_backward(
 
 
 def _outputs(
-    tensors: Sequence[Tensor] | None, losses: Sequence[Tensor] | None, features: Sequence[Tensor] | Tensor | None
+    tensors: Sequence[Tensor] | None,
+    losses: Sequence[Tensor] | None,
+    features: Sequence[Tensor] | Tensor | None,
+    grad_tensors: Sequence[Tensor] | None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return losses and features."""
     given = losses if tensors is None else tensors
@@ -86,6 +89,10 @@ def _outputs(
     tasks, cuts = as_list(given), as_list(features)
     check_outputs(tasks, "tensors")
     check_outputs(cuts, "features")
+    if grad_tensors is not None:
+        check_shapes(grad_tensors, tasks, "grad_tensors", "tensors", rows=False)
+    elif any(task.dim() for task in tasks):
+        raise UsageError("grad_tensors must be given for tensors that are no scalars.")
     return tasks, cuts
 
 
@@ -105,18 +112,9 @@ def _parameters(
     common = set(shared) & {param for params in own for param in params}
     if common:
         raise UsageError(f"tasks_params must hold no parameter of shared_params, got {len(common)} in both.")
-    return shared, own
-
-
-def _check_fields(
-    tasks: list[Tensor], shared: list[Tensor], own: list[list[Tensor]], grad_tensors: Sequence[Tensor] | None
-) -> None:
-    if grad_tensors is not None:
-        check_shapes(grad_tensors, tasks, "grad_tensors", "tensors", rows=False)
-    elif any(task.dim() for task in tasks):
-        raise UsageError("grad_tensors must be given for tensors that are no scalars.")
     check_writable(shared, ".jac")
     check_writable((param for params in own for param in params), ".grad")
+    return shared, own
 
 
 def _through_heads(

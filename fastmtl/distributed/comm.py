@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from fastmtl import ops
 from fastmtl.distributed.peers import Peers
-from fastmtl.distributed.shards import RowShards, Shards, check_used
-from fastmtl.engine.comm import Combination, Comm, MaskReps, SplitsRows
+from fastmtl.distributed.shards import Shards, check_used
+from fastmtl.engine.comm import Comm, MaskReps, SplitsRows
 from fastmtl.engine.model import Tasks
-from fastmtl.engine.vjp import Cotangents, vjp
-from fastmtl.engine.weights import Row, Rows, Weights
+from fastmtl.engine.vjp import Cotangents
+from fastmtl.engine.weights import Row, Rows
+
+if TYPE_CHECKING:
+    from fastmtl.distributed.sharded import GradientShards
 
 __all__ = ["DataParallel", "ExactDataParallel"]
 
@@ -30,20 +34,18 @@ class DataParallel(Comm):
     """
 
     shares_batches = True
-    cuts_rows = False
 
     def __init__(
         self,
         peers: Peers,
-        shared: Sequence[nn.Parameter],
-        own: Sequence[nn.Parameter],
-        of_strategy: Sequence[nn.Parameter] = (),
+        shared: Sequence[Tensor],
+        own: Sequence[Tensor],
+        of_strategy: Sequence[Tensor] = (),
     ) -> None:
+        super().__init__(shared, [*shared, *own, *of_strategy])
         self.peers = peers
-        self.shared = shared
+        self.size = peers.size
         self.own = own
-        self.of_strategy = of_strategy
-        self.combination = Combination(shared)
         self._used: dict[tuple[int, Tasks], list[bool]] = {}
 
     @override
@@ -54,14 +56,6 @@ class DataParallel(Comm):
         return [t for t in range(count) if flags[t] and flags[count + t]]
 
     @override
-    def unshard(self) -> None:
-        pass
-
-    @override
-    def reshard(self) -> None:
-        pass
-
-    @override
     def total(self, tensor: Tensor) -> Tensor:
         return self.peers.sum_(tensor)
 
@@ -69,22 +63,6 @@ class DataParallel(Comm):
     def mean(self, losses: Tensor, share: Tensor | None) -> Tensor:
         assert share is not None
         return self.peers.sum_(losses.to(share.dtype) * share).to(losses.dtype)
-
-    @override
-    def row(
-        self,
-        outputs: Sequence[Tensor],
-        cotangents: Cotangents,
-        own: Sequence[nn.Parameter],
-        retain: bool,
-        complete: bool,
-    ) -> tuple[Row, Row]:
-        grads = vjp(outputs, cotangents, [*self.shared, *own], retain)
-        return grads[: len(self.shared)], grads[len(self.shared) :]
-
-    @override
-    def collect(self, rows: Rows, complete: bool) -> Rows:
-        return rows
 
     @override
     def collect_reps(self, rows: Rows) -> Rows:
@@ -105,8 +83,8 @@ class DataParallel(Comm):
         return self.peers.sum_(gram * scale[:, None] * scale)
 
     @override
-    def agree(self, weights: Weights) -> None:
-        self.peers.from_leader([weights.shared] if weights.heads is None else [weights.shared, weights.heads])
+    def broadcast(self, tensors: Iterable[Tensor | None]) -> None:
+        self.peers.from_leader([tensor for tensor in tensors if tensor is not None])
 
     @override
     def mask(
@@ -129,7 +107,7 @@ class DataParallel(Comm):
         self._reduce([*self.shared, *self.own], tasks)
 
     @torch.no_grad()
-    def _reduce(self, params: Sequence[nn.Parameter], tasks: Tasks) -> None:
+    def _reduce(self, params: Sequence[Tensor], tasks: Tasks) -> None:
         """Sum ``.grad`` of some parameters over the processes.
 
         Which of them have one in any process is learned in the first step of the same tasks; see :func:`check_used`.
@@ -145,28 +123,6 @@ class DataParallel(Comm):
         sums = self.peers.sums([torch.zeros_like(param) if param.grad is None else param.grad for param in used])
         for param, grad in zip(used, sums, strict=True):
             param.grad = grad if param.requires_grad else None
-
-    @override
-    def put(self, params: Sequence[nn.Parameter], grads: Row) -> None:
-        for param, grad in zip(params, grads, strict=True):
-            param.grad = grad
-
-    @override
-    def clip(self, max_norm: float | Tensor, shared_only: bool) -> None:
-        params = self.shared if shared_only else [*self.shared, *self.own, *self.of_strategy]
-        nn.utils.clip_grad_norm_(params, max_norm)  # type: ignore[arg-type]
-
-    @override
-    def cut_states(self, strategy: SplitsRows) -> None:
-        pass
-
-    @override
-    def whole_states(self, state: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
-        return state
-
-    @override
-    def part_states(self, state: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
-        return state
 
 
 class ExactDataParallel(DataParallel):
@@ -185,20 +141,20 @@ class ExactDataParallel(DataParallel):
     def __init__(
         self,
         peers: Peers,
-        shared: Sequence[nn.Parameter],
-        own: Sequence[nn.Parameter],
-        of_strategy: Sequence[nn.Parameter] = (),
-        shards: RowShards | None = None,
+        shared: Sequence[Tensor],
+        own: Sequence[Tensor],
+        of_strategy: Sequence[Tensor] = (),
+        shards: Shards | GradientShards | None = None,
     ) -> None:
         super().__init__(peers, shared, own, of_strategy)
-        self.shards: RowShards = Shards(shared, peers) if shards is None else shards
+        self.shards = Shards(shared, peers) if shards is None else shards
 
     @override
     def row(
         self,
         outputs: Sequence[Tensor],
         cotangents: Cotangents,
-        own: Sequence[nn.Parameter],
+        own: Sequence[Tensor],
         retain: bool,
         complete: bool,
     ) -> tuple[Row, Row]:

@@ -53,7 +53,7 @@ class ShardedDataParallel(ExactDataParallel):
         self,
         outputs: Sequence[Tensor],
         cotangents: Cotangents,
-        own: Sequence[nn.Parameter],
+        own: Sequence[Tensor],
         retain: bool,
         complete: bool,
     ) -> tuple[Row, Row]:
@@ -70,7 +70,7 @@ class ShardedDataParallel(ExactDataParallel):
         self._reduce_own(tasks)
 
     @override
-    def put(self, params: Sequence[nn.Parameter], grads: Row) -> None:
+    def put(self, params: Sequence[Tensor], grads: Row) -> None:
         for param, grad in zip(params, grads, strict=True):
             shard = self.model.shard_of.get(param)
             if shard is None:
@@ -80,4 +80,4 @@ class ShardedDataParallel(ExactDataParallel):
 
     @override
     def clip(self, max_norm: float | Tensor, shared_only: bool) -> None:
-        self.shards.clip(max_norm, shared_only, [] if shared_only else [*self.own, *self.of_strategy])
+        self.shards.clip(max_norm, shared_only, [] if shared_only else self.params)

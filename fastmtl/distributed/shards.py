@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,35 +16,9 @@ from fastmtl.engine.model import Tasks
 from fastmtl.engine.weights import Row
 from fastmtl.errors import UsageError
 
-__all__ = ["BUCKET_BYTES", "RowShards", "Shards", "check_used", "cut_buckets"]
+__all__ = ["BUCKET_BYTES", "Shards", "check_used", "cut_buckets"]
 
 BUCKET_BYTES = 25 * 2**20
-
-
-class RowShards(Protocol):
-    """Sums rows over the processes, each of which has its pieces of every sum; see :class:`Shards`."""
-
-    @property
-    def shapes(self) -> list[torch.Size]:
-        """The shapes of this process's pieces of a row."""
-
-    def send(self, row: Sequence[Tensor | None]) -> Row:
-        """Begin to sum a row; return this process's pieces, valid after :meth:`wait`."""
-
-    def wait(self) -> None:
-        """Wait until all that was sent has arrived."""
-
-    def gram(self, rows: Sequence[Row], groups: Sequence[int] | None) -> Tensor:
-        """Return the float64 Gram matrix of the summed rows."""
-
-    def write(self, rows: Sequence[Row], weights: Tensor, groups: Sequence[int] | None, tasks: Tasks = ()) -> None:
-        """Fill ``.grad`` with ``sum_t w_t row_t``."""
-
-    def part_of(self, row: Tensor) -> Tensor:
-        """Return this process's pieces of a row (P,) over all parameters, one after the other."""
-
-    def whole_of(self, part: Tensor) -> Tensor | None:
-        """Return a row (P,), on the CPU, in the main process from all processes' pieces of it; None elsewhere."""
 
 
 @dataclass(slots=True)

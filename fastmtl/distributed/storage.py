@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from fastmtl.distributed.peers import Peers
+from fastmtl.distributed.peers import Peers, find_peers
 from fastmtl.engine.comm import Comm, Local
 from fastmtl.engine.losses import Problem
 
 if TYPE_CHECKING:
     from fastmtl.distributed.sharded import ShardedModel
 
-__all__ = ["Whole", "make_comm", "make_storage"]
+__all__ = ["Whole", "comm_of_loop", "make_comm", "make_storage"]
 
 
 class Whole:
@@ -89,3 +89,13 @@ def make_comm(peers: Peers, problem: Problem, storage: Whole | ShardedModel, exa
 
     kind = ExactDataParallel if exact else DataParallel
     return kind(peers, shared, own, problem.strategy_params)
+
+
+def comm_of_loop(shared: Sequence[Tensor]) -> Comm:
+    """Return what a loop of the user's own asks of the processes of torch's default group."""
+    peers = find_peers()
+    if peers is None:
+        return Local(shared, shared)
+    from fastmtl.distributed.comm import ExactDataParallel
+
+    return ExactDataParallel(peers, shared, [])

@@ -3,124 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
-from typing_extensions import override
 
 from fastmtl import ops
 from fastmtl.engine.model import Tasks
 from fastmtl.engine.vjp import Cotangents, vjp
-from fastmtl.engine.weights import Row, Rows, Weights
+from fastmtl.engine.weights import Row, Rows
 from fastmtl.support.profiling import part
 
 __all__ = ["Combination", "Comm", "Local", "MaskReps"]
 
 # Masks the gradients of T representations, from losses, representations and gradients.
 MaskReps = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]]
-
-
-class Comm(Protocol):
-    """The processes that train together.
-
-    Each loss, a mean over this process's part of a batch, is multiplied by the part's share of the labels before it is
-    differentiated; sums over the processes are then those of one process with the whole batch.
-
-    Attributes:
-        shares_batches: Whether other processes have parts of a batch.
-        cuts_rows: Whether this process has pieces of the rows, and of what a strategy keeps of their size.
-    """
-
-    shares_batches: bool
-    cuts_rows: bool
-
-    def agree_on_tasks(self, present: Sequence[int] | None, drawn: Sequence[int] | None, count: int) -> list[int]:
-        """Return the tasks of this step: those with labels in any process, of those the main process has drawn.
-
-        Args:
-            present: The tasks that have labels here, all if None.
-            drawn: What the main process has drawn, all if None; not looked at elsewhere.
-            count: Number of tasks T.
-        """
-
-    def unshard(self) -> None:
-        """Make sure that the model has whole parameters."""
-
-    def reshard(self) -> None:
-        """Free what of whole parameters this process need not keep."""
-
-    def total(self, tensor: Tensor) -> Tensor:
-        """Return the sum of a tensor over the processes; it may be written into."""
-
-    def mean(self, losses: Tensor, share: Tensor | None) -> Tensor:
-        """Return the losses (T,) of all parts of a batch, from those of this part and its share in the step's."""
-
-    def row(
-        self,
-        outputs: Sequence[Tensor],
-        cotangents: Cotangents,
-        own: Sequence[nn.Parameter],
-        retain: bool,
-        complete: bool,
-    ) -> tuple[Row, Row]:
-        """Run a VJP; return what stands for the row of the shared parameters, and the gradients of ``own``.
-
-        Args:
-            outputs: What to differentiate.
-            cotangents: Its cotangents.
-            own: Further parameters to differentiate with respect to.
-            retain: Keep the graph.
-            complete: Nothing will be added to the row: it may be sent.
-        """
-
-    def collect(self, rows: Rows, complete: bool) -> Rows:
-        """Return the rows of all processes, or this one's pieces of them, once they have arrived."""
-
-    def collect_reps(self, rows: Rows) -> Rows:
-        """Return the sums over the processes of rows of one small tensor each, such as representations' gradients."""
-
-    def whole_row(self, row: Row) -> Row:
-        """Return a row over all parameters, None at the same places in all processes, summed over them."""
-
-    def gram(self, rows: Rows, groups: Sequence[int] | None, shares: Tensor | None) -> Tensor:
-        """Return the Gram matrix of collected rows, or what stands for it.
-
-        Args:
-            rows: T rows.
-            groups: The group of each parameter, or None.
-            shares: This process's share in the labels behind each row.
-        """
-
-    def agree(self, weights: Weights) -> None:
-        """Give all processes the main process's weights: random numbers, and the last bits of solvers, may differ."""
-
-    def mask(
-        self, mask_reps: MaskReps, losses: Tensor, reps: Sequence[Tensor], grads: Sequence[Tensor]
-    ) -> Sequence[Tensor]:
-        """Let a strategy that masks by sums over the batch see those of the whole batch."""
-
-    def write_shared(self, rows: Rows, weights: Tensor, groups: Sequence[int] | None, tasks: Tasks) -> None:
-        """Fill ``.grad`` of the shared parameters with ``sum_t w_t row_t``; that of the others is summed up too."""
-
-    def reduce(self, tasks: Tasks) -> None:
-        """Sum ``.grad`` of all parameters, after a step of these tasks, over the processes."""
-
-    def put(self, params: Sequence[nn.Parameter], grads: Row) -> None:
-        """Fill ``.grad`` with whole gradients that all processes have."""
-
-    def clip(self, max_norm: float | Tensor, shared_only: bool) -> None:
-        """Bring the norm of the gradients together down to ``max_norm``: of the shared parameters, or of all."""
-
-    def cut_states(self, strategy: SplitsRows) -> None:
-        """Let a strategy that keeps something as large as the rows keep this process's pieces of it."""
-
-    def whole_states(self, state: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
-        """Return a ``state_dict`` with whole rows (T, P), for the main process, in the place of pieces."""
-
-    def part_states(self, state: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
-        """Return a ``state_dict`` with this process's pieces in the place of whole rows (T, P)."""
 
 
 class CutsRows(Protocol):
@@ -144,7 +41,7 @@ class Combination:
         params: The shared parameters.
     """
 
-    def __init__(self, params: Sequence[nn.Parameter]) -> None:
+    def __init__(self, params: Sequence[Tensor]) -> None:
         self.params = params
         self._update: list[Tensor] | None = None
 
@@ -166,107 +63,134 @@ class Combination:
             self.params[k].grad = grad
 
 
-class Local(Comm):
-    """One process alone.
+class Comm:
+    """The processes that train together; what the methods do here is what one alone does.
+
+    Each loss, a mean over this process's part of a batch, is multiplied by the part's share of the labels before it is
+    differentiated; sums over the processes are then those of one process with the whole batch.
 
     Args:
         shared: The shared parameters.
         params: All parameters.
+
+    Attributes:
+        size: Number of processes.
+        shares_batches: Whether other processes have parts of a batch.
+        cuts_rows: Whether this process has pieces of the rows, and of what a strategy keeps of their size.
     """
 
-    shares_batches = False
-    cuts_rows = False
+    size: int = 1
+    shares_batches: ClassVar[bool] = False
+    cuts_rows: ClassVar[bool] = False
 
-    def __init__(self, shared: Sequence[nn.Parameter], params: Sequence[nn.Parameter]) -> None:
+    def __init__(self, shared: Sequence[Tensor], params: Sequence[Tensor]) -> None:
         self.shared = shared
         self.params = params
         self.combination = Combination(shared)
 
-    @override
     def agree_on_tasks(self, present: Sequence[int] | None, drawn: Sequence[int] | None, count: int) -> list[int]:
+        """Return the tasks of this step: those with labels in any process, of those the main process has drawn.
+
+        Args:
+            present: The tasks that have labels here, all if None.
+            drawn: What the main process has drawn, all if None; not looked at elsewhere.
+            count: Number of tasks T.
+        """
         here = range(count) if present is None else present
         return [task for task in here if drawn is None or task in drawn]
 
-    @override
     def unshard(self) -> None:
-        pass
+        """Make sure that the model has whole parameters."""
 
-    @override
     def reshard(self) -> None:
-        pass
+        """Free what of whole parameters this process need not keep."""
 
-    @override
     def total(self, tensor: Tensor) -> Tensor:
+        """Return the sum of a tensor over the processes; it may be written into."""
         return tensor
 
-    @override
     def mean(self, losses: Tensor, share: Tensor | None) -> Tensor:
+        """Return the losses (T,) of all parts of a batch, from those of this part and its share in the step's."""
         return losses if share is None else (losses * share).to(losses.dtype)
 
-    @override
     def row(
         self,
         outputs: Sequence[Tensor],
         cotangents: Cotangents,
-        own: Sequence[nn.Parameter],
+        own: Sequence[Tensor],
         retain: bool,
         complete: bool,
     ) -> tuple[Row, Row]:
-        wanted: list[Tensor | GradientEdge] = [*self.shared, *own]
-        grads = vjp(outputs, cotangents, wanted, retain)
+        """Run a VJP; return what stands for the row of the shared parameters, and the gradients of ``own``.
+
+        Args:
+            outputs: What to differentiate.
+            cotangents: Its cotangents.
+            own: Further parameters to differentiate with respect to.
+            retain: Keep the graph.
+            complete: Nothing will be added to the row: it may be sent.
+        """
+        grads = vjp(outputs, cotangents, [*self.shared, *own], retain)
         return grads[: len(self.shared)], grads[len(self.shared) :]
 
-    @override
     def collect(self, rows: Rows, complete: bool) -> Rows:
+        """Return the rows of all processes, or this one's pieces of them, once they have arrived."""
         return rows
 
-    @override
     def collect_reps(self, rows: Rows) -> Rows:
+        """Return the sums over the processes of rows of one small tensor each, such as representations' gradients."""
         return rows
 
-    @override
     def whole_row(self, row: Row) -> Row:
+        """Return a row over all parameters, None at the same places in all processes, summed over them."""
         return row
 
-    @override
     def gram(self, rows: Rows, groups: Sequence[int] | None, shares: Tensor | None) -> Tensor:
+        """Return the Gram matrix of collected rows, or what stands for it.
+
+        Args:
+            rows: T rows.
+            groups: The group of each parameter, or None.
+            shares: This process's share in the labels behind each row.
+        """
         return ops.gram(rows, groups)
 
-    @override
-    def agree(self, weights: Weights) -> None:
-        pass
+    def broadcast(self, tensors: Iterable[Tensor | None]) -> None:
+        """Give all processes the main process's: random numbers, and the last bits of solvers, may differ."""
 
-    @override
     def mask(
         self, mask_reps: MaskReps, losses: Tensor, reps: Sequence[Tensor], grads: Sequence[Tensor]
     ) -> Sequence[Tensor]:
+        """Let a strategy that masks by sums over the batch see those of the whole batch."""
         return mask_reps(losses, reps, grads)
 
-    @override
     def write_shared(self, rows: Rows, weights: Tensor, groups: Sequence[int] | None, tasks: Tasks) -> None:
+        """Fill ``.grad`` of the shared parameters with ``sum_t w_t row_t``; that of the others is summed up too."""
         self.combination.write(rows, weights, groups)
 
-    @override
     def reduce(self, tasks: Tasks) -> None:
-        pass
+        """Sum ``.grad`` of all parameters, after a step of these tasks, over the processes."""
 
-    @override
-    def put(self, params: Sequence[nn.Parameter], grads: Row) -> None:
+    def put(self, params: Sequence[Tensor], grads: Row) -> None:
+        """Fill ``.grad`` with whole gradients that all processes have."""
         for param, grad in zip(params, grads, strict=True):
             param.grad = grad
 
-    @override
     def clip(self, max_norm: float | Tensor, shared_only: bool) -> None:
+        """Bring the norm of the gradients together down to ``max_norm``: of the shared parameters, or of all."""
         nn.utils.clip_grad_norm_(self.shared if shared_only else self.params, max_norm)  # type: ignore[arg-type]
 
-    @override
     def cut_states(self, strategy: SplitsRows) -> None:
-        pass
+        """Let a strategy that keeps something as large as the rows keep this process's pieces of it."""
 
-    @override
     def whole_states(self, state: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+        """Return a ``state_dict`` with whole rows (T, P), for the main process, in the place of pieces."""
         return state
 
-    @override
     def part_states(self, state: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+        """Return a ``state_dict`` with this process's pieces in the place of whole rows (T, P)."""
         return state
+
+
+class Local(Comm):
+    """One process alone."""

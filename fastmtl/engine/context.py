@@ -12,7 +12,7 @@ from fastmtl.engine.comm import Comm
 from fastmtl.engine.labels import labelled_entries
 from fastmtl.engine.losses import Problem
 from fastmtl.engine.model import Labels, Tasks
-from fastmtl.engine.scaling import Unscaled
+from fastmtl.engine.scaling import LossScale
 
 __all__ = ["Batch", "StepContext", "batch_shares", "mean_losses"]
 
@@ -72,7 +72,7 @@ class StepContext:
 
     batches: tuple[Batch, ...]
     tasks: Tasks
-    scaling: Unscaled
+    scaling: LossScale
     lr: float
     row_shares: Tensor | None = None
 
@@ -84,7 +84,7 @@ class StepContext:
         problem: Problem,
         comm: Comm,
         samples: int,
-        scaling: Unscaled,
+        scaling: LossScale,
         lr: float,
     ) -> StepContext:
         """Return the context of a step.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastmtl.engine.weights import Row
 from fastmtl.ops._rows import is_dense
@@ -24,9 +24,7 @@ class OwnGradients:
         owners: For a single part: the task of each parameter, where every parameter belongs to one.
     """
 
-    def __init__(
-        self, params: Sequence[nn.Parameter], parts: Sequence[Grads], owners: Sequence[int] | None = None
-    ) -> None:
+    def __init__(self, params: Sequence[Tensor], parts: Sequence[Grads], owners: Sequence[int] | None = None) -> None:
         self.params = params
         self.parts = parts
         self.owners = owners
@@ -88,7 +86,7 @@ def unshared(grads: Grads) -> Row:
     return found
 
 
-def set_grads(params: Sequence[nn.Parameter], grads: Grads) -> None:
+def set_grads(params: Sequence[Tensor], grads: Grads) -> None:
     """Let ``.grad`` be these gradients, see :func:`unshared`; None leaves what is there."""
     fresh = [None if grad is param.grad else grad for param, grad in zip(params, grads, strict=True)]
     for param, grad in zip(params, unshared(fresh), strict=True):

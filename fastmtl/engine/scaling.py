@@ -1,18 +1,39 @@
-"""What float16 multiplies the losses by, as the engine sees it."""
+"""What float16 multiplies the losses by."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Protocol, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmtl.engine.weights import Rows
 
-__all__ = ["Scaled", "Unscaled"]
+__all__ = ["LossScale", "Undoable"]
+
+T = TypeVar("T")
 
 
-class Unscaled:
-    """Losses as they are."""
+class Undoable(Protocol[T]):
+    """What learns in a step that may be taken back."""
+
+    def learned(self) -> T:
+        """Return what `take_back` goes back to."""
+
+    def take_back(self, before: T, bad: Tensor) -> None:
+        """Forget what was learned since ``before`` if the scalar ``bad`` is true."""
+
+
+class LossScale:
+    """The number that all losses are multiplied by; here 1: gradients are what they are.
+
+    Args:
+        masked: Scalar, 1 if the optimizer must not change anything.
+    """
+
+    def __init__(self, masked: Tensor) -> None:
+        self.masked = masked
 
     def factor(self, share: Tensor | None) -> Tensor | None:
         """Return what the losses of a batch are multiplied by, its share in the step included; None for 1."""
@@ -34,33 +55,28 @@ class Unscaled:
         """Return unscaled rows."""
         return rows
 
+    def watched(self, *values: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return what of a step's Gram matrix and weights is an error if it is not finite."""
+        return values
 
-class Scaled(Unscaled):
-    """All losses are multiplied by one number on the device.
+    def unscale(self, params: Iterable[nn.Parameter]) -> None:
+        """Divide ``.grad`` by the scale."""
 
-    Attributes:
-        scale: The number, a scalar tensor.
-    """
+    @contextmanager
+    def undoing(self, state: Undoable[T]) -> Iterator[None]:
+        """Take back what a strategy learns in the block if the gradients of this step overflow."""
+        yield
 
-    scale: Tensor
+    def settle(self, found_inf: Tensor) -> None:
+        """Decide whether the optimizer may change anything, from the guard's flag, and adapt the scale."""
 
-    def factor(self, share: Tensor | None) -> Tensor:
-        """Return the scale, times the share of the batch."""
-        return self.scale if share is None else self.scale * share
+    def shown(self) -> list[Tensor]:
+        """Return scalars for the log: the scale and the steps skipped so far."""
+        return []
 
-    def up(self, value: Tensor) -> Tensor:
-        """Multiply by the scale."""
-        return value * self.scale
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Return what a resumed run needs."""
+        return {}
 
-    def limit(self, max_norm: float) -> Tensor:
-        """Multiply by the scale."""
-        return max_norm * self.scale
-
-    def gram(self, gram: Tensor) -> Tensor:
-        """Divide by the square of the scale."""
-        return gram / self.scale.to(gram.dtype) ** 2
-
-    def rows(self, rows: Sequence[Sequence[Tensor | None]]) -> Rows:
-        """Divide by the scale."""
-        inverse = self.scale.reciprocal()
-        return [[None if grad is None else grad * inverse.to(grad.dtype) for grad in row] for row in rows]
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Go on where `state_dict` was taken."""

@@ -26,7 +26,7 @@ from fastmtl.trainer.optimizer import MaskedOptimizer
 from fastmtl.trainer.precision import make_scaler
 from fastmtl.trainer.setup.options import StepOptions
 from fastmtl.trainer.solve import make_solver
-from fastmtl.trainer.tasks import EveryTask, StepTasks, TaskSampler, step_tasks
+from fastmtl.trainer.tasks import StepTasks, TaskSampler, step_tasks
 from fastmtl.trainer.weight_state import WeightState
 from fastmtl.weighting import AbsWeighting
 
@@ -81,8 +81,7 @@ class TrainingStep:
         self.batches = max(self.samples, options.accumulate)
         self.scaler = make_scaler(options.precision, guard.found_inf)
         self.optimizer = MaskedOptimizer(optimizer, self.scaler.masked)
-        drawn = options.tasks_per_step
-        self.sampler = EveryTask() if drawn is None else TaskSampler(len(problem.tasks), drawn)
+        self.sampler = TaskSampler(len(problem.tasks), options.tasks_per_step)
         self.comm.cut_states(strategy)
         self.weights = WeightState(strategy, hyper, options, comm)
         self.solve = make_solver(strategy, hyper, comm)

@@ -13,7 +13,7 @@ from typing_extensions import TypeIs
 from fastmtl.engine.model import Tasks
 from fastmtl.weighting import AbsWeighting
 
-__all__ = ["EveryTask", "SomeTasks", "StepTasks", "TaskSampler", "narrowed", "spread", "step_tasks", "write_back"]
+__all__ = ["SomeTasks", "StepTasks", "TaskSampler", "narrowed", "spread", "step_tasks", "write_back"]
 
 
 class TaskSampler:
@@ -21,16 +21,18 @@ class TaskSampler:
 
     Args:
         count: Number of tasks T.
-        per_step: Tasks of a step.
+        per_step: Tasks of a step; all if None.
     """
 
-    def __init__(self, count: int, per_step: int) -> None:
+    def __init__(self, count: int, per_step: int | None) -> None:
         self.count = count
         self.per_step = per_step
         self.left: list[int] = []
 
-    def draw(self) -> list[int]:
-        """Return the tasks of the next step in their own order."""
+    def draw(self) -> list[int] | None:
+        """Return the tasks of the next step in their own order, None for all."""
+        if self.per_step is None:
+            return None
         drawn: list[int] = []
         while len(drawn) < self.per_step:
             if not self.left:
@@ -41,19 +43,6 @@ class TaskSampler:
                 self.left += drawn
             drawn.append(self.left.pop(0))
         return sorted(drawn)
-
-
-class EveryTask:
-    """All tasks are in every step.
-
-    Attributes:
-        left: The tasks of the round that are still to come: none.
-    """
-
-    left: list[int] = []  # noqa: RUF012
-
-    def draw(self) -> None:
-        """Return None, which stands for all tasks."""
 
 
 class StepTasks:

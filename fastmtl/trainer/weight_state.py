@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.engine.comm import Comm
-from fastmtl.engine.scaling import Unscaled
+from fastmtl.engine.scaling import LossScale
 from fastmtl.engine.weights import Weights
 from fastmtl.trainer.setup.options import StepOptions
 from fastmtl.trainer.tasks import StepTasks, narrowed, write_back
@@ -65,12 +65,12 @@ class WeightState:
         self._since_solved += 1
         return replace(self.kept, groups=self.strategy.groups(**self.hyper))
 
-    def accept(self, weights: Weights, scaling: Unscaled) -> Weights:
+    def accept(self, weights: Weights, scaling: LossScale) -> Weights:
         """Return the weights of a solve as all processes have them, averaged if they are to be; hold them.
 
         The gradients of the strategy's own parameters are written.
         """
-        self.comm.agree(weights)
+        self.comm.broadcast([weights.shared, weights.heads])
         if self.momentum and weights.reports:
             self._smooth(weights)
         for param, grad in weights.own_grads.items():

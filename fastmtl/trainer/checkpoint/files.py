@@ -16,10 +16,13 @@ from torch import nn
 
 from fastmtl.errors import CheckpointError
 
-__all__ = ["load_model_state", "read_checkpoint", "rng_state", "save_atomically", "set_rng_state"]
+__all__ = ["Saved", "load_model_state", "read_checkpoint", "rng_state", "save_atomically", "set_rng_state"]
+
+# What a checkpoint holds, by name: tensors and plain values.
+Saved = dict[str, Any]
 
 
-def save_atomically(content: Any, path: Path) -> None:
+def save_atomically(content: object, path: Path) -> None:
     """Write ``content`` with ``torch.save`` so that ``path`` holds the old or the new file, never a part of one."""
     part = path.with_name(path.name + ".part")
     try:
@@ -44,7 +47,7 @@ def _system_error(error: BaseException | None) -> OSError | None:
     return error
 
 
-def read_checkpoint(path: Path, device: torch.device) -> Any:
+def read_checkpoint(path: Path, device: torch.device) -> object:
     """Return what ``torch.save`` wrote to ``path``, tensors and plain values only.
 
     Raises:
@@ -67,7 +70,7 @@ def read_checkpoint(path: Path, device: torch.device) -> Any:
         ) from cause
 
 
-def load_model_state(model: nn.Module, state: Any, path: Path) -> None:
+def load_model_state(model: nn.Module, state: object, path: Path) -> None:
     """Load a ``state_dict`` whose keys and shapes are those of ``model``.
 
     What the strategy remembers may be missing, as it is in LibMTL's checkpoints: it then starts anew.
@@ -96,7 +99,7 @@ def load_model_state(model: nn.Module, state: Any, path: Path) -> None:
     model.load_state_dict({key: state.get(key, value) for key, value in own.items()})
 
 
-def rng_state(generators: Sequence[torch.Generator] = ()) -> dict[str, Any]:
+def rng_state(generators: Sequence[torch.Generator] = ()) -> Saved:
     """Return the state of Python's, numpy's and torch's random generators, and of further ones, in plain values."""
     kind, keys, *rest = np.random.get_state()
     return {
@@ -108,7 +111,7 @@ def rng_state(generators: Sequence[torch.Generator] = ()) -> dict[str, Any]:
     }
 
 
-def set_rng_state(state: Mapping[str, Any], generators: Sequence[torch.Generator] = ()) -> None:
+def set_rng_state(state: Saved, generators: Sequence[torch.Generator] = ()) -> None:
     """Undo what happened to the random generators since ``rng_state``, called with as many further ones."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))

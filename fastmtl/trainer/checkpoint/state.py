@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from fastmtl.errors import CheckpointError
-from fastmtl.trainer.checkpoint.files import load_model_state, read_checkpoint
+from fastmtl.trainer.checkpoint.files import Saved, load_model_state, read_checkpoint
 
 if TYPE_CHECKING:
     from fastmtl.trainer.trainer import Trainer
 
 __all__ = ["BEGINNING", "resume_run", "run_state"]
 
-BEGINNING: Mapping[str, Any] = {"epoch": 0, "batch": 0, "train_losses": [], "loss_sums": {}}
+BEGINNING: Saved = {"epoch": 0, "batch": 0, "train_losses": [], "loss_sums": {}}
 _HOW = ("fused", "foreach", "capturable")
 _NEEDED = ("model", "step", "optimizer", "scheduler", "base_result", "best_result", "rng", "epoch_rng")
 
 
-def run_state(trainer: Trainer) -> dict[str, Any]:
+def run_state(trainer: Trainer) -> Saved:
     """Return the state of everything that learns or remembers.
 
     Where processes have parts of it all of them must call this; the first one then has it whole.
@@ -43,7 +42,7 @@ def run_state(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def resume_run(trainer: Trainer, path: Path) -> Mapping[str, Any]:
+def resume_run(trainer: Trainer, path: Path) -> Saved:
     """Put a trainer where the run that wrote ``path`` was; return the place in the run, as `BEGINNING` is one.
 
     Raises:
@@ -74,7 +73,7 @@ def resume_run(trainer: Trainer, path: Path) -> Mapping[str, Any]:
     return {key: state[key] for key in (*BEGINNING, "rng", "epoch_rng")}
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+def _load_optimizer(optimizer: torch.optim.Optimizer, state: Saved) -> None:
     """Load a state, but not how its optimizer did its work, which may not be possible on this run's device."""
     how = [{name: group[name] for name in _HOW if name in group} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
@@ -82,5 +81,5 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> 
         group.update(own)
 
 
-def _names(trainer: Trainer) -> list[Any]:
+def _names(trainer: Trainer) -> list[object]:
     return [trainer.weighting, trainer.architecture, trainer.task_name]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from fastmtl.distributed import Peers
-from fastmtl.trainer.checkpoint.files import rng_state, save_atomically
+from fastmtl.trainer.checkpoint.files import Saved, rng_state, save_atomically
 from fastmtl.trainer.checkpoint.state import run_state
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Checkpoints:
         print(f"Save Model {epoch} to {best}")
         trainer.logger.on_checkpoint(best, "best")
 
-    def save_last(self, epoch: int, batch: int, epoch_rng: dict[str, Any] | None) -> None:
+    def save_last(self, epoch: int, batch: int, epoch_rng: Saved | None) -> None:
         """Write everything that is needed to go on with batch ``batch`` of epoch ``epoch``."""
         trainer = self._trainer
         if trainer.save_path is None and not self.gathers:

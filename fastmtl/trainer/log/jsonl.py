@@ -14,6 +14,9 @@ from fastmtl.trainer.run.directory import write_atomically
 
 __all__ = ["JsonlLogger", "read_jsonl"]
 
+# What a line tells, by name, as JSON has it.
+Row = dict[str, Any]
+
 
 class JsonlLogger(Logger):
     """Writes one JSON object a line, told apart by ``event``: ``run``, ``steps``, ``epoch``, ``checkpoint``, ``end``.
@@ -93,14 +96,14 @@ class JsonlLogger(Logger):
             self._file.close()
             self._file = None
 
-    def _write(self, row: dict[str, Any]) -> None:
+    def _write(self, row: Row) -> None:
         # Evaluation outside of train() has no open run to belong to.
         if self._file is not None:
             self._file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
             self._file.flush()
 
 
-def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+def read_jsonl(path: str | Path) -> list[Row]:
     """Return the rows of a ``metrics.jsonl``; none when there is no file. A torn or damaged line is left out."""
     path = Path(path)
     rows = []
@@ -114,7 +117,7 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _stays(row: dict[str, Any], info: RunInfo) -> bool:
+def _stays(row: Row, info: RunInfo) -> bool:
     """Whether a row tells of something before the point the run goes on from."""
     match row.get("event"):
         case "run" | "steps":
@@ -125,7 +128,7 @@ def _stays(row: dict[str, Any], info: RunInfo) -> bool:
             return event == "checkpoint"
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> object:
     if isinstance(value, dict):
         return {key: _finite(each) for key, each in value.items()}
     if isinstance(value, list):

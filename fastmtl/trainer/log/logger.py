@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 from typing_extensions import override
 
 from fastmtl.errors import UsageError
 
-__all__ = ["Logger", "LoggerList", "RunInfo", "StepRecords", "as_logger", "pair_names"]
+__all__ = ["Logger", "LoggerList", "RunInfo", "StepRecords", "as_logger", "conflict_share", "pair_names"]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -108,12 +110,10 @@ class StepRecords:
 
     @property
     def conflicts(self) -> np.ndarray | None:
-        """(n,) share of the pairs of tasks whose gradients have a negative inner product; NaN where G is not finite."""
+        """(n,) shares of the pairs of tasks that conflict, see `conflict_share`."""
         if self.gram is None or self.gram.shape[-1] < 2:
             return None
-        i, j = np.triu_indices(self.gram.shape[-1], k=1)
-        share = (self.gram[:, i, j] < 0).mean(axis=1)
-        return np.where(np.isfinite(self.gram).all(axis=(1, 2)), share, np.nan)
+        return conflict_share(torch.from_numpy(self.gram)).numpy()
 
     def means(self, task_names: Sequence[str]) -> dict[str, dict[str, float]]:
         """Means over the n steps, NaN left out: ``{"loss": {task: mean}, "weight": ..., "norm": ..., "cosine": ...}``.
@@ -133,6 +133,19 @@ class StepRecords:
             for key, (names, values) in columns.items()
             if values is not None
         }
+
+
+def conflict_share(gram: Tensor) -> Tensor:
+    """Return the share of the pairs of tasks, of those in a step, whose gradients have a negative inner product.
+
+    Args:
+        gram: (..., T, T) inner products; those that are not finite, as of a task that was not in the step, do not
+            count. The share is NaN where none is finite.
+    """
+    row, column = torch.triu_indices(gram.shape[-1], gram.shape[-1], 1, device=gram.device)
+    pairs = gram[..., row, column]
+    known = pairs.isfinite()
+    return ((pairs < 0) & known).sum(-1).to(gram.dtype) / known.sum(-1)
 
 
 def pair_names(task_names: Sequence[str]) -> list[str]:

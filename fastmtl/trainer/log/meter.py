@@ -14,9 +14,9 @@ from torch import Tensor
 from fastmtl.distributed import Alone, Peers
 from fastmtl.engine.labels import labelled_rows
 from fastmtl.errors import UsageError
-from fastmtl.loss import AbsLoss
+from fastmtl.loss import AbsLoss, LossState
 from fastmtl.metrics import AbsMetric
-from fastmtl.trainer.setup.tasks import losses_of, metrics_of
+from fastmtl.trainer.setup.tasks import TaskDict, losses_of, metrics_of
 from fastmtl.utils import count_improvement
 
 __all__ = ["PerformanceMeter"]
@@ -36,7 +36,7 @@ class PerformanceMeter:
 
     def __init__(
         self,
-        task_dict: Mapping[str, Mapping[str, Any]],
+        task_dict: TaskDict,
         base_result: dict[str, list[float]] | None = None,
         peers: Peers | None = None,
     ) -> None:
@@ -67,7 +67,7 @@ class PerformanceMeter:
         self._begin = time.perf_counter()
 
     @torch.no_grad()
-    def update(self, losses: Mapping[str, Tensor], preds: Mapping[str, Any], labels: Mapping[str, Any]) -> None:
+    def update(self, losses: Mapping[str, Tensor], preds: Mapping[str, object], labels: Mapping[str, object]) -> None:
         """Take in the losses, predictions and labels of one batch, by task."""
         for task, loss in losses.items():
             if labels.get(task) is None:
@@ -77,11 +77,11 @@ class PerformanceMeter:
             self._seen.add(task)
             self._scored.add(task)
 
-    def loss_sums(self) -> dict[str, Any]:
+    def loss_sums(self) -> dict[str, LossState]:
         """Return the losses of the pass so far by task, for :meth:`go_on`."""
         return {task: self.losses[task]._state() for task in self._seen}
 
-    def go_on(self, loss_sums: Mapping[str, Any]) -> None:
+    def go_on(self, loss_sums: Mapping[str, LossState]) -> None:
         """Take up a pass that was interrupted: its losses, which strategies may read; its metrics begin anew."""
         for task, state in loss_sums.items():
             self.losses[task]._restore(state)

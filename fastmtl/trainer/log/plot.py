@@ -24,6 +24,8 @@ __all__ = ["PlotLogger", "draw"]
 # Told apart by people with colour-blindness as well (Okabe and Ito), then two more.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#5D4A1F")
 _PAIR_COLORS = ("#3B4CC0", "#B40426", "#2E8B57", "#8A5FBF", "#C47F17", "#4A9DB5")
+Color = str | tuple[float, float, float, float]
+
 _MODES: dict[str, dict[str, Any]] = {
     "train": {"linestyle": "--", "alpha": 0.6, "marker": "."},
     "val": {"linestyle": ":", "marker": "."},
@@ -151,7 +153,7 @@ def _metric_panels(info: RunInfo, history: History) -> list[str]:
     return list(dict.fromkeys(names))[:_METRIC_PANELS] if history.results else []
 
 
-def _task_colors(count: int) -> list[Any]:
+def _task_colors(count: int) -> list[Color]:
     if count <= len(_COLORS):
         return list(_COLORS[:count])
     from matplotlib import colormaps
@@ -159,7 +161,7 @@ def _task_colors(count: int) -> list[Any]:
     return [colormaps["viridis"](position) for position in np.linspace(0.0, 0.92, count)]
 
 
-def _draw_curve(axis: Axes, curve: Curve, colors: Sequence[Any], title: str, label: str) -> None:
+def _draw_curve(axis: Axes, curve: Curve, colors: Sequence[Color], title: str, label: str) -> None:
     """Draw each column: its values in pale, their moving average on top."""
     window = max(1, len(curve.steps) // 25)
     smooth = curve.smooth(window)
@@ -208,7 +210,7 @@ def _draw_cosines(axis: Axes, history: History) -> None:
     axis.set_ylim(-1.05, 1.05)
 
 
-def _draw_metric(axis: Axes, history: History, name: str, colors: Sequence[Any]) -> None:
+def _draw_metric(axis: Axes, history: History, name: str, colors: Sequence[Color]) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
 
@@ -234,7 +236,7 @@ def _draw_metric(axis: Axes, history: History, name: str, colors: Sequence[Any])
     )
 
 
-def _name_tasks(figure: Figure, names: Sequence[str], colors: Sequence[Any]) -> None:
+def _name_tasks(figure: Figure, names: Sequence[str], colors: Sequence[Color]) -> None:
     from matplotlib.lines import Line2D
 
     shown = list(zip(names, colors, strict=True))

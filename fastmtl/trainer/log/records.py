@@ -6,10 +6,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fastmtl.trainer.log.logger import StepRecords
+from fastmtl.trainer.log.logger import StepRecords, conflict_share
 
 __all__ = ["StepBuffer", "StepSignals"]
 
@@ -44,11 +45,7 @@ class StepSignals:
     @property
     def conflict_rate(self) -> Tensor | None:
         """Share of the pairs of tasks, of those in the step, whose gradients have a negative inner product."""
-        if self.gram is None:
-            return None
-        row, column = torch.triu_indices(len(self.gram), len(self.gram), 1, device=self.gram.device)
-        pairs = self.gram[row, column]
-        return (pairs < 0).sum() / (~pairs.isnan()).sum()
+        return None if self.gram is None else conflict_share(self.gram)
 
 
 class StepBuffer:
@@ -65,10 +62,6 @@ class StepBuffer:
 
     def __len__(self) -> int:
         return len(self._losses)
-
-    def restart_clock(self) -> None:
-        """Leave out the time until now, spent on something else than steps."""
-        self._since = time.perf_counter()
 
     def add(self, losses: Tensor, weights: Tensor | None, gram: Tensor | None) -> None:
         """Keep one step: (T,) losses, (T,) weights, (T, T) Gram matrix; a step without one has NaN among others'."""
@@ -92,13 +85,13 @@ class StepBuffer:
         # The loss scale and the steps skipped, of float16 steps.
         kept += [number.reshape(1) for number in numbers]
         values = torch.cat([each.to(device, dtype).flatten() for each in kept if each is not None]).cpu().numpy()
-        tasks = self._losses[0].numel()
-        losses, values = values[: count * tasks].reshape(count, tasks), values[count * tasks :]
-        weights = gram = None
-        if kept[1] is not None:
-            weights, values = values[: count * tasks].reshape(count, tasks), values[count * tasks :]
-        if kept[2] is not None:
-            gram, values = values[: count * tasks**2].reshape(count, tasks, tasks), values[count * tasks**2 :]
+        ends = np.cumsum([0 if each is None else each.numel() for each in kept])
+        losses, weights, gram, *counts = (
+            None if each is None else part.reshape(each.shape)
+            for each, part in zip(kept, np.split(values, ends[:-1]), strict=True)
+        )
+        assert losses is not None
+        scale, skipped = counts or (None, None)
         records = StepRecords(
             epoch=epoch,
             first_step=next_step - count,
@@ -106,8 +99,8 @@ class StepBuffer:
             weights=weights,
             gram=gram,
             seconds=now - self._since,
-            loss_scale=float(values[0]) if numbers else None,
-            skipped=int(values[1]) if numbers else None,
+            loss_scale=None if scale is None else float(scale[0]),
+            skipped=None if skipped is None else int(skipped[0]),
         )
         self._clear()
         return records

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from typing_extensions import override
 
 from fastmtl.errors import UsageError
 from fastmtl.trainer.log.logger import Logger, RunInfo, StepRecords
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 __all__ = ["TensorBoardLogger"]
 
@@ -38,7 +41,7 @@ class TensorBoardLogger(Logger):
             ) from cause
         self.directory = Path(directory)
         self._writer_class = SummaryWriter
-        self._writer: Any = None
+        self._writer: SummaryWriter | None = None
         self._info: RunInfo | None = None
 
     @override
@@ -54,7 +57,7 @@ class TensorBoardLogger(Logger):
             return
         step = records.first_step + records.count
         for group, values in records.means(self._info.task_names).items():
-            self._add(f"step_{group}", values, step)
+            _add(self._writer, f"step_{group}", values, step)
         self._writer.add_scalar("steps_per_second", records.steps_per_second, step)
         if records.loss_scale is not None:
             self._writer.add_scalar("loss_scale", records.loss_scale, step)
@@ -67,10 +70,10 @@ class TensorBoardLogger(Logger):
         if self._writer is None or self._info is None:
             return
         step = (epoch + 1) * self._info.batches_per_epoch
-        self._add(f"{mode}_loss", losses, step)
+        _add(self._writer, f"{mode}_loss", losses, step)
         for task, values in metrics.items():
             for name, value in zip(self._info.metric_names[task], values, strict=True):
-                self._add(f"{mode}_{name}", {task: value}, step)
+                _add(self._writer, f"{mode}_{name}", {task: value}, step)
         self._writer.flush()
 
     @override
@@ -79,7 +82,8 @@ class TensorBoardLogger(Logger):
             self._writer.close()
             self._writer = None
 
-    def _add(self, group: str, values: dict[str, float], step: int) -> None:
-        for name, value in values.items():
-            if math.isfinite(value):
-                self._writer.add_scalar(f"{group}/{name}", value, step)
+
+def _add(writer: SummaryWriter, group: str, values: dict[str, float], step: int) -> None:
+    for name, value in values.items():
+        if math.isfinite(value):
+            writer.add_scalar(f"{group}/{name}", value, step)

@@ -6,8 +6,8 @@ import contextlib
 import os
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Any
 
 __all__ = ["DeferredInterrupt"]
 
@@ -22,7 +22,7 @@ class DeferredInterrupt:
     def __init__(self, tells: bool = True) -> None:
         self._tells = tells
         self._caught = False
-        self._before: dict[int, Any] = {}
+        self._before: dict[int, signal.Handlers | int | Callable[[int, FrameType | None], object] | None] = {}
 
     def __enter__(self) -> DeferredInterrupt:
         # Signal handlers can only be set in the main thread; elsewhere an interrupt is not ours to handle.

@@ -8,13 +8,15 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import TypeGuard
 
 import torch
 from torch import nn
 
+from fastmtl.architecture import AbsArchitecture
 from fastmtl.distributed import Alone, Peers
 from fastmtl.errors import BackendError, UsageError
+from fastmtl.trainer.setup.tasks import TaskDict
 from fastmtl.weighting import AbsWeighting
 
 __all__ = [
@@ -99,7 +101,7 @@ def find_device(device: str | torch.device | None, peers: Peers | None = None) -
     return found
 
 
-def check_counts(*, optional: bool = False, **counts: Any) -> None:
+def check_counts(*, optional: bool = False, **counts: object) -> None:
     """Refuse numbers, by the name of their argument, of which there must be at least one.
 
     Args:
@@ -116,12 +118,12 @@ def check_counts(*, optional: bool = False, **counts: Any) -> None:
             raise UsageError(f"{name} must be a whole number of at least 1, got {count!r}.")
 
 
-def is_whole(value: Any) -> bool:
+def is_whole(value: object) -> TypeGuard[int]:
     """Return whether a value is a whole number; True and False are none."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def is_real(value: Any) -> bool:
+def is_real(value: object) -> TypeGuard[float]:
     """Return whether a value is a number; True and False are none."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
@@ -142,7 +144,7 @@ def make_folder(save_path: str | Path) -> Path:
     return folder
 
 
-def check_tasks(task_dict: dict[str, dict[str, Any]], decoders: Mapping[str, nn.Module] | nn.ModuleDict) -> list[str]:
+def check_tasks(task_dict: TaskDict, decoders: Mapping[str, nn.Module] | nn.ModuleDict) -> list[str]:
     """Return the names of the tasks.
 
     Raises:
@@ -164,7 +166,7 @@ def check_tasks(task_dict: dict[str, dict[str, Any]], decoders: Mapping[str, nn.
     return list(task_dict)
 
 
-def check_weighting(model: Any, rule: type[AbsWeighting], architecture: str, rep_grad: bool) -> None:
+def check_weighting(model: AbsArchitecture, rule: type[AbsWeighting], architecture: str, rep_grad: bool) -> None:
     """Refuse a strategy that cannot balance what the model has.
 
     Raises:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from fastmtl.engine.trees import map_tree
 from fastmtl.errors import UsageError
 
 __all__ = [
+    "Loader",
+    "Loaders",
     "check_loaders",
     "count_batches",
     "eval_batches",
@@ -22,27 +24,50 @@ __all__ = [
     "train_batches",
 ]
 
+Tree = TypeVar("Tree")
 
-def to_device(value: Any, device: torch.device) -> Any:
+# Inputs and labels, of any form.
+Pair = tuple[Any, Any]
+
+
+class Loader(Protocol):
+    """Gives its batches whenever it is iterated over."""
+
+    def __iter__(self) -> Iterator[object]: ...
+
+    def __len__(self) -> int: ...
+
+
+# One for all tasks, or one for each.
+Loaders = Loader | Mapping[str, Loader]
+
+
+def _by_task(loaders: Loaders, multi_input: bool) -> Mapping[str | None, Loader]:
+    """Return the loaders by task; the one for all of them by None."""
+    return cast(Mapping[str | None, Loader], loaders) if multi_input else {None: loaders}
+
+
+def to_device(value: Tree, device: torch.device) -> Tree:
     """Move tensors, and whatever else has ``to``, in any containers to ``device`` without waiting."""
 
-    def moves(each: Any) -> bool:
+    def moves(each: object) -> bool:
         return hasattr(each, "to")
 
     return map_tree(lambda each: each.to(device, non_blocking=True) if moves(each) else each, value, is_leaf=moves)
 
 
-def to_channels_last(value: Any) -> Any:
+def to_channels_last(value: Tree) -> Tree:
     """Return a batch's inputs with images, the tensors of four dimensions, in channels-last memory format."""
-    return map_tree(
-        lambda each: (
-            each.contiguous(memory_format=torch.channels_last) if isinstance(each, Tensor) and each.dim() == 4 else each
-        ),
-        value,
-    )
+
+    def turned(each: object) -> object:
+        if isinstance(each, Tensor) and each.dim() == 4:
+            return each.contiguous(memory_format=torch.channels_last)
+        return each
+
+    return map_tree(turned, value)
 
 
-def check_loaders(loaders: Any, tasks: list[str], multi_input: bool, what: str) -> None:
+def check_loaders(loaders: Loaders, tasks: list[str], multi_input: bool, what: str) -> None:
     """Refuse loaders that are empty or do not fit the tasks.
 
     Raises:
@@ -68,7 +93,7 @@ def check_loaders(loaders: Any, tasks: list[str], multi_input: bool, what: str) 
             )
 
 
-def _length(loader: Any, what: str) -> int:
+def _length(loader: Loader, what: str) -> int:
     try:
         return len(loader)
     except TypeError:
@@ -76,10 +101,10 @@ def _length(loader: Any, what: str) -> int:
         raise UsageError(f"{what} must be a loader of known length, got a {kind}, which has none.") from None
 
 
-def generators(loaders: Any, multi_input: bool) -> list[torch.Generator]:
+def generators(loaders: Loaders, multi_input: bool) -> list[torch.Generator]:
     """Return the random generators the loaders have of their own, which draw the order of the rows."""
     found: list[torch.Generator] = []
-    for loader in loaders.values() if multi_input else [loaders]:
+    for loader in _by_task(loaders, multi_input).values():
         for owner in (loader, getattr(loader, "sampler", None)):
             generator = getattr(owner, "generator", None)
             if isinstance(generator, torch.Generator) and not any(generator is each for each in found):
@@ -87,47 +112,46 @@ def generators(loaders: Any, multi_input: bool) -> list[torch.Generator]:
     return found
 
 
-def count_batches(loaders: Any, multi_input: bool, limit: int | None) -> int:
+def count_batches(loaders: Loaders, multi_input: bool, limit: int | None) -> int:
     """Return the number of training steps in an epoch: the longest loader's."""
-    count = max(len(loader) for loader in loaders.values()) if multi_input else len(loaders)
+    count = max(map(len, _by_task(loaders, multi_input).values()))
     return count if limit is None else min(count, limit)
 
 
-def train_batches(loaders: Any, tasks: list[str], multi_input: bool, count: int) -> Iterator[tuple[Any, Any]]:
+def train_batches(loaders: Loaders, tasks: list[str], multi_input: bool, count: int) -> Iterator[Pair]:
     """Yield ``count`` batches of inputs and labels; a loader that runs out starts again.
 
     Raises:
         UsageError: A loader gives something else, or nothing at all.
     """
+    given = _by_task(loaders, multi_input)
     if not multi_input:
-        for inputs, labels in islice(_endless(loaders, "train_dataloaders"), count):
+        for inputs, labels in islice(_endless(given[None], "train_dataloaders"), count):
             yield inputs, _checked(labels, tasks)
         return
-    streams = {task: _endless(loaders[task], f"train_dataloaders[{task!r}]") for task in tasks}
+    streams = {task: _endless(given[task], f"train_dataloaders[{task!r}]") for task in tasks}
     for _ in range(count):
         batch = {task: next(stream) for task, stream in streams.items()}
         yield {task: each[0] for task, each in batch.items()}, {task: each[1] for task, each in batch.items()}
 
 
 def eval_batches(
-    loaders: Any, tasks: list[str], multi_input: bool, limit: int | None, what: str
+    loaders: Loaders, tasks: list[str], multi_input: bool, limit: int | None, what: str
 ) -> Iterator[tuple[str | None, Any, Any]]:
     """Yield (task or None, inputs, labels) of every batch once.
 
     Raises:
         UsageError: A loader gives something else.
     """
-    if not multi_input:
-        for batch in islice(loaders, limit):
-            inputs, labels = _pair(batch, what)
-            yield None, inputs, _checked(labels, tasks)
-        return
-    for task in tasks:
-        for batch in islice(loaders[task], limit):
-            yield task, *_pair(batch, f"{what}[{task!r}]")
+    given = _by_task(loaders, multi_input)
+    names: Sequence[str | None] = tasks if multi_input else [None]
+    for task in names:
+        for batch in islice(given[task], limit):
+            inputs, labels = _pair(batch, what if task is None else f"{what}[{task!r}]")
+            yield task, inputs, labels if multi_input else _checked(labels, tasks)
 
 
-def _endless(loader: Any, what: str) -> Iterator[tuple[Any, Any]]:
+def _endless(loader: Loader, what: str) -> Iterator[Pair]:
     while True:
         empty = True
         for batch in loader:
@@ -140,7 +164,7 @@ def _endless(loader: Any, what: str) -> Iterator[tuple[Any, Any]]:
             )
 
 
-def _pair(batch: Any, what: str) -> tuple[Any, Any]:
+def _pair(batch: object, what: str) -> Pair:
     # A tensor or a dictionary of two could be unpacked as well, into rows or keys.
     if isinstance(batch, list | tuple) and len(batch) == 2:
         inputs, labels = batch
@@ -149,7 +173,7 @@ def _pair(batch: Any, what: str) -> tuple[Any, Any]:
     raise UsageError(f"{what} must yield batches that are pairs (inputs, labels), got {got}.")
 
 
-def _checked(labels: Any, tasks: list[str]) -> Any:
+def _checked(labels: object, tasks: list[str]) -> Mapping[str, object]:
     if not isinstance(labels, Mapping):
         raise UsageError(f"The labels of a batch must be a dictionary by task, got {type(labels).__name__}.")
     missing = [task for task in tasks if task not in labels]

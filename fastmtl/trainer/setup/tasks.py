@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -12,12 +12,15 @@ from fastmtl.errors import UsageError
 from fastmtl.loss import AbsLoss
 from fastmtl.metrics import AbsMetric
 
-__all__ = ["as_loss", "as_metric", "losses_of", "metrics_of"]
+__all__ = ["TaskDict", "as_loss", "as_metric", "losses_of", "metrics_of"]
 
 Part = TypeVar("Part")
 
+# For each task ``metrics`` (names), ``metrics_fn``, ``loss_fn`` and ``weight``, as users give them.
+TaskDict = Mapping[str, Mapping[str, Any]]
 
-def losses_of(task_dict: Mapping[str, Mapping[str, Any]]) -> dict[str, AbsLoss]:
+
+def losses_of(task_dict: TaskDict) -> dict[str, AbsLoss]:
     """Return the losses by task, each an object of its own, as it keeps the task's sums.
 
     Raises:
@@ -26,7 +29,7 @@ def losses_of(task_dict: Mapping[str, Mapping[str, Any]]) -> dict[str, AbsLoss]:
     return _apart("loss_fn", {task: as_loss(task, about["loss_fn"]) for task, about in task_dict.items()})
 
 
-def metrics_of(task_dict: Mapping[str, Mapping[str, Any]]) -> dict[str, AbsMetric]:
+def metrics_of(task_dict: TaskDict) -> dict[str, AbsMetric]:
     """Return the metrics by task, each an object of its own, as it keeps the task's sums.
 
     Raises:
@@ -64,7 +67,7 @@ def _tensors(part: object) -> Iterator[Tensor]:
             yield value
 
 
-def as_loss(task: str, given: Any) -> AbsLoss:
+def as_loss(task: str, given: object) -> AbsLoss:
     """Return the loss of a task; a list of one, as LibMTL's first versions asked for, stands for the one.
 
     Raises:
@@ -77,10 +80,10 @@ def as_loss(task: str, given: Any) -> AbsLoss:
             f"task_dict[{task!r}]['loss_fn'] must be an object of a class derived from fastmtl.loss.AbsLoss, as "
             f"CELoss(), got {given!r}."
         )
-    return given
+    return cast(AbsLoss, given)
 
 
-def as_metric(task: str, given: Any) -> AbsMetric:
+def as_metric(task: str, given: object) -> AbsMetric:
     """Return the metric of a task.
 
     Raises:
@@ -96,4 +99,4 @@ def as_metric(task: str, given: Any) -> AbsMetric:
             f"task_dict[{task!r}]['metrics_fn'] must be an object of a class derived from fastmtl.metrics.AbsMetric, "
             f"as AccMetric(), got {given!r}."
         )
-    return given
+    return cast(AbsMetric, given)
