@@ -7,9 +7,7 @@ Those derived from ``Stateful`` remember something from call to call; ``reset()`
 
 from __future__ import annotations
 
-from fastmtl.aggregation.aligned import AlignedMTL, AlignedMTLWeighting
 from fastmtl.aggregation.base import Aggregator, GramianWeightedAggregator, WeightedAggregator, Weighting
-from fastmtl.aggregation.config import ConFIG
 from fastmtl.aggregation.constant import (
     Constant,
     ConstantWeighting,
@@ -20,12 +18,26 @@ from fastmtl.aggregation.constant import (
     Sum,
     SumWeighting,
 )
-from fastmtl.aggregation.dual_cone import DualProj, DualProjWeighting, UPGrad, UPGradWeighting
-from fastmtl.aggregation.excess import ExcessMTL, ExcessMTLWeighting
 from fastmtl.aggregation.graddrop import GradDrop
-from fastmtl.aggregation.gradvac import GradVac, GradVacWeighting
-from fastmtl.aggregation.nash import NashMTL, NashMTLWeighting
-from fastmtl.aggregation.pcd import PCD, PCDWeighting
+from fastmtl.aggregation.preferring import (
+    AlignedMTL,
+    AlignedMTLWeighting,
+    ConFIG,
+    DualProj,
+    DualProjWeighting,
+    UPGrad,
+    UPGradWeighting,
+)
+from fastmtl.aggregation.remembering import (
+    PCD,
+    ExcessMTL,
+    ExcessMTLWeighting,
+    GradVac,
+    GradVacWeighting,
+    NashMTL,
+    NashMTLWeighting,
+    PCDWeighting,
+)
 from fastmtl.aggregation.robust import Krum, KrumWeighting, TrimmedMean
 from fastmtl.aggregation.solvers import (
     IMTLG,

@@ -55,7 +55,7 @@ def backward(
     check_outputs(outputs, "tensors")
     wanted = leaf_tensors(outputs, "tensors") if inputs is None else unique(inputs)
     check_writable(wanted, ".jac")
-    found = jacobians_of(outputs, wanted, jac_tensors, "tensors", "jac_tensors", retain_graph, parallel_chunk_size)
+    found = jacobians_of(outputs, wanted, jac_tensors, "tensors", retain_graph, parallel_chunk_size)
     add_jacobians(wanted, found)
     if aggregator is not None and wanted:
         jac_to_grad(wanted, aggregator)

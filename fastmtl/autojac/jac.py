@@ -57,9 +57,7 @@ def jac(
     for index, each in enumerate(repeated):
         if not each.requires_grad:
             raise UsageError(f"inputs[{index}] must require grad, got a tensor that does not.")
-    found = jacobians_of(
-        as_list(outputs), wanted, jac_outputs, "outputs", "jac_outputs", retain_graph, parallel_chunk_size
-    )
+    found = jacobians_of(as_list(outputs), wanted, jac_outputs, "outputs", retain_graph, parallel_chunk_size)
     by_input = dict(zip(wanted, found, strict=True))
     return tuple(by_input[each] for each in repeated)
 
@@ -69,7 +67,6 @@ def jacobians_of(
     inputs: list[Tensor],
     cotangents: Sequence[Tensor] | Tensor | None,
     name: str,
-    cotangents_name: str,
     retain: bool,
     chunk: int | None,
 ) -> list[Tensor]:
@@ -79,8 +76,7 @@ def jacobians_of(
         outputs: What to differentiate.
         inputs: What to differentiate with respect to, each once.
         cotangents: As ``jac_outputs`` of :func:`jac`.
-        name: The caller's name of ``outputs``, for messages.
-        cotangents_name: The caller's name of ``cotangents``.
+        name: The caller's name of ``outputs``, for messages; with ``jac_`` in front that of ``cotangents``.
         retain: Keep the graph.
         chunk: ``parallel_chunk_size``.
     """
@@ -88,8 +84,8 @@ def jacobians_of(
     check_outputs(outputs, name)
     rows = None if cotangents is None else as_list(cotangents)
     if rows is not None:
-        check_shapes(rows, outputs, cotangents_name, name, rows=True)
-        check_rows(rows, cotangents_name)
+        check_shapes(rows, outputs, f"jac_{name}", name, rows=True)
+        check_rows(rows, f"jac_{name}")
     if not inputs:
         return []
     count = sum(each.numel() for each in outputs) if rows is None else len(rows[0])

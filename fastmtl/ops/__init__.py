@@ -1,7 +1,12 @@
 """Operators on lists of task gradients and on their Gram matrix.
 
 Every op runs on the fastest backend there is for its device: C++ (``cpp``), CUDA C++ (``cuda``), Triton (``triton``) or
-plain torch (``reference``). ``FASTMTL_BACKEND`` forces one.
+plain torch (``reference``). ``FASTMTL_BACKEND`` forces one; an op raises :class:`fastmtl.errors.BackendError` where the
+backend that is named cannot serve its tensors.
+
+Ops on a symmetric (T, T) Gram matrix of the gradients take it as :func:`gram` returns it, and convert it to float64 if
+need be. Their kernels run in float64 without waiting for the device and always end after a bounded number of steps. On
+MPS, which has no float64, they are solved on the CPU, and the result is float32.
 """
 
 from __future__ import annotations

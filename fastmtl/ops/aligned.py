@@ -35,22 +35,18 @@ def aligned(gram: Tensor, preference: Tensor | None = None, scale: Scale = "min"
     largest entry on the right. The weights do not change when G is scaled. If G is zero, so are the weights. A NaN or
     infinity in G makes all weights NaN.
 
-    The kernels run in float64 without waiting for the device and always end after a bounded number of steps.
-
     Args:
-        gram: (T, T) symmetric Gram matrix of the gradients, as :func:`fastmtl.ops.gram` returns it; converted to
-            float64 if need be.
+        gram: (T, T) Gram matrix of the gradients, as :func:`fastmtl.ops.gram` returns it.
         preference: (T,) weights of the aligned gradients in place of ones. With it, or with another ``scale``, the
             closed form is computed by plain operators on the CPU.
         scale: What the eigenvalues are brought to: the smallest one, their ``"median"`` or, for ``"rmse"``, their mean.
 
     Returns:
-        (T,) float64 weights on the device of ``gram``; float32 on MPS, which has no float64 (solved on the CPU).
+        (T,) float64 weights on the device of ``gram``; float32 on MPS.
 
     Raises:
         UsageError: ``gram`` is not a square matrix of floats, ``preference`` does not fit it, or there is no such
             ``scale``.
-        BackendError: ``FASTMTL_BACKEND`` names a backend that cannot serve this tensor.
 
     Source:
         Senushkin, Patakin, Kuznetsov and Konushin, "Independent component alignment for multi-task learning", CVPR

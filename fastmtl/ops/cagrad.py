@@ -92,8 +92,7 @@ def cagrad(gram: Tensor, c: float) -> Tensor:
     the simplex. Where |g_0| is rounding, all weights are 1 / T; for c at most 1e-8 the task with the smallest
     <g_i, g_0> has all weight. A NaN or infinity in G makes all weights NaN. The weights are those of any multiple of G.
 
-    The kernels run in float64 without waiting for the device and always end after a bounded number of steps. Where
-    several minimisers exist, one of them is returned, the same each time.
+    Where several minimisers exist, one of them is returned, the same each time.
 
     Args:
         gram: (T, T) symmetric positive semidefinite Gram matrix of the gradients, as :func:`fastmtl.ops.gram` returns
@@ -107,7 +106,6 @@ def cagrad(gram: Tensor, c: float) -> Tensor:
 
     Raises:
         UsageError: ``gram`` is not a square matrix of floats or ``c`` is negative or not finite.
-        BackendError: ``FASTMTL_BACKEND`` names a backend that cannot serve these tensors.
 
     Source:
         Liu et al., "Conflict-Averse Gradient Descent for Multi-task Learning", NeurIPS 2021.
@@ -133,7 +131,6 @@ def cagrad_update(gram: Tensor, c: float) -> Tensor:
 
     Raises:
         UsageError: ``gram`` is not a square matrix of floats or ``c`` is negative or not finite.
-        BackendError: ``FASTMTL_BACKEND`` names a backend that cannot serve these tensors.
 
     Example:
         >>> cagrad_update(torch.tensor([[1.0, 0.0], [0.0, 4.0]]), c=0.4)

@@ -182,7 +182,6 @@ def combine(rows: Rows, weights: Tensor, groups: Groups = None) -> list[Tensor |
 
     Raises:
         UsageError: ``rows``, ``weights`` or ``groups`` do not fit together.
-        BackendError: ``FASTMTL_BACKEND`` names a backend that cannot serve these tensors.
 
     Example:
         >>> rows = [[torch.tensor([1.0, 2.0])], [torch.tensor([3.0, -1.0])]]
@@ -217,7 +216,6 @@ def combine_(
 
     Raises:
         UsageError: ``out``, ``rows``, ``weights`` or ``groups`` do not fit together.
-        BackendError: ``FASTMTL_BACKEND`` names a backend that cannot serve these tensors.
 
     Example:
         >>> out = [torch.zeros(2)]

@@ -39,20 +39,16 @@ def config(gram: Tensor, preference: Tensor | None = None) -> Tensor:
     has equal positive cosines, as for opposite gradients, all weights are zero. A NaN or infinity in G makes all
     weights NaN.
 
-    The kernels run in float64 without waiting for the device and always end after a bounded number of steps.
-
     Args:
-        gram: (T, T) symmetric Gram matrix of the gradients, as :func:`fastmtl.ops.gram` returns it; converted to
-            float64 if need be.
+        gram: (T, T) Gram matrix of the gradients, as :func:`fastmtl.ops.gram` returns it.
         preference: (T,) cosines in proportion to which those of the update shall be, x = pinv(C) preference; equal ones
             if None. With it, the closed form is computed by plain operators on the CPU.
 
     Returns:
-        (T,) float64 weights on the device of ``gram``; float32 on MPS, which has no float64 (solved on the CPU).
+        (T,) float64 weights on the device of ``gram``; float32 on MPS.
 
     Raises:
         UsageError: ``gram`` is not a square matrix of floats, or ``preference`` does not fit it.
-        BackendError: ``FASTMTL_BACKEND`` names a backend that cannot serve this tensor.
 
     Source:
         Liu, Chu and Thuerey, "ConFIG: towards conflict-free training of physics informed neural networks", ICLR 2025.

@@ -72,12 +72,10 @@ def dual_cone(gram: Tensor, targets: Tensor) -> Tensor:
     scales of its rows; a coarser G is solved to its own rounding. Rows of length zero keep v_i = u_i. A NaN or infinity
     in G makes all weights NaN, one in u those of its row.
 
-    The kernels run in float64 without waiting for the device and always end after a bounded number of steps. Where
-    several minimisers exist (linearly dependent gradients), one of them is returned, the same each time.
+    Where several minimisers exist (linearly dependent gradients), one of them is returned, the same each time.
 
     Args:
-        gram: (T, T) symmetric Gram matrix of the gradients, as :func:`fastmtl.ops.gram` returns it; converted to
-            float64 if need be.
+        gram: (T, T) Gram matrix of the gradients, as :func:`fastmtl.ops.gram` returns it.
         targets: (M, T) or (T,) weights of the vectors to project, one per row; of any sign.
 
     Returns:
@@ -86,7 +84,6 @@ def dual_cone(gram: Tensor, targets: Tensor) -> Tensor:
 
     Raises:
         UsageError: ``gram`` is not a square matrix of floats, or ``targets`` does not fit it.
-        BackendError: ``FASTMTL_BACKEND`` names a backend that cannot serve these tensors.
 
     Source:
         Quinton and Rey, "Jacobian descent for multi-objective optimization", 2024; Lawson and Hanson, "Solving least

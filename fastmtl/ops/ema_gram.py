@@ -67,7 +67,6 @@ def ema_gram_(state: Rows, rows: Rows, keep: Tensor, gains: Tensor) -> Tensor:
 
     Raises:
         UsageError: Arguments that do not fit together; the message names them.
-        BackendError: ``FASTMTL_BACKEND`` names a backend that cannot serve these tensors.
 
     Example:
         >>> state = torch.tensor([[1.0, 0.0], [0.0, 1.0]])

@@ -67,7 +67,6 @@ def excess_risk_(sums: Rows, rows: Rows, epsilon: float = 1e-7) -> Tensor:
 
     Raises:
         UsageError: Arguments that do not fit together; the message names them.
-        BackendError: ``FASTMTL_BACKEND`` names a backend that cannot serve these tensors.
 
     Source:
         He et al., "Robust Multi-Task Learning with Excess Risks", ICML 2024.

@@ -111,22 +111,18 @@ def fairgrad(gram: Tensor, alpha: float, warm_start: Tensor | None = None) -> Te
     that makes it definite. Beyond, weights stay finite. Rows of length zero have weight zero; without them, the other
     weights are the same. A NaN or infinity in G makes all weights NaN.
 
-    The kernels run in float64 without waiting for the device and always end after a bounded number of steps.
-
     Args:
-        gram: (T, T) symmetric Gram matrix of the gradients, as :func:`fastmtl.ops.gram` returns it; converted to
-            float64 if need be.
+        gram: (T, T) Gram matrix of the gradients, as :func:`fastmtl.ops.gram` returns it.
         alpha: Fairness, positive and finite.
         warm_start: (T,) weights of an earlier, similar G. Near the solution they save time; elsewhere they are not
             used. The guarantee stays as it is.
 
     Returns:
-        (T,) float64 weights on the device of ``gram``; float32 on MPS, which has no float64 (solved on the CPU).
+        (T,) float64 weights on the device of ``gram``; float32 on MPS.
 
     Raises:
         UsageError: ``gram`` is not a square matrix of floats, ``alpha`` is not positive and finite, or ``warm_start``
             does not fit.
-        BackendError: ``FASTMTL_BACKEND`` names a backend that cannot serve these tensors.
 
     Source:
         Ban and Ji, "Fair Resource Allocation in Multi-Task Learning", ICML 2024.

@@ -219,7 +219,6 @@ def graddrop(
 
     Raises:
         UsageError: Arguments that do not fit together; the message names them.
-        BackendError: ``FASTMTL_BACKEND`` names a backend that cannot serve these tensors.
 
     Source:
         Chen et al., "Just Pick a Sign: Optimizing Deep Multitask Models with Gradient Sign Dropout", NeurIPS 2020;
@@ -253,7 +252,6 @@ def graddrop_rows(
 
     Raises:
         UsageError: Arguments that do not fit together; the message names them.
-        BackendError: ``FASTMTL_BACKEND`` names a backend that cannot serve these tensors.
 
     Example:
         >>> rows = torch.tensor([[1.0, 2.0], [3.0, -1.0]])

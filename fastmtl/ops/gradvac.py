@@ -128,7 +128,6 @@ def gradvac(gram: Tensor, orders: Tensor, rho: Tensor, beta: float) -> tuple[Ten
         UsageError: ``gram`` is no square matrix of floats, ``orders`` or ``rho`` does not fit it, ``orders`` holds what
             is no task, or ``beta`` is outside 0 .. 1. A kernel on another device than the CPU passes over what is no
             task instead, as it does not wait to look at it.
-        BackendError: ``FASTMTL_BACKEND`` names a backend that cannot serve these tensors.
 
     Source:
         Wang et al., "Gradient vaccine: investigating and improving multi-task optimization in massively multilingual

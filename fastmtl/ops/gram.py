@@ -67,7 +67,6 @@ def gram(rows: Rows, groups: Groups = None) -> Tensor:
 
     Raises:
         UsageError: Rows of different length, or tensors that differ in shape or device or are not dense floats.
-        BackendError: ``FASTMTL_BACKEND`` names a backend that cannot serve these tensors.
 
     Example:
         >>> rows = [[torch.tensor([1.0, 2.0])], [torch.tensor([3.0, -1.0])]]

@@ -38,18 +38,14 @@ def imtl(gram: Tensor) -> Tensor:
     x_i / d_i cancel (their sum is at most T 2^-23 of the sum of their magnitudes), w_i is proportional to 1 / d_i, the
     mean of the unit gradients; and if all rows are zero, it is 1 / T. A NaN or infinity in G makes all weights NaN.
 
-    The kernels run in float64 without waiting for the device and always end after a bounded number of steps.
-
     Args:
-        gram: (T, T) symmetric Gram matrix of the gradients, as :func:`fastmtl.ops.gram` returns it; converted to
-            float64 if need be.
+        gram: (T, T) Gram matrix of the gradients, as :func:`fastmtl.ops.gram` returns it.
 
     Returns:
-        (T,) float64 weights on the device of ``gram``; float32 on MPS, which has no float64 (solved on the CPU).
+        (T,) float64 weights on the device of ``gram``; float32 on MPS.
 
     Raises:
         UsageError: ``gram`` is not a square matrix of floats.
-        BackendError: ``FASTMTL_BACKEND`` names a backend that cannot serve this tensor.
 
     Source:
         Liu, Li, Kuang, Xue, Chen, Yang, Liao and Zhang, "Towards impartial multi-task learning", ICLR 2021.

@@ -70,21 +70,18 @@ def min_norm(gram: Tensor, warm_start: Tensor | None = None) -> Tensor:
     that is positive semidefinite up to float64 rounding, whatever the scales of its rows; a coarser G is solved to its
     own rounding. Rows of length zero share the weight equally. A NaN or infinity in G makes all weights NaN.
 
-    The kernels run in float64 without waiting for the device and always end after a bounded number of steps. Where
-    several minimisers exist (linearly dependent gradients), one of them is returned, the same each time.
+    Where several minimisers exist (linearly dependent gradients), one of them is returned, the same each time.
 
     Args:
-        gram: (T, T) symmetric Gram matrix of the gradients, as :func:`fastmtl.ops.gram` returns it; converted to
-            float64 if need be.
+        gram: (T, T) Gram matrix of the gradients, as :func:`fastmtl.ops.gram` returns it.
         warm_start: (T,) weights of an earlier, similar G. The solver starts from the tasks that had weight there, which
             saves time and leaves the guarantee as it is.
 
     Returns:
-        (T,) float64 weights on the device of ``gram``; float32 on MPS, which has no float64 (solved on the CPU).
+        (T,) float64 weights on the device of ``gram``; float32 on MPS.
 
     Raises:
         UsageError: ``gram`` is not a square matrix of floats, or ``warm_start`` does not fit it.
-        BackendError: ``FASTMTL_BACKEND`` names a backend that cannot serve these tensors.
 
     Source:
         Désidéri, "Multiple-gradient descent algorithm (MGDA) for multiobjective optimization", 2012; Sener and Koltun,

@@ -34,20 +34,16 @@ def nash(gram: Tensor, warm_start: Tensor | None = None) -> Tensor:
     the scales of its rows; a coarser G gets the least ridge of 1e-9, 1e-8, ... that makes it definite. Rows of length
     zero have weight zero. A NaN or infinity in G makes all weights NaN.
 
-    The kernels run in float64 without waiting for the device and always end after a bounded number of steps.
-
     Args:
-        gram: (T, T) symmetric Gram matrix of the gradients, as :func:`fastmtl.ops.gram` returns it; converted to
-            float64 if need be.
+        gram: (T, T) Gram matrix of the gradients, as :func:`fastmtl.ops.gram` returns it.
         warm_start: (T,) weights of an earlier, similar G. Near the solution they save time; elsewhere they are not
             used. The guarantee stays as it is.
 
     Returns:
-        (T,) float64 weights on the device of ``gram``; float32 on MPS, which has no float64 (solved on the CPU).
+        (T,) float64 weights on the device of ``gram``; float32 on MPS.
 
     Raises:
         UsageError: ``gram`` is not a square matrix of floats, or ``warm_start`` does not fit it.
-        BackendError: ``FASTMTL_BACKEND`` names a backend that cannot serve these tensors.
 
     Source:
         Navon et al., "Multi-Task Learning as a Bargaining Game", ICML 2022.

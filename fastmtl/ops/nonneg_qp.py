@@ -89,18 +89,15 @@ def nonneg_qp(gram: Tensor, linear: Tensor) -> Tensor:
     and b gains by), y is finite and huge, and the first inequality fails in units of s d_i / max(d y): that is how to
     tell. A NaN or infinity gives NaN.
 
-    The kernels run in float64 without waiting for the device and always end after a bounded number of steps.
-
     Args:
         gram: (T, T) symmetric Gram matrix, as :func:`fastmtl.ops.gram` returns it; converted to float64 if need be.
         linear: (T,) the numbers b.
 
     Returns:
-        (T,) float64 solution on the device of ``gram``; float32 on MPS, which has no float64 (solved on the CPU).
+        (T,) float64 solution on the device of ``gram``; float32 on MPS.
 
     Raises:
         UsageError: ``gram`` is not a square matrix of floats, or ``linear`` does not fit it.
-        BackendError: ``FASTMTL_BACKEND`` names a backend that cannot serve these tensors.
 
     Source:
         Lawson and Hanson, "Solving least squares problems", 1974.

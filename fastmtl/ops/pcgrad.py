@@ -51,19 +51,17 @@ def pcgrad(gram: Tensor, orders: Tensor) -> Tensor:
     Weights do not depend on the scale of G. A NaN or infinity in G makes all of them NaN.
 
     Args:
-        gram: (T, T) symmetric Gram matrix of the gradients, as :func:`fastmtl.ops.gram` returns it; converted to
-            float64 if need be.
+        gram: (T, T) Gram matrix of the gradients, as :func:`fastmtl.ops.gram` returns it.
         orders: (T, L) int64 tasks that each gradient is projected against, L >= 0, usually a random permutation per
             row. A row may name its own task, under the same rule, or a task more than once. Or (T, T) float keys:
             each row's order is that of its rising keys, which saves sorting random ones before.
 
     Returns:
-        (T,) float64 weights on the device of ``gram``; float32 on MPS, which has no float64 (computed on the CPU).
+        (T,) float64 weights on the device of ``gram``; float32 on MPS.
 
     Raises:
         UsageError: ``gram`` is not a square matrix of floats, ``orders`` does not fit it, or holds what is no task. A
             kernel on another device than the CPU passes over such entries instead, as it does not wait to look at them.
-        BackendError: ``FASTMTL_BACKEND`` names a backend that cannot serve these tensors.
 
     Source:
         Yu et al., "Gradient surgery for multi-task learning", NeurIPS 2020.

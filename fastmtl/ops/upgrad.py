@@ -39,8 +39,7 @@ def upgrad(gram: Tensor, norm_eps: float = 1e-4, reg_eps: float = 1e-4) -> Tenso
     the bounds given there. A NaN or infinity in G makes all weights NaN.
 
     Args:
-        gram: (T, T) symmetric Gram matrix of the gradients, as :func:`fastmtl.ops.gram` returns it; converted to
-            float64 if need be.
+        gram: (T, T) Gram matrix of the gradients, as :func:`fastmtl.ops.gram` returns it.
         norm_eps: Where tr(G) is below it, G counts as zero and all weights are 1 / T.
         reg_eps: Regularisation of the normalised matrix.
 
@@ -49,7 +48,6 @@ def upgrad(gram: Tensor, norm_eps: float = 1e-4, reg_eps: float = 1e-4) -> Tenso
 
     Raises:
         UsageError: ``gram`` is not a square matrix of floats, or ``norm_eps`` or ``reg_eps`` is negative.
-        BackendError: ``FASTMTL_BACKEND`` names a backend that cannot serve these tensors.
 
     Source:
         Quinton and Rey, "Jacobian Descent for Multi-Objective Optimization", 2024.

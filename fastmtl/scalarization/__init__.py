@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from fastmtl.scalarization.base import Scalarizer
 from fastmtl.scalarization.dwa import DWA
-from fastmtl.scalarization.famo import FAMO
 from fastmtl.scalarization.fixed import Constant, GeometricMean, Mean, Random, Sum
-from fastmtl.scalarization.learned import IMTLL, UW
+from fastmtl.scalarization.learned import FAMO, IMTLL, UW
 from fastmtl.scalarization.preference import COSMOS, PBI, STCH
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Scalarizers with parameters that an optimizer trains together with the model."""
+"""Scalarizers that learn a number for each loss, by the model's optimizer or, FAMO, by one of their own."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from fastmtl.errors import UsageError
 from fastmtl.scalarization.base import Scalarizer, check_same_shape
+from fastmtl.support.settings import at_least
 from fastmtl.support.stateful import Stateful
+from fastmtl.weighting.rules import even_fall, even_fall_slope
 
-__all__ = ["IMTLL", "UW", "Learned"]
+__all__ = ["FAMO", "IMTLL", "UW", "Learned"]
+
+_TINY = 1e-8
 
 
 class Learned(Scalarizer, Stateful):
@@ -55,6 +60,83 @@ class IMTLL(Learned):
         """Return the scalar."""
         check_same_shape("the scales", self.log_scale, values)
         return (self.log_scale.exp() * values - self.log_scale).sum()
+
+
+class FAMO(Learned):
+    """``c sum_i z_i log(L_i - min_losses_i)`` with weights z that make all losses fall at the same relative rate.
+
+    c makes the update a convex combination of the losses' gradients. After the model's step, call :meth:`update` with
+    the losses the same batch then has: Adam moves the logits of z by how much each fell.
+
+    Args:
+        shape: Shape of the losses.
+        min_losses: Lower bounds of the losses; zeros if None.
+        lr: Learning rate of the logits, at least 0.
+        weight_decay: Their weight decay, at least 0.
+
+    Source: Liu, Feng, Stone and Liu, "FAMO: Fast Adaptive Multitask Optimization", NeurIPS 2023.
+    """
+
+    settings = ("shape", "lr", "weight_decay")
+    lr = at_least(0.0)
+    weight_decay = at_least(0.0)
+    parameter = "_w"
+    _w: nn.Parameter
+    min_losses: Tensor
+
+    def __init__(
+        self,
+        shape: int | Sequence[int],
+        min_losses: Tensor | None = None,
+        lr: float = 0.025,
+        weight_decay: float = 1e-3,
+    ) -> None:
+        super().__init__(shape)
+        self.lr = lr
+        self.weight_decay = weight_decay
+        bounds = torch.zeros(self.shape) if min_losses is None else min_losses
+        if bounds.shape != self._w.shape:
+            raise UsageError(f"min_losses must have the shape {self.shape}, got {tuple(bounds.shape)}.")
+        self.register_buffer("min_losses", bounds)
+        self._optimizer: torch.optim.Adam | None = None
+        self._prev_losses: Tensor | None = None
+
+    def forward(self, values: Tensor, /) -> Tensor:
+        """Return the scalar."""
+        check_same_shape("the logits", self._w, values)
+        self._prev_losses = values.detach().clone()
+        excess = values - self.min_losses + _TINY
+        known = excess.detach()
+        weights = even_fall(self._w.detach().flatten(), known.flatten()).reshape(values.shape)
+        return (weights * known * excess.log()).sum()
+
+    @torch.no_grad()
+    def update(self, values: Tensor, /) -> None:
+        """Move the weights.
+
+        Args:
+            values: The losses of the batch after the model's step.
+
+        Raises:
+            UsageError: There was no call before, or ``values`` has another shape.
+        """
+        if self._prev_losses is None:
+            raise UsageError("update must follow a call of the scalarizer with the losses before the step.")
+        check_same_shape("the logits", self._w, values)
+        before, after = (losses - self.min_losses + _TINY for losses in (self._prev_losses, values.detach()))
+        if self._optimizer is None:
+            self._optimizer = torch.optim.Adam([self._w], lr=self.lr, weight_decay=self.weight_decay)
+        slope = even_fall_slope(self._w.flatten(), before.flatten(), after.flatten())
+        self._w.grad = slope.reshape(self._w.shape)
+        self._optimizer.step()
+        # An optimizer the user gave these logits to shall not move them as well.
+        self._w.grad = None
+
+    def reset(self) -> None:
+        """Start from equal weights again."""
+        super().reset()
+        self._optimizer = None
+        self._prev_losses = None
 
 
 class UW(Learned):

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fastmtl.linalg import QuadprogProjector
-from fastmtl.support.hyper import Hyper
 from fastmtl.weighting.base import AbsWeighting, Weights
+from fastmtl.weighting.UPGrad import NORM_EPS, REG_EPS
 
 __all__ = ["DualProj"]
 
@@ -20,12 +20,7 @@ class DualProj(AbsWeighting):
 
     needs = "gram"
     allows_rep_grad = False
-    hyper = {  # noqa: RUF012
-        "DualProj_norm_eps": Hyper(type=float, default=1e-4, least=0.0, help="Traces of G below it count as zero."),
-        "DualProj_reg_eps": Hyper(
-            type=float, default=1e-4, least=0.0, help="Added to the diagonal of the normalised G."
-        ),
-    }
+    hyper = {"DualProj_norm_eps": NORM_EPS, "DualProj_reg_eps": REG_EPS}  # noqa: RUF012
 
     def weigh(
         self,

@@ -8,7 +8,10 @@ from fastmtl import ops
 from fastmtl.support.hyper import Hyper
 from fastmtl.weighting.base import AbsWeighting, Weights
 
-__all__ = ["UPGrad"]
+__all__ = ["NORM_EPS", "REG_EPS", "UPGrad"]
+
+NORM_EPS = Hyper(type=float, default=1e-4, least=0.0, help="Traces of G below it count as zero.")
+REG_EPS = Hyper(type=float, default=1e-4, least=0.0, help="Added to the diagonal of the normalised G.")
 
 
 class UPGrad(AbsWeighting):
@@ -22,10 +25,7 @@ class UPGrad(AbsWeighting):
 
     needs = "gram"
     allows_rep_grad = False
-    hyper = {  # noqa: RUF012
-        "UPGrad_norm_eps": Hyper(type=float, default=1e-4, least=0.0, help="Traces of G below it count as zero."),
-        "UPGrad_reg_eps": Hyper(type=float, default=1e-4, least=0.0, help="Added to the diagonal of the normalised G."),
-    }
+    hyper = {"UPGrad_norm_eps": NORM_EPS, "UPGrad_reg_eps": REG_EPS}  # noqa: RUF012
 
     def weigh(
         self,
