@@ -9,7 +9,7 @@ Example::
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,11 @@ __all__ = ["AbsLoss", "CELoss", "DepthLoss", "KLDivLoss", "L1Loss", "MSELoss", "
 
 _FORMERLY = {"CE_loss_fn": "CELoss", "KL_loss_fn": "KLDivLoss", "L1_loss_fn": "L1Loss", "MSE_loss_fn": "MSELoss"}
 
+# The losses, batch sizes and running sums of an `AbsLoss`.
+LossState = tuple[list[float], list[int], tuple[Tensor | None, float | Tensor]]
 
-def __getattr__(name: str) -> Any:
+
+def __getattr__(name: str) -> NoReturn:
     if name in _FORMERLY:
         raise UsageError(
             f"{name} is now the class {_FORMERLY[name]}: write {{'loss_fn': {_FORMERLY[name]}()}} in place of [{name}]."
@@ -51,7 +54,7 @@ class AbsLoss:
 
     _running: RunningMean
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+    def __new__(cls, *args: object, **kwargs: object) -> Self:
         """Give the loss its sums, also where a class written for LibMTL leaves out ``super().__init__()``."""
         loss = super().__new__(cls)
         loss._running = RunningMean()
@@ -90,7 +93,7 @@ class AbsLoss:
             )
         self._running.add(loss, batch_size)
 
-    def _update_loss(self, pred: Any, gt: Any) -> Tensor:
+    def _update_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
         loss = self.compute_loss(pred, gt)
         self.accumulate(loss, pred.size()[0])
         return loss
@@ -107,11 +110,11 @@ class AbsLoss:
         self.bs = []
         self._running.reset()
 
-    def _state(self) -> tuple[Any, ...]:
+    def _state(self) -> LossState:
         """Return what has been accumulated, for :meth:`_restore`."""
         return self.record, self.bs, self._running.state()
 
-    def _restore(self, state: tuple[Any, ...]) -> None:
+    def _restore(self, state: LossState) -> None:
         self.record, self.bs, running = state
         self._running.restore(running)
 

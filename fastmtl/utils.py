@@ -8,7 +8,6 @@ import random
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -64,7 +63,7 @@ def count_parameters(model: nn.Module) -> None:
     print("Non-trainable Params:", frozen)
 
 
-def set_param(curr_mod: nn.Module, name: str, param: Tensor | None = None, mode: str = "update") -> Any:
+def set_param(curr_mod: nn.Module, name: str, param: Tensor | None = None, mode: str = "update") -> Tensor | None:
     """Replace a parameter by its dotted name, also by a tensor that is none, or return it.
 
     Args:

@@ -161,8 +161,8 @@ def _fastest(work: Callable[[], object], seconds: float) -> float:
 
 
 def _compile() -> Facts:
-    regions = importlib.import_module("fastmtl.engine.regions")
-    compiler, reason = regions.cpp_compiler()
+    inductor = importlib.import_module("fastmtl.engine.inductor")
+    compiler, reason = inductor.cpp_compiler()
     functorch = importlib.import_module("torch._functorch.config")
     return {
         "cpu": compiler is not None,
@@ -170,7 +170,7 @@ def _compile() -> Facts:
         "cpp_compiler": compiler,
         "triton": _version("triton"),
         "donated_buffer": getattr(functorch, "donated_buffer", None),
-        "trace_autograd_ops": regions.traces_gradients(),
+        "trace_autograd_ops": inductor.traces_gradients(),
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastmtl.errors import UsageError
 from fastmtl.model.segnet import SegNet, SegNet_MTAN_decoder, SegNet_MTAN_encoder
@@ -51,7 +51,7 @@ _ELSEWHERE = {"DeepLabHead": "deeplab", "resnet_dilated": "dilated"}
 _FORMERLY = {f"ResNet{depth}": f"resnet{depth}" for depth in (18, 34, 50, 101, 152)}
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name in __all__:
         return getattr(importlib.import_module(f"fastmtl.model.{_ELSEWHERE.get(name, 'resnet')}"), name)
     if name in _FORMERLY:

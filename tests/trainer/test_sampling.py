@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastmtl.errors import UsageError
+from fastmtl.trainer.log.jsonl import JsonlLogger, read_jsonl
 from fastmtl.trainer.log.records import StepBuffer
 from fastmtl.trainer.tasks import TaskSampler
 from fastmtl.utils import set_random_seed
@@ -105,3 +106,21 @@ def test_refused(options: dict[str, Any], message: str) -> None:
     options = dict(options)
     with pytest.raises(UsageError, match=message):
         _trainer(options.pop("name", "MGDA"), **options)
+
+
+@pytest.mark.parametrize(("count", "per_step"), [(3, 2), (4, 3)])
+def test_the_logged_share_of_conflicts_is_that_of_the_pairs_in_the_step(
+    count: int, per_step: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    trainer = _trainer("MGDA", count=count, tasks_per_step=per_step, log_every=1, logger=JsonlLogger(path))
+    trainer.train(loaders(count, rows=160), loaders(count), 1)
+    rows = [row for row in read_jsonl(path) if row["event"] == "steps"]
+    assert len(rows) == 20
+    shares = set()
+    for row in rows:
+        cosines = [cosine for cosine in row["cosine"].values() if cosine is not None]
+        assert len(cosines) == per_step * (per_step - 1) // 2
+        shares.add(row["conflict"]["share"])
+        assert row["conflict"]["share"] == pytest.approx(sum(cosine < 0 for cosine in cosines) / len(cosines))
+    assert len(shares) > 1

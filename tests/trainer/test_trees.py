@@ -50,7 +50,8 @@ def test_what_moves_itself_is_not_taken_apart() -> None:
         def to(self, *_: Any, **__: Any) -> str:
             return "moved"
 
-    assert to_device([Moving()], torch.device("cpu")) == ["moved"]
+    given: list[Any] = [Moving()]
+    assert to_device(given, torch.device("cpu")) == ["moved"]
 
 
 def test_training_on_named_tuples() -> None:
