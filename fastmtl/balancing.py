@@ -181,7 +181,7 @@ class _Balance:
         rows = [([loss], [seed]) for loss, seed in zip(self.losses, self._seeds(scale), strict=True)]
         found = jacobians(rows, len(rows), shared, False, own, lambda grads: add_grads(own, grads))
         with torch.no_grad():
-            weights = self.aggregator.write(comm.whole_row(found), shared)
+            weights = self.aggregator.write(comm.sums(found), shared)
         comm.broadcast([weights])
         if comm.shares_batches:
             comm.broadcast([param.grad for param in shared])

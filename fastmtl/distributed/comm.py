@@ -60,6 +60,10 @@ class DataParallel(Comm):
         return self.peers.sum_(tensor)
 
     @override
+    def sums(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return self.peers.sums(tensors)
+
+    @override
     def mean(self, losses: Tensor, share: Tensor | None) -> Tensor:
         assert share is not None
         return self.peers.sum_(losses.to(share.dtype) * share).to(losses.dtype)

@@ -65,7 +65,7 @@ class ShardedModel:
         self.trained = [shards.get(name, param) for name, param in model.named_parameters()]
         self.kept = [param for param in model.parameters() if param in whole]
         self.gather()
-        self.shard_of = {param: shards[name] for name, param in model.named_parameters() if name in shards}
+        self.shard_of: dict[Tensor, nn.Parameter] = {param: shards[name] for name, param in model.named_parameters() if name in shards}
         self._shapes = [(param.shape if name in shards else None) for name, param in model.named_parameters()]
 
     def gather(self) -> None:
@@ -261,7 +261,7 @@ class GradientShards:
         self,
         outputs: Sequence[Tensor],
         cotangents: Sequence[Tensor | None],
-        own: Sequence[nn.Parameter],
+        own: Sequence[Tensor],
         retain: bool,
     ) -> tuple[Row, Row]:
         """Differentiate; return the pieces of the shared parameters' gradients, and the whole ones of ``own``."""
@@ -348,7 +348,7 @@ class GradientShards:
         shard.grad = grad if shard.grad is None else shard.grad + grad
 
     @torch.no_grad()
-    def clip(self, max_norm: float | Tensor, shared_only: bool, kept: Sequence[nn.Parameter]) -> None:
+    def clip(self, max_norm: float | Tensor, shared_only: bool, kept: Sequence[Tensor]) -> None:
         """Bring the norm of the gradients together down to ``max_norm``; ``kept`` are whole in every process."""
         params = self.params[: self._count] if shared_only else self.params
         grads = [grad for param in params if (grad := self.model.shard_of[param].grad) is not None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor, nn
 
@@ -14,7 +14,9 @@ from fastmtl.engine.losses import Problem
 if TYPE_CHECKING:
     from fastmtl.distributed.sharded import ShardedModel
 
-__all__ = ["Whole", "comm_of_loop", "make_comm", "make_storage"]
+__all__ = ["Storage", "Whole", "comm_of_loop", "make_comm", "make_storage"]
+
+Storage: TypeAlias = "Whole | ShardedModel"
 
 
 class Whole:
@@ -51,9 +53,7 @@ class Whole:
         return state
 
 
-def make_storage(
-    model: nn.Module, peers: Peers, strategy_params: Sequence[nn.Parameter], shard: str
-) -> Whole | ShardedModel:
+def make_storage(model: nn.Module, peers: Peers, strategy_params: Sequence[nn.Parameter], shard: str) -> Storage:
     """Return where the parameters are; with ``shard="fsdp"`` and several processes they are cut now.
 
     Args:
@@ -69,7 +69,7 @@ def make_storage(
     return ShardedModel(model, peers, strategy_params)
 
 
-def make_comm(peers: Peers, problem: Problem, storage: Whole | ShardedModel, exact: bool) -> Comm:
+def make_comm(peers: Peers, problem: Problem, storage: Storage, exact: bool) -> Comm:
     """Return what the engine asks of the other processes.
 
     Args:

@@ -30,7 +30,10 @@ class CutsRows(Protocol):
 class SplitsRows(Protocol):
     """A strategy that may keep numbers of the shape of the rows."""
 
-    row_states: Mapping[str, CutsRows]
+    @property
+    def row_states(self) -> Mapping[str, CutsRows]:
+        """Return what it keeps, by name."""
+
     sum_parts: Callable[[Tensor], Tensor] | None
 
 
@@ -108,6 +111,10 @@ class Comm:
     def total(self, tensor: Tensor) -> Tensor:
         """Return the sum of a tensor over the processes; it may be written into."""
         return tensor
+
+    def sums(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the sums of tensors over the processes."""
+        return list(tensors)
 
     def mean(self, losses: Tensor, share: Tensor | None) -> Tensor:
         """Return the losses (T,) of all parts of a batch, from those of this part and its share in the step's."""

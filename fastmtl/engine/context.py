@@ -14,7 +14,7 @@ from fastmtl.engine.losses import Problem
 from fastmtl.engine.model import Labels, Tasks
 from fastmtl.engine.scaling import LossScale
 
-__all__ = ["Batch", "StepContext", "batch_shares", "mean_losses"]
+__all__ = ["Batch", "StepContext", "batch_shares", "mean_losses", "step_losses"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +119,13 @@ class StepContext:
             for (inputs, _), own, share in zip(batches, labels, shares, strict=True)
         ]
         return cls(batches=tuple(made), tasks=tasks, scaling=scaling, lr=lr, row_shares=row_shares)
+
+
+def step_losses(problem: Problem, ctx: StepContext, losses: Tensor, comm: Comm) -> Tensor:
+    """Return the losses (T,) of a step from those of its batches (n, T): samples' mean; accumulated ones add up."""
+    if len(ctx.batches) > 1 and ctx.batches[0].complete:
+        return mean_losses(problem, ctx.tasks, losses, [batch.labels for batch in ctx.batches], comm)
+    return losses.sum(0)
 
 
 def batch_shares(problem: Problem, tasks: Tasks, labels: Sequence[Labels], comm: Comm) -> Tensor:

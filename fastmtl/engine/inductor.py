@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ _POOLING = (torch.ops.aten.max_pool2d_with_indices.default, torch.ops.aten.max_p
 _CACHE_KEY = "fastmtl.regions.1"
 
 
-def compile_graph(graph: torch.fx.GraphModule, inputs: Sequence[object]) -> Callable[..., Any]:
+def compile_graph(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
     """Return a graph compiled by inductor."""
     from torch._inductor.compile_fx import compile_fx
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 __all__ = ["Features", "Labels", "MTLModel", "Tasks"]
 
 # Tensors, or containers of them.
-Features: TypeAlias = tuple[object, ...]
+Features: TypeAlias = tuple[Any, ...]
 # The labels of a batch by task; None stands for those that only other batches or processes of the step have.
 Labels: TypeAlias = Mapping[str, object]
 Tasks: TypeAlias = tuple[str, ...]
@@ -28,7 +28,6 @@ class MTLModel(Protocol):
         device: Where the model is.
         rep_grad: Whether the gradients of the representations are balanced.
         multi_input: Whether each task has inputs of its own.
-        splits: Whether ``trunk`` and ``branch`` are its ``forward``.
         decoders: The decoder of each task.
         rep: After a forward pass in one piece with ``rep_grad``: the representation, or one for each task.
         rep_tasks: The same, cut off, for each task.
@@ -40,10 +39,13 @@ class MTLModel(Protocol):
     device: torch.device
     rep_grad: bool
     multi_input: bool
-    splits: bool
     decoders: nn.ModuleDict
     rep: Tensor | dict[str, Tensor]
     rep_tasks: dict[str, Tensor]
+
+    @property
+    def splits(self) -> bool:
+        """Return whether ``trunk`` and ``branch`` are its ``forward``."""
 
     def __call__(self, inputs: object, task_name: str | None = None) -> dict[str, object]:
         """Return the predictions by task, of one task if it is named."""

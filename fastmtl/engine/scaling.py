@@ -55,9 +55,9 @@ class LossScale:
         """Return unscaled rows."""
         return rows
 
-    def watched(self, *values: Tensor | None) -> tuple[Tensor | None, ...]:
+    def watched(self, gram: Tensor | None, weights: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Return what of a step's Gram matrix and weights is an error if it is not finite."""
-        return values
+        return gram, weights
 
     def unscale(self, params: Iterable[nn.Parameter]) -> None:
         """Divide ``.grad`` by the scale."""

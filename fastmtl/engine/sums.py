@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastmtl.engine.buffers import keeping_buffers
 from fastmtl.engine.comm import Comm
-from fastmtl.engine.context import Batch, StepContext
+from fastmtl.engine.context import Batch, StepContext, step_losses
 from fastmtl.engine.jacobian import detached
 from fastmtl.engine.methods.base import forward, mean_of_forwards
 from fastmtl.engine.pullback import Sum
@@ -40,7 +40,7 @@ class LossSum:
         self._first: Sum | None = None
         if len(ctx.batches) > 1 and reads_losses:
             with torch.no_grad(), keeping_buffers(regions.problem.model):
-                self.losses = mean_of_forwards(regions, ctx.batches, comm).sum(0)
+                self.losses = self._of_step(mean_of_forwards(regions, ctx.batches, comm))
         else:
             self._first = self._forward(ctx.batches[0])
             self.losses = self._losses[0]
@@ -61,7 +61,10 @@ class LossSum:
             pending.backward(weights.shared)
             del pending
         self._comm.reduce(self._ctx.tasks)
-        self.losses = torch.stack(self._losses).sum(0)
+        self.losses = self._of_step(torch.stack(self._losses))
+
+    def _of_step(self, losses: Tensor) -> Tensor:
+        return step_losses(self._regions.problem, self._ctx, losses, self._comm)
 
 
 class LossEngine:

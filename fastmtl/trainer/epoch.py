@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from fastmtl.engine.labels import present_tasks
 from fastmtl.support.profiling import part
 from fastmtl.trainer.checkpoint.files import rng_state, set_rng_state
+from fastmtl.trainer.checkpoint.writer import Checkpoints
 from fastmtl.trainer.compile.report import measure_compiled
 from fastmtl.trainer.evaluation import report
+from fastmtl.trainer.freezing import follow_freezing
 from fastmtl.trainer.log.records import StepBuffer
 from fastmtl.trainer.run.interrupt import DeferredInterrupt
 from fastmtl.trainer.setup.loaders import count_batches, train_batches
-
-if TYPE_CHECKING:
-    from fastmtl.trainer.trainer import Trainer
+from fastmtl.trainer.state import TrainerState
+from fastmtl.trainer.step import Predictions
 
 __all__ = ["TrainingEpoch"]
 
@@ -28,14 +30,24 @@ class TrainingEpoch:
 
     Args:
         trainer: The trainer.
+        checkpoints: Its checkpoints.
         loaders: Its training data.
         index: The epoch, from 0.
         steps: Steps of an epoch.
         interrupt: Holds Ctrl-C back until a step is done.
     """
 
-    def __init__(self, trainer: Trainer, loaders: Any, index: int, steps: int, interrupt: DeferredInterrupt) -> None:
+    def __init__(
+        self,
+        trainer: TrainerState,
+        checkpoints: Checkpoints,
+        loaders: Any,
+        index: int,
+        steps: int,
+        interrupt: DeferredInterrupt,
+    ) -> None:
         self._trainer = trainer
+        self._checkpoints = checkpoints
         self._loaders = loaders
         self._index = index
         self._steps = steps
@@ -46,7 +58,7 @@ class TrainingEpoch:
     def run(self, start: Mapping[str, Any]) -> None:
         """Train from step ``start["batch"]`` on, which is where a checkpoint left off."""
         trainer, steps = self._trainer, self._steps
-        trainer.follow_freezing()
+        follow_freezing(trainer)
         step = trainer.step
         model, meter, profiler = trainer.model, trainer.meter, trainer.profiler
         model.epoch = self._index
@@ -79,7 +91,7 @@ class TrainingEpoch:
                 self._log(done)
             if done < steps:
                 if saves:
-                    trainer.checkpoints.save_last(self._index, done, self._rng)
+                    self._checkpoints.save_last(self._index, done, self._rng)
                 self._check_interrupt(done)
         if profiler is not None:
             profiler.finish()
@@ -91,7 +103,7 @@ class TrainingEpoch:
     def _batches(self, start: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
         """Return the epoch's batches from step ``start["batch"]`` on, with the random numbers they had then."""
         trainer, step = self._trainer, self._trainer.step
-        skip, own = start["batch"], trainer.checkpoints.generators
+        skip, own = start["batch"], self._checkpoints.generators
         self._rng = rng_state(own)
         if skip:
             self._rng = start["epoch_rng"]
@@ -107,14 +119,12 @@ class TrainingEpoch:
             set_rng_state(start["rng"], own)
         return batches
 
-    def _step(
-        self, batches: list[tuple[Any, Any]], present: list[int] | None
-    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    def _step(self, batches: list[tuple[Any, Any]], present: list[int] | None) -> tuple[dict[str, Tensor], Predictions]:
         """Run one step; once, when it is compiled and warm, also tell how much of it was."""
         trainer, step = self._trainer, self._trainer.step
         if not step.engine.regions.compiled or trainer.compile_report is not None or step.warmth < 2:
             return step(batches, self._buffer, present)
-        results: list[tuple[dict[str, Any], list[dict[str, Any]]]] = []
+        results: list[tuple[dict[str, Tensor], Predictions]] = []
         report = measure_compiled(lambda: results.append(step(batches, self._buffer, present)), step.engine.regions)
         trainer.compile_report = report
         trainer.logger.on_compile(str(report))
@@ -129,15 +139,14 @@ class TrainingEpoch:
 
     def _check_interrupt(self, done: int) -> None:
         """Leave a checkpoint of where training was if it was interrupted after ``done`` steps."""
-        trainer = self._trainer
         try:
             self._interrupt.check()
         except KeyboardInterrupt:
             if len(self._buffer):
                 self._log(done)
             # Processes are interrupted at different steps, so what they would have to collect is not one state.
-            if not trainer.checkpoints.gathers:
-                trainer.checkpoints.save_last(self._index, done, self._rng)
+            if not self._checkpoints.gathers:
+                self._checkpoints.save_last(self._index, done, self._rng)
             raise
 
     def _log(self, done: int) -> None:
@@ -155,4 +164,4 @@ class TrainingEpoch:
                 f"fp16: {records.skipped} of {next_step} steps so far were skipped, as gradients overflowed; the loss "
                 f"scale is {records.loss_scale:g}"
             )
-        trainer.guard.check(trainer.checkpoints.last_one())
+        trainer.guard.check(self._checkpoints.last_one())

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from fastmtl.trainer.setup.loaders import eval_batches
-
-if TYPE_CHECKING:
-    from fastmtl.trainer.trainer import Trainer
+from fastmtl.trainer.state import TrainerState
 
 __all__ = ["evaluate", "report"]
 
 
 @torch.no_grad()
-def evaluate(trainer: Trainer, loaders: Any, mode: str, epoch: int | None) -> None:
+def evaluate(trainer: TrainerState, loaders: Any, mode: str, epoch: int | None) -> None:
     """Run the network on all batches, and print and log losses and scores.
 
     Args:
@@ -44,7 +42,7 @@ def evaluate(trainer: Trainer, loaders: Any, mode: str, epoch: int | None) -> No
     report(trainer, mode, epoch)
 
 
-def report(trainer: Trainer, mode: str, epoch: int | None) -> None:
+def report(trainer: TrainerState, mode: str, epoch: int | None) -> None:
     """Print and log the scores of the pass that the meter has just ended."""
     meter = trainer.meter
     meter.display(mode, epoch)

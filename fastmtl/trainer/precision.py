@@ -82,9 +82,9 @@ class LossScaler(LossScale):
         return [[None if grad is None else grad * inverse.to(grad.dtype) for grad in row] for row in rows]
 
     @override
-    def watched(self, *values: Tensor | None) -> tuple[Tensor | None, ...]:
+    def watched(self, gram: Tensor | None, weights: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         # A float16 gradient that overflows is no error: the step is skipped, and the scale falls.
-        return (None,) * len(values)
+        return None, None
 
     @override
     @torch.no_grad()

@@ -30,7 +30,7 @@ from fastmtl.trainer.tasks import StepTasks, TaskSampler, step_tasks
 from fastmtl.trainer.weight_state import WeightState
 from fastmtl.weighting import AbsWeighting
 
-__all__ = ["TrainingStep"]
+__all__ = ["Predictions", "TrainingStep"]
 
 Batches: TypeAlias = Sequence[tuple[object, Labels]]
 Predictions: TypeAlias = list[Mapping[str, object]]
@@ -134,7 +134,8 @@ class TrainingStep:
         if self.strategy.looks_back and not self.runs_backward:
             with torch.no_grad(), tasks.alone(self.strategy), self.scaler.undoing(state):
                 self.strategy.after_step(self._losses_after(ctx), **self.hyper)
-        return self._shown(tasks, losses), preds, tasks.spread(weights, torch.nan), tasks.spread(gram, torch.nan)
+        shown = self._spread(tasks, losses, torch.nan)
+        return shown, preds, tasks.spread(weights, torch.nan), tasks.spread(gram, torch.nan)
 
     def _context(self, batches: Batches, tasks: StepTasks) -> StepContext:
         """Return the facts of this step."""
@@ -157,8 +158,8 @@ class TrainingStep:
         """Let the optimizer use the gradients, unless something was not finite."""
         with part("optimizer"), tasks.keeping(self.optimizer.optimizer, self.strategy):
             self.comm.reshard()
-            watched = [tasks.spread(values, 0.0) for values in (losses, *self.scaler.watched(gram, weights))]
-            self.guard.watch(*watched)
+            gram, weights = self.scaler.watched(gram, weights)
+            self.guard.watch(self._spread(tasks, losses, 0.0), tasks.spread(gram, 0.0), tasks.spread(weights, 0.0))
             if self.options.clip_grad_norm is not None:
                 self.comm.clip(self.options.clip_grad_norm, shared_only=False)
             self.scaler.settle(self.guard.found_inf)
@@ -189,10 +190,10 @@ class TrainingStep:
         return nothing / 0, [], None, None
 
     @staticmethod
-    def _shown(tasks: StepTasks, losses: Tensor) -> Tensor:
-        shown = tasks.spread(losses, torch.nan)
-        assert shown is not None
-        return shown
+    def _spread(tasks: StepTasks, losses: Tensor, fill: float) -> Tensor:
+        spread = tasks.spread(losses, fill)
+        assert spread is not None
+        return spread
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs."""

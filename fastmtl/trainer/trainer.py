@@ -14,24 +14,21 @@ from torch import nn
 from fastmtl.architecture import AbsArchitecture
 from fastmtl.distributed import Alone, join
 from fastmtl.distributed.norm import synchronize
-from fastmtl.distributed.storage import make_comm, make_storage
-from fastmtl.engine.losses import Problem
+from fastmtl.distributed.storage import make_storage
 from fastmtl.errors import UsageError
 from fastmtl.support.memory import keep_freed_memory
 from fastmtl.support.profiling import StepProfiler
-from fastmtl.trainer.checkpoint.files import load_model_state, read_checkpoint, set_rng_state
-from fastmtl.trainer.checkpoint.state import BEGINNING, resume_run
+from fastmtl.trainer.checkpoint.files import load_model_state, read_checkpoint
+from fastmtl.trainer.checkpoint.resume import BEGINNING, resume_run
 from fastmtl.trainer.checkpoint.writer import Checkpoints
-from fastmtl.trainer.compile.report import CompileReport
-from fastmtl.trainer.epoch import TrainingEpoch
 from fastmtl.trainer.evaluation import evaluate
 from fastmtl.trainer.guard import FiniteGuard
-from fastmtl.trainer.log.logger import Logger, RunInfo, as_logger
+from fastmtl.trainer.log.logger import Logger, as_logger
 from fastmtl.trainer.log.meter import PerformanceMeter
 from fastmtl.trainer.log.records import StepSignals
+from fastmtl.trainer.loop import run_epochs
 from fastmtl.trainer.optimizer import make_optimizer, make_scheduler
-from fastmtl.trainer.precision import PRECISIONS, set_tf32
-from fastmtl.trainer.run.interrupt import DeferredInterrupt
+from fastmtl.trainer.precision import set_tf32
 from fastmtl.trainer.setup.checks import (
     check_arguments,
     check_counts,
@@ -41,17 +38,17 @@ from fastmtl.trainer.setup.checks import (
     find_device,
     make_folder,
 )
-from fastmtl.trainer.setup.loaders import check_loaders, count_batches, generators, to_channels_last, to_device
+from fastmtl.trainer.setup.loaders import check_loaders
 from fastmtl.trainer.setup.model import make_model
 from fastmtl.trainer.setup.options import StepOptions, check_distributed, check_options
-from fastmtl.trainer.step import TrainingStep
+from fastmtl.trainer.state import TrainerState
 from fastmtl.utils import count_parameters
 from fastmtl.weighting import AbsWeighting
 
 __all__ = ["Trainer"]
 
 
-class Trainer(nn.Module):
+class Trainer(TrainerState):
     """Trains one network on several tasks.
 
     Args:
@@ -185,20 +182,20 @@ class Trainer(nn.Module):
             keep_freed_memory()
         if given.tf32 is not None:
             set_tf32(given.tf32, self.device)
-        self.task_dict: dict[str, dict[str, Any]] = given.task_dict
+        self.task_dict = given.task_dict
         self.task_name = check_tasks(given.task_dict, given.decoders)
         self.task_num = len(self.task_name)
-        self.rep_grad: bool = given.rep_grad
-        self.multi_input: bool = given.multi_input
+        self.rep_grad = given.rep_grad
+        self.multi_input = given.multi_input
         self.scheduler_param = given.scheduler_param
         self.save_path = None if given.save_path is None else make_folder(given.save_path)
         self.load_path: str | None = given.load_path
-        self.channels_last: bool = given.channels_last
-        self.checkpoint_every: int | None = given.checkpoint_every
-        self.log_every: int = given.log_every
-        self.limit_batches: int | None = given.limit_batches
+        self.channels_last = given.channels_last
+        self.checkpoint_every = given.checkpoint_every
+        self.log_every = given.log_every
+        self.limit_batches = given.limit_batches
         self.logger = as_logger(given.logger if self.peers.leads else None)
-        self.batch_weight: np.ndarray = np.zeros((self.task_num, 0, 0))
+        self.batch_weight = np.zeros((self.task_num, 0, 0))
 
     def _prepare_model(self, given: SimpleNamespace) -> None:
         made = make_model(
@@ -214,12 +211,12 @@ class Trainer(nn.Module):
         )
         self.model, rule = made.model, made.rule
         self.weighting, self.architecture = rule.__name__, made.network.__name__
-        self._strategy_params = made.strategy_params
+        self.strategy_params = made.strategy_params
         self.model.to(self.device)
         if given.sync_batch_norm:
             synchronize(self.model, self.peers)
         if self.channels_last:
-            self.model.to(memory_format=torch.channels_last)
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         needs = rule.needs_of_step()
         if needs != "backward":
             check_weighting(self.model, rule, self.architecture, self.rep_grad)
@@ -245,83 +242,28 @@ class Trainer(nn.Module):
             if given.sync_batch_norm and options.compile:
                 raise UsageError("sync_batch_norm cannot be combined with compile: its messages cannot be compiled.")
         self.peers.from_leader([*self.model.parameters(), *self.model.buffers()])
-        self.storage = make_storage(self.model, self.peers, self._strategy_params, options.shard)
+        self.storage = make_storage(self.model, self.peers, self.strategy_params, options.shard)
         sparse = any(getattr(module, "sparse", False) for module in self.model.modules())
         self.optimizer = make_optimizer(self.storage.trained, given.optim_param, self.device, sparse)
         self.scheduler = make_scheduler(self.optimizer, given.scheduler_param)
-        self.step = self._make_step(options)
+        self.step = self.make_step(options)
 
     def _begin(self, given: SimpleNamespace) -> None:
         """Go on from a checkpoint, if there is one, and let all processes begin with the same."""
-        self.compile_report: CompileReport | None = None
+        self.compile_report = None
         self.skipped = 0
         self.profiler = None if given.profile is None else StepProfiler(Path(given.profile), self.device)
-        self._start = BEGINNING
+        self.start = BEGINNING
         self.checkpoints = Checkpoints(self)
         if given.resume is not None:
-            self._start = resume_run(self, Path(given.resume))
+            self.start = resume_run(self, Path(given.resume))
         self.peers.from_leader([*self.storage.kept, *self.common_buffers()])
         self.checkpoints.agree(self.peers)
-
-    def common_buffers(self) -> list[torch.Tensor]:
-        """Return the buffers that every process has whole."""
-        in_pieces = self.model.row_states if self.step.comm.cuts_rows else ()
-        return [buffer for name, buffer in self.model.named_buffers() if name not in in_pieces]
-
-    def _make_step(self, options: StepOptions) -> TrainingStep:
-        self._trained = {name for name, param in self.model.named_parameters() if param.requires_grad}
-        low_precision = PRECISIONS[options.precision]
-        problem = Problem(self.model, self.meter.losses, self.process_preds, low_precision, self._strategy_params)
-        # Rows of representations are small: they are summed as they are.
-        exact = options.gram == "exact" and self.model.needs in ("gram", "rows") and not self.model.rep_grad
-        comm = make_comm(self.peers, problem, self.storage, exact)
-        hyper, tell = self.kwargs["weight_args"], self.logger.on_compile
-        return TrainingStep(self.model, problem, self.optimizer, self.guard, tell, hyper, options, comm)
-
-    def follow_freezing(self) -> None:
-        """Train from now on the parameters that require gradients now.
-
-        Raises:
-            UsageError: Shared parameters are among them that were not, and something is kept for each of those that
-                were.
-        """
-        params = dict(self.model.named_parameters())
-        for param in params.values():
-            if not param.requires_grad:
-                # An optimizer moves what has a gradient of zeros, by its momentum.
-                param.grad = None
-        added = {name for name, param in params.items() if param.requires_grad} - self._trained
-        if not added:
-            return
-        shared, kept = set(self.model.get_share_params()), None
-        if self.storage.is_sharded:
-            kept = "shards are made"
-        elif any(params[name] in shared for name in added):
-            if self.model.row_states:
-                kept = f"{self.weighting} remembers gradients"
-            elif self.model.groups(**self.kwargs["weight_args"]) is not None:
-                kept = f"{self.weighting} makes groups"
-        if kept is not None:
-            raise UsageError(
-                f"Parameters require gradients that did not before, and {kept} of those that did: make a new Trainer."
-            )
-        state = self.step.state_dict()
-        self.step = self._make_step(self.step.options)
-        self.step.load_state_dict(state)
 
     @property
     def latest(self) -> StepSignals | None:
         """Losses, task weights and Gram matrix of the last step, with its norms, cosines and conflict rate; tensors."""
         return self.step.latest
-
-    def process_preds(self, preds: Any, task_name: str | None = None) -> Any:
-        """Change the predictions before losses and metrics see them; override it, it does nothing here.
-
-        Args:
-            preds: Predictions by task, or, if multi-input, the prediction of ``task_name``.
-            task_name: The task, if multi-input.
-        """
-        return preds
 
     def train(
         self,
@@ -352,67 +294,8 @@ class Trainer(nn.Module):
         if isinstance(train_dataloaders, bool):
             return super().train(train_dataloaders)
         with self.peers.one_voice():
-            return self._train(train_dataloaders, test_dataloaders, epochs, val_dataloaders, return_weight)
-
-    def _train(
-        self, train_dataloaders: Any, test_dataloaders: Any, epochs: int, val_dataloaders: Any, return_weight: bool
-    ) -> Any:
-        check_counts(epochs=epochs)
-        given = {"train_dataloaders": train_dataloaders, "test_dataloaders": test_dataloaders}
-        if val_dataloaders is not None:
-            given["val_dataloaders"] = val_dataloaders
-        for what, loaders in given.items():
-            check_loaders(loaders, self.task_name, self.multi_input, what)
-        self.meter.has_val = val_dataloaders is not None
-        batches = count_batches(train_dataloaders, self.multi_input, self.limit_batches)
-        if len(counts := set(self.peers.gather(batches))) > 1:
-            raise UsageError(f"train_dataloaders must have the same length in all processes, got {sorted(counts)}.")
-        steps = -(-batches // self.step.options.accumulate)
-        self.batch_weight = np.zeros((self.task_num, epochs, steps))
-        self.model.train_loss_buffer = np.zeros((self.task_num, epochs))
-        info = self._run_info(epochs, steps)
-        if epochs <= info.start_epoch:
-            print(f"Nothing is left to train: {info.start_epoch} of {epochs} epochs are done; raise epochs to go on.")
-        # Where a checkpoint left off; a further call begins anew, from the parameters of now.
-        start, self._start = self._start, BEGINNING
-        self.checkpoints.generators = generators(train_dataloaders, self.multi_input)
-        if "rng" in start:
-            set_rng_state(start["rng"], self.checkpoints.generators)
-        known = np.array(start["train_losses"]).reshape(self.task_num, -1)[:, :epochs]
-        self.model.train_loss_buffer[:, : known.shape[1]] = known
-        self.model.epochs = epochs
-        try:
-            self.logger.on_start(info)
-            with DeferredInterrupt(tells=self.peers.leads) as interrupt:
-                for epoch in range(start["epoch"], epochs):
-                    if start["batch"] < steps:
-                        TrainingEpoch(self, train_dataloaders, epoch, steps, interrupt).run(start)
-                    start = BEGINNING
-                    self._evaluate_epoch(val_dataloaders, test_dataloaders, epoch)
-                    interrupt.check()
-        finally:
-            if self.profiler is not None:
-                self.profiler.stop()
-            self.logger.on_end(self.meter.best_result["epoch"], self.meter.best_result["result"] or {})
-        self.meter.display_best_result()
+            run_epochs(self, self.checkpoints, train_dataloaders, test_dataloaders, epochs, val_dataloaders)
         return self.batch_weight if return_weight else None
-
-    def prepared(self, batch: tuple[Any, Any]) -> tuple[Any, Any]:
-        """Return a batch on the trainer's device, its images in the memory format asked for."""
-        inputs, labels = to_device(batch, self.device)
-        return (to_channels_last(inputs) if self.channels_last else inputs), labels
-
-    def _evaluate_epoch(self, val: Any, test: Any, epoch: int) -> None:
-        if val is not None:
-            evaluate(self, val, "val", epoch)
-        evaluate(self, test, "test", epoch)
-        if self.scheduler is not None:
-            if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-                self.scheduler.step(self.meter.improvement or 0.0)
-            else:
-                self.scheduler.step()
-        self.checkpoints.save_best(epoch)
-        self.checkpoints.save_last(epoch + 1, 0, None)
 
     def test(
         self, test_dataloaders: Any, epoch: int | None = None, mode: str = "test", return_improvement: bool = False
@@ -429,17 +312,3 @@ class Trainer(nn.Module):
         with self.peers.one_voice():
             evaluate(self, test_dataloaders, mode, epoch)
         return self.meter.improvement if return_improvement else None
-
-    def _run_info(self, epochs: int, steps: int) -> RunInfo:
-        return RunInfo(
-            task_names=self.task_name,
-            metric_names={task: list(self.task_dict[task]["metrics"]) for task in self.task_name},
-            epochs=epochs,
-            batches_per_epoch=steps,
-            weighting=self.weighting,
-            architecture=self.architecture,
-            device=str(self.device),
-            start_epoch=self._start["epoch"],
-            start_batch=self._start["batch"],
-            save_path=self.save_path,
-        )

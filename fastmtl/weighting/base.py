@@ -203,7 +203,8 @@ class AbsWeighting(nn.Module):
             nn.utils.clip_grad_norm_(list(self.get_share_params()), weights.max_norm)
         for name, grad in weights.own_grads.items():
             self.get_parameter(name).grad = grad
-        return np.asarray(weights.reported.detach().cpu().numpy())
+        shown = weights.reported
+        return None if shown is None else np.asarray(shown.detach().cpu().numpy())
 
     def _gram(self, grads: Tensor, **hyper: Any) -> Tensor:
         """Return the Gram matrix of (T, P) gradients, by groups of parameters if the strategy has them."""

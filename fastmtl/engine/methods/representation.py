@@ -12,6 +12,7 @@ from fastmtl.engine.jacobian import BatchGradients, detached
 from fastmtl.engine.losses import cut_features
 from fastmtl.engine.methods.base import Method, forward
 from fastmtl.engine.pullback import Representations
+from fastmtl.engine.weights import Rows
 from fastmtl.errors import UsageError
 from fastmtl.support.profiling import part
 
@@ -44,7 +45,7 @@ class Representation(Method):
                 + ", ".join(f"{task}: {tuple(cut.shape)}" for task, cut in zip(batch.tasks, cuts, strict=True))
                 + "."
             )
-        rows = [[grad.reshape(len(grad), -1).sum(0)] for grad in grads]
+        rows: Rows = [[grad.reshape(len(grad), -1).sum(0)] for grad in grads]
         return BatchGradients(*detached(losses, preds), rows, own, Representations(reps, grads))
 
     def _represent(self, batch: Batch) -> Represented:

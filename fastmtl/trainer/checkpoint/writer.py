@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 
 from fastmtl.distributed import Peers
 from fastmtl.trainer.checkpoint.files import Saved, rng_state, save_atomically
-from fastmtl.trainer.checkpoint.state import run_state
-
-if TYPE_CHECKING:
-    from fastmtl.trainer.trainer import Trainer
+from fastmtl.trainer.checkpoint.resume import run_state
+from fastmtl.trainer.state import TrainerState
 
 __all__ = ["Checkpoints"]
 
@@ -28,7 +25,7 @@ class Checkpoints:
         gathers: Processes have parts of what is saved, so all of them must take part in saving.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: TrainerState) -> None:
         self._trainer = trainer
         self.generators: list[torch.Generator] = []
         self.gathers = False

@@ -31,7 +31,7 @@ def make_capture(
     options: StepOptions,
     device: torch.device,
     tell: Callable[[str], None],
-) -> Run | StepCapture:
+) -> Run[Any] | StepCapture:
     """Return what runs the body of a step on its batches: as a CUDA graph, if that is asked for and can be."""
     if not options.cuda_graph:
         return run_eagerly

@@ -14,14 +14,20 @@ from fastmtl.support.hyper import fill_hyper
 from fastmtl.support.names import resolve_name
 from fastmtl.weighting import WEIGHTINGS, AbsWeighting
 
-__all__ = ["MadeModel", "make_model"]
+__all__ = ["MadeModel", "TrainedModel", "make_model"]
+
+
+class TrainedModel(AbsArchitecture, AbsWeighting):
+    """A network and a strategy in one, as the model of a trainer is, of classes known when it is made."""
+
+    architecture_name: str
 
 
 @dataclass(frozen=True, slots=True)
 class MadeModel:
     """A model, the classes it is made of, and the parameters that are the strategy's own."""
 
-    model: Any
+    model: TrainedModel
     rule: type[AbsWeighting]
     network: type[AbsArchitecture]
     strategy_params: list[nn.Parameter]
@@ -65,7 +71,7 @@ def make_model(
     if network.hyper or network in ARCHITECTURES.values():
         given["arch_args"] = fill_hyper(network.__name__, network.hyper, given["arch_args"])
     # One class of both, as in LibMTL: strategies written for it find the network in ``self``.
-    model: Any = type("MTLModel", (network, rule), {})(
+    model: TrainedModel = type("MTLModel", (network, rule), {})(
         task_name=task_name,
         encoder_class=encoder_class,
         decoders=decoders if isinstance(decoders, nn.ModuleDict) else nn.ModuleDict(decoders),

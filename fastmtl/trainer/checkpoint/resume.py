@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from fastmtl.errors import CheckpointError
 from fastmtl.trainer.checkpoint.files import Saved, load_model_state, read_checkpoint
-
-if TYPE_CHECKING:
-    from fastmtl.trainer.trainer import Trainer
+from fastmtl.trainer.state import TrainerState
 
 __all__ = ["BEGINNING", "resume_run", "run_state"]
 
@@ -20,7 +17,7 @@ _HOW = ("fused", "foreach", "capturable")
 _NEEDED = ("model", "step", "optimizer", "scheduler", "base_result", "best_result", "rng", "epoch_rng")
 
 
-def run_state(trainer: Trainer) -> Saved:
+def run_state(trainer: TrainerState) -> Saved:
     """Return the state of everything that learns or remembers.
 
     Where processes have parts of it all of them must call this; the first one then has it whole.
@@ -42,7 +39,7 @@ def run_state(trainer: Trainer) -> Saved:
     }
 
 
-def resume_run(trainer: Trainer, path: Path) -> Saved:
+def resume_run(trainer: TrainerState, path: Path) -> Saved:
     """Put a trainer where the run that wrote ``path`` was; return the place in the run, as `BEGINNING` is one.
 
     Raises:
@@ -81,5 +78,5 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, state: Saved) -> None:
         group.update(own)
 
 
-def _names(trainer: Trainer) -> list[object]:
+def _names(trainer: TrainerState) -> list[object]:
     return [trainer.weighting, trainer.architecture, trainer.task_name]

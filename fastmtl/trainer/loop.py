@@ -1,0 +1,99 @@
+"""The loop over the epochs of a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastmtl.errors import UsageError
+from fastmtl.trainer.checkpoint.files import set_rng_state
+from fastmtl.trainer.checkpoint.resume import BEGINNING
+from fastmtl.trainer.checkpoint.writer import Checkpoints
+from fastmtl.trainer.epoch import TrainingEpoch
+from fastmtl.trainer.evaluation import evaluate
+from fastmtl.trainer.log.logger import RunInfo
+from fastmtl.trainer.run.interrupt import DeferredInterrupt
+from fastmtl.trainer.setup.checks import check_counts
+from fastmtl.trainer.setup.loaders import check_loaders, count_batches, generators
+from fastmtl.trainer.state import TrainerState
+
+__all__ = ["run_epochs"]
+
+
+def run_epochs(
+    trainer: TrainerState,
+    checkpoints: Checkpoints,
+    train_dataloaders: Any,
+    test_dataloaders: Any,
+    epochs: int,
+    val_dataloaders: Any,
+) -> None:
+    """Train and evaluate epoch by epoch; the arguments are those of :meth:`Trainer.train`."""
+    check_counts(epochs=epochs)
+    given = {"train_dataloaders": train_dataloaders, "test_dataloaders": test_dataloaders}
+    if val_dataloaders is not None:
+        given["val_dataloaders"] = val_dataloaders
+    for what, loaders in given.items():
+        check_loaders(loaders, trainer.task_name, trainer.multi_input, what)
+    trainer.meter.has_val = val_dataloaders is not None
+    batches = count_batches(train_dataloaders, trainer.multi_input, trainer.limit_batches)
+    if len(counts := set(trainer.peers.gather(batches))) > 1:
+        raise UsageError(f"train_dataloaders must have the same length in all processes, got {sorted(counts)}.")
+    steps = -(-batches // trainer.step.options.accumulate)
+    trainer.batch_weight = np.zeros((trainer.task_num, epochs, steps))
+    trainer.model.train_loss_buffer = np.zeros((trainer.task_num, epochs))
+    info = _run_info(trainer, epochs, steps)
+    if epochs <= info.start_epoch:
+        print(f"Nothing is left to train: {info.start_epoch} of {epochs} epochs are done; raise epochs to go on.")
+    # Where a checkpoint left off; a further call begins anew, from the parameters of now.
+    start, trainer.start = trainer.start, BEGINNING
+    checkpoints.generators = generators(train_dataloaders, trainer.multi_input)
+    if "rng" in start:
+        set_rng_state(start["rng"], checkpoints.generators)
+    known = np.array(start["train_losses"]).reshape(trainer.task_num, -1)[:, :epochs]
+    trainer.model.train_loss_buffer[:, : known.shape[1]] = known
+    trainer.model.epochs = epochs
+    try:
+        trainer.logger.on_start(info)
+        with DeferredInterrupt(tells=trainer.peers.leads) as interrupt:
+            for epoch in range(start["epoch"], epochs):
+                if start["batch"] < steps:
+                    TrainingEpoch(trainer, checkpoints, train_dataloaders, epoch, steps, interrupt).run(start)
+                start = BEGINNING
+                _evaluate_epoch(trainer, checkpoints, val_dataloaders, test_dataloaders, epoch)
+                interrupt.check()
+    finally:
+        if trainer.profiler is not None:
+            trainer.profiler.stop()
+        trainer.logger.on_end(trainer.meter.best_result["epoch"], trainer.meter.best_result["result"] or {})
+    trainer.meter.display_best_result()
+
+
+def _evaluate_epoch(trainer: TrainerState, checkpoints: Checkpoints, val: Any, test: Any, epoch: int) -> None:
+    if val is not None:
+        evaluate(trainer, val, "val", epoch)
+    evaluate(trainer, test, "test", epoch)
+    if trainer.scheduler is not None:
+        if isinstance(trainer.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            trainer.scheduler.step(trainer.meter.improvement or 0.0)
+        else:
+            trainer.scheduler.step()
+    checkpoints.save_best(epoch)
+    checkpoints.save_last(epoch + 1, 0, None)
+
+
+def _run_info(trainer: TrainerState, epochs: int, steps: int) -> RunInfo:
+    return RunInfo(
+        task_names=trainer.task_name,
+        metric_names={task: list(trainer.task_dict[task]["metrics"]) for task in trainer.task_name},
+        epochs=epochs,
+        batches_per_epoch=steps,
+        weighting=trainer.weighting,
+        architecture=trainer.architecture,
+        device=str(trainer.device),
+        start_epoch=trainer.start["epoch"],
+        start_batch=trainer.start["batch"],
+        save_path=trainer.save_path,
+    )

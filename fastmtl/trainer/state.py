@@ -1,0 +1,97 @@
+"""What a trainer is made of, as its rooms see it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fastmtl.distributed import Peers
+from fastmtl.distributed.storage import Storage, make_comm
+from fastmtl.engine.losses import Problem
+from fastmtl.support.profiling import StepProfiler
+from fastmtl.trainer.compile.report import CompileReport
+from fastmtl.trainer.guard import FiniteGuard
+from fastmtl.trainer.log.logger import Logger
+from fastmtl.trainer.log.meter import PerformanceMeter
+from fastmtl.trainer.precision import PRECISIONS
+from fastmtl.trainer.setup.loaders import to_channels_last, to_device
+from fastmtl.trainer.setup.model import TrainedModel
+from fastmtl.trainer.setup.options import StepOptions
+from fastmtl.trainer.step import TrainingStep
+
+__all__ = ["TrainerState"]
+
+
+class TrainerState(nn.Module):
+    """The parts of a trainer; see :class:`fastmtl.Trainer` for the arguments they come from.
+
+    Attributes:
+        start: Place in the run where training goes on.
+        trained_names: Parameters that required gradients when the step was made.
+        skipped: Steps that float16 has skipped, as far as they have been told.
+    """
+
+    task_dict: Mapping[str, Mapping[str, Any]]
+    task_name: list[str]
+    task_num: int
+    weighting: str
+    architecture: str
+    multi_input: bool
+    channels_last: bool
+    device: torch.device
+    kwargs: dict[str, Any]
+    save_path: Path | None
+    log_every: int
+    checkpoint_every: int | None
+    limit_batches: int | None
+    peers: Peers
+    storage: Storage
+    model: TrainedModel
+    strategy_params: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None
+    meter: PerformanceMeter
+    guard: FiniteGuard
+    logger: Logger
+    profiler: StepProfiler | None
+    step: TrainingStep
+    batch_weight: np.ndarray
+    compile_report: CompileReport | None
+    start: Mapping[str, Any]
+    trained_names: set[str]
+    skipped: int
+
+    def process_preds(self, preds: Any, task_name: str | None = None) -> Any:
+        """Change the predictions before losses and metrics see them; override it, it does nothing here.
+
+        Args:
+            preds: Predictions by task, or, if multi-input, the prediction of ``task_name``.
+            task_name: The task, if multi-input.
+        """
+        return preds
+
+    def prepared(self, batch: tuple[object, object]) -> tuple[Any, Any]:
+        """Return a batch on the trainer's device, its images in the memory format asked for."""
+        inputs, labels = to_device(batch, self.device)
+        return (to_channels_last(inputs) if self.channels_last else inputs), labels
+
+    def common_buffers(self) -> list[torch.Tensor]:
+        """Return the buffers that every process has whole."""
+        in_pieces = self.model.row_states if self.step.comm.cuts_rows else ()
+        return [buffer for name, buffer in self.model.named_buffers() if name not in in_pieces]
+
+    def make_step(self, options: StepOptions) -> TrainingStep:
+        """Return a step that trains the parameters that require gradients now."""
+        self.trained_names = {name for name, param in self.model.named_parameters() if param.requires_grad}
+        low_precision = PRECISIONS[options.precision]
+        problem = Problem(self.model, self.meter.losses, self.process_preds, low_precision, self.strategy_params)
+        # Rows of representations are small: they are summed as they are.
+        exact = options.gram == "exact" and self.model.needs in ("gram", "rows") and not self.model.rep_grad
+        comm = make_comm(self.peers, problem, self.storage, exact)
+        hyper, tell = self.kwargs["weight_args"], self.logger.on_compile
+        return TrainingStep(self.model, problem, self.optimizer, self.guard, tell, hyper, options, comm)
