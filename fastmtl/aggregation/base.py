@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import TypeVar
 
 from fastmtl.aggregation.rows import add_combined, as_matrix, gram_of, put
 from fastmtl.errors import UsageError
@@ -50,6 +51,9 @@ class Weighting(Described, nn.Module, ABC, Generic[_Stat]):
 
     def __repr__(self) -> str:
         return super().__repr__() if self.settings else nn.Module.__repr__(self)
+
+
+_Weighting = TypeVar("_Weighting", bound=Weighting[Any], default=Weighting[Any])
 
 
 class _Composition(Weighting[Tensor]):
@@ -170,14 +174,14 @@ class Remembering(Stateful):
         weighting.reset()
 
 
-class WeightedAggregator(Aggregator):
+class WeightedAggregator(Aggregator, Generic[_Weighting]):
     """A weighted sum of the rows.
 
     Args:
         weighting: Makes the weights of the (T, P) Jacobian.
     """
 
-    def __init__(self, weighting: Weighting[Any]) -> None:
+    def __init__(self, weighting: _Weighting) -> None:
         super().__init__()
         self.weighting = weighting
 
@@ -218,14 +222,14 @@ class WeightedAggregator(Aggregator):
         return seen[-1] if seen else None
 
 
-class GramianWeightedAggregator(WeightedAggregator):
+class GramianWeightedAggregator(WeightedAggregator[Weighting[Any]], Generic[_Weighting]):
     """A weighted sum of the rows with weights from their Gram matrix.
 
     Args:
         gramian_weighting: Makes the weights of the (T, T) Gram matrix.
     """
 
-    def __init__(self, gramian_weighting: Weighting[Any]) -> None:
+    def __init__(self, gramian_weighting: _Weighting) -> None:
         super().__init__(gramian_weighting << self._gram)
         self.gramian_weighting = gramian_weighting
 

@@ -81,7 +81,7 @@ class RandomWeighting(MatrixWeighting):
         return random_weights(matrix[:, :0].sum(1))
 
 
-class Constant(WeightedAggregator):
+class Constant(WeightedAggregator[ConstantWeighting]):
     """A linear combination with given weights.
 
     Args:
@@ -89,7 +89,6 @@ class Constant(WeightedAggregator):
     """
 
     settings = ("weights",)
-    weighting: ConstantWeighting
 
     def __init__(self, weights: Tensor) -> None:
         super().__init__(ConstantWeighting(weights))

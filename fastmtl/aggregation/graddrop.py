@@ -10,7 +10,6 @@ from torch import Tensor
 from fastmtl.aggregation.base import ColumnAggregator
 from fastmtl.errors import UsageError
 from fastmtl.support.settings import optional_vector, vector_string
-from fastmtl.weighting.rules import kept_signs
 
 __all__ = ["GradDrop"]
 
@@ -21,6 +20,9 @@ def _identity(purity: Tensor) -> Tensor:
 
 class GradDrop(ColumnAggregator):
     """The sum of each column's numbers of one sign, which is drawn with the probability given by their purity.
+
+    With the purity ``P = f((1 + sum_t v_t / sum_t |v_t|) / 2)`` and U uniform, positive numbers v stay where ``P > U``,
+    negative ones where ``P < U``.
 
     Args:
         f: Applied to the purity, monotone.
@@ -46,8 +48,10 @@ class GradDrop(ColumnAggregator):
         """Return the sums."""
         if self.leak is not None and len(self.leak) != len(matrix):
             raise UsageError(f"matrix must have {len(self.leak)} rows, one per leak, got {len(matrix)}.")
-        kept = kept_signs(matrix, torch.rand(matrix.shape[1:], dtype=matrix.dtype, device=matrix.device), self.f)
-        share = kept.to(matrix.dtype)
+        size = matrix.abs().sum(0)
+        purity = self.f(0.5 * (1 + matrix.sum(0) / torch.where(size > 0, size, 1.0)))
+        noise = torch.rand(matrix.shape[1:], dtype=matrix.dtype, device=matrix.device)
+        share = (((purity > noise) & (matrix > 0)) | ((purity < noise) & (matrix < 0))).to(matrix.dtype)
         if self.leak is not None:
             leak = self.leak.to(matrix)[:, None]
             share = leak + (1 - leak) * share

@@ -63,10 +63,9 @@ class AlignedMTLWeighting(GramWeighting):
         return ops.aligned(gram, self.weighting(gram).to(gram), self.scale_mode)
 
 
-class AlignedMTL(GramianWeightedAggregator):
+class AlignedMTL(GramianWeightedAggregator[AlignedMTLWeighting]):
     """The mean of the aligned gradients; see :class:`AlignedMTLWeighting`."""
 
-    gramian_weighting: AlignedMTLWeighting
     pref_vector: Through[Tensor | None] = Through()
     scale_mode: Through[Scale] = Through()
 
@@ -167,7 +166,7 @@ class DualProjWeighting(_ConeWeighting):
         return self.projector(self.weighting(gram).to(gram), gram)
 
 
-class _ConeAggregator(GramianWeightedAggregator):
+class _ConeAggregator(GramianWeightedAggregator[_ConeWeighting]):
     pref_vector: Through[Tensor | None] = Through()
     projector: Through[DualConeProjector | None] = Through()
 
@@ -178,16 +177,12 @@ class _ConeAggregator(GramianWeightedAggregator):
 class UPGrad(_ConeAggregator):
     """The mean of the gradients, each projected onto the dual cone of all; see :class:`UPGradWeighting`."""
 
-    gramian_weighting: UPGradWeighting
-
     def __init__(self, pref_vector: Tensor | None = None, projector: DualConeProjector | None = None) -> None:
         super().__init__(UPGradWeighting(pref_vector, projector))
 
 
 class DualProj(_ConeAggregator):
     """The mean gradient, projected onto the dual cone of all; see :class:`DualProjWeighting`."""
-
-    gramian_weighting: DualProjWeighting
 
     def __init__(self, pref_vector: Tensor | None = None, projector: DualConeProjector | None = None) -> None:
         super().__init__(DualProjWeighting(pref_vector, projector))

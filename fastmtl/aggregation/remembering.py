@@ -98,10 +98,9 @@ class ExcessMTLWeighting(MatrixWeighting, Stateful):
         self._calls = 0
 
 
-class ExcessMTL(WeightedAggregator, Remembering):
+class ExcessMTL(WeightedAggregator[ExcessMTLWeighting], Remembering):
     """A weighted sum in which tasks far from their optimum count more; see :class:`ExcessMTLWeighting`."""
 
-    weighting: ExcessMTLWeighting
     robust_step_size: Through[float] = Through()
     n_warmup_steps: Through[int] = Through()
 
@@ -142,13 +141,12 @@ class GradVacWeighting(GramWeighting, Stateful):
         self._phi_t = None
 
 
-class GradVac(GramianWeightedAggregator, Remembering):
+class GradVac(GramianWeightedAggregator[GradVacWeighting], Remembering):
     """The sum of the gradients, each turned towards the others where it was closer before.
 
     See :class:`GradVacWeighting`.
     """
 
-    gramian_weighting: GradVacWeighting
     beta: Through[float] = Through()
     eps: Through[float] = Through()
 
@@ -213,10 +211,9 @@ class NashMTLWeighting(MatrixWeighting, Stateful):
         self._calls = 0
 
 
-class NashMTL(WeightedAggregator, Remembering):
+class NashMTL(WeightedAggregator[NashMTLWeighting], Remembering):
     """The Nash bargaining solution between the tasks; see :class:`NashMTLWeighting`."""
 
-    weighting: NashMTLWeighting
     n_tasks: Through[int] = Through()
     max_norm: Through[float] = Through()
     update_weights_every: Through[int] = Through()
@@ -293,10 +290,9 @@ class PCDWeighting(GramWeighting, Stateful):
         self._sq_norm_ema = self._n_steps = None
 
 
-class PCD(GramianWeightedAggregator, Remembering):
+class PCD(GramianWeightedAggregator[PCDWeighting], Remembering):
     """The first task's gradient, as long as the others make progress too; see :class:`PCDWeighting`."""
 
-    gramian_weighting: PCDWeighting
     tau: Through[float | Tensor] = Through()
     beta: Through[float] = Through()
     eps: Through[float] = Through()

@@ -53,10 +53,9 @@ class KrumWeighting(GramWeighting):
         return torch.zeros_like(scores).index_fill(0, chosen, 1 / self.n_selected)
 
 
-class Krum(GramianWeightedAggregator):
+class Krum(GramianWeightedAggregator[KrumWeighting]):
     """The mean of the gradients that are closest to their neighbours; see :class:`KrumWeighting`."""
 
-    gramian_weighting: KrumWeighting
     n_byzantine: Through[int] = Through()
     n_selected: Through[int] = Through()
 

@@ -50,10 +50,9 @@ class CAGradWeighting(GramWeighting):
         return torch.where(length < self.norm_eps, 0.0, update)
 
 
-class CAGrad(GramianWeightedAggregator):
+class CAGrad(GramianWeightedAggregator[CAGradWeighting]):
     """The direction near the mean gradient that is best for the worst task; see :class:`CAGradWeighting`."""
 
-    gramian_weighting: CAGradWeighting
     c: Through[float] = Through()
     norm_eps: Through[float] = Through()
 
@@ -89,10 +88,9 @@ class FairGradWeighting(GramWeighting):
         return ops.fairgrad(gram, self.alpha)
 
 
-class FairGrad(GramianWeightedAggregator):
+class FairGrad(GramianWeightedAggregator[FairGradWeighting]):
     """The alpha-fair update; see :class:`FairGradWeighting`."""
 
-    gramian_weighting: FairGradWeighting
     alpha: Through[float] = Through()
     max_iters: Through[int | None] = Through()
 
@@ -146,10 +144,9 @@ class MGDAWeighting(GramWeighting):
         return ops.min_norm(gram)
 
 
-class MGDA(GramianWeightedAggregator):
+class MGDA(GramianWeightedAggregator[MGDAWeighting]):
     """The shortest convex combination of the gradients; see :class:`MGDAWeighting`."""
 
-    gramian_weighting: MGDAWeighting
     epsilon: Through[float] = Through()
     max_iters: Through[int] = Through()
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.errors import UsageError
+from fastmtl.support.dtypes import wide_dtype
 
 __all__ = [
     "MAX_ROWS",
@@ -26,6 +27,7 @@ __all__ = [
     "columns",
     "device_of",
     "empty_sum",
+    "empty_wide",
     "flatten",
     "is_dense",
     "present",
@@ -157,6 +159,12 @@ def is_dense(tensor: Tensor) -> bool:
             return False
         expected *= size
     return True
+
+
+def empty_wide(rows: Flat, *shape: int) -> Tensor:
+    """Return an empty tensor for sums over all entries, in float64, or float32 on MPS."""
+    device = device_of(rows)
+    return torch.empty(shape, dtype=wide_dtype(device), device=device)
 
 
 def empty_sum(column: Sequence[Tensor]) -> Tensor:

@@ -27,18 +27,6 @@ from fastmtl.ops._rows import (
 __all__ = ["check_combine", "check_combine_", "combine", "combine_", "empty_results"]
 
 
-def _check_weights(weights: Tensor, num_rows: int, num_groups: int | None, many: bool) -> None:
-    if not weights.is_floating_point():
-        raise UsageError(f"weights must be floating point, got {weights.dtype}.")
-    if num_groups is not None:
-        allowed, fits = f"({num_groups}, {num_rows})", weights.shape == (num_groups, num_rows)
-    else:
-        allowed = f"({num_rows},)" + (f" or (M, {num_rows})" if many else "")
-        fits = 1 <= weights.dim() <= 1 + many and weights.shape[-1] == num_rows
-    if not fits:
-        raise UsageError(f"weights must have the shape {allowed}, got {tuple(weights.shape)}.")
-
-
 def _check_out(out: Sequence[Tensor], rows: Flat, num_rows: int) -> None:
     width = len(rows) // num_rows
     if len(out) != width:
@@ -76,7 +64,15 @@ def check_combine(rows: Flat, num_rows: int, weights: Tensor, groups: Groups = N
     """
     check_rows(rows, num_rows)
     num_groups = check_groups(groups, len(rows) // num_rows)
-    _check_weights(weights, num_rows, None if groups is None else num_groups, many)
+    if not weights.is_floating_point():
+        raise UsageError(f"weights must be floating point, got {weights.dtype}.")
+    if groups is not None:
+        allowed, fits = f"({num_groups}, {num_rows})", weights.shape == (num_groups, num_rows)
+    else:
+        allowed = f"({num_rows},)" + (f" or (M, {num_rows})" if many else "")
+        fits = 1 <= weights.dim() <= 1 + many and weights.shape[-1] == num_rows
+    if not fits:
+        raise UsageError(f"weights must have the shape {allowed}, got {tuple(weights.shape)}.")
 
 
 def _check_into(

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from fastmtl.ops._registry import declare
-from fastmtl.ops._rows import Flat, Rows, check_per_row, device_of
+from fastmtl.ops._rows import Flat, Rows, check_per_row, device_of, empty_wide
 from fastmtl.ops._state import check_state, pairs, updated
 from fastmtl.ops.gram import gram_reference
 from fastmtl.support.dtypes import wide_dtype
@@ -32,17 +31,12 @@ def _reference(state: Sequence[Tensor], rows: Flat, num_rows: int, keep: Tensor,
     return gram_reference(state, num_rows)
 
 
-def _fake(state: Sequence[Tensor], rows: Flat, num_rows: int, keep: Tensor, gains: Tensor) -> Tensor:
-    device = device_of(state)
-    return torch.empty(num_rows, num_rows, dtype=wide_dtype(device), device=device)
-
-
 _ema_gram_ = declare(
     "ema_gram_",
     "(Tensor(a!)[] state, Tensor?[] rows, int num_rows, Tensor keep, Tensor gains) -> Tensor",
     check=_check,
     reference=_reference,
-    fake=_fake,
+    fake=lambda state, rows, num_rows, keep, gains: empty_wide(state, num_rows, num_rows),
 )
 
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from fastmtl.errors import UsageError
 from fastmtl.ops._registry import declare
-from fastmtl.ops._rows import Flat, Rows, device_of
+from fastmtl.ops._rows import Flat, Rows, empty_wide
 from fastmtl.ops._state import check_state, pairs, updated
-from fastmtl.support.dtypes import wide_dtype
 
 __all__ = ["excess_risk_"]
 
@@ -23,9 +21,8 @@ def _check(sums: Sequence[Tensor], rows: Flat, num_rows: int, epsilon: float) ->
 
 
 def _reference(sums: Sequence[Tensor], rows: Flat, num_rows: int, epsilon: float) -> Tensor:
-    device = device_of(sums)
-    dtype = wide_dtype(device)
-    risks = torch.zeros(num_rows, dtype=dtype, device=device)
+    risks = empty_wide(sums, num_rows).zero_()
+    dtype = risks.dtype
     for t, own, row in pairs(sums, rows, num_rows):
         if row is not None:
             square = row.to(dtype) ** 2
@@ -34,17 +31,12 @@ def _reference(sums: Sequence[Tensor], rows: Flat, num_rows: int, epsilon: float
     return risks
 
 
-def _fake(sums: Sequence[Tensor], rows: Flat, num_rows: int, epsilon: float) -> Tensor:
-    device = device_of(sums)
-    return torch.empty(num_rows, dtype=wide_dtype(device), device=device)
-
-
 _excess_risk_ = declare(
     "excess_risk_",
     "(Tensor(a!)[] sums, Tensor?[] rows, int num_rows, float epsilon) -> Tensor",
     check=_check,
     reference=_reference,
-    fake=_fake,
+    fake=lambda sums, rows, num_rows, epsilon: empty_wide(sums, num_rows),
 )
 
 

@@ -98,11 +98,6 @@ def empty_results(reps: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tenso
     return results
 
 
-def _in_memory_order(numbers: Tensor, shape: torch.Size, strides: tuple[int, ...]) -> Tensor:
-    """Return a vector seen as a tensor whose memory it fills."""
-    return numbers.as_strided(shape, strides)
-
-
 def _kept(signed: Tensor, noise: Tensor) -> Tensor:
     """Return which of (T, ...) signed sums stay; a NaN among them lets none stay."""
     purity = signed.sum(0) - (2 * noise.to(signed.dtype) - 1) * signed.abs().sum(0)
@@ -120,7 +115,7 @@ def _reference(
     dtype = wide_dtype(grads[0].device)
     shape = grads[0].shape[1:]
     if noise is None:
-        noise = _in_memory_order(uniform(random, 0, shape.numel()), shape, feature_strides([*reps, *grads]))
+        noise = uniform(random, 0, shape.numel()).as_strided(shape, feature_strides([*reps, *grads]))
     each = list(reps) * len(grads) if len(reps) == 1 else reps
     wide = [grad.to(dtype) for grad in grads]
     kept = _kept(torch.stack([(g * _sign(rep.to(dtype))).sum(0) for g, rep in zip(wide, each, strict=True)]), noise)
@@ -160,14 +155,13 @@ def empty_row_results(rows: Flat, num_rows: int) -> list[Tensor]:
 
 def _reference_rows(rows: Flat, num_rows: int, leak: Tensor, random: Tensor, noise: Sequence[Tensor]) -> list[Tensor]:
     dtype = wide_dtype(device_of(rows))
-    results = iter(empty_row_results(rows, num_rows))
     written = []
     first = 0
     for k, column in enumerate(columns(rows, num_rows)):
         if not column:
             continue
-        result = next(results)
-        drawn = _in_memory_order(uniform(random, first, result.numel()), result.shape, result.stride())
+        result = empty_sum([row for _, row in column])
+        drawn = uniform(random, first, result.numel()).as_strided(result.shape, result.stride())
         first += (result.numel() + 3) // 4 * 4
         wide = torch.stack([row.to(dtype) for _, row in column])
         leaks = leak.to(dtype)[[t for t, _ in column]].view(-1, *[1] * result.dim())

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.ops._registry import declare
-from fastmtl.ops._rows import Flat, Groups, Rows, check_groups, check_rows, columns, device_of, flatten
-from fastmtl.support.dtypes import wide_dtype
+from fastmtl.ops._rows import Flat, Groups, Rows, check_groups, check_rows, columns, empty_wide, flatten
 
 __all__ = ["gram", "gram_reference"]
 
@@ -20,13 +19,11 @@ def _check(rows: Flat, num_rows: int, groups: Groups = None) -> None:
 def gram_reference(rows: Flat, num_rows: int, groups: Groups = None) -> Tensor:
     """Return what :func:`gram` does from a flat task-major list, in plain torch operators."""
     num_groups = check_groups(groups, len(rows) // num_rows)
-    device = device_of(rows)
-    dtype = wide_dtype(device)
-    result = torch.zeros(num_groups, num_rows, num_rows, dtype=dtype, device=device)
+    result = empty_wide(rows, num_groups, num_rows, num_rows).zero_()
     for k, column in enumerate(columns(rows, num_rows)):
         if column:
-            present = torch.tensor([t for t, _ in column], device=device)
-            jacobian = torch.stack([row.reshape(-1).to(dtype) for _, row in column])
+            present = torch.tensor([t for t, _ in column], device=result.device)
+            jacobian = torch.stack([row.reshape(-1).to(result.dtype) for _, row in column])
             result[groups[k] if groups else 0, present[:, None], present] += jacobian @ jacobian.T
     # A matrix product is not symmetric to the last bit, a Gram matrix is.
     result = result.triu() + result.triu(1).mT
@@ -35,9 +32,7 @@ def gram_reference(rows: Flat, num_rows: int, groups: Groups = None) -> Tensor:
 
 def _fake(rows: Flat, num_rows: int, groups: Groups = None) -> Tensor:
     num_groups = check_groups(groups, len(rows) // num_rows)
-    device = device_of(rows)
-    shape = (num_rows, num_rows) if groups is None else (num_groups, num_rows, num_rows)
-    return torch.empty(shape, dtype=wide_dtype(device), device=device)
+    return empty_wide(rows, *(() if groups is None else (num_groups,)), num_rows, num_rows)
 
 
 _gram = declare(

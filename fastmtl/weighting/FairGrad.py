@@ -8,7 +8,6 @@ from torch import Tensor
 from fastmtl import ops
 from fastmtl.support.hyper import Hyper
 from fastmtl.weighting.base import AbsWeighting, Weights
-from fastmtl.weighting.rules import heads_beside
 
 __all__ = ["Fair", "FairGrad"]
 
@@ -26,9 +25,14 @@ class Fair(AbsWeighting):
         self.remember("last_weights", torch.ones(self.task_num, dtype=torch.float64))
 
     def settled(self, weights: Tensor, max_norm: float | None = None) -> Weights:
-        """Return a solution as the weights, of decoders too, and remember it."""
+        """Return a solution as the weights, of decoders too, and remember it.
+
+        A decoder has weight 1 where its task has no shared gradient, so 0: otherwise one beside a frozen encoder, or
+        one whose weights are zero at first, would learn nothing.
+        """
         self.last_weights.copy_(weights)
-        return Weights(shared=weights, heads=heads_beside(weights), max_norm=max_norm)
+        heads = torch.where(weights == 0, torch.ones_like(weights), weights)
+        return Weights(shared=weights, heads=heads, max_norm=max_norm)
 
 
 class FairGrad(Fair):

@@ -7,20 +7,19 @@ from torch import Tensor
 
 from fastmtl import ops
 from fastmtl.support.hyper import Hyper
-from fastmtl.weighting.base import AbsWeighting, Weights
+from fastmtl.weighting.base import Weights
+from fastmtl.weighting.PCGrad import RandomOrders
 
 __all__ = ["GradVac"]
 
 
-class GradVac(AbsWeighting):
+class GradVac(RandomOrders):
     """Gradient Vaccine: cosines below their moving average are raised to it, within each group of parameters.
 
     Source: Wang et al., "Gradient Vaccine: Investigating and Improving Multi-task Optimization in Massively
     Multilingual Models", ICLR 2021.
     """
 
-    needs = "gram"
-    allows_rep_grad = False
     hyper = {  # noqa: RUF012
         "GradVac_beta": Hyper(type=float, default=0.5, least=0.0, help="Decay of the moving average of the cosines."),
         "GradVac_group_type": Hyper(
@@ -51,10 +50,6 @@ class GradVac(AbsWeighting):
         owner = {id(param): id(module) for module in self.modules() for param in module._parameters.values()}
         found: dict[int, int] = {}
         return [found.setdefault(owner[id(param)], len(found)) for param in params]
-
-    def draw_orders(self, like: Tensor) -> Tensor:
-        """Return for each task random keys of all tasks, by which they are ordered; of the shape of ``like``."""
-        return torch.rand_like(like)
 
     def weigh(self, losses: Tensor, gram: Tensor | None, *, GradVac_beta: float = 0.5, **hyper: object) -> Weights:
         """Return (T,) weights, with groups (L, T)."""

@@ -8,14 +8,11 @@ from torch import Tensor
 from fastmtl import ops
 from fastmtl.weighting.base import AbsWeighting, Weights
 
-__all__ = ["PCGrad"]
+__all__ = ["PCGrad", "RandomOrders"]
 
 
-class PCGrad(AbsWeighting):
-    """PCGrad: each task's gradient is projected, in random order, off the gradients it conflicts with.
-
-    Source: Yu et al., "Gradient Surgery for Multi-Task Learning", NeurIPS 2020.
-    """
+class RandomOrders(AbsWeighting):
+    """Base of strategies in which each task meets the others in random order."""
 
     needs = "gram"
     allows_rep_grad = False
@@ -23,6 +20,13 @@ class PCGrad(AbsWeighting):
     def draw_orders(self, like: Tensor) -> Tensor:
         """Return for each task random keys of all tasks, by which they are ordered; of the shape of ``like``."""
         return torch.rand_like(like)
+
+
+class PCGrad(RandomOrders):
+    """PCGrad: each task's gradient is projected, in random order, off the gradients it conflicts with.
+
+    Source: Yu et al., "Gradient Surgery for Multi-Task Learning", NeurIPS 2020.
+    """
 
     def weigh(self, losses: Tensor, gram: Tensor | None, **hyper: object) -> Weights:
         """Return the sums of the projected gradients' coefficients."""

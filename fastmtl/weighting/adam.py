@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from fastmtl.weighting.base import AbsWeighting
+
 __all__ = ["Adam"]
+
+_DECAY = (0.9, 0.999)
 
 
 class Adam:
@@ -21,10 +26,9 @@ class Adam:
     Source: Kingma and Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015.
     """
 
-    def __init__(self, owner: Any, name: str, value: Tensor) -> None:
+    def __init__(self, owner: AbsWeighting, name: str, value: Tensor) -> None:
         self._owner = owner
         self._name = name
-        self._decay = (0.9, 0.999)
         owner.remember(f"{name}_value", value.clone())
         owner.remember(f"{name}_first", torch.zeros_like(value))
         owner.remember(f"{name}_second", torch.zeros_like(value))
@@ -45,7 +49,7 @@ class Adam:
         value, first, second, steps = (self._kept(what) for what in ("value", "first", "second", "steps"))
         grad = grad + weight_decay * value
         steps.add_(1)
-        first.lerp_(grad, 1 - self._decay[0])
-        second.lerp_(grad * grad, 1 - self._decay[1])
-        size = (second / (1 - self._decay[1] ** steps)).sqrt() + 1e-8
-        value.sub_(lr * first / (1 - self._decay[0] ** steps) / size)
+        first.lerp_(grad, 1 - _DECAY[0])
+        second.lerp_(grad * grad, 1 - _DECAY[1])
+        size = (second / (1 - _DECAY[1] ** steps)).sqrt() + 1e-8
+        value.sub_(lr * first / (1 - _DECAY[0] ** steps) / size)

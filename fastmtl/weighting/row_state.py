@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from fastmtl.weighting.base import AbsWeighting
 
 __all__ = ["RowState"]
 
@@ -19,7 +22,7 @@ class RowState:
         name: Under which name.
     """
 
-    def __init__(self, owner: Any, name: str) -> None:
+    def __init__(self, owner: AbsWeighting, name: str) -> None:
         self._owner = owner
         self._name = name
         self._shapes = [param.shape for param in owner.get_share_params() if param.requires_grad]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -14,8 +12,6 @@ __all__ = [
     "directed_weights",
     "even_fall",
     "even_fall_slope",
-    "heads_beside",
-    "kept_signs",
     "raised",
     "random_weights",
     "stepped",
@@ -25,24 +21,6 @@ __all__ = [
 def random_weights(like: Tensor) -> Tensor:
     """Return the softmax of (T,) standard normal numbers, of the dtype and device of ``like``: RLW."""
     return torch.softmax(torch.randn_like(like), dim=-1)
-
-
-def kept_signs(values: Tensor, noise: Tensor, function: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """Return where GradDrop keeps (T, ...) values: those of one sign in each column.
-
-    With the purity ``P = (1 + sum_t v_t / sum_t |v_t|) / 2`` positive values stay where ``P > U``, negative ones where
-    ``P < U``.
-
-    Args:
-        values: (T, ...).
-        noise: U, uniform, of the shape of one row.
-        function: Applied to P, monotone.
-    """
-    size = values.abs().sum(0)
-    purity = 0.5 * (1 + values.sum(0) / torch.where(size > 0, size, 1.0))
-    if function is not None:
-        purity = function(purity)
-    return ((purity > noise) & (values > 0)) | ((purity < noise) & (values < 0))
 
 
 def raised(weights: Tensor, risks: Tensor, step: float) -> Tensor:
@@ -95,11 +73,3 @@ def even_fall_slope(logits: Tensor, before: Tensor, after: Tensor) -> Tensor:
     fall = before.log() - after.log()
     share = torch.softmax(logits, dim=-1)
     return share * (fall - share @ fall)
-
-
-def heads_beside(weights: Tensor) -> Tensor:
-    """Return weights of decoders beside (T,) shared ones: the same, but 1 where a task has no shared gradient, so 0.
-
-    Otherwise a decoder beside a frozen encoder, or one whose weights are zero at first, would learn nothing.
-    """
-    return torch.where(weights == 0, torch.ones_like(weights), weights)
