@@ -190,7 +190,7 @@ def test_compiled_gradients_are_the_eager_ones(name: str) -> None:
             assert (got.grad is None) == (want.grad is None)
             if want.grad is not None:
                 torch.testing.assert_close(got.grad, want.grad, rtol=1e-4, atol=1e-5)
-    regions = [each for each in vars(compiled.step.route.regions).values() if hasattr(each, "graphs") and each.graphs]
+    regions = [each for each in vars(compiled.step.engine.regions).values() if hasattr(each, "graphs") and each.graphs]
     assert sum(each.graphs for each in regions) == len(regions)
 
 

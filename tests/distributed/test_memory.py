@@ -17,7 +17,7 @@ from fastmtl.distributed import find_peers, shard, sharded
 from fastmtl.model import MLPEncoder
 from fastmtl.trainer.log.records import StepBuffer
 from tests.distributed.group import TASKS, in_processes
-from tests.trainer.toy import loaders, make_trainer
+from tests.trainer.toy import fill_grads, loaders, make_trainer
 
 WIDTH, DEPTH = 128, 8
 BUCKET = WIDTH * WIDTH + WIDTH
@@ -61,10 +61,9 @@ def _measure(weightings: list[str]) -> list[int]:
             trainer = make_trainer(weighting, "HPS", TASKS, encoder_class=encoder, shard="fsdp")
             first, second = list(shard(loaders(TASKS), peers))[:2]
             trainer.step([first], StepBuffer())
-            assert trainer.step.exchange is not None
-            trainer.step.exchange.gather()
+            trainer.step.comm.unshard()
             with _Live() as live:
-                trainer.step._gradients([second])
+                fill_grads(trainer, [second])
             peaks.append(live.peak)
     return peaks
 

@@ -87,14 +87,14 @@ def _turned() -> nn.Module:
 def _left_alone(weighting: str, peers: Peers) -> bool:
     """Return whether shards stay as they are when one process sees a NaN, and move when none does."""
     trainer = make_trainer(weighting, "HPS", TASKS, shard="fsdp")
-    assert trainer.sharded is not None
+    assert trainer.storage.is_sharded
     first, second = list(shard(loaders(TASKS), peers))[:2]
-    states = [flat(trainer.sharded.trained)]
+    states = [flat(trainer.storage.trained)]
     trainer.step([first], StepBuffer())
-    states.append(flat(trainer.sharded.trained))
+    states.append(flat(trainer.storage.trained))
     inputs, labels = second
     trainer.step([(inputs * torch.nan if peers.leads else inputs, labels)], StepBuffer())
-    states.append(flat(trainer.sharded.trained))
+    states.append(flat(trainer.storage.trained))
     return not torch.equal(states[0], states[1]) and torch.equal(states[1], states[2])
 
 

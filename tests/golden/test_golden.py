@@ -15,7 +15,7 @@ from fastmtl.engine.lookahead import LookAhead
 from fastmtl.trainer.log.records import StepBuffer
 from fastmtl.weighting import WEIGHTINGS, Weights
 from tests.golden.cases import Golden, close
-from tests.trainer.toy import flat
+from tests.trainer.toy import batch_of, flat
 
 RECORDED = sorted(Path(__file__).parent.glob("*.npz"))
 _MORE = os.environ.get("FASTMTL_GOLDEN")
@@ -81,7 +81,7 @@ def _replay_moml(golden: Golden, trainer: Trainer, monkeypatch: pytest.MonkeyPat
         before, after = golden.state("before" if step == 0 else f"state.{step - 1}"), golden.state(f"state.{step}")
         names = {id(param): name for name, param in trainer.model.named_parameters()}
         moved = [(before[names[id(param)]] - after[names[id(param)]]) / lr for param in ahead.params]
-        _, rows = ahead.rows(batches[step % len(batches)])
+        _, rows = ahead.rows(batch_of(trainer, *batches[step % len(batches)]))
         dense = [
             [torch.zeros_like(param) if part is None else part for part, param in zip(row, ahead.params, strict=True)]
             for row in rows

@@ -12,6 +12,7 @@ from fastmtl.errors import UsageError
 from fastmtl.loss import MSELoss, SegLoss
 from fastmtl.metrics import SegMetric
 from fastmtl.trainer.log.records import StepBuffer
+from fastmtl.trainer.precision import LossScaler
 from fastmtl.weighting import WEIGHTINGS
 from tests.trainer.toy import flat, loaders, make_trainer, task_dict
 
@@ -24,7 +25,7 @@ def _grads(name: str, accumulate: int, multi_input: bool = False, **options: Any
     """Gradients, losses and predictions of the second step, on 24 rows in `accumulate` batches."""
     trainer = make_trainer(name, count=3, accumulate=accumulate, multi_input=multi_input, **options)
     trainer.model.epoch, trainer.model.epochs = 0, 1
-    if trainer.step.scaler is not None:
+    if isinstance(trainer.step.scaler, LossScaler):
         trainer.step.scaler.scale.fill_(2.0**8)
     random.seed(0)
     given = loaders(3, batch=24 // accumulate, multi_input=multi_input)
@@ -98,7 +99,7 @@ def test_batches_count_by_their_labels(name: str, options: dict[str, Any]) -> No
     for batches in _unlike_batches():
         trainer = make_trainer(name, count=3, accumulate=3, **options)
         trainer.model.epoch, trainer.model.epochs = 0, 1
-        if trainer.step.scaler is not None:
+        if isinstance(trainer.step.scaler, LossScaler):
             trainer.step.scaler.scale.fill_(2.0**8)
         random.seed(0)
         trainer.meter.begin()

@@ -14,6 +14,7 @@ from fastmtl.engine.trees import leaves
 from fastmtl.trainer.compile.capture import CudaGraph, StepCapture, make_capturable, reason_against
 from fastmtl.trainer.log.logger import Logger
 from fastmtl.trainer.log.records import StepBuffer
+from fastmtl.trainer.precision import LossScaler
 from fastmtl.trainer.setup.options import StepOptions
 from fastmtl.weighting import WEIGHTINGS, AbsWeighting, Weights
 from tests.trainer.toy import encoder, flat, loaders, make_trainer
@@ -49,8 +50,8 @@ class Rerun(CudaGraph):
         """Where everything lies that a step leaves for the next one."""
         state = self.trainer.optimizer.state_dict()["state"]
         kept = {f"optimizer.{index}.{key}": each for index, of in state.items() for key, each in of.items()}
-        scaler = self.trainer.step.scaler
-        tensors = self.trainer.model.state_dict() | kept | ({} if scaler is None else scaler.state_dict())
+        scale = self.trainer.step.scaler.state_dict().get("scaler", {})
+        tensors = self.trainer.model.state_dict() | kept | scale
         return {name: each.data_ptr() for name, each in tensors.items() if isinstance(each, torch.Tensor)}
 
     def replay(self) -> None:
@@ -118,7 +119,7 @@ def test_what_is_remembered_keeps_its_place(name: Any, precision: str) -> None:
     (batch,) = loaders(3, batch=24)
     for trainer in (eager, captured):
         trainer.model.epoch = 0
-        if trainer.step.scaler is not None:
+        if isinstance(trainer.step.scaler, LossScaler):
             trainer.step.scaler.scale.fill_(2.0**8)
         for _ in range(6):
             trainer.step([batch], StepBuffer())
@@ -251,6 +252,13 @@ def test_a_capture_that_fails_leaves_the_step_eager() -> None:
     assert said[0].endswith("cannot be captured: operation not permitted when stream is capturing")
 
 
+class _Foreign(AbsWeighting):
+    """Written for LibMTL."""
+
+    def backward(self, losses: torch.Tensor, **kwargs: Any) -> None:
+        losses.sum().backward()
+
+
 @pytest.mark.parametrize(
     ("name", "options", "reason"),
     [
@@ -264,17 +272,18 @@ def test_a_capture_that_fails_leaves_the_step_eager() -> None:
 )
 def test_reasons(name: str, options: dict[str, Any], reason: str) -> None:
     trainer = make_trainer(name)
-    found = reason_against(trainer.model, trainer.optimizer, StepOptions(**options), False, CUDA)
+    found = reason_against(trainer.model, trainer.optimizer, StepOptions(**options), CUDA)
     assert found is not None
     assert reason in found
-    assert reason_against(make_trainer("MGDA").model, trainer.optimizer, StepOptions(), False, CUDA) is None
-    written_for_libmtl = reason_against(trainer.model, trainer.optimizer, StepOptions(), True, CUDA)
+    assert reason_against(make_trainer("MGDA").model, trainer.optimizer, StepOptions(), CUDA) is None
+    foreign = make_trainer(_Foreign)
+    written_for_libmtl = reason_against(foreign.model, foreign.optimizer, StepOptions(), CUDA)
     assert "LibMTL" in str(written_for_libmtl)
 
 
 def test_adagrad_and_the_cpu_are_reasons() -> None:
     trainer = make_trainer("MGDA", optim_param={"optim": "adagrad", "lr": 1e-2})
-    assert "Adagrad" in str(reason_against(trainer.model, trainer.optimizer, StepOptions(), False, CUDA))
+    assert "Adagrad" in str(reason_against(trainer.model, trainer.optimizer, StepOptions(), CUDA))
     said: list[str] = []
 
     class Told(Logger):

@@ -15,13 +15,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastmtl.engine.regions import is_compiled, measure_compiled
+from fastmtl.engine.inductor import is_compiled
 from fastmtl.errors import BackendError
 from fastmtl.model import ConvEncoder
+from fastmtl.trainer.compile.report import measure_compiled
 from fastmtl.trainer.log.logger import Logger
 from fastmtl.trainer.log.records import StepBuffer
 from tests.trainer.test_step import OnePiece
-from tests.trainer.toy import flat, loaders, make_trainer
+from tests.trainer.toy import batch_of, fill_grads, flat, loaders, make_trainer
 
 # How the VJPs go, with the regions that are compiled then: as they are reported, and by name.
 REGIONS = {
@@ -53,7 +54,8 @@ def _images() -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def _rows(trainer: Any) -> tuple[list[Any], Any]:
-    done = trainer.step.route(*_images())
+    done = trainer.step.engine.method(batch_of(trainer, *_images()))
+    done.own.write(None)
     return done.rows, done.losses
 
 
@@ -118,7 +120,7 @@ def test_forward_and_gradients_run_in_compiled_code(options: dict[str, Any]) -> 
     torch.compiler.reset()
     messages: list[str] = []
     trainer = _conv_trainer("MTAN", True, **options)
-    for region in vars(trainer.step.route.regions).values():
+    for region in vars(trainer.step.engine.regions).values():
         if hasattr(region, "on_compile"):
             region.on_compile = messages.append
     images, labels = _images()
@@ -126,7 +128,7 @@ def test_forward_and_gradients_run_in_compiled_code(options: dict[str, Any]) -> 
     trainer.step([(images, labels)], buffer)
     assert messages[0].startswith("compiling ")
     assert messages[1].startswith("compiled ")
-    report = measure_compiled(lambda: trainer.step([(images, labels)], buffer), trainer.step.route.regions)
+    report = measure_compiled(lambda: trainer.step([(images, labels)], buffer), trainer.step.engine.regions)
     assert report.graph_breaks == 0
     assert report.recompiles == 0
     assert 0.0 < report.share <= 1.0
@@ -162,7 +164,7 @@ import torch
 import torch._functorch.config as config
 from tests.trainer import test_compile
 from fastmtl.engine import regions
-configure = regions._configure_backwards
+configure = regions.configure_backwards
 def configure_but_donate():
     configure()
     config.donated_buffer = True
@@ -170,7 +172,7 @@ def configure_but_donate():
     if hasattr(entry, "default"):
         entry.default = True
 if {donate}:
-    regions._configure_backwards = configure_but_donate
+    regions.configure_backwards = configure_but_donate
 eager = test_compile._conv_trainer("HPS", False)
 compiled = test_compile._conv_trainer("HPS", True)
 compiled.model.load_state_dict(eager.model.state_dict())
@@ -200,6 +202,7 @@ import torch
 from torch import nn
 from fastmtl.model import ConvEncoder
 from tests.trainer import test_compile
+from tests.trainer.toy import fill_grads
 class Compiled(nn.Module):
     def __init__(self):
         super().__init__()
@@ -213,7 +216,7 @@ found = []
 for torch_compiles in (False, True):
     torch.manual_seed(1)
     trainer = test_compile._conv_trainer("HPS", False, sys.argv[1], encoder_class=Compiled)
-    trainer.step._gradients([test_compile._images()])
+    fill_grads(trainer, [test_compile._images()])
     found.append([param.grad for param in trainer.model.parameters()])
 for want, got in zip(*found):
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
@@ -262,8 +265,8 @@ def test_auto_tries_both_and_says_which() -> None:
     trainer.train(loaders(rows=8 * 28), loaders(), 1)
     verdicts = [message for message in messages if message.startswith("a step takes eager ")]
     assert len(verdicts) == 1
-    assert verdicts[0].endswith(f"going on {'compiled' if trainer.step.compiled else 'eager'}")
-    assert trainer.step.trial is None
+    assert verdicts[0].endswith(f"going on {'compiled' if trainer.step.engine.regions.compiled else 'eager'}")
+    assert trainer.step.trial.settled
 
 
 @pytest.mark.slow
@@ -274,9 +277,9 @@ def test_many_tasks_with_inputs_of_their_own_stay_compiled() -> None:
     batches = {task: next(iter(loader)) for task, loader in loaders(count, multi_input=True).items()}
     inputs, labels = ({task: batch[i] for task, batch in batches.items()} for i in (0, 1))
     trainer.step([(inputs, labels)], StepBuffer())
-    report = measure_compiled(lambda: trainer.step([(inputs, labels)], StepBuffer()), trainer.step.route.regions)
+    report = measure_compiled(lambda: trainer.step([(inputs, labels)], StepBuffer()), trainer.step.engine.regions)
     assert (report.graph_breaks, report.recompiles) == (0, 0)
-    assert trainer.step.route.regions.single.graphs == count
+    assert trainer.step.engine.regions.single.graphs == count
 
 
 @pytest.mark.slow
@@ -299,14 +302,14 @@ def test_a_network_compiled_before_gives_every_tasks_gradient(vjps: str, in_plac
         want, got = make_trainer(encoder_class=lambda: plain), make_trainer(encoder_class=lambda: encoder, vjps=vjps)
         batch = next(iter(loaders()))
         for trainer in (want, got):
-            trainer.step._gradients([batch])
+            fill_grads(trainer, [batch])
     assert any(param.grad is not None for param in plain.parameters())
     for a, b in zip(compiled.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
 
 
 def _graphs(trainer: Any, vjps: str) -> list[int]:
-    return [getattr(trainer.step.route.regions, region).graphs for region in REGIONS[vjps][1]]
+    return [getattr(trainer.step.engine.regions, region).graphs for region in REGIONS[vjps][1]]
 
 
 @pytest.mark.slow

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl.architecture import HPS
-from fastmtl.engine.methods import routes
-from tests.trainer.toy import loaders, make_trainer
+from fastmtl.engine.weights import Weights
+from fastmtl.trainer.tasks import step_tasks
+from tests.trainer.toy import count_vjps, loaders, make_trainer
 
 
 class _OnePiece(HPS):
@@ -44,7 +45,9 @@ def _grads(architecture: Any, shared: Tensor, heads: Tensor | None) -> dict[str,
             weight = shared[t] if id(param) not in own else 1.0 if heads is None else heads[t]
             if grad is not None:
                 expected[name] += weight * grad
-    trainer.step.route.frozen(inputs, labels, shared, heads)
+    engine, weights = trainer.step.engine, Weights(shared=shared, heads=heads)
+    ctx = trainer.step._context([(inputs, labels)], step_tasks([0, 1, 2], trainer.task_name))
+    engine.differentiate(ctx, weights).write_grads(weights)
     return {name: (param.grad, expected[name]) for name, param in params.items() if param.grad is not None}
 
 
@@ -54,14 +57,7 @@ def _grads(architecture: Any, shared: Tensor, heads: Tensor | None) -> dict[str,
 def test_each_parameter_gets_its_weighted_gradient(
     architecture: Any, passes: int, shared: list[float], heads: Tensor | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runs: list[int] = []
-    vjp = routes.vjp
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        runs.append(1)
-        return vjp(*args, **kwargs)
-
-    monkeypatch.setattr(routes, "vjp", counted)
+    runs = count_vjps(monkeypatch)
     found = _grads(architecture, torch.tensor(shared), heads)
     assert len(runs) == passes
     assert len(found) > 6

@@ -162,12 +162,12 @@ def test_held_weights_are_those_of_the_present_tasks(option: dict[str, Any]) -> 
     trainer = make_trainer("MGDA", count=3, **option)
     batch = next(iter(loaders(3)))
     trainer.step([batch], StepBuffer())
-    kept = trainer.step.balancer.held.shared if "update_weights_every" in option else trainer.step.balancer.average[0]
+    kept = trainer.step.weights.kept.shared if "update_weights_every" in option else trainer.step.weights.average[0]
     before, shown = kept.clone(), trainer.step.latest.weights
     trainer.step([batch], StepBuffer(), [0, 2])
     # What is still to be logged stays as it was.
     assert torch.equal(shown, before)
-    after = trainer.step.balancer.held.shared if "update_weights_every" in option else trainer.step.balancer.average[0]
+    after = trainer.step.weights.kept.shared if "update_weights_every" in option else trainer.step.weights.average[0]
     assert after[1] == before[1]
     assert torch.equal(after, before) == ("update_weights_every" in option)
     trainer.step([batch], StepBuffer())
@@ -187,8 +187,8 @@ def test_weights_are_averaged_where_no_batch_labels_all_tasks() -> None:
     trainer.model.weigh = lambda losses, gram, **hyper: Weights(shared=torch.tensor([1.0, len(seen)]))
     for _ in range(3):
         _in_turn(trainer, 1)
-        assert trainer.step.balancer.average is not None
-        seen.append(trainer.step.balancer.average[0].clone())
+        assert trainer.step.weights.average is not None
+        seen.append(trainer.step.weights.average[0].clone())
     assert seen[0][:2].tolist() == [1.0, 0.0]
     assert seen[0][2].isnan()
     assert seen[1][:2].tolist() == [1.0, 0.5]
@@ -198,7 +198,7 @@ def test_weights_are_averaged_where_no_batch_labels_all_tasks() -> None:
 def test_weights_of_groups_are_averaged_too() -> None:
     trainer = make_trainer("GradVac", count=3, weight_momentum=0.5, weight_args={"GradVac_group_type": 1})
     _in_turn(trainer, 3)
-    assert trainer.step.balancer.average[0].shape == (2, 3)
+    assert trainer.step.weights.average[0].shape == (2, 3)
     assert flat(trainer.model.parameters()).isfinite().all()
 
 

@@ -9,17 +9,18 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from fastmtl.engine.context import Batch
 from fastmtl.engine.halves import halves
 from fastmtl.engine.lookahead import LookAhead
 from fastmtl.errors import UsageError
 from fastmtl.trainer.log.records import StepBuffer
 from fastmtl.weighting.FORUM import forum_weights
-from tests.trainer.toy import flat, loaders, make_trainer
+from tests.trainer.toy import batch_of, flat, loaders, make_trainer
 
 
 def _ahead(trainer: Any, lr: float = 0.05) -> LookAhead:
-    batch = next(iter(loaders(3)))
-    return LookAhead(trainer.step.problem, trainer.step.route.regions, batch, lr)
+    batch = batch_of(trainer, *next(iter(loaders(3))))
+    return LookAhead(batch, lr, trainer.step.engine.regions, trainer.step.comm)
 
 
 def _exact_slopes(trainer: Any, ahead: LookAhead, lr: float) -> Tensor:
@@ -28,9 +29,11 @@ def _exact_slopes(trainer: Any, ahead: LookAhead, lr: float) -> Tensor:
     named = dict(model.named_parameters())
     logits = model.logits.value.clone().requires_grad_()
 
-    def scores(values: dict[str, Tensor], half: tuple[Any, Any]) -> Tensor:
-        preds = functional_call(model, values, (half[0],))
-        return torch.stack([problem.losses[task].compute_loss(preds[task], half[1][task]) for task in problem.tasks])
+    def scores(values: dict[str, Tensor], half: Batch) -> Tensor:
+        preds = functional_call(model, values, (half.inputs,))
+        return torch.stack(
+            [problem.losses[task].compute_loss(preds[task], half.labels[task]) for task in problem.tasks]
+        )
 
     inner = torch.softmax(logits, -1) @ scores(named, ahead.inner)
     grads = torch.autograd.grad(inner, list(named.values()), create_graph=True)

@@ -12,6 +12,7 @@ from fastmtl.engine.gradients import set_grads
 from fastmtl.loss import CELoss
 from fastmtl.metrics import AccMetric
 from fastmtl.trainer.log.records import StepBuffer
+from fastmtl.trainer.precision import LossScaler
 from tests.trainer.toy import loaders, make_trainer
 
 
@@ -35,7 +36,7 @@ def test_what_is_summed_up_gets_its_gradient_once(weighting: str, options: dict[
     torch.manual_seed(1)
     decoders = nn.ModuleDict({"task0": _Sum(3), "task1": _Sum(1)})
     trainer = make_trainer(weighting, decoders=decoders, optim_param={"optim": "sgd", "lr": 0.0}, **options)
-    if trainer.step.scaler is not None:
+    if isinstance(trainer.step.scaler, LossScaler):
         trainer.step.scaler.scale.fill_(2.0**8)
     batch, buffer = next(iter(loaders())), StepBuffer()
     for _ in range(2):
@@ -143,7 +144,7 @@ def test_the_loss_scale_is_no_gradient() -> None:
     tasks = {task: {"metrics_fn": _Ignored(), "loss_fn": _WithOffset(), **about} for task in ("task0", "task1")}
     decoders = nn.ModuleDict({task: _Offset(3) for task in tasks})
     trainer = make_trainer("MGDA", task_dict=tasks, decoders=decoders, precision="fp16")
-    assert trainer.step.scaler is not None
+    assert isinstance(trainer.step.scaler, LossScaler)
     trainer.step.scaler.scale.fill_(2.0**8)
     x, labels = next(iter(loaders()))
     trainer.step([(x, dict.fromkeys(tasks, labels["task0"]))], StepBuffer())

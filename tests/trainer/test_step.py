@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from fastmtl import Trainer
 from fastmtl.architecture import HPS
-from fastmtl.engine.methods.representation import RepRoute
-from fastmtl.engine.methods.routes import SplitRoute, SumRoute, WholeRoute
+from fastmtl.engine.methods.representation import Representation
+from fastmtl.engine.methods.split import Split
+from fastmtl.engine.methods.whole import Whole
+from fastmtl.engine.sums import LossEngine
 from fastmtl.errors import UsageError
 from fastmtl.loss import MSELoss
 from fastmtl.ops import combine, gram, min_norm
@@ -60,12 +62,12 @@ def _task_gradients(trainer: Trainer, inputs: Any, labels: Any) -> tuple[list[li
 @pytest.mark.parametrize(
     ("architecture", "multi_input", "route"),
     [
-        ("HPS", False, SplitRoute),
-        ("MTAN", False, SplitRoute),
-        (OnePiece, False, WholeRoute),
-        ("HPS", True, WholeRoute),
-        ("MTAN", True, WholeRoute),
-        (OnePiece, True, WholeRoute),
+        ("HPS", False, Split),
+        ("MTAN", False, Split),
+        (OnePiece, False, Whole),
+        ("HPS", True, Whole),
+        ("MTAN", True, Whole),
+        (OnePiece, True, Whole),
     ],
 )
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -74,7 +76,7 @@ def test_mgda_update_is_the_min_norm_combination(architecture: Any, multi_input:
         "MGDA", architecture, count, multi_input=multi_input, optim_param={"optim": "sgd", "lr": 0.0}
     )
     inputs, labels = _batch(multi_input, count)
-    assert type(trainer.step.route) is route
+    assert type(trainer.step.engine.method) is route
     rows, own = _task_gradients(trainer, inputs, labels)
     expected = combine(rows, min_norm(gram(rows)))
     trainer.step([(inputs, labels)], StepBuffer())
@@ -94,7 +96,7 @@ def test_ew_update_is_the_sum_of_gradients(architecture: Any, multi_input: bool,
         "EW", architecture, multi_input=multi_input, rep_grad=rep_grad, optim_param={"optim": "sgd", "lr": 0.0}
     )
     inputs, labels = _batch(multi_input)
-    assert type(trainer.step.route) is SumRoute
+    assert type(trainer.step.engine) is LossEngine
     rows, _ = _task_gradients(trainer, inputs, labels)
     trainer.step([(inputs, labels)], StepBuffer())
     for k, param in enumerate(trainer.step.problem.shared_params):
@@ -107,7 +109,7 @@ def test_ew_update_is_the_sum_of_gradients(architecture: Any, multi_input: bool,
 def test_rep_grad_weights_the_representation_gradients(architecture: Any, multi_input: bool) -> None:
     options = {"multi_input": multi_input, "optim_param": {"optim": "sgd", "lr": 0.0}}
     trainer = make_trainer("MGDA", architecture, rep_grad=True, **options)
-    assert isinstance(trainer.step.route, RepRoute)
+    assert isinstance(trainer.step.engine.method, Representation)
     inputs, labels = _batch(multi_input)
     buffer = StepBuffer()
     trainer.step([(inputs, labels)], buffer)

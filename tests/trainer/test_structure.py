@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastmtl.architecture import HPS
 from fastmtl.errors import UsageError
 from fastmtl.trainer.log.records import StepBuffer
-from tests.trainer.toy import Listener, encoder, flat, loaders, make_trainer
+from tests.trainer.toy import Listener, count_vjps, encoder, flat, loaders, make_trainer
 
 STRATEGIES = ["EW", "MGDA", "UPGrad", "Nash_MTL", "MoCo"]
 WAYS: dict[str, dict[str, Any]] = {
@@ -97,7 +97,7 @@ def test_what_cannot_be_cut_is_differentiated_as_a_whole(
         for name, want in _expected(trainer, batch).items():
             torch.testing.assert_close(trainer.model.get_parameter(name).grad, want, msg=name)
     assert [message for message in listener.messages if "backward pass" in message] == [
-        f"each task's backward pass is of all the network, as {trainer.step.route.structure.against_cut}"
+        f"each task's backward pass is of all the network, as {trainer.step.engine.method.structure.against_cut}"
     ]
     assert reason in listener.messages[0]
 
@@ -106,7 +106,7 @@ def test_a_network_that_can_be_cut_is() -> None:
     listener = Listener()
     trainer = make_trainer("MGDA", logger=listener)
     trainer.train(loaders(), loaders(), 1)
-    assert trainer.step.route.structure.against_cut is None
+    assert trainer.step.engine.method.structure.against_cut is None
     assert listener.messages == []
 
 
@@ -210,22 +210,13 @@ def test_representations_are_tensors() -> None:
 def test_heads_are_differentiated_once_where_each_parameter_is_of_one_task(
     strategy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastmtl.engine.methods import routes
-
-    calls: list[int] = []
-    plain = routes.vjp
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        calls.append(1)
-        return plain(*args, **kwargs)
-
     trainer: Any = make_trainer(strategy, count=4)
     trainer.model.epoch = 0
     batch = next(iter(loaders(4)))
     trainer.step([batch], StepBuffer())
-    monkeypatch.setattr(routes, "vjp", counted)
+    calls = count_vjps(monkeypatch)
     trainer.step([batch], StepBuffer())
-    assert trainer.step.route.structure.owners == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert trainer.step.engine.method.structure.owners == [0, 0, 1, 1, 2, 2, 3, 3]
     assert len(calls) == 1 + 4
 
 

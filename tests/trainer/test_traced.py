@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastmtl.engine.methods.routes import SplitRoute
-from fastmtl.engine.methods.traced import TracedRoute
+from fastmtl.engine.methods.split import Split
+from fastmtl.engine.methods.traced import Traced
 from fastmtl.errors import UsageError
 from fastmtl.model import ConvEncoder
 from fastmtl.trainer.log.records import StepBuffer
 from tests.trainer.test_step import OnePiece
-from tests.trainer.toy import Listener, flat, loaders, make_trainer
+from tests.trainer.toy import Listener, flat, loaders, make_trainer, method_of
 
 TASKS = 3
 # Torch's own, while it traces.
@@ -135,7 +135,7 @@ def _assert_same_model(a: Any, b: Any) -> None:
 def test_training_is_the_same(encoder: Callable[[], nn.Module], weighting: str) -> None:
     eager, _ = _trained("sequential", encoder, weighting)
     traced, messages = _trained("traced", encoder, weighting)
-    assert traced.step.route.traces, messages
+    assert traced.step.engine.method.traces, messages
     _assert_same_model(eager, traced)
     fresh = make_trainer(weighting, count=TASKS, encoder_class=encoder)
     assert not torch.equal(flat(fresh.model.encoder.parameters()), flat(eager.model.encoder.parameters()))
@@ -145,7 +145,7 @@ def test_training_is_the_same(encoder: Callable[[], nn.Module], weighting: str) 
 def test_options_of_the_step_work_as_ever(options: dict[str, Any]) -> None:
     eager, _ = _trained("sequential", ENCODERS["tied"], **options)
     traced, messages = _trained("traced", ENCODERS["tied"], **options)
-    assert traced.step.route.traces, messages
+    assert traced.step.engine.method.traces, messages
     _assert_same_model(eager, traced)
 
 
@@ -157,7 +157,7 @@ def test_networks_without_a_cut_are_traced_too(options: dict[str, Any], weightin
     encoder = ENCODERS["unused parameters"]
     eager, _ = _trained("sequential", encoder, weighting, **options)
     traced, messages = _trained("traced", encoder, weighting, **options)
-    assert traced.step.route.traces, messages
+    assert traced.step.engine.method.traces, messages
     _assert_same_model(eager, traced)
 
 
@@ -169,7 +169,7 @@ def _looks(layer: _Layer, x: Tensor) -> Tensor:
 def test_what_is_no_graph_is_compiled_in_regions_and_says_so(encoder: Callable[[], nn.Module]) -> None:
     eager, _ = _trained("sequential", encoder)
     traced, messages = _trained("traced", encoder)
-    assert not traced.step.route.traces
+    assert not traced.step.engine.method.traces
     said = "compile: in regions, as the gradients cannot be in one graph with the rest: "
     assert len([message for message in messages if message.startswith(said)]) == 1
     assert traced.compile_report.regions == ["trunk", "heads"]
@@ -185,15 +185,15 @@ def test_torchs_setting_is_left_as_it_was() -> None:
     import torch._dynamo.config as config
 
     trainer, _ = _trained("traced", ENCODERS["unused parameters"])
-    assert trainer.step.route.traces
+    assert trainer.step.engine.method.traces
     assert config.trace_autograd_ops is False
 
 
 def test_weights_known_beforehand_take_regions() -> None:
     eager, _ = _trained("sequential", ENCODERS["tied"], update_weights_every=2)
     traced, _ = _trained("traced", ENCODERS["tied"], update_weights_every=2)
-    assert traced.step.route.traces
-    assert traced.step.route.regions.trunk.graphs == traced.step.route.regions.gradients.graphs == 1
+    assert traced.step.engine.method.traces
+    assert traced.step.engine.regions.trunk.graphs == traced.step.engine.regions.gradients.graphs == 1
     _assert_same_model(eager, traced)
 
 
@@ -201,18 +201,18 @@ def test_a_profile_compiles_nothing_anew(tmp_path: Any, capsys: pytest.CaptureFi
     trainer: Any = make_trainer(compile=True, vjps="traced", profile=tmp_path / "trace.json")
     trainer.train(loaders(rows=80), loaders(), 1)
     assert trainer.profiler.done
-    assert trainer.step.route.regions.gradients.graphs == 1
+    assert trainer.step.engine.regions.gradients.graphs == 1
     table = capsys.readouterr().out.split("Where the step went")[1]
     assert "traced" in table
     assert "VJPs" not in table
 
 
 def test_small_networks_without_convolutions_are_traced_without_asking() -> None:
-    assert isinstance(make_trainer(compile=True).step.route, TracedRoute)
+    assert isinstance(make_trainer(compile=True).step.engine.method, Traced)
     auto = make_trainer(compile="auto").step.trial
-    assert auto is not None
-    assert [type(route) for route in auto.routes] == [SplitRoute, TracedRoute]
-    assert type(make_trainer(compile=True, vjps="sequential").step.route) is SplitRoute
+    assert not auto.settled
+    assert [type(engine.method) for engine in auto.engines] == [Split, Traced]
+    assert type(make_trainer(compile=True, vjps="sequential").step.engine.method) is Split
 
 
 def _convolutional() -> nn.Module:
@@ -225,8 +225,8 @@ def _deep() -> nn.Module:
 
 @pytest.mark.parametrize("encoder", [_convolutional, _deep, lambda: nn.GRU(6, 8)], ids=["images", "deep", "recurrent"])
 def test_other_networks_are_compiled_in_regions(encoder: Callable[[], nn.Module]) -> None:
-    assert type(make_trainer(compile=True, encoder_class=encoder).step.route) is SplitRoute
-    assert type(make_trainer(compile=True, encoder_class=encoder, vjps="traced").step.route) is TracedRoute
+    assert type(make_trainer(compile=True, encoder_class=encoder).step.engine.method) is Split
+    assert type(make_trainer(compile=True, encoder_class=encoder, vjps="traced").step.engine.method) is Traced
 
 
 def _hook_on_parameter() -> nn.Module:
@@ -254,18 +254,18 @@ def _hook_on_layer() -> nn.Module:
 def test_what_cannot_be_traced_says_why(options: dict[str, Any], reason: str) -> None:
     listener = Listener()
     trainer = make_trainer(compile=True, vjps="traced", logger=listener, **options)
-    assert not isinstance(trainer.step.route, TracedRoute)
+    assert not isinstance(method_of(trainer), Traced)
     assert len(listener.messages) == 1
     assert listener.messages[0].startswith("vjps: one after the other, as ")
     assert reason in listener.messages[0]
-    assert not isinstance(make_trainer(compile=True, **options).step.route, TracedRoute)
+    assert not isinstance(method_of(make_trainer(compile=True, **options)), Traced)
 
 
 def test_hooks_that_come_later_are_called() -> None:
     listener, seen = Listener(), []
     trainer: Any = make_trainer(compile=True, logger=listener)
     trainer.train(loaders(), loaders(), 1)
-    assert trainer.step.route.traces
+    assert trainer.step.engine.method.traces
     trainer.model.encoder.get_parameter("stages.0.0.weight").register_hook(lambda grad: seen.append(1))
     trainer.train(loaders(), loaders(), 1)
     assert len(seen) == 2 * 3
@@ -273,8 +273,8 @@ def test_hooks_that_come_later_are_called() -> None:
 
 
 def test_a_torch_that_traces_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastmtl.trainer.compile.methods.traces_gradients", lambda: False)
-    assert type(make_trainer(compile=True).step.route) is SplitRoute
+    monkeypatch.setattr("fastmtl.trainer.compile.engines.traces_gradients", lambda: False)
+    assert type(make_trainer(compile=True).step.engine.method) is Split
 
 
 def test_tracing_is_a_way_to_compile() -> None:
@@ -292,5 +292,5 @@ def test_subsets_of_tasks_and_empty_labels() -> None:
         trainer.step([(inputs, labels)], StepBuffer())
         trainer.step([(inputs, {"task2": labels["task2"]})], StepBuffer(), [2])
         found.append(trainer)
-    assert found[1].step.route.traces
+    assert found[1].step.engine.method.traces
     _assert_same_model(*found)

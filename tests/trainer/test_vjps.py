@@ -13,13 +13,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastmtl import ops
-from fastmtl.engine.methods.batched import BatchedRoute
-from fastmtl.engine.methods.compressed import CompressedRoute
-from fastmtl.engine.methods.routes import SplitRoute
+from fastmtl.distributed import Alone
+from fastmtl.distributed.comm import DataParallel
+from fastmtl.engine.jacobian import BatchGradients
+from fastmtl.engine.methods.batched import Batched
+from fastmtl.engine.methods.compressed import Compressed
+from fastmtl.engine.methods.split import Split
 from fastmtl.errors import UsageError
-from fastmtl.trainer.compile.methods import routes_to_try
+from fastmtl.trainer.compile.engines import engines_to_try
 from fastmtl.trainer.log.records import StepBuffer
-from tests.trainer.toy import Listener, flat, loaders, make_trainer
+from tests.trainer.toy import Listener, batch_of, fill_grads, flat, loaders, make_trainer, method_of
 
 WAYS = ["batched", "compressed"]
 TASKS = 3
@@ -110,10 +113,16 @@ def _batch(count: int = TASKS) -> Any:
     return next(iter(loaders(count)))
 
 
+def _pass(trainer: Any, inputs: Any, labels: Any) -> BatchGradients:
+    """The forward pass and the VJPs of a batch."""
+    found: BatchGradients = trainer.step.engine.method(batch_of(trainer, inputs, labels))
+    return found
+
+
 def _grads(trainer: Any, batches: Any) -> dict[str, Tensor | None]:
     """The gradients of one step, which moves nothing."""
     torch.manual_seed(5)
-    trainer.step._gradients(batches)
+    fill_grads(trainer, batches)
     return {name: param.grad for name, param in trainer.model.named_parameters()}
 
 
@@ -148,14 +157,12 @@ def test_the_gradients_are_those_of_one_after_the_other(
     _assert_same(found[1], found[0], 1e-4 if dtype == torch.float32 else 1e-9)
 
 
-@pytest.mark.parametrize(
-    ("way", "kind"), [("sequential", SplitRoute), ("batched", BatchedRoute), ("compressed", CompressedRoute)]
-)
+@pytest.mark.parametrize(("way", "kind"), [("sequential", Split), ("batched", Batched), ("compressed", Compressed)])
 def test_the_way_asked_for_is_gone(way: str, kind: type) -> None:
     listener = Listener()
     trainer = _trainer(ENCODERS["mlp"], way, logger=listener)
-    assert type(trainer.step.route) is kind
-    done = trainer.step.route(*_batch())
+    assert type(trainer.step.engine.method) is kind
+    done = _pass(trainer, *_batch())
     places = {row[0].untyped_storage().data_ptr() for row in done.rows}
     assert len(places) == (TASKS if way == "sequential" else 1)
     assert listener.messages == []
@@ -165,7 +172,7 @@ def test_compressed_rows_have_the_jacobians_gram_matrix_and_less_numbers() -> No
     inputs, labels = _batch()
     # Rows that depend on each other have no factor in exact arithmetic.
     inputs = inputs[:1].expand_as(inputs).clone()
-    passes = {way: _trainer(ENCODERS["mlp"], way).step.route(inputs, labels) for way in ("sequential", "compressed")}
+    passes = {way: _pass(_trainer(ENCODERS["mlp"], way), inputs, labels) for way in ("sequential", "compressed")}
     want, got = (ops.gram(each.rows) for each in passes.values())
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.diagonal().max()))
     sizes = {way: sum(grad.numel() for grad in each.rows[0]) for way, each in passes.items()}
@@ -252,7 +259,7 @@ def test_what_cannot_be_batched_comes_one_after_the_other() -> None:
     for _ in range(2):
         trainer.model.zero_grad()
         _assert_same(_grads(trainer, [batch]), want, 1e-6)
-    assert not trainer.step.route.possible
+    assert not trainer.step.engine.possible
     assert len(listener.messages) == 1
     assert "cannot be batched" in listener.messages[0]
 
@@ -269,17 +276,17 @@ def test_compressed_rows_that_cannot_be_batched(known: bool, monkeypatch: pytest
 @pytest.mark.parametrize("count", [3, 4, 9])
 def test_compressed_rows_come_in_the_order_of_the_tasks(count: int) -> None:
     batch = _batch(count)
-    passes = [_trainer(ENCODERS["mlp"], way, count=count).step.route(*batch) for way in ("sequential", "compressed")]
+    passes = [_pass(_trainer(ENCODERS["mlp"], way, count=count), *batch) for way in ("sequential", "compressed")]
     torch.testing.assert_close(*(ops.gram(each.rows) for each in passes), rtol=1e-5, atol=1e-6)
 
 
 def test_what_cannot_be_batched_is_not_among_the_candidates_that_are_timed() -> None:
     listener = Listener()
     trainer = _trainer(_mlp(_NoRule), "auto", count=8, logger=listener)
-    assert trainer.step.trial is not None
+    assert not trainer.step.trial.settled
     assert "batched" in trainer.step.trial.names
     steps = 0
-    while trainer.step.trial is not None:
+    while not trainer.step.trial.settled:
         trainer.step([_batch(8)], StepBuffer())
         steps += 1
     (verdict,) = [message for message in listener.messages if message.startswith("a step takes")]
@@ -311,7 +318,7 @@ def test_what_cannot_be_is_said(way: str, options: dict[str, Any], reason: str) 
     listener = Listener()
     given = {"encoder": ENCODERS["mlp"], **options}
     trainer = _trainer(given.pop("encoder"), way, logger=listener, **given)
-    assert not isinstance(trainer.step.route, BatchedRoute | CompressedRoute)
+    assert not isinstance(method_of(trainer), Batched | Compressed)
     assert len(listener.messages) == 1
     assert listener.messages[0].startswith("vjps: one after the other, as ")
     assert reason in listener.messages[0]
@@ -321,7 +328,7 @@ def test_a_network_compiled_before_is_not_compressed() -> None:
     listener = Listener()
     compiled: Any = torch.compile(ENCODERS["mlp"](), backend="eager")
     trainer = _trainer(lambda: compiled, "compressed", logger=listener)
-    assert type(trainer.step.route) is SplitRoute
+    assert type(trainer.step.engine.method) is Split
     assert listener.messages[-1] == "vjps: one after the other, as parts of the network are compiled"
 
 
@@ -329,7 +336,7 @@ def test_a_network_compiled_before_is_not_compressed() -> None:
 def test_compiling_leaves_the_trunk_eager_where_its_vjps_have_a_way_of_their_own(way: str) -> None:
     listener = Listener()
     trainer = _trainer(ENCODERS["mlp"], way, compile=True, logger=listener)
-    assert type(trainer.step.route) is {"batched": BatchedRoute, "compressed": CompressedRoute}[way]
+    assert type(trainer.step.engine.method) is {"batched": Batched, "compressed": Compressed}[way]
     trainer.train(loaders(TASKS), loaders(TASKS), 2)
     assert [message.split()[1] for message in listener.messages if message.startswith("compiling")] == ["heads"]
     assert trainer.compile_report.regions == ["heads"]
@@ -341,8 +348,8 @@ def test_compiled_steps_of_many_tasks_measure_the_ways_too() -> None:
     trainer = _trainer(ENCODERS["mlp"], "auto", count=8, compile=True, logger=listener)
     for batch in loaders(8, rows=8 * 46):
         trainer.step([batch], StepBuffer())
-    assert trainer.step.trial is None
-    assert trainer.step.compiled
+    assert trainer.step.trial.settled
+    assert trainer.step.engine.regions.compiled
     decision = listener.messages[-1]
     assert all(f" {way} " in decision for way in ("compiled", "batched", "compressed")), decision
     # The heads are one region, whichever way the trunk takes.
@@ -375,8 +382,8 @@ def test_an_unknown_way_is_refused() -> None:
 
 def test_auto_is_sequential_with_few_tasks() -> None:
     trainer = _trainer(ENCODERS["mlp"], "auto")
-    assert trainer.step.trial is None
-    assert type(trainer.step.route) is SplitRoute
+    assert trainer.step.trial.settled
+    assert type(trainer.step.engine.method) is Split
 
 
 @pytest.mark.parametrize("vjps", ["auto", "batched", "compressed"])
@@ -384,22 +391,23 @@ def test_several_processes_take_one_after_the_other(vjps: str) -> None:
     step = _trainer(ENCODERS["mlp"], "sequential", count=8).step
     said: list[str] = []
     options = replace(step.options, vjps=vjps)
-    routes = routes_to_try(step.problem, step.hyper, options, said.append, alone=False)
-    assert [type(route) for route in routes.values()] == [SplitRoute]
+    comm = DataParallel(Alone(), step.problem.shared_params, step.problem.own_params)
+    engines = engines_to_try(step.strategy, step.problem, step.hyper, options, said.append, comm)
+    assert [type(engine.method) for engine in engines.values()] == [Split]
     assert len(said) == (0 if vjps == "auto" else 1)
 
 
 def test_what_is_captured_is_not_tried_first() -> None:
     trainer = _trainer(ENCODERS["mlp"], "auto", count=8, cuda_graph=True)
-    assert trainer.step.trial is None
-    assert type(trainer.step.route) is SplitRoute
+    assert trainer.step.trial.settled
+    assert type(trainer.step.engine.method) is Split
 
 
 def test_auto_batches_nothing_that_is_known_not_to_gain() -> None:
     listener = Listener()
     trainer = _trainer(ENCODERS["convolution"], "auto", count=8, logger=listener)
-    batched = trainer.step.trial.routes[trainer.step.trial.names.index("batched")]
-    batched(*_batch(8))
+    batched = trainer.step.trial.engines[trainer.step.trial.names.index("batched")]
+    batched.method(batch_of(trainer, *_batch(8)))
     assert not batched.possible
     assert "do not gain" in listener.messages[0]
 
@@ -413,7 +421,7 @@ def test_auto_measures_with_many_tasks_and_training_is_the_same() -> None:
         for _ in range(5):
             for batch in loaders(count, rows=72):
                 trainer.step([batch], buffer)
-        assert trainer.step.trial is None
+        assert trainer.step.trial.settled
         ends.append(torch.cat([param.detach().flatten() for param in trainer.model.parameters()]))
     assert len(listener.messages) == 1
     assert listener.messages[0].startswith("a step takes eager ")
@@ -439,15 +447,15 @@ def test_short_steps_say_nothing_about_the_ways(kind: str, monkeypatch: pytest.M
     options: dict[str, Any] = {"held": {"update_weights_every": 2}, "few batches": {"accumulate": 2}}.get(kind, {})
     trainer = _trainer(ENCODERS["mlp"], "auto", count=count, logger=listener, **options)
     batch = next(iter(loaders(count)))
-    seconds = {SplitRoute: 0.5, BatchedRoute: 0.1, CompressedRoute: 0.2}
+    seconds = {Split: 0.5, Batched: 0.1, Compressed: 0.2}
     trial = trainer.step.trial
     for step in range(200):
         short = step % 2 == 1
         few = short and kind == "few tasks"
         trainer.step([batch] * (1 if short else trainer.step.batches), StepBuffer(), [0, 1] if few else None)
-        if trainer.step.trial is None:
+        if trainer.step.trial.settled:
             break
-        clock.now += 0.01 if short else seconds[type(trainer.step.route)]
+        clock.now += 0.01 if short else seconds[type(trainer.step.engine.method)]
     assert trial.chosen == "batched"
     assert "eager 500.0 ms, batched 100.0 ms" in listener.messages[-1]
 
@@ -458,7 +466,7 @@ def test_a_trial_ends_if_no_step_is_of_all_tasks() -> None:
     batch = next(iter(loaders(8)))
     for _ in range(400):
         trainer.step([batch], StepBuffer(), [0, 1])
-    assert trainer.step.trial is None
+    assert trainer.step.trial.settled
     assert listener.messages == ["too few steps are of all tasks to measure by: going on eager"]
 
 
@@ -469,11 +477,11 @@ def test_a_resumed_run_keeps_the_way_it_had_chosen(tmp_path: Path) -> None:
         return trainer
 
     first = run(1, save_path=str(tmp_path))
-    assert first.step.trial is None
+    assert first.step.trial.settled
     told = Listener()
     second = make_trainer("MGDA", count=8, resume=str(tmp_path / "last.pt"), logger=told)
-    assert second.step.trial is None
-    assert type(second.step.route) is type(first.step.route)
+    assert second.step.trial.settled
+    assert type(second.step.engine.method) is type(first.step.engine.method)
     assert any(message.endswith("as before") for message in told.messages)
     for trainer in (first, second):
         trainer.step([next(iter(loaders(8)))], StepBuffer())

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastmtl.engine.methods.batched import BatchedRoute
-from fastmtl.engine.methods.compressed import CompressedRoute
-from fastmtl.engine.methods.routes import SplitRoute
-from fastmtl.engine.methods.traced import TracedRoute
+from fastmtl.engine.methods.batched import Batched
+from fastmtl.engine.methods.compressed import Compressed
+from fastmtl.engine.methods.split import Split
+from fastmtl.engine.methods.traced import Traced
 from fastmtl.trainer.compile.capture import StepCapture
 from fastmtl.trainer.log.records import StepBuffer
+from fastmtl.trainer.precision import LossScaler
 from fastmtl.weighting import AbsWeighting, Weights
 from tests.trainer.test_capture import Rerun
 from tests.trainer.toy import flat, loaders, make_trainer
@@ -72,7 +73,7 @@ def _gradients(dtype: str, captured: bool = False, **way: Any) -> list[Tensor]:
         steps = [
             [(x.double(), labels | {"task1": labels["task1"].double()}) for x, labels in batches] for batches in steps
         ]
-    if trainer.step.scaler is not None:
+    if isinstance(trainer.step.scaler, LossScaler):
         trainer.step.scaler.scale.fill_(2.0**8)
     found = []
     for task in range(TASKS):
@@ -84,11 +85,11 @@ def _gradients(dtype: str, captured: bool = False, **way: Any) -> list[Tensor]:
             trainer.step(batches, StepBuffer())
         assert not captured or trainer.step.capture.replays == 2
         found.append(flat([param.grad for param in trainer.model.parameters()]))
-    kinds = {"batched": BatchedRoute, "compressed": CompressedRoute, "traced": TracedRoute}
-    route: Any = trainer.step.route
-    assert type(route) is kinds.get(way.get("vjps", ""), SplitRoute)
-    assert route.possible
-    assert getattr(route, "traces", True)
+    kinds = {"batched": Batched, "compressed": Compressed, "traced": Traced}
+    engine: Any = trainer.step.engine
+    assert type(engine.method) is kinds.get(way.get("vjps", ""), Split)
+    assert engine.possible
+    assert getattr(engine.method, "traces", True)
     assert trainer.step.latest is not None
     assert trainer.step.latest.gram is not None
     return [*found, trainer.step.latest.gram]

@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastmtl import Trainer
+from fastmtl.engine import comm, pullback
+from fastmtl.engine.context import Batch
+from fastmtl.engine.methods import base, split, whole
+from fastmtl.engine.methods.base import Method
+from fastmtl.engine.sums import LossEngine
+from fastmtl.engine.vjp import vjp
 from fastmtl.loss import CELoss, MSELoss
 from fastmtl.metrics import AccMetric, L1Metric
 from fastmtl.model import MLPEncoder
 from fastmtl.trainer.log.logger import Logger
+from fastmtl.trainer.tasks import step_tasks
 
-__all__ = ["Listener", "encoder", "loaders", "make_trainer", "task_dict"]
+__all__ = [
+    "Listener",
+    "batch_of",
+    "count_vjps",
+    "encoder",
+    "fill_grads",
+    "flat",
+    "loaders",
+    "make_trainer",
+    "method_of",
+    "task_dict",
+]
 
 
 def encoder() -> nn.Module:
@@ -95,6 +115,40 @@ def make_trainer(weighting: Any = "MGDA", architecture: Any = "HPS", count: int 
     }
     given.update(options)
     return Trainer(weighting=weighting, architecture=architecture, **given)
+
+
+def batch_of(trainer: Trainer, inputs: Any, labels: Any) -> Batch:
+    """Return a batch of all tasks as the engine takes it."""
+    return Batch(inputs=inputs, labels=labels, tasks=tuple(trainer.task_name))
+
+
+def method_of(trainer: Trainer) -> Method | None:
+    """Return how the tasks' gradients are computed; None of a strategy that has one backward pass for all losses."""
+    engine: Any = trainer.step.engine
+    if isinstance(engine, LossEngine):
+        return None
+    found: Method = engine.method
+    return found
+
+
+def fill_grads(trainer: Trainer, batches: Sequence[tuple[Any, Any]]) -> None:
+    """Fill all ``.grad`` as a step of all tasks does, which then moves nothing."""
+    step, names = trainer.step, trainer.task_name
+    step._gradients(step._context(batches, step_tasks(list(range(len(names))), names)), step.weights)
+
+
+def count_vjps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that grows with every backward pass of the methods and of what comes after them."""
+    calls: list[int] = []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return vjp(*args, **kwargs)
+
+    for module in (comm, base, split, whole, pullback):
+        assert module.vjp is vjp
+        monkeypatch.setattr(module, "vjp", counted)
+    return calls
 
 
 def flat(params: Any) -> Tensor:

@@ -109,7 +109,7 @@ def test_held_weights_give_the_step_of_the_full_one(name: str, architecture: str
     held.model.epoch = full_epoch = 1
     batches = _batches(held)
     held.step(batches, StepBuffer())
-    weights = held.step.balancer.held
+    weights = held.step.weights.kept
     full = _trainer(name, architecture=network)
     full.model.epoch = full_epoch
     full.model.load_state_dict(held.model.state_dict())
@@ -124,9 +124,9 @@ def test_held_weights_give_the_step_of_the_full_one(name: str, architecture: str
             torch.testing.assert_close(one.grad, other.grad, rtol=2e-5, atol=1e-7)
     # The third step holds too, the fourth solves again.
     held.step(batches, StepBuffer())
-    assert held.step.balancer.held is weights
+    assert held.step.weights.kept is weights
     held.step(batches, StepBuffer())
-    assert held.step.balancer.held is not weights
+    assert held.step.weights.kept is not weights
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_held_weights_of_groups_and_samples(name: str, args: dict[str, Any], tmp
     batches = _batches(held)
     held.step(batches, StepBuffer())
     full.model.load_state_dict(held.model.state_dict())
-    weights = held.step.balancer.held
+    weights = held.step.weights.kept
     full.model.weigh = lambda *args, **kwargs: weights
     for trainer in (held, full):
         trainer.step(batches, StepBuffer())
