@@ -9,17 +9,14 @@ Example::
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import Any, NoReturn, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastmtl.errors import UsageError
-from fastmtl.support.running import RunningMean
-
-if TYPE_CHECKING:
-    from fastmtl.distributed import Peers
+from fastmtl.support.running import Group, RunningMean
 
 __all__ = ["AbsLoss", "CELoss", "DepthLoss", "KLDivLoss", "L1Loss", "MSELoss", "NormalLoss", "SegLoss"]
 
@@ -118,7 +115,7 @@ class AbsLoss:
         self.record, self.bs, running = state
         self._running.restore(running)
 
-    def sync(self, peers: Peers) -> None:
+    def sync(self, peers: Group) -> None:
         """Take in what the other processes have accumulated."""
         self.record = [loss for losses in peers.gather(self.record) for loss in losses]
         self.bs = [size for sizes in peers.gather(self.bs) for size in sizes]
@@ -228,7 +225,7 @@ class DepthLoss(AbsLoss):
 
     def labelled(self, gt: Tensor) -> Tensor:
         """Return which pixels have a depth, ``(batch, 1, h, w)``."""
-        return _there(gt.sum(1, keepdim=True))
+        return present(gt.sum(1, keepdim=True))
 
     def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
         """Return the mean of ``|pred - gt|`` over the pixels with a depth."""
@@ -245,7 +242,7 @@ class NormalLoss(AbsLoss):
 
     def labelled(self, gt: Tensor) -> Tensor:
         """Return which pixels have a normal, ``(batch, h, w)``."""
-        return _there(gt.sum(1))
+        return present(gt.sum(1))
 
     def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
         """Return the mean of ``1 - <pred, gt> / |pred|`` over the pixels with a normal."""
@@ -254,5 +251,6 @@ class NormalLoss(AbsLoss):
         return torch.where(valid, 1 - cosine, 0).sum() / valid.sum().clamp(min=1)
 
 
-def _there(values: Tensor) -> Tensor:
+def present(values: Tensor) -> Tensor:
+    """Return which sums over the channels of a map are those of a pixel with a label."""
     return (values != 0) & ~values.isnan()

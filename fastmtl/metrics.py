@@ -14,17 +14,18 @@ Example::
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastmtl.errors import UsageError
-from fastmtl.support.running import RunningMean
+from fastmtl.loss import present
 
 if TYPE_CHECKING:
-    from fastmtl.distributed import Peers
+    from torchmetrics import Metric
+
 
 __all__ = [
     "AbsMetric",
@@ -45,7 +46,7 @@ _FORMERLY = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> NoReturn:
     if name in _FORMERLY:
         raise UsageError(
             f"{name} is now a method of the class {_FORMERLY[name]}: write {{'metrics_fn': {_FORMERLY[name]}()}} in "
@@ -63,8 +64,8 @@ class AbsMetric:
     """
 
     def __init__(self) -> None:
-        self.record: Any = []
-        self.bs: Any = []
+        self.record: list[Any] = []
+        self.bs: list[Any] = []
 
     def update_fun(self, pred: Any, gt: Any) -> None:
         """Take in one batch of predictions and labels, both ``(batch, ...)``; called without gradient."""
@@ -79,27 +80,39 @@ class AbsMetric:
         self.record = []
         self.bs = []
 
-    def sync(self, peers: Peers) -> None:
+    def sync(self, peers: Group) -> None:
         """Take in what the other processes know, before a score; override it if there is further state.
 
         ``record`` and ``bs`` become the lists of all processes, one after the other, on the CPU.
         """
-        self.record = _joined(peers.gather(_on_cpu(self.record)))
-        self.bs = _joined(peers.gather(_on_cpu(self.bs)))
+        self.record = _of_all(self.record, peers)
+        self.bs = _of_all(self.bs, peers)
 
 
-def _on_cpu(values: Any) -> Any:
-    return [value.cpu() if isinstance(value, Tensor) else value for value in values]
+def _of_all(values: list[object], peers: Group) -> list[object]:
+    own = [value.cpu() if isinstance(value, Tensor) else value for value in values]
+    return [value for each in peers.gather(own) for value in each]
 
 
-def _joined(lists: list[list[Any]]) -> list[Any]:
-    return [value for each in lists for value in each]
+class _Sums(AbsMetric):
+    """Keeps sums, by name, where the predictions are; a sum of scores and a count, unless a metric has its own."""
 
+    kept: ClassVar[tuple[str, ...]] = ("sums",)
 
-class _MeanMetric(AbsMetric):
     def __init__(self) -> None:
         super().__init__()
-        self._running = RunningMean()
+        self._kept: dict[str, Tensor | None] = dict.fromkeys(self.kept)
+
+    def _add(self, sums: Tensor) -> None:
+        before = self._kept["sums"]
+        self._kept["sums"] = sums if before is None else before + sums
+
+    def _read(self) -> Tensor:
+        """Return the sums on the CPU; waits for the device."""
+        sums = self._kept["sums"]
+        if sums is None:
+            raise UsageError(f"{type(self).__name__} has no batch to score: is the data loader empty?")
+        return sums.cpu()
 
     def score_fun(self) -> list[float]:
         """Return the mean as a list of one; waits for the device.
@@ -107,22 +120,33 @@ class _MeanMetric(AbsMetric):
         Raises:
             UsageError: There was no batch.
         """
-        if self._running.empty:
-            raise UsageError(f"{type(self).__name__} has no batch to score: is the data loader empty?")
-        return [self._running.value()]
+        return [_ratio(*self._read().tolist())]
 
     def reinit(self) -> None:
         """Forget all batches."""
         super().reinit()
-        self._running.reset()
+        self._kept = dict.fromkeys(self.kept)
 
-    def sync(self, peers: Peers) -> None:
+    def sync(self, peers: Group) -> None:
         """Take in what the other processes know."""
         super().sync(peers)
-        self._running.sync(peers)
+        self._kept = {name: peers.total(each) for name, each in self._kept.items()}
 
 
-class AccMetric(_MeanMetric):
+def _wide(values: Tensor) -> Tensor:
+    return values.float() if values.device.type == "mps" else values.double()
+
+
+def _totals(*values: Tensor) -> Tensor:
+    """Return the sum of each of several tensors, as a vector."""
+    return torch.stack([_wide(each.detach()).sum() for each in values])
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else math.nan
+
+
+class AccMetric(_Sums):
     """Accuracy: the share of labels ``gt`` (any shape) equal to the arg max of ``pred`` ``(*gt.shape, classes)``.
 
     Args:
@@ -137,10 +161,10 @@ class AccMetric(_MeanMetric):
         """Count the right predictions of one batch."""
         if gt.numel():
             # The mean of a batch times its count is not exact in float32, the count of right ones is.
-            self._running.add_sum(pred.argmax(-1).eq(gt).sum(), (gt != self.ignore_index).sum())
+            self._add(_totals(pred.argmax(-1).eq(gt).sum(), (gt != self.ignore_index).sum()))
 
 
-class L1Metric(_MeanMetric):
+class L1Metric(_Sums):
     """Mean absolute error of the labels that are not NaN, each batch's mean weighted by its labelled rows."""
 
     def update_fun(self, pred: Tensor, gt: Tensor) -> None:
@@ -149,42 +173,8 @@ class L1Metric(_MeanMetric):
         known = ~gt.isnan()
         all_known = known.expand_as(error)
         mean = torch.where(all_known, error.abs(), 0).sum() / all_known.sum().clamp(min=1)
-        self._running.add(mean, known.reshape(len(known), -1).any(1).sum())
-
-
-class _Sums(AbsMetric):
-    """Keeps one vector of sums where the predictions are."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._sums: Tensor | None = None
-
-    def _add(self, sums: Tensor) -> None:
-        self._sums = sums if self._sums is None else self._sums + sums
-
-    def _read(self) -> Tensor:
-        """Return the sums on the CPU; waits for the device."""
-        if self._sums is None:
-            raise UsageError(f"{type(self).__name__} has no batch to score: is the data loader empty?")
-        return self._sums.cpu()
-
-    def reinit(self) -> None:
-        """Forget all batches."""
-        super().reinit()
-        self._sums = None
-
-    def sync(self, peers: Peers) -> None:
-        """Take in what the other processes know."""
-        super().sync(peers)
-        self._sums = peers.total(self._sums)
-
-
-def _wide(values: Tensor) -> Tensor:
-    return values.float() if values.device.type == "mps" else values.double()
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else math.nan
+        rows = known.reshape(len(known), -1).any(1).sum()
+        self._add(_totals(_wide(mean) * rows, rows))
 
 
 class _Confusion(_Sums):
@@ -276,11 +266,10 @@ class DepthMetric(_Sums):
 
     def update_fun(self, pred: Tensor, gt: Tensor) -> None:
         """Take in one batch."""
-        depth = gt.sum(1, keepdim=True)
-        valid = (depth != 0) & ~depth.isnan()
+        valid = present(gt.sum(1, keepdim=True))
         error = torch.where(valid, (pred - gt).abs(), 0)
         relative = error / torch.where(valid, gt, 1)
-        self._add(torch.stack([_wide(error).sum(), _wide(relative).sum(), _wide(valid).sum()]))
+        self._add(_totals(error, relative, valid))
 
     def score_fun(self) -> list[float]:
         """Return ``[abs_err, rel_err]``, NaN without a pixel of known depth."""
@@ -298,24 +287,20 @@ class NormalMetric(_Sums):
 
     BINS = 2**20
     LIMITS = (11.25, 22.5, 30.0)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._histogram: Tensor | None = None
+    kept = ("sums", "histogram")
 
     def update_fun(self, pred: Tensor, gt: Tensor) -> None:
         """Take in one batch; the true normals have unit length."""
-        total = gt.sum(1)
-        present = (total != 0) & ~total.isnan()
-        valid = present.flatten()
-        cosine = (F.normalize(pred, dim=1) * torch.where(present.unsqueeze(1), gt, 0)).sum(1).clamp(-1, 1).flatten()
+        known = present(gt.sum(1))
+        valid = known.flatten()
+        cosine = (F.normalize(pred, dim=1) * torch.where(known.unsqueeze(1), gt, 0)).sum(1).clamp(-1, 1).flatten()
         degrees = torch.where(valid, torch.rad2deg(torch.acos(cosine)), 0)
-        below = [_wide((degrees < limit) & valid).sum() for limit in self.LIMITS]
-        self._add(torch.stack([_wide(degrees).sum(), *below, _wide(valid).sum()]))
+        self._add(_totals(degrees, *((degrees < limit) & valid for limit in self.LIMITS), valid))
         bins = (degrees * (self.BINS / 180)).long().clamp(0, self.BINS - 1)
-        if self._histogram is None:
-            self._histogram = bins.new_zeros(self.BINS)
-        self._histogram.scatter_add_(0, bins, valid.long())
+        histogram = self._kept["histogram"]
+        if histogram is None:
+            histogram = self._kept["histogram"] = bins.new_zeros(self.BINS)
+        histogram.scatter_add_(0, bins, valid.long())
 
     def score_fun(self) -> list[float]:
         """Return ``[mean, median, <11.25, <22.5, <30]``, NaN without a normal."""
@@ -323,21 +308,12 @@ class NormalMetric(_Sums):
         return [_ratio(total, count), self._median(int(count)), *(_ratio(each, count) for each in below)]
 
     def _median(self, count: int) -> float:
-        if count == 0 or self._histogram is None:
+        histogram = self._kept["histogram"]
+        if count == 0 or histogram is None:
             return math.nan
         ranks = torch.tensor([(count + 1) // 2, count // 2 + 1])
-        middle = torch.searchsorted(self._histogram.cpu().cumsum(0), ranks)
+        middle = torch.searchsorted(histogram.cpu().cumsum(0), ranks)
         return ((middle.double() + 0.5) * (180 / self.BINS)).mean().item()
-
-    def reinit(self) -> None:
-        """Forget all batches."""
-        super().reinit()
-        self._histogram = None
-
-    def sync(self, peers: Peers) -> None:
-        """Take in what the other processes know."""
-        super().sync(peers)
-        self._histogram = peers.total(self._histogram)
 
 
 class TorchMetric(AbsMetric):
@@ -354,7 +330,7 @@ class TorchMetric(AbsMetric):
         TorchMetric(torchmetrics.classification.BinaryAUROC())
     """
 
-    def __init__(self, *metrics: Any) -> None:
+    def __init__(self, *metrics: Metric) -> None:
         super().__init__()
         if not metrics:
             raise UsageError("TorchMetric needs at least one metric of torchmetrics.")

@@ -50,7 +50,7 @@ class MTLModel(Protocol):
     def __call__(self, inputs: object, task_name: str | None = None) -> dict[str, object]:
         """Return the predictions by task, of one task if it is named."""
 
-    def trunk(self, inputs: object, task_name: str | None = None) -> Features:
+    def trunk(self, inputs: Any, task_name: str | None = None) -> Features:
         """Return the shared features."""
 
     def branch(self, features: Features, task: str) -> Tensor:

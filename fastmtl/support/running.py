@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from fastmtl.support.dtypes import wide_dtype
 
-if TYPE_CHECKING:
-    from fastmtl.distributed import Peers
+__all__ = ["Group", "RunningMean"]
 
-__all__ = ["RunningMean"]
+T = TypeVar("T")
+
+
+class Group(Protocol):
+    """The processes that each have a part of some sums, see :class:`fastmtl.distributed.Peers`."""
+
+    def gather(self, value: T) -> list[T]:
+        """Return the value of each process."""
+
+    def total(self, tensor: Tensor | None) -> Tensor | None:
+        """Return the sum of a tensor that some processes may not have, None if none of them has it."""
 
 
 class RunningMean:
@@ -42,7 +51,7 @@ class RunningMean:
         self._total = self._total + value.to(self._total.dtype) * factor
         self._weight += weight
 
-    def sync(self, peers: Peers) -> None:
+    def sync(self, peers: Group) -> None:
         """Become the mean of what all processes have; waits for them."""
         self._total = peers.total(self._total)
         self._weight = sum(peers.gather(self._weight))

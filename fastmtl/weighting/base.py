@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastmtl.engine.comm import CutsRows
 from fastmtl.engine.weights import Rows, Weights
 from fastmtl.errors import UsageError
 from fastmtl.support.hyper import Hyper
 
 if TYPE_CHECKING:
     from fastmtl.engine.lookahead import LookAhead
-    from fastmtl.weighting.row_state import RowState
 
 __all__ = ["AbsWeighting", "Needs", "Rows", "StepNeeds", "Weights"]
 
@@ -56,7 +56,7 @@ class AbsWeighting(nn.Module):
     allows_rep_grad: ClassVar[bool] = True
 
     active: list[int] | None = None
-    row_states: Mapping[str, RowState] = MappingProxyType({})
+    row_states: Mapping[str, CutsRows] = MappingProxyType({})
     sum_parts: Callable[[Tensor], Tensor] | None = None
     task_dims: Mapping[str, tuple[int, ...]] = MappingProxyType({})
     strategy_name: str

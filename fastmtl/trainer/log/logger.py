@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from typing_extensions import override
 
 from fastmtl.errors import UsageError
 
@@ -202,38 +202,13 @@ class LoggerList(Logger):
 
     def __init__(self, loggers: Sequence[Logger]) -> None:
         self.loggers = list(loggers)
+        for event in vars(Logger):
+            if event.startswith("on_"):
+                setattr(self, event, partial(self._pass_on, event))
 
-    @override
-    def on_start(self, info: RunInfo) -> None:
+    def _pass_on(self, event: str, *args: object, **named: object) -> None:
         for logger in self.loggers:
-            logger.on_start(info)
-
-    @override
-    def on_steps(self, records: StepRecords) -> None:
-        for logger in self.loggers:
-            logger.on_steps(records)
-
-    @override
-    def on_epoch(
-        self, epoch: int, mode: str, losses: dict[str, float], metrics: dict[str, list[float]], seconds: float
-    ) -> None:
-        for logger in self.loggers:
-            logger.on_epoch(epoch, mode, losses, metrics, seconds)
-
-    @override
-    def on_compile(self, message: str) -> None:
-        for logger in self.loggers:
-            logger.on_compile(message)
-
-    @override
-    def on_checkpoint(self, path: Path, kind: str) -> None:
-        for logger in self.loggers:
-            logger.on_checkpoint(path, kind)
-
-    @override
-    def on_end(self, best_epoch: int, best_result: dict[str, list[float]]) -> None:
-        for logger in self.loggers:
-            logger.on_end(best_epoch, best_result)
+            getattr(logger, event)(*args, **named)
 
 
 def as_logger(logger: Logger | Sequence[Logger] | None) -> Logger:

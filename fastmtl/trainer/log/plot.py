@@ -112,12 +112,8 @@ def draw(history: History) -> Figure:
 
     info, names = history.info, history.info.task_names
     metrics = _metric_panels(info, history)
-    panels = [
-        "loss",
-        *(["weight"] if len(history.weights.steps) else []),
-        *(["cosine"] if _has_cosines(history) else []),
-    ]
-    panels += [f"metric {name}" for name in metrics]
+    there = {"loss": True, "weight": len(history.weights.steps) > 0, "cosine": _has_cosines(history)}
+    panels = [*(panel for panel in there if there[panel]), *(f"metric {name}" for name in metrics)]
     grid = [panels[i : i + 2] for i in range(0, len(panels), 2)]
     grid[-1] = grid[-1] * (2 // len(grid[-1]))
 
@@ -171,10 +167,14 @@ def _draw_curve(axis: Axes, curve: Curve, colors: Sequence[Color], title: str, l
             axis.plot(curve.steps, curve.values[:, column], color=color, alpha=0.2, linewidth=0.6)
         marker = "o" if len(curve.steps) == 1 else None
         axis.plot(curve.steps, smooth[:, column], color=color, linewidth=1.8, marker=marker)
-    axis.set_title(title, loc="left", fontsize=11)
-    axis.set_xlabel("Step")
-    axis.set_ylabel(label)
+    _label(axis, title, "Step", label)
     axis.margins(x=0.01)
+
+
+def _label(axis: Axes, title: str, x: str, y: str) -> None:
+    axis.set_title(title, loc="left", fontsize=11)
+    axis.set_xlabel(x)
+    axis.set_ylabel(y)
 
 
 def _use_log_if_wide(axis: Axes, curve: Curve) -> None:
@@ -200,9 +200,7 @@ def _draw_cosines(axis: Axes, history: History) -> None:
         axis.fill_between(steps, low, high, color=_PAIR_COLORS[0], alpha=0.15, linewidth=0, label="all")
         axis.fill_between(steps, lower, upper, color=_PAIR_COLORS[0], alpha=0.3, linewidth=0, label="middle half")
         axis.plot(steps, middle, color=_PAIR_COLORS[0], linewidth=1.8, label="median")
-        axis.set_title(f"{_COSINES_TITLE}, {len(pairs)} pairs", loc="left", fontsize=11)
-        axis.set_xlabel("Step")
-        axis.set_ylabel("Cosine")
+        _label(axis, f"{_COSINES_TITLE}, {len(pairs)} pairs", "Step", "Cosine")
         axis.margins(x=0.01)
         axis.legend(loc="lower left", fontsize=8, frameon=False, ncols=3)
     axis.axhspan(-1.05, 0.0, color="#D55E00", alpha=0.05, linewidth=0)
@@ -222,18 +220,11 @@ def _draw_metric(axis: Axes, history: History, name: str, colors: Sequence[Color
             if name in info.metric_names[task][:1]:
                 values = [history.results[mode, epoch][task][0] for epoch in epochs]
                 axis.plot([epoch + 1 for epoch in epochs], values, color=color, linewidth=1.6, **_MODES[mode])
-    axis.set_title(f"{name} of each epoch", loc="left", fontsize=11)
-    axis.set_xlabel("Epoch")
-    axis.set_ylabel(name)
+    _label(axis, f"{name} of each epoch", "Epoch", name)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axis.set_xlim(0.5, max((epoch for _, epoch in history.results), default=0) + 1.5)
-    axis.legend(
-        [Line2D([], [], color="#555555", **_MODES[mode]) for mode in modes],
-        modes,
-        loc="best",
-        fontsize=8,
-        frameon=False,
-    )
+    lines = [Line2D([], [], color="#555555", **_MODES[mode]) for mode in modes]
+    axis.legend(lines, modes, loc="best", fontsize=8, frameon=False)
 
 
 def _name_tasks(figure: Figure, names: Sequence[str], colors: Sequence[Color]) -> None:
