@@ -119,14 +119,10 @@ class Aggregator(Described, nn.Module, ABC):
         Raises:
             UsageError: ``matrix`` does not have two dimensions.
         """
-        self._check_is_matrix(matrix)
-        found: Tensor = super().__call__(matrix)
-        return found
-
-    @staticmethod
-    def _check_is_matrix(matrix: Tensor) -> None:
         if matrix.dim() != 2:
             raise UsageError(f"matrix must have the shape (T, P), got {tuple(matrix.shape)}.")
+        found: Tensor = super().__call__(matrix)
+        return found
 
     def __str__(self) -> str:
         return type(self).__name__

@@ -21,7 +21,7 @@ from fastmtl.aggregation.rows import add_combined, gram_of
 from fastmtl.errors import UsageError
 from fastmtl.linalg import DualConeProjector, QuadprogProjector
 from fastmtl.ops._eigh import Scale
-from fastmtl.support.settings import Through
+from fastmtl.support.settings import Attribute, Through
 
 __all__ = [
     "AlignedMTL",
@@ -113,24 +113,22 @@ class ConFIG(Aggregator):
         return f"ConFIG{preference_suffix(self.pref_vector)}"
 
 
+class _Projector(Attribute[DualConeProjector]):
+    """What projects onto the dual cone."""
+
+    def __set__(self, instance: object, value: DualConeProjector | None) -> None:
+        super().__set__(instance, QuadprogProjector() if value is None else value)
+
+
 class _ConeWeighting(GramWeighting):
-    settings = ("pref_vector", "projector")
     pref_vector = Preference(MeanWeighting)
+    projector = _Projector()
     weighting: MatrixWeighting
 
     def __init__(self, pref_vector: Tensor | None = None, projector: DualConeProjector | None = None) -> None:
         super().__init__()
         self.pref_vector = pref_vector
         self.projector = projector
-
-    @property
-    def projector(self) -> DualConeProjector:
-        """What projects onto the dual cone."""
-        return self._projector
-
-    @projector.setter
-    def projector(self, value: DualConeProjector | None) -> None:
-        self._projector = QuadprogProjector() if value is None else value
 
 
 class UPGradWeighting(_ConeWeighting):

@@ -33,10 +33,6 @@ def _conv(module: nn.Conv1d | nn.Conv2d, inputs: Tensor) -> Tensor:
     return patches.mT
 
 
-def _is_plain(module: nn.Conv1d | nn.Conv2d) -> bool:
-    return module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
-
-
 # For each layer: what makes (B, S, in) positions of its inputs.
 SHORTCUTS: dict[type[nn.Module], Callable[[Any, Tensor], Tensor]] = {
     nn.Linear: _linear,
@@ -54,7 +50,11 @@ def positions(module: nn.Module, inputs: Tensor, grads: list[Tensor]) -> tuple[T
         grads: D gradients of its outputs.
     """
     unfold = SHORTCUTS.get(type(module))
-    if unfold is None or (isinstance(module, nn.Conv1d | nn.Conv2d) and not _is_plain(module)):
+    if unfold is None:
+        return None
+    if isinstance(module, nn.Conv1d | nn.Conv2d) and (
+        module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str)
+    ):
         return None
     slopes = torch.stack(grads)
     if isinstance(module, nn.Linear):

@@ -1,4 +1,4 @@
-"""Rows: T lists of K gradients, as every op over a Jacobian takes them.
+"""Rows: T lists of K gradients, as every op over a Jacobian takes them, and state that ops update beside them.
 
 A row is the gradient of one task, kept as the list of tensors autograd returned. Ops see all rows as one flat
 task-major list (row t, tensor k at ``t * K + k``); None stands for a zero gradient.
@@ -7,7 +7,8 @@ task-major list (row t, tensor k at ``t * K + k``); None stands for a zero gradi
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -24,19 +25,23 @@ __all__ = [
     "check_groups",
     "check_per_row",
     "check_rows",
+    "check_state",
     "columns",
     "device_of",
     "empty_sum",
     "empty_wide",
     "flatten",
     "is_dense",
+    "pairs",
     "present",
     "shared_strides",
+    "updated",
 ]
 
 Rows = Tensor | Sequence[Sequence[Tensor | None]]
 Flat = Sequence[Tensor | None]
 Groups = Sequence[int] | None
+R = TypeVar("R")
 
 MAX_ROWS = 128
 FLOAT_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -185,3 +190,49 @@ def shared_strides(column: Sequence[Tensor]) -> tuple[int, ...]:
     if alike and first.numel() and is_dense(first):
         return first.stride()
     return torch.empty(first.shape, device="meta").stride()
+
+
+def check_state(name: str, state: Sequence[Tensor], rows: Flat, num_rows: int) -> None:
+    """Refuse rows that no backend takes, and state that does not fit them.
+
+    Raises:
+        UsageError: Wrong number, shape, dtype, device or layout of a tensor.
+    """
+    check_rows(rows, num_rows)
+    if len(state) != len(rows):
+        raise UsageError(f"{name} must hold one tensor for each of the {len(rows)} tensors of rows, got {len(state)}.")
+    device = device_of(state)
+    width = len(rows) // num_rows
+    for index, (own, row) in enumerate(zip(state, rows, strict=True)):
+        place = f"{name}[{index // width}][{index % width}]"
+        check_float(place, own, device)
+        if row is not None and (row.shape != own.shape or row.device != device):
+            raise UsageError(
+                f"{place} must have the shape {tuple(row.shape)} of its gradient on {row.device}, "
+                f"got {tuple(own.shape)} on {own.device}."
+            )
+        first = state[index % width]
+        if own.shape != first.shape:
+            raise UsageError(f"{place} must have the shape {tuple(first.shape)} as in row 0, got {tuple(own.shape)}.")
+    for k in range(width):
+        column = state[k::width]
+        strides = shared_strides(column)
+        if any(s != t for own in column for n, s, t in zip(own.shape, own.stride(), strides, strict=True) if n > 1):
+            raise UsageError(f"{name} must hold tensor {k} of all rows in one dense memory layout.")
+
+
+def pairs(state: Sequence[Tensor], rows: Flat, num_rows: int) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    """Yield row number, state and gradient of each tensor."""
+    width = len(rows) // num_rows
+    for index, (own, row) in enumerate(zip(state, rows, strict=True)):
+        yield index // width, own, row
+
+
+def updated(op: Callable[..., R], state: Rows, rows: Rows, *args: object) -> R:
+    """Return the result of an op that updates the state in place, of which autograd is told."""
+    flat, num_rows = flatten(rows)
+    own = cast(list[Tensor], flatten(state)[0])
+    result = op(own, flat, num_rows, *args)
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(own)
+    return result

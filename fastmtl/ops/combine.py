@@ -193,11 +193,7 @@ def combine(rows: Rows, weights: Tensor, groups: Groups = None) -> list[Tensor |
 
 
 def combine_(
-    out: Sequence[Tensor],
-    rows: Rows,
-    weights: Tensor,
-    groups: Groups = None,
-    accumulate: bool = False,
+    out: Sequence[Tensor], rows: Rows, weights: Tensor, groups: Groups = None, accumulate: bool = False
 ) -> None:
     """Write sum_t w_t row_t into given tensors, or add it to them.
 

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fastmtl.ops._registry import declare
-from fastmtl.ops._rows import Flat, Rows, check_per_row, device_of, empty_wide
-from fastmtl.ops._state import check_state, pairs, updated
+from fastmtl.ops._rows import Flat, Rows, check_per_row, check_state, device_of, empty_wide, pairs, updated
 from fastmtl.ops.gram import gram_reference
 from fastmtl.support.dtypes import wide_dtype
 
@@ -18,8 +17,8 @@ __all__ = ["ema_gram_"]
 def _check(state: Sequence[Tensor], rows: Flat, num_rows: int, keep: Tensor, gains: Tensor) -> None:
     check_state("state", state, rows, num_rows)
     device = device_of(state)
-    for name, vector in (("keep", keep), ("gains", gains)):
-        check_per_row(name, vector, num_rows, device)
+    check_per_row("keep", keep, num_rows, device)
+    check_per_row("gains", gains, num_rows, device)
 
 
 def _reference(state: Sequence[Tensor], rows: Flat, num_rows: int, keep: Tensor, gains: Tensor) -> Tensor:

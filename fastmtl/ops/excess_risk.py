@@ -8,8 +8,7 @@ from torch import Tensor
 
 from fastmtl.errors import UsageError
 from fastmtl.ops._registry import declare
-from fastmtl.ops._rows import Flat, Rows, empty_wide
-from fastmtl.ops._state import check_state, pairs, updated
+from fastmtl.ops._rows import Flat, Rows, check_state, empty_wide, pairs, updated
 
 __all__ = ["excess_risk_"]
 

@@ -49,15 +49,8 @@ class SDMGrad(AbsWeighting):
         assert gram is not None
         size = self.task_num
         cross = gram[size : 2 * size, 2 * size :].to(self.w.dtype)
-        weights = directed_weights(
-            self.w,
-            cross,
-            torch.full_like(self.w, 1 / size),
-            lamda=SDMGrad_lamda,
-            rate=5.0,
-            momentum=0.5,
-            steps=SDMGrad_niter,
-        )
+        equal = torch.full_like(self.w, 1 / size)
+        weights = directed_weights(self.w, cross, equal, lamda=SDMGrad_lamda, steps=SDMGrad_niter)
         self.w.copy_(weights)
         shared = torch.cat(
             [(weights + SDMGrad_lamda / size) / (1 + SDMGrad_lamda), torch.zeros_like(weights).repeat(2)]

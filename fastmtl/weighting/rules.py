@@ -34,7 +34,14 @@ def stepped(weights: Tensor, cross: Tensor, gamma: float, rho: float) -> Tensor:
 
 
 def directed_weights(
-    weights: Tensor, cross: Tensor, preference: Tensor, *, lamda: float, rate: float, momentum: float, steps: int
+    weights: Tensor,
+    cross: Tensor,
+    preference: Tensor,
+    *,
+    lamda: float,
+    steps: int,
+    rate: float = 5.0,
+    momentum: float = 0.5,
 ) -> Tensor:
     """Return SDMGrad's weights: projected gradient descent with momentum from ``weights``.
 
@@ -43,9 +50,9 @@ def directed_weights(
         cross: (T, T) products J_1 J_2^T of two batches' gradients, which are brought to mean length one.
         preference: (T,) weights of the direction that is preferred.
         lamda: How strongly.
+        steps: Number of steps.
         rate: Learning rate.
         momentum: Share of the last step.
-        steps: Number of steps.
     """
     scale = cross.diagonal().clamp(min=0).sqrt().mean()
     cross = cross / (scale**2 + 1e-8)

@@ -1,4 +1,4 @@
-"""Scalarizers that learn a number for each loss, by the model's optimizer or, FAMO, by one of their own."""
+"""Scalarizers with a memory: numbers that an optimizer learns, or the losses of past epochs."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from fastmtl.errors import UsageError
 from fastmtl.scalarization.base import Scalarizer, check_same_shape
-from fastmtl.support.settings import at_least
+from fastmtl.support.settings import at_least, positive
 from fastmtl.support.stateful import Stateful
-from fastmtl.weighting.rules import even_fall, even_fall_slope
+from fastmtl.weighting.rules import descent_rates, even_fall, even_fall_slope
 
-__all__ = ["FAMO", "IMTLL", "UW", "Learned"]
+__all__ = ["DWA", "FAMO", "IMTLL", "UW", "Learned"]
 
 _TINY = 1e-8
 
@@ -156,3 +156,58 @@ class UW(Learned):
         """Return the scalar."""
         check_same_shape("the variances", self.log_var, values)
         return 0.5 * (torch.exp(-self.log_var) * values + self.log_var).sum()
+
+
+class DWA(Scalarizer, Stateful):
+    """A weighted sum in which losses that fall slowly count more.
+
+    From the third epoch on the weights are T times the softmax of ``r / temperature``, r_i the ratio of the mean losses
+    of the last two epochs; ones before. Call :meth:`step` at the end of each epoch.
+
+    Args:
+        temperature: Positive: the higher, the more equal the weights.
+
+    Raises:
+        UsageError: The shape of the losses changed since :meth:`reset`.
+
+    Source: Liu, Johns and Davison, "End-to-End Multi-Task Learning with Attention", CVPR 2019.
+    """
+
+    temperature = positive(float)
+    _loss_sum: Tensor | None
+    _n_batches: int
+    _previous_averages: list[Tensor]
+
+    def __init__(self, temperature: float = 2.0) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.reset()
+
+    def forward(self, values: Tensor, /) -> Tensor:
+        """Return the weighted sum and remember the losses."""
+        known = self._loss_sum if not self._previous_averages else self._previous_averages[-1]
+        if known is not None and known.shape != values.shape:
+            raise UsageError(
+                f"values must keep the shape {tuple(known.shape)} until reset() is called, got {tuple(values.shape)}."
+            )
+        detached = values.detach()
+        self._loss_sum = detached.clone() if self._loss_sum is None else self._loss_sum + detached
+        self._n_batches += 1
+        if len(self._previous_averages) < 2:
+            return values.sum()
+        older, newer = self._previous_averages
+        weights = descent_rates(newer.flatten(), older.flatten(), self.temperature)
+        return (weights.reshape(values.shape) * values).sum()
+
+    def step(self) -> None:
+        """End the epoch."""
+        if self._loss_sum is not None:
+            self._previous_averages = [*self._previous_averages, self._loss_sum / self._n_batches][-2:]
+        self._loss_sum = None
+        self._n_batches = 0
+
+    def reset(self) -> None:
+        """Forget all losses."""
+        self._loss_sum = None
+        self._n_batches = 0
+        self._previous_averages = []
