@@ -18,7 +18,7 @@ from fastmtl.engine.vjp import Cotangents
 from fastmtl.engine.weights import Row, Rows
 
 if TYPE_CHECKING:
-    from fastmtl.distributed.sharded import GradientShards
+    from fastmtl.distributed.gradient_shards import GradientShards
 
 __all__ = ["DataParallel", "ExactDataParallel"]
 

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from fastmtl.distributed.comm import ExactDataParallel
-from fastmtl.distributed.sharded import GradientShards, ShardedModel
+from fastmtl.distributed.gradient_shards import GradientShards
+from fastmtl.distributed.sharded import ShardedModel
 from fastmtl.engine.model import Tasks
 from fastmtl.engine.vjp import Cotangents
 from fastmtl.engine.weights import Row

@@ -21,6 +21,7 @@ from fastmtl.engine.context import Batch
 from fastmtl.engine.cut import Structure
 from fastmtl.engine.graph import batches_well, graph_nodes
 from fastmtl.engine.jacobian import BatchGradients, detached
+from fastmtl.engine.losses import Problem
 from fastmtl.engine.methods.split import Split
 from fastmtl.engine.pullback import Through
 from fastmtl.engine.regions import Regions
@@ -28,10 +29,20 @@ from fastmtl.engine.vjp import batched_vjps, vjp
 from fastmtl.engine.weights import Rows
 from fastmtl.support.profiling import part
 
-__all__ = ["Compressed"]
+__all__ = ["Compressed", "linear_layers"]
 
 # Cotangents that go through the trunk together: more hold more gradients of the layers' outputs at a time.
 _AT_ONCE = 4
+
+
+def linear_layers(problem: Problem) -> list[nn.Linear]:
+    """Return the linear layers whose parameters are shared ones."""
+    shared = set(problem.shared_params)
+    return [
+        module
+        for module in problem.model.modules()
+        if type(module) is nn.Linear and module.weight in shared and (module.bias is None or module.bias in shared)
+    ]
 
 
 class Compressed(Split):
@@ -46,12 +57,7 @@ class Compressed(Split):
     def __init__(self, structure: Structure, regions: Regions, comm: Comm, weighs_heads: bool) -> None:
         super().__init__(structure, regions, comm, weighs_heads)
         self._batches: bool | None = None
-        shared = set(self.problem.shared_params)
-        self.layers = [
-            module
-            for module in self.problem.model.modules()
-            if type(module) is nn.Linear and module.weight in shared and (module.bias is None or module.bias in shared)
-        ]
+        self.layers = linear_layers(self.problem)
 
     def split(self, batch: Batch) -> BatchGradients:
         """Run the forward pass and the VJPs down to the outputs of the layers that count."""

@@ -19,7 +19,7 @@ from fastmtl.engine.lookahead import LookaheadEngine
 from fastmtl.engine.losses import Problem
 from fastmtl.engine.methods.base import Method
 from fastmtl.engine.methods.batched import Batched
-from fastmtl.engine.methods.compressed import Compressed
+from fastmtl.engine.methods.compressed import Compressed, linear_layers
 from fastmtl.engine.methods.representation import ForwardRepresentation, Representation
 from fastmtl.engine.methods.split import Split
 from fastmtl.engine.methods.traced import Traced, has_gradient_hooks
@@ -63,29 +63,18 @@ def engines_to_try(
     make = partial(_plainest, strategy, Structure(problem), comm)
     eager = make(Regions(problem, False, tell))
     against_tracing = _against_tracing(eager, problem, comm) if options.compile else "the step is not compiled"
-    traces = options.vjps == "traced" or (options.vjps == "auto" and _is_worth_tracing(problem))
 
     def compiled() -> Engine:
         regional = make(Regions(problem, True, tell))
-        if not traces or against_tracing is not None:
+        if against_tracing or not isinstance(eager, GradientEngine) or not isinstance(regional, GradientEngine):
             return regional
-        assert isinstance(eager, GradientEngine)
-        assert isinstance(regional, GradientEngine)
-        return GradientEngine(Traced(eager.method, regional.method, tell))
+        asked = options.vjps == "traced" or (options.vjps == "auto" and _is_worth_tracing(problem))
+        return GradientEngine(Traced(eager.method, regional.method, tell)) if asked else regional
 
     plain = compiled() if options.compile is True else eager
     engines = {"eager" if plain is eager else "compiled": plain}
-    reasons = {"traced": against_tracing}
-    others: dict[str, Engine] = {}
-    if isinstance(plain, GradientEngine):
-        # Compiled backward passes have no batching rules and no layers.
-        regions, method = plain.regions.with_trunk(problem.trunk), plain.method
-        batched = Batched(method.structure, regions, comm, method.weighs_heads, tell, forced=options.vjps == "batched")
-        compressed = Compressed(method.structure, regions, comm, method.weighs_heads)
-        others = {"batched": GradientEngine(batched), "compressed": GradientEngine(compressed)}
-        reasons["compressed"] = _against_compression(strategy, compressed, hyper, options)
-    against_batching = _against_batching(eager, comm)
-    reasons |= {name: reasons.get(name) or against_batching for name in ("batched", "compressed")}
+    others, reasons = _other_vjps(strategy, plain, eager, hyper, options, tell)
+    reasons["traced"] = against_tracing
     if options.vjps == "auto":
         if len(problem.tasks) >= _MANY_TASKS and not options.cuda_graph and options.tasks_per_step is None:
             engines |= {name: engine for name, engine in others.items() if reasons[name] is None}
@@ -98,6 +87,21 @@ def engines_to_try(
     if options.compile == "auto":
         engines["compiled"] = compiled()
     return engines
+
+
+def _other_vjps(
+    strategy: AbsWeighting, plain: Engine, eager: Engine, hyper: Mapping[str, Any], options: StepOptions, tell: Tell
+) -> tuple[dict[str, Engine], dict[str, str | None]]:
+    """Return the engines that take the VJPs together or not as a whole, and what stands against each."""
+    batching = _against_batching(eager)
+    reasons = {"batched": batching, "compressed": _against_compression(strategy, plain, hyper, options) or batching}
+    if not isinstance(plain, GradientEngine):
+        return {}, reasons
+    # Compiled backward passes have no batching rules and no layers.
+    regions = plain.regions.with_trunk(plain.problem.trunk)
+    shared = plain.method.structure, regions, plain.comm, plain.method.weighs_heads
+    batched, compressed = Batched(*shared, tell, forced=options.vjps == "batched"), Compressed(*shared)
+    return {"batched": GradientEngine(batched), "compressed": GradientEngine(compressed)}, reasons
 
 
 def _compilable(options: StepOptions, problem: Problem, tell: Tell) -> StepOptions:
@@ -154,13 +158,13 @@ def _method(problem: Problem, regions: Regions) -> type[Method]:
     return ForwardRepresentation
 
 
-def _against_batching(plain: Engine, comm: Comm) -> str | None:
+def _against_batching(plain: Engine) -> str | None:
     """Return why the cotangents cannot go through the trunk together, in a few words; None if nothing is known."""
     if isinstance(plain, ForeignEngine):
         return "the strategy runs backward passes of its own"
     if not isinstance(plain, GradientEngine) or type(plain.method) is not Split:
         return "the strategy or the network does not have one VJP per task go through a trunk"
-    return "several processes send each row when it is known" if comm.shares_batches else None
+    return "several processes send each row when it is known" if plain.comm.shares_batches else None
 
 
 def _against_tracing(plain: Engine, problem: Problem, comm: Comm) -> str | None:
@@ -189,17 +193,18 @@ def _is_worth_tracing(problem: Problem) -> bool:
 
 
 def _against_compression(
-    strategy: AbsWeighting, compressed: Compressed, hyper: Mapping[str, Any], options: StepOptions
+    strategy: AbsWeighting, plain: Engine, hyper: Mapping[str, Any], options: StepOptions
 ) -> str | None:
     """Return why the rows are needed, in a few words; None if nothing is known."""
-    model = compressed.problem.model
+    problem = plain.regions.problem
+    model = problem.model
     reasons = {
         "the strategy needs more than one Gram matrix": strategy.needs != "gram" or strategy.samples > 1,
         "gradients are accumulated": options.accumulate > 1,
         "the precision is not fp32": options.precision != "fp32",
         "parts of the network are compiled": is_compiled(model),
         "the device has no float64": model.device.type == "mps",
-        "the shared network has no linear layers": not compressed.layers,
+        "the shared network has no linear layers": not linear_layers(problem),
     }
     found = next((reason for reason, holds in reasons.items() if holds), None)
     if found is None and strategy.groups(**hyper) is not None:

@@ -189,9 +189,8 @@ def _draw_cosines(axis: Axes, history: History) -> None:
     if len(pairs) <= len(_PAIR_COLORS):
         _draw_curve(axis, curve, _PAIR_COLORS[: len(pairs)], _COSINES_TITLE, "Cosine")
         lines = [line for line in axis.lines if line.get_alpha() is None]
-        axis.legend(
-            lines, [pair.replace(":", ", ") for pair in pairs], loc="lower left", fontsize=8, frameon=False, ncols=3
-        )
+        shown = [pair.replace(":", ", ") for pair in pairs]
+        axis.legend(lines, shown, loc="lower left", fontsize=8, frameon=False, ncols=3)
     else:
         smooth = curve.smooth(max(1, len(curve.steps) // 25))
         known = ~np.isnan(smooth).all(axis=1)

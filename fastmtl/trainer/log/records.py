@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastmtl.support.dtypes import wide_dtype
 from fastmtl.trainer.log.logger import StepRecords, conflict_share
 
 __all__ = ["StepBuffer", "StepSignals"]
@@ -80,11 +81,14 @@ class StepBuffer:
         count = len(self)
         now = time.perf_counter()
         device = self._losses[0].device
-        dtype = torch.float32 if device.type == "mps" else torch.float64
         kept = [_stacked(each) for each in (self._losses, self._weights, self._grams)]
         # The loss scale and the steps skipped, of float16 steps.
         kept += [number.reshape(1) for number in numbers]
-        values = torch.cat([each.to(device, dtype).flatten() for each in kept if each is not None]).cpu().numpy()
+        values = (
+            torch.cat([each.to(device, wide_dtype(device)).flatten() for each in kept if each is not None])
+            .cpu()
+            .numpy()
+        )
         ends = np.cumsum([0 if each is None else each.numel() for each in kept])
         losses, weights, gram, *counts = (
             None if each is None else part.reshape(each.shape)

@@ -48,14 +48,14 @@ def make_model(
     """Make the model of a trainer.
 
     Args:
-        weighting: A strategy or its name.
-        architecture: An architecture or its name.
-        task_name: The tasks.
+        weighting: Strategy.
+        architecture: Architecture.
+        task_name: The tasks; the architecture gets this and what follows.
         encoder_class: Makes the encoder.
         decoders: The decoder of each task.
         rep_grad: See the trainer.
         multi_input: See the trainer.
-        device: The device of the model.
+        device: See the trainer.
         given: ``weight_args`` and ``arch_args``; defaults are filled in.
 
     Raises:
@@ -63,18 +63,18 @@ def make_model(
     """
     rule = resolve_name(weighting, WEIGHTINGS, "weighting") if isinstance(weighting, str) else weighting
     network = (
-        resolve_name(architecture, ARCHITECTURES, "architecture") if isinstance(architecture, str) else architecture
+        architecture if isinstance(architecture, type) else resolve_name(architecture, ARCHITECTURES, "architecture")
     )
-    # A class of the user's that declares no table takes whatever it is given.
-    if rule.hyper or rule in WEIGHTINGS.values():
-        given["weight_args"] = fill_hyper(rule.__name__, rule.hyper, given["weight_args"])
-    if network.hyper or network in ARCHITECTURES.values():
-        given["arch_args"] = fill_hyper(network.__name__, network.hyper, given["arch_args"])
+    for kind, known, name in ((rule, WEIGHTINGS, "weight_args"), (network, ARCHITECTURES, "arch_args")):
+        # A class of the user's that declares no table takes whatever it is given.
+        if kind.hyper or kind in known.values():
+            given[name] = fill_hyper(kind.__name__, kind.hyper, given[name])
+    decoders = decoders if isinstance(decoders, nn.ModuleDict) else nn.ModuleDict(decoders)
     # One class of both, as in LibMTL: strategies written for it find the network in ``self``.
     model: TrainedModel = type("MTLModel", (network, rule), {})(
         task_name=task_name,
         encoder_class=encoder_class,
-        decoders=decoders if isinstance(decoders, nn.ModuleDict) else nn.ModuleDict(decoders),
+        decoders=decoders,
         rep_grad=rep_grad,
         multi_input=multi_input,
         device=device,
