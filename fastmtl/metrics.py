@@ -14,7 +14,7 @@ Example::
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +22,11 @@ from torch import Tensor
 
 from fastmtl.errors import UsageError
 from fastmtl.loss import present
+from fastmtl.support.dtypes import wide_dtype
+from fastmtl.support.running import Group
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
-
 
 __all__ = [
     "AbsMetric",
@@ -133,13 +134,9 @@ class _Sums(AbsMetric):
         self._kept = {name: peers.total(each) for name, each in self._kept.items()}
 
 
-def _wide(values: Tensor) -> Tensor:
-    return values.float() if values.device.type == "mps" else values.double()
-
-
 def _totals(*values: Tensor) -> Tensor:
     """Return the sum of each of several tensors, as a vector."""
-    return torch.stack([_wide(each.detach()).sum() for each in values])
+    return torch.stack([each.detach().to(wide_dtype(each.device)).sum() for each in values])
 
 
 def _ratio(part: float, whole: float) -> float:
@@ -174,7 +171,7 @@ class L1Metric(_Sums):
         all_known = known.expand_as(error)
         mean = torch.where(all_known, error.abs(), 0).sum() / all_known.sum().clamp(min=1)
         rows = known.reshape(len(known), -1).any(1).sum()
-        self._add(_totals(_wide(mean) * rows, rows))
+        self._add(_totals(mean.to(wide_dtype(mean.device)) * rows, rows))
 
 
 class _Confusion(_Sums):

@@ -7,9 +7,8 @@ from typing import cast
 from torch import Tensor, nn
 
 from fastmtl.architecture.experts import Experts
-from fastmtl.architecture.gates import IMG_SIZE, count_experts, make_gate, mix
+from fastmtl.architecture.gates import IMG_SIZE, NUM_EXPERTS, count_experts, make_gate, mix
 from fastmtl.architecture.MMoE import MMoE
-from fastmtl.support.hyper import Hyper
 
 __all__ = ["CGC"]
 
@@ -26,9 +25,7 @@ class CGC(MMoE):
 
     hyper = {  # noqa: RUF012
         "img_size": IMG_SIZE,
-        "num_experts": Hyper(
-            type=int, default=(1, 1), many=True, help="Number of shared experts, then of each task's own."
-        ),
+        "num_experts": NUM_EXPERTS,
     }
 
     def _make_network(self) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastmtl.architecture.base import AbsArchitecture
 from fastmtl.architecture.experts import Experts
-from fastmtl.architecture.gates import IMG_SIZE, count_experts, flatten, image_size, make_gate, mix, pool
+from fastmtl.architecture.gates import IMG_SIZE, NUM_EXPERTS, count_experts, flatten, image_size, make_gate, mix, pool
 from fastmtl.architecture.stages import Stages
 from fastmtl.support.hyper import Hyper
 
@@ -38,9 +38,7 @@ class PLE(AbsArchitecture):
 
     hyper = {  # noqa: RUF012
         "img_size": IMG_SIZE,
-        "num_experts": Hyper(
-            type=int, default=(1, 1), many=True, help="Number of shared experts, then of each task's own."
-        ),
+        "num_experts": NUM_EXPERTS,
         "shared_gate": Hyper(type=bool, default=False, help="A shared path with a gate of its own, as in the paper."),
     }
 

@@ -12,7 +12,18 @@ from torch import Tensor, nn
 from fastmtl.errors import UsageError
 from fastmtl.support.hyper import Hyper
 
-__all__ = ["IMG_SIZE", "count_experts", "feature_dim", "flatten", "image_size", "integers", "make_gate", "mix", "pool"]
+__all__ = [
+    "IMG_SIZE",
+    "NUM_EXPERTS",
+    "count_experts",
+    "feature_dim",
+    "flatten",
+    "image_size",
+    "integers",
+    "make_gate",
+    "mix",
+    "pool",
+]
 
 # Hyper-parameters that are integers: one, several, or text as on LibMTL's command line.
 Integers = int | str | Iterable[int | str]
@@ -23,6 +34,7 @@ IMG_SIZE = Hyper(
     many=True,
     help="Size of one input, such as 3 32 32: gates read the flattened inputs; without it, the experts' mean features.",
 )
+NUM_EXPERTS = Hyper(type=int, default=(1, 1), many=True, help="Number of shared experts, then of each task's own.")
 
 
 def make_gate(inputs: int, experts: int) -> nn.Sequential:

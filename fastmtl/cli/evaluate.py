@@ -9,33 +9,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from typing_extensions import override
 
 from fastmtl.cli.build import build_trainer, load_data
 from fastmtl.data import DataBundle
 from fastmtl.errors import CheckpointError, UsageError
 from fastmtl.support.names import resolve_name
 from fastmtl.trainer.checkpoint.files import read_checkpoint
-from fastmtl.trainer.log.logger import Logger
 from fastmtl.trainer.run.config import TrainConfig, read_config
 from fastmtl.trainer.run.directory import RunDirectory
 from fastmtl.utils import count_improvement
 
 __all__ = ["evaluate"]
-
-
-class _Result(Logger):
-    """Keeps the losses and metrics of the pass."""
-
-    def __init__(self) -> None:
-        self.losses: dict[str, float] = {}
-        self.metrics: dict[str, list[float]] = {}
-
-    @override
-    def on_epoch(
-        self, epoch: int, mode: str, losses: dict[str, float], metrics: dict[str, list[float]], seconds: float
-    ) -> None:
-        self.losses, self.metrics = dict(losses), {task: list(values) for task, values in metrics.items()}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -117,13 +101,14 @@ def _score(path: Path, checkpoint: str, split: str, device: str | None) -> _Scor
     )
     if device is not None:
         config = replace(config, device=device)
-    result = _Result()
     # The trainer prints its own line about what it loads and finds.
     with contextlib.redirect_stdout(io.StringIO()):
         config, bundle = load_data(config)
         loaders = bundle.test if split == "test" else bundle.val
         if loaders is None:
             raise UsageError(f"split must be test for {bundle.name}: it has no {split} split.")
-        trainer = build_trainer(config, bundle, resume=weights if whole else None, logger=result)
+        trainer = build_trainer(config, bundle, resume=weights if whole else None)
         trainer.test(loaders, mode=split)
-    return _Scores(config=config, bundle=bundle, weights=weights, losses=result.losses, metrics=result.metrics)
+    meter = trainer.meter
+    losses = dict(zip(meter.task_name, map(float, meter.loss_item), strict=True))
+    return _Scores(config=config, bundle=bundle, weights=weights, losses=losses, metrics=meter.results)

@@ -11,6 +11,7 @@ from fastmtl.data.reviews import SENTIMENTS, TOPICS, Texts, Words, default_folde
 from fastmtl.errors import UsageError
 from fastmtl.loss import CELoss
 from fastmtl.metrics import AbsMetric, AccMetric, F1Metric
+from fastmtl.support.running import Group
 
 __all__ = ["AccF1Metric", "text_task"]
 
@@ -42,6 +43,12 @@ class AccF1Metric(AbsMetric):
         super().reinit()
         for each in self._both:
             each.reinit()
+
+    def sync(self, peers: Group) -> None:
+        """Take in what the other processes know."""
+        super().sync(peers)
+        for each in self._both:
+            each.sync(peers)
 
 
 def text_task(name: str) -> Task:
