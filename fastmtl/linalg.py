@@ -59,9 +59,6 @@ class QuadprogProjector(DualConeProjector):
     Source: Quinton and Rey, "Jacobian Descent for Multi-Objective Optimization", 2024, Proposition 1.
     """
 
-    norm_eps: float
-    reg_eps: float
-
     def __init__(self, *, norm_eps: float = 0.0001, reg_eps: float = 0.0001) -> None:
         self.norm_eps = norm_eps
         self.reg_eps = reg_eps

@@ -12,7 +12,7 @@ import itertools
 import json
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 from fastmtl.errors import BackendError
 from fastmtl.support import env
 
-__all__ = ["BACKENDS", "PREFERENCE", "kernel", "prospect", "settle"]
+__all__ = ["BACKENDS", "PREFERENCE", "first_tensor", "kernel", "prospect", "settle"]
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 PREFERENCE = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
@@ -58,13 +58,18 @@ def _build_reason(extension: str) -> str:
         return ""
 
 
+def first_tensor(args: Iterable[object]) -> torch.Tensor | None:
+    """Return the first tensor among arguments and in the lists among them."""
+    items = itertools.chain.from_iterable(arg if isinstance(arg, (list, tuple)) else (arg,) for arg in args)
+    return next((item for item in items if isinstance(item, torch.Tensor)), None)
+
+
 def _on_its_device(kernel: Callable[..., Any]) -> Callable[..., Any]:
     """Return a Triton kernel that launches on the device its first tensor is on: Triton takes the current one."""
 
     @functools.wraps(kernel)
     def launch(*args: Any, **kwargs: Any) -> Any:
-        items = itertools.chain.from_iterable(arg if isinstance(arg, (list, tuple)) else (arg,) for arg in args)
-        with torch.cuda.device_of(next(item for item in items if isinstance(item, torch.Tensor))):
+        with torch.cuda.device_of(first_tensor(args)):
             return kernel(*args, **kwargs)
 
     return launch

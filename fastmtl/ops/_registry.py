@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 from fastmtl.ops import _loader
 
-__all__ = ["OPS", "Op", "backend_report", "declare", "implementation"]
+__all__ = ["OPS", "backend_report", "declare", "implementation"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -24,17 +23,8 @@ R = TypeVar("R")
 _LIBRARIES = {ns: torch.library.Library(ns, "DEF") for ns in ("fastmtl", "fastmtl_cpp", "fastmtl_cuda")}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Op:
-    """One op: its schema without the name, its reference and its overload in the namespace ``fastmtl``."""
-
-    name: str
-    schema: str
-    reference: Callable[..., Any]
-    overload: Callable[..., Any]
-
-
-OPS: dict[str, Op] = {}
+# The reference of each op.
+OPS: dict[str, Callable[..., Any]] = {}
 
 
 def declare(
@@ -66,7 +56,8 @@ def declare(
 
     @functools.wraps(reference)
     def last_resort(*args: P.args, **kwargs: P.kwargs) -> R:
-        if _loader.settle(name, _device_type(args)):
+        tensor = _loader.first_tensor(args)
+        if _loader.settle(name, "cpu" if tensor is None else tensor.device.type):
             return overload(*args, **kwargs)
         return reference(*args, **kwargs)
 
@@ -80,7 +71,7 @@ def declare(
             raise
 
     _LIBRARIES["fastmtl"].impl(name, last_resort, "CompositeExplicitAutograd")
-    OPS[name] = Op(name=name, schema=schema, reference=torch.no_grad()(reference), overload=overload)
+    OPS[name] = torch.no_grad()(reference)
     return call
 
 
@@ -92,14 +83,6 @@ def _checked(checks: Sequence[Callable[P, object]], function: Callable[P, R]) ->
         return function(*args, **kwargs)
 
     return call
-
-
-def _device_type(args: Sequence[object]) -> str:
-    for arg in args:
-        for item in arg if isinstance(arg, (list, tuple)) else (arg,):
-            if isinstance(item, torch.Tensor):
-                return item.device.type
-    return "cpu"
 
 
 def implementation(op: str, backend: str) -> Callable[..., Any]:
@@ -115,10 +98,10 @@ def implementation(op: str, backend: str) -> Callable[..., Any]:
     """
     from fastmtl.support.names import resolve_name
 
-    declared = resolve_name(op, OPS, "op")
-    if resolve_name(backend, {name: name for name in _loader.BACKENDS}, "backend") == "reference":
-        return declared.reference
-    return _loader.kernel(declared.name, backend)
+    name = resolve_name(op, {name: name for name in OPS}, "op")
+    if resolve_name(backend, {known: known for known in _loader.BACKENDS}, "backend") == "reference":
+        return OPS[name]
+    return _loader.kernel(name, backend)
 
 
 def backend_report() -> list[dict[str, str]]:

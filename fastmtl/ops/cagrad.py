@@ -66,12 +66,12 @@ def _update_reference(gram: Tensor, c: float) -> Tensor:
     return torch.stack([weights, 1 / len(gram) + reach * weights])
 
 
-def _update_fake(gram: Tensor, c: float) -> Tensor:
-    return gram.new_empty((2, len(gram)), dtype=wide_dtype(gram.device))
-
-
 _cagrad_update = declare(
-    "cagrad_update", "(Tensor gram, float c) -> Tensor", check=_check, reference=_update_reference, fake=_update_fake
+    "cagrad_update",
+    "(Tensor gram, float c) -> Tensor",
+    check=_check,
+    reference=_update_reference,
+    fake=lambda gram, c: gram.new_empty((2, len(gram)), dtype=wide_dtype(gram.device)),
 )
 
 

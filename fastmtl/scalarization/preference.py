@@ -40,7 +40,11 @@ class _Referred(Scalarizer):
     """Base of scalarizers of the losses' distance from ideal ones."""
 
     weights: Tensor | None
-    reference: Tensor | None
+
+    def __init__(self, weights: Tensor | None, reference: Tensor | None) -> None:
+        super().__init__()
+        self.weights = weights
+        self.reference = reference
 
     def _beyond(self, values: Tensor) -> Tensor:
         """Return how far the losses are from the ideal ones; their shape and that of the weights must be the same."""
@@ -68,10 +72,8 @@ class PBI(_Referred):
     weights: Tensor
 
     def __init__(self, theta: float, weights: Tensor, reference: Tensor | None = None) -> None:
-        super().__init__()
+        super().__init__(weights, reference)
         self.theta = theta
-        self.weights = weights
-        self.reference = reference
 
     def forward(self, values: Tensor, /) -> Tensor:
         """Return the scalar."""
@@ -98,10 +100,8 @@ class STCH(_Referred):
     mu = positive(float)
 
     def __init__(self, mu: float, weights: Tensor | None = None, reference: Tensor | None = None) -> None:
-        super().__init__()
+        super().__init__(weights, reference)
         self.mu = mu
-        self.weights = weights
-        self.reference = reference
 
     def forward(self, values: Tensor, /) -> Tensor:
         """Return the scalar."""

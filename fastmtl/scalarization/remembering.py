@@ -203,11 +203,8 @@ class DWA(Scalarizer, Stateful):
         """End the epoch."""
         if self._loss_sum is not None:
             self._previous_averages = [*self._previous_averages, self._loss_sum / self._n_batches][-2:]
-        self._loss_sum = None
-        self._n_batches = 0
+        self._loss_sum, self._n_batches = None, 0
 
     def reset(self) -> None:
         """Forget all losses."""
-        self._loss_sum = None
-        self._n_batches = 0
-        self._previous_averages = []
+        self._loss_sum, self._n_batches, self._previous_averages = None, 0, []

@@ -25,18 +25,16 @@ class RowState:
     def __init__(self, owner: AbsWeighting, name: str) -> None:
         self._owner = owner
         self._name = name
-        self._shapes = [param.shape for param in owner.get_share_params() if param.requires_grad]
-        self._sizes = [shape.numel() for shape in self._shapes]
-        self._seen: Tensor | None = None
         self._rows: list[list[Tensor | None]] = []
-        owner.remember(name, torch.zeros(owner.task_num, sum(self._sizes)))
+        owner.remember(name, torch.zeros(owner.task_num, 0))
+        self.cut([param.shape for param in owner.get_share_params() if param.requires_grad])
         owner.row_states = {**owner.row_states, name: self}
 
     def cut(self, shapes: Sequence[torch.Size]) -> None:
         """Start anew with rows in the shapes of the pieces that this process has of each."""
         self._shapes = list(shapes)
         self._sizes = [shape.numel() for shape in shapes]
-        self._seen = None
+        self._seen: Tensor | None = None
         old: Tensor = getattr(self._owner, self._name)
         setattr(self._owner, self._name, old.new_zeros(len(old), sum(self._sizes)))
 

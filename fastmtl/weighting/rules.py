@@ -7,15 +7,7 @@ from torch import Tensor
 
 from fastmtl.weighting.simplex import project_simplex
 
-__all__ = [
-    "descent_rates",
-    "directed_weights",
-    "even_fall",
-    "even_fall_slope",
-    "raised",
-    "random_weights",
-    "stepped",
-]
+__all__ = ["descent_rates", "directed_weights", "even_fall", "even_fall_slope", "raised", "random_weights", "stepped"]
 
 
 def random_weights(like: Tensor) -> Tensor:
