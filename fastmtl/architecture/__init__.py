@@ -12,6 +12,7 @@ from fastmtl.architecture.MMoE import MMoE
 from fastmtl.architecture.MTAN import MTAN
 from fastmtl.architecture.PLE import PLE
 from fastmtl.architecture.STL import STL
+from fastmtl.support.hyper import Hyper
 
 __all__ = [
     "ARCHITECTURES",
@@ -24,6 +25,7 @@ __all__ = [
     "AbsArchitecture",
     "Cross_stitch",
     "DSelect_k",
+    "Hyper",
     "MMoE",
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastmtl.support.hyper import Hyper
 from fastmtl.weighting.Aligned_MTL import Aligned_MTL
 from fastmtl.weighting.AutoLambda import AutoLambda
 from fastmtl.weighting.base import AbsWeighting, Rows, Weights
@@ -63,6 +64,7 @@ __all__ = [
     "GradDrop",
     "GradNorm",
     "GradVac",
+    "Hyper",
     "MoCo",
     "MoDo",
     "Nash_MTL",

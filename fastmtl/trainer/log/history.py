@@ -33,7 +33,9 @@ class Curve:
             steps, values = np.concatenate([self._rest[0], steps]), np.concatenate([self._rest[1], values])
         whole = len(steps) // self.stride * self.stride
         self._rest = steps[whole:], values[whole:]
-        self._append(_averaged(steps[:whole], self.stride), _averaged(values[:whole], self.stride))
+        self.steps = np.concatenate([self.steps, _averaged(steps[:whole], self.stride)])
+        rows = _averaged(values[:whole], self.stride)
+        self.values = np.concatenate([self.values, rows]) if self.values.size else rows
         while len(self.steps) > self.capacity:
             self._double_stride()
 
@@ -53,10 +55,6 @@ class Curve:
             self.steps, self.values = self.steps[:-1], self.values[:-1]
         self.steps, self.values = _averaged(self.steps, 2), _averaged(self.values, 2)
         self.stride *= 2
-
-    def _append(self, steps: np.ndarray, values: np.ndarray) -> None:
-        self.steps = np.concatenate([self.steps, steps])
-        self.values = np.concatenate([self.values, values]) if self.values.size else values
 
 
 def _averaged(rows: np.ndarray, count: int) -> np.ndarray:

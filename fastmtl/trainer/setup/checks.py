@@ -86,18 +86,15 @@ def find_device(device: str | torch.device | None, peers: Peers | None = None) -
         raise UsageError(f"device must be cpu, cuda, cuda:<index> or mps, got {device!r}.") from None
     if found.type not in ("cpu", "cuda", "mps"):
         raise UsageError(f"device must be cpu, cuda, cuda:<index> or mps, got {str(device)!r}.")
+    absent = f"device is {device}, but torch {torch.__version__} finds no {{}} here; use --device cpu."
     if found.type == "cuda":
         if not torch.cuda.is_available():
-            raise BackendError(
-                f"device is {device}, but torch {torch.__version__} finds no CUDA GPU here; use --device cpu."
-            )
+            raise BackendError(absent.format("CUDA GPU"))
         if found.index is not None and found.index >= torch.cuda.device_count():
             raise BackendError(f"device is {device}, but there are only {torch.cuda.device_count()} CUDA GPUs.")
         found = peers.own_gpu(found)
     if found.type == "mps" and not torch.backends.mps.is_available():
-        raise BackendError(
-            f"device is {device}, but torch {torch.__version__} finds no MPS device here; use --device cpu."
-        )
+        raise BackendError(absent.format("MPS device"))
     return found
 
 

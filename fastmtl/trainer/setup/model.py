@@ -61,14 +61,7 @@ def make_model(
     Raises:
         UsageError: An unknown name or hyper-parameter.
     """
-    rule = resolve_name(weighting, WEIGHTINGS, "weighting") if isinstance(weighting, str) else weighting
-    network = (
-        architecture if isinstance(architecture, type) else resolve_name(architecture, ARCHITECTURES, "architecture")
-    )
-    for kind, known, name in ((rule, WEIGHTINGS, "weight_args"), (network, ARCHITECTURES, "arch_args")):
-        # A class of the user's that declares no table takes whatever it is given.
-        if kind.hyper or kind in known.values():
-            given[name] = fill_hyper(kind.__name__, kind.hyper, given[name])
+    rule, network = _resolved(weighting, architecture, given)
     decoders = decoders if isinstance(decoders, nn.ModuleDict) else nn.ModuleDict(decoders)
     # One class of both, as in LibMTL: strategies written for it find the network in ``self``.
     model: TrainedModel = type("MTLModel", (network, rule), {})(
@@ -84,3 +77,18 @@ def make_model(
     network_params = set(model.parameters())
     model.init_param()
     return MadeModel(model, rule, network, [param for param in model.parameters() if param not in network_params])
+
+
+def _resolved(
+    weighting: str | type[AbsWeighting], architecture: str | type[AbsArchitecture], given: dict[str, dict[str, Any]]
+) -> tuple[type[AbsWeighting], type[AbsArchitecture]]:
+    """Return the two classes, and fill in the defaults of their hyper-parameters."""
+    rule = resolve_name(weighting, WEIGHTINGS, "weighting") if isinstance(weighting, str) else weighting
+    network = (
+        architecture if isinstance(architecture, type) else resolve_name(architecture, ARCHITECTURES, "architecture")
+    )
+    for kind, known, name in ((rule, WEIGHTINGS, "weight_args"), (network, ARCHITECTURES, "arch_args")):
+        # A class of the user's that declares no table takes whatever it is given.
+        if kind.hyper or kind in known.values():
+            given[name] = fill_hyper(kind.__name__, kind.hyper, given[name])
+    return rule, network
