@@ -9,16 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmtl.architecture.stages import Stages
+from fastmtl.model.stages import mask, norm, pointwise
 
 __all__ = ["AttentionEncoder"]
-
-
-def _pointwise(dim_in: int, dim_out: int, maps: bool, bias: bool = True) -> nn.Module:
-    return nn.Conv2d(dim_in, dim_out, 1, bias=bias) if maps else nn.Linear(dim_in, dim_out, bias=bias)
-
-
-def _norm(dim: int, maps: bool) -> nn.Module:
-    return nn.BatchNorm2d(dim) if maps else nn.BatchNorm1d(dim)
 
 
 def _halve(stage: nn.Module) -> tuple[nn.Module, nn.Module]:
@@ -26,17 +19,6 @@ def _halve(stage: nn.Module) -> tuple[nn.Module, nn.Module]:
     if isinstance(stage, nn.Sequential) and len(stage) > 1 and not getattr(stage[-1], "inplace", False):
         return stage[:-1], stage[-1]
     return stage, nn.Identity()
-
-
-def _mask(dim_in: int, dim_mid: int, dim_out: int, maps: bool) -> nn.Sequential:
-    return nn.Sequential(
-        _pointwise(dim_in, dim_mid, maps),
-        _norm(dim_mid, maps),
-        nn.ReLU(inplace=True),
-        _pointwise(dim_mid, dim_out, maps),
-        _norm(dim_out, maps),
-        nn.Sigmoid(),
-    )
 
 
 class _VectorBlock(nn.Module):
@@ -57,7 +39,7 @@ def _lift(dim_in: int, dim_out: int, expansion: int, maps: bool) -> nn.Module:
         return _VectorBlock(dim_in, dim_out)
     from fastmtl.model.resnet import BasicBlock, Bottleneck
 
-    downsample = nn.Sequential(_pointwise(dim_in, dim_out, maps, bias=False), _norm(dim_out, maps))
+    downsample = nn.Sequential(pointwise(dim_in, dim_out, maps, bias=False), norm(dim_out, maps))
     block = BasicBlock if expansion == 1 else Bottleneck
     return cast(nn.Module, block(dim_in, dim_out // expansion, downsample=downsample))
 
@@ -90,7 +72,7 @@ class AttentionEncoder(nn.Module):
         # Stage by stage, as LibMTL does, so that a seed gives its initial weights.
         for i, dim in enumerate(dims):
             inputs, width = (dim if i == 0 else 2 * dim), max(dim // expansion, 1)
-            self.encoder_att[str(i)] = nn.ModuleList(_mask(inputs, width, dim, maps) for _ in task_name)
+            self.encoder_att[str(i)] = nn.ModuleList(mask(inputs, width, dim, maps) for _ in task_name)
             if i + 1 < len(dims):
                 self.encoder_block_att.append(_lift(dim, dims[i + 1], expansion, maps))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import cast
 
 from torch import nn
@@ -12,6 +12,7 @@ from fastmtl.errors import UsageError
 __all__ = ["Stages"]
 
 
+@dataclass(frozen=True, slots=True)
 class Stages:
     """The parts of a ResNet, of ``fastmtl.model`` or torchvision's, or of a ``fastmtl.model.StagedEncoder``.
 
@@ -23,19 +24,11 @@ class Stages:
         stem_dim: Channels of the stem's output, where they are known.
     """
 
-    def __init__(
-        self,
-        stem: nn.Module,
-        stages: Sequence[nn.Module],
-        dims: Sequence[int],
-        expansion: int = 1,
-        stem_dim: int | None = None,
-    ) -> None:
-        self.stem = stem
-        self.stages = list(stages)
-        self.dims = list(dims)
-        self.expansion = expansion
-        self.stem_dim = stem_dim
+    stem: nn.Module
+    stages: list[nn.Module]
+    dims: list[int]
+    expansion: int = 1
+    stem_dim: int | None = None
 
     @classmethod
     def of(cls, encoder: nn.Module, owner: str, also: str = "") -> Stages:
@@ -59,7 +52,7 @@ class Stages:
                 return cls(stem, layers, [*dims, last], 4 if last == 2048 else 1, stem_dim)
         if all(hasattr(encoder, name) for name in ("stem", "stages", "stage_dims")):
             stages = list(cast(nn.ModuleList, encoder.stages))
-            return cls(cast(nn.Module, encoder.stem), stages, cast(list[int], encoder.stage_dims))
+            return cls(cast(nn.Module, encoder.stem), stages, list(cast(list[int], encoder.stage_dims)))
         raise UsageError(
             f"{owner} needs an encoder made of stages (a ResNet{also} or a StagedEncoder), "
             f"got {type(encoder).__name__}."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, cast
 
@@ -96,7 +95,8 @@ def _train_command() -> TyperCommand:
         for name, (text, metavar) in own.items()
     ]
     parameters += train_parameters()
-    _give_signature(run, parameters)
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {each.name: each.annotation for each in parameters}
 
     class TrainCommand(Command):
         optional_values: ClassVar = {"--compile": "on"}
@@ -105,11 +105,6 @@ def _train_command() -> TyperCommand:
     alone = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
     alone.command("train", cls=TrainCommand, help=_TRAIN_HELP)(run)
     return cast(TyperCommand, typer.main.get_command(alone))
-
-
-def _give_signature(function: Callable[..., None], parameters: list[inspect.Parameter]) -> None:
-    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    function.__annotations__ = {each.name: each.annotation for each in parameters}
 
 
 @app.command("eval", cls=Command)

@@ -76,8 +76,8 @@ def _version(package: str) -> str | None:
 
 def _versions() -> dict[str, str | None]:
     # The loaded torch knows its build (+cpu, +cu130) even where its metadata does not.
-    known = {"fastmtl": fastmtl.__version__, "python": platform.python_version(), "torch": torch.__version__}
-    return {**{name: _version(name) for name in _PACKAGES}, **known}
+    own = {"fastmtl": fastmtl.__version__, "python": platform.python_version()}
+    return {**own, **{name: _version(name) for name in _PACKAGES}, "torch": torch.__version__}
 
 
 def _host() -> ModuleType | str:
@@ -181,7 +181,7 @@ def _environment() -> dict[str, str]:
 def render(data: Facts) -> str:
     """Return the text `fastmtl doctor` prints for a report."""
     sections: dict[str, Callable[[Any], Rows]] = {
-        "versions": _render_versions,
+        "versions": lambda versions: [(name, found or "not installed") for name, found in versions.items()],
         "build": _render_build,
         "devices": _render_devices,
         "ops": _render_ops,
@@ -199,11 +199,6 @@ def render(data: Facts) -> str:
         width = max(len(label) for label, _ in table)
         lines += [name, *(f"  {label:<{width}}  {value}" for label, value in table), ""]
     return "\n".join(lines)
-
-
-def _render_versions(versions: Mapping[str, str | None]) -> Rows:
-    order = ("fastmtl", "python", *_PACKAGES)
-    return [(name, versions[name] or "not installed") for name in order]
 
 
 def _render_build(build: Facts) -> Rows:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
+
+from fastmtl.data.reviews import VOCABULARY
 
 __all__ = ["ENCODERS", "IMAGE_ENCODERS", "EncoderInfo"]
 
@@ -25,44 +28,25 @@ class EncoderInfo:
     has_weights: bool = False
 
 
-def _resnet(name: str, feature_dim: int) -> EncoderInfo:
-    def build(pretrained: bool = False) -> nn.Module:
-        from fastmtl import model
+def _make(name: str, *args: object, **options: object) -> nn.Module:
+    # What torchvision is needed for is only imported when it is asked for.
+    from fastmtl import model
 
-        if name.endswith("-dilated"):
-            return model.resnet_dilated(name.removesuffix("-dilated"), pretrained=pretrained)
-        return getattr(model, name)(pretrained=pretrained)
-
-    return EncoderInfo(build=build, feature_dim=feature_dim, has_weights=True)
+    return getattr(model, name)(*args, **options)
 
 
-def _conv() -> nn.Module:
-    from fastmtl.model import ConvEncoder
-
-    return ConvEncoder(channels=3, stage_dims=(16, 32, 64))
-
-
-def _segnet() -> nn.Module:
-    from fastmtl.model import SegNet
-
-    return SegNet()
-
-
-def _lstm() -> nn.Module:
-    from fastmtl.data.reviews import VOCABULARY
-    from fastmtl.model import LSTMEncoder
-
-    return LSTMEncoder(VOCABULARY)
+def _resnet(feature_dim: int, *call: str) -> EncoderInfo:
+    return EncoderInfo(build=partial(_make, *call, pretrained=False), feature_dim=feature_dim, has_weights=True)
 
 
 ENCODERS: dict[str, EncoderInfo] = {
-    "resnet18": _resnet("resnet18", 512),
-    "resnet34": _resnet("resnet34", 512),
-    "resnet50": _resnet("resnet50", 2048),
-    "resnet18-dilated": _resnet("resnet18-dilated", 512),
-    "resnet50-dilated": _resnet("resnet50-dilated", 2048),
-    "conv": EncoderInfo(build=_conv, feature_dim=64),
-    "segnet": EncoderInfo(build=_segnet, feature_dim=64),
-    "lstm": EncoderInfo(build=_lstm, feature_dim=256),
+    "resnet18": _resnet(512, "resnet18"),
+    "resnet34": _resnet(512, "resnet34"),
+    "resnet50": _resnet(2048, "resnet50"),
+    "resnet18-dilated": _resnet(512, "resnet_dilated", "resnet18"),
+    "resnet50-dilated": _resnet(2048, "resnet_dilated", "resnet50"),
+    "conv": EncoderInfo(build=partial(_make, "ConvEncoder", channels=3, stage_dims=(16, 32, 64)), feature_dim=64),
+    "segnet": EncoderInfo(build=partial(_make, "SegNet"), feature_dim=64),
+    "lstm": EncoderInfo(build=partial(_make, "LSTMEncoder", VOCABULARY), feature_dim=256),
 }
 IMAGE_ENCODERS = ("resnet18", "resnet34", "resnet50", "conv")

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmtl.errors import UsageError
+from fastmtl.model.stages import mask
 
 __all__ = ["SegNet", "SegNet_MTAN_decoder", "SegNet_MTAN_encoder"]
 
@@ -23,17 +24,6 @@ def _conv(inputs: int, outputs: int) -> nn.Sequential:
 def _convs(channels: int, count: int) -> nn.Sequential:
     return (
         _conv(channels, channels) if count == 1 else nn.Sequential(*(_conv(channels, channels) for _ in range(count)))
-    )
-
-
-def _mask(inputs: int, width: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(inputs, width, 1),
-        nn.BatchNorm2d(width),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(width, width, 1),
-        nn.BatchNorm2d(width),
-        nn.Sigmoid(),
     )
 
 
@@ -128,8 +118,10 @@ class SegNet_MTAN_encoder(SegNet):
         after = [channels[0], *channels[:-1]]
         seen_down = [channels[0], *(2 * each for each in channels[1:])]
         seen_up = [own + above for own, above in zip(channels, after, strict=True)]
-        self.encoder_att = nn.ModuleList(nn.ModuleList(map(_mask, seen_down, channels)) for _ in range(task_num))
-        self.decoder_att = nn.ModuleList(nn.ModuleList(map(_mask, seen_up, after)) for _ in range(task_num))
+        self.encoder_att = nn.ModuleList(
+            nn.ModuleList(map(mask, seen_down, channels, channels)) for _ in range(task_num)
+        )
+        self.decoder_att = nn.ModuleList(nn.ModuleList(map(mask, seen_up, after, after)) for _ in range(task_num))
         self.encoder_block_att = nn.ModuleList(map(_conv, channels, [*channels[1:], channels[-1]]))
         self.decoder_block_att = nn.ModuleList(map(_conv, channels, after))
         self._init_weights()
@@ -144,15 +136,15 @@ class SegNet_MTAN_encoder(SegNet):
         assert isinstance(encoder_masks, nn.ModuleList)
         assert isinstance(decoder_masks, nn.ModuleList)
         own: Tensor | None = None
-        for level, mask, lift in zip(levels, encoder_masks, self.encoder_block_att, strict=True):
+        for level, attention, lift in zip(levels, encoder_masks, self.encoder_block_att, strict=True):
             first, last = level.down
             seen = first if own is None else torch.cat([first, own], dim=1)
-            own = F.max_pool2d(lift(mask(seen) * last), 2)
+            own = F.max_pool2d(lift(attention(seen) * last), 2)
         assert own is not None
         upwards = list(zip(levels, decoder_masks, self.decoder_block_att, strict=True))[::-1]
-        for level, mask, lift in upwards:
+        for level, attention, lift in upwards:
             own = F.interpolate(own, size=level.lifted.shape[-2:], mode="bilinear", align_corners=True)
-            own = mask(torch.cat([level.lifted, lift(own)], dim=1)) * level.up
+            own = attention(torch.cat([level.lifted, lift(own)], dim=1)) * level.up
         return own
 
 

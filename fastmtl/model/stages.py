@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastmtl.errors import UsageError
 
-__all__ = ["ConvEncoder", "MLPEncoder", "StagedEncoder"]
+__all__ = ["ConvEncoder", "MLPEncoder", "StagedEncoder", "mask", "norm", "pointwise"]
 
 
 class StagedEncoder(nn.Module):
@@ -90,3 +90,25 @@ class MLPEncoder(StagedEncoder):
         dims = [inputs, *stage_dims]
         stages = [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in pairwise(dims)]
         super().__init__(nn.Identity(), stages, stage_dims)
+
+
+def pointwise(dim_in: int, dim_out: int, maps: bool, bias: bool = True) -> nn.Module:
+    """Return a linear layer of each position of maps, or of vectors."""
+    return nn.Conv2d(dim_in, dim_out, 1, bias=bias) if maps else nn.Linear(dim_in, dim_out, bias=bias)
+
+
+def norm(dim: int, maps: bool) -> nn.Module:
+    """Return the batch norm of maps, or of vectors."""
+    return nn.BatchNorm2d(dim) if maps else nn.BatchNorm1d(dim)
+
+
+def mask(dim_in: int, dim_mid: int, dim_out: int, maps: bool = True) -> nn.Sequential:
+    """Return the network of MTAN's soft attention: values in 0 .. 1 that features are multiplied with."""
+    return nn.Sequential(
+        pointwise(dim_in, dim_mid, maps),
+        norm(dim_mid, maps),
+        nn.ReLU(inplace=True),
+        pointwise(dim_mid, dim_out, maps),
+        norm(dim_out, maps),
+        nn.Sigmoid(),
+    )
