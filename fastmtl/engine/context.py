@@ -17,7 +17,7 @@ from fastmtl.engine.scaling import LossScale
 __all__ = ["Batch", "StepContext", "batch_shares", "mean_losses", "step_losses"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Batch:
     """One batch of a step.
 
@@ -108,14 +108,7 @@ class StepContext:
             shares, row_shares = list(torch.cat(found)), torch.cat([each.sum(0) for each in found])
         complete = samples > 1 or len(batches) == 1
         made = [
-            Batch(
-                inputs=inputs,
-                labels=own,
-                tasks=tasks,
-                share=share,
-                factor=scaling.factor(share),
-                complete=complete,
-            )
+            Batch(inputs, own, tasks, share=share, factor=scaling.factor(share), complete=complete)
             for (inputs, _), own, share in zip(batches, labels, shares, strict=True)
         ]
         return cls(batches=tuple(made), tasks=tasks, scaling=scaling, lr=lr, row_shares=row_shares)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.engine.comm import Comm
-from fastmtl.engine.context import StepContext, mean_losses
+from fastmtl.engine.context import StepContext, step_losses
 from fastmtl.engine.gradients import OwnGradients, summed
 from fastmtl.engine.losses import Problem
 from fastmtl.engine.pullback import Combine
@@ -95,9 +95,7 @@ class Jacobian:
         comm: Comm,
     ) -> None:
         several = len(batches) > 1
-        self.losses = losses.sum(0)
-        if several:
-            self.losses = mean_losses(problem, ctx.tasks, losses, [batch.labels for batch in ctx.batches], comm)
+        self.losses = step_losses(problem, ctx, losses, comm)
         self.shown = losses if several else self.losses
         self.preds = preds[-1:] if several else preds
         self.pullback = batches[-1].pullback

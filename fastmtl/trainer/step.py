@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastmtl.engine.buffers import keeping_buffers
 from fastmtl.engine.comm import Comm
-from fastmtl.engine.context import StepContext, mean_losses
+from fastmtl.engine.context import StepContext, step_losses
 from fastmtl.engine.losses import Problem
 from fastmtl.engine.methods.base import mean_of_forwards
 from fastmtl.engine.model import Labels
@@ -169,9 +169,7 @@ class TrainingStep:
         """Return the losses (T,) of a forward pass of each batch, averaged; it leaves no trace in the buffers."""
         with keeping_buffers(self.strategy):
             losses = mean_of_forwards(self.engine.regions, ctx.batches, self.comm)
-        if self.samples == 1:
-            return losses.sum(0)
-        return mean_losses(self.problem, ctx.tasks, losses, [batch.labels for batch in ctx.batches], self.comm)
+        return step_losses(self.problem, ctx, losses, self.comm)
 
     def _tasks(self, present: Sequence[int] | None) -> StepTasks:
         """Return the tasks of this step."""
