@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar, Protocol
 
 import torch
@@ -27,22 +27,8 @@ class CutsRows(Protocol):
         """Start anew with rows in the shapes of the pieces that this process has of each."""
 
 
-class SplitsRows(Protocol):
-    """A strategy that may keep numbers of the shape of the rows."""
-
-    @property
-    def row_states(self) -> Mapping[str, CutsRows]:
-        """Return what it keeps, by name."""
-
-    sum_parts: Callable[[Tensor], Tensor] | None
-
-
 class Combination:
-    """Writes weighted sums of rows into ``.grad``, in memory that is kept from step to step.
-
-    Args:
-        params: The shared parameters.
-    """
+    """Writes weighted sums of rows into ``.grad`` of the shared parameters, in memory kept from step to step."""
 
     def __init__(self, params: Sequence[Tensor]) -> None:
         self.params = params
@@ -187,8 +173,9 @@ class Comm:
         """Bring the norm of the gradients together down to ``max_norm``: of the shared parameters, or of all."""
         nn.utils.clip_grad_norm_(self.shared if shared_only else self.params, max_norm)  # type: ignore[arg-type]
 
-    def cut_states(self, strategy: SplitsRows) -> None:
-        """Let a strategy that keeps something as large as the rows keep this process's pieces of it."""
+    def cut_states(self, states: Iterable[CutsRows]) -> Callable[[Tensor], Tensor] | None:
+        """Let numbers as large as the rows become this process's pieces of them; return what sums over the pieces."""
+        return None
 
     def whole_states(self, state: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
         """Return a ``state_dict`` with whole rows (T, P), for the main process, in the place of pieces."""

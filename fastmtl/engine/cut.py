@@ -8,11 +8,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from fastmtl.engine.buffers import keeping_buffers
 from fastmtl.engine.context import Batch
 from fastmtl.engine.graph import graph_nodes
 from fastmtl.engine.losses import Problem, cut_features
-from fastmtl.engine.model import Features, Tasks
+from fastmtl.engine.model import Features, Tasks, keeping_buffers
 from fastmtl.engine.trees import leaves
 from fastmtl.errors import UsageError
 

@@ -1,19 +1,25 @@
-"""The engines that differentiate the losses of a step; this one for strategies that balance the tasks' gradients."""
+"""The engines for strategies that balance gradients, for those that read losses only, and for those of LibMTL."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from fastmtl.engine.comm import Comm
-from fastmtl.engine.context import StepContext
-from fastmtl.engine.jacobian import BatchGradients, Differentiated, Jacobian
-from fastmtl.engine.methods.base import Method
+from fastmtl.engine.context import Batch, StepContext, step_losses
+from fastmtl.engine.jacobian import BatchGradients, Differentiated, Jacobian, detached
+from fastmtl.engine.losses import Problem
+from fastmtl.engine.methods.base import Method, forward, mean_of_forwards
+from fastmtl.engine.model import keeping_buffers
+from fastmtl.engine.pullback import Sum
 from fastmtl.engine.regions import Regions
 from fastmtl.engine.weights import Weights
+from fastmtl.errors import UsageError
 
-__all__ = ["Engine", "GradientEngine"]
+__all__ = ["Engine", "ForeignEngine", "ForeignLosses", "GradientEngine", "LossEngine", "LossSum"]
 
 
 class Engine(Protocol):
@@ -41,11 +47,7 @@ class Engine(Protocol):
 
 
 class GradientEngine:
-    """One VJP for every task, or one for all where the weights are known beforehand.
-
-    Args:
-        method: How the gradients of a batch are computed.
-    """
+    """One VJP for every task, or one for all where the weights are known beforehand, by a method for a batch."""
 
     keeps_grads = False
 
@@ -74,3 +76,111 @@ class GradientEngine:
             else:
                 batches[0].absorb(found)
         return Jacobian(batches, torch.stack(losses), preds, ctx, self.problem, self.comm)
+
+
+class LossSum:
+    """The losses of a step, whose weighted sum is still to be differentiated.
+
+    Batches are accumulated so that no more than one batch's graph is kept. Where the weights depend on the mean losses,
+    a forward pass of all batches has come first.
+
+    Attributes:
+        losses: (T,) losses of the step, before the gradients are written of what the weights depend on.
+        shown: The same.
+        preds: Predictions by task of each batch.
+    """
+
+    def __init__(self, ctx: StepContext, regions: Regions, comm: Comm, reads_losses: bool) -> None:
+        self._ctx = ctx
+        self._regions = regions
+        self._comm = comm
+        self._losses: list[Tensor] = []
+        self.preds: list[Mapping[str, object]] = []
+        self._first: Sum | None = None
+        if len(ctx.batches) > 1 and reads_losses:
+            with torch.no_grad(), keeping_buffers(regions.problem.model):
+                self.losses = self._of_step(mean_of_forwards(regions, ctx.batches, comm))
+        else:
+            self._first = self._forward(ctx.batches[0])
+            self.losses = self._losses[0]
+        self.shown = self.losses
+
+    def _forward(self, batch: Batch) -> Sum:
+        self._comm.unshard()
+        attached, preds = forward(self._regions, batch)
+        losses, preds = detached(attached, preds)
+        self._losses.append(self._comm.mean(losses, batch.share))
+        self.preds.append(preds)
+        return Sum(attached, batch)
+
+    def write_grads(self, weights: Weights) -> None:
+        """Run the backward passes, and the forward passes that have not been."""
+        for batch in self._ctx.batches:
+            pending, self._first = self._first or self._forward(batch), None
+            pending.backward(weights.shared)
+            del pending
+        self._comm.reduce(self._ctx.tasks)
+        self.losses = self._of_step(torch.stack(self._losses))
+
+    def _of_step(self, losses: Tensor) -> Tensor:
+        return step_losses(self._regions.problem, self._ctx, losses, self._comm)
+
+
+class LossEngine:
+    """One backward pass of the weighted losses, once the weights are known."""
+
+    keeps_grads = False
+    possible = True
+
+    def __init__(self, regions: Regions, comm: Comm, reads_losses: bool) -> None:
+        self.regions = regions
+        self.comm = comm
+        self.reads_losses = reads_losses
+
+    def differentiate(self, ctx: StepContext, known: Weights | None) -> LossSum:
+        """Run the forward pass."""
+        return LossSum(ctx, self.regions, self.comm, self.reads_losses)
+
+
+class ForeignLosses:
+    """The losses of a step, of which the strategy fills ``.grad`` by itself.
+
+    Attributes:
+        attached: (T,) losses with their graph.
+        losses: The same without.
+        preds: Predictions by task, in a list of one.
+    """
+
+    def __init__(self, attached: Tensor, preds: Mapping[str, object], problem: Problem) -> None:
+        self.attached = attached
+        self.losses = attached.detach()
+        self.preds = [preds]
+        self._problem = problem
+
+    def write_grads(self, weights: Weights) -> None:
+        """Check that the strategy has written them.
+
+        Raises:
+            UsageError: With ``rep_grad`` no shared parameter has got a gradient.
+        """
+        problem = self._problem
+        if problem.model.rep_grad and all(param.grad is None for param in problem.shared_params):
+            raise UsageError(
+                f"{problem.model.strategy_name} leaves the shared parameters without gradients if rep_grad is True: "
+                "its backward must send those of the representation on, as _backward_new_grads does."
+            )
+
+
+class ForeignEngine:
+    """One forward pass; the strategy's ``backward`` does the rest."""
+
+    keeps_grads = True
+    possible = True
+
+    def __init__(self, regions: Regions) -> None:
+        self.regions = regions
+
+    def differentiate(self, ctx: StepContext, known: Weights | None) -> ForeignLosses:
+        """Run the forward pass."""
+        losses, preds = forward(self.regions, ctx.batches[0])
+        return ForeignLosses(torch.stack(list(losses)), preds, self.regions.problem)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastmtl.engine.buffers import HasModules
+from fastmtl.engine.model import HasModules
 from fastmtl.engine.repeated import allow_repeated_backwards
 
 __all__ = [

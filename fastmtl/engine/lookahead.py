@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl.engine.buffers import keeping_buffers
 from fastmtl.engine.comm import Comm
 from fastmtl.engine.context import Batch, StepContext, batch_shares, mean_losses
-from fastmtl.engine.halves import halves, joined
 from fastmtl.engine.jacobian import detached
 from fastmtl.engine.methods.base import forward
-from fastmtl.engine.model import Labels
+from fastmtl.engine.model import Labels, keeping_buffers
 from fastmtl.engine.pullback import Sum
 from fastmtl.engine.regions import Regions
+from fastmtl.engine.trees import halves, joined
 from fastmtl.engine.weights import Row, Weights
 from fastmtl.support.profiling import part
 
@@ -126,10 +125,6 @@ class LookAhead:
 class LookedAhead:
     """A step whose update, or the weights of its last batch, a bilevel strategy decides by looking ahead.
 
-    Args:
-        ctx: The step.
-        ahead: What the strategy sees.
-
     Attributes:
         losses: (T,) losses of the step, once the gradients are written.
         preds: Predictions by task, in a list of one, once the gradients are written.
@@ -159,12 +154,7 @@ class LookedAhead:
 
 
 class LookaheadEngine:
-    """Lets a bilevel strategy look ahead on the first batch; it decides the update, or weights for the last batch.
-
-    Args:
-        regions: The network's functions, compiled or not.
-        comm: The other processes.
-    """
+    """Lets a bilevel strategy look ahead on the first batch; it decides the update, or weights for the last batch."""
 
     keeps_grads = False
     possible = True

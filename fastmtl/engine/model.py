@@ -1,14 +1,15 @@
-"""What the engine asks of a model: the architecture with the strategy mixed in."""
+"""What the engine asks of a model, the architecture with the strategy mixed in."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Features", "Labels", "MTLModel", "Tasks"]
+__all__ = ["Features", "HasModules", "Labels", "MTLModel", "Tasks", "keeping_buffers"]
 
 # Tensors, or containers of them.
 Features: TypeAlias = tuple[Any, ...]
@@ -17,8 +18,15 @@ Labels: TypeAlias = Mapping[str, object]
 Tasks: TypeAlias = tuple[str, ...]
 
 
+class HasModules(Protocol):
+    """A network, by its modules."""
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Return all modules."""
+
+
 @runtime_checkable
-class MTLModel(Protocol):
+class MTLModel(HasModules, Protocol):
     """A network for several tasks.
 
     Attributes:
@@ -65,5 +73,21 @@ class MTLModel(Protocol):
     def named_parameters(self, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
         """Return all parameters with their names."""
 
-    def modules(self) -> Iterator[nn.Module]:
-        """Return all modules."""
+
+@contextmanager
+def keeping_buffers(model: HasModules) -> Iterator[None]:
+    """Let the buffers of a network, such as statistics of batch norms, be at the end what they were."""
+    kept = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, value in kept:
+                buffer.copy_(value)
+                # A module may have put another tensor in its place.
+                module._buffers[name] = buffer

@@ -50,11 +50,7 @@ class Combine:
 
 
 class Known(Combine):
-    """The weights were known beforehand: the only row is the update.
-
-    Args:
-        params: The shared parameters.
-    """
+    """The weights were known beforehand: the only row is the update."""
 
     def __init__(self, params: Sequence[nn.Parameter]) -> None:
         self.params = params
@@ -70,13 +66,7 @@ class Known(Combine):
 
 
 class Through(Combine):
-    """The rows have the Jacobian's Gram matrix and are no gradients; the update is one more VJP through the trunk.
-
-    Args:
-        features: The shared features.
-        cotangents: T gradients of them.
-        params: The shared parameters.
-    """
+    """The rows have the Jacobian's Gram matrix and are no gradients; the update is one more VJP through the trunk."""
 
     def __init__(self, features: Sequence[Tensor], cotangents: Rows, params: Sequence[nn.Parameter]) -> None:
         self.features = features

@@ -10,19 +10,19 @@ import numpy as np
 from torch import Tensor
 
 from fastmtl.engine.labels import present_tasks
+from fastmtl.errors import UsageError
 from fastmtl.support.profiling import part
 from fastmtl.trainer.checkpoint.files import rng_state, set_rng_state
 from fastmtl.trainer.checkpoint.writer import Checkpoints
 from fastmtl.trainer.compile.report import measure_compiled
 from fastmtl.trainer.evaluation import report
-from fastmtl.trainer.freezing import follow_freezing
 from fastmtl.trainer.log.records import StepBuffer
 from fastmtl.trainer.run.interrupt import DeferredInterrupt
 from fastmtl.trainer.setup.loaders import count_batches, train_batches
 from fastmtl.trainer.state import TrainerState
 from fastmtl.trainer.step import Predictions
 
-__all__ = ["TrainingEpoch"]
+__all__ = ["TrainingEpoch", "follow_freezing"]
 
 
 class TrainingEpoch:
@@ -165,3 +165,35 @@ class TrainingEpoch:
                 f"scale is {records.loss_scale:g}"
             )
         trainer.guard.check(self._checkpoints.last_one())
+
+
+def follow_freezing(trainer: TrainerState) -> None:
+    """Train from now on the parameters that require gradients now.
+
+    Raises:
+        UsageError: Shared parameters are among them that were not, and something is kept for each of those that
+            were.
+    """
+    params = dict(trainer.model.named_parameters())
+    for param in params.values():
+        if not param.requires_grad:
+            # An optimizer moves what has a gradient of zeros, by its momentum.
+            param.grad = None
+    added = {name for name, param in params.items() if param.requires_grad} - trainer.trained_names
+    if not added:
+        return
+    shared, kept = set(trainer.model.get_share_params()), None
+    if trainer.storage.is_sharded:
+        kept = "shards are made"
+    elif any(params[name] in shared for name in added):
+        if trainer.model.row_states:
+            kept = f"{trainer.weighting} remembers gradients"
+        elif trainer.model.groups(**trainer.kwargs["weight_args"]) is not None:
+            kept = f"{trainer.weighting} makes groups"
+    if kept is not None:
+        raise UsageError(
+            f"Parameters require gradients that did not before, and {kept} of those that did: make a new Trainer."
+        )
+    state = trainer.step.state_dict()
+    trainer.step = trainer.make_step(trainer.step.options)
+    trainer.step.load_state_dict(state)

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 
 from fastmtl.engine.comm import Comm
-from fastmtl.engine.foreign import ForeignLosses
+from fastmtl.engine.engine import ForeignLosses, LossSum
 from fastmtl.engine.jacobian import Jacobian
 from fastmtl.engine.lookahead import LookedAhead
 from fastmtl.engine.pullback import Representations
-from fastmtl.engine.sums import LossSum
 from fastmtl.engine.weights import Weights
 from fastmtl.support.profiling import part
 from fastmtl.weighting import AbsWeighting

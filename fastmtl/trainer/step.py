@@ -9,12 +9,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from fastmtl.engine.buffers import keeping_buffers
 from fastmtl.engine.comm import Comm
 from fastmtl.engine.context import StepContext, step_losses
 from fastmtl.engine.losses import Problem
 from fastmtl.engine.methods.base import mean_of_forwards
-from fastmtl.engine.model import Labels
+from fastmtl.engine.model import Labels, keeping_buffers
 from fastmtl.errors import UsageError
 from fastmtl.support.profiling import part
 from fastmtl.trainer.compile.capture import make_capture
@@ -82,7 +81,7 @@ class TrainingStep:
         self.scaler = make_scaler(options.precision, guard.found_inf)
         self.optimizer = MaskedOptimizer(optimizer, self.scaler.masked)
         self.sampler = TaskSampler(len(problem.tasks), options.tasks_per_step)
-        self.comm.cut_states(strategy)
+        strategy.sum_parts = comm.cut_states(strategy.row_states.values())
         self.weights = WeightState(strategy, hyper, options, comm)
         self.solve = make_solver(strategy, hyper, comm)
         self.trial = Trial(engines_to_try(strategy, problem, hyper, options, on_compile, comm), on_compile)

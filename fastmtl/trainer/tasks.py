@@ -76,13 +76,7 @@ class StepTasks:
 
 
 class SomeTasks(StepTasks):
-    """The tasks of a step that lacks some.
-
-    Args:
-        places: Their places in ``task_name``.
-        names: Their names.
-        count: Number of all tasks T.
-    """
+    """The tasks of a step that lacks some of ``count`` tasks."""
 
     are_all = False
 

@@ -31,10 +31,7 @@ class CAGrad(AbsWeighting):
         ),
     }
 
-    def weigh(
-        self, losses: Tensor, gram: Tensor | None, *, calpha: float = 0.5, rescale: int = 1, **hyper: object
-    ) -> Weights:
+    def weigh(self, losses: Tensor, gram: Tensor, *, calpha: float = 0.5, rescale: int = 1, **hyper: object) -> Weights:
         """Return the weights of the update; the dual solution is what is logged."""
-        assert gram is not None
         weights, update = ops.cagrad_update(gram, calpha).unbind()
         return Weights(shared=update / (1.0, 1 + calpha**2, 1 + calpha)[rescale], logged=weights)

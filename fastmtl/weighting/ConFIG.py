@@ -21,7 +21,6 @@ class ConFIG(AbsWeighting):
 
     needs = "gram"
 
-    def weigh(self, losses: Tensor, gram: Tensor | None, **hyper: object) -> Weights:
+    def weigh(self, losses: Tensor, gram: Tensor, **hyper: object) -> Weights:
         """Return the weights."""
-        assert gram is not None
         return Weights(shared=ops.config(gram))

@@ -21,7 +21,6 @@ class DWA(AbsWeighting):
     Source: Liu, Johns and Davison, "End-to-End Multi-Task Learning with Attention", CVPR 2019.
     """
 
-    needs = "losses"
     reads_losses = False
     hyper = {  # noqa: RUF012
         "T": Hyper(type=float, default=2.0, above=0, help="Temperature: the higher, the more equal the weights.")
@@ -39,6 +38,6 @@ class DWA(AbsWeighting):
             losses = torch.from_numpy(self.train_loss_buffer)
             self.epoch_weights.copy_(descent_rates(losses[:, self.epoch - 1], losses[:, self.epoch - 2], T))
 
-    def weigh(self, losses: Tensor, gram: Tensor | None, **hyper: object) -> Weights:
+    def weigh(self, losses: Tensor, gram: None, **hyper: object) -> Weights:
         """Return the weights of the epoch."""
         return Weights(shared=self.epoch_weights.clone())

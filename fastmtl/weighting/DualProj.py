@@ -25,13 +25,12 @@ class DualProj(AbsWeighting):
     def weigh(
         self,
         losses: Tensor,
-        gram: Tensor | None,
+        gram: Tensor,
         *,
         DualProj_norm_eps: float = 1e-4,
         DualProj_reg_eps: float = 1e-4,
         **hyper: object,
     ) -> Weights:
         """Return the weights."""
-        assert gram is not None
         project = QuadprogProjector(norm_eps=DualProj_norm_eps, reg_eps=DualProj_reg_eps)
         return Weights(shared=project(torch.full_like(gram[0], 1 / len(gram)), gram))

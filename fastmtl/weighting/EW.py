@@ -18,7 +18,6 @@ __all__ = ["EW"]
 class EW(AbsWeighting):
     """Equal Weighting: every loss has weight 1, or the constant given; the update is the weighted sum of gradients."""
 
-    needs = "losses"
     reads_losses = False
     hyper = {  # noqa: RUF012
         "loss_weights": Hyper(
@@ -28,9 +27,7 @@ class EW(AbsWeighting):
 
     _constants: list[float] | None = None
 
-    def weigh(
-        self, losses: Tensor, gram: Tensor | None, *, loss_weights: Sequence[str] = (), **hyper: object
-    ) -> Weights:
+    def weigh(self, losses: Tensor, gram: None, *, loss_weights: Sequence[str] = (), **hyper: object) -> Weights:
         """Return the constants."""
         if self._constants is None:
             self._constants = self._read(loss_weights)

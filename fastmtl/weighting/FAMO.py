@@ -22,7 +22,6 @@ class FAMO(AbsWeighting):
     Source: Liu, Feng, Stone and Liu, "FAMO: Fast Adaptive Multitask Optimization", NeurIPS 2023.
     """
 
-    needs = "losses"
     looks_back = True
     hyper = {  # noqa: RUF012
         "FAMO_w_lr": Hyper(type=float, default=0.025, least=0.0, help="Learning rate of the logits of the weights."),
@@ -36,7 +35,7 @@ class FAMO(AbsWeighting):
         self.remember("min_losses", torch.zeros(self.task_num))
         self.logits = Adam(self, "famo", torch.zeros(self.task_num))
 
-    def weigh(self, losses: Tensor, gram: Tensor | None, **hyper: object) -> Weights:
+    def weigh(self, losses: Tensor, gram: None, **hyper: object) -> Weights:
         """Return the derivatives of ``sum_t z_t log D_t / c``."""
         excess = losses - self.min_losses + 1e-8
         self._excess = excess

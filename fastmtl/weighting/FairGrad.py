@@ -47,7 +47,6 @@ class FairGrad(Fair):
         )
     }
 
-    def weigh(self, losses: Tensor, gram: Tensor | None, *, FairGrad_alpha: float = 1.0, **hyper: object) -> Weights:
+    def weigh(self, losses: Tensor, gram: Tensor, *, FairGrad_alpha: float = 1.0, **hyper: object) -> Weights:
         """Return the weights, of decoders too."""
-        assert gram is not None
         return self.settled(ops.fairgrad(gram, FairGrad_alpha, self.last_weights))

@@ -18,9 +18,7 @@ class GLS(AbsWeighting):
     Learning", CVPR Workshops 2019.
     """
 
-    needs = "losses"
-
-    def weigh(self, losses: Tensor, gram: Tensor | None, **hyper: object) -> Weights:
+    def weigh(self, losses: Tensor, gram: None, **hyper: object) -> Weights:
         """Return the derivatives of the geometric mean."""
         # The mean of logarithms: the product of many small losses would underflow.
         return Weights(shared=losses.log().mean().exp() / (len(losses) * losses))

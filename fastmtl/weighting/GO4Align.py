@@ -23,7 +23,6 @@ class GO4Align(AbsWeighting):
     Source: Shen et al., "GO4Align: Group Optimization for Multi-Task Alignment", NeurIPS 2024.
     """
 
-    needs = "losses"
     hyper = {  # noqa: RUF012
         "GO4Align_groups": Hyper(type=int, default=2, help="Number of groups."),
         "GO4Align_step_size": Hyper(
@@ -47,13 +46,7 @@ class GO4Align(AbsWeighting):
             raise UsageError(f"GO4Align_groups must be at least 1, got {GO4Align_groups}.")
 
     def weigh(
-        self,
-        losses: Tensor,
-        gram: Tensor | None,
-        *,
-        GO4Align_groups: int = 2,
-        GO4Align_step_size: float = 1e-4,
-        **hyper: object,
+        self, losses: Tensor, gram: None, *, GO4Align_groups: int = 2, GO4Align_step_size: float = 1e-4, **hyper: object
     ) -> Weights:
         """Return each group's mean indicator."""
         risk = self.probabilities * torch.exp(-GO4Align_step_size * losses)

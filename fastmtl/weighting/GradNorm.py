@@ -39,9 +39,8 @@ class GradNorm(AbsWeighting):
         if self.epoch >= 1:
             self.first_losses.copy_(torch.from_numpy(self.train_loss_buffer[:, 0]))
 
-    def weigh(self, losses: Tensor, gram: Tensor | None, *, alpha: float = 1.5, **hyper: object) -> Weights:
+    def weigh(self, losses: Tensor, gram: Tensor, *, alpha: float = 1.5, **hyper: object) -> Weights:
         """Return the weights and the gradient of ``loss_scale``."""
-        assert gram is not None
         if self.epoch < 1:
             return Weights(shared=torch.ones_like(losses))
         share = torch.softmax(self.loss_scale.detach(), dim=-1)

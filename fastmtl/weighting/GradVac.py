@@ -51,9 +51,8 @@ class GradVac(RandomOrders):
         found: dict[int, int] = {}
         return [found.setdefault(owner[id(param)], len(found)) for param in params]
 
-    def weigh(self, losses: Tensor, gram: Tensor | None, *, GradVac_beta: float = 0.5, **hyper: object) -> Weights:
+    def weigh(self, losses: Tensor, gram: Tensor, *, GradVac_beta: float = 0.5, **hyper: object) -> Weights:
         """Return (T,) weights, with groups (L, T)."""
-        assert gram is not None
         each = gram if gram.dim() == 3 else gram[None]
         weights, rho = ops.gradvac(each, self.draw_orders(each[0]), self.rho[: len(each)], GradVac_beta)
         self.rho[: len(each)] = rho

@@ -27,9 +27,8 @@ class IMTL(AbsWeighting):
         """Create ``loss_scale``."""
         self.loss_scale = nn.Parameter(torch.zeros(self.task_num))
 
-    def weigh(self, losses: Tensor, gram: Tensor | None, **hyper: object) -> Weights:
+    def weigh(self, losses: Tensor, gram: Tensor, **hyper: object) -> Weights:
         """Return the weights and the gradient of ``loss_scale``."""
-        assert gram is not None
         scale = self.loss_scale.detach().exp()
         wide = scale.to(gram.dtype)
         alpha = ops.imtl(wide[:, None] * gram * wide)

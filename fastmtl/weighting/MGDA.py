@@ -31,7 +31,7 @@ class MGDA(AbsWeighting):
         )
     }
 
-    def weigh(self, losses: Tensor, gram: Tensor | None, *, mgda_gn: str = "none", **hyper: object) -> Weights:
+    def weigh(self, losses: Tensor, gram: Tensor, *, mgda_gn: str = "none", **hyper: object) -> Weights:
         """Return the min-norm weights.
 
         Args:
@@ -40,7 +40,6 @@ class MGDA(AbsWeighting):
             mgda_gn: The normalisation of the gradients.
             hyper: Unused.
         """
-        assert gram is not None
         if mgda_gn == "none":
             return Weights(shared=ops.min_norm(gram))
         scale = self._scale(losses.to(gram.dtype), gram.diagonal(), mgda_gn)

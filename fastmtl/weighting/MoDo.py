@@ -37,10 +37,9 @@ class MoDo(AbsWeighting):
         self.remember("lambd", torch.full((self.task_num,), 1 / self.task_num))
 
     def weigh(
-        self, losses: Tensor, gram: Tensor | None, *, MoDo_gamma: float = 1e-3, MoDo_rho: float = 0.1, **hyper: object
+        self, losses: Tensor, gram: Tensor, *, MoDo_gamma: float = 1e-3, MoDo_rho: float = 0.1, **hyper: object
     ) -> Weights:
         """Return weights of the third batch's gradients."""
-        assert gram is not None
         size = self.task_num
         cross = gram[:size, size : 2 * size].to(self.lambd.dtype)
         self.lambd.copy_(stepped(self.lambd, cross, MoDo_gamma, MoDo_rho))

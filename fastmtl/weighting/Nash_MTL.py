@@ -26,7 +26,6 @@ class Nash_MTL(Fair):
         "max_norm": Hyper(type=float, default=1.0, least=0.0, help="Greatest norm of the shared update; 0 for none."),
     }
 
-    def weigh(self, losses: Tensor, gram: Tensor | None, *, max_norm: float = 1.0, **hyper: object) -> Weights:
+    def weigh(self, losses: Tensor, gram: Tensor, *, max_norm: float = 1.0, **hyper: object) -> Weights:
         """Return the weights, of decoders too."""
-        assert gram is not None
         return self.settled(ops.nash(gram, self.last_weights), max_norm if max_norm > 0 else None)

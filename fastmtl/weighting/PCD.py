@@ -107,7 +107,7 @@ class PCD(AbsWeighting):
     def weigh(
         self,
         losses: Tensor,
-        gram: Tensor | None,
+        gram: Tensor,
         *,
         PCD_tau: float = 0.02,
         PCD_beta: float = 0.999,
@@ -116,7 +116,6 @@ class PCD(AbsWeighting):
         **hyper: object,
     ) -> Weights:
         """Return the weights."""
-        assert gram is not None
         self.steps_seen.add_(1)
         self.square_average.mul_(PCD_beta).add_((1 - PCD_beta) * gram.diagonal().clamp(min=0))
         scale = (self.square_average / (1 - PCD_beta**self.steps_seen) + PCD_eps).rsqrt()

@@ -28,7 +28,6 @@ class PCGrad(RandomOrders):
     Source: Yu et al., "Gradient Surgery for Multi-Task Learning", NeurIPS 2020.
     """
 
-    def weigh(self, losses: Tensor, gram: Tensor | None, **hyper: object) -> Weights:
+    def weigh(self, losses: Tensor, gram: Tensor, **hyper: object) -> Weights:
         """Return the sums of the projected gradients' coefficients."""
-        assert gram is not None
         return Weights(shared=ops.pcgrad(gram, self.draw_orders(gram)))

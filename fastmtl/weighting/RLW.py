@@ -17,13 +17,12 @@ class RLW(AbsWeighting):
     TMLR 2022.
     """
 
-    needs = "losses"
     reads_losses = False
 
     def draw(self, like: Tensor) -> Tensor:
         """Return (T,) weights of the dtype and device of ``like``."""
         return random_weights(like)
 
-    def weigh(self, losses: Tensor, gram: Tensor | None, **hyper: object) -> Weights:
+    def weigh(self, losses: Tensor, gram: None, **hyper: object) -> Weights:
         """Return random weights."""
         return Weights(shared=self.draw(losses))

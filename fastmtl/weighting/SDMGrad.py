@@ -37,16 +37,9 @@ class SDMGrad(AbsWeighting):
         self.remember("w", torch.full((self.task_num,), 1 / self.task_num))
 
     def weigh(
-        self,
-        losses: Tensor,
-        gram: Tensor | None,
-        *,
-        SDMGrad_lamda: float = 0.3,
-        SDMGrad_niter: int = 20,
-        **hyper: object,
+        self, losses: Tensor, gram: Tensor, *, SDMGrad_lamda: float = 0.3, SDMGrad_niter: int = 20, **hyper: object
     ) -> Weights:
         """Return weights of the first batch's gradients."""
-        assert gram is not None
         size = self.task_num
         cross = gram[size : 2 * size, 2 * size :].to(self.w.dtype)
         equal = torch.full_like(self.w, 1 / size)

@@ -17,8 +17,6 @@ class SI(AbsWeighting):
     Source: Navon et al., "Multi-Task Learning as a Bargaining Game", ICML 2022, baseline SI.
     """
 
-    needs = "losses"
-
-    def weigh(self, losses: Tensor, gram: Tensor | None, **hyper: object) -> Weights:
+    def weigh(self, losses: Tensor, gram: None, **hyper: object) -> Weights:
         """Return the derivatives of the logarithms."""
         return Weights(shared=1 / losses)

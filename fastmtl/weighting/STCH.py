@@ -20,7 +20,6 @@ class STCH(AbsWeighting):
     Source: Lin et al., "Smooth Tchebycheff Scalarization for Multi-Objective Optimization", ICML 2024.
     """
 
-    needs = "losses"
     hyper = {  # noqa: RUF012
         "STCH_mu": Hyper(type=float, default=1.0, above=0, help="Smoothing: towards 0 only the worst task counts."),
         "STCH_warmup_epoch": Hyper(
@@ -37,13 +36,7 @@ class STCH(AbsWeighting):
         self.remember("loss_count", torch.zeros(self.task_num))
 
     def weigh(
-        self,
-        losses: Tensor,
-        gram: Tensor | None,
-        *,
-        STCH_mu: float = 1.0,
-        STCH_warmup_epoch: int = 4,
-        **hyper: object,
+        self, losses: Tensor, gram: None, *, STCH_mu: float = 1.0, STCH_warmup_epoch: int = 4, **hyper: object
     ) -> Weights:
         """Return the derivatives of the scalarization."""
         tiny = 1e-20

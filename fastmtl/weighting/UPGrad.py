@@ -30,12 +30,11 @@ class UPGrad(AbsWeighting):
     def weigh(
         self,
         losses: Tensor,
-        gram: Tensor | None,
+        gram: Tensor,
         *,
         UPGrad_norm_eps: float = 1e-4,
         UPGrad_reg_eps: float = 1e-4,
         **hyper: object,
     ) -> Weights:
         """Return the weights."""
-        assert gram is not None
         return Weights(shared=ops.upgrad(gram, UPGrad_norm_eps, UPGrad_reg_eps))

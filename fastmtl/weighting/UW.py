@@ -19,13 +19,11 @@ class UW(AbsWeighting):
     Semantics", CVPR 2018.
     """
 
-    needs = "losses"
-
     def init_param(self) -> None:
         """Create ``loss_scale``."""
         self.loss_scale = nn.Parameter(torch.full((self.task_num,), -0.5))
 
-    def weigh(self, losses: Tensor, gram: Tensor | None, **hyper: object) -> Weights:
+    def weigh(self, losses: Tensor, gram: None, **hyper: object) -> Weights:
         """Return ``1 / (2 exp(s))`` and the gradient of ``s``."""
         weights = 0.5 * torch.exp(-self.loss_scale.detach())
         return Weights(shared=weights, own_grads={"loss_scale": 0.5 - weights * losses})

@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastmtl.distributed import find_peers, shard, sharded
+from fastmtl.distributed import find_peers, gradient_shards, shard
 from fastmtl.model import MLPEncoder
 from fastmtl.trainer.log.records import StepBuffer
 from tests.distributed.group import TASKS, in_processes
@@ -55,7 +55,7 @@ def _measure(weightings: list[str]) -> list[int]:
     assert peers is not None
     peaks = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharded, "BUCKET_BYTES", 8 * BUCKET)
+        patch.setattr(gradient_shards, "BUCKET_BYTES", 8 * BUCKET)
         for weighting in weightings:
             encoder = partial(MLPEncoder, 6, [WIDTH] * DEPTH + [8])
             trainer = make_trainer(weighting, "HPS", TASKS, encoder_class=encoder, shard="fsdp")

@@ -13,9 +13,10 @@ from fastmtl.distributed.norm import SyncBatchNorm, synchronize
 
 
 class _Alone(Peers):
-    """A group of one, whose sums are what it has."""
+    """A group whose other members have nothing, so that its sums are what this one has."""
 
     def __init__(self) -> None:
+        self.size = 2
         self.sent: list[int] = []
 
     def sum_(self, tensor: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from fastmtl.engine.context import Batch
-from fastmtl.engine.halves import halves
+from fastmtl.engine.trees import halves
 from fastmtl.engine.lookahead import LookAhead
 from fastmtl.errors import UsageError
 from fastmtl.trainer.log.records import StepBuffer

@@ -15,7 +15,7 @@ from fastmtl.architecture import HPS
 from fastmtl.engine.methods.representation import Representation
 from fastmtl.engine.methods.split import Split
 from fastmtl.engine.methods.whole import Whole
-from fastmtl.engine.sums import LossEngine
+from fastmtl.engine.engine import LossEngine
 from fastmtl.errors import UsageError
 from fastmtl.loss import MSELoss
 from fastmtl.ops import combine, gram, min_norm

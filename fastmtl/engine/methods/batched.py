@@ -21,13 +21,8 @@ __all__ = ["Batched"]
 class Batched(Split):
     """The T cotangents go through the trunk together; one after the other where that is not possible.
 
-    Args:
-        structure: The problem to differentiate.
-        regions: The problem's functions; the trunk is not compiled: compiled backward passes have no batching rules.
-        comm: The other processes: none.
-        weighs_heads: Whether the task-specific parameters' gradients will be weighted.
-        tell: Told why, if it is not possible.
-        forced: Batch operators too that are known not to gain, such as convolutions and recurrent networks.
+    The trunk must not be compiled: compiled backward passes have no batching rules. ``tell`` is told why, if it is not
+    possible; ``forced`` batches operators too that are known not to gain, such as convolutions and recurrent networks.
     """
 
     needs_cut = True

@@ -12,8 +12,7 @@ from torch import nn
 
 from fastmtl.engine.comm import Comm
 from fastmtl.engine.cut import Structure
-from fastmtl.engine.engine import Engine, GradientEngine
-from fastmtl.engine.foreign import ForeignEngine
+from fastmtl.engine.engine import Engine, ForeignEngine, GradientEngine, LossEngine
 from fastmtl.engine.inductor import cpp_compiler, is_compiled, traces_gradients
 from fastmtl.engine.lookahead import LookaheadEngine
 from fastmtl.engine.losses import Problem
@@ -26,7 +25,6 @@ from fastmtl.engine.methods.traced import Traced, has_gradient_hooks
 from fastmtl.engine.methods.whole import Whole
 from fastmtl.engine.regions import Regions
 from fastmtl.engine.repeated import allow_repeated_backwards
-from fastmtl.engine.sums import LossEngine
 from fastmtl.errors import BackendError, UsageError
 from fastmtl.trainer.setup.options import StepOptions
 from fastmtl.weighting import AbsWeighting
