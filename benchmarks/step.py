@@ -29,6 +29,7 @@ from fastmtl.errors import UsageError
 from fastmtl.loss import CELoss
 from fastmtl.metrics import AccMetric
 from fastmtl.support.names import resolve_name
+from fastmtl.trainer.compile.capture import StepCapture
 from fastmtl.trainer.log.records import StepBuffer
 from fastmtl.trainer.setup.checks import find_device
 from fastmtl.weighting import WEIGHTINGS
@@ -74,7 +75,8 @@ def _trainer_step(work: Work, weighting: str, precision: str, **way: Any) -> Loc
 
     def settled() -> bool:
         capture = trainer.step.capture
-        return trainer.step.trial is None and (capture is None or capture.failed or capture.replays > 0)
+        captured = not isinstance(capture, StepCapture) or capture.failed or capture.replays > 0
+        return trainer.step.trial.settled and captured
 
     # What is timed is the way the trainer settles on, from the same start as everybody's; plain SGD remembers nothing.
     start = None if settled() else copy.deepcopy(trainer.model.state_dict())

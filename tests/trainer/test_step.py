@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from fastmtl import Trainer
 from fastmtl.architecture import HPS
+from fastmtl.engine.engine import LossEngine
 from fastmtl.engine.methods.representation import Representation
 from fastmtl.engine.methods.split import Split
 from fastmtl.engine.methods.whole import Whole
-from fastmtl.engine.engine import LossEngine
 from fastmtl.errors import UsageError
 from fastmtl.loss import MSELoss
 from fastmtl.ops import combine, gram, min_norm

@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from fastmtl import Trainer
 from fastmtl.engine import comm, pullback
 from fastmtl.engine.context import Batch
+from fastmtl.engine.engine import LossEngine
 from fastmtl.engine.methods import base, split, whole
 from fastmtl.engine.methods.base import Method
-from fastmtl.engine.engine import LossEngine
 from fastmtl.engine.vjp import vjp
 from fastmtl.loss import CELoss, MSELoss
 from fastmtl.metrics import AccMetric, L1Metric
