@@ -41,11 +41,7 @@ _NOT_CALLED = {
 
 
 def check_arguments(kwargs: Iterable[str], init: Callable[..., None]) -> None:
-    """Refuse keyword arguments that nobody would read.
-
-    Args:
-        kwargs: Names of those that are not in the signature.
-        init: The constructor.
+    """Refuse further keyword arguments of a constructor that nobody would read.
 
     Raises:
         UsageError: One is neither ``weight_args`` nor ``arch_args``.
@@ -58,10 +54,10 @@ def check_arguments(kwargs: Iterable[str], init: Callable[..., None]) -> None:
 
 
 def check_methods(trainer: object) -> None:
-    """Refuse a trainer with methods that nobody would call.
+    """Refuse a trainer with methods of LibMTL's trainer that nobody would call here.
 
     Raises:
-        UsageError: It was written for a method of LibMTL's trainer that fastmtl's does not have.
+        UsageError: Says what to do instead.
     """
     for method, instead in _NOT_CALLED.items():
         if hasattr(type(trainer), method):
@@ -99,19 +95,13 @@ def find_device(device: str | torch.device | None, peers: Peers | None = None) -
 
 
 def check_counts(*, optional: bool = False, **counts: object) -> None:
-    """Refuse numbers, by the name of their argument, of which there must be at least one.
-
-    Args:
-        optional: Whether there may be none at all: None.
-        counts: The numbers.
+    """Refuse numbers, by the name of their argument, that are below 1 or not whole; None is one if ``optional``.
 
     Raises:
-        UsageError: One is below 1 or no whole number.
+        UsageError: Says which.
     """
     for name, count in counts.items():
-        if optional and count is None:
-            continue
-        if not is_whole(count) or count < 1:
+        if (count is not None or not optional) and (not is_whole(count) or count < 1):
             raise UsageError(f"{name} must be a whole number of at least 1, got {count!r}.")
 
 

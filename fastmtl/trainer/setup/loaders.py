@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any, Protocol, TypeVar, cast
 
@@ -73,32 +73,31 @@ def check_loaders(loaders: Loaders, tasks: list[str], multi_input: bool, what: s
     Raises:
         UsageError: Says which loader and why.
     """
-    if not multi_input:
-        if isinstance(loaders, Mapping):
-            raise UsageError(f"{what} must be one loader when multi_input is False, got a dictionary.")
-        if _length(loaders, what) == 0:
-            raise UsageError(f"{what} is empty: the data set has no rows, or fewer than one batch with drop_last.")
-        return
-    if not isinstance(loaders, Mapping):
+    if isinstance(loaders, Mapping) and not multi_input:
+        raise UsageError(f"{what} must be one loader when multi_input is False, got a dictionary.")
+    if multi_input and not isinstance(loaders, Mapping):
         raise UsageError(
             f"{what} must be a dictionary of loaders by task when multi_input is True, got {type(loaders).__name__}."
         )
-    for task in tasks:
-        if task not in loaders:
-            raise UsageError(f"{what} has no loader for the task {task!r}, only for {', '.join(map(str, loaders))}.")
-        if _length(loaders[task], f"{what}[{task!r}]") == 0:
+    given = _by_task(loaders, multi_input)
+    for task, name in _names(tasks, multi_input, what):
+        if task not in given:
+            raise UsageError(f"{what} has no loader for the task {task!r}, only for {', '.join(map(str, given))}.")
+        try:
+            empty = len(given[task]) == 0
+        except TypeError:
+            kind = type(given[task]).__name__
+            raise UsageError(f"{name} must be a loader of known length, got a {kind}, which has none.") from None
+        if empty:
+            of_task = "" if task is None else f" for the task {task!r}"
             raise UsageError(
-                f"{what} is empty for the task {task!r}: the data set has no rows, or fewer than one batch with "
-                "drop_last."
+                f"{what} is empty{of_task}: the data set has no rows, or fewer than one batch with drop_last."
             )
 
 
-def _length(loader: Loader, what: str) -> int:
-    try:
-        return len(loader)
-    except TypeError:
-        kind = type(loader).__name__
-        raise UsageError(f"{what} must be a loader of known length, got a {kind}, which has none.") from None
+def _names(tasks: list[str], multi_input: bool, what: str) -> list[tuple[str | None, str]]:
+    """Return the loaders' tasks, None for all of them, and how messages name the loaders."""
+    return [(task, f"{what}[{task!r}]") for task in tasks] if multi_input else [(None, what)]
 
 
 def generators(loaders: Loaders, multi_input: bool) -> list[torch.Generator]:
@@ -125,14 +124,14 @@ def train_batches(loaders: Loaders, tasks: list[str], multi_input: bool, count: 
         UsageError: A loader gives something else, or nothing at all.
     """
     given = _by_task(loaders, multi_input)
-    if not multi_input:
-        for inputs, labels in islice(_endless(given[None], "train_dataloaders"), count):
-            yield inputs, _checked(labels, tasks)
-        return
-    streams = {task: _endless(given[task], f"train_dataloaders[{task!r}]") for task in tasks}
+    streams = {task: _endless(given[task], name) for task, name in _names(tasks, multi_input, "train_dataloaders")}
     for _ in range(count):
         batch = {task: next(stream) for task, stream in streams.items()}
-        yield {task: each[0] for task, each in batch.items()}, {task: each[1] for task, each in batch.items()}
+        if multi_input:
+            yield {task: each[0] for task, each in batch.items()}, {task: each[1] for task, each in batch.items()}
+        else:
+            inputs, labels = batch[None]
+            yield inputs, _checked(labels, tasks)
 
 
 def eval_batches(
@@ -144,10 +143,9 @@ def eval_batches(
         UsageError: A loader gives something else.
     """
     given = _by_task(loaders, multi_input)
-    names: Sequence[str | None] = tasks if multi_input else [None]
-    for task in names:
+    for task, name in _names(tasks, multi_input, what):
         for batch in islice(given[task], limit):
-            inputs, labels = _pair(batch, what if task is None else f"{what}[{task!r}]")
+            inputs, labels = _pair(batch, name)
             yield task, inputs, labels if multi_input else _checked(labels, tasks)
 
 

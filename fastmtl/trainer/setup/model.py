@@ -45,29 +45,17 @@ def make_model(
     device: torch.device,
     given: dict[str, dict[str, Any]],
 ) -> MadeModel:
-    """Make the model of a trainer.
-
-    Args:
-        weighting: Strategy.
-        architecture: Architecture.
-        task_name: The tasks; the architecture gets this and what follows.
-        encoder_class: Makes the encoder.
-        decoders: The decoder of each task.
-        rep_grad: See the trainer.
-        multi_input: See the trainer.
-        device: See the trainer.
-        given: ``weight_args`` and ``arch_args``; defaults are filled in.
+    """Make the model of a trainer; fills defaults into ``given``, its ``weight_args`` and ``arch_args``.
 
     Raises:
         UsageError: An unknown name or hyper-parameter.
     """
     rule, network = _resolved(weighting, architecture, given)
-    decoders = decoders if isinstance(decoders, nn.ModuleDict) else nn.ModuleDict(decoders)
     # One class of both, as in LibMTL: strategies written for it find the network in ``self``.
     model: TrainedModel = type("MTLModel", (network, rule), {})(
         task_name=task_name,
         encoder_class=encoder_class,
-        decoders=decoders,
+        decoders=decoders if isinstance(decoders, nn.ModuleDict) else nn.ModuleDict(decoders),
         rep_grad=rep_grad,
         multi_input=multi_input,
         device=device,
