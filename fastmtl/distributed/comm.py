@@ -1,26 +1,28 @@
-"""Several processes as the engine sees them, each with a part of every batch and all parameters."""
+"""Several processes as the engine sees them, each with a part of every batch; of parameters with all or a shard."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from fastmtl import ops
+from fastmtl.distributed.gradient_shards import GradientShards
 from fastmtl.distributed.peers import Peers
-from fastmtl.distributed.shards import Shards, check_used
-from fastmtl.engine.comm import Comm, MaskReps, SplitsRows
+from fastmtl.distributed.shards import Agreement, Pieces, Shards
+from fastmtl.engine.comm import Comm, CutsRows, MaskReps
 from fastmtl.engine.model import Tasks
 from fastmtl.engine.vjp import Cotangents
 from fastmtl.engine.weights import Row, Rows
 
 if TYPE_CHECKING:
-    from fastmtl.distributed.gradient_shards import GradientShards
+    from fastmtl.distributed.sharded import ShardedModel
 
-__all__ = ["DataParallel", "ExactDataParallel"]
+__all__ = ["DataParallel", "ExactDataParallel", "ShardedDataParallel"]
 
 
 class DataParallel(Comm):
@@ -36,17 +38,13 @@ class DataParallel(Comm):
     shares_batches = True
 
     def __init__(
-        self,
-        peers: Peers,
-        shared: Sequence[Tensor],
-        own: Sequence[Tensor],
-        of_strategy: Sequence[Tensor] = (),
+        self, peers: Peers, shared: Sequence[Tensor], own: Sequence[Tensor], of_strategy: Sequence[Tensor] = ()
     ) -> None:
         super().__init__(shared, [*shared, *own, *of_strategy])
         self.peers = peers
         self.size = peers.size
         self.own = own
-        self._used: dict[tuple[int, Tasks], list[bool]] = {}
+        self._agreement = Agreement(peers)
 
     @override
     def agree_on_tasks(self, present: Sequence[int] | None, drawn: Sequence[int] | None, count: int) -> list[int]:
@@ -112,55 +110,29 @@ class DataParallel(Comm):
 
     @torch.no_grad()
     def _reduce(self, params: Sequence[Tensor], tasks: Tasks) -> None:
-        """Sum ``.grad`` of some parameters over the processes.
-
-        Which of them have one in any process is learned in the first step of the same tasks; see :func:`check_used`.
-        """
+        """Sum ``.grad`` of those of some parameters that have one in any process."""
         if not params:
             return
-        key = len(params), tasks
-        has_grad = [param.grad is not None for param in params]
-        if key not in self._used:
-            self._used[key] = self.peers.any_(has_grad)
-        check_used(params, has_grad, self._used[key])
-        used = [param for param, is_used in zip(params, self._used[key], strict=True) if is_used]
+        are_used = self._agreement(params, [param.grad is not None for param in params], (len(params), tasks))
+        used = [param for param, is_used in zip(params, are_used, strict=True) if is_used]
         sums = self.peers.sums([torch.zeros_like(param) if param.grad is None else param.grad for param in used])
         for param, grad in zip(used, sums, strict=True):
             param.grad = grad if param.requires_grad else None
 
 
 class ExactDataParallel(DataParallel):
-    """Each process has 1/W of the sum of every row: Gram matrix and update are those of the whole batch.
-
-    Args:
-        peers: The processes.
-        shared: The shared parameters.
-        own: The task-specific parameters.
-        of_strategy: The parameters of the strategy.
-        shards: What cuts the rows into pieces, unless they are to be sent as buckets.
-    """
+    """Each process has 1/W of the sum of every row: Gram matrix and update are those of the whole batch."""
 
     cuts_rows = True
 
-    def __init__(
-        self,
-        peers: Peers,
-        shared: Sequence[Tensor],
-        own: Sequence[Tensor],
-        of_strategy: Sequence[Tensor] = (),
-        shards: Shards | GradientShards | None = None,
-    ) -> None:
-        super().__init__(peers, shared, own, of_strategy)
-        self.shards = Shards(shared, peers) if shards is None else shards
+    @cached_property
+    def shards(self) -> Pieces:
+        """What cuts the rows into pieces, made when there is a row."""
+        return Shards(self.shared, self.peers)
 
     @override
     def row(
-        self,
-        outputs: Sequence[Tensor],
-        cotangents: Cotangents,
-        own: Sequence[Tensor],
-        retain: bool,
-        complete: bool,
+        self, outputs: Sequence[Tensor], cotangents: Cotangents, own: Sequence[Tensor], retain: bool, complete: bool
     ) -> tuple[Row, Row]:
         row, rest = super().row(outputs, cotangents, own, retain, complete)
         # Rows that will be added up are sent when they are.
@@ -179,20 +151,16 @@ class ExactDataParallel(DataParallel):
     @override
     def write_shared(self, rows: Rows, weights: Tensor, groups: Sequence[int] | None, tasks: Tasks) -> None:
         self.shards.write(rows, weights, groups, tasks)
-        self._reduce_own(tasks)
+        self._reduce(self.own, tasks)
         for param in [*self.shared, *self.own]:
             # Some may have been frozen since the first step.
             param.grad = param.grad if param.requires_grad else None
 
-    def _reduce_own(self, tasks: Tasks) -> None:
-        self._reduce(self.own, tasks)
-
     @override
-    def cut_states(self, strategy: SplitsRows) -> None:
-        if strategy.row_states:
-            strategy.sum_parts = self.peers.sum_
-            for state in strategy.row_states.values():
-                state.cut(self.shards.shapes)
+    def cut_states(self, states: Iterable[CutsRows]) -> Callable[[Tensor], Tensor] | None:
+        for state in states:
+            state.cut(self.shards.shapes)
+        return self.peers.sum_
 
     @override
     def whole_states(self, state: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
@@ -207,3 +175,58 @@ class ExactDataParallel(DataParallel):
     def part_states(self, state: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
         parts = self.shards.part_of
         return state | {name: torch.stack([parts(row) for row in state[name]]) for name in names if name in state}
+
+
+class ShardedDataParallel(ExactDataParallel):
+    """Each process has a shard of the parameters (FSDP2), where gradients end.
+
+    Args:
+        model: The parameters, gathered.
+        shared: The shared parameters.
+        own: The task-specific parameters.
+        of_strategy: The parameters of the strategy, which every process has whole.
+    """
+
+    shards: GradientShards
+
+    def __init__(
+        self,
+        model: ShardedModel,
+        shared: Sequence[nn.Parameter],
+        own: Sequence[nn.Parameter],
+        of_strategy: Sequence[nn.Parameter] = (),
+    ) -> None:
+        # What is left to all-reduce are parameters that every process has whole.
+        super().__init__(model.peers, [], [param for param in own if param not in model.shard_of], of_strategy)
+        self.shards = GradientShards(shared, own, model)
+        self.model = model
+
+    @override
+    def unshard(self) -> None:
+        self.model.gather()
+
+    @override
+    def reshard(self) -> None:
+        self.model.free()
+
+    @override
+    def row(
+        self, outputs: Sequence[Tensor], cotangents: Cotangents, own: Sequence[Tensor], retain: bool, complete: bool
+    ) -> tuple[Row, Row]:
+        # The pieces arrive with the backward pass.
+        return self.shards.stream(outputs, cotangents, own, retain)
+
+    @override
+    def _reduce(self, params: Sequence[Tensor], tasks: Tasks) -> None:
+        self.shards.reduce()
+        super()._reduce(params, tasks)
+
+    @override
+    def put(self, params: Sequence[Tensor], grads: Row) -> None:
+        for param, grad in zip(params, grads, strict=True):
+            shard = self.model.shard_of.get(param, param)
+            shard.grad = grad if grad is None or shard is param else self.model.part(grad, shard.shape)
+
+    @override
+    def clip(self, max_norm: float | Tensor, shared_only: bool) -> None:
+        self.shards.clip(max_norm, shared_only, [] if shared_only else self.params)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
-from fastmtl import ops
-from fastmtl.distributed.sharded import ShardedModel
-from fastmtl.distributed.shards import BUCKET_BYTES, cut_buckets
+from fastmtl.distributed.shards import BUCKET_BYTES, Pieces, cut_buckets
 from fastmtl.engine.model import Tasks
 from fastmtl.engine.weights import Row
 from fastmtl.errors import UsageError
+
+if TYPE_CHECKING:
+    from fastmtl.distributed.sharded import ShardedModel
 
 __all__ = ["GradientShards"]
 
@@ -32,15 +35,15 @@ class _Incoming:
         parts: (size,) sums that were sent for, this process's part.
     """
 
-    begins: dict[int, int]
-    size: int
+    begins: dict[int, int] = field(default_factory=dict)
+    size: int = 0
     flat: Tensor | None = None
     arrived: set[int] = field(default_factory=set)
     reached: set[int] = field(default_factory=set)
     parts: list[Tensor] = field(default_factory=list)
 
 
-class GradientShards:
+class GradientShards(Pieces):
     """Sums gradients over the processes while a backward pass finds them; each process keeps its shard of every sum.
 
     A gradient is copied into its bucket and freed as soon as it is known; a full bucket is reduce-scattered while the
@@ -51,6 +54,9 @@ class GradientShards:
         own: The gathered task-specific parameters.
         model: Whose parameters they are.
         bucket_bytes: Size of a bucket, `BUCKET_BYTES` if None; a greater parameter has one of its own.
+
+    Raises:
+        UsageError: A shared parameter is a scalar.
     """
 
     def __init__(
@@ -60,41 +66,36 @@ class GradientShards:
         model: ShardedModel,
         bucket_bytes: int | None = None,
     ) -> None:
-        self.peers = model.peers
-        self.model = model
-        self.params = [*shared, *(param for param in own if param in model.shard_of)]
-        self._count = len(shared)
         if any(param not in model.shard_of for param in shared):
             raise UsageError("shard='fsdp' cannot cut shared parameters that are scalars.")
-        self._own = self.params[len(shared) :]
-        self._pads = [-(-param.shape[0] // self.peers.size) * param[:1].numel() for param in self.params]
-        bucket_bytes = BUCKET_BYTES if bucket_bytes is None else bucket_bytes
-        places = [
-            *cut_buckets(shared, bucket_bytes),
-            *([k + len(shared) for k in some] for some in cut_buckets(self._own, bucket_bytes)),
-        ]
-        self._buckets = [self._bucket(some) for some in places]
-        self._bucket_of = {k: bucket for bucket in self._buckets for k in bucket.begins}
-        self._on_the_way: tuple[Any, Tensor] | None = None
+        self.model = model
+        cut = [param for param in own if param in model.shard_of]
+        self._all = [*shared, *cut]
+        self._count = len(shared)
+        self._pads = [-(-param.shape[0] // model.peers.size) * param[:1].numel() for param in self._all]
+        super().__init__(shared, model.peers)
+        self._buckets: list[_Incoming] = []
+        self._bucket_of: dict[int, _Incoming] = {}
+        most = BUCKET_BYTES if bucket_bytes is None else bucket_bytes
+        for first, params in ((0, shared), (len(shared), cut)):
+            for places in cut_buckets(params, most):
+                self._buckets.append(bucket := _Incoming())
+                for k in (first + place for place in places):
+                    self._bucket_of[k] = bucket
+                    bucket.begins[k] = bucket.size
+                    bucket.size += self._pads[k]
         self._takes_own = True
-        for k, param in enumerate(self.params):
-            param.register_post_accumulate_grad_hook(self._hook(k))
+        for k, param in enumerate(self._all):
+            param.register_post_accumulate_grad_hook(partial(self._arrive, k))
 
-    def _bucket(self, places: list[int]) -> _Incoming:
-        begins, size = {}, 0
-        for k in places:
-            begins[k] = size
-            size += self._pads[k]
-        return _Incoming(begins, size)
+    @override
+    def pieces(self, rank: int) -> list[tuple[int, int, int]]:
+        return [(k, rank * pad, (rank + 1) * pad) for k, pad in enumerate(self._pads[: self._count])]
 
-    def _hook(self, k: int) -> Callable[[Tensor], None]:
-        def take(param: Tensor) -> None:
-            if k < self._count or self._takes_own:
-                grad, param.grad = param.grad, None
-                assert grad is not None
-                self._take(k, grad)
-
-        return take
+    def _arrive(self, k: int, param: Tensor) -> None:
+        if param.grad is not None and (k < self._count or self._takes_own):
+            grad, param.grad = param.grad, None
+            self._take(k, grad)
 
     @torch.no_grad()
     def _take(self, k: int, grad: Tensor) -> None:
@@ -118,23 +119,18 @@ class GradientShards:
         bucket.flat = None
         bucket.reached |= bucket.arrived
         bucket.arrived.clear()
-        self._wait()
+        self.wait()
         part = flat.new_empty(bucket.size)
         bucket.parts.append(part)
-        self._on_the_way = self.peers.reduce_scatter(part, flat.view(-1)), flat
-
-    def _wait(self) -> None:
-        if self._on_the_way is not None:
-            self._on_the_way[0].wait()
-            self._on_the_way = None
+        self.on_the_way.append((self.peers.reduce_scatter(part, flat.view(-1)), flat))
 
     def _collect(self) -> Row:
         """Send what is left, and return this process's pieces of what has arrived, flat; None where nothing has."""
         for bucket in self._buckets:
             if bucket.flat is not None:
                 self._send(bucket)
-        self._wait()
-        found: Row = [None] * len(self.params)
+        self.wait()
+        found: Row = [None] * len(self._all)
         for bucket in self._buckets:
             if bucket.parts:
                 part = bucket.parts[0] if len(bucket.parts) == 1 else torch.stack(bucket.parts).sum(0)
@@ -157,7 +153,7 @@ class GradientShards:
             for o, c in zip(outputs, cotangents, strict=True)
             if o.requires_grad and (c is not None or not o.dim())
         ]
-        wanted = [param for param in (*self.params[: self._count], *own) if param.requires_grad]
+        wanted = [param for param in (*self.params, *own) if param.requires_grad]
         if not pairs or not wanted:
             return [None] * self._count, [None] * len(own)
         self._takes_own = False
@@ -171,73 +167,30 @@ class GradientShards:
             param.grad = None
         return self._collect()[: self._count], found
 
-    def send(self, row: Sequence[Tensor | None]) -> Row:
-        """Return a row as it is: its pieces arrived with the backward pass."""
-        return list(row)
-
-    def wait(self) -> None:
-        """Do nothing: the pieces are there."""
-
-    @property
-    def shapes(self) -> list[torch.Size]:
-        """The shapes of this process's pieces of a row."""
-        return [torch.Size([pad]) for pad in self._pads[: self._count]]
-
-    def part_of(self, row: Tensor) -> Tensor:
-        """Return this process's pieces of a row (P,) over the shared parameters, one after the other."""
-        whole = row.split([param.numel() for param in self.params[: self._count]])
-        pads = self._pads[: self._count]
-        begins = [self.peers.rank * pad for pad in pads]
-        parts = [each[a : a + pad] for each, a, pad in zip(whole, begins, pads, strict=True)]
-        return torch.cat([nn.functional.pad(p, (0, pad - len(p))) for p, pad in zip(parts, pads, strict=True)])
-
-    def whole_of(self, part: Tensor) -> Tensor | None:
-        """Return a row (P,), on the CPU, in the leading process from all processes' pieces of it; None elsewhere."""
-        parts = self.peers.to_leader(part.contiguous())
-        if parts is None:
-            return None
-        columns = zip(*(each.cpu().split(self._pads[: self._count]) for each in parts), strict=True)
-        sizes = [param.numel() for param in self.params[: self._count]]
-        return torch.cat([torch.cat(column)[:size] for column, size in zip(columns, sizes, strict=True)])
-
-    def gram(self, rows: Sequence[Row], groups: Sequence[int] | None) -> Tensor:
-        """Return the float64 Gram matrix of the summed gradients, (T, T) or (L, T, T), from all processes' pieces."""
-        return self.peers.sum_(ops.gram(rows, None if groups is None else list(groups)).contiguous())
-
+    @override
     @torch.no_grad()
     def write(self, rows: Sequence[Row], weights: Tensor, groups: Sequence[int] | None, tasks: Tasks = ()) -> None:
-        """Fill ``.grad`` of the shared parameters' shards with ``sum_t w_t row_t``; see :meth:`Shards.write`."""
-        used = [k for k in range(self._count) if any(row[k] is not None for row in rows)]
-        like = [next(row[k] for row in rows if row[k] is not None) for k in used]
-        out = [torch.empty_like(each) for each in like if each is not None]
-        some = None if groups is None else [groups[k] for k in used]
-        if some is not None:
-            weights = weights[: max(some, default=-1) + 1]
-        ops.combine_(out, [[row[k] for k in used] for row in rows], weights, some)
-        for k, grad in zip(used, out, strict=True):
-            self._set(k, grad)
+        out = [param.new_empty(pad) for param, pad in zip(self.params, self._pads, strict=False)]
+        self._add(self.combine(out, rows, weights, groups))
 
     @torch.no_grad()
     def reduce(self) -> None:
         """Sum over the processes what lies in ``.grad`` of gathered parameters, and add it to that of their shards."""
-        for k, param in enumerate(self.params):
-            grad, param.grad = param.grad, None
-            if grad is not None:
-                self._take(k, grad)
-            del grad
-        for k, piece in enumerate(self._collect()):
-            if piece is not None:
-                self._set(k, piece)
+        for k, param in enumerate(self._all):
+            self._arrive(k, param)
+        self._add(self._collect())
 
-    def _set(self, k: int, piece: Tensor) -> None:
-        shard = self.model.shard_of[self.params[k]]
-        grad = piece[: shard.numel()].view(shard.shape)
-        shard.grad = grad if shard.grad is None else shard.grad + grad
+    def _add(self, pieces: Row) -> None:
+        for param, piece in zip(self._all, pieces, strict=False):
+            if piece is not None:
+                shard = self.model.shard_of[param]
+                grad = piece[: shard.numel()].view(shard.shape)
+                shard.grad = grad if shard.grad is None else shard.grad + grad
 
     @torch.no_grad()
     def clip(self, max_norm: float | Tensor, shared_only: bool, kept: Sequence[Tensor]) -> None:
         """Bring the norm of the gradients together down to ``max_norm``; ``kept`` are whole in every process."""
-        params = self.params[: self._count] if shared_only else self.params
+        params = self.params if shared_only else self._all
         grads = [grad for param in params if (grad := self.model.shard_of[param].grad) is not None]
         whole = [param.grad for param in kept if param.grad is not None]
         square = torch.stack([grad.square().sum() for grad in grads]).sum() if grads else torch.zeros(())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -37,36 +38,27 @@ def shard(loaders: Any, peers: Peers, *, whole: bool = False) -> Any:
         raise UsageError(
             f"batch_size must be at least {peers.size}, the number of processes, got {batches.batch_size}."
         )
-    return DataLoader(
-        loaders.dataset,
-        batch_sampler=_Parts(batches, peers.rank, peers.size, whole),
-        collate_fn=loaders.collate_fn,
-        generator=loaders.generator,
-        num_workers=loaders.num_workers,
-        persistent_workers=loaders.persistent_workers,
-        pin_memory=loaders.pin_memory,
-    )
+    kept = ("collate_fn", "generator", "num_workers", "persistent_workers", "pin_memory")
+    options: dict[str, Any] = {name: getattr(loaders, name) for name in kept}
+    return DataLoader(loaders.dataset, batch_sampler=_Parts(batches, peers, whole), **options)
 
 
+@dataclass
 class _Parts:
     """The indices of each batch that belong to one process."""
 
-    def __init__(self, batches: Any, rank: int, size: int, whole: bool) -> None:
-        self.batches = batches
-        self.rank = rank
-        self.size = size
-        self.whole = whole
-        rows, batch = len(batches.sampler), batches.batch_size
-        left = 0 if batches.drop_last else rows % batch
-        # Evaluation may stop a batch earlier here than elsewhere, training must not.
-        least = rank + 1 if whole else size
-        self._count = rows // batch + (left >= least)
+    batches: Any
+    peers: Peers
+    whole: bool
 
     def __len__(self) -> int:
-        return self._count
+        rows, batch = len(self.batches.sampler), self.batches.batch_size
+        left = 0 if self.batches.drop_last else rows % batch
+        # Evaluation may stop a batch earlier here than elsewhere, training must not.
+        return int(rows // batch + (left >= (self.peers.rank + 1 if self.whole else self.peers.size)))
 
     def __iter__(self) -> Iterator[list[int]]:
         for batch in self.batches:
-            mine = batch[self.rank :: self.size]
-            if mine and (self.whole or len(batch) >= self.size):
+            mine = batch[self.peers.rank :: self.peers.size]
+            if mine and (self.whole or len(batch) >= self.peers.size):
                 yield mine

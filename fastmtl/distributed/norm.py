@@ -44,21 +44,15 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
             return super().forward(input)
         self._check_input_dim(input)
         out, mean, var, count = _Normalize.apply(input, self.weight, self.bias, self.eps, self.peers)
-        if self.running_mean is not None and self.running_var is not None:
-            self._remember(mean, var, count)
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return out
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)
+            step = self.num_batches_tracked.double().reciprocal() if self.momentum is None else self.momentum
+            # Torch's running variance is the unbiased one.
+            for running, new in ((self.running_mean, mean), (self.running_var, var * (count / (count - 1)))):
+                running.copy_(running + (new.to(running.dtype) - running) * step)
         return out
-
-    @torch.no_grad()
-    def _remember(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
-        """Move the running statistics towards those of a batch, whose variance is divided by ``count - 1``."""
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
-        step = self.num_batches_tracked.double().reciprocal() if self.momentum is None else self.momentum
-        unbiased = var * (count / (count - 1))
-        for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
-            running.copy_(running + (new.to(running.dtype) - running) * step)
 
 
 class _Normalize(torch.autograd.Function):
@@ -121,7 +115,6 @@ def synchronize(model: nn.Module, peers: Peers) -> None:
     made: dict[nn.Module, SyncBatchNorm] = {}
     for module in list(model.modules()):
         for name, child in module._modules.items():
-            if type(child) in _KINDS:
-                assert isinstance(child, nn.modules.batchnorm._BatchNorm)
+            if type(child) in _KINDS and isinstance(child, nn.modules.batchnorm._BatchNorm):
                 made.setdefault(child, SyncBatchNorm(child, peers))
                 module._modules[name] = made[child]

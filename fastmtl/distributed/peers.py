@@ -6,7 +6,7 @@ import atexit
 import contextlib
 import importlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from itertools import groupby
 from typing import Any, Protocol, TypeVar
@@ -14,7 +14,6 @@ from typing import Any, Protocol, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from typing_extensions import override
 
 from fastmtl.errors import PeerError, UsageError
 
@@ -120,6 +119,19 @@ class Synced(Protocol):
         """Become the sums of all processes."""
 
 
+@contextlib.contextmanager
+def _heard() -> Iterator[None]:
+    """Say in a sentence that another process no longer answers."""
+    try:
+        yield
+    except RuntimeError as cause:
+        first = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
+        raise PeerError(
+            f"Another process is gone, or did not answer in time; go on from last.pt, or let torchrun --max-restarts "
+            f"do so: {first}"
+        ) from cause
+
+
 class Peers:
     """A group of processes of ``torch.distributed``.
 
@@ -134,6 +146,9 @@ class Peers:
         rank: This process's number.
         size: The number of processes W.
         leads: Whether this is the process that logs and saves.
+
+    Raises:
+        PeerError: Another process is gone, or did not answer in time.
     """
 
     def __init__(self, group: Any = None) -> None:
@@ -143,14 +158,19 @@ class Peers:
         self.leads = self.rank == 0
         self._host = "cpu" if "cpu:" in dist.get_backend_config(group) else "cuda"
 
+    @_heard()
+    def _send(self, collective: Callable[..., Any], *given: Any, **options: Any) -> Any:
+        """Call a collective of ``torch.distributed``; one process alone sends nothing."""
+        return collective(*given, group=self.group, **options) if self.size > 1 else None
+
     def own_gpu(self, device: torch.device) -> torch.device:
-        """Return this process's GPU for a GPU without number."""
-        return torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else device
+        """Return this process's GPU for a GPU without number; one process alone does not choose."""
+        unnumbered = self.size > 1 and str(device) == "cuda"
+        return torch.device("cuda", torch.cuda.current_device()) if unnumbered else device
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Replace a tensor by its sum over all processes."""
-        with _heard():
-            dist.all_reduce(tensor, group=self.group)
+        self._send(dist.all_reduce, tensor)
         return tensor
 
     def sums(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -166,57 +186,51 @@ class Peers:
     def any_(self, flags: list[bool]) -> list[bool]:
         """Return which flags are set in any process; the host waits for the others' hosts."""
         found = torch.tensor(flags, dtype=torch.int32, device=self._host)
-        with _heard():
-            dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)
+        self._send(dist.all_reduce, found, dist.ReduceOp.MAX)
         return [bool(each) for each in found.tolist()]
 
-    def reduce_scatter(self, out: Tensor, flat: Tensor) -> Any:
-        """Begin to fill (n / W,) ``out`` with this process's part of the sum of (n,) ``flat``; return what to wait for.
+    def reduce_scatter(self, out: Tensor, flat: Tensor) -> Callable[[], Any]:
+        """Begin to fill (n / W,) ``out`` with this process's part of the sum of (n,) ``flat``; return how to wait.
 
-        Both must stay as they are until then.
+        Both must stay as they are until the wait is over.
         """
-        with _heard():
-            return _Arrival(_reduce_scatter(out, flat, group=self.group, async_op=True))
+        return _heard()(self._send(_reduce_scatter, out, flat, async_op=True).wait)
 
-    def all_gather(self, out: Tensor, part: Tensor) -> Any:
-        """Begin to fill (n,) ``out`` with the (n / W,) parts of all processes; return what to wait for."""
-        with _heard():
-            return _Arrival(_all_gather(out, part, group=self.group, async_op=True))
+    def all_gather(self, out: Tensor, part: Tensor) -> Callable[[], Any]:
+        """Begin to fill (n,) ``out`` with the (n / W,) parts of all processes; return how to wait."""
+        return _heard()(self._send(_all_gather, out, part, async_op=True).wait)
 
     def from_leader(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite tensors with those of the leading process."""
         for tensor in tensors:
-            with _heard():
-                dist.broadcast(tensor.detach(), group=self.group, group_src=0)
+            self._send(dist.broadcast, tensor.detach(), group_src=0)
 
     def to_leader(self, tensor: Tensor) -> list[Tensor] | None:
         """Return the tensors of all processes, of one shape, in the leading one; None elsewhere."""
-        found = [torch.empty_like(tensor) for _ in range(self.size)] if self.leads else None
-        with _heard():
-            dist.gather(tensor, found, group=self.group, group_dst=0)
+        found = [tensor.clone() for _ in range(self.size)] if self.leads else None
+        self._send(dist.gather, tensor, found, group_dst=0)
         return found
 
     def gather(self, value: T) -> list[T]:
         """Return a picklable value of each process, in the order of their ranks."""
         found = [value] * self.size
-        with _heard():
-            dist.all_gather_object(found, value, group=self.group)
+        self._send(dist.all_gather_object, found, value)
         return found
 
     def sync(self, parts: Iterable[Synced]) -> None:
         """Let sums become those of all processes."""
-        for part in parts:
+        for part in parts if self.size > 1 else ():
             part.sync(self)
 
     def total(self, tensor: Tensor | None) -> Tensor | None:
         """Return the sum of a tensor that some processes may not have, None if none of them has it."""
-        shapes = self.gather(None if tensor is None else (tuple(tensor.shape), tensor.dtype, str(tensor.device.type)))
+        shapes = self.gather(None if tensor is None else (tensor.shape, tensor.dtype, tensor.device.type))
         known = next((shape for shape in shapes if shape is not None), None)
         if known is None:
             return None
         if tensor is None:
-            device = torch.device(known[2], torch.cuda.current_device()) if known[2] == "cuda" else known[2]
-            tensor = torch.zeros(known[0], dtype=known[1], device=device)
+            shape, dtype, device = known
+            tensor = torch.zeros(shape, dtype=dtype, device=self.own_gpu(torch.device(device)))
         return self.sum_(tensor.clone())
 
     @contextlib.contextmanager
@@ -237,64 +251,4 @@ class Alone(Peers):
         self.rank = 0
         self.size = 1
         self.leads = True
-
-    @override
-    def own_gpu(self, device: torch.device) -> torch.device:
-        return device
-
-    @override
-    def sum_(self, tensor: Tensor) -> Tensor:
-        return tensor
-
-    @override
-    def sums(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return list(tensors)
-
-    @override
-    def any_(self, flags: list[bool]) -> list[bool]:
-        return flags
-
-    @override
-    def from_leader(self, tensors: Iterable[Tensor]) -> None:
-        pass
-
-    @override
-    def to_leader(self, tensor: Tensor) -> list[Tensor]:
-        return [tensor]
-
-    @override
-    def gather(self, value: T) -> list[T]:
-        return [value]
-
-    @override
-    def total(self, tensor: Tensor | None) -> Tensor | None:
-        return tensor
-
-    @override
-    def sync(self, parts: Iterable[Synced]) -> None:
-        pass
-
-
-class _Arrival:
-    """A message under way."""
-
-    def __init__(self, work: Any) -> None:
-        self._work = work
-
-    def wait(self) -> None:
-        """Wait until it has arrived."""
-        with _heard():
-            self._work.wait()
-
-
-@contextlib.contextmanager
-def _heard() -> Iterator[None]:
-    """Say in a sentence that another process no longer answers."""
-    try:
-        yield
-    except RuntimeError as cause:
-        first = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
-        raise PeerError(
-            f"Another process is gone, or did not answer in time; go on from last.pt, or let torchrun --max-restarts "
-            f"do so: {first}"
-        ) from cause
+        self._host = "cpu"

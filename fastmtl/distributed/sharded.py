@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -63,7 +63,12 @@ class ShardedModel:
         self.shard_of: dict[Tensor, nn.Parameter] = {
             param: shards[name] for name, param in model.named_parameters() if name in shards
         }
-        self._shapes = [(param.shape if name in shards else None) for name, param in model.named_parameters()]
+        # Of each parameter that is cut, in the optimizer's order: the shapes of its shard and of the whole.
+        self._shapes = {
+            index: (shards[name].shape, param.shape)
+            for index, (name, param) in enumerate(model.named_parameters())
+            if name in shards
+        }
 
     def gather(self) -> None:
         """Put whole parameters in the model, if they are not there."""
@@ -77,10 +82,8 @@ class ShardedModel:
         """Return a ``state_dict`` with whole parameters, for the leading process."""
         found = dict(state)
         for name, value in state.items():
-            if isinstance(value, DTensor):
-                whole = self._whole(value.to_local(), value.shape)
-                if whole is not None:
-                    found[name] = whole
+            if isinstance(value, DTensor) and (whole := self._whole(value.to_local(), value.shape)) is not None:
+                found[name] = whole
         return found
 
     @torch.no_grad()
@@ -96,23 +99,21 @@ class ShardedModel:
 
     def whole_optimizer(self, state: dict[str, Any]) -> dict[str, Any]:
         """Return the optimizer's ``state_dict`` with whole tensors, for the leading process."""
-        return state | {"state": self._each(state["state"], self._whole)}
+        return self._change(state, 0, self._whole)
 
     def part_optimizer(self, state: dict[str, Any]) -> dict[str, Any]:
         """Return an optimizer's ``state_dict`` with this process's parts of whole tensors."""
-        return state | {"state": self._each(state["state"], lambda value, _, shape: self.part(value, shape), True)}
+        return self._change(state, 1, self.part)
 
-    def _each(
-        self, state: Mapping[int, Mapping[str, Any]], change: Callable[..., Any], whole: bool = False
-    ) -> dict[int, Any]:
-        found: dict[int, Any] = {}
-        for index in sorted(state):
-            shape, part = self._shapes[index], self.trained[index].shape
-            found[index] = dict(state[index])
-            for key, value in sorted(state[index].items()):
-                if shape is not None and isinstance(value, Tensor) and value.shape == (shape if whole else part):
-                    found[index][key] = change(value, shape, part) if whole else change(value, shape)
-        return found
+    def _change(self, state: dict[str, Any], kind: int, change: Callable[[Tensor, torch.Size], Any]) -> dict[str, Any]:
+        """Bring what has the shape of a shard, or of a whole parameter, to the other shape; all in the same order."""
+        found = {index: dict(values) for index, values in sorted(state["state"].items())}
+        for index, values in found.items():
+            shapes = self._shapes.get(index)
+            for key, value in sorted(values.items()):
+                if shapes is not None and isinstance(value, Tensor) and value.shape == shapes[kind]:
+                    values[key] = change(value, shapes[1 - kind])
+        return state | {"state": found}
 
     def _whole(self, part: Tensor, shape: torch.Size) -> Tensor | None:
         """Return the tensor of which each process has a part, in the leading process; None elsewhere."""

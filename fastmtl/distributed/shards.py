@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate, groupby
+from collections.abc import Callable, Hashable, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from fastmtl import ops
 from fastmtl.distributed.peers import Peers
@@ -16,130 +16,82 @@ from fastmtl.engine.model import Tasks
 from fastmtl.engine.weights import Row
 from fastmtl.errors import UsageError
 
-__all__ = ["BUCKET_BYTES", "Shards", "check_used", "cut_buckets"]
+__all__ = ["BUCKET_BYTES", "Agreement", "Pieces", "Shards", "cut_buckets"]
 
 BUCKET_BYTES = 25 * 2**20
 
 
-@dataclass(slots=True)
-class _Bucket:
-    """Neighbouring parameters of one dtype, flat one after the other.
+class Pieces:
+    """Rows of which each process has pieces, one after the other.
 
-    Attributes:
-        params: Their places among the shared parameters.
-        flat: (n,) gradients on their way out, then the update; n is a multiple of the number of processes.
-        views: The part of ``flat`` of each parameter, in its shape.
-        pieces: The place of each parameter in this process's part of ``flat``: parameter, begin, end.
-    """
-
-    params: list[int]
-    flat: Tensor
-    views: list[Tensor]
-    pieces: list[tuple[int, int, int]]
-
-
-class Shards:
-    """Sums gradients of the shared parameters over all processes, each of which keeps 1/W of every sum.
-
-    Gradients are copied into flat buckets and reduce-scattered while the caller goes on. A process's part of a row is a
-    list of pieces, one for each parameter that lies in it, so that :func:`fastmtl.ops.gram` and
-    :func:`fastmtl.ops.combine_` take parts as they take rows.
+    :func:`fastmtl.ops.gram` and :func:`fastmtl.ops.combine_` take lists of pieces as they take rows.
 
     Args:
         params: The shared parameters.
         peers: The processes.
-        bucket_bytes: Size of a bucket; a greater parameter has one of its own.
     """
 
-    def __init__(self, params: Sequence[Tensor], peers: Peers, bucket_bytes: int = BUCKET_BYTES) -> None:
+    def __init__(self, params: Sequence[Tensor], peers: Peers) -> None:
         self.params = params
         self.peers = peers
-        self._buckets = [self._bucket(places) for places in cut_buckets(params, bucket_bytes)]
-        self._owners = [piece[0] for bucket in self._buckets for piece in bucket.pieces]
-        self._on_the_way: list[Any] = []
-        self._seen = [False] * len(params)
-        self._used: dict[Tasks, list[bool]] = {}
+        self.mine = self.pieces(peers.rank)
+        # How to wait for a message, and what must stay until it has arrived.
+        self.on_the_way: list[tuple[Callable[[], Any], Tensor]] = []
 
-    def _bucket(self, places: list[int]) -> _Bucket:
-        params = [self.params[k] for k in places]
-        ends = list(accumulate(param.numel() for param in params))
-        begins = [0, *ends[:-1]]
-        part = -(-ends[-1] // self.peers.size)
-        flat = torch.zeros(part * self.peers.size, dtype=params[0].dtype, device=params[0].device)
-        views = [flat[a:b].view(param.shape) for a, b, param in zip(begins, ends, params, strict=True)]
-        first, last = self.peers.rank * part, (self.peers.rank + 1) * part
-        # The padding, always zero, counts as the last parameter's, so that every process has some piece.
-        ends[-1] = len(flat)
-        pieces = [
-            (k, max(a, first) - first, min(b, last) - first)
-            for k, a, b in zip(places, begins, ends, strict=True)
-            if min(b, last) > max(a, first)
-        ]
-        return _Bucket(places, flat, views, pieces)
+    def pieces(self, rank: int) -> list[tuple[int, int, int]]:
+        """Return the pieces of a process: the place of the parameter, and of its elements the first and the end.
 
-    @torch.no_grad()
-    def send(self, row: Sequence[Tensor | None]) -> Row:
-        """Begin to sum a gradient over the processes; return this process's pieces, valid after :meth:`wait`.
-
-        Args:
-            row: One gradient for each parameter; None is zero.
+        Elements behind a parameter's last are padding, always zero.
         """
-        # The buckets hold one row at a time; the one before had a whole VJP to leave them.
-        self.wait()
-        found: Row = []
-        for bucket in self._buckets:
-            targets, sources = [], []
-            for k, view in zip(bucket.params, bucket.views, strict=True):
-                grad = row[k]
-                if grad is None:
-                    view.zero_()
-                    continue
-                self._seen[k] = True
-                targets.append(view)
-                sources.append(grad)
-            torch._foreach_copy_(targets, sources) if targets else None
-            part = bucket.flat.new_empty(len(bucket.flat) // self.peers.size)
-            self._on_the_way.append(self.peers.reduce_scatter(part, bucket.flat))
-            found += [part[a:b] for _, a, b in bucket.pieces]
-        return found
+        raise NotImplementedError
+
+    def send(self, row: Row) -> Row:
+        """Return this process's pieces, valid after :meth:`wait`; here they arrive with the backward pass."""
+        return row
 
     def wait(self) -> None:
         """Wait until all that was sent has arrived; on a GPU the stream waits, not the host."""
-        for work in self._on_the_way:
-            work.wait()
-        self._on_the_way.clear()
+        for arrive, _ in self.on_the_way:
+            arrive()
+        self.on_the_way.clear()
+
+    def write(self, rows: Sequence[Row], weights: Tensor, groups: Sequence[int] | None, tasks: Tasks = ()) -> None:
+        """Fill ``.grad`` of what is trained with ``sum_t w_t row_t``.
+
+        Args:
+            rows: Rows of pieces.
+            weights: One for each row; (L, rows) with groups.
+            groups: The group of each parameter.
+            tasks: The tasks whose rows these are.
+        """
+        raise NotImplementedError
 
     @property
     def shapes(self) -> list[torch.Size]:
         """The shapes of this process's pieces of a row."""
-        return [torch.Size([b - a]) for bucket in self._buckets for _, a, b in bucket.pieces]
+        return [torch.Size([end - begin]) for _, begin, end in self.mine]
 
     def part_of(self, row: Tensor) -> Tensor:
         """Return this process's pieces of a row (P,) over all parameters, one after the other."""
         whole = row.split([param.numel() for param in self.params])
-        parts = []
-        for bucket in self._buckets:
-            flat = torch.cat([whole[k] for k in bucket.params])
-            flat = nn.functional.pad(flat, (0, len(bucket.flat) - len(flat)))
-            parts.append(flat.chunk(self.peers.size)[self.peers.rank])
-        return torch.cat(parts)
+        parts = [(whole[k][begin:end], end - begin) for k, begin, end in self.mine]
+        return torch.cat([nn.functional.pad(part, (0, size - len(part))) for part, size in parts])
 
     def whole_of(self, part: Tensor) -> Tensor | None:
         """Return a row (P,), on the CPU, in the leading process from all processes' pieces of it; None elsewhere."""
         parts = self.peers.to_leader(part.contiguous())
         if parts is None:
             return None
-        sizes = [len(bucket.flat) // self.peers.size for bucket in self._buckets]
-        flats = [torch.cat(column) for column in zip(*(each.cpu().split(sizes) for each in parts), strict=True)]
-        found: dict[int, Tensor] = {}
-        for bucket, flat in zip(self._buckets, flats, strict=True):
-            numbers = [self.params[k].numel() for k in bucket.params]
-            found |= zip(bucket.params, flat[: sum(numbers)].split(numbers), strict=True)
-        return torch.cat([found[k] for k in range(len(self.params))])
-
-    def groups(self, groups: Sequence[int] | None) -> list[int] | None:
-        """Return the group of each piece from that of each parameter."""
-        return None if groups is None else [groups[k] for k in self._owners]
+        sizes = [param.numel() for param in self.params]
+        row = torch.empty(sum(sizes), dtype=part.dtype)
+        whole = row.split(sizes)
+        for rank, of_rank in enumerate(parts):
+            pieces = self.pieces(rank)
+            of_pieces = of_rank.cpu().split([end - begin for _, begin, end in pieces])
+            for (k, begin, end), piece in zip(pieces, of_pieces, strict=True):
+                target = whole[k][begin:end]
+                target.copy_(piece[: len(target)])
+        return row
 
     def gram(self, rows: Sequence[Row], groups: Sequence[int] | None) -> Tensor:
         """Return the float64 Gram matrix of the summed gradients, from all processes' pieces of them.
@@ -151,67 +103,151 @@ class Shards:
         Returns:
             (T, T), or (L, T, T) with groups.
         """
-        gram = ops.gram(rows, self.groups(groups))
+        gram = ops.gram(rows, None if groups is None else [groups[k] for k, _, _ in self.mine])
         if groups is not None:
             # This part may have no piece of the last groups.
             gram = torch.cat([gram, gram.new_zeros(max(groups) + 1 - len(gram), *gram.shape[1:])])
         return self.peers.sum_(gram.contiguous())
 
+    def combine(self, out: list[Tensor], rows: Sequence[Row], weights: Tensor, groups: Sequence[int] | None) -> Row:
+        """Fill pieces with ``sum_t w_t row_t``; return them, None where no row has a piece."""
+        used = [j for j in range(len(out)) if any(row[j] is not None for row in rows)]
+        some = None if groups is None else [groups[self.mine[j][0]] for j in used]
+        if some is not None:
+            weights = weights[: max(some, default=-1) + 1]
+        ops.combine_([out[j] for j in used], [[row[j] for j in used] for row in rows], weights, some)
+        found: Row = [None] * len(out)
+        for j in used:
+            found[j] = out[j]
+        return found
+
+
+class _Bucket:
+    """Neighbouring parameters of one dtype, flat one after the other, for ``size`` processes.
+
+    Attributes:
+        places: Their places among the shared parameters.
+        part: Length of a process's part of ``flat``.
+        flat: (W part,) gradients on their way out, then the update.
+        views: The part of ``flat`` of each parameter, in its shape.
+    """
+
+    def __init__(self, places: list[int], params: Sequence[Tensor], size: int) -> None:
+        own = [params[k] for k in places]
+        numbers = [param.numel() for param in own]
+        self.places = places
+        self.part = -(-sum(numbers) // size)
+        self.flat = torch.zeros(self.part * size, dtype=own[0].dtype, device=own[0].device)
+        flats = self.flat[: sum(numbers)].split(numbers)
+        self.views = [flat.view(param.shape) for flat, param in zip(flats, own, strict=True)]
+
+    def pieces(self, rank: int) -> list[tuple[int, int, int]]:
+        """Return the pieces of a process, see :meth:`Pieces.pieces`."""
+        first, begin, found = rank * self.part, 0, []
+        for k, view in zip(self.places, self.views, strict=True):
+            # The padding counts as the last parameter's, so that every process has some piece.
+            end = len(self.flat) if k == self.places[-1] else begin + view.numel()
+            a, b = max(begin, first), min(end, first + self.part)
+            if a < b:
+                found.append((k, a - begin, b - begin))
+            begin = end
+        return found
+
+
+class Shards(Pieces):
+    """Sums gradients of the shared parameters over all processes, each of which keeps 1/W of every sum.
+
+    Gradients are copied into flat buckets and reduce-scattered while the caller goes on.
+
+    Args:
+        params: The shared parameters.
+        peers: The processes.
+        bucket_bytes: Size of a bucket; a greater parameter has one of its own.
+    """
+
+    def __init__(self, params: Sequence[Tensor], peers: Peers, bucket_bytes: int = BUCKET_BYTES) -> None:
+        self._buckets = [_Bucket(places, params, peers.size) for places in cut_buckets(params, bucket_bytes)]
+        super().__init__(params, peers)
+        self._sizes = [[end - begin for _, begin, end in bucket.pieces(peers.rank)] for bucket in self._buckets]
+        self._seen = [False] * len(params)
+        self._agreement = Agreement(peers)
+
+    @override
+    def pieces(self, rank: int) -> list[tuple[int, int, int]]:
+        return [piece for bucket in self._buckets for piece in bucket.pieces(rank)]
+
+    def _room(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Return new memory for this process's part of each bucket, and the pieces in it."""
+        parts = [bucket.flat.new_empty(bucket.part) for bucket in self._buckets]
+        sizes = zip(parts, self._sizes, strict=True)
+        return parts, [piece for part, some in sizes for piece in part.split(some)]
+
+    @override
+    @torch.no_grad()
+    def send(self, row: Row) -> Row:
+        # The buckets hold one row at a time; the one before had a whole VJP to leave them.
+        self.wait()
+        self._seen = [seen or grad is not None for seen, grad in zip(self._seen, row, strict=True)]
+        parts, pieces = self._room()
+        for bucket, part in zip(self._buckets, parts, strict=True):
+            grads = [(row[k], view) for k, view in zip(bucket.places, bucket.views, strict=True)]
+            torch._foreach_copy_(bucket.views, [torch.zeros_like(to) if grad is None else grad for grad, to in grads])
+            self.on_the_way.append((self.peers.reduce_scatter(part, bucket.flat), bucket.flat))
+        return [*pieces]
+
+    @override
     @torch.no_grad()
     def write(self, rows: Sequence[Row], weights: Tensor, groups: Sequence[int] | None, tasks: Tasks = ()) -> None:
-        """Fill ``.grad`` of all parameters that some task reaches with ``sum_t w_t row_t``.
-
-        Which those are is learned in the first step of the same tasks.
-
-        Args:
-            rows: Rows of pieces.
-            weights: One for each row; (L, rows) with groups.
-            groups: The group of each parameter.
-            tasks: The tasks whose rows these are.
-        """
-        if tasks not in self._used:
-            self._used[tasks] = self.peers.any_(self._seen)
-        check_used(self.params, self._seen, self._used[tasks])
+        used = self._agreement(self.params, self._seen, tasks)
         self._seen = [False] * len(self.params)
-        parts = [bucket.flat.new_empty(len(bucket.flat) // self.peers.size) for bucket in self._buckets]
-        out = [part[a:b] for part, bucket in zip(parts, self._buckets, strict=True) for _, a, b in bucket.pieces]
-        of_piece = self.groups(groups)
-        if of_piece is not None:
-            weights = weights[: max(of_piece) + 1]
-        ops.combine_(out, rows, weights, of_piece)
-        coming = [self.peers.all_gather(bucket.flat, part) for bucket, part in zip(self._buckets, parts, strict=True)]
-        for work in coming:
-            work.wait()
+        parts, pieces = self._room()
+        self.combine(pieces, rows, weights, groups)
+        for bucket, part in zip(self._buckets, parts, strict=True):
+            self.on_the_way.append((self.peers.all_gather(bucket.flat, part), part))
+        self.wait()
         for bucket in self._buckets:
-            for k, view in zip(bucket.params, bucket.views, strict=True):
-                if self._used[tasks][k]:
+            for k, view in zip(bucket.places, bucket.views, strict=True):
+                if used[k]:
                     self.params[k].grad = view
 
 
-def check_used(params: Sequence[Tensor], has_grad: Sequence[bool], is_used: Sequence[bool]) -> None:
-    """Refuse gradients that the processes have not agreed to sum.
+class Agreement:
+    """Which parameters have a gradient in some process, learned in the first step of the same tasks.
 
-    Raises:
-        UsageError: A parameter has a gradient, but had none in any process in the first step of the same tasks.
+    Args:
+        peers: The processes.
     """
-    for param, has, used in zip(params, has_grad, is_used, strict=True):
-        if has and not used:
-            raise UsageError(
-                f"A parameter of shape {tuple(param.shape)} has a gradient, but had none in the first step of these "
-                "tasks: with several processes, what a step uses must be in use from the first one on."
-            )
+
+    def __init__(self, peers: Peers) -> None:
+        self.peers = peers
+        self._used: dict[Hashable, list[bool]] = {}
+
+    def __call__(self, params: Sequence[Tensor], has_grad: list[bool], key: Hashable) -> list[bool]:
+        """Return which parameters are used, with ``has_grad`` of this process, in a step that ``key`` names.
+
+        Raises:
+            UsageError: A parameter has a gradient, but had none in any process in the first such step.
+        """
+        if key not in self._used:
+            self._used[key] = self.peers.any_(has_grad)
+        for param, has, used in zip(params, has_grad, self._used[key], strict=True):
+            if has and not used:
+                raise UsageError(
+                    f"A parameter of shape {tuple(param.shape)} has a gradient, but had none in the first step of "
+                    "these tasks: with several processes, what a step uses must be in use from the first one on."
+                )
+        return self._used[key]
 
 
 def cut_buckets(params: Sequence[Tensor], most: int) -> list[list[int]]:
-    """Return the places of the parameters of each bucket."""
+    """Return the places of the parameters of each bucket, neighbours of one dtype and ``most`` bytes or one alone."""
     found: list[list[int]] = []
     for _, same in groupby(range(len(params)), key=lambda k: params[k].dtype):
         size = most + 1
         for k in same:
-            bytes_of_k = params[k].numel() * params[k].element_size()
-            if size + bytes_of_k > most:
+            size += params[k].nbytes
+            if size > most:
                 found.append([])
-                size = 0
+                size = params[k].nbytes
             found[-1].append(k)
-            size += bytes_of_k
     return found

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor, nn
 
+from fastmtl.distributed.comm import DataParallel, ExactDataParallel, ShardedDataParallel
 from fastmtl.distributed.peers import Peers, find_peers
 from fastmtl.engine.comm import Comm, Local
 from fastmtl.engine.losses import Problem
@@ -82,11 +83,7 @@ def make_comm(peers: Peers, problem: Problem, storage: Storage, exact: bool) -> 
     if peers.size == 1:
         return Local(shared, list(problem.model.parameters()))
     if not isinstance(storage, Whole):
-        from fastmtl.distributed.sharded_comm import ShardedDataParallel
-
         return ShardedDataParallel(storage, shared, own, problem.strategy_params)
-    from fastmtl.distributed.comm import DataParallel, ExactDataParallel
-
     kind = ExactDataParallel if exact else DataParallel
     return kind(peers, shared, own, problem.strategy_params)
 
@@ -94,8 +91,4 @@ def make_comm(peers: Peers, problem: Problem, storage: Storage, exact: bool) -> 
 def comm_of_loop(shared: Sequence[Tensor]) -> Comm:
     """Return what a loop of the user's own asks of the processes of torch's default group."""
     peers = find_peers()
-    if peers is None:
-        return Local(shared, shared)
-    from fastmtl.distributed.comm import ExactDataParallel
-
-    return ExactDataParallel(peers, shared, [])
+    return Local(shared, shared) if peers is None else ExactDataParallel(peers, shared, [])
