@@ -23,11 +23,10 @@ def run_state(trainer: TrainerState) -> Saved:
     Where processes have parts of it all of them must call this; the first one then has it whole.
     """
     scheduler = trainer.scheduler
-    model, optimizer = trainer.model.state_dict(), trainer.optimizer.state_dict()
-    model, optimizer = trainer.storage.whole_state(model), trainer.storage.whole_optimizer(optimizer)
-    model = trainer.step.comm.whole_states(model, trainer.model.row_states)
+    model = trainer.storage.whole_state(trainer.model.state_dict())
+    optimizer = trainer.storage.whole_optimizer(trainer.optimizer.state_dict())
     return {
-        "model": model,
+        "model": trainer.step.comm.whole_states(model, trainer.model.row_states),
         "step": trainer.step.state_dict(),
         "optimizer": optimizer,
         "optimizer_name": type(trainer.optimizer).__name__,
@@ -57,9 +56,8 @@ def resume_run(trainer: TrainerState, path: Path) -> Saved:
     optimizer_name = type(trainer.optimizer).__name__
     if (other := state.get("optimizer_name", optimizer_name)) != optimizer_name:
         raise CheckpointError(f"The checkpoint {path} is of the optimizer {other}, this run is of {optimizer_name}.")
-    model, optimizer = state["model"], state["optimizer"]
-    model = trainer.step.comm.part_states(model, trainer.model.row_states)
-    model, optimizer = trainer.storage.load_shards(model), trainer.storage.part_optimizer(optimizer)
+    model = trainer.step.comm.part_states(state["model"], trainer.model.row_states)
+    model, optimizer = trainer.storage.load_shards(model), trainer.storage.part_optimizer(state["optimizer"])
     load_model_state(trainer.model, model, path)
     trainer.step.load_state_dict(state["step"])
     _load_optimizer(trainer.optimizer, optimizer)

@@ -15,19 +15,13 @@ __all__ = ["Checkpoints"]
 
 
 class Checkpoints:
-    """Writes ``best.pt`` and ``last.pt`` of a trainer that has a ``save_path``.
-
-    Args:
-        trainer: The trainer.
-
-    Attributes:
-        generators: The random generators that its loaders have of their own.
-        gathers: Processes have parts of what is saved, so all of them must take part in saving.
-    """
+    """Writes ``best.pt`` and ``last.pt`` of a trainer that has a ``save_path``."""
 
     def __init__(self, trainer: TrainerState) -> None:
         self._trainer = trainer
+        # Those that the loaders have of their own.
         self.generators: list[torch.Generator] = []
+        # Whether processes have parts of what is saved, so that all of them must take part.
         self.gathers = False
 
     def agree(self, peers: Peers) -> None:
@@ -52,8 +46,7 @@ class Checkpoints:
         trainer.guard.check(self.last_one())
         if trainer.meter.best_result["epoch"] != epoch:
             return
-        remembered, state = trainer.model.remembered(), trainer.model.state_dict()
-        state = trainer.storage.whole_state(state)
+        remembered, state = trainer.model.remembered(), trainer.storage.whole_state(trainer.model.state_dict())
         if trainer.save_path is None:
             return
         self._check_finite(state)
@@ -79,6 +72,5 @@ class Checkpoints:
         trainer.logger.on_checkpoint(path, "last")
 
     def _check_finite(self, state: Mapping[str, torch.Tensor]) -> None:
-        trainer = self._trainer
-        params = [state[name] for name, _ in trainer.model.named_parameters() if name in state]
-        trainer.guard.check_saved(params, self.last_one())
+        params = [state[name] for name, _ in self._trainer.model.named_parameters() if name in state]
+        self._trainer.guard.check_saved(params, self.last_one())

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import yaml
 
@@ -17,8 +17,16 @@ from fastmtl.errors import UsageError
 from fastmtl.support.hyper import Hyper, fill_hyper
 from fastmtl.trainer.optimizer import OPTIMIZERS, SCHEDULERS
 from fastmtl.trainer.precision import PRECISIONS
-from fastmtl.trainer.run.convert import WORDS, coerce, coerce_hyper
-from fastmtl.trainer.run.settings import Arguments, hyper_options, optimizer_param, scheduler_param, spelled_as
+from fastmtl.trainer.run.settings import (
+    WORDS,
+    Arguments,
+    coerce,
+    coerce_hyper,
+    hyper_options,
+    optimizer_param,
+    scheduler_param,
+    spelled_as,
+)
 from fastmtl.trainer.setup.options import GRAMS, SHARDS, VJPS
 from fastmtl.weighting import WEIGHTINGS
 
@@ -26,22 +34,21 @@ __all__ = ["TrainConfig", "read_config"]
 
 T = TypeVar("T")
 
-_BOUNDS = {"at least": operator.ge, "at most": operator.le, "above": operator.gt}
+_BOUNDS = {"least": ("at least", operator.ge), "most": ("at most", operator.le), "above": ("above", operator.gt)}
 
 
-def _setting(
-    default: T,
-    panel: str,
-    text: str,
-    choices: Iterable[str] = (),
-    *,
-    least: float | None = None,
-    most: float | None = None,
-    above: float | None = None,
-) -> T:
-    """Return a field with what its option shows and the bounds of its value."""
-    bounds = {"at least": least, "at most": most, "above": above}
-    return field(default=default, metadata={"panel": panel, "help": text, "choices": tuple(choices), "bounds": bounds})
+class _Panel(NamedTuple):
+    """A group of settings in ``--help``; called, it gives a field with what the option shows and bounds its value."""
+
+    title: str
+
+    def __call__(self, default: T, text: str, choices: Iterable[str] = (), **bounds: float) -> T:
+        about = {"panel": self.title, "help": text, "choices": tuple(choices), "bounds": bounds}
+        return field(default=default, metadata=about)
+
+
+_data, _model, _training = _Panel("Data"), _Panel("Model"), _Panel("Optimisation")
+_machine, _logging = _Panel("Machine"), _Panel("Logging")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -55,109 +62,86 @@ class TrainConfig:
         UsageError: A value has the wrong type, lies outside its range or is none of the allowed ones.
     """
 
-    dataset: str = _setting("multimnist", "Data", "Data set; `fastmtl data list` names them.")
-    dataset_path: str | None = _setting(None, "Data", "Folder of the data set, where it is not in the package.")
-    train_size: int | None = _setting(
-        None, "Data", "Training examples; the data set's own number if not given.", least=1
+    dataset: str = _data("multimnist", "Data set; `fastmtl data list` names them.")
+    dataset_path: str | None = _data(None, "Folder of the data set, where it is not in the package.")
+    train_size: int | None = _data(None, "Training examples; the data set's own number if not given.", least=1)
+    aug: bool = _data(False, "Change the training examples at random, where the data set knows how.")
+    batch_size: int | None = _data(
+        None, "Examples in a training batch (of each task, for multi-input data); 64 with MultiMNIST.", least=1
     )
-    aug: bool = _setting(False, "Data", "Change the training examples at random, where the data set knows how.")
-    batch_size: int | None = _setting(
-        None, "Data", "Examples in a training batch (of each task, for multi-input data); 64 with MultiMNIST.", least=1
-    )
-    test_batch_size: int | None = _setting(
-        None, "Data", "Examples in a batch of evaluation; 256 with MultiMNIST.", least=1
-    )
-    limit_batches: int | None = _setting(None, "Data", "Batches of each pass at most, for a quick try.", least=1)
+    test_batch_size: int | None = _data(None, "Examples in a batch of evaluation; 256 with MultiMNIST.", least=1)
+    limit_batches: int | None = _data(None, "Batches of each pass at most, for a quick try.", least=1)
 
-    arch: str = _setting("HPS", "Model", "Architecture, in any case:")
-    weighting: str = _setting("EW", "Model", "Weighting strategy, in any case:")
-    encoder: str | None = _setting(None, "Model", "Encoder; the data set's own if not given.")
-    pretrained: bool = _setting(False, "Model", "Start from torchvision's ImageNet weights of the encoder.")
-    rep_grad: bool = _setting(False, "Model", "Weight gradients of the representation, not of the shared parameters.")
-    multi_input: bool | None = _setting(None, "Model", "Each task has its own inputs; the data set says so by itself.")
-    load_path: str | None = _setting(
-        None, "Model", "Start from the weights of this best.pt, or of the folder it is in."
-    )
+    arch: str = _model("HPS", "Architecture, in any case:")
+    weighting: str = _model("EW", "Weighting strategy, in any case:")
+    encoder: str | None = _model(None, "Encoder; the data set's own if not given.")
+    pretrained: bool = _model(False, "Start from torchvision's ImageNet weights of the encoder.")
+    rep_grad: bool = _model(False, "Weight gradients of the representation, not of the shared parameters.")
+    multi_input: bool | None = _model(None, "Each task has its own inputs; the data set says so by itself.")
+    load_path: str | None = _model(None, "Start from the weights of this best.pt, or of the folder it is in.")
     # They have options of their own, one for each hyper-parameter.
     weight_args: Arguments = field(default_factory=dict)
     arch_args: Arguments = field(default_factory=dict)
 
-    epochs: int = _setting(1, "Optimisation", "Passes over the training data.", least=1)
-    optim: str = _setting("adam", "Optimisation", "Optimizer.", tuple(OPTIMIZERS))
-    lr: float = _setting(1e-3, "Optimisation", "Learning rate.", above=0)
-    weight_decay: float = _setting(1e-5, "Optimisation", "Weight decay.", least=0)
-    momentum: float = _setting(0.9, "Optimisation", "Momentum, for sgd.", least=0)
-    scheduler: str | None = _setting(
-        None, "Optimisation", "Learning-rate scheduler, stepped every epoch.", tuple(SCHEDULERS)
+    epochs: int = _training(1, "Passes over the training data.", least=1)
+    optim: str = _training("adam", "Optimizer.", OPTIMIZERS)
+    lr: float = _training(1e-3, "Learning rate.", above=0)
+    weight_decay: float = _training(1e-5, "Weight decay.", least=0)
+    momentum: float = _training(0.9, "Momentum, for sgd.", least=0)
+    scheduler: str | None = _training(None, "Learning-rate scheduler, stepped every epoch.", SCHEDULERS)
+    step_size: int = _training(100, "Epochs between two decays, for step.", least=1)
+    gamma: float = _training(0.5, "Factor of a decay, for step, exp and reduce.", least=0)
+    eta_min: float = _training(0.0, "Last learning rate, for cos.", least=0)
+    patience: int = _training(10, "Epochs without improvement before a decay, for reduce.", least=0)
+    accumulate: int = _training(1, "Batches whose gradients are averaged for a step.", least=1)
+    clip_grad_norm: float | None = _training(None, "Greatest norm of the gradients; no limit by itself.", above=0)
+    update_weights_every: int = _training(1, "Steps between two solves of a gradient-balancing strategy.", least=1)
+    weight_momentum: float = _training(
+        0.0, "Decay of a moving average of the task weights (CR-MOGM); 0 for none.", least=0
     )
-    step_size: int = _setting(100, "Optimisation", "Epochs between two decays, for step.", least=1)
-    gamma: float = _setting(0.5, "Optimisation", "Factor of a decay, for step, exp and reduce.", least=0)
-    eta_min: float = _setting(0.0, "Optimisation", "Last learning rate, for cos.", least=0)
-    patience: int = _setting(10, "Optimisation", "Epochs without improvement before a decay, for reduce.", least=0)
-    accumulate: int = _setting(1, "Optimisation", "Batches whose gradients are averaged for a step.", least=1)
-    clip_grad_norm: float | None = _setting(
-        None, "Optimisation", "Greatest norm of the gradients; no limit by itself.", above=0
-    )
-    update_weights_every: int = _setting(
-        1, "Optimisation", "Steps between two solves of a gradient-balancing strategy.", least=1
-    )
-    weight_momentum: float = _setting(
-        0.0, "Optimisation", "Decay of a moving average of the task weights (CR-MOGM); 0 for none.", least=0
-    )
-    tasks_per_step: int | None = _setting(
-        None, "Optimisation", "Tasks trained in a step, in turn; all if not given.", least=1
-    )
-    gram: str = _setting(
+    tasks_per_step: int | None = _training(None, "Tasks trained in a step, in turn; all if not given.", least=1)
+    gram: str = _training(
         "exact",
-        "Optimisation",
         "With several processes: exact for the whole batch's Gram matrix, local for the mean of the processes' own.",
         GRAMS,
     )
-    checkpoint_every: int | None = _setting(
-        None, "Optimisation", "Steps after which last.pt is written; at the end of an epoch if not given.", least=1
+    checkpoint_every: int | None = _training(
+        None, "Steps after which last.pt is written; at the end of an epoch if not given.", least=1
     )
-    sync_batch_norm: bool = _setting(
-        False, "Optimisation", "With several processes, batch norms take the statistics of the whole batch."
+    sync_batch_norm: bool = _training(
+        False, "With several processes, batch norms take the statistics of the whole batch."
     )
-    shard: str = _setting(
-        "none",
-        "Optimisation",
-        "With several processes: fsdp for a shard of the parameters and the optimizer's state in each.",
-        SHARDS,
+    shard: str = _training(
+        "none", "With several processes: fsdp for a shard of the parameters and the optimizer's state in each.", SHARDS
     )
     # Numpy's seeds have 32 bits.
-    seed: int = _setting(0, "Optimisation", "Seed of every random number.", least=0, most=2**32 - 1)
+    seed: int = _training(0, "Seed of every random number.", least=0, most=2**32 - 1)
 
-    device: str | None = _setting(None, "Machine", "cpu, cuda, cuda:1, mps; the best there is if not given.")
-    precision: str = _setting("fp32", "Machine", "What the network computes in.", tuple(PRECISIONS))
-    tf32: bool | None = _setting(
-        None, "Machine", "Round float32 products to TF32 on CUDA; torch's choice if not given."
-    )
-    channels_last: bool = _setting(False, "Machine", "Keep images in channels-last memory format.")
-    compile: bool | str = _setting(False, "Machine", "Compile the step; auto tries both and keeps the faster.")
-    cuda_graph: bool = _setting(False, "Machine", "Capture the step as a CUDA graph, where that can be.")
-    vjps: str = _setting(
+    device: str | None = _machine(None, "cpu, cuda, cuda:1, mps; the best there is if not given.")
+    precision: str = _machine("fp32", "What the network computes in.", PRECISIONS)
+    tf32: bool | None = _machine(None, "Round float32 products to TF32 on CUDA; torch's choice if not given.")
+    channels_last: bool = _machine(False, "Keep images in channels-last memory format.")
+    compile: bool | str = _machine(False, "Compile the step; auto tries both and keeps the faster.")
+    cuda_graph: bool = _machine(False, "Capture the step as a CUDA graph, where that can be.")
+    vjps: str = _machine(
         "auto",
-        "Machine",
         "How the tasks' gradients go through the shared network: one after the other, batched, as far as the Gram "
         "matrix needs them, or compiled in one graph with the forward pass, as auto has it for small networks if "
         "compile is on; auto tries batched and compressed ones from 8 tasks on.",
         VJPS,
     )
-    workers: int | None = _setting(
-        None, "Machine", "Processes that load training data; none where data are in memory.", least=0
-    )
+    workers: int | None = _machine(None, "Processes that load training data; none where data are in memory.", least=0)
     # OpenMP ends the process where it cannot start as many threads as it is told to.
-    threads: int | None = _setting(None, "Machine", "CPU threads; PyTorch's choice if not given.", least=1, most=1024)
-    peer_timeout: float | None = _setting(
-        None, "Machine", "With several processes, seconds one waits for another; torch's choice if not given.", above=0
+    threads: int | None = _machine(None, "CPU threads; PyTorch's choice if not given.", least=1, most=1024)
+    peer_timeout: float | None = _machine(
+        None, "With several processes, seconds one waits for another; torch's choice if not given.", above=0
     )
 
-    validate: bool = _setting(True, "Logging", "Choose best.pt by the validation split, not by the test split.")
-    log_every: int = _setting(20, "Logging", "Steps between two reads of losses and weights from the device.", least=1)
-    tensorboard: bool = _setting(True, "Logging", "Write TensorBoard events.")
-    profile: bool = _setting(False, "Logging", "Write trace.json of a few warm steps, and print where they went.")
-    plot: bool = _setting(True, "Logging", "Draw curves.png at the end of every epoch.")
+    validate: bool = _logging(True, "Choose best.pt by the validation split, not by the test split.")
+    log_every: int = _logging(20, "Steps between two reads of losses and weights from the device.", least=1)
+    tensorboard: bool = _logging(True, "Write TensorBoard events.")
+    profile: bool = _logging(False, "Write trace.json of a few warm steps, and print where they went.")
+    plot: bool = _logging(True, "Draw curves.png at the end of every epoch.")
 
     def __post_init__(self) -> None:
         kinds = typing.get_type_hints(type(self))
@@ -175,8 +159,9 @@ class TrainConfig:
             value = getattr(self, each.name)
             if isinstance(value, float) and math.isinf(value):
                 raise UsageError(f"{each.name} must be a finite number, got {value}.")
-            for wanted, bound in each.metadata.get("bounds", {}).items():
-                if not (value is None or bound is None or _BOUNDS[wanted](value, bound)):
+            for kind, bound in each.metadata.get("bounds", {}).items():
+                wanted, holds = _BOUNDS[kind]
+                if value is not None and not holds(value, bound):
                     raise UsageError(f"{each.name} must be {wanted} {bound}, got {value}.")
 
     def resolved(self) -> TrainConfig:
@@ -224,14 +209,8 @@ class TrainConfig:
         """The learning-rate scheduler in the form the trainer takes, or None."""
         if self.scheduler is None:
             return None
-        return scheduler_param(
-            self.scheduler,
-            step_size=self.step_size,
-            gamma=self.gamma,
-            epochs=self.epochs,
-            eta_min=self.eta_min,
-            patience=self.patience,
-        )
+        own = {name: getattr(self, name) for name in ("step_size", "gamma", "epochs", "eta_min", "patience")}
+        return scheduler_param(self.scheduler, **own)
 
     def as_yaml(self) -> str:
         """Return the configuration as YAML; `read_config` reads it back to an equal one."""

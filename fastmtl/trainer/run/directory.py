@@ -16,11 +16,7 @@ __all__ = ["RunDirectory", "Tee", "write_atomically"]
 
 
 class RunDirectory:
-    """The files of a run: ``config.yaml``, ``best.pt``, ``last.pt``, ``metrics.jsonl``, ``curves.png``, ``train.log``.
-
-    Args:
-        path: The folder.
-    """
+    """The files of a run: its configuration, checkpoints, metrics, curves, trace and log."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -130,12 +126,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 class Tee:
-    """A text stream whose lines also go to a file.
-
-    Args:
-        stream: Where the text is shown. It may be replaced while text is written, as a progress bar does.
-        log: Where the text is kept.
-    """
+    """A text stream whose lines also go to a file; it may be replaced while text is written, as a progress bar does."""
 
     def __init__(self, stream: TextIO, log: TextIO) -> None:
         self.stream = stream

@@ -15,8 +15,7 @@ __all__ = ["DeferredInterrupt"]
 class DeferredInterrupt:
     """Within the ``with`` block the first SIGINT or SIGTERM is kept until :meth:`check`; a second one acts at once.
 
-    Args:
-        tells: Say on stderr that the first one has been noticed, as a step that compiles or an evaluation may be long.
+    ``tells`` says on stderr that the first one has been noticed, as a step that compiles or an evaluation may be long.
     """
 
     def __init__(self, tells: bool = True) -> None:

@@ -1,19 +1,24 @@
-"""What the command line and LibMTL's arguments have in common: hyper-parameters, optimizer, scheduler, print-out."""
+"""What the command line, the YAML file and LibMTL's arguments have in common: values, hyper-parameters, print-out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, SupportsFloat, SupportsInt
 
 from fastmtl.architecture import ARCHITECTURES, AbsArchitecture
+from fastmtl.errors import UsageError
 from fastmtl.support.hyper import Hyper
 from fastmtl.support.names import resolve_name
 from fastmtl.weighting import WEIGHTINGS, AbsWeighting
 
 __all__ = [
+    "WORDS",
     "Arguments",
     "HyperOption",
+    "coerce",
+    "coerce_hyper",
     "hyper_options",
     "optimizer_param",
     "print_settings",
@@ -24,16 +29,15 @@ __all__ = [
 # Arguments by name, for a call that knows their types.
 Arguments = dict[str, Any]
 
+WORDS: dict[str, bool | str] = {
+    **dict.fromkeys(("on", "true", "yes"), True),
+    **dict.fromkeys(("off", "false", "no"), False),
+    "auto": "auto",
+}
 
-@dataclass(kw_only=True, slots=True, frozen=True)
-class HyperOption:
-    """A hyper-parameter on the command line.
 
-    Attributes:
-        name: As its classes declare it.
-        owners: Names of the classes that have it, in order.
-        spec: As the first of them declares it.
-    """
+class HyperOption(NamedTuple):
+    """A hyper-parameter on the command line: the classes that have it, in order, and how the first declares it."""
 
     name: str
     owners: tuple[str, ...]
@@ -47,14 +51,13 @@ class HyperOption:
 
 def hyper_options() -> dict[str, HyperOption]:
     """Return the hyper-parameters of all weightings and architectures, by name; several may share one."""
-    owners: dict[str, tuple[str, ...]] = {}
-    specs: dict[str, Hyper] = {}
+    found: dict[str, HyperOption] = {}
     classes: dict[str, type[AbsWeighting] | type[AbsArchitecture]] = {**WEIGHTINGS, **ARCHITECTURES}
     for owner, kind in classes.items():
         for name, spec in kind.hyper.items():
-            specs.setdefault(name, spec)
-            owners[name] = (*owners.get(name, ()), owner)
-    return {name: HyperOption(name=name, owners=owners[name], spec=spec) for name, spec in specs.items()}
+            first = found.get(name, HyperOption(name, (), spec))
+            found[name] = first._replace(owners=(*first.owners, owner))
+    return found
 
 
 def spelled_as(name: str, names: Iterable[str], what: str) -> str:
@@ -94,3 +97,71 @@ def print_settings(parts: Iterable[tuple[str, Mapping[str, object] | None]]) -> 
             print(f"{title} Configuration:")
             for name, value in values.items():
                 print(f"\t{name}: {value}")
+
+
+def coerce(name: str, value: object, kind: object) -> object:
+    """Return `value` in the type `kind`, the annotation of the setting `name`.
+
+    Raises:
+        UsageError: It cannot be had in that type.
+    """
+    members = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    members = tuple(typing.get_origin(member) or member for member in members)
+    if (value is None and type(None) in members) or (len(members) > 1 and type(value) in members):
+        return value
+    convert, wanted = _CONVERTERS[members[0]]
+    try:
+        return convert(value)
+    except (TypeError, ValueError):
+        raise UsageError(f"{name} must be {wanted}, got {value!r}.") from None
+
+
+def coerce_hyper(name: str, value: object, spec: Hyper) -> object:
+    """Return `value` (from YAML or the command line, where a list may be ``"3,1"``) in the type `spec` asks for."""
+    if not spec.many:
+        return value if value is None else coerce(name, value, spec.type)
+    parts = value.replace(",", " ").split() if isinstance(value, str) else value
+    return [coerce(name, part, spec.type) for part in (parts if isinstance(parts, list | tuple) else [parts])]
+
+
+def _to_bool(value: object) -> bool:
+    word = WORDS.get(str(value).lower())
+    if not isinstance(word, bool):
+        raise ValueError
+    return word
+
+
+def _to_int(value: object) -> int:
+    if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
+        raise ValueError
+    if not isinstance(value, str | SupportsInt):
+        raise TypeError
+    return int(value)
+
+
+def _to_float(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, str | SupportsFloat):
+        raise TypeError
+    # YAML reads 1e-4, without a point, as text.
+    return float(value)
+
+
+def _to_str(value: object) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise TypeError
+    return str(value)
+
+
+def _to_dict(value: object) -> dict[str, object]:
+    if not isinstance(value, Mapping):
+        raise TypeError
+    return {str(key): each for key, each in value.items()}
+
+
+_CONVERTERS: dict[type, tuple[Callable[[object], object], str]] = {
+    bool: (_to_bool, "true or false"),
+    int: (_to_int, "a whole number"),
+    float: (_to_float, "a number"),
+    str: (_to_str, "text"),
+    dict: (_to_dict, "`key: value` pairs"),
+}
