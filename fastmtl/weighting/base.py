@@ -111,7 +111,7 @@ class AbsWeighting(nn.Module):
         """Return the group of each shared parameter, 0 .. L-1, where groups are weighed apart; None for one group."""
         return None
 
-    def weigh(self, losses: Tensor, gram: Tensor | None, **hyper: Any) -> Weights:
+    def weigh(self, losses: Tensor, gram: Any, **hyper: Any) -> Weights:
         """Return the weights of this step.
 
         Args:
@@ -173,32 +173,13 @@ class AbsWeighting(nn.Module):
         The trainer does not come here for a strategy with :meth:`weigh`; it is for loops that call the model as
         LibMTL's trainer does.
         """
-        from fastmtl import ops
-
         if self.samples > 1 or self.looks_back or self.needs in ("reps", "lookahead"):
             raise UsageError(f"{type(self).__name__} needs fastmtl's Trainer; its backward cannot be called alone.")
-        detached = losses.detach()
         if self.needs == "losses":
-            weights = self.weigh(detached, None, **kwargs)
+            weights = self.weigh(losses.detach(), None, **kwargs)
             (losses * weights.shared.to(losses.dtype)).sum().backward()
         else:
-            if self.weighs_heads and self.rep_grad:
-                raise UsageError(f"{type(self).__name__} with rep_grad needs fastmtl's Trainer.")
-            grads = self._get_grads(losses, mode="autograd" if self.weighs_heads else "backward")
-            per_task = grads[1] if self.rep_grad else grads
-            if self.needs == "rows":
-                weights = self.weigh_rows(detached, self._as_rows(per_task), **kwargs)
-            else:
-                weights = self.weigh(detached, self._gram(per_task, **kwargs), **kwargs)
-            if weights.heads is not None:
-                (losses * weights.heads.to(losses.dtype)).sum().backward()
-            if self.rep_grad:
-                self._backward_new_grads(weights.shared.to(losses.dtype), per_grads=grads[0])
-            else:
-                rows = self._as_rows(per_task) if weights.rows is None else weights.rows
-                update = [torch.zeros_like(param) for param in self.get_share_params()]
-                ops.combine_(update, rows, weights.shared, self.groups(**kwargs))
-                self._reset_grad(torch.cat([grad.flatten() for grad in update]))
+            weights = self._combine(losses, **kwargs)
         if weights.max_norm is not None:
             nn.utils.clip_grad_norm_(list(self.get_share_params()), weights.max_norm)
         for name, grad in weights.own_grads.items():
@@ -206,18 +187,35 @@ class AbsWeighting(nn.Module):
         shown = weights.reported
         return None if shown is None else np.asarray(shown.detach().cpu().numpy())
 
-    def _gram(self, grads: Tensor, **hyper: Any) -> Tensor:
-        """Return the Gram matrix of (T, P) gradients, by groups of parameters if the strategy has them."""
+    def _combine(self, losses: Tensor, **kwargs: Any) -> Weights:
+        """Fill ``.grad`` as the weights of the task gradients say, and return them."""
         from fastmtl import ops
 
-        groups = self.groups(**hyper)
-        return ops.gram(grads) if groups is None else ops.gram(self._as_rows(grads), groups)
+        if self.weighs_heads and self.rep_grad:
+            raise UsageError(f"{type(self).__name__} with rep_grad needs fastmtl's Trainer.")
+        found = self._get_grads(losses, mode="autograd" if self.weighs_heads else "backward")
+        per_grads, grads = found if self.rep_grad else (None, found)
+        groups, rows = self.groups(**kwargs), self._as_rows(grads)
+        if self.needs == "rows":
+            weights = self.weigh_rows(losses.detach(), rows, **kwargs)
+        else:
+            gram = ops.gram(grads) if groups is None else ops.gram(rows, groups)
+            weights = self.weigh(losses.detach(), gram, **kwargs)
+        if weights.heads is not None:
+            (losses * weights.heads.to(losses.dtype)).sum().backward()
+        if self.rep_grad:
+            self._backward_new_grads(weights.shared.to(losses.dtype), per_grads)
+        else:
+            update = [torch.zeros_like(param) for param in self.get_share_params()]
+            ops.combine_(update, rows if weights.rows is None else weights.rows, weights.shared, groups)
+            self._reset_grad(torch.cat([grad.flatten() for grad in update]))
+        return weights
 
     def _as_rows(self, grads: Tensor) -> Rows:
-        """Return (T, P) gradients cut into the shape of the shared parameters."""
-        shapes = [param.shape for param in self.get_share_params()]
+        """Return (T, P) gradients cut into the shape of the shared parameters, (T, F) ones of representations whole."""
         if self.rep_grad:
             return [[grad] for grad in grads]
+        shapes = [param.shape for param in self.get_share_params()]
         return [
             [part.reshape(shape) for part, shape in zip(grad.split(self.grad_index), shapes, strict=True)]
             for grad in grads
@@ -230,21 +228,20 @@ class AbsWeighting(nn.Module):
 
     def _grad2vec(self) -> Tensor:
         """Return the gradients of the shared parameters as one (P,) vector; missing ones are zero."""
+        return self._as_vector([param.grad for param in self.get_share_params()])
+
+    def _as_vector(self, grads: Iterable[Tensor | None]) -> Tensor:
         return torch.cat(
             [
-                param.new_zeros(param.numel()) if param.grad is None else param.grad.detach().flatten()
-                for param in self.get_share_params()
+                param.new_zeros(param.numel()) if grad is None else grad.detach().flatten()
+                for param, grad in zip(self.get_share_params(), grads, strict=True)
             ]
         )
 
     def _compute_grad(self, losses: Tensor, mode: str, rep_grad: bool = False) -> Any:
-        """Return the gradients of every task, (T, P), or of the representations if ``rep_grad``.
+        """Return the (T, P) gradients of the tasks, or with ``rep_grad`` those of the representations.
 
-        Args:
-            losses: (T,) losses with their graph.
-            mode: ``"backward"`` also accumulates the gradients of the task-specific parameters; ``"autograd"`` does
-                not.
-            rep_grad: Differentiate with respect to the representations.
+        Mode ``"backward"`` also accumulates the gradients of the task-specific parameters; ``"autograd"`` does not.
         """
         if mode not in ("backward", "autograd"):
             raise ValueError(f"mode must be 'backward' or 'autograd', got {mode!r}.")
@@ -262,12 +259,8 @@ class AbsWeighting(nn.Module):
             else:
                 params = list(self.get_share_params())
                 found = torch.autograd.grad(losses[index], params, retain_graph=True, allow_unused=True)
-                parts = [
-                    p.new_zeros(p.numel()) if g is None else g.flatten() for p, g in zip(params, found, strict=True)
-                ]
-                grads.append(torch.cat(parts))
-        same_rep = rep_grad and isinstance(self.rep, Tensor)
-        return torch.stack(grads) if same_rep or not rep_grad else grads
+                grads.append(self._as_vector(found))
+        return grads if rep_grad and not isinstance(self.rep, Tensor) else torch.stack(grads)
 
     def _get_grads(self, losses: Tensor, mode: str = "backward") -> Any:
         """Return the (T, P) task gradients, or with ``rep_grad`` a list of them and their batch sums (T, F)."""
@@ -286,21 +279,16 @@ class AbsWeighting(nn.Module):
             if param.grad is not None:
                 param.grad = part.reshape(param.shape).to(param.dtype).clone()
 
-    def _backward_new_grads(self, batch_weight: Any, per_grads: Any = None, grads: Tensor | None = None) -> None:
-        """Set the gradients of the shared parameters to the weighted sum of the tasks'.
+    def _backward_new_grads(self, batch_weight: Any, per_grads: Any = None, grads: Any = None) -> None:
+        """Set the shared parameters' gradients to the sum of (T,) weights times the (T, P) ``grads`` of the tasks.
 
-        Args:
-            batch_weight: (T,) weights.
-            per_grads: With ``rep_grad``: the gradient of each task's representation.
-            grads: Otherwise: the (T, P) task gradients.
+        With ``rep_grad`` the sum is that of ``per_grads``, the gradients of the tasks' representations.
         """
+        found = per_grads if self.rep_grad else grads
+        weighted = (batch_weight[t] * found[t] for t in range(self.task_num))
         if not self.rep_grad:
-            assert grads is not None
-            self._reset_grad(sum(batch_weight[t] * grads[t] for t in range(self.task_num)))
+            self._reset_grad(sum(weighted))
         elif isinstance(self.rep, dict):
-            torch.autograd.backward(
-                [self.rep[task] for task in self.task_name],
-                [batch_weight[t] * per_grads[t] for t in range(self.task_num)],
-            )
+            torch.autograd.backward([self.rep[task] for task in self.task_name], list(weighted))
         else:
-            self.rep.backward(sum(batch_weight[t] * per_grads[t] for t in range(self.task_num)))
+            self.rep.backward(sum(weighted))
