@@ -1,4 +1,4 @@
-"""What the engine asks of the other processes that have parts of every batch, and the answers of one alone."""
+"""What depends on where batches and parameters are: other processes may have parts of both, or there is one alone."""
 
 from __future__ import annotations
 
@@ -169,8 +169,8 @@ class Comm:
         for param, grad in zip(params, grads, strict=True):
             param.grad = grad
 
-    def clip(self, max_norm: float | Tensor, shared_only: bool) -> None:
-        """Bring the norm of the gradients together down to ``max_norm``: of the shared parameters, or of all."""
+    def clip_grad_norm(self, max_norm: float | Tensor, shared_only: bool) -> None:
+        """Scale the gradients, of the shared parameters or of all, to a joint 2-norm of at most ``max_norm``."""
         nn.utils.clip_grad_norm_(self.shared if shared_only else self.params, max_norm)  # type: ignore[arg-type]
 
     def cut_states(self, states: Iterable[CutsRows]) -> Callable[[Tensor], Tensor] | None:

@@ -19,7 +19,7 @@ __all__ = ["Structure"]
 
 
 class Structure:
-    """What is known of a network, once for all routes. Finding out leaves no trace in it.
+    """What is known of a network, once for all methods. Finding out leaves no trace in it.
 
     Args:
         problem: The network and its losses.

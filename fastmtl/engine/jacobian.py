@@ -13,7 +13,7 @@ from fastmtl.engine.comm import Comm
 from fastmtl.engine.context import StepContext, step_losses
 from fastmtl.engine.gradients import OwnGradients, summed
 from fastmtl.engine.losses import Problem
-from fastmtl.engine.pullback import Combine
+from fastmtl.engine.pullback import Pullback
 from fastmtl.engine.trees import map_tree
 from fastmtl.engine.weights import Rows, Weights
 from fastmtl.support.profiling import part
@@ -25,8 +25,8 @@ class Differentiated(Protocol):
     """Losses of a step whose gradients wait for weights: what an engine returns.
 
     Attributes:
-        losses: (T,) losses of the step; final once the gradients are written.
-        preds: Predictions by task, of the last sample or of each accumulated batch; final with the losses.
+        losses: (T,) losses of the step; of accumulated batches known in full only after :meth:`write_grads`.
+        preds: Predictions by task, of the last sample or of each accumulated batch; likewise.
     """
 
     losses: Tensor
@@ -52,7 +52,7 @@ class BatchGradients:
     preds: Mapping[str, object]
     rows: Rows
     own: OwnGradients
-    pullback: Combine
+    pullback: Pullback
 
     def absorb(self, other: BatchGradients) -> None:
         """Take in the gradients of another batch, which together with this one makes one step."""
@@ -127,20 +127,23 @@ class Jacobian:
         return torch.stack([gram[a : a + size, a : a + size] for a in range(0, len(gram), size)]).mean(0)
 
     def write_grads(self, weights: Weights) -> None:
-        """Fill ``.grad``: of the shared parameters with the weighted rows, of the others with their sum."""
+        """Fill ``.grad``: of the shared parameters with the weighted rows, of the others with their sum.
+
+        Those of the others come first: writing the shared ones also sums them over the processes.
+        """
         heads = [None] * len(self._batches) if weights.heads is None else weights.heads.chunk(len(self._batches))
         with part("combine"):
             for batch, own in zip(self._batches, heads, strict=True):
                 batch.own.write(own)
+        # The norm follows from the Gram matrix; with weights held from an earlier step there is none.
         if weights.max_norm is not None and weights.gram is not None:
             weights = _capped(weights, weights.gram, weights.max_norm)
         self.pullback.write(weights, self.rows, self._comm, self._ctx.tasks)
         if weights.max_norm is not None and weights.gram is None:
-            self._comm.clip(self._ctx.scaling.limit(weights.max_norm), shared_only=True)
+            self._comm.clip_grad_norm(self._ctx.scaling.limit(weights.max_norm), shared_only=True)
 
 
 def _capped(weights: Weights, gram: Tensor, max_norm: float) -> Weights:
     """Return weights with the norm of ``sum_t w_t g_t`` brought down to ``max_norm``."""
     norm = (weights.shared @ gram @ weights.shared).clamp(min=0).sqrt()
-    limit = (max_norm / (norm + 1e-6)).clamp(max=1)
-    return replace(weights, shared=weights.shared * limit)
+    return replace(weights, shared=weights.shared * (max_norm / (norm + 1e-6)).clamp(max=1))

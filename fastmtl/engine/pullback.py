@@ -17,7 +17,7 @@ from fastmtl.engine.vjp import vjp
 from fastmtl.engine.weights import Row, Rows, Weights
 from fastmtl.support.profiling import part
 
-__all__ = ["Combine", "Known", "Representations", "Sum", "Through", "weighted"]
+__all__ = ["Combine", "Known", "Pullback", "Representations", "Sum", "Through", "weighted"]
 
 
 def weighted(weights: Tensor, cotangents: Rows) -> Row:
@@ -26,11 +26,11 @@ def weighted(weights: Tensor, cotangents: Rows) -> Row:
         return cast(Row, ops.combine(cotangents, weights))
 
 
-class Combine:
-    """The rows are gradients of the shared parameters; the base of the others, whose rows are something else.
+class Pullback:
+    """What the rows of a batch are, and how the weights pull them back to the shared parameters.
 
-    A way to have a Gram matrix without rows, layer by layer, is another one of these: it overrides :meth:`gram`, and
-    :meth:`write` with one more backward pass of the weighted cotangents.
+    Rows are gradients, or stand for them in the Gram matrix; what has that matrix without rows overrides :meth:`gram`.
+    :meth:`write` is what every kind has of its own.
     """
 
     def collect(self, rows: Rows, comm: Comm, complete: bool) -> Rows:
@@ -41,15 +41,23 @@ class Combine:
         """Return the Gram matrix of collected rows; (L, T, T) with L groups of parameters."""
         return comm.gram(rows, groups, shares)
 
-    def absorb(self, other: Combine) -> None:
+    def absorb(self, other: Pullback) -> None:
         """Take in another batch, which together with this one makes one step; its rows are added to this one's."""
 
     def write(self, weights: Weights, rows: Rows, comm: Comm, tasks: Tasks) -> None:
-        """Fill ``.grad`` of the shared parameters."""
+        """Fill ``.grad`` of the shared parameters, and sum that of all others over the processes."""
+        raise NotImplementedError
+
+
+class Combine(Pullback):
+    """The rows are gradients of the shared parameters."""
+
+    def write(self, weights: Weights, rows: Rows, comm: Comm, tasks: Tasks) -> None:
+        """Combine them."""
         comm.write_shared(rows if weights.rows is None else weights.rows, weights.shared, weights.groups, tasks)
 
 
-class Known(Combine):
+class Known(Pullback):
     """The weights were known beforehand: the only row is the update."""
 
     def __init__(self, params: Sequence[nn.Parameter]) -> None:
@@ -65,7 +73,7 @@ class Known(Combine):
         comm.reduce(tasks)
 
 
-class Through(Combine):
+class Through(Pullback):
     """The rows have the Jacobian's Gram matrix and are no gradients; the update is one more VJP through the trunk."""
 
     def __init__(self, features: Sequence[Tensor], cotangents: Rows, params: Sequence[nn.Parameter]) -> None:
@@ -81,7 +89,7 @@ class Through(Combine):
         comm.reduce(tasks)
 
 
-class Representations(Combine):
+class Representations(Pullback):
     """The rows are gradients of the representations; one VJP carries what they become to the parameters.
 
     Args:
@@ -108,7 +116,7 @@ class Representations(Combine):
         """Return the Gram matrix; each process has whole rows."""
         return ops.gram(rows, groups)
 
-    def absorb(self, other: Combine) -> None:
+    def absorb(self, other: Pullback) -> None:
         """Keep the other batch's graph until the weights are known."""
         assert isinstance(other, Representations)
         self.others.append(other)
@@ -129,7 +137,7 @@ class Representations(Combine):
             torch.autograd.backward(self.attached, list(grads) if fits else [torch.stack(list(grads)).sum(0)])
 
 
-class Sum(Combine):
+class Sum(Pullback):
     """The losses are still to be differentiated, as one weighted sum that reaches all parameters.
 
     Args:

@@ -30,7 +30,7 @@ class Regions:
     Args:
         problem: The functions.
         compiled: Compile them with torch.compile.
-        on_compile: Told when the compilation of a region begins and ends.
+        tell: Told when the compilation of a region begins and ends, and what goes another way than asked for.
     """
 
     trunk: Callable[..., Any]
@@ -43,16 +43,16 @@ class Regions:
     single_decode: Callable[..., Any]
     gradients: Callable[..., Any]
 
-    def __init__(self, problem: Problem, compiled: bool, on_compile: Callable[[str], None]) -> None:
+    def __init__(self, problem: Problem, compiled: bool, tell: Callable[[str], None]) -> None:
         self.problem = problem
         self.compiled = compiled
-        self.on_compile = on_compile
+        self.tell = tell
         if compiled:
             configure_backwards()
             allow_graphs(4 * max(len(problem.tasks), _MOST_SETS + 1))
         for name in _NAMES:
             function = getattr(problem, name)
-            setattr(self, name, _Region(name, function, on_compile) if compiled else function)
+            setattr(self, name, _Region(name, function, tell) if compiled else function)
 
     def used(self) -> list[_Region]:
         """Return the regions that were compiled."""
@@ -67,7 +67,7 @@ class Regions:
     def with_gradients(self, gradients: Callable[..., Any]) -> Regions:
         """Return these regions and one more: the forward pass and all VJPs as a method of inputs and labels."""
         other = copy.copy(self)
-        other.gradients = _Traced("network and losses", gradients, self.on_compile)
+        other.gradients = _Traced("network and losses", gradients, self.tell)
         return other
 
 
@@ -85,10 +85,10 @@ class _Region:
 
     fullgraph = False
 
-    def __init__(self, name: str, function: Callable[..., Any], on_compile: Callable[[str], None]) -> None:
+    def __init__(self, name: str, function: Callable[..., Any], tell: Callable[[str], None]) -> None:
         self.name = name
         self.plain = function
-        self.on_compile = on_compile
+        self.tell = tell
         self.graphs = 0
         self.first: dict[str | None, int] = {}
         self.sets: dict[tuple[str, ...], bool] = {}
@@ -106,12 +106,12 @@ class _Region:
         if tasks not in self.sets and sum(self.sets.values()) > _MOST_SETS and task is None:
             if not self._told:
                 self._told = True
-                self.on_compile(f"{self.name}: compiled for {_MOST_SETS + 1} sets of tasks, eager for further ones")
+                self.tell(f"{self.name}: compiled for {_MOST_SETS + 1} sets of tasks, eager for further ones")
             return self.plain(*args)
         what = self.name if task is None else f"{self.name} of {task}"
         first = task not in self.first
         if first:
-            self.on_compile(f"compiling {what}")
+            self.tell(f"compiling {what}")
         start, before = time.perf_counter(), self.graphs
         result = self._run(*args)
         compiled = self.graphs - before
@@ -120,7 +120,7 @@ class _Region:
             self.first[task] = compiled
         if first or compiled:
             again = "" if first else " again, for other shapes or tasks,"
-            self.on_compile(f"compiled {what}{again} in {time.perf_counter() - start:.1f} s")
+            self.tell(f"compiled {what}{again} in {time.perf_counter() - start:.1f} s")
         return result
 
     def _run(self, *args: Any) -> Any:

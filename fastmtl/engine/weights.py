@@ -27,8 +27,8 @@ class Weights:
         groups: The group of each shared parameter, if groups are weighed apart.
         reps: What flows back into the representations in place of their weighted gradients.
         reports: Whether there are weights to report.
-        gram: (T, T) Gram matrix for the log, from a strategy that takes rows.
-        max_norm: Greatest norm of the shared update.
+        gram: (T, T) Gram matrix of the rows, where one was computed, for ``max_norm`` and the log.
+        max_norm: Greatest 2-norm of the shared update.
         own_grads: Gradients of the strategy's own parameters, by name; the model's optimizer trains them.
     """
 

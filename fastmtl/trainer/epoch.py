@@ -70,7 +70,7 @@ class TrainingEpoch:
         trainer.guard.start(self._index * steps + skip)
         meter.begin()
         meter.go_on(start["loss_sums"])
-        for batch in range(skip, steps):
+        for index in range(skip, steps):
             if profiler is not None and step.trial.settled:
                 profiler.before_step(step.warmth)
             with part("step"):
@@ -85,7 +85,7 @@ class TrainingEpoch:
                     meter.update(losses, each, labels)
             if profiler is not None:
                 profiler.after_step()
-            done = batch + 1
+            done = index + 1
             saves = trainer.checkpoint_every is not None and done % trainer.checkpoint_every == 0
             if len(self._buffer) == trainer.log_every or done == steps or saves:
                 self._log(done)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -33,19 +33,32 @@ __all__ = ["Predictions", "TrainingStep"]
 
 Batches: TypeAlias = Sequence[tuple[object, Labels]]
 Predictions: TypeAlias = list[Mapping[str, object]]
-# Losses, predictions by task of each batch, weights and Gram matrix.
-Shown: TypeAlias = tuple[Tensor, Predictions, Tensor | None, Tensor | None]
+
+
+class Outcome(NamedTuple):
+    """What comes of a step: (T,) losses, predictions by task of each batch, (T,) weights and (T, T) Gram matrix."""
+
+    losses: Tensor
+    preds: Predictions
+    weights: Tensor | None
+    gram: Tensor | None
+
+    def spread(self, tasks: StepTasks, fill: float) -> Outcome:
+        """Return what is of some tasks as of all, ``fill`` for those that are not in the step."""
+        losses = tasks.spread(self.losses, fill)
+        assert losses is not None
+        return Outcome(losses, self.preds, tasks.spread(self.weights, fill), tasks.spread(self.gram, fill))
 
 
 class TrainingStep:
-    """Forward, task gradients, weights, update. Nothing in it waits for the device.
+    """Runs every step of a run: forward, task gradients, weights, update. Nothing in it waits for the device.
 
     Args:
         strategy: Network and strategy in one.
         problem: The same model with its losses.
         optimizer: Over all parameters.
         guard: Watches for NaN.
-        on_compile: Told of every compilation.
+        tell: Told of every compilation.
         hyper: Hyper-parameters of the strategy.
         options: Checked options.
         comm: The processes that each have a part of every batch.
@@ -64,7 +77,7 @@ class TrainingStep:
         problem: Problem,
         optimizer: torch.optim.Optimizer,
         guard: FiniteGuard,
-        on_compile: Callable[[str], None],
+        tell: Callable[[str], None],
         hyper: Mapping[str, Any],
         options: StepOptions,
         comm: Comm,
@@ -84,10 +97,10 @@ class TrainingStep:
         strategy.sum_parts = comm.cut_states(strategy.row_states.values())
         self.weights = WeightState(strategy, hyper, options, comm)
         self.solve = make_solver(strategy, hyper, comm)
-        self.trial = Trial(engines_to_try(strategy, problem, hyper, options, on_compile, comm), on_compile)
+        self.trial = Trial(engines_to_try(strategy, problem, hyper, options, tell, comm), tell)
         self.engine = self.trial.engine
         self.latest: StepSignals | None = None
-        self.capture = make_capture(strategy, optimizer, options, guard.found_inf.device, on_compile)
+        self.capture = make_capture(strategy, optimizer, options, guard.found_inf.device, tell)
 
     @property
     def warmth(self) -> int:
@@ -115,52 +128,51 @@ class TrainingStep:
         if not tasks.are_all or len(batches) < self.batches:
             self.trial.leave_out()
         run = partial(self._run, tasks)
-        losses, preds, weights, gram = self.capture(run, batches) if tasks.are_all else run(batches)
-        self.latest = StepSignals(losses=losses, weights=weights, gram=gram)
-        buffer.add(losses, weights, gram)
-        by_task = losses.unbind()
-        return {task: by_task[place] for task, place in zip(tasks.names, tasks.places, strict=True)}, preds
+        done = self.capture(run, batches) if tasks.are_all else run(batches)
+        self.latest = StepSignals(losses=done.losses, weights=done.weights, gram=done.gram)
+        buffer.add(done.losses, done.weights, done.gram)
+        by_task = done.losses.unbind()
+        return {task: by_task[place] for task, place in zip(tasks.names, tasks.places, strict=True)}, done.preds
 
-    def _run(self, tasks: StepTasks, batches: Batches) -> Shown:
+    def _run(self, tasks: StepTasks, batches: Batches) -> Outcome:
         """Run what happens on the device: the whole of a step."""
         if not tasks.places:
             return self._skip()
         ctx = self._context(batches, tasks)
-        with self.weights.restricted(tasks) as state, self.scaler.undoing(state):
-            losses, preds, weights, gram = self._gradients(ctx, state)
+        with self.weights.restricted(tasks) as weights, self.scaler.undoing(weights):
+            done = self._gradients(ctx, weights)
+            # Here it turns out whether there is something to be undone.
             self.scaler.unscale(self.strategy.parameters())
-        self._update(tasks, losses, gram, weights)
+        self._update(tasks, done.spread(tasks, 0.0))
         if self.strategy.looks_back and not self.runs_backward:
-            with torch.no_grad(), tasks.alone(self.strategy), self.scaler.undoing(state):
+            with torch.no_grad(), tasks.alone(self.strategy), self.scaler.undoing(self.weights):
                 self.strategy.after_step(self._losses_after(ctx), **self.hyper)
-        shown = self._spread(tasks, losses, torch.nan)
-        return shown, preds, tasks.spread(weights, torch.nan), tasks.spread(gram, torch.nan)
+        return done.spread(tasks, torch.nan)
 
     def _context(self, batches: Batches, tasks: StepTasks) -> StepContext:
         """Return the facts of this step."""
         lr = self.optimizer.optimizer.param_groups[0]["lr"]
         return StepContext.of(batches, tasks.names, self.problem, self.comm, self.samples, self.scaler, lr)
 
-    def _gradients(self, ctx: StepContext, state: WeightState) -> Shown:
-        """Fill all ``.grad``; return losses, predictions, weights and Gram matrix."""
-        held = state.held()
-        # Groups of parameters have no sum of the losses in common, and samples each have a part of the weights.
+    def _gradients(self, ctx: StepContext, weights: WeightState) -> Outcome:
+        """Fill all ``.grad``."""
+        held = weights.held()
+        # One VJP is enough, but not where groups of parameters are weighed apart, or several samples.
         known = held if held is not None and held.shared.dim() == 1 and self.samples == 1 else None
         if known is not None:
             self.trial.leave_out()
         found = self.engine.differentiate(ctx, known)
-        weights = state.accept(self.solve(found), ctx.scaling) if held is None else held
-        found.write_grads(weights)
-        return found.losses, found.preds, weights.reported, weights.gram
+        decided = weights.accept(self.solve(found), ctx.scaling) if held is None else held
+        found.write_grads(decided)
+        return Outcome(found.losses, found.preds, decided.reported, decided.gram)
 
-    def _update(self, tasks: StepTasks, losses: Tensor, gram: Tensor | None, weights: Tensor | None) -> None:
+    def _update(self, tasks: StepTasks, done: Outcome) -> None:
         """Let the optimizer use the gradients, unless something was not finite."""
         with part("optimizer"), tasks.keeping(self.optimizer.optimizer, self.strategy):
             self.comm.reshard()
-            gram, weights = self.scaler.watched(gram, weights)
-            self.guard.watch(self._spread(tasks, losses, 0.0), tasks.spread(gram, 0.0), tasks.spread(weights, 0.0))
+            self.guard.watch(done.losses, *self.scaler.watched(done.gram, done.weights))
             if self.options.clip_grad_norm is not None:
-                self.comm.clip(self.options.clip_grad_norm, shared_only=False)
+                self.comm.clip_grad_norm(self.options.clip_grad_norm, shared_only=False)
             self.scaler.settle(self.guard.found_inf)
             self.optimizer.step()
 
@@ -180,17 +192,11 @@ class TrainingStep:
             )
         return step_tasks(self.comm.agree_on_tasks(present, self.sampler.draw(), len(names)), names)
 
-    def _skip(self) -> Shown:
+    def _skip(self) -> Outcome:
         """Count a step without any labels, which changes nothing."""
         nothing = torch.zeros(len(self.problem.tasks), device=self.guard.found_inf.device)
         self.guard.watch(nothing, None, None)
-        return nothing / 0, [], None, None
-
-    @staticmethod
-    def _spread(tasks: StepTasks, losses: Tensor, fill: float) -> Tensor:
-        spread = tasks.spread(losses, fill)
-        assert spread is not None
-        return spread
+        return Outcome(nothing / 0, [], None, None)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs."""

@@ -121,8 +121,8 @@ def test_forward_and_gradients_run_in_compiled_code(options: dict[str, Any]) -> 
     messages: list[str] = []
     trainer = _conv_trainer("MTAN", True, **options)
     for region in vars(trainer.step.engine.regions).values():
-        if hasattr(region, "on_compile"):
-            region.on_compile = messages.append
+        if hasattr(region, "tell"):
+            region.tell = messages.append
     images, labels = _images()
     buffer = StepBuffer()
     trainer.step([(images, labels)], buffer)

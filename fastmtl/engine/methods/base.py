@@ -51,11 +51,11 @@ class Method:
 
     Attributes:
         problem: What to differentiate.
-        possible: False once it has turned out that the method has to do what a plainer one does.
-        needs_cut: Whether it does what a plainer one does for a network that cannot be cut.
+        possible: False once it has turned out that the method does what a plainer one does, and need not be timed.
+        only_if_cut: Whether that is so for a network whose trunk and heads cannot be cut apart.
     """
 
-    needs_cut: ClassVar[bool] = False
+    only_if_cut: ClassVar[bool] = False
     possible = True
 
     def __init__(self, structure: Structure, regions: Regions, comm: Comm, weighs_heads: bool) -> None:
@@ -68,17 +68,20 @@ class Method:
     def __call__(self, batch: Batch) -> BatchGradients:
         """Run the forward pass and the VJPs of all tasks."""
         self.prepare(batch)
-        return self.differentiate(batch)
+        return self.gradients_of(batch)
 
     def prepare(self, batch: Batch) -> None:
-        """Find out what must be known of the network before it is differentiated."""
+        """Find out what must be known of the network before it is differentiated; called for every batch."""
 
-    def differentiate(self, batch: Batch) -> BatchGradients:
+    def gradients_of(self, batch: Batch) -> BatchGradients:
         """Do what a call does, once the network is prepared."""
         raise NotImplementedError
 
     def combined(self, batch: Batch, weights: Weights) -> BatchGradients:
-        """Run the forward pass and, where there is a shorter way, one VJP with weights known beforehand."""
+        """Run the forward pass and, where there is a shorter way, one VJP with weights known beforehand.
+
+        It prepares the network itself, and returns :meth:`known`.
+        """
         return self(batch)
 
     def known(

@@ -25,7 +25,7 @@ class Batched(Split):
     possible; ``forced`` batches operators too that are known not to gain, such as convolutions and recurrent networks.
     """
 
-    needs_cut = True
+    only_if_cut = True
 
     def __init__(
         self,

@@ -52,7 +52,7 @@ class Compressed(Split):
     the rows are gradients as ever.
     """
 
-    needs_cut = True
+    only_if_cut = True
 
     def __init__(self, structure: Structure, regions: Regions, comm: Comm, weighs_heads: bool) -> None:
         super().__init__(structure, regions, comm, weighs_heads)

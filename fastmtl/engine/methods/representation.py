@@ -33,7 +33,7 @@ class Representation(Method):
         if self.weighs_heads and not model.multi_input:
             self.structure.learn_owners(batch)
 
-    def differentiate(self, batch: Batch) -> BatchGradients:
+    def gradients_of(self, batch: Batch) -> BatchGradients:
         """Run the forward pass and the backward pass of the heads."""
         reps, losses, preds, cuts = self._represent(batch)
         with part("VJPs"):

@@ -42,15 +42,14 @@ class Split(Method):
     def prepare(self, batch: Batch) -> None:
         """Find out whether the network can be cut, and whose its parameters are if their gradients are weighted."""
         if self.structure.learn_cut(batch):
-            self.regions.on_compile(f"each task's backward pass is of all the network, as {self.structure.against_cut}")
-        # Ways of taking VJPs through a trunk are then one.
-        self.possible = self.possible and not (self.needs_cut and self.structure.against_cut is not None)
+            self.regions.tell(f"each task's backward pass is of all the network, as {self.structure.against_cut}")
+        self.possible = self.possible and not (self.only_if_cut and self.structure.against_cut is not None)
         if self.weighs_heads:
             self.structure.learn_owners(batch)
 
-    def differentiate(self, batch: Batch) -> BatchGradients:
+    def gradients_of(self, batch: Batch) -> BatchGradients:
         """Run the forward pass and all VJPs."""
-        return self.split(batch) if self.structure.against_cut is None else self.whole.differentiate(batch)
+        return self.split(batch) if self.structure.against_cut is None else self.whole.gradients_of(batch)
 
     def split(self, batch: Batch) -> BatchGradients:
         """Run the forward pass and all VJPs of a network that can be cut."""

@@ -53,14 +53,14 @@ class Traced(Method):
         if self.traces and has_gradient_hooks(self.problem.model):
             self._give_up("gradients have hooks, which a graph would not call")
 
-    def differentiate(self, batch: Batch) -> BatchGradients:
+    def gradients_of(self, batch: Batch) -> BatchGradients:
         """Run the forward pass and all VJPs."""
         if self.traces:
             try:
                 return self._traced(batch)
             except graph_errors() as cause:
                 self._give_up(str(cause).splitlines()[0])
-        return self.regional.differentiate(batch)
+        return self.regional.gradients_of(batch)
 
     def combined(self, batch: Batch, weights: Weights) -> BatchGradients:
         """Run the forward pass and one VJP, of compiled regions."""
@@ -80,5 +80,5 @@ class Traced(Method):
         self, inputs: object, factor: Tensor | None, labels: Labels, tasks: Tasks
     ) -> tuple[Tensor, object, Rows, Sequence[Sequence[Tensor | None]]]:
         """Return losses, predictions, rows and the gradients of the task-specific parameters."""
-        done = self.plain.differentiate(Batch(inputs=inputs, labels=labels, tasks=tasks, factor=factor))
+        done = self.plain.gradients_of(Batch(inputs=inputs, labels=labels, tasks=tasks, factor=factor))
         return done.losses, done.preds, done.rows, done.own.parts

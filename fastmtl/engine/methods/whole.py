@@ -23,7 +23,7 @@ class Whole(Method):
     Inputs for each task are a graph for each, which is gone before the next one's forward pass.
     """
 
-    def differentiate(self, batch: Batch) -> BatchGradients:
+    def gradients_of(self, batch: Batch) -> BatchGradients:
         """Run the forward pass and all VJPs."""
         problem, apart = self.problem, self.problem.model.multi_input
         losses: list[Tensor] = []

@@ -160,7 +160,7 @@ def _against_batching(plain: Engine) -> str | None:
     """Return why the cotangents cannot go through the trunk together, in a few words; None if nothing is known."""
     if isinstance(plain, ForeignEngine):
         return "the strategy runs backward passes of its own"
-    if not isinstance(plain, GradientEngine) or type(plain.method) is not Split:
+    if not isinstance(plain, GradientEngine) or not isinstance(plain.method, Split):
         return "the strategy or the network does not have one VJP per task go through a trunk"
     return "several processes send each row when it is known" if plain.comm.shares_batches else None
 
@@ -171,7 +171,7 @@ def _against_tracing(plain: Engine, problem: Problem, comm: Comm) -> str | None:
         return "the strategy runs backward passes of its own"
     reasons = {
         "the strategy or the network does not have one VJP per task": not isinstance(plain, GradientEngine)
-        or type(plain.method) not in (Split, Whole),
+        or not isinstance(plain.method, Split | Whole),
         "several processes send each row when it is known": comm.shares_batches,
         "gradients have hooks, which a graph would not call": has_gradient_hooks(problem.model),
         "this version of torch does not trace gradients": not traces_gradients(),

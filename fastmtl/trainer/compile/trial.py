@@ -24,7 +24,7 @@ class Trial:
 
     Args:
         engines: By name.
-        on_compile: Told of the decision.
+        tell: Told of the decision.
 
     Attributes:
         engine: The engine of the step under way.
@@ -33,10 +33,10 @@ class Trial:
         warmth: Steps run with this engine so far, of those after a decision.
     """
 
-    def __init__(self, engines: Mapping[str, Engine], on_compile: Callable[[str], None]) -> None:
+    def __init__(self, engines: Mapping[str, Engine], tell: Callable[[str], None]) -> None:
         self.names = list(engines)
         self.engines = list(engines.values())
-        self.on_compile = on_compile
+        self.tell = tell
         self.engine = self.engines[0]
         self.chosen: str | None = None
         self.settled = len(engines) == 1
@@ -78,7 +78,7 @@ class Trial:
             self._plan = [(index, timed) for index, timed in self._plan if self.engines[index].possible]
         self._started, self._counts = now, True
         if self._left_out > self._most_left_out:
-            self.on_compile(f"too few steps are of all tasks to measure by: going on {self.names[0]}")
+            self.tell(f"too few steps are of all tasks to measure by: going on {self.names[0]}")
             return self._choose(self.names[0])
         if self._plan:
             return self.engines[self._plan[0][0]]
@@ -90,13 +90,13 @@ class Trial:
         }
         chosen = min(times, key=times.__getitem__)
         measured = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in times.items())
-        self.on_compile(f"a step takes {measured}: going on {chosen}")
+        self.tell(f"a step takes {measured}: going on {chosen}")
         return self._choose(chosen)
 
     def settle(self, name: str | None) -> None:
         """Go on with the engine that an earlier part of the run has chosen, if it is among these."""
         if name in self.names and not self.settled:
-            self.on_compile(f"going on {name}, as before")
+            self.tell(f"going on {name}, as before")
             self.engine = self._choose(name)
 
     def _choose(self, name: str) -> Engine:
