@@ -9,6 +9,7 @@ Example::
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NoReturn, Self
 
 import torch
@@ -62,12 +63,7 @@ class AbsLoss:
         self.bs: list[int] = []
 
     def compute_loss(self, pred: Any, gt: Any) -> Tensor:
-        """Return the loss of one batch, a scalar averaged over the batch.
-
-        Args:
-            pred: What the task's decoder gave, ``(batch, ...)``.
-            gt: The labels, ``(batch, ...)``.
-        """
+        """Return the loss of one batch, a scalar averaged over it, of predictions and labels, both ``(batch, ...)``."""
         raise NotImplementedError(f"{type(self).__name__} must define compute_loss(pred, gt)")
 
     def labelled(self, gt: Tensor) -> Tensor:
@@ -75,11 +71,7 @@ class AbsLoss:
         return ~gt.isnan() if gt.is_floating_point() else gt != self.ignore_index
 
     def accumulate(self, loss: Tensor, batch_size: int | Tensor) -> None:
-        """Add the loss of one batch to the running mean, weighted by ``batch_size``; never waits for the device.
-
-        Args:
-            loss: Scalar.
-            batch_size: Rows of the batch that have a label.
+        """Add the loss of one batch to the running mean, weighted by its labelled rows; never waits for the device.
 
         Raises:
             UsageError: ``loss`` is not a scalar.
@@ -151,43 +143,42 @@ class CELoss(AbsLoss):
         return total / known.sum().clamp(min=1)
 
 
-class KLDivLoss(AbsLoss):
+class _EntryLoss(AbsLoss):
+    """The mean of one of torch's losses over all labelled entries."""
+
+    _entries: Callable[..., Tensor]
+
+    def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
+        """Return the mean over the labelled entries."""
+        known = self.labelled(gt)
+        # A NaN would pass through a gradient of zero.
+        return mean_known(self._entries(pred, torch.where(known, gt, 0), reduction="none"), known)
+
+
+class KLDivLoss(_EntryLoss):
     """Kullback-Leibler divergence of log-probabilities and probabilities, averaged over all labelled entries.
 
-    This is ``torch.nn.KLDivLoss()`` as LibMTL uses it: the mean is over entries, not over the batch.
+    This is ``torch.nn.KLDivLoss()`` as LibMTL uses it, the mean of ``gt * (log gt - pred)`` over entries, not over the
+    batch.
     """
 
-    def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
-        """Return the mean of ``gt * (log gt - pred)``."""
-        known, filled = _filled(self, gt)
-        return _mean(F.kl_div(pred, filled, reduction="none"), known)
+    _entries = staticmethod(F.kl_div)
 
 
-class L1Loss(AbsLoss):
+class L1Loss(_EntryLoss):
     """Mean absolute error of the labelled entries."""
 
-    def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
-        """Return the mean of ``|pred - gt|``."""
-        known, filled = _filled(self, gt)
-        return _mean(F.l1_loss(pred, filled, reduction="none"), known)
+    _entries = staticmethod(F.l1_loss)
 
 
-class MSELoss(AbsLoss):
+class MSELoss(_EntryLoss):
     """Mean squared error of the labelled entries."""
 
-    def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
-        """Return the mean of ``(pred - gt)^2``."""
-        known, filled = _filled(self, gt)
-        return _mean(F.mse_loss(pred, filled, reduction="none"), known)
+    _entries = staticmethod(F.mse_loss)
 
 
-def _filled(loss: AbsLoss, gt: Tensor) -> tuple[Tensor, Tensor]:
-    """Return where labels are there, and labels that are 0 elsewhere: a NaN would pass through a gradient of zero."""
-    known = loss.labelled(gt)
-    return known, torch.where(known, gt, 0)
-
-
-def _mean(values: Tensor, known: Tensor) -> Tensor:
+def mean_known(values: Tensor, known: Tensor) -> Tensor:
+    """Return the mean of the values that are known, 0 if none is."""
     known = known.expand_as(values)
     return torch.where(known, values, 0).sum() / known.sum().clamp(min=1)
 
@@ -229,8 +220,7 @@ class DepthLoss(AbsLoss):
 
     def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
         """Return the mean of ``|pred - gt|`` over the pixels with a depth."""
-        valid = self.labelled(gt)
-        return torch.where(valid, (pred - gt).abs(), 0).sum() / valid.sum().clamp(min=1)
+        return mean_known((pred - gt).abs(), self.labelled(gt))
 
 
 class NormalLoss(AbsLoss):
@@ -248,7 +238,7 @@ class NormalLoss(AbsLoss):
         """Return the mean of ``1 - <pred, gt> / |pred|`` over the pixels with a normal."""
         valid = self.labelled(gt)
         cosine = (F.normalize(pred, dim=1) * torch.where(valid.unsqueeze(1), gt, 0)).sum(1)
-        return torch.where(valid, 1 - cosine, 0).sum() / valid.sum().clamp(min=1)
+        return mean_known(1 - cosine, valid)
 
 
 def present(values: Tensor) -> Tensor:

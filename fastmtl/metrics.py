@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmtl.errors import UsageError
-from fastmtl.loss import present
+from fastmtl.loss import mean_known, present
 from fastmtl.support.dtypes import wide_dtype
 from fastmtl.support.running import Group
 
@@ -86,13 +86,9 @@ class AbsMetric:
 
         ``record`` and ``bs`` become the lists of all processes, one after the other, on the CPU.
         """
-        self.record = _of_all(self.record, peers)
-        self.bs = _of_all(self.bs, peers)
-
-
-def _of_all(values: list[object], peers: Group) -> list[object]:
-    own = [value.cpu() if isinstance(value, Tensor) else value for value in values]
-    return [value for each in peers.gather(own) for value in each]
+        for name in ("record", "bs"):
+            own = [value.cpu() if isinstance(value, Tensor) else value for value in getattr(self, name)]
+            setattr(self, name, [value for each in peers.gather(own) for value in each])
 
 
 class _Sums(AbsMetric):
@@ -166,10 +162,8 @@ class L1Metric(_Sums):
 
     def update_fun(self, pred: Tensor, gt: Tensor) -> None:
         """Take in the mean absolute error of one batch."""
-        error = pred - gt
         known = ~gt.isnan()
-        all_known = known.expand_as(error)
-        mean = torch.where(all_known, error.abs(), 0).sum() / all_known.sum().clamp(min=1)
+        mean = mean_known((pred - gt).abs(), known)
         rows = known.reshape(len(known), -1).any(1).sum()
         self._add(_totals(mean.to(wide_dtype(mean.device)) * rows, rows))
 
@@ -203,6 +197,11 @@ class _Confusion(_Sums):
         """Return how often class i (row) was taken for class j, ``(C, C)`` float64; waits for the device."""
         return self._read()[:-1].reshape(self.num_classes, self.num_classes).double()
 
+    def accuracy(self) -> float:
+        """Return the share of labels that were predicted, NaN without labels; waits for the device."""
+        counts = self.confusion()
+        return _ratio(counts.trace().item(), counts.sum().item())
+
 
 class SegMetric(_Confusion):
     """Mean intersection over union and pixel accuracy of a segmentation, ``[mIoU, pixAcc]``.
@@ -222,7 +221,7 @@ class SegMetric(_Confusion):
         counts = self.confusion()
         right = counts.diagonal()
         union = counts.sum(0) + counts.sum(1) - right
-        return [(right / union).nanmean().item(), _ratio(right.sum().item(), counts.sum().item())]
+        return [(right / union).nanmean().item(), self.accuracy()]
 
 
 class F1Metric(_Confusion):

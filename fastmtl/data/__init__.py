@@ -7,8 +7,8 @@ from fastmtl.data import multimnist_sets as _multimnist_sets  # noqa: F401
 
 # isort: split
 from fastmtl.data import dense_sets as _dense_sets  # noqa: F401
-from fastmtl.data import office_sets as _office_sets  # noqa: F401
-from fastmtl.data import reviews_sets as _reviews_sets  # noqa: F401
+from fastmtl.data import office as _office  # noqa: F401
+from fastmtl.data import reviews as _reviews  # noqa: F401
 from fastmtl.data.registry import DATASETS, ENCODERS, DataBundle, DatasetInfo, describe_all, load
 
 __all__ = ["DATASETS", "ENCODERS", "DataBundle", "DatasetInfo", "describe_all", "load"]

@@ -8,19 +8,17 @@ from functools import partial
 
 from torch import nn
 
-from fastmtl.data.reviews import VOCABULARY
+__all__ = ["ENCODERS", "IMAGE_ENCODERS", "VOCABULARY", "EncoderInfo"]
 
-__all__ = ["ENCODERS", "IMAGE_ENCODERS", "EncoderInfo"]
+# The words an encoder of texts tells apart.
+VOCABULARY = 8192
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class EncoderInfo:
-    """An encoder a data set may use.
+    """An encoder a data set may use: ``build()`` makes it, ``feature_dim`` are the channels of what it gives out.
 
-    Attributes:
-        build: Called with ``pretrained=True`` or without arguments.
-        feature_dim: Channels of what it gives out.
-        has_weights: There are pretrained weights of it.
+    Where it ``has_weights``, ``build(pretrained=True)`` loads them.
     """
 
     build: Callable[..., nn.Module]

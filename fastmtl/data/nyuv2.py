@@ -16,7 +16,6 @@ from fastmtl.errors import UsageError
 __all__ = ["TASKS", "NYUv2", "RandomScaleCrop"]
 
 TASKS = ("segmentation", "depth", "normal")
-_KINDS = ("image", "label", "depth", "normal")
 _CHANNELS = {"image": (3,), "label": (), "depth": (1,), "normal": (3,)}
 _CLASSES = 13
 
@@ -106,14 +105,11 @@ class NYUv2(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         """
         if not 0 <= index < self._count:
             raise IndexError(index)
-        files = [self._read(kind, index) for kind in _KINDS]
-        size = files[0].shape[:2]
-        for kind, values in zip(_KINDS, files, strict=True):
-            if values.shape != (*size, *_CHANNELS[kind]):
-                raise UsageError(
-                    f"{str(self._path(kind, index))!r} must have the shape {(*size, *_CHANNELS[kind])}, got "
-                    f"{values.shape}."
-                )
+        files = [self._read(kind, index) for kind in _CHANNELS]
+        for (kind, channels), values in zip(_CHANNELS.items(), files, strict=True):
+            shape = (*files[0].shape[:2], *channels)
+            if values.shape != shape:
+                raise UsageError(f"{str(self._path(kind, index))!r} must have the shape {shape}, got {values.shape}.")
         image, label, depth, normal = map(_channels_first, files)
         if ((label < -1) | (label >= _CLASSES)).any():
             raise UsageError(
@@ -142,7 +138,7 @@ def _channels_first(values: np.ndarray) -> Tensor:
 
 
 def _count_rows(folder: Path) -> int:
-    for kind in _KINDS:
+    for kind in _CHANNELS:
         if not (folder / kind).is_dir():
             raise UsageError(
                 f"{str(folder.parent)!r} must hold train and val, each with image, label, depth and normal, but has no "
@@ -151,7 +147,7 @@ def _count_rows(folder: Path) -> int:
     count = sum(path.suffix == ".npy" for path in (folder / "image").iterdir())
     if count == 0:
         raise UsageError(f"{str(folder / 'image')!r} holds no .npy files.")
-    for kind in _KINDS:
+    for kind in _CHANNELS:
         missing = next((i for i in range(count) if not (folder / kind / f"{i}.npy").is_file()), None)
         if missing is not None:
             raise UsageError(

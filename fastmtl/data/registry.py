@@ -49,18 +49,7 @@ class Task(TypedDict):
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class LoaderOptions:
-    """How a data set is to be loaded.
-
-    Attributes:
-        batch_size: Rows of a training batch (of each task, for multi-input data).
-        test_batch_size: Rows of a batch of validation and test.
-        seed: Draws the order of the training rows. The rows themselves do not depend on it.
-        path: A folder to read from, where the data set allows one.
-        n_train: Number of training rows; the data set's own number if None.
-        num_workers: Worker processes of each loader that loads rows from files.
-        pin_memory: Page-lock the batches, for copies to a GPU.
-        augment: Change the training rows at random each time, where the data set knows how.
-    """
+    """How a data set is to be loaded: the arguments of `load`, with the data set's own batch sizes and workers."""
 
     batch_size: int
     test_batch_size: int
@@ -86,13 +75,10 @@ class LoaderOptions:
     def loader(
         self, dataset: Dataset[Row], split: str, *, number: int = 0, in_batches: bool = False
     ) -> DataLoader[Row]:
-        """Return the loader of a split: shuffled for training, in order otherwise.
+        """Return the loader of ``"train"``, shuffled, or of ``"val"`` or ``"test"``, in order.
 
-        Args:
-            dataset: The rows.
-            split: ``"train"``, ``"val"`` or ``"test"``.
-            number: Tells apart the orders of several loaders, as those of the tasks.
-            in_batches: The data set hands out whole batches.
+        ``number`` tells apart the orders of several loaders, as those of the tasks; ``in_batches`` says that the data
+        set hands out whole batches.
         """
         train = split == "train"
         return row_loader(
@@ -108,14 +94,10 @@ class LoaderOptions:
 
 @dataclass(kw_only=True, slots=True)
 class Splits:
-    """The loaders of a data set.
+    """The loaders of a data set, one per split or one per split and task.
 
-    Attributes:
-        train: Loader, or one per task.
-        val: The same; None if there is no such split.
-        test: The same.
-        rows: Split to its number of rows; for multi-input data that of the task with the most.
-        image_size: Height and width of the images, where the decoders must know.
+    ``rows`` are the number of rows of each split, for multi-input data those of the task with the most; ``image_size``
+    is height and width of the images, where the decoders must know.
     """
 
     train: Loaders
@@ -170,10 +152,7 @@ class DataBundle:
     """A loaded data set, in the form ``Trainer`` takes.
 
     Attributes:
-        name: The data set's name.
-        description: One line.
-        source: Where the data come from.
-        licence: The licence of the data.
+        name, description, source, licence, outputs: As of `DatasetInfo`.
         multi_input: Each task has inputs of its own; the loaders are then dicts by task.
         task_dict: LibMTL's ``task_dict``: per task ``metrics``, ``metrics_fn``, ``loss_fn``, ``weight``.
         train: Batches of ``(inputs, {task: labels})``, or of ``(inputs, labels)`` per task if ``multi_input``.
@@ -185,7 +164,6 @@ class DataBundle:
         encoder: Name of the encoder.
         encoder_class: Builds a new encoder at each call.
         feature_dim: Channels of the encoder's output.
-        outputs: Task name to the number of outputs of its decoder.
     """
 
     name: str
@@ -237,15 +215,16 @@ def load(
 
     Args:
         name: A name of ``DATASETS``.
-        batch_size: Rows of a training batch, the data set's own number if None; a last incomplete one is dropped.
+        batch_size: Rows of a training batch (of each task, for multi-input data), the data set's own number if None; a
+            last incomplete one is dropped.
         test_batch_size: Rows of a batch of validation and test, the data set's own number if None.
         seed: Draws the order of the training rows; the rows are the same for every seed.
         path: A folder to read the data from, where the data set allows one.
-        n_train: Number of training rows.
-        num_workers: Worker processes of each loader. If None, none for data in memory or without ``pin_memory``, which
+        n_train: Number of training rows; the data set's own number if None.
+        num_workers: Worker processes of each loader; if None, none for data in memory or without ``pin_memory``, which
             says that there is a GPU; else up to 4, the loaders of all tasks sharing all cores but one.
         pin_memory: Page-lock the batches, for copies to a GPU.
-        augment: Change the training rows at random each time.
+        augment: Change the training rows at random each time, where the data set knows how.
         encoder: A name of ``ENCODERS`` that fits the data set; its default if None.
         pretrained: Let the encoder start from ImageNet's weights.
 
@@ -272,12 +251,10 @@ def load(
 
 def _folder(info: DatasetInfo, path: str | Path | None) -> Path | None:
     """Return the folder to read the data from, None for the data set's own place."""
-    if path is None:
-        if info.needs_path:
-            raise UsageError(f"The data set {info.name} is not in the package: give its folder as dataset_path.")
-        return None
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
+    if path is None and info.needs_path:
+        raise UsageError(f"The data set {info.name} is not in the package: give its folder as dataset_path.")
+    folder = None if path is None else Path(path).expanduser()
+    if folder is not None and not folder.is_dir():
         raise UsageError(f"The data folder {str(path)!r} does not exist.")
     return folder
 

@@ -22,21 +22,24 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset
+from torch import Tensor, nn
 
 from fastmtl.data.digits import SPLITS
+from fastmtl.data.encoders import VOCABULARY
+from fastmtl.data.registry import DatasetInfo, LoaderOptions, Splits, Task, register
+from fastmtl.data.tensors import Tensors
 from fastmtl.errors import UsageError
+from fastmtl.loss import CELoss
+from fastmtl.metrics import F1Metric
 from fastmtl.support import env
 
-__all__ = ["LENGTH", "SENTIMENTS", "TOPICS", "VOCABULARY", "Review", "Texts", "Words", "default_folder",
+__all__ = ["LENGTH", "SENTIMENTS", "TOPICS", "VOCABULARY", "Review", "Words", "default_folder",
            "prepare_reviews", "read_reviews", "tokens"]  # fmt: skip
 
 PACKAGE = "vaderSentiment==3.3.2"
 SENTIMENTS = ("negative", "neutral", "positive")
 # Their files also hold sentences of newspaper articles, whole articles of them: left out.
 TOPICS = {"tweet": "tweets", "film": "movieReviewSnippets", "product": "amazonReviewSnippets"}
-VOCABULARY = 8192
 LENGTH = 48
 
 _INNER = "additional_resources/hutto_ICWSM_2014.tar.gz"
@@ -46,6 +49,7 @@ _COLUMNS = ["split", "topic", "rating", "text"]
 _SHARES = (0.8, 0.1, 0.1)
 # Ratings are from -4 to 4; within this distance of 0 a text is neither positive nor negative.
 _NEUTRAL = 0.5
+_OUTPUTS = {"sentiment": len(SENTIMENTS), "topic": len(TOPICS)}
 _COMMAND = "fastmtl data prepare reviews"
 # Words with their apostrophes, faces, numbers, and the marks that carry feeling.
 _TOKEN = re.compile(r"[a-z]+(?:'[a-z]+)*|[:;=8][-o*']?[()\[\]dp/|\\]|<3|\d+|[!?]+|\.{2,}")
@@ -197,26 +201,55 @@ class Words:
         return rows
 
 
-class Texts(Dataset[tuple[Tensor, dict[str, Tensor]]]):
-    """Texts in memory, handed out in whole batches (see ``batch_loader``).
+class AccF1Metric(F1Metric):
+    """Accuracy and macro-averaged F1 score of predictions ``(batch, classes)``."""
 
-    Args:
-        words: ``(n, length)`` numbers.
-        labels: ``(n,)`` per task.
-    """
+    def score_fun(self) -> list[float]:
+        """Return ``[accuracy, F1]``."""
+        return [self.accuracy(), *super().score_fun()]
 
-    def __init__(self, words: Tensor, labels: dict[str, Tensor]) -> None:
-        self.words = words
-        self.labels = labels
 
-    def __len__(self) -> int:
-        return len(self.words)
+def text_task(name: str) -> Task:
+    """Return the entry of a task in ``task_dict``: cross-entropy, accuracy and F1."""
+    return Task(metrics=["Acc", "F1"], metrics_fn=AccF1Metric(_OUTPUTS[name]), loss_fn=CELoss(), weight=[1, 1])
 
-    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the numbers of one text and its labels."""
-        return self.words[index], {task: labels[index] for task, labels in self.labels.items()}
 
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return ``(b, length)`` numbers and ``(b,)`` labels."""
-        rows = torch.as_tensor(indices)
-        return self.words[rows], {task: labels[rows] for task, labels in self.labels.items()}
+def _reviews(options: LoaderOptions) -> Splits:
+    if options.augment:
+        raise UsageError("aug must be off for reviews: there is no augmentation of it.")
+    reviews = read_reviews(default_folder() if options.path is None else options.path)
+    by_split = {split: [row for row in reviews if row.split == split] for split in SPLITS}
+    by_split["train"] = by_split["train"][: options.n_train]
+    words = Words(row.text for row in by_split["train"])
+    topics = {topic: number for number, topic in enumerate(TOPICS)}
+    loaders = {}
+    for split, rows in by_split.items():
+        labels = {
+            "sentiment": torch.tensor([row.sentiment for row in rows]),
+            "topic": torch.tensor([topics[row.topic] for row in rows]),
+        }
+        texts = Tensors(words.encode([row.text for row in rows]), labels)
+        loaders[split] = options.loader(texts, split, in_batches=True)
+    counts = {split: len(rows) for split, rows in by_split.items()}
+    return Splits(train=loaders["train"], val=loaders["val"], test=loaders["test"], rows=counts)
+
+
+register(
+    [
+        DatasetInfo(
+            name="reviews",
+            description="Tweets and sentences of film and product reviews: their sentiment (as people rated it), "
+            "and which of the three they are.",
+            source="vaderSentiment 3.3.2's source distribution (Hutto and Gilbert, ICWSM 2014), "
+            "with `fastmtl data prepare reviews`",
+            licence="MIT, as of vaderSentiment; the sentences are their authors'",
+            multi_input=False,
+            outputs=_OUTPUTS,
+            rows={"train": 14_749, "val": 1_860, "test": 1_891},
+            encoders=("lstm",),
+            load_splits=_reviews,
+            make_task=text_task,
+            make_head=nn.Linear,
+        )
+    ]
+)

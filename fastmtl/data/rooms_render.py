@@ -6,29 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastmtl.data.rooms_scene import CLASSES, Ball, Box, Scene, draw_scene
+from fastmtl.data.rooms_scene import CLASSES, COLOURS, Ball, Box, Scene, draw_scene
 
 __all__ = ["View", "draw_view"]
 
 _WALL, _CEILING, _FLOOR = (CLASSES.index(name) for name in ("wall", "ceiling", "floor"))
-# Mean colour of each class. Each surface then has its own, so that colour alone does not tell the class.
-_COLOURS = np.array(
-    [
-        (0.70, 0.50, 0.50),
-        (0.60, 0.30, 0.20),
-        (0.90, 0.90, 0.88),
-        (0.50, 0.35, 0.20),
-        (0.55, 0.45, 0.35),
-        (0.50, 0.40, 0.30),
-        (0.50, 0.50, 0.50),
-        (0.50, 0.50, 0.60),
-        (0.40, 0.40, 0.55),
-        (0.60, 0.45, 0.30),
-        (0.08, 0.08, 0.10),
-        (0.80, 0.78, 0.70),
-        (0.75, 0.85, 0.95),
-    ]
-)
+_COLOURS = np.array(list(COLOURS.values()))
 # A view that shows hardly anything but wall, or starts inside or against something, is drawn again.
 _MOST_WALL, _NEAREST = 0.7, 0.35
 # Rays closer to parallel than this take this slope, so that no slab is divided by zero.
@@ -55,25 +38,19 @@ class View:
 class _Hits:
     """The nearest surface each ray has met so far; rays ``(n, 3)`` advance one metre along the camera's axis per t."""
 
-    def __init__(self, eye: np.ndarray, rays: np.ndarray) -> None:
+    def __init__(self, eye: np.ndarray, rays: np.ndarray, extent: np.ndarray) -> None:
+        """Meet the walls, the floor and the ceiling of a room from inside."""
         self.eye = eye
         self.rays = rays
-        self.depth = np.full(len(rays), np.inf)
-        self.normal = np.zeros_like(rays)
-        self.label = np.zeros(len(rays), dtype=np.int64)
-        self.surface = np.zeros(len(rays), dtype=np.int64)
-        self.surfaces = 0
-
-    def room(self, extent: np.ndarray) -> None:
-        """Meet the walls, the floor and the ceiling from inside."""
         centre = np.array([0, 0, extent[2] / 2])
         slope = _nonzero(self.rays)
         leave = (centre + np.sign(slope) * extent / 2 - self.eye) / slope
         axis = leave.argmin(1)
-        rows = np.arange(len(axis))
-        side = np.sign(slope[rows, axis])
+        pixels = np.arange(len(axis))
+        side = np.sign(slope[pixels, axis])
         self.depth = leave.min(1)
-        self.normal[rows, axis] = -side
+        self.normal = np.zeros_like(rays)
+        self.normal[pixels, axis] = -side
         self.label = np.where(axis < 2, _WALL, np.where(side > 0, _CEILING, _FLOOR))
         self.surface = 2 * axis + (side > 0)
         self.surfaces = 6
@@ -132,6 +109,7 @@ def _shade(hits: _Hits, scene: Scene, rng: np.random.Generator) -> np.ndarray:
     """Return ``(n, 3)`` colours: each surface's own, striped, lit by the lamp, with the noise of a camera."""
     count = hits.surfaces
     points = scene.eye + hits.depth[:, None] * hits.rays
+    # Each surface has its own colour, so that colour alone does not tell the class.
     colour = np.clip(_COLOURS[hits.label] + rng.uniform(-0.25, 0.25, (count, 3))[hits.surface], 0.03, 1)
     pitch, strength = rng.uniform(3, 20, count)[hits.surface], rng.uniform(0, 0.15, count)[hits.surface]
     x, y, z = points.T
@@ -148,8 +126,7 @@ def draw_view(rng: np.random.Generator, height: int, width: int) -> View:
     while True:
         scene = draw_scene(rng)
         axes = _camera(scene)
-        hits = _Hits(scene.eye, _rays(height, width) @ axes)
-        hits.room(scene.room)
+        hits = _Hits(scene.eye, _rays(height, width) @ axes, scene.room)
         for box in scene.boxes:
             hits.box(box)
         for ball in scene.balls:

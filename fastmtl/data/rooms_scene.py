@@ -7,24 +7,25 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["CLASSES", "Ball", "Box", "Scene", "draw_scene"]
+__all__ = ["CLASSES", "COLOURS", "Ball", "Box", "Scene", "draw_scene"]
 
-# The 13 classes of NYUv2, in the order its labels count them.
-CLASSES = (
-    "bed",
-    "books",
-    "ceiling",
-    "chair",
-    "floor",
-    "furniture",
-    "objects",
-    "picture",
-    "sofa",
-    "table",
-    "tv",
-    "wall",
-    "window",
-)
+# The 13 classes of NYUv2, in the order its labels count them, and the mean colour of each.
+COLOURS = {
+    "bed": (0.70, 0.50, 0.50),
+    "books": (0.60, 0.30, 0.20),
+    "ceiling": (0.90, 0.90, 0.88),
+    "chair": (0.50, 0.35, 0.20),
+    "floor": (0.55, 0.45, 0.35),
+    "furniture": (0.50, 0.40, 0.30),
+    "objects": (0.50, 0.50, 0.50),
+    "picture": (0.50, 0.50, 0.60),
+    "sofa": (0.40, 0.40, 0.55),
+    "table": (0.60, 0.45, 0.30),
+    "tv": (0.08, 0.08, 0.10),
+    "wall": (0.80, 0.78, 0.70),
+    "window": (0.75, 0.85, 0.95),
+}
+CLASSES = tuple(COLOURS)
 _LABEL = {name: label for label, name in enumerate(CLASSES)}
 
 # Width, depth and height in metres of what stands on the floor; of a table, those of its top.
@@ -40,14 +41,7 @@ _ON_WALLS = ("picture", "window", "tv")
 
 
 class Box(NamedTuple):
-    """A box that stands upright.
-
-    Attributes:
-        centre: ``(3,)`` metres: x, y, and z upwards.
-        half: ``(3,)`` half of its extent.
-        yaw: Turn about the vertical, in radians.
-        label: Its class.
-    """
+    """An upright box: centre ``(3,)`` in metres (z upwards), half its extent ``(3,)``, turn in radians, and class."""
 
     centre: np.ndarray
     half: np.ndarray
@@ -65,15 +59,9 @@ class Ball(NamedTuple):
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Scene:
-    """A room, what is in it, and the camera.
+    """A room, its extent ``(3,)`` around x = y = 0 with the floor at z = 0, and what is in it.
 
-    Attributes:
-        room: ``(3,)`` extent of the room, which lies around x = y = 0 with its floor at z = 0.
-        boxes: Furniture and what lies on it or hangs on the walls.
-        balls: Balls on the floor.
-        eye: ``(3,)`` where the camera is.
-        target: ``(3,)`` what it looks at.
-        lamp: ``(3,)`` where the light is.
+    The camera is at ``eye`` and looks at ``target``, the light is at ``lamp``, all ``(3,)``.
     """
 
     room: np.ndarray

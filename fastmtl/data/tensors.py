@@ -1,4 +1,4 @@
-"""A data set of tensors in memory that hands out whole batches."""
+"""Data sets of tensors in memory that hand out whole batches."""
 
 from __future__ import annotations
 
@@ -13,18 +13,46 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastmtl.errors import UsageError
 
-__all__ = ["GreyImages", "as_is", "batch_loader", "row_loader"]
+__all__ = ["GreyImages", "Tensors", "as_is", "batch_loader", "row_loader"]
 
 Row = TypeVar("Row")
 
 Labels = Tensor | dict[str, Tensor]
 
 
-class GreyImages(Dataset[tuple[Tensor, Labels]]):
-    """Grey images kept as bytes, given out normalised and repeated to three channels.
+class Tensors(Dataset[tuple[Tensor, Labels]]):
+    """Rows in memory; a batch is one vectorised fetch.
 
-    A batch is one vectorised fetch: ``__getitems__`` returns ``(images, labels)`` already batched, so the loader must
-    not collate (``batch_loader`` sees to that).
+    ``__getitems__`` returns ``(inputs, labels)`` already batched, so the loader must not collate (``batch_loader`` sees
+    to that).
+
+    Args:
+        inputs: ``(n, ...)``.
+        labels: ``(n,)``, or one such tensor per task.
+    """
+
+    def __init__(self, inputs: Tensor, labels: Labels) -> None:
+        self.inputs = inputs
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Labels]:
+        """Return the inputs of one row and its label or labels."""
+        inputs, labels = self.__getitems__([index])
+        return inputs[0], labels[0] if isinstance(labels, Tensor) else {task: y[0] for task, y in labels.items()}
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Labels]:
+        """Return ``(b, ...)`` inputs and ``(b,)`` labels."""
+        rows = torch.as_tensor(indices)
+        if isinstance(self.labels, Tensor):
+            return self.inputs[rows], self.labels[rows]
+        return self.inputs[rows], {task: y[rows] for task, y in self.labels.items()}
+
+
+class GreyImages(Tensors):
+    """Grey images kept as ``(n, h, w)`` uint8, given out as float32, normalised and repeated to three channels.
 
     Args:
         images: ``(n, h, w)`` uint8.
@@ -35,30 +63,18 @@ class GreyImages(Dataset[tuple[Tensor, Labels]]):
     """
 
     def __init__(self, images: Tensor, labels: Labels, *, mean: float, std: float, max_shift: int = 0) -> None:
+        super().__init__(images, labels)
         self.images = images
-        self.labels = labels
         self.max_shift = max_shift
         self._scale = 1 / (255 * std)
         self._offset = -mean / std
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Labels]:
-        """Return one ``(3, h, w)`` float32 image and its label or labels."""
-        images, labels = self.__getitems__([index])
-        return images[0], labels[0] if isinstance(labels, Tensor) else {task: y[0] for task, y in labels.items()}
-
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Labels]:
-        """Return a batch: ``(b, 3, h, w)`` float32, one channel expanded, and ``(b,)`` labels."""
-        rows = torch.as_tensor(indices)
-        images = self.images[rows]
+        """Return ``(b, 3, h, w)`` float32, one channel expanded, and ``(b,)`` labels."""
+        images, labels = super().__getitems__(indices)
         if self.max_shift:
             images = _shift(images, self.max_shift)
-        batch = images.float().mul_(self._scale).add_(self._offset).unsqueeze(1).expand(-1, 3, -1, -1)
-        if isinstance(self.labels, Tensor):
-            return batch, self.labels[rows]
-        return batch, {task: y[rows] for task, y in self.labels.items()}
+        return images.float().mul_(self._scale).add_(self._offset).unsqueeze(1).expand(-1, 3, -1, -1), labels
 
 
 def _shift(images: Tensor, most: int) -> Tensor:
