@@ -2,33 +2,34 @@
 
 Every op runs on the fastest backend there is for its device: C++ (``cpp``), CUDA C++ (``cuda``), Triton (``triton``) or
 plain torch (``reference``). ``FASTMTL_BACKEND`` forces one; an op raises :class:`fastmtl.errors.BackendError` where the
-backend that is named cannot serve its tensors.
+backend that is named cannot serve its tensors. Arguments of a wrong shape, dtype, device or range, or that do not fit
+together, raise :class:`fastmtl.errors.UsageError`; the message names them.
 
-Ops on a symmetric (T, T) Gram matrix of the gradients take it as :func:`gram` returns it, and convert it to float64 if
-need be. Their kernels run in float64 without waiting for the device and always end after a bounded number of steps. On
-MPS, which has no float64, they are solved on the CPU, and the result is float32.
+Ops on rows take the gradients of T tasks (1 to 128) as :func:`gram` does.
+
+Ops on a symmetric (T, T) Gram matrix G of the gradients take it as :func:`gram` returns it, and convert it to float64
+if need be. They return (T,) float64 weights on its device unless they say otherwise; a NaN or infinity in G makes all
+weights NaN. Their bounds hold for a G that is positive semidefinite up to float64 rounding, whatever the scales of its
+rows; a coarser G is solved to its own rounding. Where there are several solutions (linearly dependent gradients), one
+of them is returned, the same each time. Their kernels run in float64 without waiting for the device and always end
+after a bounded number of steps. On MPS, which has no float64, they are solved on the CPU, and every result is float32.
 """
 
 from __future__ import annotations
 
 from fastmtl.ops._registry import backend_report, implementation
-from fastmtl.ops.aligned import aligned
+from fastmtl.ops.accumulate import ema_gram_, excess_risk_
 from fastmtl.ops.cagrad import cagrad, cagrad_update
 from fastmtl.ops.combine import combine, combine_
-from fastmtl.ops.config import config
-from fastmtl.ops.dual_cone import dual_cone
-from fastmtl.ops.ema_gram import ema_gram_
-from fastmtl.ops.excess_risk import excess_risk_
-from fastmtl.ops.fairgrad import fairgrad
+from fastmtl.ops.dual_cone import dual_cone, upgrad
+from fastmtl.ops.fairgrad import fairgrad, nash
 from fastmtl.ops.graddrop import graddrop, graddrop_rows
 from fastmtl.ops.gradvac import gradvac
 from fastmtl.ops.gram import gram
-from fastmtl.ops.imtl import imtl
 from fastmtl.ops.min_norm import min_norm
-from fastmtl.ops.nash import nash
 from fastmtl.ops.nonneg_qp import nonneg_qp
 from fastmtl.ops.pcgrad import pcgrad
-from fastmtl.ops.upgrad import upgrad
+from fastmtl.ops.spectral import aligned, config, imtl
 
 __all__ = [
     "aligned",

@@ -16,15 +16,9 @@ COSINE_TOLERANCE = 2.0**-23
 
 
 def balance(gram: Tensor, scale: Scale = "min") -> Tensor:
-    """Return Aligned-MTL's balance transformation, B = sqrt(s) sum_k v_k v_k^T / sqrt(lambda_k).
+    """Return Aligned-MTL's (T, T) transformation B = sqrt(s) sum_k v_k v_k^T / sqrt(lambda_k), zero if G is.
 
-    Args:
-        gram: (T, T) finite float64 Gram matrix on the CPU with eigenvalues lambda_k, of which those up to
-            T 2^-23 max(lambda) do not count.
-        scale: s as the smallest eigenvalue, the median one or, for ``"rmse"``, the mean.
-
-    Returns:
-        (T, T), zero if G is.
+    Eigenvalues up to T 2^-23 max(lambda) do not count; s is the smallest one, the median or, for ``"rmse"``, the mean.
     """
     value, vector = torch.linalg.eigh(gram)
     kept = value > len(gram) * COSINE_TOLERANCE * value.max().clamp(min=0)
@@ -36,16 +30,11 @@ def balance(gram: Tensor, scale: Scale = "min") -> Tensor:
 
 
 def equal_projection(gram: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the direction onto which the unit gradients project equally, or in proportion to ``target``.
+    """Return the direction onto which the unit gradients project equally, or in proportion to a (T,) ``target``.
 
-    Args:
-        gram: (T, T) finite float64 Gram matrix on the CPU.
-        target: (T,) float64 on the CPU; ones if None.
-
-    Returns:
-        ``(inverse, weight, image)``, each (T,) and zero for gradients of length zero: 1 / d with d_i = sqrt(G_ii), the
-        weights x = pinv(C) target of the unit gradients with C = G / (d d^T), and C x. Eigenvalues of C up to T 2^-23
-        count as zero; where the target lies in the space of those, x is zero.
+    It is given by 1 / d with d_i = sqrt(G_ii), the weights x = pinv(C) target of the unit gradients with
+    C = G / (d d^T), and C x, each (T,) and zero for gradients of length zero. Eigenvalues of C up to T 2^-23 count as
+    zero; where the target lies in the space of those, x is zero.
     """
     size = len(gram)
     length = gram.diagonal().clamp(min=0).sqrt()

@@ -105,11 +105,7 @@ def _register(backend: str) -> None:
 
 
 def _choose(op: str, device: str) -> tuple[str, list[str]]:
-    """Return the backend for an op on a device under ``FASTMTL_BACKEND``, and why better ones are absent.
-
-    Raises:
-        BackendError: The forced backend cannot serve it.
-    """
+    """Return the backend for an op on a device and why better ones are absent; BackendError for a forced one."""
     choice = env.read("FASTMTL_BACKEND")
     if choice == "reference":
         return choice, []
@@ -129,11 +125,7 @@ def _choose(op: str, device: str) -> tuple[str, list[str]]:
 
 
 def settle(op: str, device: str) -> bool:
-    """Register the chosen backend's kernel of an op for a device; whether there is one now that was not before.
-
-    Raises:
-        BackendError: ``FASTMTL_BACKEND`` forces a backend that cannot serve this call.
-    """
+    """Register the chosen backend's kernel of an op for a device; whether there is one now that was not before."""
     if (op, device) in _settled:
         return False
     with _lock:
@@ -153,11 +145,7 @@ def settle(op: str, device: str) -> bool:
 
 
 def kernel(op: str, backend: str) -> Callable[..., Any]:
-    """Return a compiled backend's kernel of an op.
-
-    Raises:
-        BackendError: It cannot be had; the message says why.
-    """
+    """Return a compiled backend's kernel of an op; a BackendError says why it cannot be had."""
     found = _find(op, backend)
     if isinstance(found, str):
         raise BackendError(f"The {backend} backend of {op} is not available: {found}.")

@@ -1,4 +1,4 @@
-"""The orders in which gradient surgery visits tasks."""
+"""The orders in which gradient surgery visits tasks; the checks raise a UsageError."""
 
 from __future__ import annotations
 
@@ -11,11 +11,7 @@ __all__ = ["as_orders", "check_orders", "check_tasks"]
 
 
 def check_orders(orders: Tensor, gram: Tensor) -> None:
-    """Refuse what can be neither orders nor keys of orders for ``gram``; reads no entry.
-
-    Raises:
-        UsageError: Wrong shape, dtype or device.
-    """
+    """Refuse what can be neither orders nor keys of orders for ``gram``; reads no entry."""
     tasks = gram.shape[-1]
     known = orders.dtype == torch.int64 or (orders.is_floating_point() and orders.shape[1:] == (tasks,))
     if orders.dim() != 2 or orders.shape[0] != tasks or not known:
@@ -33,11 +29,7 @@ def as_orders(orders: Tensor) -> Tensor:
 
 
 def check_tasks(orders: Tensor) -> None:
-    """Refuse orders with an entry that is no task; waits for the device.
-
-    Raises:
-        UsageError: An entry outside 0 .. T-1.
-    """
+    """Refuse orders with an entry that is no task; waits for the device."""
     if orders.is_floating_point() or not orders.numel():
         return
     least, most = int(orders.min()), int(orders.max())

@@ -23,15 +23,9 @@ def _high(factor: int, word: Tensor) -> Tensor:
 
 
 def uniform(random: Tensor, first: int, count: int) -> Tensor:
-    """Return the numbers ``first`` .. ``first + count - 1`` of a stream, multiples of 2^-24 in [0, 1).
+    """Return the numbers ``first`` .. ``first + count - 1`` of a stream in float32, multiples of 2^-24 in [0, 1).
 
-    Args:
-        random: (2,) int64, seed and offset.
-        first: A multiple of 4.
-        count: How many.
-
-    Returns:
-        (count,) float32.
+    ``random`` is (2,) int64, seed and offset; ``first`` is a multiple of 4.
     """
     blocks = torch.arange(first // 4, first // 4 + (count + 3) // 4, device=random.device)
     seed, offset = random.unbind()

@@ -1,7 +1,8 @@
 """Rows: T lists of K gradients, as every op over a Jacobian takes them, and state that ops update beside them.
 
 A row is the gradient of one task, kept as the list of tensors autograd returned. Ops see all rows as one flat
-task-major list (row t, tensor k at ``t * K + k``); None stands for a zero gradient.
+task-major list (row t, tensor k at ``t * K + k``); None stands for a zero gradient. What does not fit is refused with
+a :class:`fastmtl.errors.UsageError`.
 """
 
 from __future__ import annotations
@@ -48,11 +49,7 @@ FLOAT_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def flatten(rows: Rows) -> tuple[list[Tensor | None], int]:
-    """Return the rows as one flat list, and their number T.
-
-    Raises:
-        UsageError: No rows, more than 128, or rows of different length.
-    """
+    """Return the 1 to 128 rows of one length as one flat list, and their number T."""
     if isinstance(rows, Tensor):
         if rows.dim() != 2:
             raise UsageError(f"rows as one tensor must have the shape (T, P), got {tuple(rows.shape)}.")
@@ -89,11 +86,7 @@ def device_of(flat: Flat) -> torch.device:
 
 
 def check_rows(flat: Flat, num_rows: int) -> None:
-    """Refuse rows that no backend takes.
-
-    Raises:
-        UsageError: Wrong number, shape, dtype, layout or device of a tensor.
-    """
+    """Refuse rows of a number, shape, dtype, layout or device that no backend takes."""
     if num_rows < 1 or len(flat) % num_rows:
         raise UsageError(
             f"rows must hold the same number of tensors in each of {num_rows} rows, got {len(flat)} in all."
@@ -116,11 +109,7 @@ def check_rows(flat: Flat, num_rows: int) -> None:
 
 
 def check_float(place: str, tensor: Tensor, device: torch.device) -> None:
-    """Refuse what is no dense tensor of one of the four float types on a device.
-
-    Raises:
-        UsageError: Another dtype, layout or device.
-    """
+    """Refuse what is no dense tensor of one of the four float types on a device."""
     if tensor.layout != torch.strided or tensor.dtype not in FLOAT_TYPES or tensor.device != device:
         raise UsageError(
             f"{place} must be a dense float32, float64, bfloat16 or float16 tensor on {device}, "
@@ -129,11 +118,7 @@ def check_float(place: str, tensor: Tensor, device: torch.device) -> None:
 
 
 def check_per_row(name: str, vector: Tensor, num_rows: int, device: torch.device) -> None:
-    """Refuse what does not hold one number per row on a device.
-
-    Raises:
-        UsageError: Another shape, dtype or device.
-    """
+    """Refuse what does not hold one number per row on a device."""
     if vector.shape != (num_rows,) or not vector.is_floating_point() or vector.device != device:
         raise UsageError(
             f"{name} must hold {num_rows} floats on {device}, one per row, "
@@ -142,11 +127,7 @@ def check_per_row(name: str, vector: Tensor, num_rows: int, device: torch.device
 
 
 def check_groups(groups: Groups, width: int) -> int:
-    """Return the number of groups L; 1 if ``groups`` is None.
-
-    Raises:
-        UsageError: Not one group of at least 0 for each of the ``width`` parameters.
-    """
+    """Return the number of groups L, 1 for None; each of the ``width`` parameters must have one of at least 0."""
     if groups is None:
         return 1
     if len(groups) != width:
@@ -179,11 +160,7 @@ def empty_sum(column: Sequence[Tensor]) -> Tensor:
 
 
 def shared_strides(column: Sequence[Tensor]) -> tuple[int, ...]:
-    """Return the strides of the dense layout all tensors share, or of the contiguous one.
-
-    Args:
-        column: Tensors of one shape, at least one.
-    """
+    """Return the strides of the dense layout all tensors of one shape share, or of the contiguous one."""
     first = column[0]
     moving = [d for d, n in enumerate(first.shape) if n != 1]
     alike = all(row.stride(d) == first.stride(d) for row in column[1:] for d in moving)
@@ -193,11 +170,7 @@ def shared_strides(column: Sequence[Tensor]) -> tuple[int, ...]:
 
 
 def check_state(name: str, state: Sequence[Tensor], rows: Flat, num_rows: int) -> None:
-    """Refuse rows that no backend takes, and state that does not fit them.
-
-    Raises:
-        UsageError: Wrong number, shape, dtype, device or layout of a tensor.
-    """
+    """Refuse rows that no backend takes, and state that does not fit them."""
     check_rows(rows, num_rows)
     if len(state) != len(rows):
         raise UsageError(f"{name} must hold one tensor for each of the {len(rows)} tensors of rows, got {len(state)}.")

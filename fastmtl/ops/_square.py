@@ -1,4 +1,4 @@
-"""What the ops on a (T, T) Gram matrix share: checks of their arguments, how they are declared, where they compute."""
+"""What the ops on a (T, T) Gram matrix share: checks, which raise a UsageError, declaration, where they compute."""
 
 from __future__ import annotations
 
@@ -18,11 +18,7 @@ P = ParamSpec("P")
 
 
 def check_gram(gram: Tensor) -> None:
-    """Refuse what is no Gram matrix.
-
-    Raises:
-        UsageError: Not a square matrix of floats with at least one row.
-    """
+    """Refuse what is not a square matrix of floats with at least one row."""
     if gram.dim() != 2 or gram.shape[0] != gram.shape[1] or gram.shape[0] == 0 or not gram.is_floating_point():
         raise UsageError(
             f"gram must be a (T, T) matrix of floats with T >= 1, got shape {tuple(gram.shape)} and dtype {gram.dtype}."
@@ -30,11 +26,7 @@ def check_gram(gram: Tensor) -> None:
 
 
 def check_vector(name: str, vector: Tensor | None, gram: Tensor) -> None:
-    """Refuse a vector that does not hold one number per row of ``gram``; None passes.
-
-    Raises:
-        UsageError: Wrong shape, dtype or device.
-    """
+    """Refuse a vector that does not hold one number per row of ``gram``; None passes."""
     if vector is None:
         return
     if vector.shape != gram.shape[:1] or not vector.is_floating_point():
@@ -47,11 +39,7 @@ def check_vector(name: str, vector: Tensor | None, gram: Tensor) -> None:
 
 
 def check_warm(gram: Tensor, warm_start: Tensor | None = None) -> None:
-    """Refuse what is no Gram matrix, and weights to start from that do not fit it.
-
-    Raises:
-        UsageError: As :func:`check_gram` and :func:`check_vector` say.
-    """
+    """Refuse what is no Gram matrix, and weights to start from that do not fit it."""
     check_gram(gram)
     check_vector("warm_start", warm_start, gram)
 
@@ -65,17 +53,9 @@ def _on_host(value: object) -> object:
 
 
 def solved(solve: Callable[..., Tensor], shape: torch.Size, gram: Tensor, *args: object, **named: object) -> Tensor:
-    """Return the weights a solver in plain torch finds on the CPU, all NaN where G is not finite.
+    """Return the weights a solver in plain torch finds, all NaN where G is not finite, on the device of ``gram``.
 
-    Args:
-        solve: From a finite float64 Gram matrix and the other arguments, all on the CPU, to float64 weights.
-        shape: That of the weights.
-        gram: (T, T).
-        args: The other arguments.
-        named: Other arguments by name.
-
-    Returns:
-        Float64 on the device of ``gram``, float32 on MPS.
+    The solver gets a finite float64 Gram matrix and the other arguments, all on the CPU, and returns float64 weights.
     """
     matrix = gram.detach().to("cpu").double()
     if matrix.isfinite().all():
@@ -94,15 +74,9 @@ def declare_solver(
     shape: Callable[Concatenate[Tensor, P], torch.Size] | None = None,
     check_contents: Callable[Concatenate[Tensor, P], object] | None = None,
 ) -> Callable[Concatenate[Tensor, P], Tensor]:
-    """Declare an op from a (T, T) Gram matrix, and more, to weights; see :func:`fastmtl.ops._registry.declare`.
+    """Declare an op from a (T, T) Gram matrix, and more, to weights, (T,) unless ``shape`` says otherwise.
 
-    Args:
-        name: Name of the op.
-        schema: Its arguments and result.
-        check: Refuses arguments that do not fit together.
-        solve: The reference, as :func:`solved` takes it.
-        shape: The shape of the weights, (T,) unless given.
-        check_contents: Refuses what only the numbers show.
+    The reference is a ``solve`` as :func:`solved` takes it; all else is as in :func:`fastmtl.ops._registry.declare`.
     """
 
     def shape_of(gram: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> torch.Size:

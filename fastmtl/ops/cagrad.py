@@ -90,22 +90,12 @@ def cagrad(gram: Tensor, c: float) -> Tensor:
     smaller |g_0|, down to the rounding of G (2e-7 L), that of |g_0|^2 adds 2^-48 (L / |g_0|)^2 s_i. Closer to a w with
     g_w = 0, where d is not determined by w, and for smaller c, F(w) is still within 1e-6 (s . v) of F(v) for every v on
     the simplex. Where |g_0| is rounding, all weights are 1 / T; for c at most 1e-8 the task with the smallest
-    <g_i, g_0> has all weight. A NaN or infinity in G makes all weights NaN. The weights are those of any multiple of G.
-
-    Where several minimisers exist, one of them is returned, the same each time.
+    <g_i, g_0> has all weight. The weights are nonnegative, have sum one and are those of any multiple of G.
 
     Args:
-        gram: (T, T) symmetric positive semidefinite Gram matrix of the gradients, as :func:`fastmtl.ops.gram` returns
-            it; converted to float64 if need be.
+        gram: (T, T) Gram matrix, positive semidefinite.
         c: Radius of the ball around the mean gradient in which the update is sought, in units of |g_0|; finite, at
             least 0. Below 1 CAGrad converges to a minimum of the mean loss.
-
-    Returns:
-        (T,) float64 weights on the device of ``gram``, nonnegative, with sum one; float32 on MPS, which has no float64
-        (solved on the CPU).
-
-    Raises:
-        UsageError: ``gram`` is not a square matrix of floats or ``c`` is negative or not finite.
 
     Source:
         Liu et al., "Conflict-Averse Gradient Descent for Multi-task Learning", NeurIPS 2021.
@@ -118,19 +108,9 @@ def cagrad(gram: Tensor, c: float) -> Tensor:
 
 
 def cagrad_update(gram: Tensor, c: float) -> Tensor:
-    """Return CAGrad's weights w and those of its update d = g_0 + (c |g_0| / |g_w|) g_w.
+    """Return (2, T): CAGrad's weights w, and the coefficients of its update d = g_0 + (c |g_0| / |g_w|) g_w.
 
     They are as :func:`cagrad` defines them; where g_w is zero the update is g_0.
-
-    Args:
-        gram: (T, T) Gram matrix; see :func:`cagrad`.
-        c: Radius; see :func:`cagrad`.
-
-    Returns:
-        (2, T) float64: w, and the coefficients of the task gradients in d; float32 on MPS.
-
-    Raises:
-        UsageError: ``gram`` is not a square matrix of floats or ``c`` is negative or not finite.
 
     Example:
         >>> cagrad_update(torch.tensor([[1.0, 0.0], [0.0, 4.0]]), c=0.4)

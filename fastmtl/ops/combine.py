@@ -57,11 +57,7 @@ def _check_apart(out: Sequence[Tensor]) -> None:
 
 
 def check_combine(rows: Flat, num_rows: int, weights: Tensor, groups: Groups = None, many: bool = True) -> None:
-    """Refuse what ``combine`` does not take, or several sums unless ``many``.
-
-    Raises:
-        UsageError: Arguments that do not fit together.
-    """
+    """Refuse with a UsageError what ``combine`` does not take, or several sums unless ``many``."""
     check_rows(rows, num_rows)
     num_groups = check_groups(groups, len(rows) // num_rows)
     if not weights.is_floating_point():
@@ -83,11 +79,7 @@ def _check_into(
 
 
 def check_combine_(out: Sequence[Tensor], rows: Flat, num_rows: int, weights: Tensor, groups: Groups) -> None:
-    """Refuse what ``combine_`` does not take.
-
-    Raises:
-        UsageError: Arguments that do not fit together.
-    """
+    """Refuse with a UsageError what ``combine_`` does not take."""
     _check_into(out, rows, num_rows, weights, groups)
     _check_apart(out)
 
@@ -169,15 +161,12 @@ def combine(rows: Rows, weights: Tensor, groups: Groups = None) -> list[Tensor |
     system more than the sums.
 
     Args:
-        rows: T lists of K gradients or a (T, P) tensor, which counts as K = 1; see :func:`fastmtl.ops.gram`.
+        rows: T lists of K gradients or a (T, P) tensor, which counts as K = 1.
         weights: (T,) for one sum, (M, T) for M sums that share one pass over the rows; with groups (L, T).
         groups: For each of the K tensors the row of ``weights`` that applies to it.
 
     Returns:
         K tensors, or M lists of K for (M, T) weights. A parameter that is None in all rows stays None.
-
-    Raises:
-        UsageError: ``rows``, ``weights`` or ``groups`` do not fit together.
 
     Example:
         >>> rows = [[torch.tensor([1.0, 2.0])], [torch.tensor([3.0, -1.0])]]
@@ -200,14 +189,11 @@ def combine_(
     Args:
         out: K tensors of the shapes of the rows, of any float dtype and strides. One may be a row itself (the very same
             memory); two of them must not overlap.
-        rows: T lists of K gradients, or a (T, P) tensor with one (P,) ``out``; see :func:`fastmtl.ops.gram`.
+        rows: T lists of K gradients, or a (T, P) tensor with one (P,) ``out``.
         weights: (T,) or, with groups, (L, T). A row whose weight is exactly 0 is not read.
         groups: For each of the K tensors the row of ``weights`` that applies to it.
         accumulate: Add to what is there instead of overwriting it. Where a parameter is None in all rows, ``out``
             becomes zero without ``accumulate`` and stays as it is with it.
-
-    Raises:
-        UsageError: ``out``, ``rows``, ``weights`` or ``groups`` do not fit together.
 
     Example:
         >>> out = [torch.zeros(2)]

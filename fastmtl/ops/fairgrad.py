@@ -1,4 +1,4 @@
-"""FairGrad's weights: the alpha-fair update, from the Gram matrix of the task gradients."""
+"""Fair weights from the Gram matrix of the task gradients: FairGrad's alpha-fair update and Nash-MTL's bargain."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from fastmtl.errors import UsageError
 from fastmtl.ops._square import check_warm, declare_solver
 
-__all__ = ["fairgrad"]
+__all__ = ["fairgrad", "nash"]
 
 _RIDGE = 1e-10
 
@@ -21,7 +21,7 @@ def _check(gram: Tensor, alpha: float, warm_start: Tensor | None = None) -> None
         raise UsageError(f"alpha must be positive and finite, got {alpha}.")
 
 
-def fair_weights(gram: Tensor, power: float) -> Tensor:
+def _fair_weights(gram: Tensor, power: float) -> Tensor:
     """Return w > 0 with G w = w^-power, for G with its ridge, by Newton's method with a line search.
 
     It works on u, the weights in units of those that each task would have alone, G_ii^(-1 / (power + 1)). With
@@ -89,7 +89,13 @@ _fairgrad = declare_solver(
     "fairgrad",
     "(Tensor gram, float alpha, Tensor? warm_start=None) -> Tensor",
     check=_check,
-    solve=lambda gram, alpha, warm_start=None: fair_weights(gram, 1 / alpha),
+    solve=lambda gram, alpha, warm_start=None: _fair_weights(gram, 1 / alpha),
+)
+_nash = declare_solver(
+    "nash",
+    "(Tensor gram, Tensor? warm_start=None) -> Tensor",
+    check=check_warm,
+    solve=lambda gram, warm_start=None: _fair_weights(gram, 1.0),
 )
 
 
@@ -97,32 +103,24 @@ def fairgrad(gram: Tensor, alpha: float, warm_start: Tensor | None = None) -> Te
     """Return FairGrad's weights w > 0 of T gradients: G w = w^(-1/alpha) elementwise.
 
     The update d = w^T J maximises sum_t <g_t, d>^(1 - alpha) / (1 - alpha) over |d| <= r, up to its length; alpha = 1
-    is proportional fairness (:func:`fastmtl.ops.nash`), and the larger alpha, the more the worst-served task counts.
+    is proportional fairness (:func:`nash`), and the larger alpha, the more the worst-served task counts.
 
     Where gradients cancel, as opposite or dependent ones do, no finite w solves this. So what is solved is the equation
-    of G + 1e-10 diag(G), a change that scales with each row: it caps the weights (alpha = 1: at
-    1e5 sqrt(T / G_ii)) and moves those of a well-conditioned G by about 1e-10 of their size. With this matrix G' the
-    residual of every row is
+    of G' = G + 1e-10 diag(G), a change that scales with each row: it caps the weights (alpha = 1: at
+    1e5 sqrt(T / G_ii)) and moves those of a well-conditioned G by about 1e-10 of their size. The residual of every row
+    is
 
         |(G' w)_i w_i^(1/alpha) - 1| <= 1e-10 + 1e-14 w_i^(1/alpha) sum_j |G'_ij| w_j,
 
-    that is 1e-10 unless the row's terms cancel. The bound holds for 0.1 <= alpha <= 5, rows up to 1e12 apart in length
-    and a G that is positive semidefinite up to float64 rounding; a coarser G gets the least ridge of 1e-9, 1e-8, ...
-    that makes it definite. Beyond, weights stay finite. Rows of length zero have weight zero; without them, the other
-    weights are the same. A NaN or infinity in G makes all weights NaN.
+    that is 1e-10 unless the row's terms cancel. The bound holds for 0.1 <= alpha <= 5 and rows up to 1e12 apart in
+    length; a coarser G gets the least ridge of 1e-9, 1e-8, ... that makes it definite. Beyond, weights stay finite.
+    Rows of length zero have weight zero; without them, the other weights are the same.
 
     Args:
-        gram: (T, T) Gram matrix of the gradients, as :func:`fastmtl.ops.gram` returns it.
+        gram: (T, T) Gram matrix.
         alpha: Fairness, positive and finite.
         warm_start: (T,) weights of an earlier, similar G. Near the solution they save time; elsewhere they are not
             used. The guarantee stays as it is.
-
-    Returns:
-        (T,) float64 weights on the device of ``gram``; float32 on MPS.
-
-    Raises:
-        UsageError: ``gram`` is not a square matrix of floats, ``alpha`` is not positive and finite, or ``warm_start``
-            does not fit.
 
     Source:
         Ban and Ji, "Fair Resource Allocation in Multi-Task Learning", ICML 2024.
@@ -132,3 +130,20 @@ def fairgrad(gram: Tensor, alpha: float, warm_start: Tensor | None = None) -> Te
         tensor([1.0000, 0.5000], dtype=torch.float64)
     """
     return _fairgrad(gram, alpha, warm_start)
+
+
+def nash(gram: Tensor, warm_start: Tensor | None = None) -> Tensor:
+    """Return Nash-MTL's weights w > 0 of T gradients: G w = 1/w elementwise.
+
+    The update d = w^T J is the Nash bargaining solution: up to its length it maximises sum_t log <g_t, d> over
+    |d| <= r. It does not depend on the lengths of the gradients: with G_ii scaled by s_i^2, w_i is scaled by 1/s_i.
+    Arguments and bounds are those of :func:`fairgrad` with alpha = 1, here whatever the scales of the rows.
+
+    Source:
+        Navon et al., "Multi-Task Learning as a Bargaining Game", ICML 2022.
+
+    Example:
+        >>> nash(torch.tensor([[1.0, 0.0], [0.0, 4.0]]))
+        tensor([1.0000, 0.5000], dtype=torch.float64)
+    """
+    return _nash(gram, warm_start)

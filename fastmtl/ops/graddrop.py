@@ -47,11 +47,7 @@ def _check_random(random: Tensor, device: torch.device) -> None:
 
 
 def check_graddrop(reps: Sequence[Tensor], grads: Sequence[Tensor], random: Tensor, noise: Tensor | None) -> None:
-    """Refuse what no backend of ``graddrop`` takes.
-
-    Raises:
-        UsageError: Arguments that do not fit together.
-    """
+    """Refuse with a UsageError what no backend of ``graddrop`` takes."""
     if not grads or len(reps) not in (1, len(grads)):
         raise UsageError(f"reps must hold one tensor or one for each of the {len(grads)} grads, got {len(reps)}.")
     device = grads[0].device
@@ -126,11 +122,7 @@ def _reference(
 
 
 def check_graddrop_rows(rows: Flat, num_rows: int, leak: Tensor, random: Tensor, noise: Sequence[Tensor]) -> None:
-    """Refuse what no backend of ``graddrop_rows`` takes.
-
-    Raises:
-        UsageError: Arguments that do not fit together.
-    """
+    """Refuse with a UsageError what no backend of ``graddrop_rows`` takes."""
     check_rows(rows, num_rows)
     device = device_of(rows)
     check_per_row("leak", leak, num_rows, device)
@@ -211,9 +203,6 @@ def graddrop(
     Returns:
         One tensor per representation, of the dtype of its gradients.
 
-    Raises:
-        UsageError: Arguments that do not fit together; the message names them.
-
     Source:
         Chen et al., "Just Pick a Sign: Optimizing Deep Multitask Models with Gradient Sign Dropout", NeurIPS 2020;
         Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
@@ -236,16 +225,13 @@ def graddrop_rows(
     multiple of 4 on, behind those of the parameters before it.
 
     Args:
-        rows: T lists of K gradients or a (T, P) tensor; see :func:`fastmtl.ops.gram`.
+        rows: T lists of K gradients or a (T, P) tensor.
         leak: (T,) share of each row's dropped elements that stays.
         random: (2,) int64 seed and offset on the device of the rows.
         noise: K tensors of the shapes of the rows to use instead.
 
     Returns:
         K tensors; None where a parameter is None in all rows.
-
-    Raises:
-        UsageError: Arguments that do not fit together; the message names them.
 
     Example:
         >>> rows = torch.tensor([[1.0, 2.0], [3.0, -1.0]])

@@ -114,20 +114,14 @@ def gradvac(gram: Tensor, orders: Tensor, rho: Tensor, beta: float) -> tuple[Ten
     - A NaN or infinity in a group's G or rho makes the group's weights NaN and leaves its averages as they are.
 
     Args:
-        gram: (T, T) symmetric Gram matrix of the gradients, or (L, T, T), one matrix per group of parameters, as
-            :func:`fastmtl.ops.gram` returns them; converted to float64 if need be.
+        gram: (T, T) Gram matrix, or (L, T, T), one per group of parameters.
         orders: (T, K) int64 tasks that each gradient meets in all groups, K >= 0, usually a random permutation per row.
-            Its own task is passed over. Or (T, T) float keys: each row's order is that of its rising keys.
+            Its own task is passed over. Else as :func:`fastmtl.ops.pcgrad` takes them, float keys included.
         rho: Averages of the cosines, shaped like ``gram``; zeros at first. Not written to.
         beta: Weight of the new cosine in the average, 0 to 1.
 
     Returns:
-        (T,) or (L, T) weights, and the new averages; float64 on the device of ``gram``, float32 on MPS.
-
-    Raises:
-        UsageError: ``gram`` is no square matrix of floats, ``orders`` or ``rho`` does not fit it, ``orders`` holds what
-            is no task, or ``beta`` is outside 0 .. 1. A kernel on another device than the CPU passes over what is no
-            task instead, as it does not wait to look at it.
+        (T,) or (L, T) weights, and the new averages.
 
     Source:
         Wang et al., "Gradient vaccine: investigating and improving multi-task optimization in massively multilingual

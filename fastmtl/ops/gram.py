@@ -58,10 +58,7 @@ def gram(rows: Rows, groups: Groups = None) -> Tensor:
         groups: For each of the K tensors the group it belongs to, 0 .. L-1; each group gets a matrix of its own.
 
     Returns:
-        (T, T) or, with groups, (L, T, T) float64 on the rows' device; float32 on MPS, which has no float64.
-
-    Raises:
-        UsageError: Rows of different length, or tensors that differ in shape or device or are not dense floats.
+        (T, T) or, with groups, (L, T, T) float64 on the rows' device.
 
     Example:
         >>> rows = [[torch.tensor([1.0, 2.0])], [torch.tensor([3.0, -1.0])]]

@@ -6,11 +6,9 @@ import torch
 from torch import Tensor
 
 from fastmtl.ops._square import check_warm, declare_solver
-from fastmtl.ops.nonneg_qp import shrink_support
+from fastmtl.ops.nonneg_qp import RIDGE, shrink_support
 
 __all__ = ["min_norm"]
-
-_RIDGE = 2.0**-42
 
 
 def _wolfe(gram: Tensor, warm_start: Tensor | None = None) -> Tensor:
@@ -24,7 +22,7 @@ def _wolfe(gram: Tensor, warm_start: Tensor | None = None) -> Tensor:
     if zero.any():
         return zero.to(gram.dtype) / zero.sum()
     length = gram.diagonal().sqrt()
-    cosine = gram / length[:, None] / length + _RIDGE * torch.eye(size, dtype=gram.dtype)
+    cosine = gram / length[:, None] / length + RIDGE * torch.eye(size, dtype=gram.dtype)
     border = length.min() / length
 
     point = torch.zeros_like(length)
@@ -35,7 +33,7 @@ def _wolfe(gram: Tensor, warm_start: Tensor | None = None) -> Tensor:
         excess = (point @ image) * border - image
         excess[support] = -torch.inf
         entering = int(excess.argmax())
-        if excess[entering] <= 0.25 * _RIDGE * point.sum():
+        if excess[entering] <= 0.25 * RIDGE * point.sum():
             break
         support.append(entering)
         shrink_support(point, support, lambda at: _affine_minimiser(cosine[at][:, at], border[at]))
@@ -66,22 +64,13 @@ def min_norm(gram: Tensor, warm_start: Tensor | None = None) -> Tensor:
 
         (G w)_i >= (1 - 1e-6) w^T G w - 1e-12 s_i,   s_i = sqrt(G_ii) sum_j w_j sqrt(G_jj):
 
-    along the combined gradient no task's loss falls more slowly than by its squared length. The bound holds for a G
-    that is positive semidefinite up to float64 rounding, whatever the scales of its rows; a coarser G is solved to its
-    own rounding. Rows of length zero share the weight equally. A NaN or infinity in G makes all weights NaN.
-
-    Where several minimisers exist (linearly dependent gradients), one of them is returned, the same each time.
+    along the combined gradient no task's loss falls more slowly than by its squared length. Rows of length zero share
+    the weight equally.
 
     Args:
-        gram: (T, T) Gram matrix of the gradients, as :func:`fastmtl.ops.gram` returns it.
+        gram: (T, T) Gram matrix.
         warm_start: (T,) weights of an earlier, similar G. The solver starts from the tasks that had weight there, which
             saves time and leaves the guarantee as it is.
-
-    Returns:
-        (T,) float64 weights on the device of ``gram``; float32 on MPS.
-
-    Raises:
-        UsageError: ``gram`` is not a square matrix of floats, or ``warm_start`` does not fit it.
 
     Source:
         Désidéri, "Multiple-gradient descent algorithm (MGDA) for multiobjective optimization", 2012; Sener and Koltun,

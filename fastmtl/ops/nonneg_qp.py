@@ -9,9 +9,10 @@ from torch import Tensor
 
 from fastmtl.ops._square import check_gram, check_vector, declare_solver
 
-__all__ = ["least_on_cosines", "nonneg_qp", "shrink_support"]
+__all__ = ["RIDGE", "least_on_cosines", "nonneg_qp", "shrink_support"]
 
-_RIDGE = 2.0**-42
+# Makes cosines definite; the guarantees' 1e-12 pays for it.
+RIDGE = 2.0**-42
 
 
 def _check(gram: Tensor, linear: Tensor) -> None:
@@ -22,18 +23,16 @@ def _check(gram: Tensor, linear: Tensor) -> None:
 def least_on_cosines(cosine: Tensor, linear: Tensor) -> Tensor:
     """Return the z >= 0 that minimises ``1/2 z^T C z - b^T z``, by Lawson and Hanson's method from an empty support.
 
-    Args:
-        cosine: (T, T) positive semidefinite, ones on the diagonal; a ridge makes it definite.
-        linear: (T,) entries b in [-1, 1].
+    C is positive semidefinite with ones on the diagonal, the entries of b are in [-1, 1].
     """
-    matrix = cosine + _RIDGE * torch.eye(len(linear), dtype=cosine.dtype)
+    matrix = cosine + RIDGE * torch.eye(len(linear), dtype=cosine.dtype)
     point = torch.zeros_like(linear)
     support: list[int] = []
     for _ in range(8 * len(linear) + 32):
         slope = linear - matrix @ point
         slope[support] = -torch.inf
         entering = int(slope.argmax())
-        if slope[entering] <= 0.25 * _RIDGE * (1 + point.sum()):
+        if slope[entering] <= 0.25 * RIDGE * (1 + point.sum()):
             break
         support.append(entering)
         shrink_support(point, support, lambda at: torch.linalg.solve(matrix[at][:, at], linear[at]))
@@ -43,10 +42,7 @@ def least_on_cosines(cosine: Tensor, linear: Tensor) -> Tensor:
 def shrink_support(point: Tensor, support: list[int], minimiser: Callable[[list[int]], Tensor]) -> None:
     """Move a point to the minimiser on its support, off which tasks go whose entries would fall below zero.
 
-    Args:
-        point: (T,) entries, changed in place.
-        support: The tasks whose entries may be positive, changed in place.
-        minimiser: Returns the minimiser on a support, of any sign.
+    Point and support are changed in place; the minimiser on a support may have any sign.
     """
     while support:
         target, inside = minimiser(support), point[support]
@@ -82,22 +78,15 @@ def nonneg_qp(gram: Tensor, linear: Tensor) -> Tensor:
 
     With d_i = sqrt(G_ii) and s = max_i |b_i| / d_i + sum_j d_j y_j, for every i with d_i > 0
 
-        y_i >= 0,   (G y - b)_i >= -1e-12 s d_i,   and (G y - b)_i <= 1e-12 s d_i where y_i > 0,
+        y_i >= 0,   (G y - b)_i >= -1e-12 s d_i,   and (G y - b)_i <= 1e-12 s d_i where y_i > 0.
 
-    for a G that is positive semidefinite up to float64 rounding, whatever the scales of its rows; a coarser G is solved
-    to its own rounding. Where d_i is zero, y_i is. Where the objective has no minimum (a direction that G does not see
-    and b gains by), y is finite and huge, and the first inequality fails in units of s d_i / max(d y): that is how to
-    tell. A NaN or infinity gives NaN.
+    Where d_i is zero, y_i is. Where the objective has no minimum (a direction that G does not see and b gains by), y is
+    finite and huge, and the first inequality fails in units of s d_i / max(d y): that is how to tell. A NaN or infinity
+    in b gives NaN too.
 
     Args:
-        gram: (T, T) symmetric Gram matrix, as :func:`fastmtl.ops.gram` returns it; converted to float64 if need be.
+        gram: (T, T) Gram matrix.
         linear: (T,) the numbers b.
-
-    Returns:
-        (T,) float64 solution on the device of ``gram``; float32 on MPS.
-
-    Raises:
-        UsageError: ``gram`` is not a square matrix of floats, or ``linear`` does not fit it.
 
     Source:
         Lawson and Hanson, "Solving least squares problems", 1974.

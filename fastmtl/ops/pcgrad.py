@@ -48,20 +48,14 @@ def pcgrad(gram: Tensor, orders: Tensor) -> Tensor:
     which is carried out on the coefficients of p. The update is the sum of the T vectors p. It differs from that of
     exact arithmetic by at most 1e-12 sum_i sqrt(G_ii) in length, for a G that is exact up to float64 rounding, whatever
     the scales of its rows; so after its last step no p has a product below -1e-12 |g_i| |g_j| with the last task j.
-    Weights do not depend on the scale of G. A NaN or infinity in G makes all of them NaN.
+    Weights do not depend on the scale of G.
 
     Args:
-        gram: (T, T) Gram matrix of the gradients, as :func:`fastmtl.ops.gram` returns it.
+        gram: (T, T) Gram matrix.
         orders: (T, L) int64 tasks that each gradient is projected against, L >= 0, usually a random permutation per
             row. A row may name its own task, under the same rule, or a task more than once. Or (T, T) float keys:
-            each row's order is that of its rising keys, which saves sorting random ones before.
-
-    Returns:
-        (T,) float64 weights on the device of ``gram``; float32 on MPS.
-
-    Raises:
-        UsageError: ``gram`` is not a square matrix of floats, ``orders`` does not fit it, or holds what is no task. A
-            kernel on another device than the CPU passes over such entries instead, as it does not wait to look at them.
+            each row's order is that of its rising keys, which saves sorting random ones before. What is no task is
+            refused on the CPU; kernels on other devices pass over it, as they do not wait to look at it.
 
     Source:
         Yu et al., "Gradient surgery for multi-task learning", NeurIPS 2020.
