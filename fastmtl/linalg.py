@@ -33,25 +33,13 @@ class DualConeProjector(ABC):
 
     @abstractmethod
     def __call__(self, U: Tensor, G: Tensor) -> Tensor:
-        """Return the weights v >= u that minimise v^T G v, for each u in ``U``.
-
-        Args:
-            U: (..., T) weights of the vectors to project.
-            G: (T, T) Gram matrix.
-
-        Returns:
-            Weights of the shape of ``U``.
-        """
+        """Return the (..., T) weights v >= u that minimise v^T G v with the (T, T) Gram matrix, for each u in ``U``."""
 
 
 class QuadprogProjector(DualConeProjector):
     """The projection by :func:`fastmtl.ops.dual_cone`; the name is that of the solver TorchJD calls.
 
     G is divided by its trace, or dropped where that is below ``norm_eps``, and ``reg_eps`` is added to its diagonal.
-
-    Args:
-        norm_eps: Traces of G below it count as zero.
-        reg_eps: Added to the diagonal of the normalised G.
 
     Raises:
         UsageError: One of them is negative.

@@ -64,13 +64,7 @@ def count_parameters(model: nn.Module) -> None:
 
 
 def set_param(curr_mod: nn.Module, name: str, param: Tensor | None = None, mode: str = "update") -> Tensor | None:
-    """Replace a parameter by its dotted name, also by a tensor that is none, or return it.
-
-    Args:
-        curr_mod: The network.
-        name: As ``named_parameters`` gives it.
-        param: What takes its place, for ``"update"``.
-        mode: ``"update"`` or ``"get"``.
+    """Replace a parameter named as by ``named_parameters``, also by a tensor that is none, or return it (``"get"``).
 
     Raises:
         UsageError: There is no such parameter, or no such mode.

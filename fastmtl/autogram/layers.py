@@ -29,26 +29,16 @@ def _conv(module: nn.Conv1d | nn.Conv2d, inputs: Tensor) -> Tensor:
     )
     if inputs.dim() == 3:
         padding = (0, padding[-1])
-    patches = functional.unfold(images, kernel, dilation=dilation, padding=padding, stride=stride)
-    return patches.mT
+    return functional.unfold(images, kernel, dilation=dilation, padding=padding, stride=stride).mT
 
 
 # For each layer: what makes (B, S, in) positions of its inputs.
-SHORTCUTS: dict[type[nn.Module], Callable[[Any, Tensor], Tensor]] = {
-    nn.Linear: _linear,
-    nn.Conv1d: _conv,
-    nn.Conv2d: _conv,
-}
+SHORTCUTS: dict[type[nn.Module], Callable[[Any, Tensor], Tensor]]
+SHORTCUTS = {nn.Linear: _linear, nn.Conv1d: _conv, nn.Conv2d: _conv}
 
 
 def positions(module: nn.Module, inputs: Tensor, grads: list[Tensor]) -> tuple[Tensor, Tensor] | None:
-    """Return the inputs (B, S, in) and the outputs' gradients (D, B, S, out) by position; None for another layer.
-
-    Args:
-        module: The layer.
-        inputs: Its inputs, samples first.
-        grads: D gradients of its outputs.
-    """
+    """Return a layer's inputs (B, S, in) and its outputs' D gradients (D, B, S, out) by position; None for others."""
     unfold = SHORTCUTS.get(type(module))
     if unfold is None:
         return None
@@ -65,12 +55,7 @@ def positions(module: nn.Module, inputs: Tensor, grads: list[Tensor]) -> tuple[T
 
 
 def weight_gram(inputs: Tensor, slopes: Tensor) -> Tensor:
-    """Return the (D B, D B) float64 Gram matrix of the weight's gradients, the cheaper way.
-
-    Args:
-        inputs: (B, S, in).
-        slopes: (D, B, S, out).
-    """
+    """Return the (D B, D B) float64 Gram matrix of the weight's gradients, the cheaper way, from :func:`positions`."""
     count, batch, places, width = slopes.shape
     rows, size = count * batch, inputs.shape[-1] * width
     by_places = (batch * places) ** 2 * (inputs.shape[-1] + count * count * (width + 1))

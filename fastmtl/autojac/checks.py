@@ -1,4 +1,4 @@
-"""Checks of what the functions of autojac are given."""
+"""Checks of what the functions of autojac are given, which raise a UsageError."""
 
 from __future__ import annotations
 
@@ -22,11 +22,7 @@ def unique(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def check_outputs(tensors: Sequence[Tensor], name: str) -> None:
-    """Refuse an empty list, repetitions and what cannot be differentiated.
-
-    Raises:
-        UsageError: No tensor, one twice, or one that does not require grad.
-    """
+    """Refuse an empty list, repetitions and what does not require grad."""
     if not tensors:
         raise UsageError(f"{name} must hold at least one tensor, got none.")
     if len(unique(tensors)) < len(tensors):
@@ -37,21 +33,13 @@ def check_outputs(tensors: Sequence[Tensor], name: str) -> None:
 
 
 def check_chunk(parallel_chunk_size: int | None) -> None:
-    """Refuse a chunk of no rows.
-
-    Raises:
-        UsageError: Below 1.
-    """
+    """Refuse a chunk of no rows."""
     if parallel_chunk_size is not None and parallel_chunk_size < 1:
         raise UsageError(f"parallel_chunk_size must be None or at least 1, got {parallel_chunk_size}.")
 
 
 def check_lengths(given: Sequence[object], tensors: Sequence[Tensor], name: str, tensors_name: str) -> None:
-    """Refuse a list that is not as long as that of the tensors.
-
-    Raises:
-        UsageError: Different lengths.
-    """
+    """Refuse a list that is not as long as that of the tensors."""
     if len(given) != len(tensors):
         raise UsageError(
             f"`{name}` should have the same length as `{tensors_name}`. (got {len(given)} and {len(tensors)})"
@@ -59,11 +47,7 @@ def check_lengths(given: Sequence[object], tensors: Sequence[Tensor], name: str,
 
 
 def check_shapes(given: Sequence[Tensor], tensors: Sequence[Tensor], name: str, tensors_name: str, rows: bool) -> None:
-    """Refuse cotangents that do not have the tensors' shapes, behind a dimension of rows if ``rows``.
-
-    Raises:
-        UsageError: Another number or shape.
-    """
+    """Refuse cotangents that do not have the tensors' shapes, behind a dimension of rows if ``rows``."""
     check_lengths(given, tensors, name, tensors_name)
     for index, (cotangent, tensor) in enumerate(zip(given, tensors, strict=True)):
         if cotangent.shape[int(rows) :] != tensor.shape or (rows and not cotangent.dim()):
@@ -75,11 +59,7 @@ def check_shapes(given: Sequence[Tensor], tensors: Sequence[Tensor], name: str, 
 
 
 def check_rows(jacobians: Sequence[Tensor], name: str) -> None:
-    """Refuse Jacobians of different numbers of rows.
-
-    Raises:
-        UsageError: The first dimensions differ.
-    """
+    """Refuse Jacobians of different numbers of rows."""
     counts = {len(each) if each.dim() else 0 for each in jacobians}
     if len(counts) > 1:
         raise UsageError(f"All Jacobians in `{name}` should have the same number of rows. (got {sorted(counts)})")

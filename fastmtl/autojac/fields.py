@@ -12,11 +12,7 @@ __all__ = ["add_jacobians", "check_writable"]
 
 
 def check_writable(tensors: Iterable[Tensor], field: str) -> None:
-    """Refuse tensors that autograd would not give a gradient to.
-
-    Raises:
-        UsageError: One does not require grad, or is no leaf and does not retain its gradient.
-    """
+    """Refuse with a UsageError tensors that autograd would not give a gradient to."""
     for tensor in tensors:
         if not tensor.requires_grad or not (tensor.is_leaf or tensor.retains_grad):
             raise UsageError(

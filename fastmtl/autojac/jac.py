@@ -70,15 +70,9 @@ def jacobians_of(
     retain: bool,
     chunk: int | None,
 ) -> list[Tensor]:
-    """Return one Jacobian per input; what :func:`jac` and ``backward`` have in common.
+    """Return one Jacobian for each of the distinct inputs; what :func:`jac` and ``backward`` have in common.
 
-    Args:
-        outputs: What to differentiate.
-        inputs: What to differentiate with respect to, each once.
-        cotangents: As ``jac_outputs`` of :func:`jac`.
-        name: The caller's name of ``outputs``, for messages; with ``jac_`` in front that of ``cotangents``.
-        retain: Keep the graph.
-        chunk: ``parallel_chunk_size``.
+    ``name`` is the caller's of ``outputs``, for messages; with ``jac_`` in front that of ``cotangents``.
     """
     check_chunk(chunk)
     check_outputs(outputs, name)

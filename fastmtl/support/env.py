@@ -16,13 +16,7 @@ __all__ = ["VARIABLES", "Variable", "read"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variable:
-    """One environment variable.
-
-    Attributes:
-        default: Value when it is unset or empty.
-        options: The allowed values; empty if any text is.
-        meaning: One line for ``fastmtl doctor`` and the documentation.
-    """
+    """One environment variable; without ``options`` any text is allowed, ``meaning`` is for ``fastmtl doctor``."""
 
     default: str
     options: tuple[str, ...] = ()

@@ -11,8 +11,7 @@ __all__ = ["keep_freed_memory"]
 
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
-# The most glibc allows: half of a heap of 64 MiB.
-_LARGEST_BLOCK = 32 << 20
+_LARGEST_BLOCK = 32 << 20  # the most glibc allows: half of a heap of 64 MiB
 _NEVER = -1
 _SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 
@@ -23,10 +22,8 @@ def keep_freed_memory() -> bool:
 
     A step frees the gradients of all tasks at its end. glibc hands that much back to the system, which then gives the
     next step pages of zeros, one fault for every 4 KiB: for three tasks and a ResNet-18 20,000 a step. Blocks of up
-    to 32 MiB are kept from now on.
-
-    Returns:
-        Whether it was arranged: not where the C library is another one, nor where the environment says what to do.
+    to 32 MiB are kept from now on. Returns whether it was arranged: not where the C library is another one, nor where
+    the environment says what to do.
     """
     if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in _SETTINGS):
         return False

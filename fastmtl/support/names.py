@@ -18,12 +18,7 @@ def _key(name: str) -> str:
 
 
 def resolve_name(name: str, choices: Mapping[str, T], what: str) -> T:
-    """Return ``choices[name]``, ignoring case and ``-`` against ``_``.
-
-    Args:
-        name: What the user wrote.
-        choices: The valid names.
-        what: What is named, for the message (``"weighting"``).
+    """Return ``choices[name]``, ignoring case and ``-`` against ``_``; ``what`` (``"weighting"``) is for the message.
 
     Raises:
         UsageError: No name, or an unknown one; the message gives the nearest valid name and all of them.

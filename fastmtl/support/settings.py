@@ -47,12 +47,7 @@ class Attribute(Generic[T]):
 
 
 class Setting(Attribute[T]):
-    """An attribute with a condition.
-
-    Args:
-        allowed: Says whether a value is valid.
-        what: The valid values, for the message.
-    """
+    """An attribute whose values must be ``allowed``; ``what`` names them in the message."""
 
     def __init__(self, allowed: Callable[[T], bool], what: str) -> None:
         self.allowed = allowed
