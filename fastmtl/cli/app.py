@@ -74,27 +74,10 @@ def _train_command() -> TyperCommand:
     from fastmtl.cli.options import own_hyper_options, train_parameters
     from fastmtl.cli.train import train
 
-    def run(config: Path | None, run_dir: Path | None, resume: Path | None, **values: object) -> None:
-        train(config=config, run_dir=run_dir, resume=resume, **values)
+    def run(**values: Any) -> None:
+        train(**values)
 
-    own = {
-        "config": ("YAML file with any of the settings below.", "FILE"),
-        "run_dir": (r"Run directory to make. [dim]\[runs/<data set>-<arch>-<weighting>-<time>][/dim]", "DIR"),
-        "resume": ("Go on with the run in this directory; --epochs may be raised.", "RUN"),
-    }
-    parameters = [
-        inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=None,
-            annotation=Annotated[
-                Path | None,
-                typer.Option("--" + name.replace("_", "-"), help=text, metavar=metavar, rich_help_panel="Run"),
-            ],
-        )
-        for name, (text, metavar) in own.items()
-    ]
-    parameters += train_parameters()
+    parameters = list(train_parameters())
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {each.name: each.annotation for each in parameters}
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+import inspect
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,7 +14,6 @@ from fastmtl.errors import UsageError
 from fastmtl.trainer import Trainer
 from fastmtl.trainer.log.logger import Logger
 from fastmtl.trainer.run.config import TrainConfig
-from fastmtl.trainer.setup.options import StepOptions
 from fastmtl.utils import set_random_seed
 
 __all__ = ["build_trainer", "load_data"]
@@ -72,32 +72,19 @@ def build_trainer(
         BackendError: The device is not there.
         CheckpointError: The checkpoint is missing or of another model.
     """
+    # The trainer's arguments have the names of the settings, but for those written out.
+    same = {name: getattr(config, name) for name in inspect.signature(Trainer).parameters if hasattr(config, name)}
+    # The state of a run to go on with holds the parameters too.
+    load_path = None if resume is not None else config.load_path
     return Trainer(
+        **{**same, "load_path": load_path, "profile": profile},
         task_dict=bundle.task_dict,
-        weighting=config.weighting,
         architecture=config.arch,
         encoder_class=bundle.encoder_class,
         decoders=bundle.decoders(),
-        rep_grad=config.rep_grad,
-        multi_input=bundle.multi_input,
-        optim_param=config.optim_param,
-        scheduler_param=config.scheduler_param,
         save_path=None if save_path is None else str(save_path),
-        # The state of a run to go on with holds the parameters too.
-        load_path=None if resume is not None else config.load_path,
-        device=config.device,
         logger=logger,
         resume=None if resume is None else str(resume),
-        sync_batch_norm=config.sync_batch_norm,
-        checkpoint_every=config.checkpoint_every,
-        peer_timeout=config.peer_timeout,
-        log_every=config.log_every,
-        limit_batches=config.limit_batches,
-        profile=profile,
-        tf32=config.tf32,
-        channels_last=config.channels_last,
         weight_args=config.weight_args,
         arch_args=config.arch_args,
-        # The options of the step have the same names here and there.
-        **{each.name: getattr(config, each.name) for each in fields(StepOptions)},
     )

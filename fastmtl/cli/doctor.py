@@ -34,23 +34,19 @@ Rows = Iterable[tuple[str, str]]
 
 
 def report(*, seconds: float = 0.25) -> Facts:
-    """Return everything there is to know, as data that JSON can hold.
+    """Return everything there is to know, by section, as data that JSON can hold.
 
-    Args:
-        seconds: Time to spend on each of the two bandwidth measurements; 0 makes a few passes only.
-
-    Returns:
-        The sections ``versions``, ``build``, ``devices``, ``ops``, ``memory``, ``compile`` and ``environment``. A
-        section that could not be gathered is ``{"error": reason}``.
+    A section that could not be gathered is ``{"error": reason}``. Each of the two bandwidth measurements takes
+    ``seconds``; 0 makes a few passes only.
     """
     sections: dict[str, Callable[[], object]] = {
         "versions": _versions,
         "build": _build,
         "devices": _devices,
-        "ops": _ops,
+        "ops": lambda: importlib.import_module("fastmtl.ops").backend_report(),
         "memory": lambda: _memory(seconds),
         "compile": _compile,
-        "environment": _environment,
+        "environment": lambda: {name: os.environ[name] for name in env.VARIABLES if os.environ.get(name)},
     }
     return {name: _gather(section) for name, section in sections.items()}
 
@@ -119,12 +115,6 @@ def _devices() -> list[Facts]:
     return found
 
 
-def _ops() -> list[dict[str, str]]:
-    ops = importlib.import_module("fastmtl.ops")
-    backends: list[dict[str, str]] = ops.backend_report()
-    return backends
-
-
 def _memory(seconds: float) -> Facts:
     host = _host()
     threads = torch.get_num_threads()
@@ -139,13 +129,14 @@ def _memory(seconds: float) -> Facts:
             "copy_bytes_per_second": 2 * _FALLBACK_BYTES / _fastest(lambda: out.copy_(data), seconds),
         }
     cache = host.last_level_cache()
+    size = 8 * cache or _FALLBACK_BYTES
     return {
         "method": "vector sum; memcpy or non-temporal copy",
         "threads": threads,
         "last_level_cache_bytes": cache,
-        "buffer_bytes": 8 * cache or _FALLBACK_BYTES,
-        "read_bytes_per_second": host.read_bandwidth(8 * cache or _FALLBACK_BYTES, threads, seconds),
-        "copy_bytes_per_second": host.copy_bandwidth(8 * cache or _FALLBACK_BYTES, threads, seconds),
+        "buffer_bytes": size,
+        "read_bytes_per_second": host.read_bandwidth(size, threads, seconds),
+        "copy_bytes_per_second": host.copy_bandwidth(size, threads, seconds),
     }
 
 
@@ -172,10 +163,6 @@ def _compile() -> Facts:
         "donated_buffer": getattr(functorch, "donated_buffer", None),
         "trace_autograd_ops": inductor.traces_gradients(),
     }
-
-
-def _environment() -> dict[str, str]:
-    return {name: os.environ[name] for name in env.VARIABLES if os.environ.get(name)}
 
 
 def render(data: Facts) -> str:

@@ -24,10 +24,7 @@ _COMMAND_LINE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the `fastmtl` command.
-
-    Args:
-        arguments: The command line without the program's name; ``sys.argv`` if not given.
+    """Run the `fastmtl` command with the ``arguments`` after the program's name; those of ``sys.argv`` if not given.
 
     Returns:
         The exit code: 0, 1 for an unforeseen failure, 2 for bad input, 130 after Ctrl-C.
@@ -51,11 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return FAILED
     except Exception as error:
         if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
-            text = f"{error.filename} cannot be used: {error.strerror} (--traceback shows where)"
-            return _report(error, text, FAILED, shown_in_full)
-        first_line = next(iter(str(error).strip().splitlines()), "")
-        text = f"{type(error).__name__}: {first_line} (--traceback shows where)"
-        return _report(error, text, FAILED, shown_in_full)
+            text = f"{error.filename} cannot be used: {error.strerror}"
+        else:
+            text = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+        return _report(error, f"{text} (--traceback shows where)", FAILED, shown_in_full)
     return code if isinstance(code, int) else 0
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -22,8 +23,7 @@ from fastmtl.utils import count_improvement
 __all__ = ["evaluate"]
 
 
-@dataclass(kw_only=True, slots=True)
-class _Scores:
+class _Scores(NamedTuple):
     """What a checkpoint scores, and what it is of."""
 
     config: TrainConfig
@@ -34,23 +34,9 @@ class _Scores:
 
 
 def evaluate(
-    path: Path,
-    *,
-    checkpoint: str,
-    split: str,
-    device: str | None,
-    as_json: bool,
-    baseline: Path | None = None,
+    path: Path, *, checkpoint: str, split: str, device: str | None, as_json: bool, baseline: Path | None = None
 ) -> None:
-    """Run the command.
-
-    Args:
-        path: Run directory.
-        checkpoint: ``"best"``, ``"last"`` or the path of a checkpoint.
-        split: ``"test"`` or ``"val"``.
-        device: Where to evaluate; as the run was configured if None.
-        as_json: Print JSON instead of text.
-        baseline: Run directory whose ``best.pt`` is evaluated too, to give the improvement over it.
+    """Run the command, whose options ``fastmtl eval --help`` describes.
 
     Raises:
         FastmtlError: No such run, checkpoint or split, or the checkpoint does not fit the run's model.
@@ -67,8 +53,8 @@ def evaluate(
             )
         improvement = count_improvement(base.metrics, scores.metrics, {task: about[task]["weight"] for task in about})
     tasks = {
-        task: {"loss": scores.losses[task], **dict(zip(about[task]["metrics"], scores.metrics[task], strict=True))}
-        for task in about
+        task: {"loss": scores.losses[task], **dict(zip(of_task["metrics"], scores.metrics[task], strict=True))}
+        for task, of_task in about.items()
     }
     if as_json:
         facts = {"run": str(path), "checkpoint": str(scores.weights), "split": split, "tasks": tasks}

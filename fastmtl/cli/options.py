@@ -7,6 +7,7 @@ import types
 import typing
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -20,6 +21,11 @@ __all__ = ["own_hyper_options", "split_values", "train_parameters"]
 
 _PREFIX = "hyper_"
 _NAMES: dict[str, Collection[str]] = {"arch": ARCHITECTURES, "weighting": WEIGHTINGS}
+_PATHS = {
+    "config": ("YAML file with any of the settings below.", "FILE"),
+    "run_dir": (r"Run directory to make. [dim]\[runs/<data set>-<arch>-<weighting>-<time>][/dim]", "DIR"),
+    "resume": ("Go on with the run in this directory; --epochs may be raised.", "RUN"),
+}
 
 
 def own_hyper_options() -> list[HyperOption]:
@@ -29,19 +35,19 @@ def own_hyper_options() -> list[HyperOption]:
 
 
 def train_parameters() -> Iterator[inspect.Parameter]:
-    """Yield the parameters of the command: one per setting of `TrainConfig`, then one per hyper-parameter.
+    """Yield the parameters of the command: its paths, one per setting of `TrainConfig`, then one per hyper-parameter.
 
     All default to None, which means that neither the flag nor its negation was given.
     """
+    for name, (text, metavar) in _PATHS.items():
+        yield _parameter(name, "--" + name.replace("_", "-"), Path, text, "Run", metavar)
     kinds = typing.get_type_hints(TrainConfig)
     for each in fields(TrainConfig):
         if each.name in ("weight_args", "arch_args"):
             continue
         option = "--" + each.name.replace("_", "-")
         kind = kinds[each.name]
-        text, metavar = each.metadata["help"], None
-        if each.metadata["choices"]:
-            metavar = "|".join(each.metadata["choices"])
+        text, metavar = each.metadata["help"], "|".join(each.metadata["choices"]) or None
         if each.name in _NAMES:
             text, metavar = f"{text} {', '.join(_NAMES[each.name])}.", "NAME"
         if each.name == "compile":
@@ -59,11 +65,9 @@ def split_values(values: Mapping[str, object]) -> tuple[Arguments, Arguments]:
 
 
 def _hyper_parameter(hyper: HyperOption) -> inspect.Parameter:
-    spec, metavar = hyper.spec, None
+    spec, text = hyper.spec, hyper.spec.help
     kind = str if spec.many else spec.type
-    text = spec.help
-    if spec.choices:
-        metavar = "|".join(map(str, spec.choices))
+    metavar = "|".join(map(str, spec.choices or ())) or None
     if spec.many:
         metavar = f"{spec.type.__name__.upper()}..."
     if len(hyper.owners) > 1:

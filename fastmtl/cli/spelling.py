@@ -35,13 +35,10 @@ def spell(
     optional_values: Mapping[str, str] | None = None,
     list_options: Collection[str] = (),
 ) -> list[str]:
-    """Return the command line in the one spelling the parser knows.
+    """Return the command line in the one spelling the parser knows, which has the ``known`` options, as ``--mgda-gn``.
 
-    Args:
-        words: The command line.
-        known: The long options, as ``"--mgda-gn"``.
-        optional_values: Options that may stand alone, and the value they then have.
-        list_options: Options that take several values, given as ``--x 3,1``, ``--x 3 1`` or ``--x 3 --x 1``.
+    Those of ``optional_values`` may stand alone, and then have the value there; ``list_options`` take several values,
+    given as ``--x 3,1``, ``--x 3 1`` or ``--x 3 --x 1``.
 
     Raises:
         UsageError: An unknown option; the message gives the nearest known one.

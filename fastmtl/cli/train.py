@@ -12,7 +12,6 @@ from pathlib import Path
 
 import typer
 
-from fastmtl.cli.banner import print_banner
 from fastmtl.cli.build import build_trainer, load_data
 from fastmtl.cli.options import split_values
 from fastmtl.data import DataBundle
@@ -26,6 +25,7 @@ from fastmtl.trainer.log.progress import ProgressLogger
 from fastmtl.trainer.log.tensorboard import TensorBoardLogger
 from fastmtl.trainer.run.config import TrainConfig, read_config
 from fastmtl.trainer.run.directory import RunDirectory, Tee, write_atomically
+from fastmtl.trainer.run.settings import print_settings
 
 __all__ = ["train"]
 
@@ -47,13 +47,7 @@ _CHANGEABLE = (
 
 
 def train(*, config: Path | None, run_dir: Path | None, resume: Path | None, **values: object) -> None:
-    """Run the command.
-
-    Args:
-        config: YAML file with settings.
-        run_dir: Run directory to make; named after the run if None.
-        resume: Run directory to go on with.
-        values: Settings and hyper-parameters given as flags, None where not given.
+    """Run the command with a YAML file, the directory to make or to go on with, and flags, None where not given.
 
     Raises:
         FastmtlError: Anything about the run cannot be as asked.
@@ -62,7 +56,8 @@ def train(*, config: Path | None, run_dir: Path | None, resume: Path | None, **v
     if resume is not None and (config is not None or run_dir is not None):
         raise UsageError("--resume goes on with a run as it is configured: leave out --config and --run-dir.")
     settings, hyper = split_values(values)
-    began = _began_before(run_dir)
+    # torchrun may have started this process again, to go on with the run.
+    began = RunDirectory(run_dir) if run_dir is not None and elastic.began_here(run_dir) else None
     if began is not None and began.last.exists():
         resume = began.path
     if resume is None:
@@ -77,11 +72,6 @@ def train(*, config: Path | None, run_dir: Path | None, resume: Path | None, **v
             _run(build_trainer(complete, bundle, resume=last), complete, bundle)
         else:
             _train_in(_place(run_dir, resume, began, complete, bundle), complete, bundle, resume=last)
-
-
-def _began_before(run_dir: Path | None) -> RunDirectory | None:
-    """Return the run directory if ``torchrun`` started this process again to go on with it."""
-    return RunDirectory(run_dir) if run_dir is not None and elastic.began_here(run_dir) else None
 
 
 def _place(
@@ -125,7 +115,7 @@ def _train_in(run: RunDirectory, config: TrainConfig, bundle: DataBundle, resume
     with Tee.recording(run.log):
         progress = ProgressLogger()
         try:
-            print_banner(config, bundle, run)
+            _print_banner(config, bundle, run)
             trainer = build_trainer(
                 config,
                 bundle,
@@ -138,7 +128,9 @@ def _train_in(run: RunDirectory, config: TrainConfig, bundle: DataBundle, resume
             _run(trainer, config, bundle)
         except KeyboardInterrupt:
             progress.close()
-            _say_how_to_go_on(run)
+            saved = f"interrupted: the state is in {run.last}; go on with `fastmtl train --resume {run.path}`"
+            nothing = f"interrupted before the first checkpoint: {run.path} has nothing to go on from"
+            print(saved if run.last.exists() else nothing, file=sys.stderr)
             raise typer.Exit(130) from None
         except Exception as error:
             progress.close()
@@ -148,6 +140,35 @@ def _train_in(run: RunDirectory, config: TrainConfig, bundle: DataBundle, resume
         print(f"Evaluate it: fastmtl eval {run.path}")
 
 
+def _print_banner(config: TrainConfig, bundle: DataBundle, run: RunDirectory) -> None:
+    """Print the configuration of a run, by part."""
+    rows = ", ".join(f"{count:,} {split}" for split, count in bundle.rows.items())
+    general = {
+        "Mode": "train",
+        "Weighting": config.weighting,
+        "Architecture": config.arch,
+        "Rep_Grad": config.rep_grad,
+        "Multi_Input": config.multi_input,
+        "Seed": config.seed,
+        "Run Directory": run.path,
+        "Load Path": config.load_path,
+        "Device": config.device or "auto",
+        "Compile": config.compile,
+    }
+    data = {"Data Set": f"{bundle.name} ({rows})", "Encoder": bundle.encoder, "Batch Size": config.batch_size}
+    print_settings(
+        [
+            ("General", general),
+            ("Data", data),
+            (config.weighting, config.weight_args),
+            (config.arch, config.arch_args),
+            ("Optimizer", config.optim_param),
+            ("Scheduler", config.scheduler_param),
+        ]
+    )
+    print("=" * 40)
+
+
 def _file_loggers(config: TrainConfig, run: RunDirectory) -> list[Logger]:
     loggers: list[Logger] = [JsonlLogger(run.metrics)]
     if config.tensorboard:
@@ -155,15 +176,6 @@ def _file_loggers(config: TrainConfig, run: RunDirectory) -> list[Logger]:
     if config.plot:
         loggers.append(PlotLogger(run.curves, run.metrics))
     return loggers
-
-
-def _say_how_to_go_on(run: RunDirectory) -> None:
-    if run.last.exists():
-        print(
-            f"interrupted: the state is in {run.last}; go on with `fastmtl train --resume {run.path}`", file=sys.stderr
-        )
-    else:
-        print(f"interrupted before the first checkpoint: {run.path} has nothing to go on from", file=sys.stderr)
 
 
 def _keep_what_matters(run: RunDirectory, error: Exception) -> None:

@@ -16,8 +16,7 @@ __all__ = ["Curve", "History"]
 class Curve:
     """Rows of values over the steps in bounded memory: every `stride` steps are averaged into one row.
 
-    Args:
-        capacity: Rows above which the stride doubles.
+    The stride doubles when there are more rows than `capacity`.
     """
 
     def __init__(self, capacity: int = 4096) -> None:
@@ -70,14 +69,9 @@ def _window_sums(rows: np.ndarray, window: int) -> np.ndarray:
 
 @dataclass(kw_only=True, slots=True)
 class History:
-    """The curves and epoch results of one run.
+    """The curves of one run, (n, T) or (n, T(T-1)/2) and empty where the strategy has none, and its epochs' results.
 
-    Attributes:
-        info: The run.
-        losses: (n, T) over the steps.
-        weights: (n, T), empty where the strategy has none.
-        cosines: (n, T(T-1)/2), empty where the strategy has no Gram matrix.
-        results: Task metrics of an epoch by (mode, epoch).
+    ``results`` are the task metrics of an epoch by (mode, epoch).
     """
 
     info: RunInfo

@@ -24,10 +24,8 @@ class JsonlLogger(Logger):
     A ``steps`` line holds the means over a log interval and ``step``, the number of steps done by then; those of
     float16 also the ``loss_scale``, and how many steps of the run so far were ``skipped``. Every line is
     flushed, so the file is whole whenever the process dies. When a run goes on, the lines of steps that will be done
-    again, and a torn last line, are dropped; the rest stays. NaN and infinity become null.
-
-    Args:
-        path: File to write, usually ``metrics.jsonl``.
+    again, and a torn last line, are dropped; the rest stays. NaN and infinity become null. The file is usually a
+    ``metrics.jsonl``.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -42,19 +40,14 @@ class JsonlLogger(Logger):
         write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = self.path.open("a", encoding="utf-8")
         self._info = info
+        same = ("epochs", "batches_per_epoch", "weighting", "architecture", "device")
         self._write(
-            {
-                "event": "run",
-                "step": info.start_step,
-                "epoch": info.start_epoch,
-                "epochs": info.epochs,
-                "batches_per_epoch": info.batches_per_epoch,
-                "weighting": info.weighting,
-                "architecture": info.architecture,
-                "device": info.device,
-                "tasks": info.task_names,
-                "metrics": info.metric_names,
-            }
+            "run",
+            step=info.start_step,
+            epoch=info.start_epoch,
+            **{name: getattr(info, name) for name in same},
+            tasks=info.task_names,
+            metrics=info.metric_names,
         )
 
     @override
@@ -62,15 +55,13 @@ class JsonlLogger(Logger):
         if self._info is None:
             return
         self._write(
-            {
-                "event": "steps",
-                "epoch": records.epoch,
-                "step": records.first_step + records.count,
-                "count": records.count,
-                "steps_per_second": records.steps_per_second,
-                **records.means(self._info.task_names),
-                **({} if records.skipped is None else {"loss_scale": records.loss_scale, "skipped": records.skipped}),
-            }
+            "steps",
+            epoch=records.epoch,
+            step=records.first_step + records.count,
+            count=records.count,
+            steps_per_second=records.steps_per_second,
+            **records.means(self._info.task_names),
+            **({} if records.skipped is None else {"loss_scale": records.loss_scale, "skipped": records.skipped}),
         )
 
     @override
@@ -81,25 +72,23 @@ class JsonlLogger(Logger):
             return
         names = self._info.metric_names
         named = {task: dict(zip(names[task], values, strict=True)) for task, values in metrics.items()}
-        self._write(
-            {"event": "epoch", "epoch": epoch, "mode": mode, "loss": losses, "metric": named, "seconds": seconds}
-        )
+        self._write("epoch", epoch=epoch, mode=mode, loss=losses, metric=named, seconds=seconds)
 
     @override
     def on_checkpoint(self, path: Path, kind: str) -> None:
-        self._write({"event": "checkpoint", "kind": kind, "path": str(path)})
+        self._write("checkpoint", kind=kind, path=str(path))
 
     @override
     def on_end(self, best_epoch: int, best_result: dict[str, list[float]]) -> None:
-        self._write({"event": "end", "best_epoch": best_epoch, "best_result": best_result})
+        self._write("end", best_epoch=best_epoch, best_result=best_result)
         if self._file is not None:
             self._file.close()
             self._file = None
 
-    def _write(self, row: Row) -> None:
+    def _write(self, event: str, **facts: object) -> None:
         # Evaluation outside of train() has no open run to belong to.
         if self._file is not None:
-            self._file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
+            self._file.write(json.dumps(_finite({"event": event, **facts}), allow_nan=False) + "\n")
             self._file.flush()
 
 

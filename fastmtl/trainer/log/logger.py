@@ -23,16 +23,13 @@ __all__ = ["Logger", "LoggerList", "RunInfo", "StepRecords", "as_logger", "confl
 
 @dataclass(kw_only=True, slots=True)
 class RunInfo:
-    """What is known before the first step.
+    """What is known before the first step, with the names of strategy, architecture and device.
 
     Attributes:
         task_names: The tasks, in the order of every array's task axis.
         metric_names: The metrics of each task, in the order `Logger.on_epoch` gives their values.
         epochs: Epochs the run will have when it is done.
         batches_per_epoch: Training steps in one epoch.
-        weighting: Name of the weighting strategy.
-        architecture: Name of the architecture.
-        device: Where the model trains.
         start_epoch: First epoch of this process; not 0 when a run goes on.
         start_batch: First batch within that epoch.
         save_path: Where checkpoints go, or None.
@@ -138,9 +135,8 @@ class StepRecords:
 def conflict_share(gram: Tensor) -> Tensor:
     """Return the share of the pairs of tasks, of those in a step, whose gradients have a negative inner product.
 
-    Args:
-        gram: (..., T, T) inner products; those that are not finite, as of a task that was not in the step, do not
-            count. The share is NaN where none is finite.
+    Of the (..., T, T) inner products those that are not finite, as of a task that was not in the step, do not count;
+    the share is NaN where none is finite.
     """
     row, column = torch.triu_indices(gram.shape[-1], gram.shape[-1], 1, device=gram.device)
     pairs = gram[..., row, column]
@@ -172,22 +168,16 @@ class Logger:
     def on_epoch(
         self, epoch: int, mode: str, losses: dict[str, float], metrics: dict[str, list[float]], seconds: float
     ) -> None:
-        """One pass over a data split is over.
+        """One pass over a data split, ``"train"``, ``"val"`` or ``"test"``, is over; epochs count from 0.
 
-        Args:
-            epoch: Epoch, counted from 0.
-            mode: ``"train"``, ``"val"`` or ``"test"``.
-            losses: Mean loss of each task over the pass.
-            metrics: Metrics of each task, in the order of `RunInfo.metric_names`.
-            seconds: Wall time of the pass.
+        The tasks' mean losses over the pass; their metrics, in the order of `RunInfo.metric_names`; its wall time.
         """
 
     def on_compile(self, message: str) -> None:
-        """Compilation begins or ends.
+        """Compilation begins or ends, in one line.
 
-        Args:
-            message: One line. ``"compiling trunk"`` begins; anything that does not start with ``compiling``, such as
-                ``"compiled trunk in 12.3 s"``, ends what was begun.
+        ``"compiling trunk"`` begins; anything that does not start with ``compiling``, such as ``"compiled trunk in 12.3
+        s"``, ends what was begun.
         """
 
     def on_checkpoint(self, path: Path, kind: str) -> None:

@@ -25,20 +25,12 @@ __all__ = ["PerformanceMeter"]
 class PerformanceMeter:
     """Accumulates losses and metrics on the device, reads them once per pass and prints them as LibMTL does.
 
-    Args:
-        task_dict: The task dictionary of the trainer.
-        base_result: Scores to measure the improvement against; those of the first epoch if None.
-        peers: The processes that each see a part of the data.
-
-    Attributes:
-        best_result: ``improvement``, ``epoch`` and ``result`` of the best epoch so far.
+    The improvement of ``best_result``, which has ``improvement``, ``epoch`` and ``result`` of the best epoch so far, is
+    that over the scores ``base_result``; those of the first epoch if None. ``peers`` each see a part of the data.
     """
 
     def __init__(
-        self,
-        task_dict: TaskDict,
-        base_result: dict[str, list[float]] | None = None,
-        peers: Peers | None = None,
+        self, task_dict: TaskDict, base_result: dict[str, list[float]] | None = None, peers: Peers | None = None
     ) -> None:
         self.task_dict = task_dict
         self.peers = peers or Alone()
@@ -97,12 +89,14 @@ class PerformanceMeter:
         self._scored.update(*self.peers.gather(self._scored))
         for task in self.task_name:
             self.peers.sync([self.losses[task], self.metrics[task]])
+        # A pass without any batch is an error, which the losses and metrics report.
+        scored, seen = self._scored if self._seen else self.task_name, self._seen or self.task_name
         self.results = {
-            task: self._scores(task) if self._had(task, self._scored) else [math.nan] * len(self.weight[task])
+            task: self._scores(task) if task in scored else [math.nan] * len(self.weight[task])
             for task in self.task_name
         }
         self.loss_item = np.array(
-            [self.losses[task]._average_loss() if self._had(task, self._seen) else math.nan for task in self.task_name]
+            [self.losses[task]._average_loss() if task in seen else math.nan for task in self.task_name]
         )
         self.seconds = time.perf_counter() - self._begin
 
@@ -118,10 +112,6 @@ class PerformanceMeter:
                 f"{task!r}, {wanted} in all, got {given!r}."
             )
         return scores
-
-    def _had(self, task: str, tasks: set[str]) -> bool:
-        # A pass without any batch is an error, which the losses and metrics report.
-        return task in tasks or not self._seen
 
     def display_format(self) -> None:
         """Print what the columns of the epoch lines are."""
@@ -140,9 +130,10 @@ class PerformanceMeter:
                 self._update_best(epoch)
             elif epoch == self.best_result["epoch"]:
                 self.best_result["result"] = self.results
-        parts = []
-        for loss, task in zip(self.loss_item, self.task_name, strict=True):
-            parts.append(" ".join(f"{value:.4f}" for value in [loss, *self.results[task]]))
+        parts = [
+            " ".join(f"{value:.4f}" for value in [loss, *self.results[task]])
+            for loss, task in zip(self.loss_item, self.task_name, strict=True)
+        ]
         name = {"train": "TRAIN", "val": "VAL"}.get(mode, "TEST")
         end = "\n" if mode == "test" else " | "
         print(f"{name}: {' | '.join(parts)} | Time: {self.seconds:.4f}", end=end, flush=True)

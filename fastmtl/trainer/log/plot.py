@@ -39,10 +39,7 @@ class PlotLogger(Logger):
     """Draws the run as a PNG, anew at the end of an epoch and of the run. Needs the package matplotlib.
 
     Epochs so short that drawing would take more than a twentieth of the time are not all drawn; the end always is.
-
-    Args:
-        path: The picture.
-        metrics: The ``metrics.jsonl`` to take the earlier steps from when a run goes on.
+    When a run goes on, its earlier steps are taken from the ``metrics.jsonl`` named by ``metrics``.
 
     Raises:
         UsageError: matplotlib is not installed.
@@ -86,20 +83,19 @@ class PlotLogger(Logger):
         self.history.results[mode, epoch] = {task: list(values) for task, values in metrics.items()}
         # The test pass is an epoch's last.
         if mode == "test" and time.monotonic() >= self._not_before:
-            self._save()
+            self._save(self.history)
 
     @override
     def on_end(self, best_epoch: int, best_result: dict[str, list[float]]) -> None:
         if self.history is not None:
-            self._save()
+            self._save(self.history)
 
-    def _save(self) -> None:
-        assert self.history is not None
-        if not len(self.history.losses.steps):
+    def _save(self, history: History) -> None:
+        if not len(history.losses.steps):
             return
         begun = time.monotonic()
         part = self.path.with_name(self.path.name + ".part")
-        draw(self.history).savefig(part, format="png", dpi=120)
+        draw(history).savefig(part, format="png", dpi=120)
         os.replace(part, self.path)
         ended = time.monotonic()
         self._not_before = ended + 20 * (ended - begun)
@@ -112,7 +108,8 @@ def draw(history: History) -> Figure:
 
     info, names = history.info, history.info.task_names
     metrics = _metric_panels(info, history)
-    there = {"loss": True, "weight": len(history.weights.steps) > 0, "cosine": _has_cosines(history)}
+    cosines = len(history.cosines.steps) > 0 and not np.isnan(history.cosines.values).all()
+    there = {"loss": True, "weight": len(history.weights.steps) > 0, "cosine": cosines}
     panels = [*(panel for panel in there if there[panel]), *(f"metric {name}" for name in metrics)]
     grid = [panels[i : i + 2] for i in range(0, len(panels), 2)]
     grid[-1] = grid[-1] * (2 // len(grid[-1]))
@@ -127,8 +124,10 @@ def draw(history: History) -> Figure:
         axis.set_axisbelow(True)
 
     colors = _task_colors(len(names))
-    _draw_curve(axes["loss"], history.losses, colors, "Training loss", "Loss")
-    _use_log_if_wide(axes["loss"], history.losses)
+    smooth = _draw_curve(axes["loss"], history.losses, colors, "Training loss", "Loss")
+    known = smooth[np.isfinite(smooth)]
+    if known.size and known.min() > 0 and known.max() > 30 * known.min():
+        axes["loss"].set_yscale("log")
     if "weight" in axes:
         _draw_curve(axes["weight"], history.weights, colors, "Task weight", "Weight")
     if "cosine" in axes:
@@ -137,10 +136,6 @@ def draw(history: History) -> Figure:
         _draw_metric(axes[f"metric {name}"], history, name, colors)
     _name_tasks(figure, names, colors)
     return figure
-
-
-def _has_cosines(history: History) -> bool:
-    return len(history.cosines.steps) > 0 and not bool(np.isnan(history.cosines.values).all())
 
 
 def _metric_panels(info: RunInfo, history: History) -> list[str]:
@@ -157,8 +152,8 @@ def _task_colors(count: int) -> list[Color]:
     return [colormaps["viridis"](position) for position in np.linspace(0.0, 0.92, count)]
 
 
-def _draw_curve(axis: Axes, curve: Curve, colors: Sequence[Color], title: str, label: str) -> None:
-    """Draw each column: its values in pale, their moving average on top."""
+def _draw_curve(axis: Axes, curve: Curve, colors: Sequence[Color], title: str, label: str) -> np.ndarray:
+    """Draw each column: its values in pale, their moving average, which is returned, on top."""
     window = max(1, len(curve.steps) // 25)
     smooth = curve.smooth(window)
     for column, color in enumerate(colors):
@@ -169,19 +164,12 @@ def _draw_curve(axis: Axes, curve: Curve, colors: Sequence[Color], title: str, l
         axis.plot(curve.steps, smooth[:, column], color=color, linewidth=1.8, marker=marker)
     _label(axis, title, "Step", label)
     axis.margins(x=0.01)
+    return smooth
 
 
 def _label(axis: Axes, title: str, x: str, y: str) -> None:
     axis.set_title(title, loc="left", fontsize=11)
-    axis.set_xlabel(x)
-    axis.set_ylabel(y)
-
-
-def _use_log_if_wide(axis: Axes, curve: Curve) -> None:
-    smooth = curve.smooth(max(1, len(curve.steps) // 25))
-    known = smooth[np.isfinite(smooth)]
-    if known.size and known.min() > 0 and known.max() > 30 * known.min():
-        axis.set_yscale("log")
+    axis.set(xlabel=x, ylabel=y)
 
 
 def _draw_cosines(axis: Axes, history: History) -> None:

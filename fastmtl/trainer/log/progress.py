@@ -29,11 +29,8 @@ class ProgressLogger(Logger):
     """Shows the epoch, its losses, and the time left for the epoch and for the run.
 
     On a terminal this is a bar below whatever else is printed; elsewhere a plain line at most every 30 seconds.
-    The time left is taken from the last log intervals, so the first, slow steps do not spoil it for long.
-
-    Args:
-        console: Where to show it; stdout if not given.
-        clock: Seconds, monotonic.
+    The time left is taken from the last log intervals, so the first, slow steps do not spoil it for long. Without a
+    ``console`` it is shown on stdout; ``clock`` gives seconds, monotonic.
     """
 
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
@@ -146,13 +143,9 @@ class _Display:
 
     def __init__(self, console: Console, redirect: bool) -> None:
         self._compiling = Progress(SpinnerColumn(), TextColumn("{task.description} ..."), TimeElapsedColumn())
-        self._epoch = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}", table_column=Column(ratio=1, no_wrap=True)),
-            expand=True,
-        )
+        note = TextColumn("{task.fields[note]}", table_column=Column(ratio=1, no_wrap=True))
+        title, bar = TextColumn("{task.description}"), BarColumn(bar_width=20)
+        self._epoch = Progress(title, bar, MofNCompleteColumn(), note, expand=True)
         self._bar = self._epoch.add_task("", note="")
         self._spinner: TaskID | None = None
         # Drawing takes a share of one core that the training step could use, hence twice a second.

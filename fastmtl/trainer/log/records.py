@@ -73,22 +73,15 @@ class StepBuffer:
     def flush(self, epoch: int, next_step: int, numbers: Sequence[Tensor] = ()) -> StepRecords:
         """Read everything and empty the buffer; the only place where the loop waits for the device.
 
-        Args:
-            epoch: The epoch the steps belong to.
-            next_step: Global index of the step after the last one kept.
-            numbers: The loss scale of float16 steps and how many were skipped so far; none in another precision.
+        ``next_step`` is the global index of the step after the last one kept; ``numbers`` are the loss scale of float16
+        steps and how many were skipped so far, none in another precision.
         """
-        count = len(self)
         now = time.perf_counter()
         device = self._losses[0].device
         kept = [_stacked(each) for each in (self._losses, self._weights, self._grams)]
-        # The loss scale and the steps skipped, of float16 steps.
         kept += [number.reshape(1) for number in numbers]
-        values = (
-            torch.cat([each.to(device, wide_dtype(device)).flatten() for each in kept if each is not None])
-            .cpu()
-            .numpy()
-        )
+        wide = [each.to(device, wide_dtype(device)).flatten() for each in kept if each is not None]
+        values = torch.cat(wide).cpu().numpy()
         ends = np.cumsum([0 if each is None else each.numel() for each in kept])
         losses, weights, gram, *counts = (
             None if each is None else part.reshape(each.shape)
@@ -98,7 +91,7 @@ class StepBuffer:
         scale, skipped = counts or (None, None)
         records = StepRecords(
             epoch=epoch,
-            first_step=next_step - count,
+            first_step=next_step - len(self),
             losses=losses,
             weights=weights,
             gram=gram,

@@ -25,9 +25,6 @@ class TensorBoardLogger(Logger):
     ``<mode>_<metric>/<task>`` for the epochs. The x axis of all is the number of training steps done. Needs the
     package tensorboard.
 
-    Args:
-        directory: Where the event files go.
-
     Raises:
         UsageError: TensorBoard is not installed.
     """

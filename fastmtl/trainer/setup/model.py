@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -23,8 +22,7 @@ class TrainedModel(AbsArchitecture, AbsWeighting):
     architecture_name: str
 
 
-@dataclass(frozen=True, slots=True)
-class MadeModel:
+class MadeModel(NamedTuple):
     """A model, the classes it is made of, and the parameters that are the strategy's own."""
 
     model: TrainedModel
