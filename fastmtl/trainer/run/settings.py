@@ -61,11 +61,7 @@ def hyper_options() -> dict[str, HyperOption]:
 
 
 def spelled_as(name: str, names: Iterable[str], what: str) -> str:
-    """Return the one of ``names`` that ``name`` is in any case; ``what`` is named, for the message.
-
-    Raises:
-        UsageError: It is none of them.
-    """
+    """Return the one of ``names`` that ``name`` is in any case, see `resolve_name`; ``what`` is named."""
     return resolve_name(name, {each: each for each in names}, what)
 
 
@@ -100,11 +96,7 @@ def print_settings(parts: Iterable[tuple[str, Mapping[str, object] | None]]) -> 
 
 
 def coerce(name: str, value: object, kind: object) -> object:
-    """Return `value` in the type `kind`, the annotation of the setting `name`.
-
-    Raises:
-        UsageError: It cannot be had in that type.
-    """
+    """Return `value` in the type `kind`, the annotation of the setting `name`, or refuse it."""
     members = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     members = tuple(typing.get_origin(member) or member for member in members)
     if (value is None and type(None) in members) or (len(members) > 1 and type(value) in members):

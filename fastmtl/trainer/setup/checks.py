@@ -41,11 +41,7 @@ _NOT_CALLED = {
 
 
 def check_arguments(kwargs: Iterable[str], init: Callable[..., None]) -> None:
-    """Refuse further keyword arguments of a constructor that nobody would read.
-
-    Raises:
-        UsageError: One is neither ``weight_args`` nor ``arch_args``.
-    """
+    """Refuse further keyword arguments of a constructor, but ``weight_args`` and ``arch_args``: nobody would read them."""
     own = [name for name in inspect.signature(init).parameters if name not in ("self", "kwargs")]
     for name in set(kwargs) - {"weight_args", "arch_args"}:
         near = difflib.get_close_matches(name, [*own, "weight_args", "arch_args"], n=1)
@@ -54,11 +50,7 @@ def check_arguments(kwargs: Iterable[str], init: Callable[..., None]) -> None:
 
 
 def check_methods(trainer: object) -> None:
-    """Refuse a trainer with methods of LibMTL's trainer that nobody would call here.
-
-    Raises:
-        UsageError: Says what to do instead.
-    """
+    """Refuse a trainer with methods of LibMTL's trainer that nobody would call here, and say what to do instead."""
     for method, instead in _NOT_CALLED.items():
         if hasattr(type(trainer), method):
             raise UsageError(f"{type(trainer).__name__} has a method {method}, which fastmtl does not call: {instead}.")
@@ -95,11 +87,7 @@ def find_device(device: str | torch.device | None, peers: Peers | None = None) -
 
 
 def check_counts(*, optional: bool = False, **counts: object) -> None:
-    """Refuse numbers, by the name of their argument, that are below 1 or not whole; None is one if ``optional``.
-
-    Raises:
-        UsageError: Says which.
-    """
+    """Refuse numbers, by the name of their argument, that are below 1 or not whole; None is one if ``optional``."""
     for name, count in counts.items():
         if (count is not None or not optional) and (not is_whole(count) or count < 1):
             raise UsageError(f"{name} must be a whole number of at least 1, got {count!r}.")
@@ -116,11 +104,7 @@ def is_real(value: object) -> TypeGuard[float]:
 
 
 def make_folder(save_path: str | Path) -> Path:
-    """Return the folder for checkpoints, made now, as it would be too late after an epoch.
-
-    Raises:
-        UsageError: It cannot be made or written to.
-    """
+    """Return the folder for checkpoints, made and tried now, as it would be too late after an epoch."""
     folder = Path(save_path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -132,11 +116,7 @@ def make_folder(save_path: str | Path) -> Path:
 
 
 def check_tasks(task_dict: TaskDict, decoders: Mapping[str, nn.Module] | nn.ModuleDict) -> list[str]:
-    """Return the names of the tasks.
-
-    Raises:
-        UsageError: There are none, or one is described incompletely or has no decoder.
-    """
+    """Return the names of the tasks: at least one, each with all that describes it and a decoder."""
     if not task_dict:
         raise UsageError("task_dict has no tasks.")
     for task, info in task_dict.items():
@@ -154,11 +134,7 @@ def check_tasks(task_dict: TaskDict, decoders: Mapping[str, nn.Module] | nn.Modu
 
 
 def check_weighting(model: AbsArchitecture, rule: type[AbsWeighting], architecture: str, rep_grad: bool) -> None:
-    """Refuse a strategy that cannot balance what the model has.
-
-    Raises:
-        UsageError: Says what it would need.
-    """
+    """Refuse a strategy that cannot balance what the model has, and say what it would need."""
     if rep_grad and not rule.allows_rep_grad:
         raise UsageError(f"{rule.__name__} balances the gradients of parameters: rep_grad must be False.")
     if rule.needs == "reps" and not rep_grad:

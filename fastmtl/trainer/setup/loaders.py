@@ -68,11 +68,7 @@ def to_channels_last(value: Tree) -> Tree:
 
 
 def check_loaders(loaders: Loaders, tasks: list[str], multi_input: bool, what: str) -> None:
-    """Refuse loaders that are empty or do not fit the tasks.
-
-    Raises:
-        UsageError: Says which loader and why.
-    """
+    """Refuse loaders that are empty or do not fit the tasks, and say which and why."""
     if isinstance(loaders, Mapping) and not multi_input:
         raise UsageError(f"{what} must be one loader when multi_input is False, got a dictionary.")
     if multi_input and not isinstance(loaders, Mapping):
@@ -118,11 +114,7 @@ def count_batches(loaders: Loaders, multi_input: bool, limit: int | None) -> int
 
 
 def train_batches(loaders: Loaders, tasks: list[str], multi_input: bool, count: int) -> Iterator[Pair]:
-    """Yield ``count`` batches of inputs and labels; a loader that runs out starts again.
-
-    Raises:
-        UsageError: A loader gives something else, or nothing at all.
-    """
+    """Yield ``count`` batches of inputs and labels, anything else is refused; a loader that runs out starts again."""
     given = _by_task(loaders, multi_input)
     streams = {task: _endless(given[task], name) for task, name in _names(tasks, multi_input, "train_dataloaders")}
     for _ in range(count):
@@ -137,11 +129,7 @@ def train_batches(loaders: Loaders, tasks: list[str], multi_input: bool, count: 
 def eval_batches(
     loaders: Loaders, tasks: list[str], multi_input: bool, limit: int | None, what: str
 ) -> Iterator[tuple[str | None, Any, Any]]:
-    """Yield (task or None, inputs, labels) of every batch once.
-
-    Raises:
-        UsageError: A loader gives something else.
-    """
+    """Yield (task or None, inputs, labels) of every batch once; anything else is refused."""
     given = _by_task(loaders, multi_input)
     for task, name in _names(tasks, multi_input, what):
         for batch in islice(given[task], limit):

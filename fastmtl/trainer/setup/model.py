@@ -43,11 +43,7 @@ def make_model(
     device: torch.device,
     given: dict[str, dict[str, Any]],
 ) -> MadeModel:
-    """Make the model of a trainer; fills defaults into ``given``, its ``weight_args`` and ``arch_args``.
-
-    Raises:
-        UsageError: An unknown name or hyper-parameter.
-    """
+    """Make the model of a trainer; checks ``given``, its ``weight_args`` and ``arch_args``, and fills in defaults."""
     rule, network = _resolved(weighting, architecture, given)
     # One class of both, as in LibMTL: strategies written for it find the network in ``self``.
     model: TrainedModel = type("MTLModel", (network, rule), {})(

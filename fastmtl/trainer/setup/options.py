@@ -78,11 +78,7 @@ def check_options(model: Any, weighting: str, hyper: Mapping[str, Any], options:
 
 
 def check_distributed(model: Any, weighting: str, options: StepOptions) -> None:
-    """Refuse what several processes cannot share.
-
-    Raises:
-        UsageError: The strategy or an option works in one process only.
-    """
+    """Refuse a strategy or an option that works in one process only."""
     from torch.distributed.tensor import DTensor
 
     on_mesh = [name for name, param in model.named_parameters() if isinstance(param, DTensor)]
