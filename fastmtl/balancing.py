@@ -65,20 +65,14 @@ def balanced(
     needs nothing else: return this as the loss. The parameters are the leaves of the scalar's graph, so that hooks on
     their gradients, such as those of ``DistributedDataParallel``, are called with the balanced ones.
 
-    Args:
-        losses: See :func:`balance`.
-        shared: See :func:`balance`.
-        weighting: See :func:`balance`.
-        hyper: See :func:`balance`.
-
-    Raises:
-        UsageError: As :func:`balance`.
+    Arguments and errors are those of :func:`balance`.
     """
     work = _Balance(losses, shared, weighting, hyper)
     total = torch.stack([loss.detach() for loss in work.losses]).sum()
     if not torch.is_grad_enabled():
         return total
-    result: Tensor = _Deferred.apply(total, work, *work.parameters())
+    shared_params, own_params = work.parameters()
+    result: Tensor = _Deferred.apply(total, work, *shared_params, *own_params)
     return result
 
 
@@ -121,18 +115,13 @@ class _Balance:
         if hyper and not isinstance(weighting, str):
             raise UsageError(f"weighting must be a name to take {', '.join(hyper)}, got {weighting}.")
 
-    def parameters(self) -> list[Tensor]:
-        """Return what the losses depend on."""
-        shared, own = self._parameters()
-        return [*shared, *own]
-
     def __call__(self, scale: Tensor | None) -> Tensor | None:
         """Add the gradients of the losses times ``scale``, those of all processes, to ``.grad``."""
         from fastmtl.autojac.fields import check_writable
         from fastmtl.distributed.storage import comm_of_loop
         from fastmtl.engine.gradients import add_grads
 
-        shared, own = self._parameters()
+        shared, own = self.parameters()
         params = [*shared, *own]
         check_writable(params, ".grad")
         comm = comm_of_loop(shared)
@@ -144,8 +133,8 @@ class _Balance:
         # Means over the processes.
         part = torch.full_like(self.losses[0].detach(), 1 / comm.size)
         scale = part if scale is None else scale * part
-        works_on_gram = self.aggregator.works_on_gram()
-        weights = (self._by_gram if works_on_gram else self._by_rows)(scale, shared, own, comm)
+        aggregate = self._by_gram if self.aggregator.works_on_gram() else self._by_rows
+        weights = aggregate(scale, shared, own, comm)
         comm.put(own, comm.whole_row([param.grad for param in own]))
         for param, grad in zip(params, before, strict=True):
             if grad is not None:
@@ -187,7 +176,8 @@ class _Balance:
             comm.broadcast([param.grad for param in shared])
         return weights
 
-    def _parameters(self) -> tuple[list[Tensor], list[Tensor]]:
+    def parameters(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Return what the losses depend on: the shared parameters, and the others."""
         from fastmtl.engine.graph import leaf_tensors
 
         reached = [leaf_tensors([loss], "losses") for loss in self.losses]

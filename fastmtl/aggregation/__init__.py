@@ -8,6 +8,7 @@ Those derived from ``Stateful`` remember something from call to call; ``reset()`
 from __future__ import annotations
 
 from fastmtl.aggregation.base import Aggregator, GramianWeightedAggregator, WeightedAggregator, Weighting
+from fastmtl.aggregation.columns import GradDrop, TrimmedMean
 from fastmtl.aggregation.constant import (
     Constant,
     ConstantWeighting,
@@ -18,7 +19,6 @@ from fastmtl.aggregation.constant import (
     Sum,
     SumWeighting,
 )
-from fastmtl.aggregation.graddrop import GradDrop
 from fastmtl.aggregation.preferring import (
     AlignedMTL,
     AlignedMTLWeighting,
@@ -38,7 +38,6 @@ from fastmtl.aggregation.remembering import (
     NashMTLWeighting,
     PCDWeighting,
 )
-from fastmtl.aggregation.robust import Krum, KrumWeighting, TrimmedMean
 from fastmtl.aggregation.solvers import (
     IMTLG,
     MGDA,
@@ -47,6 +46,8 @@ from fastmtl.aggregation.solvers import (
     FairGrad,
     FairGradWeighting,
     IMTLGWeighting,
+    Krum,
+    KrumWeighting,
     MGDAWeighting,
     PCGrad,
     PCGradWeighting,

@@ -19,6 +19,7 @@ from fastmtl.support.stateful import Stateful
 
 __all__ = [
     "Aggregator",
+    "Buffered",
     "ColumnAggregator",
     "GramWeighting",
     "GramianWeightedAggregator",
@@ -26,8 +27,6 @@ __all__ = [
     "Remembering",
     "WeightedAggregator",
     "Weighting",
-    "is_derived",
-    "is_watched",
 ]
 
 _Stat = TypeVar("_Stat", bound=Tensor, contravariant=True)
@@ -71,11 +70,7 @@ class _Composition(Weighting[Tensor]):
 
 
 class MatrixWeighting(Weighting[Matrix]):
-    """A weighting that looks at the (T, P) Jacobian, or at any matrix of T rows if only their number matters.
-
-    Attributes:
-        needs_rows_only: Whether the number of rows, their dtype and device are all it looks at.
-    """
+    """A weighting that looks at the (T, P) Jacobian; if it ``needs_rows_only``, at their number, dtype and device."""
 
     needs_rows_only: ClassVar[bool] = True
 
@@ -96,12 +91,12 @@ class GramWeighting(Weighting[PSDMatrix]):
         """Return the (T,) weights of a float64 Gram matrix."""
 
 
-def is_watched(module: nn.Module) -> bool:
+def _is_watched(module: nn.Module) -> bool:
     """Return whether a forward hook looks at what the module is given or returns."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def is_derived(module: nn.Module) -> bool:
+def _is_derived(module: nn.Module) -> bool:
     """Return whether a class derived from one of this package has a ``forward`` of its own, which must be called."""
     return not type(module).forward.__module__.startswith("fastmtl.")
 
@@ -131,15 +126,14 @@ class Aggregator(Described, nn.Module, ABC):
         """Return whether the Gram matrix is all this aggregator needs to see, forward hooks included."""
         return False
 
+    def is_plain(self) -> bool:
+        """Return whether no forward hook and no derived class wants to see the (T, P) Jacobian."""
+        return not (_is_watched(self) or _is_derived(self))
+
     def write(self, jacobians: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor | None:
         """Aggregate the Jacobian whose columns are those of all ``jacobians`` into ``.grad`` of ``tensors``.
 
-        Args:
-            jacobians: (T, ...) for each tensor.
-            tensors: What the gradients are added to.
-
-        Returns:
-            The (T,) weights, None if there are none.
+        There is a (T, ...) Jacobian for each tensor. Returned are the (T,) weights, None if there are none.
         """
         matrix = torch.cat([as_matrix(each) for each in jacobians], dim=1)
         vector = self(matrix)
@@ -153,11 +147,22 @@ class ColumnAggregator(Aggregator):
 
     def write(self, jacobians: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor | None:
         """Aggregate one tensor after the other into ``.grad``; see :meth:`Aggregator.write`."""
-        if is_watched(self) or is_derived(self):
+        if not self.is_plain():
             return super().write(jacobians, tensors)
         for jacobian, tensor in zip(jacobians, tensors, strict=True):
             put([self(as_matrix(jacobian)).reshape(tensor.shape)], [tensor])
         return None
+
+
+class Buffered(nn.Module, Stateful):
+    """A weighting that remembers tensors, in the buffers ``kept``; it calls :meth:`reset` once it is made."""
+
+    kept: ClassVar[tuple[str, ...]]
+
+    def reset(self) -> None:
+        """Forget them: the next call starts anew."""
+        for name in self.kept:
+            self.register_buffer(name, None)
 
 
 class Remembering(Stateful):
@@ -187,13 +192,17 @@ class WeightedAggregator(Aggregator, Generic[_Weighting]):
             weights: Tensor = self.weighting(matrix)
             return weights.to(matrix.dtype) @ matrix
 
+    def is_plain(self) -> bool:
+        """Return whether, besides, no forward hook looks at the weights."""
+        return super().is_plain() and not _is_watched(self.weighting)
+
     def _is_solved(self) -> bool:
         """Return whether the weights are the solution of a problem or remembered, through which nothing flows."""
         return isinstance(self, Remembering)
 
     def write(self, jacobians: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor | None:
         """Add the weighted sum of the rows to ``.grad``; see :meth:`Aggregator.write`."""
-        if is_watched(self) or is_derived(self) or is_watched(self.weighting):
+        if not self.is_plain():
             return self._write_watched(jacobians, tensors)
         weights = self._weights_of(jacobians)
         add_combined(tensors, jacobians, weights)
@@ -201,7 +210,7 @@ class WeightedAggregator(Aggregator, Generic[_Weighting]):
 
     def _weights_of(self, jacobians: Sequence[Tensor]) -> Tensor:
         weighting = self.weighting
-        if isinstance(weighting, MatrixWeighting) and weighting.needs_rows_only and not is_derived(weighting):
+        if isinstance(weighting, MatrixWeighting) and weighting.needs_rows_only and not _is_derived(weighting):
             found: Tensor = weighting(jacobians[0].new_empty(len(jacobians[0]), 0))
         else:
             found = weighting(torch.cat([as_matrix(each) for each in jacobians], dim=1))
@@ -242,8 +251,8 @@ class GramianWeightedAggregator(WeightedAggregator[Weighting[Any]], Generic[_Wei
         return gram if self._is_solved() else gram.to(dtype)
 
     def works_on_gram(self) -> bool:
-        """Return whether no forward hook and no derived class wants to see the (T, P) Jacobian."""
-        return not (is_watched(self) or is_derived(self) or is_watched(self.weighting))
+        """Return whether nothing wants to see the (T, P) Jacobian."""
+        return self.is_plain()
 
     def weights_of_gram(self, gram: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the (T,) weights from the float64 Gram matrix of rows of a dtype."""

@@ -1,4 +1,4 @@
-"""Weights that do not depend on the gradients: equal, given or random ones; how much each task counts."""
+"""Weights that do not depend on the gradients: equal, given or random ones."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastmtl.aggregation.base import MatrixWeighting, WeightedAggregator
 from fastmtl.errors import UsageError
-from fastmtl.support.settings import Attribute, vector_string
+from fastmtl.support.settings import vector_string
 from fastmtl.weighting.rules import random_weights
 
 __all__ = [
@@ -15,13 +15,11 @@ __all__ = [
     "ConstantWeighting",
     "Mean",
     "MeanWeighting",
-    "Preference",
     "Random",
     "RandomWeighting",
     "Sum",
     "SumWeighting",
     "equal_weights",
-    "preference_suffix",
 ]
 
 
@@ -121,27 +119,3 @@ class Random(WeightedAggregator):
 
     def __init__(self) -> None:
         super().__init__(RandomWeighting())
-
-
-class Preference(Attribute[Tensor | None]):
-    """The attribute ``pref_vector``: a (T,) tensor or None for equal preference.
-
-    Setting it also sets ``weighting`` of its owner, whose forward hooks see the preferences that are used.
-
-    Args:
-        default: Makes the weighting that stands for None.
-    """
-
-    def __init__(self, default: type[MatrixWeighting]) -> None:
-        self.default = default
-
-    def __set__(self, instance: object, value: Tensor | None) -> None:
-        if value is not None and value.dim() != 1:
-            raise UsageError(f"pref_vector must have the shape (T,), got {tuple(value.shape)}.")
-        setattr(instance, "weighting", self.default() if value is None else ConstantWeighting(value))  # noqa: B010
-        super().__set__(instance, value)
-
-
-def preference_suffix(preference: Tensor | None) -> str:
-    """Return what a preference adds to the name of an aggregator."""
-    return "" if preference is None else f"([{vector_string(preference)}])"

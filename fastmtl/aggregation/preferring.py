@@ -8,20 +8,13 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl.aggregation.base import (
-    Aggregator,
-    GramianWeightedAggregator,
-    GramWeighting,
-    MatrixWeighting,
-    is_derived,
-    is_watched,
-)
-from fastmtl.aggregation.constant import MeanWeighting, Preference, SumWeighting, preference_suffix
+from fastmtl.aggregation.base import Aggregator, GramianWeightedAggregator, GramWeighting, MatrixWeighting
+from fastmtl.aggregation.constant import ConstantWeighting, MeanWeighting, SumWeighting
 from fastmtl.aggregation.rows import add_combined, gram_of
 from fastmtl.errors import UsageError
 from fastmtl.linalg import DualConeProjector, QuadprogProjector
 from fastmtl.ops._eigh import Scale
-from fastmtl.support.settings import Attribute, Through
+from fastmtl.support.settings import Attribute, Through, vector_string
 
 __all__ = [
     "AlignedMTL",
@@ -32,6 +25,28 @@ __all__ = [
     "UPGrad",
     "UPGradWeighting",
 ]
+
+
+class Preference(Attribute[Tensor | None]):
+    """The attribute ``pref_vector``: a (T,) tensor or None for equal preference.
+
+    Setting it also sets ``weighting`` of its owner, whose forward hooks see the preferences that are used; one of the
+    ``default`` class stands for None.
+    """
+
+    def __init__(self, default: type[MatrixWeighting]) -> None:
+        self.default = default
+
+    def __set__(self, instance: object, value: Tensor | None) -> None:
+        if value is not None and value.dim() != 1:
+            raise UsageError(f"pref_vector must have the shape (T,), got {tuple(value.shape)}.")
+        setattr(instance, "weighting", self.default() if value is None else ConstantWeighting(value))  # noqa: B010
+        super().__set__(instance, value)
+
+
+def _suffix(preference: Tensor | None) -> str:
+    """Return what a preference adds to the name of an aggregator."""
+    return "" if preference is None else f"([{vector_string(preference)}])"
 
 
 class AlignedMTLWeighting(GramWeighting):
@@ -73,7 +88,7 @@ class AlignedMTL(GramianWeightedAggregator[AlignedMTLWeighting]):
         super().__init__(AlignedMTLWeighting(pref_vector, scale_mode))
 
     def __str__(self) -> str:
-        return f"AlignedMTL{preference_suffix(self.pref_vector)}"
+        return f"AlignedMTL{_suffix(self.pref_vector)}"
 
 
 class ConFIG(Aggregator):
@@ -100,7 +115,7 @@ class ConFIG(Aggregator):
 
     def write(self, jacobians: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor | None:
         """Add the update to ``.grad``; see :meth:`Aggregator.write`."""
-        if is_watched(self) or is_derived(self):
+        if not self.is_plain():
             return super().write(jacobians, tensors)
         add_combined(tensors, jacobians, self._weights(jacobians))
         return None
@@ -110,7 +125,7 @@ class ConFIG(Aggregator):
         return ops.config(gram, None if self.pref_vector is None else self.weighting(gram).to(gram))
 
     def __str__(self) -> str:
-        return f"ConFIG{preference_suffix(self.pref_vector)}"
+        return f"ConFIG{_suffix(self.pref_vector)}"
 
 
 class _Projector(Attribute[DualConeProjector]):
@@ -169,7 +184,7 @@ class _ConeAggregator(GramianWeightedAggregator[_ConeWeighting]):
     projector: Through[DualConeProjector | None] = Through()
 
     def __str__(self) -> str:
-        return f"{type(self).__name__}{preference_suffix(self.pref_vector)}"
+        return f"{type(self).__name__}{_suffix(self.pref_vector)}"
 
 
 class UPGrad(_ConeAggregator):

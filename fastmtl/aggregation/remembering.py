@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastmtl import ops
 from fastmtl.aggregation.base import (
+    Buffered,
     GramianWeightedAggregator,
     GramWeighting,
     MatrixWeighting,
@@ -35,7 +36,7 @@ __all__ = [
 ]
 
 
-class ExcessMTLWeighting(MatrixWeighting, Stateful):
+class ExcessMTLWeighting(MatrixWeighting, Buffered):
     """Weights that grow with each task's excess risk, estimated from the gradients and the sum of their squares.
 
     The first call takes the risks as they are; from the second one on they are relative to the first ones, or to their
@@ -50,6 +51,7 @@ class ExcessMTLWeighting(MatrixWeighting, Stateful):
     """
 
     needs_rows_only = False
+    kept = ("_weights", "_sq_grad_sum", "_initial_w", "_warmup_w_sum")
     robust_step_size = positive(float)
     n_warmup_steps = at_least(0)
     _weights: Tensor | None
@@ -61,40 +63,33 @@ class ExcessMTLWeighting(MatrixWeighting, Stateful):
         super().__init__()
         self.robust_step_size = robust_step_size
         self.n_warmup_steps = n_warmup_steps
-        for name in ("_weights", "_sq_grad_sum", "_initial_w", "_warmup_w_sum"):
-            self.register_buffer(name, None)
-        self._calls = 0
+        self.reset()
 
     @torch.no_grad()
     def forward(self, matrix: Tensor, /) -> Tensor:
         """Return the weights and remember the squares of the gradients."""
-        weights, sums = self._state_for(matrix)
-        risks = ops.excess_risk_(sums, matrix).to(matrix.dtype)
-        self._calls += 1
-        if self._calls <= self.n_warmup_steps:
-            self._warmup_w_sum = risks if self._warmup_w_sum is None else self._warmup_w_sum + risks
-            return weights.clone()
-        if self._initial_w is not None:
-            risks = risks / (self._initial_w + 1e-7)
-        elif self._warmup_w_sum is not None:
-            self._initial_w = self._warmup_w_sum / (self._calls - 1)
-            risks = risks / (self._initial_w + 1e-7)
-        else:
-            self._initial_w = risks
-        self._weights = raised(weights, risks, self.robust_step_size)
-        return self._weights.clone()
-
-    def _state_for(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
         sums, weights = self._sq_grad_sum, self._weights
         if weights is None or sums is None or (sums.shape, sums.dtype) != (matrix.shape, matrix.dtype):
             self.reset()
             self._sq_grad_sum = sums = torch.zeros_like(matrix)
             self._weights = weights = equal_weights(matrix)
-        return weights, sums
+        risks = ops.excess_risk_(sums, matrix).to(matrix.dtype)
+        self._calls += 1
+        if self._calls <= self.n_warmup_steps:
+            self._warmup_w_sum = risks if self._warmup_w_sum is None else self._warmup_w_sum + risks
+            return weights.clone()
+        if self._initial_w is None and self._warmup_w_sum is not None:
+            self._initial_w = self._warmup_w_sum / (self._calls - 1)
+        if self._initial_w is None:
+            self._initial_w = risks
+        else:
+            risks = risks / (self._initial_w + 1e-7)
+        self._weights = raised(weights, risks, self.robust_step_size)
+        return self._weights.clone()
 
     def reset(self) -> None:
         """Forget the squares, the first risks and the weights."""
-        self._weights = self._sq_grad_sum = self._initial_w = self._warmup_w_sum = None
+        super().reset()
         self._calls = 0
 
 
@@ -108,7 +103,7 @@ class ExcessMTL(WeightedAggregator[ExcessMTLWeighting], Remembering):
         super().__init__(ExcessMTLWeighting(robust_step_size, n_warmup_steps))
 
 
-class GradVacWeighting(GramWeighting, Stateful):
+class GradVacWeighting(GramWeighting, Buffered):
     """Weights of Gradient Vaccine's update, in a new random order at each call; see :func:`fastmtl.ops.gradvac`.
 
     Args:
@@ -119,6 +114,7 @@ class GradVacWeighting(GramWeighting, Stateful):
     Multilingual Models", ICLR 2021.
     """
 
+    kept = ("_phi_t",)
     beta: Setting[float] = Setting(lambda value: 0 <= value <= 1, "from 0 to 1")
     eps = at_least(0.0)
     _phi_t: Tensor | None
@@ -127,7 +123,7 @@ class GradVacWeighting(GramWeighting, Stateful):
         super().__init__()
         self.beta = beta
         self.eps = eps
-        self.register_buffer("_phi_t", None)
+        self.reset()
 
     def weigh(self, gram: Tensor) -> Tensor:
         """Return the weights and move the averages; another number of tasks starts anew."""
@@ -136,16 +132,9 @@ class GradVacWeighting(GramWeighting, Stateful):
         weights, self._phi_t = ops.gradvac(gram, torch.rand_like(gram), self._phi_t.to(gram), self.beta)
         return weights
 
-    def reset(self) -> None:
-        """Forget the averages."""
-        self._phi_t = None
-
 
 class GradVac(GramianWeightedAggregator[GradVacWeighting], Remembering):
-    """The sum of the gradients, each turned towards the others where it was closer before.
-
-    See :class:`GradVacWeighting`.
-    """
+    """The sum of the gradients, each turned towards the others where it was closer; see :class:`GradVacWeighting`."""
 
     beta: Through[float] = Through()
     eps: Through[float] = Through()
@@ -162,6 +151,9 @@ class NashMTLWeighting(MatrixWeighting, Stateful):
         max_norm: Greatest length of the update; 0 for none.
         update_weights_every: Calls between two bargains; the weights are kept in between.
         optim_niter: Taken for TorchJD's sake; the solution is exact.
+
+    Raises:
+        UsageError: The matrix has another number of rows.
 
     Source: Navon et al., "Multi-Task Learning as a Bargaining Game", ICML 2022.
     """
@@ -189,11 +181,7 @@ class NashMTLWeighting(MatrixWeighting, Stateful):
         return self.weigh(gram_of([matrix])).to(matrix.dtype)
 
     def weigh(self, gram: Tensor) -> Tensor:
-        """Return the weights of a float64 Gram matrix.
-
-        Raises:
-            UsageError: It has another number of tasks.
-        """
+        """Return the weights of a float64 Gram matrix."""
         if len(gram) != self.n_tasks:
             raise UsageError(f"matrix must have n_tasks={self.n_tasks} rows, got {len(gram)}.")
         if self._last is None or self._calls % self.update_weights_every == 0:
@@ -234,7 +222,7 @@ def _is_share(value: float | Tensor) -> bool:
     return 0 <= value <= 1
 
 
-class PCDWeighting(GramWeighting, Stateful):
+class PCDWeighting(GramWeighting, Buffered):
     """Weights of the update closest to the first task's gradient that lets every other task make progress.
 
     With ``s_i = 1 / sqrt(v_i + eps)``, v_i a moving average of ``|g_i|^2`` without its bias, and ``n_i = s_i g_i``: the
@@ -253,6 +241,7 @@ class PCDWeighting(GramWeighting, Stateful):
     Optimization", TMLR 2026.
     """
 
+    kept = ("_sq_norm_ema", "_n_steps")
     tau: Setting[float | Tensor] = Setting(_is_share, "from 0 to 1, a number or a vector")
     beta: Setting[float] = Setting(lambda value: 0 <= value < 1, "from 0 to below 1")
     eps = at_least(0.0)
@@ -264,8 +253,7 @@ class PCDWeighting(GramWeighting, Stateful):
         self.tau = tau
         self.beta = beta
         self.eps = eps
-        self.register_buffer("_sq_norm_ema", None)
-        self.register_buffer("_n_steps", None)
+        self.reset()
 
     def weigh(self, gram: Tensor) -> Tensor:
         """Return the weights; another number of tasks starts anew."""
@@ -284,10 +272,6 @@ class PCDWeighting(GramWeighting, Stateful):
         spread = average / (1 - self.beta**steps) + self.eps
         scale = torch.where(spread > 0, spread.rsqrt(), 0.0)
         return torch.where(finite, constrained_descent(gram, scale, tau), torch.nan)
-
-    def reset(self) -> None:
-        """Forget the moving average."""
-        self._sq_norm_ema = self._n_steps = None
 
 
 class PCD(GramianWeightedAggregator[PCDWeighting], Remembering):

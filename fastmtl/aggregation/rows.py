@@ -45,9 +45,9 @@ def add_combined(tensors: Sequence[Tensor], jacobians: Sequence[Tensor], weights
         sums = [torch.tensordot(weights.to(each), each, dims=1) for each in jacobians]
         put(sums, tensors)
         return
-    numbers = range(len(tensors))
-    parts = {fresh: [k for k in numbers if (tensors[k].grad is None) == fresh] for fresh in (True, False)}
-    for fresh, some in parts.items():
+    # Those with a gradient come first, as the others will have one too.
+    for fresh in (False, True):
+        some = [k for k, tensor in enumerate(tensors) if (tensor.grad is None) == fresh]
         if not some:
             continue
         out = [torch.empty_like(tensors[k]) if fresh else _own(tensors[k]) for k in some]

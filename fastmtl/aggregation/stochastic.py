@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmtl.aggregation.base import MatrixWeighting, Weighting
+from fastmtl.aggregation.base import Buffered, MatrixWeighting, Weighting
 from fastmtl.aggregation.constant import equal_weights
 from fastmtl.errors import UsageError
 from fastmtl.support.settings import Setting, at_least, optional_vector, positive
@@ -24,7 +24,7 @@ def _start(last: Tensor | None, matrix: Tensor) -> Tensor:
     return last
 
 
-class MoDoWeighting(MatrixWeighting, Stateful):
+class MoDoWeighting(MatrixWeighting, Buffered):
     """Min-norm weights, moved by one projected gradient step per call: ``w <- project(w - gamma (A w + rho w))``.
 
     The matrix A is (T, T), the products of the gradients of two independent batches.
@@ -38,6 +38,7 @@ class MoDoWeighting(MatrixWeighting, Stateful):
     """
 
     needs_rows_only = False
+    kept = ("_lambda",)
     gamma = positive(float)
     rho = at_least(0.0)
     _lambda: Tensor | None
@@ -46,7 +47,7 @@ class MoDoWeighting(MatrixWeighting, Stateful):
         super().__init__()
         self.gamma = gamma
         self.rho = rho
-        self.register_buffer("_lambda", None)
+        self.reset()
 
     @torch.no_grad()
     def forward(self, matrix: Tensor, /) -> Tensor:
@@ -54,12 +55,8 @@ class MoDoWeighting(MatrixWeighting, Stateful):
         self._lambda = stepped(_start(self._lambda, matrix), matrix, self.gamma, self.rho)
         return self._lambda
 
-    def reset(self) -> None:
-        """Start from equal weights again."""
-        self._lambda = None
 
-
-class SDMGradWeighting(MatrixWeighting, Stateful):
+class SDMGradWeighting(MatrixWeighting, Buffered):
     """Min-norm weights pulled towards a preferred direction, ``(w + lambda_ p) / (1 + lambda_)``.
 
     The matrix is (T, T), the products of the gradients of two independent batches; w is found by projected gradient
@@ -80,6 +77,7 @@ class SDMGradWeighting(MatrixWeighting, Stateful):
     """
 
     needs_rows_only = False
+    kept = ("_w",)
     lr = positive(float)
     momentum: Setting[float] = Setting(lambda value: 0 <= value < 1, "from 0 to below 1")
     n_iter = at_least(1)
@@ -101,7 +99,7 @@ class SDMGradWeighting(MatrixWeighting, Stateful):
         self.n_iter = n_iter
         self.lambda_ = lambda_
         self.pref_vector = pref_vector
-        self.register_buffer("_w", None)
+        self.reset()
 
     @torch.no_grad()
     def forward(self, matrix: Tensor, /) -> Tensor:
@@ -120,12 +118,8 @@ class SDMGradWeighting(MatrixWeighting, Stateful):
         )
         return (self._w + self.lambda_ * preference) / (1 + self.lambda_)
 
-    def reset(self) -> None:
-        """Start from equal weights again."""
-        self._w = None
 
-
-class CRMOGMWeighting(Weighting[Any], Stateful):
+class CRMOGMWeighting(Weighting[Any], Buffered):
     """A moving average of another weighting's weights: ``w <- alpha w + (1 - alpha) weighting(...)``.
 
     Args:
@@ -141,6 +135,7 @@ class CRMOGMWeighting(Weighting[Any], Stateful):
     """
 
     settings = ()
+    kept = ("_lambda",)
     alpha: Setting[float] = Setting(lambda value: 0 <= value <= 1, "from 0 to 1")
     _lambda: Tensor | None
 
@@ -149,7 +144,7 @@ class CRMOGMWeighting(Weighting[Any], Stateful):
         self.weighting = weighting
         self.alpha = alpha
         self._initial_weights = initial_weights
-        self.register_buffer("_lambda", None)
+        super().reset()
 
     def forward(self, stat: Tensor, /) -> Tensor:
         """Return the average."""
@@ -168,6 +163,6 @@ class CRMOGMWeighting(Weighting[Any], Stateful):
 
     def reset(self) -> None:
         """Forget the average, and what the other weighting remembers."""
-        self._lambda = None
+        super().reset()
         if isinstance(self.weighting, Stateful):
             self.weighting.reset()

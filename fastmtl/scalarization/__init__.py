@@ -7,8 +7,7 @@ derived from ``Stateful`` remember something from call to call; ``reset()`` forg
 from __future__ import annotations
 
 from fastmtl.scalarization.base import Scalarizer
-from fastmtl.scalarization.fixed import Constant, GeometricMean, Mean, Random, Sum
-from fastmtl.scalarization.preference import COSMOS, PBI, STCH
+from fastmtl.scalarization.fixed import COSMOS, PBI, STCH, Constant, GeometricMean, Mean, Random, Sum
 from fastmtl.scalarization.remembering import DWA, FAMO, IMTLL, UW
 
 __all__ = [

@@ -24,10 +24,6 @@ class Scalarizer(Described, nn.Module, ABC):
 
 
 def check_same_shape(name: str, tensor: Tensor | None, values: Tensor) -> None:
-    """Refuse a tensor that does not have the shape of the losses; None passes.
-
-    Raises:
-        UsageError: Another shape.
-    """
+    """Raise a UsageError for a tensor that does not have the shape of the losses; None passes."""
     if tensor is not None and tensor.shape != values.shape:
         raise UsageError(f"values must have the shape {tuple(tensor.shape)} of {name}, got {tuple(values.shape)}.")

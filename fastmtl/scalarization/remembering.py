@@ -20,11 +20,7 @@ _TINY = 1e-8
 
 
 class Learned(Scalarizer, Stateful):
-    """Base of scalarizers that learn one number for each loss.
-
-    Args:
-        shape: Shape of the losses.
-    """
+    """Base of scalarizers that learn one number for each of the losses of a ``shape``, in the ``parameter`` named."""
 
     settings: ClassVar[tuple[str, ...]] = ("shape",)
     parameter: ClassVar[str]
@@ -46,9 +42,6 @@ class Learned(Scalarizer, Stateful):
 
 class IMTLL(Learned):
     """``sum_i exp(s_i) L_i - s_i``: losses brought to the same scale; give ``parameters()`` to the optimizer.
-
-    Args:
-        shape: Shape of the losses.
 
     Source: Liu et al., "Towards Impartial Multi-task Learning", ICLR 2021.
     """
@@ -112,10 +105,7 @@ class FAMO(Learned):
 
     @torch.no_grad()
     def update(self, values: Tensor, /) -> None:
-        """Move the weights.
-
-        Args:
-            values: The losses of the batch after the model's step.
+        """Move the weights by the losses of the batch after the model's step.
 
         Raises:
             UsageError: There was no call before, or ``values`` has another shape.
@@ -141,9 +131,6 @@ class FAMO(Learned):
 
 class UW(Learned):
     """``sum_i L_i / (2 exp(s_i)) + s_i / 2``: s_i is the log of a variance; give ``parameters()`` to the optimizer.
-
-    Args:
-        shape: Shape of the losses.
 
     Source: Kendall, Gal and Cipolla, "Multi-Task Learning Using Uncertainty to Weigh Losses for Scene Geometry and
     Semantics", CVPR 2018.

@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
+from torch import Tensor
 
-from fastmtl.weighting.base import Weights
-from fastmtl.weighting.bilevel import INNER_STEP, OUTER_LR, Bilevel
+from fastmtl.engine.lookahead import LookAhead
+from fastmtl.weighting.base import AbsWeighting, Hyper, Weights
+from fastmtl.weighting.rules import Adam
 
-if TYPE_CHECKING:
-    from fastmtl.engine.lookahead import LookAhead
+__all__ = ["INNER_LR", "INNER_STEP", "OUTER_LR", "AutoLambda", "Bilevel"]
 
-__all__ = ["AutoLambda"]
+OUTER_LR = Hyper(type=float, default=1e-3, least=0.0, help="Learning rate of the logits of the task weights.")
+INNER_LR = Hyper(type=float, default=0.1, least=0.0, help="Learning rate of the steps the strategy looks ahead.")
+INNER_STEP = Hyper(
+    type=int, default=1, help="Steps the strategy looks ahead; this one is made for a single one.", choices=(1,)
+)
+
+
+class Bilevel(AbsWeighting):
+    """Base of the strategies whose weights are the upper level of a problem that training is the lower level of."""
+
+    needs = "lookahead"
+    allows_rep_grad = False
+
+    def init_param(self) -> None:
+        """Create the logits and their optimizer."""
+        self.logits = Adam(self, "task_weight", torch.full((self.task_num,), 1 / self.task_num))
+
+    def task_weights(self) -> Tensor:
+        """Return the (T,) weights."""
+        return torch.softmax(self.logits.value, dim=-1)
+
+    def through_softmax(self, slope: Tensor) -> Tensor:
+        """Return gradients (..., T) with respect to the logits from those with respect to the weights."""
+        weights = self.task_weights().to(slope.dtype)
+        return weights * (slope - (slope * weights).sum(-1, keepdim=True))
 
 
 class AutoLambda(Bilevel):

@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl.support.hyper import Hyper
-from fastmtl.weighting.base import AbsWeighting, Weights
+from fastmtl.weighting.base import AbsWeighting, Hyper, Weights
 
 __all__ = ["CAGrad"]
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmtl.support.hyper import Hyper
-from fastmtl.weighting.base import AbsWeighting, Weights
+from fastmtl.weighting.base import AbsWeighting, Hyper, Weights
 from fastmtl.weighting.rules import descent_rates
 
 __all__ = ["DWA"]

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from fastmtl.errors import UsageError
-from fastmtl.support.hyper import Hyper
 from fastmtl.support.names import resolve_name
-from fastmtl.weighting.base import AbsWeighting, Weights
+from fastmtl.weighting.base import AbsWeighting, Hyper, Weights
 
 __all__ = ["EW"]
 

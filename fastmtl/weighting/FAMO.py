@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmtl.support.hyper import Hyper
-from fastmtl.weighting.adam import Adam
-from fastmtl.weighting.base import AbsWeighting, Weights
-from fastmtl.weighting.rules import even_fall, even_fall_slope
+from fastmtl.weighting.base import AbsWeighting, Hyper, Weights
+from fastmtl.weighting.rules import Adam, even_fall, even_fall_slope
 
 __all__ = ["FAMO"]
 
@@ -37,9 +35,8 @@ class FAMO(AbsWeighting):
 
     def weigh(self, losses: Tensor, gram: None, **hyper: object) -> Weights:
         """Return the derivatives of ``sum_t z_t log D_t / c``."""
-        excess = losses - self.min_losses + 1e-8
-        self._excess = excess
-        return Weights(shared=even_fall(self.logits.value, excess))
+        self._excess = losses - self.min_losses + 1e-8
+        return Weights(shared=even_fall(self.logits.value, self._excess))
 
     def after_step(
         self, losses: Tensor, *, FAMO_w_lr: float = 0.025, FAMO_w_gamma: float = 1e-3, **hyper: object

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl.support.hyper import Hyper
-from fastmtl.weighting.base import Weights
-from fastmtl.weighting.bilevel import INNER_LR, OUTER_LR, Bilevel
-
-if TYPE_CHECKING:
-    from fastmtl.engine.lookahead import LookAhead
+from fastmtl.engine.lookahead import LookAhead
+from fastmtl.weighting.AutoLambda import INNER_LR, OUTER_LR, Bilevel
+from fastmtl.weighting.base import Hyper, Weights
 
 __all__ = ["FORUM", "forum_weights"]
 
@@ -25,13 +20,8 @@ def forum_weights(cosines: Tensor, products: Tensor, square: Tensor, phi: float)
 
     ``s(l) = phi - <sum_t l_t u_t, q> / |q|^2`` is what n must at least be for the update to descend on q by
     ``phi |q|^2``. The objective is convex, with one quadratic where s > 0 and one where s < 0: the minimiser of one of
-    them is on its own side, or the solution lies on s = 0. Accurate to about 1e-6.
-
-    Args:
-        cosines: (T, T) products of the unit vectors u_t.
-        products: (T,) ``<u_t, q>``.
-        square: ``|q|^2``.
-        phi: The share of descent.
+    them is on its own side, or the solution lies on s = 0. Accurate to about 1e-6. ``cosines`` are the (T, T) products
+    of the unit vectors u_t, ``products`` the (T,) ``<u_t, q>``, ``square`` is ``|q|^2``.
     """
     share = products / square.where(square > 0, 1.0)
     free = ops.min_norm(cosines)

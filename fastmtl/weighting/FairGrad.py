@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl.support.hyper import Hyper
-from fastmtl.weighting.base import AbsWeighting, Weights
+from fastmtl.weighting.base import AbsWeighting, Hyper, Weights
 
 __all__ = ["Fair", "FairGrad"]
 

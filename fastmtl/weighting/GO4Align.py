@@ -6,11 +6,48 @@ import torch
 from torch import Tensor
 
 from fastmtl.errors import UsageError
-from fastmtl.support.hyper import Hyper
-from fastmtl.weighting.base import AbsWeighting, Weights
-from fastmtl.weighting.kmeans import cluster_means
+from fastmtl.weighting.base import AbsWeighting, Hyper, Weights
 
-__all__ = ["GO4Align"]
+__all__ = ["GO4Align", "cluster_means"]
+
+
+def cluster_means(values: Tensor, clusters: int) -> Tensor:
+    """Return for each of (T,) numbers the float64 mean of its cluster, of at most as many as given.
+
+    The clusters are those with the least sum of squared distances. Optimal ones are intervals of the sorted numbers, so
+    a dynamic program over their ends finds them, without reading a number on the host.
+
+    Source: Wang and Song, "Ckmeans.1d.dp: Optimal k-means Clustering in One Dimension by Dynamic Programming", 2011.
+    """
+    size = len(values)
+    ordered, order = values.double().sort()
+    centred = ordered - ordered.mean()
+    place = torch.arange(size, device=values.device)
+
+    def interval_sums(terms: Tensor) -> Tensor:
+        total = torch.cat([terms.new_zeros(1), terms.cumsum(0)])
+        return total[None, 1:] - total[:-1, None]
+
+    count = (place[None, :] - place[:, None] + 1).clamp(min=1)
+    cost = interval_sums(centred * centred) - interval_sums(centred) ** 2 / count
+    cost = torch.where(place[:, None] <= place[None, :], cost.clamp(min=0), torch.inf)
+
+    least, starts = cost[0], []
+    for _ in range(min(clusters, size) - 1):
+        before = torch.cat([torch.full_like(least[:1], torch.inf), least[:-1]])
+        # A cluster more never costs more, so the first number may also start a cluster of fewer.
+        candidates = torch.minimum(before[:, None] + cost, torch.where(place[:, None] == 0, cost, torch.inf))
+        least, start = candidates.min(0)
+        starts.append(start)
+    label, end = torch.zeros_like(place), torch.full_like(place[:1], size - 1)
+    for start in reversed(starts):
+        first = start.index_select(0, end)
+        label = label + (place >= first)
+        end = (first - 1).clamp(min=0)
+    member = (label[:, None] == label[None, :]).double()
+    # Taken from the cluster's first member, so that rounding does not tell its members apart.
+    means = (member @ ordered / member.sum(1)).index_select(0, member.argmax(1))
+    return torch.empty_like(means).index_copy(0, order, means)
 
 
 class GO4Align(AbsWeighting):
@@ -37,11 +74,7 @@ class GO4Align(AbsWeighting):
         self.remember("probabilities", torch.full((self.task_num,), 1 / self.task_num))
 
     def start_epoch(self, *, GO4Align_groups: int = 2, **hyper: object) -> None:
-        """Refuse a number of groups below one.
-
-        Raises:
-            UsageError: Says what was given.
-        """
+        """Raise a UsageError for a number of groups below one."""
         if GO4Align_groups < 1:
             raise UsageError(f"GO4Align_groups must be at least 1, got {GO4Align_groups}.")
 

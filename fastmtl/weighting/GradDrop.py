@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl.support.hyper import Hyper
-from fastmtl.weighting.base import AbsWeighting
+from fastmtl.weighting.base import AbsWeighting, Hyper
 
 __all__ = ["GradDrop"]
 

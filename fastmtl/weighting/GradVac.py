@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl.support.hyper import Hyper
-from fastmtl.weighting.base import Weights
+from fastmtl.weighting.base import Hyper, Weights
 from fastmtl.weighting.PCGrad import RandomOrders
 
 __all__ = ["GradVac"]

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl.support.hyper import Hyper
-from fastmtl.weighting.base import AbsWeighting, Weights
+from fastmtl.weighting.base import AbsWeighting, Hyper, Weights
 
 __all__ = ["MGDA"]
 
@@ -32,14 +31,7 @@ class MGDA(AbsWeighting):
     }
 
     def weigh(self, losses: Tensor, gram: Tensor, *, mgda_gn: str = "none", **hyper: object) -> Weights:
-        """Return the min-norm weights.
-
-        Args:
-            losses: (T,).
-            gram: (T, T).
-            mgda_gn: The normalisation of the gradients.
-            hyper: Unused.
-        """
+        """Return the min-norm weights."""
         if mgda_gn == "none":
             return Weights(shared=ops.min_norm(gram))
         scale = self._scale(losses.to(gram.dtype), gram.diagonal(), mgda_gn)

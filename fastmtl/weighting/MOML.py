@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from fastmtl import ops
+from fastmtl.engine.lookahead import LookAhead
+from fastmtl.weighting.AutoLambda import INNER_LR, INNER_STEP, OUTER_LR, Bilevel
 from fastmtl.weighting.base import Weights
-from fastmtl.weighting.bilevel import INNER_LR, INNER_STEP, OUTER_LR, Bilevel
-
-if TYPE_CHECKING:
-    from fastmtl.engine.lookahead import LookAhead
 
 __all__ = ["MOML"]
 

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl.support.hyper import Hyper
-from fastmtl.weighting.base import AbsWeighting, Rows, Weights
+from fastmtl.weighting.base import AbsWeighting, Hyper, Rows, Weights
 from fastmtl.weighting.row_state import RowState
 
 __all__ = ["MoCo"]
@@ -63,5 +62,4 @@ class MoCo(AbsWeighting):
         products = self.whole(ops.ema_gram_(averages, rows, 1 - rate, gains)).to(self.lambd.dtype)
         pull = products @ self.lambd + MoCo_rho * self.lambd
         self.lambd.copy_(torch.softmax(self.lambd - MoCo_gamma / self.steps**MoCo_gamma_sigma * pull, dim=-1))
-        weights = self.lambd.clone()
-        return Weights(shared=weights, rows=averages, gram=gram)
+        return Weights(shared=self.lambd.clone(), rows=averages, gram=gram)

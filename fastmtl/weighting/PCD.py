@@ -7,8 +7,7 @@ from torch import Tensor
 
 from fastmtl import ops
 from fastmtl.errors import UsageError
-from fastmtl.support.hyper import Hyper
-from fastmtl.weighting.base import AbsWeighting, Weights
+from fastmtl.weighting.base import AbsWeighting, Hyper, Weights
 
 __all__ = ["PCD", "constrained_descent", "priority_weights"]
 
@@ -16,12 +15,8 @@ __all__ = ["PCD", "constrained_descent", "priority_weights"]
 def priority_weights(gram: Tensor, tau: float | Tensor, primary: int = 0) -> Tensor:
     """Return the weights of the d closest to g_p under ``<g_j, d> >= tau_j |g_j|^2`` for all others; w_p is 1.
 
-    Where no d satisfies all constraints they are dropped: w is zero but for w_p.
-
-    Args:
-        gram: (T, T) float64 Gram matrix of the (normalised) gradients.
-        tau: Fraction of progress, or T - 1 of them.
-        primary: The p.
+    Where no d satisfies all constraints they are dropped: w is zero but for w_p. G is (T, T) in float64; tau is one
+    fraction of progress or T - 1 of them, ``primary`` is p.
     """
     size = len(gram)
     if size == 1:
@@ -42,25 +37,15 @@ def priority_weights(gram: Tensor, tau: float | Tensor, primary: int = 0) -> Ten
 
 
 def constrained_descent(gram: Tensor, scale: Tensor, tau: float | Tensor, primary: int = 0) -> Tensor:
-    """Return the weights of PCD's update.
-
-    Args:
-        gram: (T, T) float64 Gram matrix of the gradients.
-        scale: (T,) factors that normalise them.
-        tau: As for :func:`priority_weights`.
-        primary: The task whose gradient the update is as long as.
-    """
+    """Return the :func:`priority_weights` of gradients times (T,) factors, for an update as long as g_p."""
     normalised = gram * scale * scale[:, None]
     weights = priority_weights(normalised, tau, primary)
-    return scale * _at_length(weights, normalised, gram[primary, primary].clamp(min=0))
-
-
-def _at_length(weights: Tensor, gram: Tensor, square: Tensor) -> Tensor:
-    """Return weights scaled so that their update has the squared length ``square``; zero where it cancels."""
-    length = (weights @ gram @ weights).clamp(min=0)
-    sizes = (weights * gram.diagonal().clamp(min=0).sqrt()).sum()
+    length = (weights @ normalised @ weights).clamp(min=0)
+    sizes = (weights * normalised.diagonal().clamp(min=0).sqrt()).sum()
+    # Where the sum cancels, it has no direction, and the update is zero.
     lost = length <= 1e-14 * sizes * sizes
-    return weights * torch.where(lost, 0.0, (square / torch.where(lost, 1.0, length)).sqrt())
+    square = gram[primary, primary].clamp(min=0)
+    return scale * (weights * torch.where(lost, 0.0, (square / torch.where(lost, 1.0, length)).sqrt()))
 
 
 class PCD(AbsWeighting):
@@ -94,11 +79,7 @@ class PCD(AbsWeighting):
         self.remember("steps_seen", torch.zeros(self.task_num))
 
     def start_epoch(self, *, PCD_tau: float = 0.02, PCD_primary: int = 0, **hyper: object) -> None:
-        """Refuse hyper-parameters that mean nothing.
-
-        Raises:
-            UsageError: Says which.
-        """
+        """Raise a UsageError for hyper-parameters that mean nothing."""
         if not 0 <= PCD_tau <= 1:
             raise UsageError(f"PCD_tau must be from 0 to 1, got {PCD_tau}.")
         if not 0 <= PCD_primary < self.task_num:

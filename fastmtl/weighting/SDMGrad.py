@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmtl.support.hyper import Hyper
-from fastmtl.weighting.base import AbsWeighting, Weights
+from fastmtl.weighting.base import AbsWeighting, Hyper, Weights
 from fastmtl.weighting.rules import directed_weights
 
 __all__ = ["SDMGrad"]
@@ -45,7 +44,5 @@ class SDMGrad(AbsWeighting):
         equal = torch.full_like(self.w, 1 / size)
         weights = directed_weights(self.w, cross, equal, lamda=SDMGrad_lamda, steps=SDMGrad_niter)
         self.w.copy_(weights)
-        shared = torch.cat(
-            [(weights + SDMGrad_lamda / size) / (1 + SDMGrad_lamda), torch.zeros_like(weights).repeat(2)]
-        )
-        return Weights(shared=shared, logged=weights)
+        update = (weights + SDMGrad_lamda / size) / (1 + SDMGrad_lamda)
+        return Weights(shared=torch.cat([update, torch.zeros_like(update).repeat(2)]), logged=weights)

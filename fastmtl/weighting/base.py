@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastmtl import ops
 from fastmtl.engine.comm import CutsRows
+from fastmtl.engine.lookahead import LookAhead
 from fastmtl.engine.weights import Rows, Weights
 from fastmtl.errors import UsageError
 from fastmtl.support.hyper import Hyper
 
-if TYPE_CHECKING:
-    from fastmtl.engine.lookahead import LookAhead
-
-__all__ = ["AbsWeighting", "Needs", "Rows", "StepNeeds", "Weights"]
+__all__ = ["AbsWeighting", "Hyper", "Needs", "Rows", "StepNeeds", "Weights"]
 
 Needs = Literal["losses", "gram", "rows", "reps", "lookahead"]
 StepNeeds = Literal[Needs, "backward"]
@@ -27,9 +26,10 @@ StepNeeds = Literal[Needs, "backward"]
 class AbsWeighting(nn.Module):
     """Base of all strategies, mixed into the model class behind an architecture.
 
-    A strategy says what it ``needs`` and overrides the method of that name below, which runs no backward pass and never
-    reads a tensor on the host. What it remembers is registered with :meth:`remember`. A strategy written for LibMTL
-    overrides ``backward`` instead and uses ``_get_grads`` and ``_backward_new_grads``.
+    A strategy says what it ``needs`` and overrides the method of that name below. It is given the losses, detached and
+    (T,), with k samples (k, T), and the hyper-parameters by name; it runs no backward pass and never reads a tensor on
+    the host. What it remembers is registered with :meth:`remember`. A strategy written for LibMTL overrides
+    ``backward`` instead and uses ``_get_grads`` and ``_backward_new_grads``.
 
     Attributes:
         needs: ``"losses"``: one backward pass of the weighted losses. ``"gram"``: the gradients of all tasks, of which
@@ -82,12 +82,8 @@ class AbsWeighting(nn.Module):
     def remember(self, name: str, value: Tensor, task_dims: Sequence[int] | None = None) -> None:
         """Keep a tensor from step to step: it is part of ``state_dict``, and moves with the model.
 
-        Write into it (``self.name.copy_(...)``) or assign to it.
-
-        Args:
-            name: Name of the attribute.
-            value: The tensor to start from.
-            task_dims: Dimensions that have one entry per task; the first one unless given, none for a scalar.
+        Write into it (``self.name.copy_(...)``) or assign to it. ``task_dims`` are the dimensions that have one entry
+        per task; the first one unless given, none for a scalar.
         """
         self.register_buffer(name, value)
         dims = range(min(value.dim(), 1)) if task_dims is None else task_dims
@@ -114,23 +110,17 @@ class AbsWeighting(nn.Module):
     def weigh(self, losses: Tensor, gram: Any, **hyper: Any) -> Weights:
         """Return the weights of this step.
 
-        Args:
-            losses: (T,) detached losses; with k samples (k, T).
-            gram: Float64 Gram matrix of the task gradients if ``needs`` is ``"gram"``, else None: (T, T), with L groups
-                of parameters (L, T, T), with k samples (k T, k T), sample by sample. With ``rep_grad`` the gradients
-                are those of the representation, summed over the batch.
-            hyper: The hyper-parameters.
+        ``gram`` is the float64 Gram matrix of the task gradients if ``needs`` is ``"gram"``, else None: (T, T), with L
+        groups of parameters (L, T, T), with k samples (k T, k T), sample by sample. With ``rep_grad`` the gradients are
+        those of the representation, summed over the batch.
         """
         raise NotImplementedError(f"{type(self).__name__} overrides neither weigh nor backward.")
 
     def weigh_rows(self, losses: Tensor, rows: Rows, **hyper: Any) -> Weights:
-        """Return the weights of this step from the task gradients.
+        """Return the weights of this step from the T gradients.
 
-        Args:
-            losses: (T,) detached losses.
-            rows: T gradients, each a list over the shared parameters with None where a parameter has none; read-only.
-                With several processes, lists of the pieces this one has; see :meth:`whole`.
-            hyper: The hyper-parameters.
+        ``rows`` has each as a list over the shared parameters with None where a parameter has none; read-only. With
+        several processes, lists of the pieces this one has; see :meth:`whole`.
         """
         raise NotImplementedError
 
@@ -139,20 +129,14 @@ class AbsWeighting(nn.Module):
     ) -> Sequence[Tensor]:
         """Return what flows back into the representations in place of their gradients, or its sum where they are one.
 
-        Args:
-            losses: (T,) detached losses.
-            reps: T representations (B, ...), the very same tensor T times where the tasks share it.
-            grads: T gradients of them.
-            hyper: The hyper-parameters.
+        ``reps`` are T representations (B, ...), the very same tensor T times where the tasks share it.
         """
         raise NotImplementedError
 
     def look_ahead(self, ahead: LookAhead, **hyper: Any) -> Weights:
         """Return the weights for the step's last batch, or rows over all parameters and their weights.
 
-        Args:
-            ahead: The step's first batch in two halves, and passes on them at parameters of choice.
-            hyper: The hyper-parameters.
+        ``ahead`` has the step's first batch in two halves, and passes on them at parameters of choice.
         """
         raise NotImplementedError
 
@@ -189,8 +173,6 @@ class AbsWeighting(nn.Module):
 
     def _combine(self, losses: Tensor, **kwargs: Any) -> Weights:
         """Fill ``.grad`` as the weights of the task gradients say, and return them."""
-        from fastmtl import ops
-
         if self.weighs_heads and self.rep_grad:
             raise UsageError(f"{type(self).__name__} with rep_grad needs fastmtl's Trainer.")
         found = self._get_grads(losses, mode="autograd" if self.weighs_heads else "backward")

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from fastmtl.weighting.base import AbsWeighting
+from fastmtl.weighting.base import AbsWeighting
 
 __all__ = ["RowState"]
 
 
 class RowState:
-    """(T, P) numbers, seen as T rows in the shapes of the shared parameters.
-
-    Args:
-        owner: The strategy, which remembers the numbers.
-        name: Under which name.
-    """
+    """(T, P) numbers that a strategy remembers under a name, seen as T rows in the shapes of the shared parameters."""
 
     def __init__(self, owner: AbsWeighting, name: str) -> None:
         self._owner = owner

@@ -5,9 +5,36 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmtl.weighting.simplex import project_simplex
+from fastmtl.weighting.base import AbsWeighting
 
-__all__ = ["descent_rates", "directed_weights", "even_fall", "even_fall_slope", "raised", "random_weights", "stepped"]
+__all__ = [
+    "Adam",
+    "descent_rates",
+    "directed_weights",
+    "even_fall",
+    "even_fall_slope",
+    "project_simplex",
+    "raised",
+    "random_weights",
+    "stepped",
+]
+
+_DECAY = (0.9, 0.999)
+
+
+def project_simplex(point: Tensor) -> Tensor:
+    """Return the nearest (T,) vector that is nonnegative and sums to one.
+
+    Source: Duchi et al., "Efficient Projections onto the l1-Ball for Learning in High Dimensions", ICML 2008.
+    """
+    # The projection does not change with a shift; without one, the 1 is lost beside entries of 1e8.
+    point = point - point.max()
+    falling = point.sort(descending=True).values
+    position = torch.arange(1, len(point) + 1, dtype=point.dtype, device=point.device)
+    thresholds = (falling.cumsum(0) - 1) / position
+    # The threshold at the last entry that stays above its own.
+    kept = (falling > thresholds).sum().clamp(min=1)
+    return (point - thresholds.gather(0, (kept - 1).reshape(1))).clamp(min=0)
 
 
 def random_weights(like: Tensor) -> Tensor:
@@ -35,16 +62,10 @@ def directed_weights(
     rate: float = 5.0,
     momentum: float = 0.5,
 ) -> Tensor:
-    """Return SDMGrad's weights: projected gradient descent with momentum from ``weights``.
+    """Return SDMGrad's weights: projected gradient descent with momentum from (T,) ``weights`` on the simplex.
 
-    Args:
-        weights: (T,) on the simplex.
-        cross: (T, T) products J_1 J_2^T of two batches' gradients, which are brought to mean length one.
-        preference: (T,) weights of the direction that is preferred.
-        lamda: How strongly.
-        steps: Number of steps.
-        rate: Learning rate.
-        momentum: Share of the last step.
+    ``cross`` has the products J_1 J_2^T of two batches' gradients, which are brought to mean length one; ``lamda`` is
+    how strongly the direction of weights ``preference`` is preferred.
     """
     scale = cross.diagonal().clamp(min=0).sqrt().mean()
     cross = cross / (scale**2 + 1e-8)
@@ -72,3 +93,38 @@ def even_fall_slope(logits: Tensor, before: Tensor, after: Tensor) -> Tensor:
     fall = before.log() - after.log()
     share = torch.softmax(logits, dim=-1)
     return share * (fall - share @ fall)
+
+
+class Adam:
+    """A vector that a strategy learns by Adam, and remembers as ``<name>_value``.
+
+    The moments of its gradients are ``<name>_first`` and ``<name>_second``, of ``<name>_steps`` steps.
+
+    Source: Kingma and Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015.
+    """
+
+    def __init__(self, owner: AbsWeighting, name: str, value: Tensor) -> None:
+        self._owner = owner
+        self._name = name
+        owner.remember(f"{name}_value", value.clone())
+        owner.remember(f"{name}_first", torch.zeros_like(value))
+        owner.remember(f"{name}_second", torch.zeros_like(value))
+        owner.remember(f"{name}_steps", torch.zeros(()))
+
+    @property
+    def value(self) -> Tensor:
+        """Return the vector."""
+        found: Tensor = getattr(self._owner, f"{self._name}_value")
+        return found
+
+    @torch.no_grad()
+    def step(self, grad: Tensor, lr: float, weight_decay: float = 0.0) -> None:
+        """Move the vector against a gradient, to which ``weight_decay`` times the vector is added."""
+        first, second, steps = (getattr(self._owner, f"{self._name}_{each}") for each in ("first", "second", "steps"))
+        value = self.value
+        grad = grad + weight_decay * value
+        steps.add_(1)
+        first.lerp_(grad, 1 - _DECAY[0])
+        second.lerp_(grad * grad, 1 - _DECAY[1])
+        size = (second / (1 - _DECAY[1] ** steps)).sqrt() + 1e-8
+        value.sub_(lr * first / (1 - _DECAY[0] ** steps) / size)

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.errors import UsageError
-from fastmtl.weighting.GO4Align import GO4Align
-from fastmtl.weighting.kmeans import cluster_means
+from fastmtl.weighting.GO4Align import GO4Align, cluster_means
 from tests.trainer.toy import loaders, make_trainer
 
 

@@ -15,7 +15,7 @@ from fastmtl.loss import MSELoss
 from fastmtl.trainer.log.records import StepBuffer
 from fastmtl.trainer.setup.loaders import to_device
 from fastmtl.weighting import WEIGHTINGS
-from fastmtl.weighting.simplex import project_simplex
+from fastmtl.weighting.rules import project_simplex
 from tests.host_reads import NoHostRead
 from tests.trainer.toy import encoder, flat, loaders, make_trainer, task_dict
 

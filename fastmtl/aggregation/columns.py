@@ -1,4 +1,4 @@
-"""Gradient sign dropout."""
+"""Aggregators that look at each column of the Jacobian by itself."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 
 from fastmtl.aggregation.base import ColumnAggregator
 from fastmtl.errors import UsageError
-from fastmtl.support.settings import optional_vector, vector_string
+from fastmtl.support.settings import at_least, optional_vector, vector_string
 
-__all__ = ["GradDrop"]
+__all__ = ["GradDrop", "TrimmedMean"]
 
 
 def _identity(purity: Tensor) -> Tensor:
@@ -59,3 +59,32 @@ class GradDrop(ColumnAggregator):
 
     def __str__(self) -> str:
         return "GradDrop" if self.leak is None else f"GradDrop([{vector_string(self.leak)}])"
+
+
+class TrimmedMean(ColumnAggregator):
+    """The mean of each column without its greatest and smallest numbers.
+
+    Args:
+        trim_number: How many are left out on either side.
+
+    Raises:
+        UsageError: Fewer than ``2 trim_number + 1`` rows.
+
+    Source: Yin et al., "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates", ICML 2018.
+    """
+
+    trim_number = at_least(0)
+
+    def __init__(self, trim_number: int) -> None:
+        super().__init__()
+        self.trim_number = trim_number
+
+    def forward(self, matrix: Tensor, /) -> Tensor:
+        """Return the trimmed means."""
+        kept = len(matrix) - 2 * self.trim_number
+        if kept < 1:
+            raise UsageError(f"matrix must have at least {2 * self.trim_number + 1} rows, got {len(matrix)}.")
+        return matrix.sort(dim=0).values.narrow(0, self.trim_number, kept).mean(dim=0)
+
+    def __str__(self) -> str:
+        return f"TM{self.trim_number}"
