@@ -28,11 +28,7 @@ __all__ = ["DataParallel", "ExactDataParallel", "ShardedDataParallel"]
 class DataParallel(Comm):
     """No row leaves its process: a Gram matrix is the mean of those of the processes' own parts of the batch.
 
-    Args:
-        peers: The processes.
-        shared: The shared parameters.
-        own: The task-specific parameters.
-        of_strategy: The parameters of the strategy, whose gradients all processes have.
+    The gradients of ``of_strategy``, the strategy's parameters, are the same in all processes.
     """
 
     shares_batches = True
@@ -178,14 +174,7 @@ class ExactDataParallel(DataParallel):
 
 
 class ShardedDataParallel(ExactDataParallel):
-    """Each process has a shard of the parameters (FSDP2), where gradients end.
-
-    Args:
-        model: The parameters, gathered.
-        shared: The shared parameters.
-        own: The task-specific parameters.
-        of_strategy: The parameters of the strategy, which every process has whole.
-    """
+    """Each process has a shard of the parameters (FSDP2), where gradients end; it has those of the strategy whole."""
 
     shards: GradientShards
 
@@ -228,5 +217,5 @@ class ShardedDataParallel(ExactDataParallel):
             shard.grad = grad if grad is None or shard is param else self.model.part(grad, shard.shape)
 
     @override
-    def clip(self, max_norm: float | Tensor, shared_only: bool) -> None:
-        self.shards.clip(max_norm, shared_only, [] if shared_only else self.params)
+    def clip_grad_norm(self, max_norm: float | Tensor, shared_only: bool) -> None:
+        self.shards.clip_grad_norm(max_norm, shared_only, [] if shared_only else self.params)

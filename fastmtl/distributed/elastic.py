@@ -26,6 +26,5 @@ def mark(run: Path) -> None:
 
 def began_here(run: Path) -> bool:
     """Return whether this process was started again and an earlier start of the same launch made a run directory."""
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0 or not (run / _MARK).exists():
-        return False
-    return (run / _MARK).read_text(encoding="utf-8") == _launch()
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and (run / _MARK).exists()
+    return restarted and (run / _MARK).read_text(encoding="utf-8") == _launch()

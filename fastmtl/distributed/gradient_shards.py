@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from fastmtl.distributed.shards import BUCKET_BYTES, Pieces, cut_buckets
 from fastmtl.engine.model import Tasks
+from fastmtl.engine.vjp import Cotangents
 from fastmtl.engine.weights import Row
 from fastmtl.errors import UsageError
 
@@ -31,16 +32,12 @@ class _Incoming:
         size: Length of a part.
         flat: (W, size) gradients that wait for the others of the bucket; None before the first.
         arrived: Which are there.
-        reached: Which have been there since the parts were collected.
-        parts: (size,) sums that were sent for, this process's part.
     """
 
     begins: dict[int, int] = field(default_factory=dict)
     size: int = 0
     flat: Tensor | None = None
     arrived: set[int] = field(default_factory=set)
-    reached: set[int] = field(default_factory=set)
-    parts: list[Tensor] = field(default_factory=list)
 
 
 class GradientShards(Pieces):
@@ -49,23 +46,11 @@ class GradientShards(Pieces):
     A gradient is copied into its bucket and freed as soon as it is known; a full bucket is reduce-scattered while the
     backward pass goes on, one at a time. All processes must run the same graph, as it decides the order of buckets.
 
-    Args:
-        shared: The gathered shared parameters.
-        own: The gathered task-specific parameters.
-        model: Whose parameters they are.
-        bucket_bytes: Size of a bucket, `BUCKET_BYTES` if None; a greater parameter has one of its own.
-
     Raises:
         UsageError: A shared parameter is a scalar.
     """
 
-    def __init__(
-        self,
-        shared: Sequence[nn.Parameter],
-        own: Sequence[nn.Parameter],
-        model: ShardedModel,
-        bucket_bytes: int | None = None,
-    ) -> None:
+    def __init__(self, shared: Sequence[nn.Parameter], own: Sequence[nn.Parameter], model: ShardedModel) -> None:
         if any(param not in model.shard_of for param in shared):
             raise UsageError("shard='fsdp' cannot cut shared parameters that are scalars.")
         self.model = model
@@ -76,21 +61,22 @@ class GradientShards(Pieces):
         super().__init__(shared, model.peers)
         self._buckets: list[_Incoming] = []
         self._bucket_of: dict[int, _Incoming] = {}
-        most = BUCKET_BYTES if bucket_bytes is None else bucket_bytes
         for first, params in ((0, shared), (len(shared), cut)):
-            for places in cut_buckets(params, most):
+            for places in cut_buckets(params, BUCKET_BYTES):
                 self._buckets.append(bucket := _Incoming())
                 for k in (first + place for place in places):
                     self._bucket_of[k] = bucket
                     bucket.begins[k] = bucket.size
                     bucket.size += self._pads[k]
+        # What was sent for, this process's pieces: several if a parameter was reached several times.
+        self._sums: list[list[Tensor]] = [[] for _ in self._all]
         self._takes_own = True
         for k, param in enumerate(self._all):
             param.register_post_accumulate_grad_hook(partial(self._arrive, k))
 
     @override
     def pieces(self, rank: int) -> list[tuple[int, int, int]]:
-        return [(k, rank * pad, (rank + 1) * pad) for k, pad in enumerate(self._pads[: self._count])]
+        return [(k, rank * pad, pad) for k, pad in enumerate(self._pads[: self._count])]
 
     def _arrive(self, k: int, param: Tensor) -> None:
         if param.grad is not None and (k < self._count or self._takes_own):
@@ -114,14 +100,13 @@ class GradientShards(Pieces):
             self._send(bucket)
 
     def _send(self, bucket: _Incoming) -> None:
-        flat = bucket.flat
+        flat, bucket.flat = bucket.flat, None
         assert flat is not None
-        bucket.flat = None
-        bucket.reached |= bucket.arrived
-        bucket.arrived.clear()
         self.wait()
         part = flat.new_empty(bucket.size)
-        bucket.parts.append(part)
+        for k in bucket.arrived:
+            self._sums[k].append(part[bucket.begins[k] :][: self._pads[k]])
+        bucket.arrived.clear()
         self.on_the_way.append((self.peers.reduce_scatter(part, flat.view(-1)), flat))
 
     def _collect(self) -> Row:
@@ -130,22 +115,12 @@ class GradientShards(Pieces):
             if bucket.flat is not None:
                 self._send(bucket)
         self.wait()
-        found: Row = [None] * len(self._all)
-        for bucket in self._buckets:
-            if bucket.parts:
-                part = bucket.parts[0] if len(bucket.parts) == 1 else torch.stack(bucket.parts).sum(0)
-                for k in bucket.reached:
-                    begin = bucket.begins[k]
-                    found[k] = part[begin : begin + self._pads[k]]
-                bucket.parts, bucket.reached = [], set()
+        found = [reduce(torch.add, sums) if sums else None for sums in self._sums]
+        self._sums = [[] for _ in self._all]
         return found
 
     def stream(
-        self,
-        outputs: Sequence[Tensor],
-        cotangents: Sequence[Tensor | None],
-        own: Sequence[Tensor],
-        retain: bool,
+        self, outputs: Sequence[Tensor], cotangents: Cotangents, own: Sequence[Tensor], retain: bool
     ) -> tuple[Row, Row]:
         """Differentiate; return the pieces of the shared parameters' gradients, and the whole ones of ``own``."""
         pairs = [
@@ -161,17 +136,20 @@ class GradientShards(Pieces):
             torch.autograd.backward([o for o, _ in pairs], [c for _, c in pairs], retain_graph=retain, inputs=wanted)
         finally:
             self._takes_own = True
-        found: Row = []
+        found = [param.grad for param in own]
         for param in own:
-            found.append(param.grad)
             param.grad = None
         return self._collect()[: self._count], found
 
     @override
     @torch.no_grad()
     def write(self, rows: Sequence[Row], weights: Tensor, groups: Sequence[int] | None, tasks: Tasks = ()) -> None:
-        out = [param.new_empty(pad) for param, pad in zip(self.params, self._pads, strict=False)]
-        self._add(self.combine(out, rows, weights, groups))
+        out = [
+            self.params[k].new_empty(self._pads[k]) if any(row[k] is not None for row in rows) else None
+            for k in range(self._count)
+        ]
+        self.combine(out, rows, weights, groups)
+        self._add(out)
 
     @torch.no_grad()
     def reduce(self) -> None:
@@ -188,7 +166,7 @@ class GradientShards(Pieces):
                 shard.grad = grad if shard.grad is None else shard.grad + grad
 
     @torch.no_grad()
-    def clip(self, max_norm: float | Tensor, shared_only: bool, kept: Sequence[Tensor]) -> None:
+    def clip_grad_norm(self, max_norm: float | Tensor, shared_only: bool, kept: Sequence[Tensor]) -> None:
         """Bring the norm of the gradients together down to ``max_norm``; ``kept`` are whole in every process."""
         params = self.params if shared_only else self._all
         grads = [grad for param in params if (grad := self.model.shard_of[param].grad) is not None]

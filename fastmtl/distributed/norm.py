@@ -20,19 +20,13 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     In training, means and variances, and in the backward pass the two sums that they add to the gradient, are those of
     all processes. The gradients of weight and bias are this process's terms of a sum, as those of other parameters are.
-    In evaluation it is the batch norm that it came from.
+    In evaluation it is the batch norm that it came from, see :func:`synchronize`.
 
-    Args:
-        norm: A batch norm, whose parameters and running statistics it takes over.
+    Attributes:
         peers: The processes; all must run it equally often, in the same order.
     """
 
-    def __init__(self, norm: nn.modules.batchnorm._BatchNorm, peers: Peers) -> None:
-        super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
-        self._parameters.update(norm._parameters)
-        self._buffers.update(norm._buffers)
-        self.training = norm.training
-        self.peers = peers
+    peers: Peers
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
@@ -106,15 +100,11 @@ def _wide(values: Tensor, like: Tensor) -> Tensor:
 
 
 def synchronize(model: nn.Module, peers: Peers) -> None:
-    """Put :class:`SyncBatchNorm` in the place of a model's batch norms; names and tensors stay.
+    """Make a :class:`SyncBatchNorm` of each of a model's batch norms; names and tensors stay.
 
     Classes derived from torch's batch norms keep what they do.
     """
-    if peers.size == 1:
-        return
-    made: dict[nn.Module, SyncBatchNorm] = {}
-    for module in list(model.modules()):
-        for name, child in module._modules.items():
-            if type(child) in _KINDS and isinstance(child, nn.modules.batchnorm._BatchNorm):
-                made.setdefault(child, SyncBatchNorm(child, peers))
-                module._modules[name] = made[child]
+    for module in model.modules() if peers.size > 1 else ():
+        if module is not model and type(module) in _KINDS:
+            vars(module)["peers"] = peers
+            module.__class__ = SyncBatchNorm

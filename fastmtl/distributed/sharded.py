@@ -52,23 +52,19 @@ class ShardedModel:
         )
         self._model.set_requires_gradient_sync(False)
         self._model.set_reshard_after_backward(False)
-        cut: dict[str, Any] = {name: param for name, param in model.named_parameters() if isinstance(param, DTensor)}
         shards = {
-            name: nn.Parameter(param.detach().to_local(), requires_grad=param.requires_grad)
-            for name, param in cut.items()
+            name: nn.Parameter(param.to_local().detach(), requires_grad=param.requires_grad)
+            for name, param in model.named_parameters()
+            if isinstance(param, DTensor)
         }
         self.trained = [shards.get(name, param) for name, param in model.named_parameters()]
         self.kept = [param for param in model.parameters() if param in whole]
         self.gather()
-        self.shard_of: dict[Tensor, nn.Parameter] = {
-            param: shards[name] for name, param in model.named_parameters() if name in shards
-        }
-        # Of each parameter that is cut, in the optimizer's order: the shapes of its shard and of the whole.
-        self._shapes = {
-            index: (shards[name].shape, param.shape)
-            for index, (name, param) in enumerate(model.named_parameters())
-            if name in shards
-        }
+        gathered = dict(model.named_parameters())
+        self.shard_of: dict[Tensor, nn.Parameter] = {gathered[name]: shard for name, shard in shards.items()}
+        # Of what the optimizer works on and is cut: its shape and that of the whole parameter.
+        both = enumerate(zip(self.trained, gathered.values(), strict=True))
+        self._shapes = {index: (own.shape, param.shape) for index, (own, param) in both if param in self.shard_of}
 
     def gather(self) -> None:
         """Put whole parameters in the model, if they are not there."""

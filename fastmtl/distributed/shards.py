@@ -18,6 +18,7 @@ from fastmtl.errors import UsageError
 
 __all__ = ["BUCKET_BYTES", "Agreement", "Pieces", "Shards", "cut_buckets"]
 
+# A greater parameter has a bucket of its own.
 BUCKET_BYTES = 25 * 2**20
 
 
@@ -25,10 +26,6 @@ class Pieces:
     """Rows of which each process has pieces, one after the other.
 
     :func:`fastmtl.ops.gram` and :func:`fastmtl.ops.combine_` take lists of pieces as they take rows.
-
-    Args:
-        params: The shared parameters.
-        peers: The processes.
     """
 
     def __init__(self, params: Sequence[Tensor], peers: Peers) -> None:
@@ -39,7 +36,7 @@ class Pieces:
         self.on_the_way: list[tuple[Callable[[], Any], Tensor]] = []
 
     def pieces(self, rank: int) -> list[tuple[int, int, int]]:
-        """Return the pieces of a process: the place of the parameter, and of its elements the first and the end.
+        """Return the pieces of a process: the place of the parameter, its first element there and how many follow.
 
         Elements behind a parameter's last are padding, always zero.
         """
@@ -56,25 +53,18 @@ class Pieces:
         self.on_the_way.clear()
 
     def write(self, rows: Sequence[Row], weights: Tensor, groups: Sequence[int] | None, tasks: Tasks = ()) -> None:
-        """Fill ``.grad`` of what is trained with ``sum_t w_t row_t``.
-
-        Args:
-            rows: Rows of pieces.
-            weights: One for each row; (L, rows) with groups.
-            groups: The group of each parameter.
-            tasks: The tasks whose rows these are.
-        """
+        """Fill ``.grad`` of what is trained with ``sum_t w_t row_t``; see :meth:`Comm.write_shared`."""
         raise NotImplementedError
 
     @property
     def shapes(self) -> list[torch.Size]:
         """The shapes of this process's pieces of a row."""
-        return [torch.Size([end - begin]) for _, begin, end in self.mine]
+        return [torch.Size([size]) for _, _, size in self.mine]
 
     def part_of(self, row: Tensor) -> Tensor:
         """Return this process's pieces of a row (P,) over all parameters, one after the other."""
         whole = row.split([param.numel() for param in self.params])
-        parts = [(whole[k][begin:end], end - begin) for k, begin, end in self.mine]
+        parts = [(whole[k][begin : begin + size], size) for k, begin, size in self.mine]
         return torch.cat([nn.functional.pad(part, (0, size - len(part))) for part, size in parts])
 
     def whole_of(self, part: Tensor) -> Tensor | None:
@@ -87,39 +77,28 @@ class Pieces:
         whole = row.split(sizes)
         for rank, of_rank in enumerate(parts):
             pieces = self.pieces(rank)
-            of_pieces = of_rank.cpu().split([end - begin for _, begin, end in pieces])
-            for (k, begin, end), piece in zip(pieces, of_pieces, strict=True):
-                target = whole[k][begin:end]
+            of_pieces = of_rank.cpu().split([size for _, _, size in pieces])
+            for (k, begin, size), piece in zip(pieces, of_pieces, strict=True):
+                target = whole[k][begin : begin + size]
                 target.copy_(piece[: len(target)])
         return row
 
     def gram(self, rows: Sequence[Row], groups: Sequence[int] | None) -> Tensor:
-        """Return the float64 Gram matrix of the summed gradients, from all processes' pieces of them.
-
-        Args:
-            rows: T rows of pieces.
-            groups: The group of each parameter, 0 .. L-1.
-
-        Returns:
-            (T, T), or (L, T, T) with groups.
-        """
+        """Return the float64 Gram matrix (T, T) of T rows, or (L, T, T) with the group 0 .. L-1 of each parameter."""
         gram = ops.gram(rows, None if groups is None else [groups[k] for k, _, _ in self.mine])
         if groups is not None:
             # This part may have no piece of the last groups.
             gram = torch.cat([gram, gram.new_zeros(max(groups) + 1 - len(gram), *gram.shape[1:])])
         return self.peers.sum_(gram.contiguous())
 
-    def combine(self, out: list[Tensor], rows: Sequence[Row], weights: Tensor, groups: Sequence[int] | None) -> Row:
-        """Fill pieces with ``sum_t w_t row_t``; return them, None where no row has a piece."""
-        used = [j for j in range(len(out)) if any(row[j] is not None for row in rows)]
+    def combine(self, out: Row, rows: Sequence[Row], weights: Tensor, groups: Sequence[int] | None) -> None:
+        """Fill pieces with ``sum_t w_t row_t``; those where no row has any are None."""
+        used = [j for j, piece in enumerate(out) if piece is not None]
         some = None if groups is None else [groups[self.mine[j][0]] for j in used]
         if some is not None:
             weights = weights[: max(some, default=-1) + 1]
-        ops.combine_([out[j] for j in used], [[row[j] for j in used] for row in rows], weights, some)
-        found: Row = [None] * len(out)
-        for j in used:
-            found[j] = out[j]
-        return found
+        filled = [piece for piece in out if piece is not None]
+        ops.combine_(filled, [[row[j] for j in used] for row in rows], weights, some)
 
 
 class _Bucket:
@@ -149,7 +128,7 @@ class _Bucket:
             end = len(self.flat) if k == self.places[-1] else begin + view.numel()
             a, b = max(begin, first), min(end, first + self.part)
             if a < b:
-                found.append((k, a - begin, b - begin))
+                found.append((k, a - begin, b - a))
             begin = end
         return found
 
@@ -158,17 +137,12 @@ class Shards(Pieces):
     """Sums gradients of the shared parameters over all processes, each of which keeps 1/W of every sum.
 
     Gradients are copied into flat buckets and reduce-scattered while the caller goes on.
-
-    Args:
-        params: The shared parameters.
-        peers: The processes.
-        bucket_bytes: Size of a bucket; a greater parameter has one of its own.
     """
 
-    def __init__(self, params: Sequence[Tensor], peers: Peers, bucket_bytes: int = BUCKET_BYTES) -> None:
-        self._buckets = [_Bucket(places, params, peers.size) for places in cut_buckets(params, bucket_bytes)]
+    def __init__(self, params: Sequence[Tensor], peers: Peers) -> None:
+        self._buckets = [_Bucket(places, params, peers.size) for places in cut_buckets(params, BUCKET_BYTES)]
         super().__init__(params, peers)
-        self._sizes = [[end - begin for _, begin, end in bucket.pieces(peers.rank)] for bucket in self._buckets]
+        self._sizes = [[size for _, _, size in bucket.pieces(peers.rank)] for bucket in self._buckets]
         self._seen = [False] * len(params)
         self._agreement = Agreement(peers)
 
@@ -176,7 +150,7 @@ class Shards(Pieces):
     def pieces(self, rank: int) -> list[tuple[int, int, int]]:
         return [piece for bucket in self._buckets for piece in bucket.pieces(rank)]
 
-    def _room(self) -> tuple[list[Tensor], list[Tensor]]:
+    def _room(self) -> tuple[list[Tensor], Row]:
         """Return new memory for this process's part of each bucket, and the pieces in it."""
         parts = [bucket.flat.new_empty(bucket.part) for bucket in self._buckets]
         sizes = zip(parts, self._sizes, strict=True)
@@ -193,7 +167,7 @@ class Shards(Pieces):
             grads = [(row[k], view) for k, view in zip(bucket.places, bucket.views, strict=True)]
             torch._foreach_copy_(bucket.views, [torch.zeros_like(to) if grad is None else grad for grad, to in grads])
             self.on_the_way.append((self.peers.reduce_scatter(part, bucket.flat), bucket.flat))
-        return [*pieces]
+        return pieces
 
     @override
     @torch.no_grad()
@@ -212,11 +186,7 @@ class Shards(Pieces):
 
 
 class Agreement:
-    """Which parameters have a gradient in some process, learned in the first step of the same tasks.
-
-    Args:
-        peers: The processes.
-    """
+    """Which parameters have a gradient in some process, learned in the first step of the same tasks."""
 
     def __init__(self, peers: Peers) -> None:
         self.peers = peers

@@ -37,21 +37,11 @@ class Whole:
         self.trained = list(model.parameters())
         self.kept = self.trained
 
-    def whole_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return a ``state_dict`` with whole parameters."""
+    def whole_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Return a ``state_dict`` as it is: that of a process is whole, and fits the model or the optimizer."""
         return state
 
-    def load_shards(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return a ``state_dict`` that fits the model."""
-        return state
-
-    def whole_optimizer(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Return the optimizer's ``state_dict`` with whole tensors."""
-        return state
-
-    def part_optimizer(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Return an optimizer's ``state_dict`` with what this process has of whole tensors."""
-        return state
+    load_shards = whole_optimizer = part_optimizer = whole_state
 
 
 def make_storage(model: nn.Module, peers: Peers, strategy_params: Sequence[nn.Parameter], shard: str) -> Storage:
