@@ -39,8 +39,8 @@ def train_parameters() -> Iterator[inspect.Parameter]:
 
     All default to None, which means that neither the flag nor its negation was given.
     """
-    for name, (text, metavar) in _PATHS.items():
-        yield _parameter(name, "--" + name.replace("_", "-"), Path, text, "Run", metavar)
+    for name, (about, kept) in _PATHS.items():
+        yield _parameter(name, "--" + name.replace("_", "-"), Path, about, "Run", kept)
     kinds = typing.get_type_hints(TrainConfig)
     for each in fields(TrainConfig):
         if each.name in ("weight_args", "arch_args"):

@@ -41,7 +41,7 @@ _NOT_CALLED = {
 
 
 def check_arguments(kwargs: Iterable[str], init: Callable[..., None]) -> None:
-    """Refuse further keyword arguments of a constructor, but ``weight_args`` and ``arch_args``: nobody would read them."""
+    """Refuse further arguments of a constructor, which nobody would read, but ``weight_args`` and ``arch_args``."""
     own = [name for name in inspect.signature(init).parameters if name not in ("self", "kwargs")]
     for name in set(kwargs) - {"weight_args", "arch_args"}:
         near = difflib.get_close_matches(name, [*own, "weight_args", "arch_args"], n=1)
