@@ -8,11 +8,12 @@ together, raise :class:`fastmtl.errors.UsageError`; the message names them.
 Ops on rows take the gradients of T tasks (1 to 128) as :func:`gram` does.
 
 Ops on a symmetric (T, T) Gram matrix G of the gradients take it as :func:`gram` returns it, and convert it to float64
-if need be. They return (T,) float64 weights on its device unless they say otherwise; a NaN or infinity in G makes all
-weights NaN. Their bounds hold for a G that is positive semidefinite up to float64 rounding, whatever the scales of its
-rows; a coarser G is solved to its own rounding. Where there are several solutions (linearly dependent gradients), one
-of them is returned, the same each time. Their kernels run in float64 without waiting for the device and always end
-after a bounded number of steps. On MPS, which has no float64, they are solved on the CPU, and every result is float32.
+if need be. Unless they say otherwise, they return (T,) float64 weights on its device, all NaN for a NaN or infinity in
+G, and their bounds hold for a G that is positive semidefinite up to float64 rounding, whatever the scales of its rows;
+a coarser G is solved to its own rounding. Where there are several solutions (linearly dependent gradients), one of them
+is returned, the same each time. Their kernels run in float64 without waiting for the device and always end after a
+bounded number of steps. On MPS, which has no float64, they are solved on the CPU, and the results of all ops that would
+be float64 are float32.
 """
 
 from __future__ import annotations
