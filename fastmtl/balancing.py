@@ -72,8 +72,7 @@ def balanced(
     if not torch.is_grad_enabled():
         return total
     shared_params, own_params = work.parameters()
-    result: Tensor = _Deferred.apply(total, work, *shared_params, *own_params)
-    return result
+    return _Deferred.apply(total, work, *shared_params, *own_params)
 
 
 class _Deferred(torch.autograd.Function):

@@ -65,8 +65,7 @@ class _Composition(Weighting[Tensor]):
 
     def forward(self, stat: Tensor, /) -> Tensor:
         """Return the weights, in the dtype of ``stat``."""
-        weights: Tensor = self.weighting(self.fn(stat))
-        return weights.to(stat.dtype)
+        return self.weighting(self.fn(stat)).to(stat.dtype)
 
 
 class MatrixWeighting(Weighting[Matrix]):
@@ -116,8 +115,7 @@ class Aggregator(Described, nn.Module, ABC):
         """
         if matrix.dim() != 2:
             raise UsageError(f"matrix must have the shape (T, P), got {tuple(matrix.shape)}.")
-        found: Tensor = super().__call__(matrix)
-        return found
+        return super().__call__(matrix)
 
     def __str__(self) -> str:
         return type(self).__name__
@@ -135,8 +133,7 @@ class Aggregator(Described, nn.Module, ABC):
 
         There is a (T, ...) Jacobian for each tensor. Returned are the (T,) weights, None if there are none.
         """
-        matrix = torch.cat([as_matrix(each) for each in jacobians], dim=1)
-        vector = self(matrix)
+        vector = self(torch.cat([as_matrix(each) for each in jacobians], dim=1))
         parts = vector.split([tensor.numel() for tensor in tensors])
         put([part.reshape(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)], tensors)
         return None
@@ -211,10 +208,8 @@ class WeightedAggregator(Aggregator, Generic[_Weighting]):
     def _weights_of(self, jacobians: Sequence[Tensor]) -> Tensor:
         weighting = self.weighting
         if isinstance(weighting, MatrixWeighting) and weighting.needs_rows_only and not _is_derived(weighting):
-            found: Tensor = weighting(jacobians[0].new_empty(len(jacobians[0]), 0))
-        else:
-            found = weighting(torch.cat([as_matrix(each) for each in jacobians], dim=1))
-        return found
+            return weighting(jacobians[0].new_empty(len(jacobians[0]), 0))
+        return weighting(torch.cat([as_matrix(each) for each in jacobians], dim=1))
 
     def _write_watched(self, jacobians: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor | None:
         seen: list[Tensor] = []
@@ -256,8 +251,7 @@ class GramianWeightedAggregator(WeightedAggregator[Weighting[Any]], Generic[_Wei
 
     def weights_of_gram(self, gram: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the (T,) weights from the float64 Gram matrix of rows of a dtype."""
-        weights: Tensor = self.gramian_weighting(self._shown(gram, dtype))
-        return weights
+        return self.gramian_weighting(self._shown(gram, dtype))
 
     def _weights_of(self, jacobians: Sequence[Tensor]) -> Tensor:
         return self.weights_of_gram(gram_of(jacobians), jacobians[0].dtype)

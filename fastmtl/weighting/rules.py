@@ -114,8 +114,7 @@ class Adam:
     @property
     def value(self) -> Tensor:
         """Return the vector."""
-        found: Tensor = getattr(self._owner, f"{self._name}_value")
-        return found
+        return getattr(self._owner, f"{self._name}_value")
 
     @torch.no_grad()
     def step(self, grad: Tensor, lr: float, weight_decay: float = 0.0) -> None:
