@@ -12,7 +12,7 @@ Example::
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 
@@ -34,27 +34,23 @@ from fastmtl.weighting import WEIGHTINGS, AbsWeighting
 __all__ = ["LibMTL_args", "prepare_args"]
 
 
-def _any_of(names: Iterable[str]) -> str:
-    return ", ".join(names)
-
-
 def _make_parser() -> argparse.ArgumentParser:
     # A script may define a flag of its own under a name that is used here.
     parser = argparse.ArgumentParser(description="Configuration of fastmtl", conflict_handler="resolve")
     parser.add_argument("--mode", type=str, default="train", help="train or test")
     parser.add_argument("--seed", type=int, default=0, help="random seed")
     parser.add_argument("--gpu_id", type=str, default="0", help="which GPU")
-    parser.add_argument("--weighting", type=str, default="EW", help=f"weighting strategy: {_any_of(WEIGHTINGS)}")
-    parser.add_argument("--arch", type=str, default="HPS", help=f"architecture: {_any_of(ARCHITECTURES)}")
+    parser.add_argument("--weighting", type=str, default="EW", help=f"weighting strategy: {', '.join(WEIGHTINGS)}")
+    parser.add_argument("--arch", type=str, default="HPS", help=f"architecture: {', '.join(ARCHITECTURES)}")
     parser.add_argument("--rep_grad", action="store_true", help="use gradients of the representation")
     parser.add_argument("--multi_input", action="store_true", help="each task has its own input data")
     parser.add_argument("--save_path", type=str, default=None, help="folder to save the best model in")
     parser.add_argument("--load_path", type=str, default=None, help="checkpoint, or its folder, to start from")
-    parser.add_argument("--optim", type=str, default="adam", help=f"optimizer: {_any_of(OPTIMIZERS)}")
+    parser.add_argument("--optim", type=str, default="adam", help=f"optimizer: {', '.join(OPTIMIZERS)}")
     parser.add_argument("--lr", type=float, default=1e-4, help="learning rate")
     parser.add_argument("--momentum", type=float, default=0.9, help="momentum, for sgd")
     parser.add_argument("--weight_decay", type=float, default=1e-5, help="weight decay")
-    parser.add_argument("--scheduler", type=str, default=None, help=f"scheduler: {_any_of(SCHEDULERS)}")
+    parser.add_argument("--scheduler", type=str, default=None, help=f"scheduler: {', '.join(SCHEDULERS)}")
     parser.add_argument("--step_size", type=int, default=100, help="epochs between two decays, for step")
     parser.add_argument("--gamma", type=float, default=0.5, help="factor of a decay, for step, exp and reduce")
     parser.add_argument("--T_max", type=int, default=None, help="epochs to anneal over, for cos; --epochs if not given")
@@ -67,8 +63,8 @@ def _make_parser() -> argparse.ArgumentParser:
 
 def _add_hyper(parser: argparse.ArgumentParser, hyper: HyperOption) -> None:
     spec = hyper.spec
-    choices = f": {_any_of(map(str, spec.choices))}" if spec.choices else ""
-    text = f"{_any_of(hyper.owners)}: {spec.help}{choices}".replace("%", "%%")
+    choices = f": {', '.join(map(str, spec.choices))}" if spec.choices else ""
+    text = f"{', '.join(hyper.owners)}: {spec.help}{choices}".replace("%", "%%")
     if spec.type is bool:
         parser.add_argument(f"--{hyper.name}", default=None, help=text, action=argparse.BooleanOptionalAction)
     else:
@@ -81,10 +77,7 @@ LibMTL_args = _make_parser()
 
 
 def prepare_args(params: argparse.Namespace) -> tuple[Arguments, Arguments, Arguments | None]:
-    """Return what ``Trainer`` takes from parsed arguments, and print the configuration.
-
-    Args:
-        params: What ``LibMTL_args.parse_args()`` gave.
+    """Return what ``Trainer`` takes from what ``LibMTL_args.parse_args()`` gave, and print the configuration.
 
     Returns:
         ``{"weight_args": ..., "arch_args": ...}``, ``optim_param`` and ``scheduler_param`` (None without a scheduler).

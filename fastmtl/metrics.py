@@ -169,7 +169,7 @@ class L1Metric(_Sums):
 
 
 class _Confusion(_Sums):
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int = 13) -> None:
         super().__init__()
         if num_classes < 2:
             raise UsageError(f"num_classes must be at least 2, got {num_classes}.")
@@ -212,9 +212,6 @@ class SegMetric(_Confusion):
     Args:
         num_classes: The number C of classes; labels outside 0 .. C-1 are skipped.
     """
-
-    def __init__(self, num_classes: int = 13) -> None:
-        super().__init__(num_classes)
 
     def score_fun(self) -> list[float]:
         """Return ``[mIoU, pixAcc]``, NaN without labelled pixels."""

@@ -6,8 +6,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from fastmtl.architecture.experts import Experts
-from fastmtl.architecture.gates import IMG_SIZE, NUM_EXPERTS, count_experts, make_gate, mix
+from fastmtl.architecture.experts import IMG_SIZE, NUM_EXPERTS, Experts, count_experts, make_gate, mix
 from fastmtl.architecture.MMoE import MMoE
 
 __all__ = ["CGC"]

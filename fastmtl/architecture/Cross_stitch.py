@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fastmtl.architecture.base import AbsArchitecture
-from fastmtl.architecture.columns import Columns
+from fastmtl.architecture.abstract_arch import AbsArchitecture
+from fastmtl.architecture.stages import Columns
 from fastmtl.errors import UsageError
 
 __all__ = ["Cross_stitch"]

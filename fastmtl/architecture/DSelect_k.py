@@ -7,7 +7,7 @@ from functools import reduce
 import torch
 from torch import Tensor, nn
 
-from fastmtl.architecture.gates import IMG_SIZE, mix
+from fastmtl.architecture.experts import IMG_SIZE, mix
 from fastmtl.architecture.MMoE import MMoE
 from fastmtl.errors import UsageError
 from fastmtl.support.hyper import Hyper
@@ -71,14 +71,8 @@ class DSelect_k(MMoE):
         return mix(features[0], self.select(self._gate_input(features), task))
 
     def select(self, gate_input: Tensor, task: str) -> Tensor:
-        """Return (B, E) weights of the experts for a task.
-
-        Args:
-            gate_input: (B, F) what its gate reads.
-            task: The task.
-        """
-        logits = self._z_logits[task](gate_input).view(-1, self.nonzeros, 1, self.bits)
-        steps = self._smooth_step(logits)
+        """Return (B, E) weights of the experts for a task whose gate reads (B, F)."""
+        steps = self._smooth_step(self._z_logits[task](gate_input).view(-1, self.nonzeros, 1, self.bits))
         bits = torch.where(self._codes, steps, 1 - steps)
         # Tensor.prod would count zeros on the host in its backward pass.
         selected = reduce(torch.mul, bits.unbind(-1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastmtl.architecture.base import AbsArchitecture
+from fastmtl.architecture.abstract_arch import AbsArchitecture
 
 __all__ = ["HPS"]
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import sqrt
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmtl.architecture.base import AbsArchitecture
-from fastmtl.architecture.columns import Columns
+from fastmtl.architecture.abstract_arch import AbsArchitecture
+from fastmtl.architecture.stages import Columns
 from fastmtl.errors import UsageError
 
 __all__ = ["LTB"]
@@ -32,37 +32,20 @@ class LTB(AbsArchitecture):
         UsageError: The encoder is not made of stages, or every task has its own inputs.
     """
 
-    _epoch: int | None = None
-    _epochs: int | None = None
+    # The epoch in training, counted from 0, and the number of epochs.
+    epoch: int | None = None
+    epochs: int | None = None
 
     def _make_network(self) -> None:
         if self.multi_input:
             raise UsageError("LTB chooses between features of one input: multi_input must be False.")
         self.encoder = _Branched([self.encoder_class() for _ in self.task_name], self.task_name)
 
-    @property
-    def epoch(self) -> int | None:
-        """The epoch in training, counted from 0."""
-        return self._epoch
-
-    @epoch.setter
-    def epoch(self, value: int) -> None:
-        self._epoch = value
-        self._anneal()
-
-    @property
-    def epochs(self) -> int | None:
-        """The number of epochs."""
-        return self._epochs
-
-    @epochs.setter
-    def epochs(self, value: int) -> None:
-        self._epochs = value
-        self._anneal()
-
-    def _anneal(self) -> None:
-        if self._epoch is not None and self._epochs is not None:
-            cast(_Branched, self.encoder).anneal(self._epoch, self._epochs)
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; each new epoch, or number of epochs, anneals the choices."""
+        super().__setattr__(name, value)
+        if name in ("epoch", "epochs") and self.epoch is not None and self.epochs is not None:
+            cast(_Branched, self.encoder).anneal(self.epoch, self.epochs)
 
 
 class _Branched(Columns):

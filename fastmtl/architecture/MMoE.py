@@ -8,9 +8,8 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from fastmtl.architecture.base import AbsArchitecture
-from fastmtl.architecture.experts import Experts
-from fastmtl.architecture.gates import IMG_SIZE, feature_dim, flatten, image_size, integers, make_gate, mix, pool
+from fastmtl.architecture.abstract_arch import AbsArchitecture
+from fastmtl.architecture.experts import IMG_SIZE, Experts, feature_dim, image_size, integers, make_gate, mix, read
 from fastmtl.errors import UsageError
 from fastmtl.support.hyper import Hyper
 
@@ -44,10 +43,9 @@ class MMoE(AbsArchitecture):
     def _make_network(self) -> None:
         self.img_size = image_size(self.kwargs["img_size"])
         given = self.kwargs["num_experts"]
-        counts = integers(given, "num_experts")
-        if not counts or counts[0] < 1:
+        self.shared_experts = next(iter(integers(given, "num_experts")), 0)
+        if self.shared_experts < 1:
             raise UsageError(f"num_experts must be at least 1, got {given}.")
-        self.shared_experts = counts[0]
         self.experts_shared = Experts(self.encoder_class() for _ in range(self.shared_experts))
         self.input_size = prod(self.img_size) if self.img_size else feature_dim(self.experts_shared[0])
         self.gate_specific: nn.ModuleDict | None = nn.ModuleDict(
@@ -65,7 +63,7 @@ class MMoE(AbsArchitecture):
         return mix(features[0], gates[task](self._gate_input(features)))
 
     def _gate_input(self, features: tuple[Tensor, ...]) -> Tensor:
-        return flatten(features[1], self.img_size) if self.img_size else pool(features[0])
+        return read(features[-1], features[0], self.img_size)
 
     def get_share_params(self) -> Iterable[nn.Parameter]:
         """Return the parameters of the shared experts."""

@@ -9,9 +9,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from fastmtl.architecture.base import AbsArchitecture
-from fastmtl.architecture.experts import Experts
-from fastmtl.architecture.gates import IMG_SIZE, NUM_EXPERTS, count_experts, flatten, image_size, make_gate, mix, pool
+from fastmtl.architecture.abstract_arch import AbsArchitecture
+from fastmtl.architecture.experts import IMG_SIZE, NUM_EXPERTS, Experts, count_experts, image_size, make_gate, mix, read
 from fastmtl.architecture.stages import Stages
 from fastmtl.support.hyper import Hyper
 
@@ -61,6 +60,10 @@ class PLE(AbsArchitecture):
         return cast(_Extraction, self.encoder).shared_layer.parameters()
 
 
+def _by_level(experts: Sequence[nn.Module]) -> list[tuple[nn.Module, ...]]:
+    return list(zip(*(Stages.of(each, "PLE").levels() for each in experts), strict=True))
+
+
 class _Extraction(nn.Module):
     def __init__(
         self,
@@ -72,16 +75,14 @@ class _Extraction(nn.Module):
         super().__init__()
         self.img_size = list(img_size)
         dims = Stages.of(shared[0], "PLE").level_dims()
-        levels = range(len(dims))
-        parts = {task: [Stages.of(each, "PLE").levels() for each in experts] for task, experts in own.items()}
-        shared_parts = [Stages.of(each, "PLE").levels() for each in shared]
+        parts = {task: _by_level(experts) for task, experts in own.items()}
         self.specific_layer = nn.ModuleDict(
             {
-                str(i): nn.ModuleDict({task: Experts(each[i] for each in experts) for task, experts in parts.items()})
-                for i in levels
+                str(i): nn.ModuleDict({task: Experts(levels[i]) for task, levels in parts.items()})
+                for i in range(len(dims))
             }
         )
-        self.shared_layer = nn.ModuleDict({str(i): Experts(each[i] for each in shared_parts) for i in levels})
+        self.shared_layer = nn.ModuleDict({str(i): Experts(level) for i, level in enumerate(_by_level(shared))})
         self.sizes = self._level_sizes() if self.img_size else [[dim] for dim in dims]
         widths = [prod(size) for size in self.sizes]
         self.gate_specific = nn.ModuleDict(
@@ -140,4 +141,4 @@ class _Extraction(nn.Module):
         return mix(torch.cat([shared, own]), gate(self._read(level, rep, shared)))
 
     def _read(self, level: int, rep: Tensor, shared: Tensor) -> Tensor:
-        return flatten(rep, self.sizes[level]) if self.img_size else pool(shared)
+        return read(rep, shared, self.sizes[level] if self.img_size else ())

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from fastmtl.architecture.base import AbsArchitecture
+from fastmtl.architecture.abstract_arch import AbsArchitecture
 
 __all__ = ["STL"]
 

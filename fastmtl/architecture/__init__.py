@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastmtl.architecture.base import AbsArchitecture
+from fastmtl.architecture.abstract_arch import AbsArchitecture
 from fastmtl.architecture.CGC import CGC
 from fastmtl.architecture.Cross_stitch import Cross_stitch
 from fastmtl.architecture.DSelect_k import DSelect_k

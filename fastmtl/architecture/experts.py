@@ -1,16 +1,43 @@
-"""Experts: encoders of one kind that read the same inputs, run together where that is exact."""
+"""Experts, encoders of one kind that read the same inputs, and the gates that mix them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from math import prod
+from operator import index
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from fastmtl.errors import UsageError
 from fastmtl.model.stages import StagedEncoder
+from fastmtl.support.hyper import Hyper
 
-__all__ = ["Experts"]
+__all__ = [
+    "IMG_SIZE",
+    "NUM_EXPERTS",
+    "Experts",
+    "count_experts",
+    "feature_dim",
+    "image_size",
+    "integers",
+    "make_gate",
+    "mix",
+    "read",
+]
+
+# Hyper-parameters that are integers: one, several, or text as on LibMTL's command line.
+Integers = int | str | Iterable[int | str]
+
+IMG_SIZE = Hyper(
+    type=int,
+    default=(),
+    many=True,
+    help="Size of one input, such as 3 32 32: gates read the flattened inputs; without it, the experts' mean features.",
+)
+NUM_EXPERTS = Hyper(type=int, default=(1, 1), many=True, help="Number of shared experts, then of each task's own.")
+
 
 _ROW_BY_ROW = (
     nn.ELU,
@@ -36,9 +63,6 @@ class Experts(nn.ModuleList):
     CPU, where nothing is launched, that was seen to be slower for all sizes. All other experts run in turn: batch norm
     keeps running statistics and dropout draws random numbers, which a joint pass would do differently, and libraries
     compute the convolutions of one expert at least as well as a grouped convolution of all.
-
-    Args:
-        experts: The E experts.
 
     Attributes:
         together: Whether they can run as one, unless a hook wants to see each of them.
@@ -85,3 +109,96 @@ def _anatomy(expert: nn.Module) -> list[object] | None:
 
 def _is_hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+
+
+def make_gate(inputs: int, experts: int) -> nn.Sequential:
+    """Return a gate: (B, inputs) to (B, experts) weights that sum to 1."""
+    return nn.Sequential(nn.Linear(inputs, experts), nn.Softmax(dim=-1))
+
+
+def mix(reps: Tensor, selector: Tensor) -> Tensor:
+    """Return ``sum_e selector_be reps_eb``, the mixture of (E, B, ...) outputs by (B, E) weights."""
+    return torch.einsum("eb...,be->b...", reps, selector)
+
+
+def read(inputs: Tensor, reps: Tensor, img_size: Sequence[int]) -> Tensor:
+    """Return what a gate reads of each row, (B, F): the flattened inputs if they have a size, else the mean features.
+
+    Args:
+        inputs: (B, ...).
+        reps: Features of all experts, (E, B, C), (E, B, L, C) or (E, B, C, H, W).
+        img_size: Size of one input, or nothing.
+
+    Raises:
+        UsageError: The inputs have another size, or are not floating-point numbers.
+    """
+    if not img_size:
+        mean = reps.mean(0)
+        if mean.dim() == 2:
+            return mean
+        return mean.mean(1) if mean.dim() == 3 else mean.flatten(2).mean(2)
+    if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
+        kind = inputs.dtype if isinstance(inputs, Tensor) else type(inputs).__name__
+        raise UsageError(f"img_size must be left out for inputs of {kind}: gates can only read floating-point inputs.")
+    flat = inputs.flatten(1)
+    if flat.shape[1] != prod(img_size):
+        raise UsageError(
+            f"img_size must be the size of one input, got {tuple(img_size)} and inputs of {tuple(inputs.shape[1:])}."
+        )
+    return flat
+
+
+def feature_dim(encoder: nn.Module) -> int:
+    """Return the channels of an encoder's output.
+
+    Raises:
+        UsageError: It does not tell.
+    """
+    dim = getattr(encoder, "feature_dim", None)
+    if not isinstance(dim, int):
+        raise UsageError(
+            f"Gates need img_size, the size of one input, or an encoder with the attribute feature_dim, the channels "
+            f"of its output; got no img_size and {type(encoder).__name__}."
+        )
+    return dim
+
+
+def integers(given: Integers, name: str) -> list[int]:
+    """Return the integers of the hyper-parameter ``name``.
+
+    Raises:
+        UsageError: It holds something else.
+    """
+    several = given if isinstance(given, Iterable) and not isinstance(given, str) else [given]
+    try:
+        return [int(each) if isinstance(each, str) else index(each) for each in several]
+    except (TypeError, ValueError):
+        raise UsageError(f"{name} must be an integer or a list of them, got {given!r}.") from None
+
+
+def image_size(given: Integers) -> list[int]:
+    """Return ``img_size`` as a list, empty where none is given.
+
+    Raises:
+        UsageError: No integers, or one below 1.
+    """
+    size = integers(given, "img_size")
+    if not all(each >= 1 for each in size):
+        raise UsageError(f"img_size must be at least 1 in every dimension, got {given}.")
+    return size
+
+
+def count_experts(given: Integers, tasks: int, owner: str) -> list[int]:
+    """Return the number of shared experts and of every task's own, given as that, or as [shared, own of each task].
+
+    Raises:
+        UsageError: Another number of them, or one below 1.
+    """
+    counts = integers(given, "num_experts")
+    counts = [counts[0], *counts[1:] * tasks] if len(counts) == 2 else counts
+    if len(counts) != tasks + 1 or not all(count >= 1 for count in counts):
+        raise UsageError(
+            f"num_experts of {owner} must be the number of shared experts, then that of each of the {tasks} tasks' "
+            f"own, all at least 1, got {given}."
+        )
+    return counts

@@ -1,15 +1,17 @@
-"""Where an encoder can be cut into stages."""
+"""Where an encoder can be cut into stages, and the stages of several encoders side by side."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fastmtl.errors import UsageError
 
-__all__ = ["Stages"]
+__all__ = ["Columns", "Stages"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +20,7 @@ class Stages:
 
     Attributes:
         stem: What comes before the first stage.
-        stages: The stages, in order.
+        stages: The stages.
         dims: Channels of each stage's output.
         expansion: Bottleneck factor: attention modules are ``dims // expansion`` wide inside.
         stem_dim: Channels of the stem's output, where they are known.
@@ -32,12 +34,7 @@ class Stages:
 
     @classmethod
     def of(cls, encoder: nn.Module, owner: str, also: str = "") -> Stages:
-        """Return the stages of an encoder.
-
-        Args:
-            encoder: The encoder.
-            owner: The architecture that needs them, for the message.
-            also: What else the architecture takes.
+        """Return the stages of an encoder; the message names the ``owner``, and what it takes ``also``.
 
         Raises:
             UsageError: It has none.
@@ -69,3 +66,37 @@ class Stages:
     def level_dims(self) -> list[int]:
         """Return the channels of each level's output."""
         return self.dims if self.stem_dim is None else [self.stem_dim, *self.dims]
+
+
+class Columns(nn.Module):
+    """One staged encoder per task, side by side: what Cross_stitch and LTB mix between the stages.
+
+    Stems and stages have LibMTL's names for those of its ResNets.
+    """
+
+    def __init__(self, encoders: Sequence[nn.Module], task_name: list[str], owner: str) -> None:
+        super().__init__()
+        columns = [Stages.of(encoder, owner) for encoder in encoders]
+        self.resnet_conv = nn.ModuleDict({task: each.stem for task, each in zip(task_name, columns, strict=True)})
+        self.resnet_layer = nn.ModuleDict(
+            {str(i): nn.ModuleList(each.stages[i] for each in columns) for i in range(len(columns[0].stages))}
+        )
+
+    def mixtures(self) -> Sequence[Tensor | None]:
+        """Return for each stage the (T, T) units that mix what it reads, None where every task reads its own."""
+        raise NotImplementedError
+
+    def forward(self, inputs: Tensor) -> list[Tensor]:
+        """Return the representation of every task."""
+        reps: Sequence[Tensor] = [stem(inputs) for stem in self.resnet_conv.values()]
+        for units, layers in zip(self.mixtures(), self.resnet_layer.values(), strict=True):
+            if units is not None:
+                reps = _mix(units, reps)
+            reps = [layer(rep) for layer, rep in zip(cast(nn.ModuleList, layers), reps, strict=True)]
+        return list(reps)
+
+
+def _mix(units: Tensor, reps: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return for each task t ``sum_j units_tj reps_j``, of (T, T) units and T tensors of one shape."""
+    stacked = torch.stack(list(reps))
+    return torch.tensordot(units.to(stacked.dtype), stacked, 1).unbind()

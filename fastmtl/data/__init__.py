@@ -9,6 +9,7 @@ from fastmtl.data import multimnist_sets as _multimnist_sets  # noqa: F401
 from fastmtl.data import dense_sets as _dense_sets  # noqa: F401
 from fastmtl.data import office as _office  # noqa: F401
 from fastmtl.data import reviews as _reviews  # noqa: F401
-from fastmtl.data.registry import DATASETS, ENCODERS, DataBundle, DatasetInfo, describe_all, load
+from fastmtl.data.encoders import ENCODERS
+from fastmtl.data.registry import DATASETS, DataBundle, DatasetInfo, describe_all, load
 
 __all__ = ["DATASETS", "ENCODERS", "DataBundle", "DatasetInfo", "describe_all", "load"]

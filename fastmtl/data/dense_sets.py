@@ -35,12 +35,7 @@ def dense_task(task: str) -> Task:
 
 
 class DenseHead(nn.Module):
-    """A decoder whose map is brought to the size of the image.
-
-    Args:
-        head: From the encoder's features to ``(batch, outputs, h', w')``.
-        size: Height and width of the image.
-    """
+    """A decoder whose map ``(batch, outputs, h', w')`` is brought to the height and width of the image."""
 
     def __init__(self, head: nn.Module, size: tuple[int, int]) -> None:
         super().__init__()

@@ -7,8 +7,9 @@ from functools import partial
 from torch import nn
 
 from fastmtl.data.digits import SPLITS, embedded_digits, folder_digits
+from fastmtl.data.encoders import IMAGE_ENCODERS
 from fastmtl.data.multimnist import TASKS, multimnist
-from fastmtl.data.registry import IMAGE_ENCODERS, DatasetInfo, Loader, LoaderOptions, Splits, Task, register
+from fastmtl.data.registry import DatasetInfo, Loader, LoaderOptions, Splits, Task, register
 from fastmtl.data.tensors import GreyImages
 from fastmtl.loss import CELoss
 from fastmtl.metrics import AccMetric

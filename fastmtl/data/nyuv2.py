@@ -15,6 +15,7 @@ from fastmtl.errors import UsageError
 
 __all__ = ["TASKS", "NYUv2", "RandomScaleCrop"]
 
+Maps = tuple[Tensor, Tensor, Tensor, Tensor]
 TASKS = ("segmentation", "depth", "normal")
 _CHANNELS = {"image": (3,), "label": (), "depth": (1,), "normal": (3,)}
 _CLASSES = 13
@@ -32,16 +33,11 @@ class RandomScaleCrop:
     def __init__(self, scale: Sequence[float] = (1.0, 1.2, 1.5)) -> None:
         self.scale = tuple(scale)
 
-    def __call__(
-        self, image: Tensor, label: Tensor, depth: Tensor, normal: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def __call__(self, image: Tensor, label: Tensor, depth: Tensor, normal: Tensor) -> Maps:
         """Return the four maps, of the sizes they had.
 
-        Args:
-            image: ``(3, h, w)``, interpolated linearly.
-            label: ``(h, w)`` floating point, from the nearest pixel.
-            depth: ``(1, h, w)``, from the nearest pixel.
-            normal: ``(3, h, w)``, interpolated linearly; not turned, and not brought back to unit length.
+        ``image`` and ``normal`` ``(3, h, w)`` are interpolated linearly, normals neither turned nor brought back to
+        unit length; ``label`` ``(h, w)``, floating point, and ``depth`` ``(1, h, w)`` are from the nearest pixel.
         """
         height, width = image.shape[-2:]
         scale = self.scale[_below(len(self.scale))]
@@ -65,7 +61,7 @@ def _below(count: int) -> int:
     return int(torch.randint(count, ()))
 
 
-def _flip(image: Tensor, label: Tensor, depth: Tensor, normal: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _flip(image: Tensor, label: Tensor, depth: Tensor, normal: Tensor) -> Maps:
     """Mirror left and right; in the mirror a normal's first component has the other sign."""
     mirrored = normal.flip(-1) * torch.tensor([-1.0, 1.0, 1.0])[:, None, None]
     return image.flip(-1), label.flip(-1), depth.flip(-1), mirrored

@@ -12,25 +12,14 @@ from typing import Any, TypedDict, TypeVar
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from fastmtl.data.encoders import ENCODERS, IMAGE_ENCODERS, EncoderInfo
+from fastmtl.data.encoders import ENCODERS
 from fastmtl.data.tensors import as_is, row_loader
 from fastmtl.errors import UsageError
 from fastmtl.loss import AbsLoss
 from fastmtl.metrics import AbsMetric
 from fastmtl.support.names import resolve_name
 
-__all__ = [
-    "DATASETS",
-    "ENCODERS",
-    "IMAGE_ENCODERS",
-    "DataBundle",
-    "DatasetInfo",
-    "EncoderInfo",
-    "LoaderOptions",
-    "describe_all",
-    "load",
-    "register",
-]
+__all__ = ["DATASETS", "DataBundle", "DatasetInfo", "LoaderOptions", "Splits", "describe_all", "load", "register"]
 
 Row = TypeVar("Row")
 

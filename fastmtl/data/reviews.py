@@ -27,13 +27,13 @@ from torch import Tensor, nn
 from fastmtl.data.digits import SPLITS
 from fastmtl.data.encoders import VOCABULARY
 from fastmtl.data.registry import DatasetInfo, LoaderOptions, Splits, Task, register
-from fastmtl.data.tensors import Tensors
+from fastmtl.data.tensors import Tensors as Texts
 from fastmtl.errors import UsageError
 from fastmtl.loss import CELoss
 from fastmtl.metrics import F1Metric
 from fastmtl.support import env
 
-__all__ = ["LENGTH", "SENTIMENTS", "TOPICS", "VOCABULARY", "Review", "Words", "default_folder",
+__all__ = ["LENGTH", "SENTIMENTS", "TOPICS", "VOCABULARY", "Review", "Texts", "Words", "default_folder",
            "prepare_reviews", "read_reviews", "tokens"]  # fmt: skip
 
 PACKAGE = "vaderSentiment==3.3.2"
@@ -85,11 +85,8 @@ def prepare_reviews(folder: Path, archive: Path | None = None) -> dict[str, int]
     Raises:
         UsageError: It cannot be downloaded, or has other files.
     """
-    if archive is None:
-        with tempfile.TemporaryDirectory() as scratch:
-            rows = _split(_read_archive(_download(Path(scratch))))
-    else:
-        rows = _split(_read_archive(archive))
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = _split(_read_archive(archive or _download(Path(scratch))))
     folder.mkdir(parents=True, exist_ok=True)
     # Renamed when complete, so that an interrupted run leaves no half file.
     partial = folder / (_FILE + ".partial")
@@ -179,11 +176,9 @@ def tokens(text: str) -> list[str]:
 
 
 class Words:
-    """Numbers of words: 0 pads, 1 is any word that is not among the most frequent.
+    """Up to ``size`` numbers of words: 0 pads, 1 is any word that is not among the most frequent of ``texts``.
 
-    Args:
-        texts: Where the words are counted: the training split, and nothing else.
-        size: Most numbers there may be.
+    Those are the texts of the training split, and nothing else.
     """
 
     def __init__(self, texts: Iterable[str], size: int = VOCABULARY) -> None:
@@ -228,7 +223,7 @@ def _reviews(options: LoaderOptions) -> Splits:
             "sentiment": torch.tensor([row.sentiment for row in rows]),
             "topic": torch.tensor([topics[row.topic] for row in rows]),
         }
-        texts = Tensors(words.encode([row.text for row in rows]), labels)
+        texts = Texts(words.encode([row.text for row in rows]), labels)
         loaders[split] = options.loader(texts, split, in_batches=True)
     counts = {split: len(rows) for split, rows in by_split.items()}
     return Splits(train=loaders["train"], val=loaders["val"], test=loaders["test"], rows=counts)

@@ -24,11 +24,7 @@ class Tensors(Dataset[tuple[Tensor, Labels]]):
     """Rows in memory; a batch is one vectorised fetch.
 
     ``__getitems__`` returns ``(inputs, labels)`` already batched, so the loader must not collate (``batch_loader`` sees
-    to that).
-
-    Args:
-        inputs: ``(n, ...)``.
-        labels: ``(n,)``, or one such tensor per task.
+    to that). Inputs are ``(n, ...)``, labels ``(n,)`` or one such tensor per task.
     """
 
     def __init__(self, inputs: Tensor, labels: Labels) -> None:
@@ -55,8 +51,7 @@ class GreyImages(Tensors):
     """Grey images kept as ``(n, h, w)`` uint8, given out as float32, normalised and repeated to three channels.
 
     Args:
-        images: ``(n, h, w)`` uint8.
-        labels: ``(n,)``, or one such tensor per task.
+        images, labels: As of `Tensors`.
         mean: Mean of the pixels, of 0 .. 1.
         std: Standard deviation of the pixels.
         max_shift: Move each image by up to so many pixels in both directions, anew each time; 0 for not at all.

@@ -12,13 +12,13 @@ from fastmtl.model.text import LSTMEncoder
 
 if TYPE_CHECKING:
     from fastmtl.model.deeplab import DeepLabHead
-    from fastmtl.model.dilated import resnet_dilated
     from fastmtl.model.resnet import (
         resnet18,
         resnet34,
         resnet50,
         resnet101,
         resnet152,
+        resnet_dilated,
         resnext50_32x4d,
         resnext101_32x8d,
         wide_resnet50_2,
@@ -46,14 +46,13 @@ __all__ = [
     "wide_resnet101_2",
 ]
 
-
-_ELSEWHERE = {"DeepLabHead": "deeplab", "resnet_dilated": "dilated"}
 _FORMERLY = {f"ResNet{depth}": f"resnet{depth}" for depth in (18, 34, 50, 101, 152)}
 
 
 def __getattr__(name: str) -> object:
     if name in __all__:
-        return getattr(importlib.import_module(f"fastmtl.model.{_ELSEWHERE.get(name, 'resnet')}"), name)
+        module = "deeplab" if name == "DeepLabHead" else "resnet"
+        return getattr(importlib.import_module(f"fastmtl.model.{module}"), name)
     if name in _FORMERLY:
         raise UsageError(f"{name} is now called {_FORMERLY[name]}: from fastmtl.model import {_FORMERLY[name]}.")
     raise AttributeError(f"module 'fastmtl.model' has no attribute {name!r}")

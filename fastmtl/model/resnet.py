@@ -1,17 +1,18 @@
-"""ResNets as encoders: torchvision's networks without pooling and classifier."""
+"""ResNets as encoders: torchvision's networks without pooling and classifier, dilated ones too."""
 
 from __future__ import annotations
 
 import os
 import warnings
 from collections.abc import Callable
-from typing import TypedDict, Unpack
+from typing import Protocol, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from fastmtl.errors import FastmtlError
+from fastmtl.errors import FastmtlError, UsageError
 from fastmtl.model._torchvision import import_torchvision
+from fastmtl.support.names import resolve_name
 
 _resnet = import_torchvision().models.resnet
 BasicBlock = _resnet.BasicBlock
@@ -28,6 +29,7 @@ __all__ = [
     "resnet50",
     "resnet101",
     "resnet152",
+    "resnet_dilated",
     "resnext50_32x4d",
     "resnext101_32x8d",
     "wide_resnet50_2",
@@ -89,17 +91,14 @@ def _load_pretrained(model: ResNet, name: str, progress: bool) -> None:
     model.load_state_dict({key: value for key, value in state.items() if key not in classifier})
 
 
-def _build(
-    name: str, block: type[nn.Module], layers: list[int], pretrained: bool, progress: bool, options: ResNetOptions
-) -> ResNet:
-    model = ResNet(block, layers, **options)
-    if pretrained:
-        _load_pretrained(model, name, progress)
-    return model
+class _Network(Protocol):
+    def __call__(self, pretrained: bool = False, progress: bool = True, **kwargs: Unpack[ResNetOptions]) -> ResNet: ...
 
 
-def resnet18(pretrained: bool = False, progress: bool = True, **kwargs: Unpack[ResNetOptions]) -> ResNet:
-    """ResNet-18 (He et al., `Deep Residual Learning <https://arxiv.org/abs/1512.03385>`_), 512 features.
+_NETWORKS: dict[str, _Network] = {}
+# Dilation of the layers that no longer halve the image, by the factor by which the network shrinks it in all.
+_DILATIONS = {8: {"layer3": 2, "layer4": 4}, 16: {"layer4": 2}}
+_ARGUMENTS = """
 
     Args:
         pretrained: Load torchvision's ImageNet weights, from the network or torch.hub's cache.
@@ -109,54 +108,77 @@ def resnet18(pretrained: bool = False, progress: bool = True, **kwargs: Unpack[R
     Raises:
         FastmtlError: The weights cannot be had.
     """
-    return _build("resnet18", BasicBlock, [2, 2, 2, 2], pretrained, progress, kwargs)
 
 
-def resnet34(pretrained: bool = False, progress: bool = True, **kwargs: Unpack[ResNetOptions]) -> ResNet:
-    """ResNet-34, 512 features; arguments as :func:`resnet18`."""
-    return _build("resnet34", BasicBlock, [3, 4, 6, 3], pretrained, progress, kwargs)
+def _network(
+    name: str, about: str, block: type[nn.Module], layers: list[int], **own: Unpack[ResNetOptions]
+) -> _Network:
+    """Return torchvision's constructor ``name``, for encoders."""
+
+    def build(pretrained: bool = False, progress: bool = True, **kwargs: Unpack[ResNetOptions]) -> ResNet:
+        model = ResNet(block, layers, **(kwargs | own))
+        if pretrained:
+            _load_pretrained(model, name, progress)
+        return model
+
+    build.__name__ = build.__qualname__ = name
+    build.__doc__ = f"{about}, {512 if block is BasicBlock else 2048} features.{_ARGUMENTS}"
+    _NETWORKS[name] = build
+    return build
 
 
-def resnet50(pretrained: bool = False, progress: bool = True, **kwargs: Unpack[ResNetOptions]) -> ResNet:
-    """ResNet-50, 2048 features; arguments as :func:`resnet18`."""
-    return _build("resnet50", Bottleneck, [3, 4, 6, 3], pretrained, progress, kwargs)
+_HE = "He et al., `Deep Residual Learning <https://arxiv.org/abs/1512.03385>`_"
+_XIE = "Xie et al., `Aggregated Residual Transformations <https://arxiv.org/abs/1611.05431>`_"
+_WIDE = "Zagoruyko and Komodakis, `Wide Residual Networks <https://arxiv.org/abs/1605.07146>`_"
+
+resnet18 = _network("resnet18", f"ResNet-18 ({_HE})", BasicBlock, [2, 2, 2, 2])
+resnet34 = _network("resnet34", f"ResNet-34 ({_HE})", BasicBlock, [3, 4, 6, 3])
+resnet50 = _network("resnet50", f"ResNet-50 ({_HE})", Bottleneck, [3, 4, 6, 3])
+resnet101 = _network("resnet101", f"ResNet-101 ({_HE})", Bottleneck, [3, 4, 23, 3])
+resnet152 = _network("resnet152", f"ResNet-152 ({_HE})", Bottleneck, [3, 8, 36, 3])
+resnext50_32x4d = _network(
+    "resnext50_32x4d", f"ResNeXt-50 32x4d ({_XIE})", Bottleneck, [3, 4, 6, 3], groups=32, width_per_group=4
+)
+resnext101_32x8d = _network(
+    "resnext101_32x8d", f"ResNeXt-101 32x8d ({_XIE})", Bottleneck, [3, 4, 23, 3], groups=32, width_per_group=8
+)
+wide_resnet50_2 = _network(
+    "wide_resnet50_2", f"Wide ResNet-50-2 ({_WIDE})", Bottleneck, [3, 4, 6, 3], width_per_group=128
+)
+wide_resnet101_2 = _network(
+    "wide_resnet101_2", f"Wide ResNet-101-2 ({_WIDE})", Bottleneck, [3, 4, 23, 3], width_per_group=128
+)
 
 
-def resnet101(pretrained: bool = False, progress: bool = True, **kwargs: Unpack[ResNetOptions]) -> ResNet:
-    """ResNet-101, 2048 features; arguments as :func:`resnet18`."""
-    return _build("resnet101", Bottleneck, [3, 4, 23, 3], pretrained, progress, kwargs)
+def resnet_dilated(basenet: str, pretrained: bool = True, dilate_scale: int = 8) -> ResNet:
+    """Return a ResNet whose output is 1/8 or 1/16 of the image's size in place of 1/32.
 
+    Strides become dilations, so parameters, state_dict keys and pretrained weights are those of the plain ResNet.
 
-def resnet152(pretrained: bool = False, progress: bool = True, **kwargs: Unpack[ResNetOptions]) -> ResNet:
-    """ResNet-152, 2048 features; arguments as :func:`resnet18`."""
-    return _build("resnet152", Bottleneck, [3, 8, 36, 3], pretrained, progress, kwargs)
+    Source: Yu, Koltun and Funkhouser, `Dilated Residual Networks <https://arxiv.org/abs/1705.09914>`_.
 
+    Args:
+        basenet: Name of a ResNet of ``fastmtl.model``, as ``"resnet50"``.
+        pretrained: Load torchvision's ImageNet weights, from the network or torch.hub's cache.
+        dilate_scale: 8 or 16, by how much the network shrinks an image.
 
-def resnext50_32x4d(pretrained: bool = False, progress: bool = True, **kwargs: Unpack[ResNetOptions]) -> ResNet:
-    """ResNeXt-50 32x4d, 2048 features; arguments as :func:`resnet18`.
-
-    Source: Xie et al., `Aggregated Residual Transformations <https://arxiv.org/abs/1611.05431>`_.
+    Raises:
+        UsageError: An unknown ResNet or scale.
+        FastmtlError: The weights cannot be had.
     """
-    kwargs |= {"groups": 32, "width_per_group": 4}
-    return _build("resnext50_32x4d", Bottleneck, [3, 4, 6, 3], pretrained, progress, kwargs)
+    if dilate_scale not in _DILATIONS:
+        raise UsageError(f"dilate_scale must be 8 or 16, got {dilate_scale}.")
+    model = resolve_name(basenet, _NETWORKS, "ResNet")(pretrained=pretrained)
+    for layer, dilation in _DILATIONS[dilate_scale].items():
+        for module in model.get_submodule(layer).modules():
+            if isinstance(module, nn.Conv2d):
+                _dilate(module, dilation)
+    return model
 
 
-def resnext101_32x8d(pretrained: bool = False, progress: bool = True, **kwargs: Unpack[ResNetOptions]) -> ResNet:
-    """ResNeXt-101 32x8d, 2048 features; arguments as :func:`resnet18`."""
-    kwargs |= {"groups": 32, "width_per_group": 8}
-    return _build("resnext101_32x8d", Bottleneck, [3, 4, 23, 3], pretrained, progress, kwargs)
-
-
-def wide_resnet50_2(pretrained: bool = False, progress: bool = True, **kwargs: Unpack[ResNetOptions]) -> ResNet:
-    """Wide ResNet-50-2, 2048 features; arguments as :func:`resnet18`.
-
-    Source: Zagoruyko and Komodakis, `Wide Residual Networks <https://arxiv.org/abs/1605.07146>`_.
-    """
-    kwargs |= {"width_per_group": 128}
-    return _build("wide_resnet50_2", Bottleneck, [3, 4, 6, 3], pretrained, progress, kwargs)
-
-
-def wide_resnet101_2(pretrained: bool = False, progress: bool = True, **kwargs: Unpack[ResNetOptions]) -> ResNet:
-    """Wide ResNet-101-2, 2048 features; arguments as :func:`resnet18`."""
-    kwargs |= {"width_per_group": 128}
-    return _build("wide_resnet101_2", Bottleneck, [3, 4, 23, 3], pretrained, progress, kwargs)
+def _dilate(conv: nn.Conv2d, dilation: int) -> None:
+    # What enters a layer's strided convolution is still as dense as the layer before gave it.
+    reach = dilation // 2 if conv.stride == (2, 2) else dilation
+    conv.stride = (1, 1)
+    if conv.kernel_size == (3, 3):
+        conv.dilation = conv.padding = (reach, reach)

@@ -30,10 +30,8 @@ def _convs(channels: int, count: int) -> nn.Sequential:
 class _Level(NamedTuple):
     """What the shared network computes at one resolution.
 
-    Attributes:
-        down: The encoder's features after its first and its last convolution.
-        lifted: What the decoder unpools from the level below.
-        up: The decoder's features.
+    The encoder's features after its first and its last convolution, what the decoder unpools from the level below, and
+    the decoder's features.
     """
 
     down: tuple[Tensor, Tensor]
@@ -109,8 +107,7 @@ class SegNet_MTAN_encoder(SegNet):
 
     Args:
         task_num: The number of tasks.
-        channels: As of `SegNet`.
-        inputs: As of `SegNet`.
+        channels, inputs: As of `SegNet`.
     """
 
     def __init__(self, task_num: int = 3, channels: Sequence[int] = CHANNELS, inputs: int = 3) -> None:

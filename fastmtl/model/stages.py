@@ -65,11 +65,9 @@ def _conv(inputs: int, outputs: int, *, stride: int) -> nn.Sequential:
 
 
 class ConvEncoder(StagedEncoder):
-    """A small image encoder of convolution, batch norm and ReLU; each stage after the first halves h and w.
+    """A small encoder of images of some ``channels``; each stage after the first halves h and w.
 
-    Args:
-        channels: Channels of the input.
-        stage_dims: Channels of each stage's output.
+    A stage is convolution, batch norm and ReLU, and has ``stage_dims`` channels.
     """
 
     def __init__(self, channels: int = 3, stage_dims: Sequence[int] = (32, 64, 128)) -> None:
@@ -79,12 +77,7 @@ class ConvEncoder(StagedEncoder):
 
 
 class MLPEncoder(StagedEncoder):
-    """An encoder of vectors ``(batch, inputs)``: one linear layer with ReLU per stage.
-
-    Args:
-        inputs: Size of an input vector.
-        stage_dims: Size of each stage's output.
-    """
+    """An encoder of vectors ``(batch, inputs)``: a linear layer to ``stage_dims`` with ReLU per stage."""
 
     def __init__(self, inputs: int, stage_dims: Sequence[int] = (256, 256, 128)) -> None:
         dims = [inputs, *stage_dims]
