@@ -118,7 +118,6 @@ class _Balance:
         """Add the gradients of the losses times ``scale``, those of all processes, to ``.grad``."""
         from fastmtl.autojac.fields import check_writable
         from fastmtl.distributed.storage import comm_of_loop
-        from fastmtl.engine.gradients import add_grads
 
         shared, own = self.parameters()
         params = [*shared, *own]
@@ -129,19 +128,20 @@ class _Balance:
         before = [param.grad for param in params]
         for param in params:
             param.grad = None
-        # Means over the processes.
-        part = torch.full_like(self.losses[0].detach(), 1 / comm.size)
-        scale = part if scale is None else scale * part
         aggregate = self._by_gram if self.aggregator.works_on_gram() else self._by_rows
-        weights = aggregate(scale, shared, own, comm)
-        comm.put(own, comm.whole_row([param.grad for param in own]))
-        for param, grad in zip(params, before, strict=True):
-            if grad is not None:
-                add_grads([param], [grad])
+        try:
+            weights = aggregate(scale, shared, own, comm)
+            comm.put(own, comm.whole_row([param.grad for param in own]))
+        finally:
+            for param, grad in zip(params, before, strict=True):
+                if grad is not None:
+                    param.grad = grad if param.grad is None else grad + param.grad
         return weights
 
-    def _seeds(self, scale: Tensor | None) -> list[Tensor | None]:
-        return [None if scale is None else scale.to(loss) for loss in self.losses]
+    def _seeds(self, scale: Tensor | None, comm: Comm) -> list[Tensor | None]:
+        """Return the cotangents of the losses, whose means over the processes count."""
+        ones = [torch.ones_like(loss) if scale is None else scale.to(loss) for loss in self.losses]
+        return [seed / comm.size for seed in ones]
 
     def _by_gram(self, scale: Tensor | None, shared: list[Tensor], own: list[Tensor], comm: Comm) -> Tensor:
         """Let each process have a part of every row; the Gram matrix is all that the aggregator needs."""
@@ -150,7 +150,7 @@ class _Balance:
 
         assert isinstance(self.aggregator, GramianWeightedAggregator)
         rows, last = [], len(self.losses) - 1
-        for t, (loss, seed) in enumerate(zip(self.losses, self._seeds(scale), strict=True)):
+        for t, (loss, seed) in enumerate(zip(self.losses, self._seeds(scale, comm), strict=True)):
             row, rest = comm.row([loss], [seed], own, t < last, complete=True)
             rows.append(row)
             add_grads(own, rest)
@@ -166,7 +166,7 @@ class _Balance:
         from fastmtl.engine.gradients import add_grads
         from fastmtl.engine.vjp import jacobians
 
-        rows = [([loss], [seed]) for loss, seed in zip(self.losses, self._seeds(scale), strict=True)]
+        rows = [([loss], [seed]) for loss, seed in zip(self.losses, self._seeds(scale, comm), strict=True)]
         found = jacobians(rows, len(rows), shared, False, own, lambda grads: add_grads(own, grads))
         with torch.no_grad():
             weights = self.aggregator.write(comm.sums(found), shared)

@@ -105,7 +105,8 @@ class StepContext:
             # Each sample has rows of its own; accumulated batches make one together.
             of_rows = [[own] for own in labels] if samples > 1 else [labels]
             found = [batch_shares(problem, tasks, own, comm) for own in of_rows]
-            shares, row_shares = list(torch.cat(found)), torch.cat([each.sum(0) for each in found])
+            shares = list(torch.cat(found))
+            row_shares = torch.cat([part.sum(0) for part in found]) if comm.shares_batches else None
         complete = samples > 1 or len(batches) == 1
         made = [
             Batch(inputs, own, tasks, share=share, factor=scaling.factor(share), complete=complete)

@@ -86,7 +86,7 @@ class LossSum:
 
     Attributes:
         losses: (T,) losses of the step, before the gradients are written of what the weights depend on.
-        shown: The same.
+        shown: What the strategy is shown: the same as before the gradients are written.
         preds: Predictions by task of each batch.
     """
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastmtl.engine.weights import Row
 from fastmtl.ops._rows import is_dense
 
-__all__ = ["OwnGradients", "WeightedGradients", "add_grads", "set_grads", "summed", "unshared"]
+__all__ = ["OwnGradients", "WeightedGradients", "add_grads", "set_grads", "summed"]
 
 Grads = Sequence[Tensor | None]
 
@@ -38,8 +38,9 @@ class OwnGradients:
         return WeightedGradients(self.params, [self._added_to([None] * len(self.params), weights)])
 
     def write(self, weights: Tensor | None) -> None:
-        """Add the gradients, each task's weighted by ``weights`` (T,) if given, to ``.grad``."""
+        """Add the gradients, each task's weighted by ``weights`` (T,) if given, to ``.grad``; they are gone then."""
         set_grads(self.params, self._added_to([param.grad for param in self.params], weights))
+        self.parts = ()
 
     def _added_to(self, total: Row, weights: Tensor | None) -> Row:
         for part in self._scaled(weights):
@@ -67,41 +68,35 @@ def _scaled(grads: Grads, weights: Sequence[Tensor]) -> Row:
     return [None if grad is None else grad * weight.to(grad.dtype) for grad, weight in zip(grads, weights, strict=True)]
 
 
-def unshared(grads: Grads) -> Row:
-    """Return gradients that own their memory, copied where autograd did not make them for one tensor alone.
+def set_grads(params: Sequence[Tensor], grads: Grads) -> None:
+    """Let ``.grad`` be these gradients, copied where autograd did not make them for one tensor alone.
 
     What a sum is made of gets one gradient, what is summed up gets an expanded scalar, and pieces get views of a whole.
-    Clipping, unscaling and optimizers write into ``.grad``.
+    Clipping, unscaling and optimizers write into ``.grad``. None leaves what is there.
     """
     taken: set[int] = set()
-    found: Row = []
-    for grad in grads:
-        if grad is not None:
+    for param, grad in zip(params, grads, strict=True):
+        if grad is None or grad is param.grad:
+            continue
+        storage = grad.untyped_storage()
+        alone = storage.data_ptr() not in taken and storage.nbytes() == grad.nbytes
+        if not alone or not (grad.is_contiguous() or is_dense(grad)):
+            grad = grad.clone()
             storage = grad.untyped_storage()
-            alone = storage.data_ptr() not in taken and storage.nbytes() == grad.numel() * grad.element_size()
-            if not alone or not is_dense(grad):
-                grad = grad.clone(memory_format=torch.preserve_format)
-            taken.add(grad.untyped_storage().data_ptr())
-        found.append(grad)
-    return found
-
-
-def set_grads(params: Sequence[Tensor], grads: Grads) -> None:
-    """Let ``.grad`` be these gradients, see :func:`unshared`; None leaves what is there."""
-    fresh = [None if grad is param.grad else grad for param, grad in zip(params, grads, strict=True)]
-    for param, grad in zip(params, unshared(fresh), strict=True):
-        if grad is not None:
-            param.grad = grad
+        taken.add(storage.data_ptr())
+        param.grad = grad
 
 
 @torch.no_grad()
 def add_grads(tensors: Sequence[Tensor], grads: Grads) -> None:
-    """Add gradients to ``.grad``, see :func:`unshared`; None counts as zeros."""
-    for tensor, grad in zip(tensors, unshared(grads), strict=True):
-        if grad is None:
-            grad = torch.zeros_like(tensor) if tensor.grad is None else None
-        if grad is not None:
-            tensor.grad = grad if tensor.grad is None else tensor.grad + grad
+    """Add gradients to ``.grad``, see :func:`set_grads`; None counts as zeros."""
+    totals: Row = []
+    for tensor, grad in zip(tensors, grads, strict=True):
+        if tensor.grad is None:
+            totals.append(torch.zeros_like(tensor) if grad is None else grad)
+        else:
+            totals.append(None if grad is None else tensor.grad + grad)
+    set_grads(tensors, totals)
 
 
 def summed(rows: Sequence[Grads], others: Sequence[Grads]) -> list[Row]:

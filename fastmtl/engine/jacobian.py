@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -13,7 +14,7 @@ from fastmtl.engine.comm import Comm
 from fastmtl.engine.context import StepContext, step_losses
 from fastmtl.engine.gradients import OwnGradients, summed
 from fastmtl.engine.losses import Problem
-from fastmtl.engine.pullback import Pullback
+from fastmtl.engine.pullback import Known, Pullback
 from fastmtl.engine.trees import map_tree
 from fastmtl.engine.weights import Rows, Weights
 from fastmtl.support.profiling import part
@@ -101,19 +102,20 @@ class Jacobian:
         self.pullback = batches[-1].pullback
         self._batches = batches
         self._ctx = ctx
+        self._known = isinstance(self.pullback, Known)
         self._comm = comm
-        rows = [row for batch in batches for row in batch.rows]
-        self.rows: Rows = self.pullback.collect(rows, comm, ctx.batches[0].complete) if rows else rows
+
+    @cached_property
+    def rows(self) -> Rows:
+        """Return the rows of all processes, or this one's pieces of them; the first call may wait for messages."""
+        rows = [row for batch in self._batches for row in batch.rows]
+        return self.pullback.collect(rows, self._comm, self._ctx.batches[0].complete) if rows else rows
 
     def gram(self, groups: Sequence[int] | None = None) -> Tensor:
         """Return the Gram matrix (R, R) of the R rows; (L, R, R) with the group, 0 .. L-1, of each shared parameter."""
         with part("gram"):
             gram = self.pullback.gram(self.rows, groups, self._comm, self._ctx.row_shares)
             return self._ctx.scaling.gram(gram)
-
-    def scaled(self, weights: Weights) -> Weights:
-        """Return weights of unscaled rows as those of the rows that are there."""
-        return replace(weights, shared=self._ctx.scaling.up(weights.shared))
 
     def unscaled_rows(self) -> Rows:
         """Return the rows without the loss scale of float16."""
@@ -135,11 +137,14 @@ class Jacobian:
         with part("combine"):
             for batch, own in zip(self._batches, heads, strict=True):
                 batch.own.write(own)
-        # The norm follows from the Gram matrix; with weights held from an earlier step there is none.
+        # The norm follows from the Gram matrix; with weights known beforehand there is none.
         if weights.max_norm is not None and weights.gram is not None:
             weights = _capped(weights, weights.gram, weights.max_norm)
-        self.pullback.write(weights, self.rows, self._comm, self._ctx.tasks)
-        if weights.max_norm is not None and weights.gram is None:
+        if weights.rows is not None:
+            # They were shown, or made, without the loss scale that all other gradients carry.
+            weights = replace(weights, shared=self._ctx.scaling.up(weights.shared))
+        self.pullback.write(weights, self, self._comm, self._ctx.tasks)
+        if weights.max_norm is not None and self._known:
             self._comm.clip_grad_norm(self._ctx.scaling.limit(weights.max_norm), shared_only=True)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,14 @@ def weighted(weights: Tensor, cotangents: Rows) -> Row:
         return cast(Row, ops.combine(cotangents, weights))
 
 
+class HasRows(Protocol):
+    """What has collected rows, or collects them when it is asked for them."""
+
+    @property
+    def rows(self) -> Rows:
+        """Return the rows of all processes, or this one's pieces of them."""
+
+
 class Pullback:
     """What the rows of a batch are, and how the weights pull them back to the shared parameters.
 
@@ -44,7 +52,7 @@ class Pullback:
     def absorb(self, other: Pullback) -> None:
         """Take in another batch, which together with this one makes one step; its rows are added to this one's."""
 
-    def write(self, weights: Weights, rows: Rows, comm: Comm, tasks: Tasks) -> None:
+    def write(self, weights: Weights, found: HasRows, comm: Comm, tasks: Tasks) -> None:
         """Fill ``.grad`` of the shared parameters, and sum that of all others over the processes."""
         raise NotImplementedError
 
@@ -52,9 +60,9 @@ class Pullback:
 class Combine(Pullback):
     """The rows are gradients of the shared parameters."""
 
-    def write(self, weights: Weights, rows: Rows, comm: Comm, tasks: Tasks) -> None:
+    def write(self, weights: Weights, found: HasRows, comm: Comm, tasks: Tasks) -> None:
         """Combine them."""
-        comm.write_shared(rows if weights.rows is None else weights.rows, weights.shared, weights.groups, tasks)
+        comm.write_shared(found.rows if weights.rows is None else weights.rows, weights.shared, weights.groups, tasks)
 
 
 class Known(Pullback):
@@ -67,9 +75,9 @@ class Known(Pullback):
         """Return the row as it is."""
         return rows
 
-    def write(self, weights: Weights, rows: Rows, comm: Comm, tasks: Tasks) -> None:
+    def write(self, weights: Weights, found: HasRows, comm: Comm, tasks: Tasks) -> None:
         """Write the update."""
-        set_grads(self.params, rows[0])
+        set_grads(self.params, found.rows[0])
         comm.reduce(tasks)
 
 
@@ -81,7 +89,7 @@ class Through(Pullback):
         self.cotangents = cotangents
         self.params = params
 
-    def write(self, weights: Weights, rows: Rows, comm: Comm, tasks: Tasks) -> None:
+    def write(self, weights: Weights, found: HasRows, comm: Comm, tasks: Tasks) -> None:
         """Send the weighted sum of the cotangents through the trunk."""
         total = weighted(weights.shared, self.cotangents)
         with part("VJPs"):
@@ -121,7 +129,7 @@ class Representations(Pullback):
         assert isinstance(other, Representations)
         self.others.append(other)
 
-    def write(self, weights: Weights, rows: Rows, comm: Comm, tasks: Tasks) -> None:
+    def write(self, weights: Weights, found: HasRows, comm: Comm, tasks: Tasks) -> None:
         """Send the weighted gradients of the representations down to the shared parameters."""
         if weights.reps is not None:
             self._send(weights.reps)
@@ -149,7 +157,7 @@ class Sum(Pullback):
         self.losses = losses
         self.batch = batch
 
-    def write(self, weights: Weights, rows: Rows, comm: Comm, tasks: Tasks) -> None:
+    def write(self, weights: Weights, found: HasRows, comm: Comm, tasks: Tasks) -> None:
         """Run the backward pass."""
         self.backward(weights.shared)
         comm.reduce(tasks)

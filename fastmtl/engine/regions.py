@@ -160,8 +160,7 @@ def _with_code_of_its_own(method: Callable[..., Any]) -> Callable[..., Any]:
 
 def _labelled(args: Sequence[Any]) -> Tasks:
     """Return the tasks of a call, its last argument, without those that have labels in other batches only."""
-    tasks = args[-1]
-    if not isinstance(tasks, tuple) or not all(isinstance(task, str) for task in tasks):
-        return ()
+    # A trunk has inputs only.
+    tasks = args[-1] if len(args) > 1 else ()
     labels = args[-2] if len(args) > 2 else {}
     return tuple(task for task in tasks if labels.get(task, task) is not None)

@@ -8,7 +8,7 @@ __all__ = ["allow_repeated_backwards"]
 
 
 # Part of the key of torch's caches.
-_TAG = "fastmtl.engine.repeated-backwards"
+_TAG = "fastmtl.repeated-backwards"
 
 
 def allow_repeated_backwards() -> None:

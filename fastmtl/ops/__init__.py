@@ -19,18 +19,23 @@ be float64 are float32.
 from __future__ import annotations
 
 from fastmtl.ops._registry import backend_report, implementation
-from fastmtl.ops.accumulate import ema_gram_, excess_risk_
+from fastmtl.ops.aligned import aligned
 from fastmtl.ops.cagrad import cagrad, cagrad_update
 from fastmtl.ops.combine import combine, combine_
-from fastmtl.ops.dual_cone import dual_cone, upgrad
-from fastmtl.ops.fairgrad import fairgrad, nash
+from fastmtl.ops.config import config
+from fastmtl.ops.dual_cone import dual_cone
+from fastmtl.ops.ema_gram import ema_gram_
+from fastmtl.ops.excess_risk import excess_risk_
+from fastmtl.ops.fairgrad import fairgrad
 from fastmtl.ops.graddrop import graddrop, graddrop_rows
 from fastmtl.ops.gradvac import gradvac
 from fastmtl.ops.gram import gram
+from fastmtl.ops.imtl import imtl
 from fastmtl.ops.min_norm import min_norm
+from fastmtl.ops.nash import nash
 from fastmtl.ops.nonneg_qp import nonneg_qp
 from fastmtl.ops.pcgrad import pcgrad
-from fastmtl.ops.spectral import aligned, config, imtl
+from fastmtl.ops.upgrad import upgrad
 
 __all__ = [
     "aligned",

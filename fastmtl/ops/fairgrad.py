@@ -1,4 +1,4 @@
-"""Fair weights from the Gram matrix of the task gradients: FairGrad's alpha-fair update and Nash-MTL's bargain."""
+"""FairGrad's alpha-fair weights, from the Gram matrix of the task gradients."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import Tensor
 from fastmtl.errors import UsageError
 from fastmtl.ops._square import check_warm, declare_solver
 
-__all__ = ["fairgrad", "nash"]
+__all__ = ["fairgrad"]
+
 
 _RIDGE = 1e-10
 
@@ -21,7 +22,7 @@ def _check(gram: Tensor, alpha: float, warm_start: Tensor | None = None) -> None
         raise UsageError(f"alpha must be positive and finite, got {alpha}.")
 
 
-def _fair_weights(gram: Tensor, power: float) -> Tensor:
+def fair_weights(gram: Tensor, power: float) -> Tensor:
     """Return w > 0 with G w = w^-power, for G with its ridge, by Newton's method with a line search.
 
     It works on u, the weights in units of those that each task would have alone, G_ii^(-1 / (power + 1)). With
@@ -89,13 +90,7 @@ _fairgrad = declare_solver(
     "fairgrad",
     "(Tensor gram, float alpha, Tensor? warm_start=None) -> Tensor",
     check=_check,
-    solve=lambda gram, alpha, warm_start=None: _fair_weights(gram, 1 / alpha),
-)
-_nash = declare_solver(
-    "nash",
-    "(Tensor gram, Tensor? warm_start=None) -> Tensor",
-    check=check_warm,
-    solve=lambda gram, warm_start=None: _fair_weights(gram, 1.0),
+    solve=lambda gram, alpha, warm_start=None: fair_weights(gram, 1 / alpha),
 )
 
 
@@ -130,20 +125,3 @@ def fairgrad(gram: Tensor, alpha: float, warm_start: Tensor | None = None) -> Te
         tensor([1.0000, 0.5000], dtype=torch.float64)
     """
     return _fairgrad(gram, alpha, warm_start)
-
-
-def nash(gram: Tensor, warm_start: Tensor | None = None) -> Tensor:
-    """Return Nash-MTL's weights w > 0 of T gradients: G w = 1/w elementwise.
-
-    The update d = w^T J is the Nash bargaining solution: up to its length it maximises sum_t log <g_t, d> over
-    |d| <= r. It does not depend on the lengths of the gradients: with G_ii scaled by s_i^2, w_i is scaled by 1/s_i.
-    Arguments and bounds are those of :func:`fairgrad` with alpha = 1, here whatever the scales of the rows.
-
-    Source:
-        Navon et al., "Multi-Task Learning as a Bargaining Game", ICML 2022.
-
-    Example:
-        >>> nash(torch.tensor([[1.0, 0.0], [0.0, 4.0]]))
-        tensor([1.0000, 0.5000], dtype=torch.float64)
-    """
-    return _nash(gram, warm_start)

@@ -41,7 +41,7 @@ class StepProfiler:
         path: The Chrome trace to write.
         device: Where the step runs.
         steps: Steps to profile.
-        warm: Steps to run before, on the route that stays.
+        warm: Steps to run before, with the engine that stays.
     """
 
     def __init__(self, path: Path, device: torch.device, steps: int = 5, warm: int = 3) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -52,16 +53,14 @@ def _from_gram(strategy: AbsWeighting, hyper: Hypers, found: Jacobian) -> Weight
     gram = found.gram(groups)
     with part("solver"):
         weights = strategy.weigh(found.shown, gram, **hyper)
-    weights.groups, weights.gram = groups, found.mean_gram(gram)
-    return weights
+    return replace(weights, groups=groups, gram=found.mean_gram(gram))
 
 
 def _from_rows(strategy: AbsWeighting, hyper: Hypers, found: Jacobian) -> Weights:
     rows = found.unscaled_rows()
     with part("solver"):
         weights = strategy.weigh_rows(found.shown, rows, **hyper)
-    weights.rows = weights.rows or rows
-    return found.scaled(weights)
+    return replace(weights, rows=weights.rows or rows)
 
 
 def _from_reps(strategy: AbsWeighting, hyper: Hypers, comm: Comm, found: Jacobian) -> Weights:

@@ -209,5 +209,5 @@ class TrainingStep:
         # Engines round differently.
         self.trial.settle(state.get("route"))
         self.engine = self.trial.engine
-        self.sampler.left = list(state["tasks_left"])
+        self.sampler.left = list(state.get("tasks_left", []))
         self.scaler.load_state_dict(state)

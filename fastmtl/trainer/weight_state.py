@@ -70,7 +70,8 @@ class WeightState:
 
         The gradients of the strategy's own parameters are written.
         """
-        self.comm.broadcast([weights.shared, weights.heads])
+        if weights.reps is None:
+            self.comm.broadcast([weights.shared, weights.heads])
         if self.momentum and weights.reports:
             self._smooth(weights)
         for param, grad in weights.own_grads.items():

@@ -19,12 +19,15 @@ class RowState:
         self._owner = owner
         self._name = name
         self._rows: list[list[Tensor | None]] = []
+        self._shapes: list[torch.Size] | None = None
         owner.remember(name, torch.zeros(owner.task_num, 0))
         self.cut([param.shape for param in owner.get_share_params() if param.requires_grad])
         owner.row_states = {**owner.row_states, name: self}
 
     def cut(self, shapes: Sequence[torch.Size]) -> None:
-        """Start anew with rows in the shapes of the pieces that this process has of each."""
+        """Start anew with rows in the shapes of the pieces that this process has of each, unless they have them."""
+        if self._shapes == list(shapes):
+            return
         self._shapes = list(shapes)
         self._sizes = [shape.numel() for shape in shapes]
         self._seen: Tensor | None = None
@@ -39,7 +42,7 @@ class RowState:
         if flat is not self._seen:
             self._seen = flat
             self._rows = [
-                [part.view(shape) for part, shape in zip(row.split(self._sizes), self._shapes, strict=True)]
+                [part.view(shape) for part, shape in zip(row.split(self._sizes), self._shapes or (), strict=True)]
                 for row in flat
             ]
         return self._rows

@@ -343,3 +343,16 @@ def test_tf32_is_set_on_cuda_alone(tf32: bool) -> None:
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
+
+
+@pytest.mark.parametrize("weighting", ["MoCo", "DB_MTL", "ExcessMTL"])
+def test_weights_of_strategies_with_rows_are_reported_without_the_scale(weighting: str) -> None:
+    shown = []
+    for precision in ("fp32", "fp16"):
+        trainer = make_trainer(weighting, precision=precision)
+        if isinstance(trainer.step.scaler, LossScaler):
+            trainer.step.scaler.scale.fill_(2.0**8)
+        trainer.step([next(iter(loaders()))], StepBuffer())
+        assert trainer.step.latest is not None
+        shown.append(trainer.step.latest.weights)
+    torch.testing.assert_close(shown[0], shown[1], rtol=0.02, atol=1e-3)

@@ -180,6 +180,26 @@ def test_compressed_rows_have_the_jacobians_gram_matrix_and_less_numbers() -> No
     assert sizes["sequential"] - sizes["compressed"] == 64 * 64 - 8 * 64
 
 
+class _ByName(nn.Module):
+    """A linear layer that is called with its input by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 8)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.layer(input=inputs).relu()
+
+
+def test_compressed_layers_that_are_called_by_name_are_differentiated_as_ever() -> None:
+    updates = []
+    for way in ("sequential", "compressed"):
+        trainer = make_trainer("MGDA", encoder_class=_ByName, vjps=way)
+        trainer.step([next(iter(loaders()))], StepBuffer())
+        updates.append(flat(trainer.model.parameters()))
+    torch.testing.assert_close(*updates)
+
+
 @pytest.mark.parametrize("inplace", [False, True])
 def test_compressed_layers_before_an_operation_in_place(inplace: bool) -> None:
     class Sequences(nn.Module):

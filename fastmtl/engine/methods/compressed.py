@@ -76,9 +76,8 @@ class Compressed(Split):
 
         def note(layer: nn.Module, args: tuple[object, ...], output: object) -> None:
             assert isinstance(layer, nn.Linear)
-            given = args[0]
             # In low precision, which a network may ask for by itself, products would be rounded twice.
-            if len(args) > 1 or not isinstance(output, Tensor) or not isinstance(given, Tensor):
+            if len(args) != 1 or not isinstance(output, Tensor) or not isinstance(given := args[0], Tensor):
                 return
             if output.dtype == given.dtype == layer.weight.dtype and output.grad_fn is not None:
                 calls.append((layer, given.detach(), GradientEdge(output.grad_fn, output.output_nr)))

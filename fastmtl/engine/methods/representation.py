@@ -60,8 +60,6 @@ class Representation(Method):
                     losses.append(loss)
                 return apart, losses, preds, cuts
             reps = self.regions.reps(batch.inputs, tasks)
-            if not all(isinstance(rep, Tensor) for rep in reps):
-                raise UsageError(f"rep_grad needs a representation that is a tensor, got a {type(reps[0]).__name__}.")
             cuts = [_cut(rep) for rep in (reps if len(reps) > 1 else [reps[0] for _ in tasks])]
             scored, preds = self.regions.decode(cuts, batch.labels, tasks)
             return reps, scored, preds, cuts
@@ -85,5 +83,6 @@ class ForwardRepresentation(Representation):
 
 def _cut(rep: Tensor) -> Tensor:
     (alias,) = cut_features((rep,))
-    assert isinstance(alias, Tensor)
+    if not isinstance(alias, Tensor):
+        raise UsageError(f"rep_grad needs a representation that is a tensor, got a {type(rep).__name__}.")
     return alias
