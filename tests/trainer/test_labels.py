@@ -184,7 +184,8 @@ def _in_turn(trainer: Any, steps: int) -> None:
 def test_weights_are_averaged_where_no_batch_labels_all_tasks() -> None:
     seen: list[Tensor] = []
     trainer = make_trainer("MGDA", count=3, weight_momentum=0.5)
-    trainer.model.weigh = lambda losses, gram, **hyper: Weights(shared=torch.tensor([1.0, len(seen)]))
+    model: Any = trainer.model
+    model.weigh = lambda losses, gram, **hyper: Weights(shared=torch.tensor([1.0, len(seen)]))
     for _ in range(3):
         _in_turn(trainer, 1)
         assert trainer.step.weights.average is not None

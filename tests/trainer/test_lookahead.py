@@ -113,7 +113,8 @@ def test_moved_brings_parameters_and_buffers_back() -> None:
     assert torch.equal(flat(trainer.model.parameters()), before)
     assert torch.equal(trainer.model.encoder.seen, torch.zeros(2))
     with ahead.moved():
-        trainer.model.encoder.seen = trainer.model.encoder.seen + 1
+        encoder: Any = trainer.model.encoder
+        encoder.seen = encoder.seen + 1
     assert torch.equal(trainer.model.encoder.seen, torch.zeros(2))
 
 
