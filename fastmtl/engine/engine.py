@@ -71,6 +71,7 @@ class GradientEngine:
             found = self.method(batch) if known is None else self.method.combined(batch, known)
             losses.append(self.comm.mean(found.losses, batch.share))
             preds.append(found.preds)
+            # Samples of the strategy stay apart, accumulated batches are added up.
             if not batches or batch.complete:
                 batches.append(found)
             else:

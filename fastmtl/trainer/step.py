@@ -141,7 +141,7 @@ class TrainingStep:
         ctx = self._context(batches, tasks)
         with self.weights.restricted(tasks) as weights, self.scaler.undoing(weights):
             done = self._gradients(ctx, weights)
-            # Here it turns out whether there is something to be undone.
+            # Finds the overflow that `undoing` goes by.
             self.scaler.unscale(self.strategy.parameters())
         self._update(tasks, done.spread(tasks, 0.0))
         if self.strategy.looks_back and not self.runs_backward:

@@ -78,10 +78,7 @@ class Method:
         raise NotImplementedError
 
     def combined(self, batch: Batch, weights: Weights) -> BatchGradients:
-        """Run the forward pass and, where there is a shorter way, one VJP with weights known beforehand.
-
-        It prepares the network itself, and returns :meth:`known`.
-        """
+        """Do what a call does, or, as the weights are known, run one VJP in place of T and return :meth:`known`."""
         return self(batch)
 
     def known(
