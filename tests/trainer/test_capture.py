@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,12 @@ from tests.trainer.toy import encoder, flat, loaders, make_trainer
 
 CAPTURED = sorted(name for name, rule in WEIGHTINGS.items() if rule.needs != "lookahead")
 CUDA = torch.device("cuda")
+
+
+class _Places(list[Any]):
+    """Where an outcome will be, once a replay has filled it in."""
+
+    losses, preds, weights, gram = (property(itemgetter(index)) for index in range(4))
 
 
 class Rerun(CudaGraph):
@@ -43,7 +50,7 @@ class Rerun(CudaGraph):
         self.captures += 1
         self.function = function
         self.places = self._places()
-        self.result: list[Any] = [None] * 4
+        self.result = _Places([None] * 4)
         return self.result
 
     def _places(self) -> dict[str, int]:
