@@ -56,5 +56,5 @@ def test_new_architecture(capsys: pytest.CaptureFixture[str]) -> None:
 def test_new_strategy(capsys: pytest.CaptureFixture[str]) -> None:
     names = _run("new_strategy", capsys)
     assert (names["weights"] > 0).all()
-    assert not names["trainer"].step.runs_backward
-    assert names["by_hand"].step.runs_backward
+    assert not names["trainer"].step.is_foreign
+    assert names["by_hand"].step.is_foreign

@@ -63,7 +63,7 @@ class TrainingEpoch:
         model, meter, profiler = trainer.model, trainer.meter, trainer.profiler
         model.epoch = self._index
         model.train()
-        if not step.runs_backward:
+        if not step.is_foreign:
             model.start_epoch(**trainer.kwargs["weight_args"])
         skip, accumulate = start["batch"], step.options.accumulate
         batches = self._batches(start)

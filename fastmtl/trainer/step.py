@@ -88,8 +88,8 @@ class TrainingStep:
         self.hyper = hyper
         self.options = options
         self.comm = comm
-        self.runs_backward = strategy.needs_of_step() == "backward"
-        self.samples = 1 if self.runs_backward else strategy.samples
+        self.is_foreign = strategy.needs_of_step() == "backward"
+        self.samples = 1 if self.is_foreign else strategy.samples
         self.batches = max(self.samples, options.accumulate)
         self.scaler = make_scaler(options.precision, guard.found_inf)
         self.optimizer = MaskedOptimizer(optimizer, self.scaler.masked)
@@ -144,7 +144,7 @@ class TrainingStep:
             # Finds the overflow that `undoing` goes by.
             self.scaler.unscale(self.strategy.parameters())
         self._update(tasks, done.spread(tasks, 0.0))
-        if self.strategy.looks_back and not self.runs_backward:
+        if self.strategy.looks_back and not self.is_foreign:
             with torch.no_grad(), tasks.alone(self.strategy), self.scaler.undoing(self.weights):
                 self.strategy.after_step(self._losses_after(ctx), **self.hyper)
         return done.spread(tasks, torch.nan)
@@ -185,7 +185,7 @@ class TrainingStep:
     def _tasks(self, present: Sequence[int] | None) -> StepTasks:
         """Return the tasks of this step."""
         names = self.problem.tasks
-        if present is not None and self.runs_backward:
+        if present is not None and self.is_foreign:
             raise UsageError(
                 f"A batch has no labels for some tasks, but {self.strategy.strategy_name} is written for all tasks in "
                 "every batch."

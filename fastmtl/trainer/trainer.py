@@ -13,7 +13,7 @@ from torch import nn
 
 from fastmtl.architecture import AbsArchitecture
 from fastmtl.distributed import Alone, join
-from fastmtl.distributed.norm import synchronize
+from fastmtl.distributed.batch_norm import synchronize
 from fastmtl.distributed.storage import make_storage
 from fastmtl.errors import UsageError
 from fastmtl.support.memory import keep_freed_memory

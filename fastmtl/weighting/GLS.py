@@ -1,4 +1,4 @@
-"""Objectives of the losses' logarithms: their mean, their sum."""
+"""The geometric mean of the losses."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fastmtl.weighting.base import AbsWeighting, Weights
 
-__all__ = ["GLS", "SI"]
+__all__ = ["GLS"]
 
 
 class GLS(AbsWeighting):
@@ -22,16 +22,3 @@ class GLS(AbsWeighting):
         """Return the derivatives of the geometric mean."""
         # The mean of logarithms: the product of many small losses would underflow.
         return Weights(shared=losses.log().mean().exp() / (len(losses) * losses))
-
-
-class SI(AbsWeighting):
-    """Scale-Invariant weighting: the objective is ``sum_t log L_t``, so task t has the weight ``1 / L_t``.
-
-    The factor a loss is measured in does not matter; losses must be positive.
-
-    Source: Navon et al., "Multi-Task Learning as a Bargaining Game", ICML 2022, baseline SI.
-    """
-
-    def weigh(self, losses: Tensor, gram: None, **hyper: object) -> Weights:
-        """Return the derivatives of the logarithms."""
-        return Weights(shared=1 / losses)

@@ -8,13 +8,14 @@ from fastmtl.weighting.base import AbsWeighting, Hyper, Rows, Weights
 from fastmtl.weighting.CAGrad import CAGrad
 from fastmtl.weighting.ConFIG import ConFIG
 from fastmtl.weighting.DB_MTL import DB_MTL
+from fastmtl.weighting.DualProj import DualProj
 from fastmtl.weighting.DWA import DWA
 from fastmtl.weighting.EW import EW
 from fastmtl.weighting.ExcessMTL import ExcessMTL
 from fastmtl.weighting.FairGrad import FairGrad
 from fastmtl.weighting.FAMO import FAMO
 from fastmtl.weighting.FORUM import FORUM
-from fastmtl.weighting.GLS import GLS, SI
+from fastmtl.weighting.GLS import GLS
 from fastmtl.weighting.GO4Align import GO4Align
 from fastmtl.weighting.GradDrop import GradDrop
 from fastmtl.weighting.GradNorm import GradNorm
@@ -29,8 +30,9 @@ from fastmtl.weighting.PCD import PCD
 from fastmtl.weighting.PCGrad import PCGrad
 from fastmtl.weighting.RLW import RLW
 from fastmtl.weighting.SDMGrad import SDMGrad
+from fastmtl.weighting.SI import SI
 from fastmtl.weighting.STCH import STCH
-from fastmtl.weighting.UPGrad import DualProj, UPGrad
+from fastmtl.weighting.UPGrad import UPGrad
 from fastmtl.weighting.UW import UW
 
 __all__ = [

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from fastmtl.cli.entry import main
 from fastmtl.data import load
-from fastmtl.data.reviews import LENGTH, Words, prepare_reviews, read_reviews, tokens
+from fastmtl.data.reviews import LENGTH, AccF1Metric, Words, prepare_reviews, read_reviews, tokens
 from fastmtl.errors import UsageError
 from fastmtl.model import LSTMEncoder
 
@@ -133,3 +134,30 @@ def test_what_is_no_archive_is_named(archive: Path, tmp_path: Path) -> None:
         read_reviews(tmp_path / "made")
     with pytest.raises(UsageError, match="aug must be off"):
         load("reviews", path=tmp_path / "made", augment=True)
+
+
+class _Group:
+    """Two processes: this one, and one that has a metric of its own."""
+
+    def __init__(self, other: AccF1Metric) -> None:
+        self.others = iter(other._kept.values())
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, value]
+
+    def total(self, tensor: Tensor | None) -> Tensor | None:
+        other = next(self.others)
+        assert tensor is not None
+        assert other is not None
+        return tensor + other
+
+
+def test_scores_of_texts_are_those_of_all_processes() -> None:
+    pred, labels = torch.randn(40, 3, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 3
+    whole, here, there = (AccF1Metric(3) for _ in range(3))
+    whole.update_fun(pred, labels)
+    here.update_fun(pred[:25], labels[:25])
+    there.update_fun(pred[25:], labels[25:])
+    here.sync(_Group(there))
+    assert here.score_fun() == pytest.approx(whole.score_fun())
+    assert here.score_fun() != there.score_fun()

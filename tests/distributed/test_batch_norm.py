@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl.distributed import Peers
-from fastmtl.distributed.norm import SyncBatchNorm, synchronize
+from fastmtl.distributed.batch_norm import SyncBatchNorm, synchronize
 
 
 class _Alone(Peers):

@@ -1,0 +1,36 @@
+"""The mean gradient, projected onto the cone of directions that harm no task."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmtl.linalg import QuadprogProjector
+from fastmtl.weighting.base import AbsWeighting, Weights
+from fastmtl.weighting.UPGrad import NORM_EPS, REG_EPS
+
+__all__ = ["DualProj"]
+
+
+class DualProj(AbsWeighting):
+    """DualProj: the mean gradient, projected onto the cone of directions that harm no task.
+
+    Source: Lopez-Paz and Ranzato, "Gradient Episodic Memory for Continual Learning", NeurIPS 2017.
+    """
+
+    needs = "gram"
+    allows_rep_grad = False
+    hyper = {"DualProj_norm_eps": NORM_EPS, "DualProj_reg_eps": REG_EPS}  # noqa: RUF012
+
+    def weigh(
+        self,
+        losses: Tensor,
+        gram: Tensor,
+        *,
+        DualProj_norm_eps: float = 1e-4,
+        DualProj_reg_eps: float = 1e-4,
+        **hyper: object,
+    ) -> Weights:
+        """Return the weights."""
+        project = QuadprogProjector(norm_eps=DualProj_norm_eps, reg_eps=DualProj_reg_eps)
+        return Weights(shared=project(torch.full_like(gram[0], 1 / len(gram)), gram))
