@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastmtl._loss.base import over
 from fastmtl.engine.comm import Comm
 from fastmtl.engine.labels import labelled_entries
 from fastmtl.engine.losses import Problem
@@ -125,7 +126,8 @@ def step_losses(problem: Problem, ctx: StepContext, losses: Tensor, comm: Comm) 
 def batch_shares(problem: Problem, tasks: Tasks, labels: Sequence[Labels], comm: Comm) -> Tensor:
     """Return the share (n, T) of each of n batches in the labels of all of them, in all processes.
 
-    Losses are means over the labels that are there; multiplied by these shares they add up to the mean over all.
+    Losses are means over the labels that are there, or weighted ones (:meth:`AbsLoss.divisor`); multiplied by these
+    shares they add up to the mean over all.
     """
     device = problem.model.device
     dtype = torch.float32 if device.type == "mps" else torch.float64
@@ -135,7 +137,7 @@ def batch_shares(problem: Problem, tasks: Tasks, labels: Sequence[Labels], comm:
             for own in labels
         ]
     )
-    return counts / comm.total(counts.sum(0)).clamp(min=1)
+    return over(counts, comm.total(counts.sum(0)))
 
 
 def mean_losses(problem: Problem, tasks: Tasks, losses: Tensor, labels: Sequence[Labels], comm: Comm) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which labels of a batch are there: by row, by task."""
+"""Which labels of a batch are there: how many entries, and of which tasks."""
 
 from __future__ import annotations
 
@@ -10,31 +10,27 @@ from torch import Tensor
 from fastmtl.engine.trees import leaves
 from fastmtl.loss import AbsLoss
 
-__all__ = ["labelled_entries", "labelled_rows", "present_tasks"]
-
-
-def labelled_rows(loss: AbsLoss, labels: Any) -> int | Tensor:
-    """Return how many rows of a batch have a label, as a scalar on the device where the labels are tensors."""
-    if not isinstance(labels, Tensor) or labels.dim() == 0:
-        return len(labels) if hasattr(labels, "__len__") else 1
-    known = _known(loss, labels)
-    return (known if known.dim() == 1 else known.reshape(len(known), -1).any(1)).sum()
+__all__ = ["labelled_entries", "present_tasks"]
 
 
 def labelled_entries(loss: AbsLoss, labels: Any) -> int | Tensor:
-    """Return how many entries of a batch's labels a loss averages over, as :func:`labelled_rows` does the rows.
+    """Return what a loss divides its sum over a batch by, :meth:`AbsLoss.divisor`, as a scalar where the labels are.
 
-    None stands for the labels of a task that has none. Of several tensors the entries add up; a list of what is no
-    tensor, such as a dictionary for each image, has as many as it is long.
+    None stands for the labels of a task that has none. Labels that are no tensor are shown to the loss as they are if
+    its class has a ``divisor`` or ``labelled`` of its own that takes them. Otherwise the entries of several tensors add
+    up; a list of what is no tensor, such as a dictionary for each image, has as many as it has rows with a label.
     """
     if labels is None:
         return 0
     if isinstance(labels, Tensor):
-        return _known(loss, labels).sum() if labels.dim() else 1
+        return loss.divisor(labels) if labels.dim() else 1
+    told = _told_by(loss, labels)
+    if told is not None:
+        return told
     # A list may have an entry for each row, which is then what counts.
     held = leaves(labels) if isinstance(labels, Mapping) else labels if isinstance(labels, list | tuple) else []
-    counts = [labelled_entries(loss, each) for each in held if isinstance(each, Tensor)]
-    return sum(counts) if counts else labelled_rows(loss, labels)
+    counts = [labelled_entries(loss, entry) for entry in held if isinstance(entry, Tensor)]
+    return sum(counts) if counts else sum(_has_label(loss, row) for row in _rows(labels))
 
 
 def present_tasks(losses: Mapping[str, AbsLoss], labels: Sequence[Mapping[str, Any]]) -> list[int] | None:
@@ -55,12 +51,61 @@ def present_tasks(losses: Mapping[str, AbsLoss], labels: Sequence[Mapping[str, A
 
 
 def _has_any(loss: AbsLoss, labels: Any) -> bool:
-    if not isinstance(labels, Tensor) or labels.device.type != "cpu":
-        return labels is not None
-    # Maps of labels are large, and the first one nearly always has some.
-    return bool(_known(loss, labels[:1] if labels.dim() else labels).any() or _known(loss, labels).any())
+    if any(isinstance(leaf, Tensor) and leaf.device.type != "cpu" for leaf in leaves(labels)):
+        return True
+    if isinstance(labels, Tensor):
+        # Maps of labels are large, and the first one nearly always has some.
+        first = labels[:1] if labels.dim() else labels
+        return bool(loss.labelled(first).any() or loss.labelled(labels).any())
+    told = None if labels is None else _told_by(loss, labels)
+    if told is not None:
+        return bool(told > 0)
+    rows = _rows(labels)
+    return any(bool(_has_label(loss, row)) for row in rows) or rows == []
 
 
-def _known(loss: AbsLoss, labels: Tensor) -> Tensor:
-    # Losses written for LibMTL derive from a class of its own.
-    return loss.labelled(labels) if hasattr(loss, "labelled") else AbsLoss().labelled(labels)
+def _rows(labels: Any) -> list[Any]:
+    """Return the rows of labels that are no tensor."""
+    if isinstance(labels, list | tuple):
+        return list(labels)
+    if isinstance(labels, Mapping) or not hasattr(labels, "__len__"):
+        return [labels]
+    return [True] * len(labels)
+
+
+def _has_label(loss: AbsLoss, row: Any) -> bool | Tensor:
+    """Return whether a row is labelled, as an image without any box is too: all that it lacks is what is missing."""
+    if row is None:
+        return False
+    entries = [leaf for leaf in leaves(row) if isinstance(leaf, Tensor) and leaf.numel()]
+    if not entries:
+        return True
+    return sum(loss.labelled(entry).any() for entry in entries) > 0
+
+
+def _told_by(loss: AbsLoss, labels: Any) -> int | Tensor | None:
+    """Return what a user's own method says of labels that are no tensor; None if there is none that takes them."""
+    inner = getattr(loss, "inner", None)
+    loss = inner if hasattr(inner, "compute_loss") else loss
+    for name in ("divisor", "labelled"):
+        method = getattr(type(loss), name, None)
+        if method is None or method.__module__.startswith("fastmtl."):
+            continue
+        if name == "divisor":
+            return loss.divisor(labels)
+        try:
+            known: Any = loss.labelled(labels)
+        except (AttributeError, IndexError, KeyError, TypeError):
+            # It is written for tensors.
+            return None
+        # A comparison of a list with a number is a single bool, and says nothing.
+        return None if isinstance(known, bool) else _count(known)
+    return None
+
+
+def _count(known: Any) -> int | Tensor:
+    if isinstance(known, Mapping):
+        known = list(known.values())
+    if isinstance(known, list | tuple):
+        return sum(_count(part) for part in known)
+    return known.sum() if isinstance(known, Tensor) else int(known)

@@ -48,7 +48,13 @@ class RunningMean:
         value = value.detach().reshape(())
         if self._total is None:
             self._total = torch.zeros((), dtype=wide_dtype(value.device), device=value.device)
-        self._total = self._total + value.to(self._total.dtype) * factor
+        product = value.to(self._total.dtype) * factor
+        # A loss may be NaN where it is the mean of nothing.
+        if isinstance(factor, Tensor):
+            product = torch.where(factor.to(product.device, non_blocking=True) == 0, 0, product)
+        elif factor == 0:
+            product = torch.zeros_like(product)
+        self._total = self._total + product
         self._weight += weight
 
     def sync(self, peers: Group) -> None:
@@ -60,6 +66,11 @@ class RunningMean:
     def empty(self) -> bool:
         """Whether nothing was added since the last ``reset``."""
         return self._total is None
+
+    @property
+    def weightless(self) -> bool:
+        """Whether all that was added has a weight of 0; waits for the device."""
+        return not self.empty and float(self._weight) == 0
 
     def value(self) -> float:
         """The mean, NaN if all weights are 0; waits for the device. Raises ``ZeroDivisionError`` when empty."""

@@ -34,10 +34,10 @@ def evaluate(trainer: TrainerState, loaders: Any, mode: str, epoch: int | None) 
         if task is None:
             losses, preds = problem.whole(inputs, labels)
             present = filter(labels.__contains__, names)
-            meter.update(dict(zip(present, losses, strict=True)), preds, labels)
+            meter.update(dict(zip(present, losses, strict=True)), preds, labels, batch[1])
         else:
             loss, pred = problem.single(inputs, labels, task)
-            meter.update({task: loss}, {task: pred}, {task: labels})
+            meter.update({task: loss}, {task: pred}, {task: labels}, {task: batch[1]})
     meter.end()
     report(trainer, mode, epoch)
 

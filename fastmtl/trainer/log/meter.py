@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastmtl._loss.base import LossState
+from fastmtl._metrics.missing import marked
 from fastmtl.distributed import Alone, Peers
-from fastmtl.engine.labels import labelled_rows
+from fastmtl.engine.labels import labelled_entries
 from fastmtl.errors import UsageError
-from fastmtl.loss import AbsLoss, LossState
+from fastmtl.loss import AbsLoss
 from fastmtl.metrics import AbsMetric
 from fastmtl.trainer.setup.tasks import TaskDict, losses_of, metrics_of
 from fastmtl.utils import count_improvement
@@ -44,6 +47,7 @@ class PerformanceMeter:
         self.has_val = False
         self.results: dict[str, list[float]] = {}
         self.loss_item: np.ndarray = np.zeros(len(self.task_name))
+        self.unlabelled: set[str] = set()
         self.seconds = 0.0
         self._begin = 0.0
         self._seen: set[str] = set()
@@ -59,15 +63,46 @@ class PerformanceMeter:
         self._begin = time.perf_counter()
 
     @torch.no_grad()
-    def update(self, losses: Mapping[str, Tensor], preds: Mapping[str, object], labels: Mapping[str, object]) -> None:
-        """Take in the losses, predictions and labels of one batch, by task."""
+    def update(
+        self,
+        losses: Mapping[str, Tensor],
+        preds: Mapping[str, Any],
+        labels: Mapping[str, Any],
+        on_host: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Take in one batch.
+
+        Args:
+            losses: Its losses by task.
+            preds: Its predictions by task.
+            labels: Its labels by task.
+            on_host: The labels as they were before they came to the device, where looking for missing ones would wait.
+        """
         for task, loss in losses.items():
             if labels.get(task) is None:
                 continue
-            self.losses[task].accumulate(loss, labelled_rows(self.losses[task], labels[task]))
-            self.metrics[task].update_fun(preds[task], labels[task])
+            self.losses[task].accumulate(loss, labelled_entries(self.losses[task], labels[task]))
             self._seen.add(task)
-            self._scored.add(task)
+            self._score(task, preds[task], labels[task], (on_host or labels)[task])
+
+    def _score(self, task: str, pred: Any, gt: Any, on_host: Any) -> None:
+        """Show a metric what is labelled of a batch."""
+        loss, metric = self.losses[task], self.metrics[task]
+        marker = getattr(metric, "missing", None)
+        if not isinstance(gt, Tensor) or gt.dim() == 0:
+            metric.update_fun(pred, gt)
+        elif marker is not None:
+            metric.update_fun(pred, marked(gt, loss.labelled(gt), marker))
+        else:
+            known = loss.labelled(on_host)
+            if not known.any():
+                return
+            if known.all():
+                metric.update_fun(pred, gt)
+            else:
+                # Metrics written for LibMTL derive from a class of its own.
+                getattr(metric, "update_known", partial(AbsMetric.update_known, metric))(pred, gt, known.cpu())
+        self._scored.add(task)
 
     def loss_sums(self) -> dict[str, LossState]:
         """Return the losses of the pass so far by task, for :meth:`go_on`."""
@@ -83,7 +118,7 @@ class PerformanceMeter:
     def end(self) -> None:
         """End a pass: read ``results`` and ``loss_item``, with several processes those of all of them.
 
-        They are NaN for a task that no batch had labels of.
+        They are NaN for a task that no batch had labels of, which is in ``unlabelled``.
         """
         self._seen.update(*self.peers.gather(self._seen))
         self._scored.update(*self.peers.gather(self._scored))
@@ -98,6 +133,7 @@ class PerformanceMeter:
         self.loss_item = np.array(
             [self.losses[task]._average_loss() if task in seen else math.nan for task in self.task_name]
         )
+        self.unlabelled = {task for task in self.task_name if task not in seen or self.losses[task].is_unlabelled()}
         self.seconds = time.perf_counter() - self._begin
 
     def _scores(self, task: str) -> list[float]:
@@ -131,12 +167,15 @@ class PerformanceMeter:
             elif epoch == self.best_result["epoch"]:
                 self.best_result["result"] = self.results
         parts = [
-            " ".join(f"{value:.4f}" for value in [loss, *self.results[task]])
+            " ".join(self._shown(task, value) for value in [loss, *self.results[task]])
             for loss, task in zip(self.loss_item, self.task_name, strict=True)
         ]
         name = {"train": "TRAIN", "val": "VAL"}.get(mode, "TEST")
         end = "\n" if mode == "test" else " | "
         print(f"{name}: {' | '.join(parts)} | Time: {self.seconds:.4f}", end=end, flush=True)
+
+    def _shown(self, task: str, value: float) -> str:
+        return "-" if math.isnan(value) and task in self.unlabelled else f"{value:.4f}"
 
     def display_best_result(self) -> None:
         """Print the best epoch and its scores."""
@@ -146,6 +185,15 @@ class PerformanceMeter:
 
     def _update_best(self, epoch: int) -> None:
         assert self.base_result is not None
-        self.improvement = count_improvement(self.base_result, self.results, self.weight)
-        if self.improvement > self.best_result["improvement"]:
+        # What has no labels cannot be compared, and says nothing of the other tasks.
+        base = {task: scores for task, scores in self.base_result.items() if task not in self.unlabelled}
+        self.improvement = count_improvement(base, self.results, self.weight) if base else math.nan
+        best = self.best_result["result"] or {}
+        # Left out, a task would make an epoch better that is only less complete.
+        complete = not any(_is_known(best.get(task, [])) for task in self.unlabelled)
+        if complete and self.improvement > self.best_result["improvement"]:
             self.best_result = {"improvement": self.improvement, "epoch": epoch, "result": self.results}
+
+
+def _is_known(scores: Sequence[float]) -> bool:
+    return any(not math.isnan(score) for score in scores)

@@ -1,0 +1,1 @@
+"""The losses that :mod:`fastmtl.loss` offers, by subject."""

@@ -1,0 +1,172 @@
+"""What a loss is, and means over the labels that are there."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from fastmtl.errors import UsageError
+from fastmtl.support.dtypes import wide_dtype
+from fastmtl.support.running import Group, RunningMean
+
+__all__ = ["AbsLoss", "LossState", "PerClass", "mean_known", "over", "present"]
+
+# The losses, batch sizes and running sums of an `AbsLoss`.
+LossState = tuple[list[float], list[int], tuple[Tensor | None, float | Tensor]]
+
+
+class AbsLoss:
+    """Base of all losses: override ``compute_loss`` and nothing else.
+
+    ``compute_loss`` is pure and may run inside ``torch.compile``. ``accumulate`` is called outside of it, once per
+    batch. The losses of :mod:`fastmtl.loss` average over the labels that are there, :meth:`labelled`; a batch without
+    any gives 0 with zero gradients. A mean over something else, such as one with weights, says so in :meth:`divisor`.
+
+    Attributes:
+        ignore_index: The class label that stands for a missing one; None where integers are values and never missing.
+            Among real numbers it is NaN.
+        record: Empty unless a subclass overrides ``_update_loss`` and appends its losses here, as floats.
+        bs: The batch sizes that belong to ``record``.
+    """
+
+    ignore_index: int | None = -100
+
+    _running: RunningMean
+
+    def __new__(cls, *args: object, **kwargs: object) -> Self:
+        """Give the loss its sums, also where a class written for LibMTL leaves out ``super().__init__()``."""
+        loss = super().__new__(cls)
+        loss._running = RunningMean()
+        return loss
+
+    def __init__(self) -> None:
+        self.record: list[float] = []
+        self.bs: list[int] = []
+
+    def compute_loss(self, pred: Any, gt: Any) -> Tensor:
+        """Return the loss of one batch, a scalar averaged over it, of predictions and labels, both ``(batch, ...)``."""
+        raise NotImplementedError(f"{type(self).__name__} must define compute_loss(pred, gt)")
+
+    def labelled(self, gt: Tensor) -> Tensor:
+        """Return where labels are there, as booleans that have an entry, or several, for each row of the batch.
+
+        Override it where something else than NaN or ``ignore_index`` stands for a missing label. An override gets the
+        labels as the loader gives them, lists and dictionaries too.
+        """
+        if gt.is_floating_point():
+            return ~gt.isnan()
+        return torch.ones_like(gt, dtype=torch.bool) if self.ignore_index is None else gt != self.ignore_index
+
+    def divisor(self, gt: Tensor) -> int | Tensor:
+        """Return what ``compute_loss`` divides the sum over a batch by, a scalar: here the number of labelled entries.
+
+        Losses of batches, of accumulated ones and of those of several processes are averaged by it, so that the result
+        is that of one batch of all rows. A mean with weights returns the sum of the weights.
+        """
+        return self.labelled(gt).sum()
+
+    def accumulate(self, loss: Tensor, batch_size: int | Tensor) -> None:
+        """Add the loss of one batch to the running mean, weighted by its ``divisor``; never waits for the device.
+
+        Raises:
+            UsageError: ``loss`` is not a scalar.
+        """
+        if loss.numel() != 1:
+            raise UsageError(
+                f"compute_loss of {type(self).__name__} must return a scalar tensor, got shape {tuple(loss.shape)}."
+            )
+        self._running.add(loss, batch_size)
+
+    def _update_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
+        loss = self.compute_loss(pred, gt)
+        self.accumulate(loss, self.divisor(gt))
+        return loss
+
+    def _average_loss(self) -> float:
+        if self.record:
+            return sum(loss * size for loss, size in zip(self.record, self.bs, strict=True)) / sum(self.bs)
+        if self._running.empty:
+            raise UsageError(f"{type(self).__name__} has no batch to average: is the data loader empty?")
+        return self._running.value()
+
+    def is_unlabelled(self) -> bool:
+        """Return whether none of the batches since the last ``_reinit`` had a label; waits for the device."""
+        return not self.record and self._running.weightless
+
+    def _reinit(self) -> None:
+        self.record = []
+        self.bs = []
+        self._running.reset()
+
+    def _state(self) -> LossState:
+        """Return what has been accumulated, for :meth:`_restore`."""
+        return self.record, self.bs, self._running.state()
+
+    def _restore(self, state: LossState) -> None:
+        self.record, self.bs, running = state
+        self._running.restore(running)
+
+    def sync(self, peers: Group) -> None:
+        """Take in what the other processes have accumulated."""
+        self.record = [loss for losses in peers.gather(self.record) for loss in losses]
+        self.bs = [size for sizes in peers.gather(self.bs) for size in sizes]
+        self._running.sync(peers)
+
+
+class PerClass:
+    """One number for each class, kept where it was last used.
+
+    Args:
+        values: ``(classes,)`` numbers.
+        name: The argument they came from, for errors.
+
+    Raises:
+        UsageError: They are not finite numbers of at least 0, one of them above 0.
+    """
+
+    def __init__(self, values: Any, name: str) -> None:
+        self.values = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
+        self.name = name
+        if self.values.dim() != 1 or not self.values.isfinite().all() or (self.values < 0).any():
+            raise UsageError(f"{name} must be a vector of finite numbers of at least 0, one per class, got {values!r}.")
+        if not (self.values > 0).any():
+            raise UsageError(f"{name} must be above 0 for some class, got {values!r}.")
+        # The same numbers where the last predictions were.
+        self._here = self.values
+
+    def of(self, pred: Tensor) -> Tensor:
+        """Return the numbers on the device of logits ``(batch, classes, ...)``, in their dtype.
+
+        Raises:
+            UsageError: There are not as many as classes.
+        """
+        if pred.dim() < 2 or pred.shape[1] != len(self.values):
+            raise UsageError(
+                f"{self.name} has {len(self.values)} numbers, one per class, but predictions are of shape "
+                f"{tuple(pred.shape)}."
+            )
+        return self.on(pred.device).to(pred.dtype)
+
+    def on(self, device: torch.device) -> Tensor:
+        """Return the numbers on a device; the first call copies them there, without waiting."""
+        if self._here.device != device:
+            self._here = self.values.to(wide_dtype(device)).to(device, non_blocking=True)
+        return self._here
+
+
+def over(total: Tensor, divisor: Tensor) -> Tensor:
+    """Return a sum divided by what it is a mean over; 0 where that is 0, as the sum is then too."""
+    return total / torch.where(divisor == 0, 1, divisor)
+
+
+def mean_known(values: Tensor, known: Tensor) -> Tensor:
+    """Return the mean of the values that are known, 0 if none is."""
+    known = known.expand_as(values)
+    return torch.where(known, values, 0).sum() / known.sum().clamp(min=1)
+
+
+def present(values: Tensor) -> Tensor:
+    """Return which sums over the channels of a map are those of a pixel with a label."""
+    return (values != 0) & ~values.isnan()

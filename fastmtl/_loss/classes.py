@@ -1,0 +1,195 @@
+"""Losses of class labels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastmtl._loss.base import AbsLoss, PerClass, mean_known, over
+from fastmtl.errors import UsageError
+from fastmtl.support.shapes import as_classes, as_entries, same_but_ones
+
+__all__ = ["CELoss", "FocalLoss", "SegLoss"]
+
+
+class CELoss(AbsLoss):
+    r"""Cross-entropy of logits ``(batch, classes, ...)`` and labels, averaged over the labelled entries.
+
+    Labels are class indices ``(batch, ...)``, also as ``(batch, 1, ...)``, or probabilities ``(batch, classes, ...)``.
+    With weights the mean over class indices is :math:`\sum_i w_{y_i} l_i / \sum_i w_{y_i}`, as in torch; with
+    probabilities the weights are factors of the classes' terms, and the mean is over entries.
+
+    Args:
+        ignore_index: The class index that stands for a missing label.
+        weight: ``(classes,)`` weight of each class, numbers or a tensor; all 1 if None.
+        label_smoothing: Share, from 0 to 1, of each label that goes to all classes alike.
+
+    Raises:
+        UsageError: The weights or the smoothing are not such numbers; with predictions and labels, shapes that do not
+            belong together.
+    """
+
+    ignore_index: int
+
+    def __init__(
+        self, ignore_index: int = -100, *, weight: Sequence[float] | Tensor | None = None, label_smoothing: float = 0.0
+    ) -> None:
+        super().__init__()
+        if not 0 <= label_smoothing <= 1:
+            raise UsageError(f"label_smoothing must be from 0 to 1, got {label_smoothing!r}.")
+        self.ignore_index = ignore_index
+        self.weight = None if weight is None else PerClass(weight, "weight")
+        self.label_smoothing = label_smoothing
+
+    def labelled(self, gt: Tensor) -> Tensor:
+        """Return where labels are there, ``(batch, ...)``."""
+        known = super().labelled(gt)
+        return known.all(1) if gt.is_floating_point() and gt.dim() > 1 else known
+
+    def divisor(self, gt: Tensor) -> Tensor:
+        """Return the number of labelled entries, or the sum of the weights of their classes."""
+        known = self.labelled(gt)
+        if self.weight is None or gt.is_floating_point():
+            return known.sum()
+        weights = self.weight.on(gt.device)
+        classes = torch.where(known, gt, 0).clamp(0, len(weights) - 1).flatten()
+        return torch.where(known.flatten(), weights.index_select(0, classes), 0).sum()
+
+    def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
+        """Return the mean cross-entropy."""
+        who = type(self).__name__
+        if isinstance(gt, Tensor) and gt.is_floating_point():
+            pred, gt = _probabilities(pred, gt, who)
+            # Probabilities of zero give no loss and no gradient.
+            labels = torch.where(self.labelled(gt).unsqueeze(1), gt, 0)
+        else:
+            pred, gt = as_classes(pred, gt, who)
+            labels = gt.long()
+        total = F.cross_entropy(
+            pred,
+            labels,
+            None if self.weight is None else self.weight.of(pred),
+            ignore_index=self.ignore_index,
+            reduction="sum",
+            label_smoothing=self.label_smoothing,
+        )
+        return over(total, self.divisor(gt).to(total.dtype))
+
+
+def _probabilities(pred: Tensor, gt: Tensor, who: str) -> tuple[Tensor, Tensor]:
+    if isinstance(pred, Tensor) and pred.shape != gt.shape:
+        raise UsageError(
+            f"{who}: labels of shape {tuple(gt.shape)} and {gt.dtype} are no class indices, which are integers, and no "
+            f"probabilities, which have the shape of the predictions, {tuple(pred.shape)}."
+        )
+    as_classes(pred, gt.select(1, 0) if gt.dim() > 1 else gt, who)
+    return pred, gt
+
+
+class SegLoss(AbsLoss):
+    """Cross-entropy of logits ``(batch, classes, h, w)`` and labels ``(batch, h, w)``, averaged over labelled pixels.
+
+    A batch without any labelled pixel gives 0.
+
+    Args:
+        ignore_index: Label of pixels that do not count. Labels may be floating point, as LibMTL's data sets hold them.
+
+    Raises:
+        UsageError: Predictions and labels do not have such shapes.
+    """
+
+    ignore_index: int
+
+    def __init__(self, ignore_index: int = -1) -> None:
+        super().__init__()
+        self.ignore_index = ignore_index
+
+    def labelled(self, gt: Tensor) -> Tensor:
+        """Return where pixels have a class."""
+        return (gt != self.ignore_index) & ~gt.isnan()
+
+    def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
+        """Return the mean cross-entropy of the labelled pixels."""
+        pred, gt = as_classes(pred, gt, type(self).__name__)
+        known = self.labelled(gt)
+        labels = torch.where(known, gt, self.ignore_index).long()
+        total = F.cross_entropy(pred, labels, ignore_index=self.ignore_index, reduction="sum")
+        return total / known.sum().clamp(min=1)
+
+
+class FocalLoss(AbsLoss):
+    r"""Focal loss of logits, averaged over the labelled entries: :math:`-\alpha_t (1 - p_t)^\gamma \log p_t`.
+
+    :math:`p_t` is the probability of the true class; examples that are classified well count less. With logits of the
+    labels' shape each is a binary label of its own (sigmoid); with logits ``(batch, classes, ...)`` and class indices
+    ``(batch, ...)`` there is one class of several (softmax). The mean is over entries, whatever their weights;
+    ``gamma=0`` without ``alpha`` is the cross-entropy. Lin et al., Focal Loss for Dense Object Detection, ICCV 2017
+    (https://arxiv.org/abs/1708.02002), who take ``gamma=2`` and ``alpha=0.25``.
+
+    Args:
+        gamma: How much less well classified examples count.
+        alpha: Weight of class 1 of binary labels, class 0 having ``1 - alpha``; of several classes the weight of each.
+        ignore_index: The integer label that stands for a missing one; among real numbers it is NaN.
+
+    Raises:
+        UsageError: The arguments are not such numbers; with predictions and labels, shapes that do not belong together.
+    """
+
+    ignore_index: int
+
+    def __init__(
+        self, gamma: float = 2.0, alpha: float | Sequence[float] | Tensor | None = None, ignore_index: int = -100
+    ) -> None:
+        super().__init__()
+        if not (math.isfinite(gamma) and gamma >= 0):
+            raise UsageError(f"gamma must be a finite number of at least 0, got {gamma!r}.")
+        self.gamma = gamma
+        self.ignore_index = ignore_index
+        self.alpha = alpha if alpha is None or isinstance(alpha, int | float) else PerClass(alpha, "alpha")
+        if isinstance(self.alpha, int | float) and not 0 <= self.alpha <= 1:
+            raise UsageError(f"alpha must be from 0 to 1, or a weight for each class, got {alpha!r}.")
+
+    def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
+        """Return the mean focal loss."""
+        both = isinstance(pred, Tensor) and isinstance(gt, Tensor)
+        if both and (pred.shape == gt.shape or same_but_ones(pred, gt)):
+            return self._binary(pred, gt)
+        return self._multi_class(pred, gt)
+
+    def _binary(self, pred: Tensor, gt: Tensor) -> Tensor:
+        if isinstance(self.alpha, PerClass):
+            raise UsageError(
+                f"alpha must be one number for binary labels, which labels of shape {tuple(gt.shape)} are for "
+                f"predictions of shape {tuple(pred.shape)}."
+            )
+        pred, gt = as_entries(pred, gt, type(self).__name__)
+        known = self.labelled(gt)
+        true = torch.where(known, gt, 0).to(pred.dtype)
+        one, zero = (1.0, 1.0) if self.alpha is None else (self.alpha, 1 - self.alpha)
+        losses = one * true * self._focal(F.logsigmoid(pred), F.logsigmoid(-pred))
+        losses = losses + zero * (1 - true) * self._focal(F.logsigmoid(-pred), F.logsigmoid(pred))
+        return mean_known(losses, known)
+
+    def _multi_class(self, pred: Tensor, gt: Tensor) -> Tensor:
+        if isinstance(self.alpha, int | float):
+            raise UsageError(
+                f"alpha must be a weight for each class, or None, of several classes, got {self.alpha!r} for "
+                f"predictions of shape {tuple(pred.shape)}."
+            )
+        pred, gt = as_classes(pred, gt, type(self).__name__)
+        known = self.labelled(gt)
+        classes = torch.where(known, gt, 0).long().unsqueeze(1)
+        whole = pred.logsumexp(1, keepdim=True)
+        others = pred.scatter(1, classes, -torch.inf).logsumexp(1, keepdim=True)
+        losses = self._focal(pred.gather(1, classes) - whole, others - whole)
+        if self.alpha is not None:
+            losses = losses * self.alpha.of(pred)[classes]
+        return mean_known(losses.squeeze(1), known)
+
+    def _focal(self, log_true: Tensor, log_false: Tensor) -> Tensor:
+        # By its logarithm the power has a finite gradient at 0 for every gamma.
+        return -(self.gamma * log_false).exp() * log_true if self.gamma else -log_true

@@ -1,0 +1,113 @@
+"""Losses of each entry of the labels, averaged over those that are there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastmtl._loss.base import AbsLoss, PerClass, mean_known
+from fastmtl.errors import UsageError
+from fastmtl.support.shapes import as_entries
+
+__all__ = ["BCELoss", "HuberLoss", "KLDivLoss", "L1Loss", "MSELoss"]
+
+
+class _EntryLoss(AbsLoss):
+    """The mean of one of torch's losses over all labelled entries.
+
+    Predictions and labels have the same shape, but for dimensions of 1 that only one of them has, as ``(batch, 1)`` and
+    ``(batch,)``; others, which torch would broadcast, are refused with a ``UsageError``. Integer labels are values.
+    """
+
+    ignore_index: int | None = None
+
+    _entries: Callable[..., Tensor]
+
+    def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
+        """Return the mean over the labelled entries."""
+        pred, gt = as_entries(pred, gt, type(self).__name__)
+        known = self.labelled(gt)
+        # A NaN would pass through a gradient of zero.
+        true = torch.where(known, gt, 0)
+        true = true if true.is_floating_point() else true.to(pred.dtype)
+        return mean_known(self._entries(pred, true, reduction="none"), known)
+
+
+class KLDivLoss(_EntryLoss):
+    """Kullback-Leibler divergence of log-probabilities and probabilities, averaged over all labelled entries.
+
+    This is ``torch.nn.KLDivLoss()`` as LibMTL uses it, the mean of ``gt * (log gt - pred)`` over entries, not over the
+    batch.
+    """
+
+    _entries = staticmethod(F.kl_div)
+
+
+class L1Loss(_EntryLoss):
+    """Mean absolute error of the labelled entries."""
+
+    _entries = staticmethod(F.l1_loss)
+
+
+class MSELoss(_EntryLoss):
+    """Mean squared error of the labelled entries."""
+
+    _entries = staticmethod(F.mse_loss)
+
+
+class HuberLoss(_EntryLoss):
+    r"""Huber loss of the labelled entries: :math:`e^2 / 2` up to ``delta``, :math:`\delta (|e| - \delta / 2)` beyond.
+
+    Args:
+        delta: The error from which on the loss is linear.
+
+    Raises:
+        UsageError: ``delta`` is not above 0.
+    """
+
+    def __init__(self, delta: float = 1.0) -> None:
+        super().__init__()
+        if not (math.isfinite(delta) and delta > 0):
+            raise UsageError(f"delta must be a finite number above 0, got {delta!r}.")
+        self.delta = delta
+
+    def _entries(self, pred: Tensor, gt: Tensor, reduction: str) -> Tensor:
+        return F.huber_loss(pred, gt, reduction=reduction, delta=self.delta)
+
+
+class BCELoss(_EntryLoss):
+    r"""Binary cross-entropy of logits, averaged over the labelled entries.
+
+    Each entry is a label of its own: :math:`-w y \log \sigma(x) - (1 - y) \log (1 - \sigma(x))`, from 0 to 1. Missing
+    ones are NaN, or ``ignore_index`` where labels are integers.
+
+    Args:
+        pos_weight: Weight w of the label 1: a number, or one for each column of ``(batch, columns, ...)``; 1 if None.
+        ignore_index: The integer label that stands for a missing one.
+
+    Raises:
+        UsageError: The weights are not such numbers; with predictions and labels, shapes that do not belong together.
+    """
+
+    def __init__(self, pos_weight: float | Sequence[float] | Tensor | None = None, ignore_index: int = -100) -> None:
+        super().__init__()
+        self.ignore_index = ignore_index
+        one = pos_weight is not None and torch.as_tensor(pos_weight).numel() == 1
+        self.pos_weight: float | PerClass | None = None
+        if one:
+            self.pos_weight = float(PerClass(torch.as_tensor(pos_weight).reshape(1), "pos_weight").values)
+        elif pos_weight is not None:
+            self.pos_weight = PerClass(pos_weight, "pos_weight")
+
+    def _entries(self, pred: Tensor, gt: Tensor, reduction: str) -> Tensor:
+        if self.pos_weight is None:
+            return F.binary_cross_entropy_with_logits(pred, gt, reduction=reduction)
+        if isinstance(self.pos_weight, PerClass):
+            weight: float | Tensor = self.pos_weight.of(pred).reshape(-1, *[1] * (pred.dim() - 2))
+        else:
+            weight = self.pos_weight
+        return -weight * gt * F.logsigmoid(pred) - (1 - gt) * F.logsigmoid(-pred)

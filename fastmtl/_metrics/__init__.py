@@ -1,0 +1,1 @@
+"""The metrics that :mod:`fastmtl.metrics` offers, by subject."""

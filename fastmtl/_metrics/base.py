@@ -1,0 +1,118 @@
+"""What a metric is, and sums kept on the device."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fastmtl._metrics.missing import labelled_part
+from fastmtl.errors import UsageError
+from fastmtl.support.dtypes import wide_dtype
+from fastmtl.support.running import Group
+
+__all__ = ["AbsMetric", "Sums", "ratio", "totals"]
+
+
+class AbsMetric:
+    """Base of all metrics: override ``update_fun`` and ``score_fun``, and ``reinit`` if there is further state.
+
+    The trainer shows ``update_fun`` labelled entries only. What the task's loss calls missing is taken out first: whole
+    rows, or, where a row has some of its labels only, everything but the labelled entries, as ``(n,)`` labels. A batch
+    without any label is left out. Labels in lists and dictionaries come as they are.
+
+    Attributes:
+        record: For subclasses: whatever they keep of each batch.
+        bs: For subclasses: the batch sizes.
+        missing: The label that ``update_fun`` skips, set in the class that defines it. Missing labels are then replaced
+            by it, which saves the time to take them out; None if it skips none.
+    """
+
+    missing: float | None = None
+
+    def __init__(self) -> None:
+        self.record: list[Any] = []
+        self.bs: list[Any] = []
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Forget what the ``update_fun`` of a base class skips where there is a new one."""
+        super().__init_subclass__(**options)
+        if "update_fun" in vars(cls) and "missing" not in vars(cls):
+            cls.missing = None
+
+    def update_fun(self, pred: Any, gt: Any) -> None:
+        """Take in one batch of predictions and labels, both ``(batch, ...)``; called without gradient."""
+        raise NotImplementedError(f"{type(self).__name__} must define update_fun(pred, gt)")
+
+    def update_known(self, pred: Any, gt: Tensor, known: Tensor) -> None:
+        """Take in what is labelled of a batch that lacks some labels, as the booleans ``known`` tell."""
+        self.update_fun(*labelled_part(pred, gt, known))
+
+    def score_fun(self) -> list[float]:
+        """Return the scores of all batches since ``reinit``, one per metric name of the task."""
+        raise NotImplementedError(f"{type(self).__name__} must define score_fun()")
+
+    def reinit(self) -> None:
+        """Forget all batches."""
+        self.record = []
+        self.bs = []
+
+    def sync(self, peers: Group) -> None:
+        """Take in what the other processes know, before a score; override it if there is further state.
+
+        ``record`` and ``bs`` become the lists of all processes, one after the other, on the CPU.
+        """
+        for name in ("record", "bs"):
+            own = [value.cpu() if isinstance(value, Tensor) else value for value in getattr(self, name)]
+            setattr(self, name, [value for each in peers.gather(own) for value in each])
+
+
+class Sums(AbsMetric):
+    """Keeps sums, by name, where the predictions are; a sum of scores and a count, unless a metric has its own."""
+
+    kept: ClassVar[tuple[str, ...]] = ("sums",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kept: dict[str, Tensor | None] = dict.fromkeys(self.kept)
+
+    def _add(self, sums: Tensor) -> None:
+        before = self._kept["sums"]
+        self._kept["sums"] = sums if before is None else before + sums
+
+    def _read(self) -> Tensor:
+        """Return the sums on the CPU; waits for the device."""
+        sums = self._kept["sums"]
+        if sums is None:
+            raise UsageError(f"{type(self).__name__} has no batch to score: is the data loader empty?")
+        return sums.cpu()
+
+    def score_fun(self) -> list[float]:
+        """Return the mean as a list of one, NaN without labels; waits for the device.
+
+        Raises:
+            UsageError: There was no batch.
+        """
+        return [ratio(*self._read().tolist())]
+
+    def reinit(self) -> None:
+        """Forget all batches."""
+        super().reinit()
+        self._kept = dict.fromkeys(self.kept)
+
+    def sync(self, peers: Group) -> None:
+        """Take in what the other processes know."""
+        super().sync(peers)
+        self._kept = {name: peers.total(each) for name, each in self._kept.items()}
+
+
+def totals(*values: Tensor) -> Tensor:
+    """Return the sum of each of several tensors, as a vector."""
+    return torch.stack([each.detach().to(wide_dtype(each.device)).sum() for each in values])
+
+
+def ratio(part: float, whole: float) -> float:
+    """Return a ratio, NaN of nothing."""
+    return part / whole if whole else math.nan

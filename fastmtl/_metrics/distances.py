@@ -1,0 +1,107 @@
+"""Metrics of how far real numbers, depths and normals are from the true ones."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastmtl._loss.base import present
+from fastmtl._loss.maps import known_depth
+from fastmtl._metrics.base import Sums, ratio, totals
+from fastmtl.support.shapes import as_entries, as_normals
+
+__all__ = ["DepthMetric", "L1Metric", "NormalMetric"]
+
+
+class L1Metric(Sums):
+    """Mean absolute error of the labels that are not NaN, of all batches together.
+
+    Predictions and labels have the same shape, but for dimensions of 1 that only one of them has.
+    """
+
+    missing = math.nan
+
+    def update_fun(self, pred: Tensor, gt: Tensor) -> None:
+        """Take in the absolute errors of one batch.
+
+        Raises:
+            UsageError: The shapes do not belong together.
+        """
+        pred, gt = as_entries(pred, gt, type(self).__name__)
+        known = ~gt.isnan()
+        self._add(totals(torch.where(known, (pred - gt).abs(), 0), known))
+
+
+class DepthMetric(Sums):
+    """Absolute and relative error of depths ``(batch, 1, h, w)``, ``[abs_err, rel_err]``.
+
+    Means of ``|pred - gt|`` and ``|pred - gt| / gt`` over all pixels whose true depth is neither 0 nor NaN. Either may
+    come as ``(batch, h, w)``.
+    """
+
+    missing = math.nan
+
+    def update_fun(self, pred: Tensor, gt: Tensor) -> None:
+        """Take in one batch.
+
+        Raises:
+            UsageError: The shapes do not belong together.
+        """
+        pred, gt = as_entries(pred, gt, type(self).__name__)
+        valid = known_depth(gt)
+        error = torch.where(valid, (pred - gt).abs(), 0)
+        relative = error / torch.where(valid, gt, 1)
+        self._add(totals(error, relative, valid.expand_as(gt)))
+
+    def score_fun(self) -> list[float]:
+        """Return ``[abs_err, rel_err]``, NaN without a pixel of known depth."""
+        absolute, relative, count = self._read().tolist()
+        return [ratio(absolute, count), ratio(relative, count)]
+
+
+class NormalMetric(Sums):
+    """Angle between predicted and true normals ``(batch, 3, h, w)``: mean and median in degrees, shares below a limit.
+
+    The scores are ``[mean, median, <11.25, <22.5, <30]`` over all pixels whose true components sum neither to 0 nor to
+    NaN (a missing normal). The median is that of angles counted in ``BINS`` steps of 180 degrees, exact to 1e-4,
+    so that a pass over a data set needs 8 MB and not all of its pixels.
+    """
+
+    BINS = 2**20
+    LIMITS = (11.25, 22.5, 30.0)
+    kept = ("sums", "histogram")
+    missing = math.nan
+
+    def update_fun(self, pred: Tensor, gt: Tensor) -> None:
+        """Take in one batch; the true normals have unit length.
+
+        Raises:
+            UsageError: The shapes do not belong together.
+        """
+        as_normals(pred, gt, type(self).__name__)
+        known = present(gt.sum(1))
+        valid = known.flatten()
+        cosine = (F.normalize(pred, dim=1) * torch.where(known.unsqueeze(1), gt, 0)).sum(1).clamp(-1, 1).flatten()
+        degrees = torch.where(valid, torch.rad2deg(torch.acos(cosine)), 0)
+        self._add(totals(degrees, *((degrees < limit) & valid for limit in self.LIMITS), valid))
+        bins = (degrees * (self.BINS / 180)).long().clamp(0, self.BINS - 1)
+        histogram = self._kept["histogram"]
+        if histogram is None:
+            histogram = self._kept["histogram"] = bins.new_zeros(self.BINS)
+        histogram.scatter_add_(0, bins, valid.long())
+
+    def score_fun(self) -> list[float]:
+        """Return ``[mean, median, <11.25, <22.5, <30]``, NaN without a normal."""
+        total, *below, count = self._read().tolist()
+        return [ratio(total, count), self._median(int(count)), *(ratio(each, count) for each in below)]
+
+    def _median(self, count: int) -> float:
+        histogram = self._kept["histogram"]
+        if count == 0 or histogram is None:
+            return math.nan
+        ranks = torch.tensor([(count + 1) // 2, count // 2 + 1])
+        middle = torch.searchsorted(histogram.cpu().cumsum(0), ranks)
+        return ((middle.double() + 0.5) * (180 / self.BINS)).mean().item()

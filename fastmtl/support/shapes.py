@@ -1,0 +1,95 @@
+"""Predictions and labels brought to shapes that belong together; torch would broadcast what does not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from fastmtl.errors import UsageError
+
+__all__ = ["as_classes", "as_entries", "as_normals", "same_but_ones"]
+
+
+def as_entries(pred: Any, gt: Any, who: str) -> tuple[Tensor, Tensor]:
+    """Return predictions and labels of the same shape: dimensions of 1 that only one of them has are left out.
+
+    ``(batch, 1)`` goes with ``(batch,)``, ``(batch, 1, h, w)`` with ``(batch, h, w)``.
+
+    Args:
+        pred: Predictions.
+        gt: Labels.
+        who: The loss or metric, for the error.
+
+    Raises:
+        UsageError: They differ in more, or are no tensors.
+    """
+    _check_tensors(pred, gt, who)
+    if pred.shape == gt.shape:
+        return pred, gt
+    if not same_but_ones(pred, gt):
+        raise UsageError(
+            f"{who}: predictions of shape {tuple(pred.shape)} do not go with labels of shape {tuple(gt.shape)}: the "
+            "shapes must be the same, but for dimensions of 1 that only one of them has."
+        )
+    return (pred.reshape(gt.shape), gt) if pred.dim() > gt.dim() else (pred, gt.reshape(pred.shape))
+
+
+def as_classes(pred: Any, gt: Any, who: str) -> tuple[Tensor, Tensor]:
+    """Return logits ``(batch, classes, ...)`` and class labels ``(batch, ...)``, which may come as ``(batch, 1, ...)``.
+
+    Args:
+        pred: Logits of at least two classes.
+        gt: Labels.
+        who: The loss or metric, for the error.
+
+    Raises:
+        UsageError: The labels have another shape, there is one class only, or they are no tensors.
+    """
+    _check_tensors(pred, gt, who)
+    if pred.dim() < 2 or pred.shape[1] < 2:
+        raise UsageError(
+            f"{who} takes logits (batch, classes, ...) of at least two classes, got shape {tuple(pred.shape)} for "
+            f"labels of shape {tuple(gt.shape)}: one logit per label is for BCELoss and TorchMetric(BinaryAccuracy())."
+        )
+    wanted = pred.shape[:1] + pred.shape[2:]
+    if gt.shape not in (wanted, (*wanted[:1], 1, *wanted[1:]), (*wanted, 1)):
+        raise UsageError(
+            f"{who}: predictions of shape {tuple(pred.shape)} do not go with labels of shape {tuple(gt.shape)}: class "
+            f"labels of (batch, classes, ...) are (batch, ...), here {tuple(wanted)}."
+        )
+    return pred, gt.reshape(wanted)
+
+
+def same_but_ones(pred: Tensor, gt: Tensor) -> bool:
+    """Return whether two shapes are the same but for dimensions of 1, after the first, that only one of them has."""
+    return pred.dim() != gt.dim() and _without_ones(pred) == _without_ones(gt)
+
+
+def _without_ones(values: Tensor) -> list[int]:
+    return [size for place, size in enumerate(values.shape) if place == 0 or size != 1]
+
+
+def _check_tensors(pred: object, gt: object, who: str) -> None:
+    for what, values in (("predictions", pred), ("labels", gt)):
+        if not isinstance(values, Tensor):
+            raise UsageError(f"{who} takes tensors, but the {what} are of type {type(values).__name__}.")
+
+
+def as_normals(pred: Any, gt: Any, who: str) -> None:
+    """Check that predictions and labels are both ``(batch, 3, ...)``.
+
+    Args:
+        pred: Predictions.
+        gt: Labels.
+        who: The loss or metric, for the error.
+
+    Raises:
+        UsageError: They are not.
+    """
+    _check_tensors(pred, gt, who)
+    if pred.shape != gt.shape or gt.dim() < 2 or gt.shape[1] != 3:
+        raise UsageError(
+            f"{who}: predictions and labels must both be (batch, 3, h, w), got shapes {tuple(pred.shape)} and "
+            f"{tuple(gt.shape)}."
+        )
