@@ -29,6 +29,8 @@ class Weights:
         reports: Whether there are weights to report.
         gram: (T, T) Gram matrix of the rows, where one was computed, for ``max_norm`` and the log.
         max_norm: Greatest 2-norm of the shared update.
+        known: (T,) booleans, False for tasks whose loss of 0 takes no part in this step: averages of weights leave them
+            out. All take part if None.
         own_grads: Gradients of the strategy's own parameters, by name; the model's optimizer trains them.
     """
 
@@ -41,6 +43,7 @@ class Weights:
     reports: bool = True
     gram: Tensor | None = None
     max_norm: float | None = None
+    known: Tensor | None = None
     own_grads: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastmtl.errors import UsageError
 from fastmtl.scalarization.base import Scalarizer, check_same_shape
 from fastmtl.support.settings import at_least, positive, vector_string
-from fastmtl.weighting.rules import random_weights
+from fastmtl.weighting.rules import counted, random_weights
 
 __all__ = ["COSMOS", "PBI", "STCH", "Constant", "GeometricMean", "Mean", "Random", "Sum"]
 
@@ -38,7 +38,7 @@ class Constant(Scalarizer):
 
 
 class GeometricMean(Scalarizer):
-    """The geometric mean of the losses.
+    """The geometric mean of the losses that are not 0: at 0 it has no derivative.
 
     Raises:
         UsageError: A loss is negative.
@@ -51,8 +51,10 @@ class GeometricMean(Scalarizer):
         """Return the mean."""
         if bool((values < 0).any()):
             raise UsageError("values must be at least 0 for a geometric mean, got a negative one.")
+        known = counted(values)
         # The mean of logarithms: the product of many small losses would underflow.
-        return values.log().mean().exp()
+        mean = torch.where(known, values, 1.0).log().sum() / known.sum().clamp(min=1)
+        return torch.where(known.any(), mean.exp(), values.sum())
 
 
 class Mean(Scalarizer):

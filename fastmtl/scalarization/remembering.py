@@ -67,6 +67,9 @@ class FAMO(Learned):
         lr: Learning rate of the logits, at least 0.
         weight_decay: Their weight decay, at least 0.
 
+    Raises:
+        UsageError: A loss is below its bound. One that is equal to it takes no part.
+
     Source: Liu, Feng, Stone and Liu, "FAMO: Fast Adaptive Multitask Optimization", NeurIPS 2023.
     """
 
@@ -97,11 +100,13 @@ class FAMO(Learned):
     def forward(self, values: Tensor, /) -> Tensor:
         """Return the scalar."""
         check_same_shape("the logits", self._w, values)
+        excess = values - self.min_losses
+        if bool((excess < 0).any()):
+            raise UsageError("values must be at least min_losses for FAMO, got one below its bound.")
         self._prev_losses = values.detach().clone()
-        excess = values - self.min_losses + _TINY
         known = excess.detach()
         weights = even_fall(self._w.detach().flatten(), known.flatten()).reshape(values.shape)
-        return (weights * known * excess.log()).sum()
+        return (weights * (known + _TINY) * (excess + _TINY).log()).sum()
 
     @torch.no_grad()
     def update(self, values: Tensor, /) -> None:
@@ -113,7 +118,7 @@ class FAMO(Learned):
         if self._prev_losses is None:
             raise UsageError("update must follow a call of the scalarizer with the losses before the step.")
         check_same_shape("the logits", self._w, values)
-        before, after = (losses - self.min_losses + _TINY for losses in (self._prev_losses, values.detach()))
+        before, after = (losses - self.min_losses for losses in (self._prev_losses, values.detach()))
         if self._optimizer is None:
             self._optimizer = torch.optim.Adam([self._w], lr=self.lr, weight_decay=self.weight_decay)
         slope = even_fall_slope(self._w.flatten(), before.flatten(), after.flatten())

@@ -36,18 +36,28 @@ Predictions: TypeAlias = list[Mapping[str, object]]
 
 
 class Outcome(NamedTuple):
-    """What comes of a step: (T,) losses, predictions by task of each batch, (T,) weights and (T, T) Gram matrix."""
+    """What comes of a step.
+
+    Attributes:
+        losses: (T,) losses.
+        preds: Predictions by task of each batch.
+        weights: (T,) weights.
+        gram: (T, T) Gram matrix.
+        refused: (T,) booleans: the losses the strategy has no use for; None if it takes any.
+    """
 
     losses: Tensor
     preds: Predictions
     weights: Tensor | None
     gram: Tensor | None
+    refused: Tensor | None = None
 
     def spread(self, tasks: StepTasks, fill: float) -> Outcome:
         """Return what is of some tasks as of all, ``fill`` for those that are not in the step."""
         losses = tasks.spread(self.losses, fill)
         assert losses is not None
-        return Outcome(losses, self.preds, tasks.spread(self.weights, fill), tasks.spread(self.gram, fill))
+        weights, gram = tasks.spread(self.weights, fill), tasks.spread(self.gram, fill)
+        return Outcome(losses, self.preds, weights, gram, tasks.spread(self.refused, False))
 
 
 class TrainingStep:
@@ -85,6 +95,7 @@ class TrainingStep:
         self.strategy = strategy
         self.problem = problem
         self.guard = guard
+        guard.refusal = strategy.refusal(**hyper)
         self.hyper = hyper
         self.options = options
         self.comm = comm
@@ -164,13 +175,14 @@ class TrainingStep:
         found = self.engine.differentiate(ctx, known)
         decided = weights.accept(self.solve(found), ctx.scaling) if held is None else held
         found.write_grads(decided)
-        return Outcome(found.losses, found.preds, decided.reported, decided.gram)
+        refused = self.strategy.refused(found.losses, **self.hyper)
+        return Outcome(found.losses, found.preds, decided.reported, decided.gram, refused)
 
     def _update(self, tasks: StepTasks, done: Outcome) -> None:
         """Let the optimizer use the gradients, unless something was not finite."""
         with part("optimizer"), tasks.keeping(self.optimizer.optimizer, self.strategy):
             self.comm.reshard()
-            self.guard.watch(done.losses, *self.scaler.watched(done.gram, done.weights))
+            self.guard.watch(done.losses, *self.scaler.watched(done.gram, done.weights), done.refused)
             if self.options.clip_grad_norm is not None:
                 self.comm.clip_grad_norm(self.options.clip_grad_norm, shared_only=False)
             self.scaler.settle(self.guard.found_inf)

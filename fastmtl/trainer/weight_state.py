@@ -77,23 +77,39 @@ class WeightState:
         for param, grad in weights.own_grads.items():
             self.strategy.get_parameter(param).grad = scaling.up(grad)
         if self.every > 1:
-            self.kept, self._since_solved = replace(weights, gram=None), 1
+            self.kept, self._since_solved = self._completed(replace(weights, gram=None)), 1
         return weights
+
+    def _completed(self, weights: Weights) -> Weights:
+        """Return weights to hold: those of tasks that take no part in this step may do so in the next."""
+        if weights.known is None:
+            return weights
+        shared, heads, logged = (
+            _unless(~weights.known, getattr(weights, name), getattr(self.kept, name, None), 1.0)
+            for name in ("shared", "heads", "logged")
+        )
+        assert shared is not None
+        return replace(weights, shared=shared, heads=heads, logged=logged)
 
     def _smooth(self, weights: Weights) -> None:
         """Put moving averages in the place of the weights."""
         if self.average is None:
-            self.average = weights.shared, weights.heads
+            unknown = torch.full_like(weights.shared, torch.nan)
+            self.average = unknown, None if weights.heads is None else torch.full_like(weights.heads, torch.nan)
         shared, heads = self.average
-        weights.shared = self._follow(weights.shared, shared)
+        weights.shared, shared = self._follow(weights.shared, shared, weights.known)
         if weights.heads is not None and heads is not None:
-            weights.heads = self._follow(weights.heads, heads)
+            weights.heads, heads = self._follow(weights.heads, heads, weights.known)
         weights.logged = None
-        self.average = weights.shared, weights.heads
+        self.average = shared, heads
 
-    def _follow(self, new: Tensor, average: Tensor) -> Tensor:
-        # A first step that was taken back leaves no average.
-        return torch.lerp(new, torch.where(average.isnan(), new, average), self.momentum)
+    def _follow(self, new: Tensor, average: Tensor, known: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the weights of this step, and the new average."""
+        # There is none before the first step, nor after one that was taken back.
+        moved = torch.lerp(new, torch.where(average.isnan(), new, average), self.momentum)
+        if known is None:
+            return moved, moved
+        return torch.where(known, moved, new), torch.where(known, moved, average)
 
     def learned(self) -> Learned:
         """Return what `take_back` goes back to."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from fastmtl import ops
 from fastmtl.weighting.base import AbsWeighting, Hyper, Rows, Weights
 from fastmtl.weighting.row_state import RowState
+from fastmtl.weighting.rules import counted
 
 __all__ = ["DB_MTL"]
 
@@ -16,12 +17,14 @@ class DB_MTL(AbsWeighting):
     """Dual-Balancing: log losses, and moving averages of their gradients brought to the length of the longest.
 
     In step k with ``b = beta / k^beta_sigma``: ``y_t = b y_t + (1 - b) g_t / L_t``; the update is
-    ``sum_t (max_s |y_s| / |y_t|) y_t``. Decoders follow the log losses.
+    ``sum_t (max_s |y_s| / |y_t|) y_t``. Decoders follow the log losses. A loss of 0 takes no part in a step.
 
     Source: Lin et al., "Dual-Balancing for Multi-Task Learning", 2023.
     """
 
     needs = "rows"
+    needs_losses = "positive"
+    use_of_losses = "it takes their logarithms"
     weighs_heads = True
     allows_rep_grad = False
     hyper = {  # noqa: RUF012
@@ -42,8 +45,11 @@ class DB_MTL(AbsWeighting):
         """Return weights of the averages."""
         self.steps.add_(1)
         decay = DB_beta / self.steps**DB_beta_sigma
-        heads = 1 / (losses + 1e-8)
+        known = counted(losses)
+        heads = torch.where(known, 1 / (losses + 1e-8), 0.0)
         averages = self.averages.rows
-        gram = self.whole(ops.ema_gram_(averages, rows, decay, (1 - decay) * heads))
-        length = gram.diagonal().sqrt()
-        return Weights(shared=length.max() / (length + 1e-8), heads=heads, rows=averages, gram=gram)
+        keep = torch.where(known, decay, 1.0)
+        gram = self.whole(ops.ema_gram_(averages, rows, keep, (1 - decay) * heads))
+        length = torch.where(known, gram.diagonal().sqrt(), 0.0)
+        shared = torch.where(known, length.max() / (length + 1e-8), 0.0)
+        return Weights(shared=shared, heads=heads, rows=averages, gram=gram, known=known)

@@ -15,12 +15,14 @@ class DWA(AbsWeighting):
     """Dynamic Weight Average: tasks whose loss falls slowly get more weight.
 
     From the third epoch on ``w = T_tasks softmax(r / T)`` with r_t the ratio of the mean training losses of the last
-    two epochs; ones before.
+    two epochs; ones before, and 1 for a task whose loss was 0 in the first of the two.
 
     Source: Liu, Johns and Davison, "End-to-End Multi-Task Learning with Attention", CVPR 2019.
     """
 
     reads_losses = False
+    needs_losses = "non-negative"
+    use_of_losses = "it compares them by their ratios"
     hyper = {  # noqa: RUF012
         "T": Hyper(type=float, default=2.0, above=0, help="Temperature: the higher, the more equal the weights.")
     }

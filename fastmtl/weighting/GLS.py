@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fastmtl.weighting.base import AbsWeighting, Weights
+from fastmtl.weighting.rules import counted
 
 __all__ = ["GLS"]
 
@@ -12,13 +14,19 @@ __all__ = ["GLS"]
 class GLS(AbsWeighting):
     """Geometric Loss Strategy: the objective is the geometric mean of the losses, which must be positive.
 
-    Its gradient weighs task t with ``(prod_s L_s)^(1/T) / (T L_t)``.
+    Its gradient weighs task t with ``(prod_s L_s)^(1/T) / (T L_t)``. The mean is that of the losses that are not 0.
 
     Source: Chennupati et al., "MultiNet++: Multi-Stream Feature Aggregation and Geometric Loss Strategy for Multi-Task
     Learning", CVPR Workshops 2019.
     """
 
+    needs_losses = "positive"
+    use_of_losses = "it takes their geometric mean"
+
     def weigh(self, losses: Tensor, gram: None, **hyper: object) -> Weights:
         """Return the derivatives of the geometric mean."""
         # The mean of logarithms: the product of many small losses would underflow.
-        return Weights(shared=losses.log().mean().exp() / (len(losses) * losses))
+        known = counted(losses)
+        number = known.sum().clamp(min=1)
+        mean = (torch.where(known, losses.log(), 0.0).sum() / number).exp()
+        return Weights(shared=torch.where(known, mean / (number * losses), 0.0), known=known)

@@ -7,29 +7,35 @@ from torch import Tensor
 
 from fastmtl.errors import UsageError
 from fastmtl.weighting.base import AbsWeighting, Hyper, Weights
+from fastmtl.weighting.rules import counted
 
 __all__ = ["GO4Align", "cluster_means"]
 
 
-def cluster_means(values: Tensor, clusters: int) -> Tensor:
+def cluster_means(values: Tensor, clusters: int, known: Tensor | None = None) -> Tensor:
     """Return for each of (T,) numbers the float64 mean of its cluster, of at most as many as given.
 
     The clusters are those with the least sum of squared distances. Optimal ones are intervals of the sorted numbers, so
-    a dynamic program over their ends finds them, without reading a number on the host.
+    a dynamic program over their ends finds them, without reading a number on the host. With (T,) booleans ``known`` the
+    clusters are those of the numbers that are, and what is returned for the others means nothing.
 
     Source: Wang and Song, "Ckmeans.1d.dp: Optimal k-means Clustering in One Dimension by Dynamic Programming", 2011.
     """
     size = len(values)
-    ordered, order = values.double().sort()
-    centred = ordered - ordered.mean()
+    known = torch.ones_like(values, dtype=torch.bool) if known is None else known
+    # The others stand beside a number that is known, without weight.
+    first_known = values.index_select(0, known.to(torch.uint8).argmax(0, keepdim=True))
+    ordered, order = torch.where(known, values, first_known).double().sort()
+    counts = known.double()[order]
+    centred = ordered - (counts * ordered).sum() / counts.sum()
     place = torch.arange(size, device=values.device)
 
     def interval_sums(terms: Tensor) -> Tensor:
         total = torch.cat([terms.new_zeros(1), terms.cumsum(0)])
         return total[None, 1:] - total[:-1, None]
 
-    count = (place[None, :] - place[:, None] + 1).clamp(min=1)
-    cost = interval_sums(centred * centred) - interval_sums(centred) ** 2 / count
+    count = interval_sums(counts).clamp(min=1)
+    cost = interval_sums(counts * centred * centred) - interval_sums(counts * centred) ** 2 / count
     cost = torch.where(place[:, None] <= place[None, :], cost.clamp(min=0), torch.inf)
 
     least, starts = cost[0], []
@@ -44,9 +50,9 @@ def cluster_means(values: Tensor, clusters: int) -> Tensor:
         first = start.index_select(0, end)
         label = label + (place >= first)
         end = (first - 1).clamp(min=0)
-    member = (label[:, None] == label[None, :]).double()
+    member = (label[:, None] == label[None, :]).double() * counts
     # Taken from the cluster's first member, so that rounding does not tell its members apart.
-    means = (member @ ordered / member.sum(1)).index_select(0, member.argmax(1))
+    means = (member @ ordered / member.sum(1).clamp(min=1)).index_select(0, member.argmax(1))
     return torch.empty_like(means).index_copy(0, order, means)
 
 
@@ -55,11 +61,13 @@ class GO4Align(AbsWeighting):
 
     The indicator of task t is ``q_t sum(L) / L_t``: the ratio brings all losses to one scale, the probabilities
     ``q_t <- q_t exp(-step_size L_t)``, divided by their sum, remember the risks so far. The indicators are clustered
-    (k-means), and each task has the mean indicator of its group as its weight.
+    (k-means), and each task has the mean indicator of its group as its weight. A loss of 0 takes no part in a step.
 
     Source: Shen et al., "GO4Align: Group Optimization for Multi-Task Alignment", NeurIPS 2024.
     """
 
+    needs_losses = "positive"
+    use_of_losses = "it divides by them"
     hyper = {  # noqa: RUF012
         "GO4Align_groups": Hyper(type=int, default=2, help="Number of groups."),
         "GO4Align_step_size": Hyper(
@@ -82,7 +90,9 @@ class GO4Align(AbsWeighting):
         self, losses: Tensor, gram: None, *, GO4Align_groups: int = 2, GO4Align_step_size: float = 1e-4, **hyper: object
     ) -> Weights:
         """Return each group's mean indicator."""
-        risk = self.probabilities * torch.exp(-GO4Align_step_size * losses)
-        self.probabilities.copy_(risk / risk.sum())
+        known = counted(losses)
+        risk = torch.where(known, self.probabilities * torch.exp(-GO4Align_step_size * losses), 0.0)
+        self.probabilities.copy_(torch.where(known, risk / risk.sum(), self.probabilities))
         indicator = self.probabilities * losses.sum() / losses
-        return Weights(shared=cluster_means(indicator, GO4Align_groups).to(losses.dtype))
+        means = cluster_means(indicator, GO4Align_groups, known).to(losses.dtype)
+        return Weights(shared=torch.where(known, means, 0.0), known=known)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl.weighting.base import AbsWeighting, Hyper, Weights
+from fastmtl.weighting.rules import counted
 
 __all__ = ["GradNorm"]
 
@@ -15,13 +16,16 @@ class GradNorm(AbsWeighting):
 
     ``w = T softmax(loss_scale)`` from the second epoch on, ones in the first. With ``n_t = w_t |g_t|``, m their mean
     and ``r_t`` the loss relative to that of the first epoch, divided by the mean of these, the parameter ``loss_scale``
-    minimises ``sum_t |n_t - m r_t^alpha|``, in which m and r count as constants.
+    minimises ``sum_t |n_t - m r_t^alpha|``, in which m and r count as constants. A task whose loss was 0 throughout the
+    first epoch has ``r_t = 1``.
 
     Source: Chen et al., "GradNorm: Gradient Normalization for Adaptive Loss Balancing in Deep Multitask Networks",
     ICML 2018.
     """
 
     needs = "gram"
+    needs_losses = "non-negative"
+    use_of_losses = "it compares them by their ratios"
     hyper = {  # noqa: RUF012
         "alpha": Hyper(type=float, default=1.5, help="How strongly slowly training tasks are favoured.")
     }
@@ -45,7 +49,10 @@ class GradNorm(AbsWeighting):
         share = torch.softmax(self.loss_scale.detach(), dim=-1)
         weights = self.task_num * share
         norms = gram.diagonal().clamp(min=0).sqrt().to(weights.dtype)
-        rate = losses / self.first_losses
-        target = (weights * norms).mean() * (rate / rate.mean()) ** alpha
+        known = counted(self.first_losses)
+        rate = torch.where(known, losses / self.first_losses, 0.0)
+        mean = rate.sum() / known.sum()
+        relative = torch.where(known & (mean > 0), rate / mean, 1.0)
+        target = (weights * norms).mean() * relative**alpha
         slope = torch.sign(weights * norms - target) * norms
         return Weights(shared=weights, own_grads={"loss_scale": weights * (slope - share @ slope)})

@@ -21,6 +21,8 @@ class IMTL(AbsWeighting):
     """
 
     needs = "gram"
+    needs_losses = "non-negative"
+    use_of_losses = "with others the scales it learns grow without end"
     weighs_heads = True
 
     def init_param(self) -> None:

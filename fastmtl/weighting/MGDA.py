@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl.weighting.base import AbsWeighting, Hyper, Weights
+from fastmtl.weighting.base import AbsWeighting, Hyper, LossNeeds, Weights
+from fastmtl.weighting.rules import counted
 
 __all__ = ["MGDA"]
 
@@ -15,12 +16,14 @@ class MGDA(AbsWeighting):
     """Multiple Gradient Descent Algorithm: the shortest vector in the convex hull of the task gradients.
 
     With g_t divided by n_t, ``w = argmin ||sum_t w_t g_t / n_t||`` over the simplex. The update is the minimiser
-    itself, ``sum_t w_t g_t / n_t``; with ``rep_grad`` it is ``sum_t w_t g_t``, as in LibMTL.
+    itself, ``sum_t w_t g_t / n_t``; with ``rep_grad`` it is ``sum_t w_t g_t``, as in LibMTL. Where n_t has the loss in
+    it, a task whose loss is 0 takes no part in a step.
 
     Source: Sener and Koltun, "Multi-Task Learning as Multi-Objective Optimization", NeurIPS 2018.
     """
 
     needs = "gram"
+    use_of_losses = "it divides the gradients by them"
     hyper = {  # noqa: RUF012
         "mgda_gn": Hyper(
             type=str,
@@ -34,9 +37,18 @@ class MGDA(AbsWeighting):
         """Return the min-norm weights."""
         if mgda_gn == "none":
             return Weights(shared=ops.min_norm(gram))
-        scale = self._scale(losses.to(gram.dtype), gram.diagonal(), mgda_gn)
-        weights = ops.min_norm(scale[:, None] * gram * scale)
-        return Weights(shared=weights if self.rep_grad else weights * scale, logged=weights)
+        known = counted(losses) if "loss" in mgda_gn else torch.ones_like(losses, dtype=torch.bool)
+        # A task that takes no part stands as a copy of one that does; what the copies get is that task's.
+        place = torch.arange(len(losses), device=losses.device)
+        place = torch.where(known, place, known.to(torch.uint8).argmax())
+        scale = self._scale(losses.to(gram.dtype), gram.diagonal(), mgda_gn)[place]
+        found = ops.min_norm(scale[:, None] * gram[place][:, place] * scale)
+        weights = torch.where(known, torch.zeros_like(found).index_add(0, place, found), 0.0)
+        return Weights(shared=weights if self.rep_grad else weights * scale, logged=weights, known=known)
+
+    def loss_needs(self, *, mgda_gn: str = "none", **hyper: object) -> LossNeeds:
+        """Return what losses must be: positive where gradients are divided by them."""
+        return "positive" if "loss" in mgda_gn else "any"
 
     @staticmethod
     def _scale(losses: Tensor, squared_norms: Tensor, mgda_gn: str) -> Tensor:

@@ -23,6 +23,8 @@ class MoCo(AbsWeighting):
     """
 
     needs = "rows"
+    needs_losses = "non-negative"
+    use_of_losses = "it gives the gradients their lengths"
     allows_rep_grad = False
     hyper = {  # noqa: RUF012
         "MoCo_beta": Hyper(type=float, default=0.5, least=0.0, help="Learning rate of the averages."),

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.weighting.base import AbsWeighting, Hyper, Weights
+from fastmtl.weighting.rules import counted
 
 __all__ = ["STCH"]
 
@@ -14,11 +15,13 @@ class STCH(AbsWeighting):
     """Smooth Tchebycheff scalarization of the log losses, relative to their averages in the last warm-up epoch.
 
     Up to epoch ``STCH_warmup_epoch`` the objective is ``sum_t log L_t``; in that epoch the losses are averaged to n.
-    From then on it is ``T mu log sum_t exp(log(L_t / n_t) / mu)``.
+    From then on it is ``T mu log sum_t exp(log(L_t / n_t) / mu)``. A loss of 0 takes no part in a step.
 
     Source: Lin et al., "Smooth Tchebycheff Scalarization for Multi-Objective Optimization", ICML 2024.
     """
 
+    needs_losses = "positive"
+    use_of_losses = "it takes their logarithms"
     hyper = {  # noqa: RUF012
         "STCH_mu": Hyper(type=float, default=1.0, above=0, help="Smoothing: towards 0 only the worst task counts."),
         "STCH_warmup_epoch": Hyper(
@@ -39,15 +42,17 @@ class STCH(AbsWeighting):
     ) -> Weights:
         """Return the derivatives of the scalarization."""
         tiny = 1e-20
+        known = counted(losses)
         if self.epoch <= STCH_warmup_epoch:
             if self.epoch == STCH_warmup_epoch:
-                self.loss_sum.add_(losses)
-                self.loss_count.add_(1)
-            return Weights(shared=1 / (losses + tiny))
+                self.loss_sum.add_(torch.where(known, losses, 0.0))
+                self.loss_count.add_(known)
+            return Weights(shared=torch.where(known, 1 / (losses + tiny), 0.0), known=known)
         # A task without labels in the warm-up epoch is measured in its first loss after it.
-        missing = self.loss_count == 0
+        missing = known & (self.loss_count == 0)
         self.loss_sum.copy_(torch.where(missing, losses, self.loss_sum))
         self.loss_count.add_(missing)
         nadir = self.loss_sum / self.loss_count
-        share = torch.softmax(torch.log(losses / nadir + tiny) / STCH_mu, dim=-1)
-        return Weights(shared=len(losses) * share / (losses + tiny * nadir))
+        level = torch.where(known, torch.log(losses / nadir + tiny) / STCH_mu, -torch.inf)
+        weights = known.sum() * torch.softmax(level, dim=-1) / (losses + tiny * nadir)
+        return Weights(shared=torch.where(known, weights, 0.0), known=known)

@@ -19,6 +19,9 @@ class UW(AbsWeighting):
     Semantics", CVPR 2018.
     """
 
+    needs_losses = "non-negative"
+    use_of_losses = "with others the variances it learns shrink without end"
+
     def init_param(self) -> None:
         """Create ``loss_scale``."""
         self.loss_scale = nn.Parameter(torch.full((self.task_num,), -0.5))

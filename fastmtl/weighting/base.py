@@ -17,10 +17,11 @@ from fastmtl.engine.weights import Rows, Weights
 from fastmtl.errors import UsageError
 from fastmtl.support.hyper import Hyper
 
-__all__ = ["AbsWeighting", "Hyper", "Needs", "Rows", "StepNeeds", "Weights"]
+__all__ = ["AbsWeighting", "Hyper", "LossNeeds", "Needs", "Rows", "StepNeeds", "Weights"]
 
 Needs = Literal["losses", "gram", "rows", "reps", "lookahead"]
 StepNeeds = Literal[Needs, "backward"]
+LossNeeds = Literal["any", "non-negative", "positive"]
 
 
 class AbsWeighting(nn.Module):
@@ -39,6 +40,9 @@ class AbsWeighting(nn.Module):
         hyper: The hyper-parameters, by name.
         samples: Batches per step, each with its own forward and backward passes.
         weighs_heads: Whether the gradients of task-specific parameters are weighted too.
+        needs_losses: What losses must be for the rule to have a meaning. A step with a negative one changes nothing and
+            is reported, unless ``"any"`` will do. With ``"positive"`` one of 0 takes no part in a step.
+        use_of_losses: Why, as the second half of the sentence the user gets: ``"it takes their logarithms"``.
         reads_losses: Whether the weights depend on the losses of the step.
         looks_back: Whether :meth:`after_step` wants the batch's losses after the update, from a second forward pass.
         allows_rep_grad: Whether ``rep_grad`` can be on.
@@ -51,6 +55,8 @@ class AbsWeighting(nn.Module):
     hyper: ClassVar[Mapping[str, Hyper]] = {}
     samples: ClassVar[int] = 1
     weighs_heads: ClassVar[bool] = False
+    needs_losses: ClassVar[LossNeeds] = "any"
+    use_of_losses: ClassVar[str] = ""
     reads_losses: ClassVar[bool] = True
     looks_back: ClassVar[bool] = False
     allows_rep_grad: ClassVar[bool] = True
@@ -140,6 +146,19 @@ class AbsWeighting(nn.Module):
         """
         raise NotImplementedError
 
+    def loss_needs(self, **hyper: Any) -> LossNeeds:
+        """Return what losses must be with these hyper-parameters."""
+        return self.needs_losses
+
+    def refused(self, losses: Tensor, **hyper: Any) -> Tensor | None:
+        """Return which of (T,) losses they must not be, on the device; None if any will do."""
+        return None if self.loss_needs(**hyper) == "any" else losses < 0
+
+    def refusal(self, **hyper: Any) -> str:
+        """Return what a loss must be, and why, as the end of a sentence."""
+        name = getattr(self, "strategy_name", type(self).__name__)
+        return f"{name} needs {self.loss_needs(**hyper)} losses: {self.use_of_losses}"
+
     def after_step(self, losses: Tensor, **hyper: Any) -> None:
         """Learn from the losses (T,) the same batch has after the update."""
 
@@ -159,6 +178,12 @@ class AbsWeighting(nn.Module):
         """
         if self.samples > 1 or self.looks_back or self.needs in ("reps", "lookahead"):
             raise UsageError(f"{type(self).__name__} needs fastmtl's Trainer; its backward cannot be called alone.")
+        refused = self.refused(losses.detach(), **kwargs)
+        if refused is not None and bool(refused.any()):
+            at = int(refused.to(torch.uint8).argmax())
+            raise UsageError(
+                f"The loss of {self.task_name[at]} is {losses[at].item():.4g}, but {self.refusal(**kwargs)}."
+            )
         if self.needs == "losses":
             weights = self.weigh(losses.detach(), None, **kwargs)
             (losses * weights.shared.to(losses.dtype)).sum().backward()

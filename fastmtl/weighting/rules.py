@@ -9,6 +9,7 @@ from fastmtl.weighting.base import AbsWeighting
 
 __all__ = [
     "Adam",
+    "counted",
     "descent_rates",
     "directed_weights",
     "even_fall",
@@ -20,6 +21,15 @@ __all__ = [
 ]
 
 _DECAY = (0.9, 0.999)
+_TINY = 1e-8
+
+
+def counted(losses: Tensor) -> Tensor:
+    """Return which of the losses take part in a step where one of 0 takes none; its gradient is zero anyway.
+
+    Neither do numbers too small for a reciprocal, which many devices take for 0, and negative ones.
+    """
+    return losses >= torch.finfo(losses.dtype).tiny
 
 
 def project_simplex(point: Tensor) -> Tensor:
@@ -78,20 +88,34 @@ def directed_weights(
 
 
 def descent_rates(newer: Tensor, older: Tensor, temperature: float) -> Tensor:
-    """Return DWA's weights: T times the softmax of the losses' ratios over two epochs, divided by the temperature."""
-    return len(newer) * torch.softmax(newer / older / temperature, dim=-1)
+    """Return DWA's weights: T times the softmax of the losses' ratios over two epochs, divided by the temperature.
+
+    A task without such a ratio, as its older loss is 0, has weight 1, and the others' weights are those without it.
+    """
+    known = counted(older) & newer.isfinite()
+    ratio = (newer / older / temperature).clamp(max=torch.finfo(older.dtype).max)
+    weights = known.sum() * torch.softmax(torch.where(known, ratio, -torch.inf), dim=-1)
+    return torch.where(known, weights, 1.0)
 
 
 def even_fall(logits: Tensor, excess: Tensor) -> Tensor:
-    """Return FAMO's weights, ``z_t / D_t`` divided by their sum, ``z = softmax(logits)`` and D the excess losses."""
-    share = torch.softmax(logits, dim=-1) / excess
-    return share / share.sum()
+    """Return FAMO's weights, ``z_t / D_t`` divided by their sum, ``z = softmax(logits)`` and ``D_t = excess_t + 1e-8``.
+
+    The excess is what a loss is above its bound; a task where it is 0 has weight 0, and no part in the sum.
+    """
+    share = torch.where(counted(excess), torch.softmax(logits, dim=-1) / (excess + _TINY), 0.0)
+    total = share.sum()
+    return share / torch.where(total > 0, total, 1.0)
 
 
 def even_fall_slope(logits: Tensor, before: Tensor, after: Tensor) -> Tensor:
-    """Return the gradient that moves FAMO's logits, from the excess losses of one batch before and after the update."""
-    fall = before.log() - after.log()
-    share = torch.softmax(logits, dim=-1)
+    """Return the gradient that moves FAMO's logits, from the excess losses of one batch before and after the update.
+
+    It is 0 for tasks whose excess was 0 before, which have no part in z either.
+    """
+    known = counted(before)
+    fall = torch.where(known, (before + _TINY).log() - (after.clamp(min=0) + _TINY).log(), 0.0)
+    share = torch.where(known, torch.softmax(torch.where(known, logits, -torch.inf), dim=-1), 0.0)
     return share * (fall - share @ fall)
 
 
@@ -117,13 +141,20 @@ class Adam:
         return getattr(self._owner, f"{self._name}_value")
 
     @torch.no_grad()
-    def step(self, grad: Tensor, lr: float, weight_decay: float = 0.0) -> None:
-        """Move the vector against a gradient, to which ``weight_decay`` times the vector is added."""
+    def step(self, grad: Tensor, lr: float, weight_decay: float = 0.0, known: Tensor | None = None) -> None:
+        """Move the vector against a gradient, to which ``weight_decay`` times the vector is added.
+
+        Entries that are not ``known``, and their moments, stay as they are.
+        """
         first, second, steps = (getattr(self._owner, f"{self._name}_{each}") for each in ("first", "second", "steps"))
         value = self.value
+        before = value.clone(), first.clone(), second.clone()
         grad = grad + weight_decay * value
         steps.add_(1)
         first.lerp_(grad, 1 - _DECAY[0])
         second.lerp_(grad * grad, 1 - _DECAY[1])
         size = (second / (1 - _DECAY[1] ** steps)).sqrt() + 1e-8
         value.sub_(lr * first / (1 - _DECAY[0] ** steps) / size)
+        if known is not None:
+            for moved, old in zip((value, first, second), before, strict=True):
+                moved.copy_(torch.where(known, moved, old))
