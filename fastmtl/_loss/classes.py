@@ -81,13 +81,18 @@ class CELoss(AbsLoss):
 
 
 def _probabilities(pred: Tensor, gt: Tensor, who: str) -> tuple[Tensor, Tensor]:
+    _refuse_real(pred, gt, who, "probabilities")
+    as_classes(pred, gt.select(1, 0) if gt.dim() > 1 else gt, who)
+    return pred, gt
+
+
+def _refuse_real(pred: Tensor, gt: Tensor, who: str, what: str) -> None:
+    """Refuse labels in floating point of another shape than the predictions."""
     if isinstance(pred, Tensor) and pred.shape != gt.shape:
         raise UsageError(
             f"{who}: labels of shape {tuple(gt.shape)} and {gt.dtype} are no class indices, which are integers, and no "
-            f"probabilities, which have the shape of the predictions, {tuple(pred.shape)}."
+            f"{what}, which have the shape of the predictions, {tuple(pred.shape)}."
         )
-    as_classes(pred, gt.select(1, 0) if gt.dim() > 1 else gt, who)
-    return pred, gt
 
 
 class SegLoss(AbsLoss):
@@ -180,6 +185,8 @@ class FocalLoss(AbsLoss):
                 f"alpha must be a weight for each class, or None, of several classes, got {self.alpha!r} for "
                 f"predictions of shape {tuple(pred.shape)}."
             )
+        if isinstance(gt, Tensor) and gt.is_floating_point():
+            _refuse_real(pred, gt, type(self).__name__, "binary labels")
         pred, gt = as_classes(pred, gt, type(self).__name__)
         known = self.labelled(gt)
         classes = torch.where(known, gt, 0).long().unsqueeze(1)

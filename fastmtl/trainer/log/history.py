@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -95,5 +96,8 @@ class History:
                     if row.get(key):
                         curve.add(middle, np.array([[row[key][name] for name in names]], dtype=float))
             elif row["event"] == "epoch" and row["epoch"] < info.start_epoch:
-                values = {task: list(named.values()) for task, named in row["metric"].items()}
-                self.results[row["mode"], row["epoch"]] = values
+                # JSON has null for a score that there is not.
+                self.results[row["mode"], row["epoch"]] = {
+                    task: [math.nan if score is None else score for score in named.values()]
+                    for task, named in row["metric"].items()
+                }
