@@ -36,7 +36,7 @@ double add_squares(Acc* sums, const Acc* grad, Acc epsilon, int64_t length) {
 template <class Acc>
 double add_squares_to(const Row& state, const Acc* grad, Acc epsilon, int64_t begin, int64_t length, Acc* scratch) {
   Acc* const sums = borrow(state, begin, length, scratch);
-  if (sums != scratch) return add_squares(sums, grad, epsilon, length);
+  if (is_type<Acc>(state.dtype)) return add_squares(sums, grad, epsilon, length);
   for (int64_t i = 0; i < length; ++i) sums[i] += grad[i] * grad[i];
   give_back(state, begin, length, sums);
   double risk = 0;

@@ -178,13 +178,16 @@ class _Balance:
     def parameters(self) -> tuple[list[Tensor], list[Tensor]]:
         """Return what the losses depend on: the shared parameters, and the others."""
         from fastmtl.engine.graph import leaf_tensors
+        from fastmtl.engine.hidden import refuse_hidden
 
+        refuse_hidden(self.losses, None, "losses")
         reached = [leaf_tensors([loss], "losses") for loss in self.losses]
         count = Counter(leaf for leaves in reached for leaf in leaves)
         if self.shared is None:
             wanted = {leaf for leaf, times in count.items() if times > 1 or len(self.losses) == 1}
         else:
             wanted = set(self.shared.parameters() if isinstance(self.shared, nn.Module) else self.shared)
+            refuse_hidden(self.losses, list(wanted), "shared")
         shared = [leaf for leaf in count if leaf in wanted]
         if not shared:
             raise UsageError("shared must hold parameters that the losses depend on, got none of them.")

@@ -12,6 +12,7 @@ from fastmtl.autojac.fields import add_jacobians, check_writable
 from fastmtl.autojac.jac import jacobians_of
 from fastmtl.autojac.jac_to_grad import jac_to_grad
 from fastmtl.engine.graph import leaf_tensors
+from fastmtl.engine.hidden import refuse_hidden
 
 if TYPE_CHECKING:
     from fastmtl.aggregation import Aggregator
@@ -41,7 +42,8 @@ def backward(
             None: one row per entry of the tensors.
 
     Raises:
-        UsageError: No tensors, a repeated one, one without a graph, or cotangents that do not fit.
+        UsageError: No tensors, a repeated one, one without a graph, cotangents that do not fit, or a reentrant
+            checkpoint.
 
     Example:
         >>> param = torch.tensor([1.0, 2.0], requires_grad=True)
@@ -55,6 +57,7 @@ def backward(
     check_outputs(outputs, "tensors")
     wanted = leaf_tensors(outputs, "tensors") if inputs is None else unique(inputs)
     check_writable(wanted, ".jac")
+    refuse_hidden(outputs, None if inputs is None else wanted, "inputs")
     found = jacobians_of(outputs, wanted, jac_tensors, "tensors", retain_graph, parallel_chunk_size)
     add_jacobians(wanted, found)
     if aggregator is not None and wanted:

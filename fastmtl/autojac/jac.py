@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastmtl.autojac.checks import as_list, check_chunk, check_outputs, check_rows, check_shapes, unique
 from fastmtl.engine.graph import batches_well
+from fastmtl.engine.hidden import refuse_hidden
 from fastmtl.engine.vjp import batched_jacobians, identity_rows, jacobians
 from fastmtl.errors import UsageError
 
@@ -43,8 +44,8 @@ def jac(
         One (m, ...) tensor per input; zeros where no output depends on it.
 
     Raises:
-        UsageError: No outputs, a repeated one, an input that does not require grad, cotangents that do not fit, or an
-            empty chunk.
+        UsageError: No outputs, a repeated one, an input that does not require grad, cotangents that do not fit, an
+            empty chunk, or a reentrant checkpoint.
 
     Example:
         >>> param = torch.tensor([1.0, 2.0], requires_grad=True)
@@ -57,6 +58,7 @@ def jac(
     for index, each in enumerate(repeated):
         if not each.requires_grad:
             raise UsageError(f"inputs[{index}] must require grad, got a tensor that does not.")
+    refuse_hidden(as_list(outputs), wanted, "inputs")
     found = jacobians_of(as_list(outputs), wanted, jac_outputs, "outputs", retain_graph, parallel_chunk_size)
     by_input = dict(zip(wanted, found, strict=True))
     return tuple(by_input[each] for each in repeated)

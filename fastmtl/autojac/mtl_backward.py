@@ -14,6 +14,7 @@ from fastmtl.autojac.jac import chunk_for
 from fastmtl.autojac.jac_to_grad import jac_to_grad
 from fastmtl.engine.gradients import add_grads
 from fastmtl.engine.graph import leaf_tensors
+from fastmtl.engine.hidden import refuse_hidden
 from fastmtl.engine.vjp import Cotangents, batched_jacobians, jacobians, vjp
 from fastmtl.errors import UsageError
 
@@ -54,7 +55,7 @@ def mtl_backward(
 
     Raises:
         UsageError: No losses or features, one repeated or without a graph, ``tasks_params`` or ``grad_tensors`` of
-            another number, or a parameter both shared and task-specific.
+            another number, a parameter both shared and task-specific, or a reentrant checkpoint.
 
     Example:
         >>> shared = torch.tensor([1.0, 2.0], requires_grad=True)
@@ -68,6 +69,9 @@ def mtl_backward(
     check_chunk(parallel_chunk_size)
     tasks, cuts = _outputs(tensors, losses, features, grad_tensors)
     shared, own = _parameters(tasks, cuts, shared_params, tasks_params)
+    refuse_hidden(cuts, None if shared_params is None else shared, "shared_params")
+    every = [param for params in own for param in params]
+    refuse_hidden(tasks, None if tasks_params is None else every, "tasks_params", cuts)
     cotangents = _through_heads(tasks, cuts, own, grad_tensors, retain_graph)
     add_jacobians(shared, _through(cuts, cotangents, shared, retain_graph, parallel_chunk_size))
     if aggregator is not None and shared:

@@ -15,9 +15,11 @@ from fastmtl.distributed.gradient_shards import GradientShards
 from fastmtl.distributed.peers import Peers
 from fastmtl.distributed.shards import Agreement, Pieces, Shards
 from fastmtl.engine.comm import Comm, CutsRows, MaskReps
+from fastmtl.engine.hidden import VJP
 from fastmtl.engine.model import Tasks
 from fastmtl.engine.vjp import Cotangents
 from fastmtl.engine.weights import Row, Rows
+from fastmtl.errors import UsageError
 
 if TYPE_CHECKING:
     from fastmtl.distributed.sharded import ShardedModel
@@ -128,9 +130,15 @@ class ExactDataParallel(DataParallel):
 
     @override
     def row(
-        self, outputs: Sequence[Tensor], cotangents: Cotangents, own: Sequence[Tensor], retain: bool, complete: bool
+        self,
+        outputs: Sequence[Tensor],
+        cotangents: Cotangents,
+        own: Sequence[Tensor],
+        retain: bool,
+        complete: bool,
+        differentiate: VJP | None = None,
     ) -> tuple[Row, Row]:
-        row, rest = super().row(outputs, cotangents, own, retain, complete)
+        row, rest = super().row(outputs, cotangents, own, retain, complete, differentiate)
         # Rows that will be added up are sent when they are.
         return self.shards.send(row) if complete else row, rest
 
@@ -200,8 +208,19 @@ class ShardedDataParallel(ExactDataParallel):
 
     @override
     def row(
-        self, outputs: Sequence[Tensor], cotangents: Cotangents, own: Sequence[Tensor], retain: bool, complete: bool
+        self,
+        outputs: Sequence[Tensor],
+        cotangents: Cotangents,
+        own: Sequence[Tensor],
+        retain: bool,
+        complete: bool,
+        differentiate: VJP | None = None,
     ) -> tuple[Row, Row]:
+        if differentiate is not None:
+            raise UsageError(
+                "shard must be 'none' for a network with functions that run backward passes of their own, such as "
+                "checkpoint(use_reentrant=True)."
+            )
         # The pieces arrive with the backward pass.
         return self.shards.stream(outputs, cotangents, own, retain)
 

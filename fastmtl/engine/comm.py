@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl import ops
+from fastmtl.engine.hidden import VJP
 from fastmtl.engine.model import Tasks
 from fastmtl.engine.vjp import Cotangents, vjp
 from fastmtl.engine.weights import Row, Rows
@@ -113,6 +114,7 @@ class Comm:
         own: Sequence[Tensor],
         retain: bool,
         complete: bool,
+        differentiate: VJP | None = None,
     ) -> tuple[Row, Row]:
         """Run a VJP; return what stands for the row of the shared parameters, and the gradients of ``own``.
 
@@ -122,8 +124,9 @@ class Comm:
             own: Further parameters to differentiate with respect to.
             retain: Keep the graph.
             complete: Nothing will be added to the row: it may be sent.
+            differentiate: What computes the VJP, if not ``vjp``.
         """
-        grads = vjp(outputs, cotangents, [*self.shared, *own], retain)
+        grads = (differentiate or vjp)(outputs, cotangents, [*self.shared, *own], retain)
         return grads[: len(self.shared)], grads[len(self.shared) :]
 
     def collect(self, rows: Rows, complete: bool) -> Rows:

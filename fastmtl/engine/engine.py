@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastmtl.engine.comm import Comm
 from fastmtl.engine.context import Batch, StepContext, step_losses
+from fastmtl.engine.cut import Structure
 from fastmtl.engine.jacobian import BatchGradients, Differentiated, Jacobian, detached
 from fastmtl.engine.losses import Problem
 from fastmtl.engine.methods.base import Method, forward, mean_of_forwards
@@ -99,7 +100,7 @@ class LossSum:
         self.preds: list[Mapping[str, object]] = []
         self._first: Sum | None = None
         if len(ctx.batches) > 1 and reads_losses:
-            with torch.no_grad(), keeping_buffers(regions.problem.model):
+            with keeping_buffers(regions.problem.model):
                 self.losses = self._of_step(mean_of_forwards(regions, ctx.batches, comm))
         else:
             self._first = self._forward(ctx.batches[0])
@@ -133,13 +134,18 @@ class LossEngine:
     keeps_grads = False
     possible = True
 
-    def __init__(self, regions: Regions, comm: Comm, reads_losses: bool) -> None:
+    def __init__(self, structure: Structure, regions: Regions, comm: Comm, reads_losses: bool) -> None:
+        self.structure = structure
         self.regions = regions
         self.comm = comm
         self.reads_losses = reads_losses
 
     def differentiate(self, ctx: StepContext, known: Weights | None) -> LossSum:
         """Run the forward pass."""
+        problem = self.regions.problem
+        if len(ctx.tasks) < len(problem.tasks) and problem.model.splits and not problem.model.multi_input:
+            self.comm.unshard()
+            self.structure.learn_decoders(ctx.batches[0])
         return LossSum(ctx, self.regions, self.comm, self.reads_losses)
 
 

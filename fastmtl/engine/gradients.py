@@ -10,9 +10,13 @@ from torch import Tensor
 from fastmtl.engine.weights import Row
 from fastmtl.ops._rows import is_dense
 
-__all__ = ["OwnGradients", "WeightedGradients", "add_grads", "set_grads", "summed"]
+__all__ = ["OwnGradients", "WeightedGradients", "add_grads", "agree", "set_grads", "summed"]
 
 Grads = Sequence[Tensor | None]
+
+# Gradients that two ways have found differ by less, of a tensor's largest entry or of the largest of all.
+_ROUNDING = 1e-2
+_SMALL = 1e-4
 
 
 class OwnGradients:
@@ -105,3 +109,21 @@ def summed(rows: Sequence[Grads], others: Sequence[Grads]) -> list[Row]:
         [a if b is None else b if a is None else a + b for a, b in zip(mine, other, strict=True)]
         for mine, other in zip(rows, others, strict=True)
     ]
+
+
+def agree(some: Grads, others: Grads) -> bool:
+    """Return whether gradients are the same but for rounding; None counts as zeros."""
+    pairs = [(_dense(one, other), _dense(other, one)) for one, other in zip(some, others, strict=True)]
+    known = [(one, other) for one, other in pairs if one is not None and other is not None and one.numel()]
+    largest = max((float(other.abs().max()) for _, other in known), default=0.0)
+    for one, other in known:
+        bound = max(_ROUNDING * float(other.abs().max()), _SMALL * largest)
+        if not torch.allclose(one, other, rtol=0.0, atol=bound, equal_nan=True):
+            return False
+    return True
+
+
+def _dense(grad: Tensor | None, like: Tensor | None) -> Tensor | None:
+    if grad is not None:
+        return grad.to_dense() if grad.is_sparse else grad
+    return None if like is None else torch.zeros_like(like.to_dense() if like.is_sparse else like)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import cast
 
 import torch
@@ -13,12 +14,15 @@ from torch import Tensor
 from fastmtl import ops
 from fastmtl.engine.comm import Comm
 from fastmtl.engine.context import Batch, StepContext, batch_shares, mean_losses
+from fastmtl.engine.cut import Structure
+from fastmtl.engine.hidden import VJP
 from fastmtl.engine.jacobian import detached
 from fastmtl.engine.methods.base import forward
 from fastmtl.engine.model import Labels, keeping_buffers
 from fastmtl.engine.pullback import Sum
 from fastmtl.engine.regions import Regions
 from fastmtl.engine.trees import halves, joined
+from fastmtl.engine.vjp import vjp
 from fastmtl.engine.weights import Row, Weights
 from fastmtl.support.profiling import part
 
@@ -35,14 +39,16 @@ class LookAhead:
         lr: Learning rate of the model's optimizer.
         regions: The network's functions, compiled or not.
         comm: The other processes; losses and gradients are those of all of them.
+        differentiate: What computes VJPs.
 
     Attributes:
         inner: The half for the lower level: the training loss that the weights shape.
         outer: The half for the upper level: the losses that the weights are judged by.
     """
 
-    def __init__(self, batch: Batch, lr: float, regions: Regions, comm: Comm) -> None:
+    def __init__(self, batch: Batch, lr: float, regions: Regions, comm: Comm, differentiate: VJP = vjp) -> None:
         self.regions = regions
+        self.differentiate = differentiate
         self.problem = regions.problem
         self.comm = comm
         self.lr = lr
@@ -58,10 +64,10 @@ class LookAhead:
             share = batch_shares(self.problem, batch.tasks, [labels], self.comm)[0]
         return replace(batch, inputs=inputs, labels=labels, share=share, factor=share)
 
-    @torch.no_grad()
     def losses(self, batch: Batch) -> Tensor:
         """Return the (T,) losses."""
-        return self.comm.mean(torch.stack(list(forward(self.regions, batch)[0])), batch.share)
+        losses, _ = self.problem.without_graph(partial(forward, self.regions, batch))
+        return self.comm.mean(torch.stack(list(losses)), batch.share)
 
     def rows(self, batch: Batch) -> tuple[Tensor, list[Row]]:
         """Return the (T,) losses and the gradient of each."""
@@ -69,7 +75,7 @@ class LookAhead:
         seeds = batch.seeds(losses, torch.ones_like(known))
         with part("VJPs"):
             rows: list[Row] = [
-                list(torch.autograd.grad(loss, self.params, seed, t + 1 < len(losses), allow_unused=True))
+                self.differentiate([loss], [seed], self.params, t + 1 < len(losses))
                 for t, (loss, seed) in enumerate(zip(losses, seeds, strict=True))
             ]
         return known, [self.comm.whole_row(row) for row in rows]
@@ -78,8 +84,8 @@ class LookAhead:
         """Return the (T,) losses and the gradient of their weighted sum."""
         losses, known = self._forward(batch)
         with part("VJPs"):
-            row = torch.autograd.grad(losses, self.params, batch.seeds(losses, weights), allow_unused=True)
-        return known, self.comm.whole_row(list(row))
+            row = self.differentiate(losses, batch.seeds(losses, weights), self.params, False)
+        return known, self.comm.whole_row(row)
 
     @contextmanager
     def moved(self) -> Iterator[None]:
@@ -159,11 +165,14 @@ class LookaheadEngine:
     keeps_grads = False
     possible = True
 
-    def __init__(self, regions: Regions, comm: Comm) -> None:
+    def __init__(self, structure: Structure, regions: Regions, comm: Comm) -> None:
+        self.structure = structure
         self.regions = regions
         self.comm = comm
 
     def differentiate(self, ctx: StepContext, known: Weights | None) -> LookedAhead:
         """Return the halves of the first batch; nothing is run yet."""
         self.comm.unshard()
-        return LookedAhead(ctx, LookAhead(ctx.batches[0], ctx.lr, self.regions, self.comm))
+        self.structure.learn_joints(ctx.batches[0])
+        differentiate = self.structure.by_backward or vjp
+        return LookedAhead(ctx, LookAhead(ctx.batches[0], ctx.lr, self.regions, self.comm, differentiate))

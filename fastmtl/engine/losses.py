@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from fastmtl.loss import AbsLoss
 
 __all__ = ["Problem", "Scored", "cut_features"]
 
+Result = TypeVar("Result")
 Scored: TypeAlias = tuple[tuple[Tensor, ...], Mapping[str, object]]
 
 
@@ -30,11 +31,13 @@ class Problem:
         process_preds: The trainer's hook, called with all predictions, or with one and its task if multi-input.
         low_precision: The dtype the network computes in where that is safe (autocast); losses are always float32 then.
         strategy_params: The parameters of the model that are the strategy's.
+        decodes_all: Run all decoders in steps of some tasks too, as ``process_preds`` needs all predictions.
 
     Attributes:
         tasks: All tasks.
         shared_params: The trainable parameters whose task gradients are balanced.
         own_params: The other trainable ones of the network.
+        needs_graph: Whether some loss takes derivatives of predictions.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class Problem:
         process_preds: Callable[..., Any],
         low_precision: torch.dtype | None = None,
         strategy_params: Sequence[nn.Parameter] = (),
+        decodes_all: bool = False,
     ) -> None:
         self.model = model
         self.tasks: Tasks = tuple(model.task_name)
@@ -51,9 +55,29 @@ class Problem:
         self.process_preds = process_preds
         self.low_precision = low_precision
         self.strategy_params = strategy_params
+        self.decodes_all = decodes_all
+        self.needs_graph = False
         self.shared_params = [param for param in model.get_share_params() if param.requires_grad]
         known = {*self.shared_params, *strategy_params}
         self.own_params = [param for param in model.parameters() if param.requires_grad and param not in known]
+
+    def decoded(self, tasks: Tasks) -> Tasks:
+        """Return the tasks whose decoders run in a step of some tasks."""
+        return self.tasks if self.decodes_all else tasks
+
+    def without_graph(self, run: Callable[[], Result]) -> Result:
+        """Return what a pass that will not be differentiated gives; losses that take derivatives have a graph."""
+        if not self.needs_graph:
+            try:
+                with torch.no_grad():
+                    return run()
+            except RuntimeError as cause:
+                if "does not require grad" not in str(cause):
+                    raise
+                self.needs_graph = True
+        with torch.enable_grad():
+            result: Any = run()
+        return map_tree(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, result)  # type: ignore[return-value]
 
     def trunk(self, inputs: object) -> Features:
         """Return the shared features."""
@@ -61,34 +85,35 @@ class Problem:
             return self.model.trunk(inputs)
 
     def heads(self, features: Sequence[Features], labels: Labels, tasks: Tasks) -> Scored:
-        """Return losses and predictions from each task's own alias of the shared features."""
+        """Return losses and predictions from aliases of the shared features, one for each of ``decoded(tasks)``."""
         with self._autocast():
-            reps = [self.model.branch(own, task) for own, task in zip(features, tasks, strict=True)]
+            reps = [self.model.branch(own, task) for own, task in zip(features, self.decoded(tasks), strict=True)]
         return self.decode(reps, labels, tasks)
 
     def reps(self, inputs: object, tasks: Tasks) -> Features:
-        """Return the representation of every task, or a single one if the tasks share it."""
+        """Return the representation of each of ``decoded(tasks)``, or a single one if they share it."""
         with self._autocast():
             features = self.model.trunk(inputs)
-            reps = tuple(self.model.branch(features, task) for task in tasks)
+            reps = tuple(self.model.branch(features, task) for task in self.decoded(tasks))
         return reps[:1] if all(rep is reps[0] for rep in reps) else reps
 
     def decode(self, reps: Sequence[Tensor], labels: Labels, tasks: Tasks) -> Scored:
-        """Return losses and predictions from each task's representation."""
+        """Return losses and predictions from the representation of each of ``decoded(tasks)``."""
         with self._autocast():
-            preds = {task: self.model.decoders[task](rep) for task, rep in zip(tasks, reps, strict=True)}
+            preds = {task: self.model.decoders[task](rep) for task, rep in zip(self.decoded(tasks), reps, strict=True)}
         return self._score(preds, labels, tasks)
 
     def whole(self, inputs: object, labels: Labels, tasks: Tasks | None = None) -> Scored:
         """Return losses and predictions of one batch that all tasks share, of all tasks if none are named."""
         tasks = self.tasks if tasks is None else tasks
         with self._autocast():
-            if len(tasks) == len(self.tasks) or not self.model.splits:
+            decoded = self.decoded(tasks)
+            if len(decoded) == len(self.tasks) or not self.model.splits:
                 preds = self.model(inputs)
             else:
                 # The decoders of absent tasks do not run: they may have statistics of their own.
                 features = self.model.trunk(inputs)
-                preds = {task: self.model.decoders[task](self.model.branch(features, task)) for task in tasks}
+                preds = {task: self.model.decoders[task](self.model.branch(features, task)) for task in decoded}
         return self._score(preds, labels, tasks)
 
     def single(self, inputs: object, labels: object, task: str) -> tuple[Tensor, object]:
@@ -128,6 +153,11 @@ class Problem:
     def _score(self, preds: Mapping[str, object], labels: Labels, tasks: Tasks) -> Scored:
         preds = self.process_preds({task: self._full(pred) for task, pred in preds.items()})
         found = [task for task in tasks if task in labels]
+        missing = [task for task in found if not isinstance(preds, Mapping) or task not in preds]
+        if missing:
+            raise UsageError(
+                f"process_preds must return a dictionary with a prediction of every task, got none of {missing[0]}."
+            )
         return tuple(self._loss(preds[task], labels[task], task) for task in found), preds
 
     def _loss(self, pred: object, labels: object, task: str) -> Tensor:

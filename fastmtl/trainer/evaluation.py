@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,11 +33,11 @@ def evaluate(trainer: TrainerState, loaders: Any, mode: str, epoch: int | None) 
     for task, *batch in eval_batches(loaders, names, multi_input, trainer.limit_batches, what=f"{mode}_dataloaders"):
         inputs, labels = trainer.prepared((batch[0], batch[1]))
         if task is None:
-            losses, preds = problem.whole(inputs, labels)
+            losses, preds = problem.without_graph(partial(problem.whole, inputs, labels))
             present = filter(labels.__contains__, names)
             meter.update(dict(zip(present, losses, strict=True)), preds, labels, batch[1])
         else:
-            loss, pred = problem.single(inputs, labels, task)
+            loss, pred = problem.without_graph(partial(problem.single, inputs, labels, task))
             meter.update({task: loss}, {task: pred}, {task: labels}, {task: batch[1]})
     meter.end()
     report(trainer, mode, epoch)

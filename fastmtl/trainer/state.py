@@ -89,7 +89,10 @@ class TrainerState(nn.Module):
         """Return a step that trains the parameters that require gradients now."""
         self.trained_names = {name for name, param in self.model.named_parameters() if param.requires_grad}
         low_precision = PRECISIONS[options.precision]
-        problem = Problem(self.model, self.meter.losses, self.process_preds, low_precision, self.strategy_params)
+        has_hook = getattr(self.process_preds, "__func__", None) is not TrainerState.process_preds
+        problem = Problem(
+            self.model, self.meter.losses, self.process_preds, low_precision, self.strategy_params, has_hook
+        )
         # Rows of representations are small: they are summed as they are.
         exact = options.gram == "exact" and self.model.needs in ("gram", "rows") and not self.model.rep_grad
         comm = make_comm(self.peers, problem, self.storage, exact)

@@ -26,6 +26,7 @@ from fastmtl.trainer.precision import make_scaler
 from fastmtl.trainer.setup.options import StepOptions
 from fastmtl.trainer.solve import make_solver
 from fastmtl.trainer.tasks import StepTasks, TaskSampler, step_tasks
+from fastmtl.trainer.unreached import UnreachedParameters
 from fastmtl.trainer.weight_state import WeightState
 from fastmtl.weighting import AbsWeighting
 
@@ -110,6 +111,7 @@ class TrainingStep:
         self.solve = make_solver(strategy, hyper, comm)
         self.trial = Trial(engines_to_try(strategy, problem, hyper, options, tell, comm), tell)
         self.engine = self.trial.engine
+        self.unreached = UnreachedParameters(problem, bool(strategy.row_states) or self.engine.keeps_grads)
         self.latest: StepSignals | None = None
         self.capture = make_capture(strategy, optimizer, options, guard.found_inf.device, tell)
 
@@ -140,6 +142,7 @@ class TrainingStep:
             self.trial.leave_out()
         run = partial(self._run, tasks)
         done = self.capture(run, batches) if tasks.are_all else run(batches)
+        self.unreached.look(tasks.names)
         self.latest = StepSignals(losses=done.losses, weights=done.weights, gram=done.gram)
         buffer.add(done.losses, done.weights, done.gram)
         by_task = done.losses.unbind()

@@ -169,6 +169,20 @@ def test_bits_do_not_depend_on_threads(ema: Kernel, excess: Kernel, threads: int
         assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
 
 
+def test_bits_do_not_depend_on_where_the_state_lies() -> None:
+    """The state may lie right behind the kernel's scratch memory, as chance has it now and then."""
+    state, rows = torch.rand(2, 64), torch.randn(2, 64)
+    want = state.clone()
+    risks = excess_risk_(want, rows, EPSILON)
+    kept = []
+    for call in range(20_000):
+        got = state.clone()
+        assert torch.equal(excess_risk_(got, rows, EPSILON), risks)
+        assert torch.equal(got, want)
+        kept.append(torch.empty(call % 97))
+        del kept[:-50]
+
+
 def test_a_matrix_is_updated_in_place() -> None:
     state, rows = torch.ones(2, 5), torch.arange(10.0).view(2, 5)
     got = ema_gram_(state, rows, torch.tensor(0.5), torch.tensor([1.0, 2.0]))

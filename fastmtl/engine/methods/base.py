@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -12,6 +13,7 @@ from fastmtl.engine.comm import Comm
 from fastmtl.engine.context import Batch
 from fastmtl.engine.cut import Structure
 from fastmtl.engine.gradients import OwnGradients, WeightedGradients
+from fastmtl.engine.hidden import VJP
 from fastmtl.engine.jacobian import BatchGradients, detached
 from fastmtl.engine.pullback import Known
 from fastmtl.engine.regions import Regions
@@ -37,7 +39,10 @@ def forward(regions: Regions, batch: Batch) -> tuple[Sequence[Tensor], Mapping[s
 def mean_of_forwards(regions: Regions, batches: Sequence[Batch], comm: Comm) -> Tensor:
     """Return the losses (n, T) of a forward pass of each batch, those of all processes, times the batch's share."""
     comm.unshard()
-    return torch.stack([comm.mean(torch.stack(list(forward(regions, each)[0])), each.share) for each in batches])
+    passes = (regions.problem.without_graph(partial(forward, regions, batch))[0] for batch in batches)
+    return torch.stack(
+        [comm.mean(torch.stack(list(losses)), batch.share) for losses, batch in zip(passes, batches, strict=True)]
+    )
 
 
 class Method:
@@ -64,6 +69,11 @@ class Method:
         self.regions = regions
         self.comm = comm
         self.weighs_heads = weighs_heads
+
+    @property
+    def vjp(self) -> VJP:
+        """Return what computes a VJP, see `fastmtl.engine.vjp.vjp`, of this network."""
+        return self.structure.by_backward or vjp
 
     def __call__(self, batch: Batch) -> BatchGradients:
         """Run the forward pass and the VJPs of all tasks."""
@@ -103,15 +113,15 @@ class Method:
         own: Sequence[nn.Parameter] = self.problem.own_params
         flat = [leaf for of_task in leaves for leaf in of_task]
         seeds = batch.seeds(losses)
-        if not self.weighs_heads or self.structure.owners is not None:
-            grads = vjp(losses, seeds, [*flat, *own], retain=False)
+        if not self.structure.coupled and (not self.weighs_heads or self.structure.owners is not None):
+            grads = self.vjp(losses, seeds, [*flat, *own], False)
             parts = [grads[len(flat) :]]
             rest = iter(grads)
             cotangents = [[next(rest) for _ in of_task] for of_task in leaves]
         else:
             parts, cotangents = [], []
             for t, loss in enumerate(losses):
-                grads = vjp([loss], [seeds[t]], [*leaves[t], *own], retain=t + 1 < len(losses))
+                grads = self.vjp([loss], [seeds[t]], [*leaves[t], *own], t + 1 < len(losses))
                 cotangents.append(grads[: len(leaves[t])])
                 parts.append(grads[len(leaves[t]) :])
         return cotangents, OwnGradients(own, parts, self.structure.places(batch.tasks))

@@ -18,8 +18,8 @@ from fastmtl.support.profiling import part
 
 __all__ = ["ForwardRepresentation", "Representation"]
 
-# Representations, losses, predictions, and the cut representations that the losses start from.
-Represented = tuple[Sequence[Tensor], Sequence[Tensor], Mapping[str, object], list[Tensor]]
+# Representations, one or one for each task, losses, predictions, and the cut representations that decoders start from.
+Represented = tuple[Sequence[Tensor], Sequence[Tensor], Mapping[str, object], Mapping[str, Tensor]]
 
 
 class Representation(Method):
@@ -28,17 +28,21 @@ class Representation(Method):
     def prepare(self, batch: Batch) -> None:
         """Refuse decoders that use shared parameters; find out whose parameters are if their gradients are weighted."""
         model = self.problem.model
-        if model.splits and not model.multi_input and self.structure.learn_cut(batch) and self.structure.tied:
+        if not model.splits or model.multi_input:
+            self.structure.learn_joints(batch)
+        elif self.structure.learn_cut(batch) and (self.structure.tied or self.structure.inseparable):
             raise UsageError(f"rep_grad must be False here, as {self.structure.against_cut}.")
         if self.weighs_heads and not model.multi_input:
             self.structure.learn_owners(batch)
 
     def gradients_of(self, batch: Batch) -> BatchGradients:
         """Run the forward pass and the backward pass of the heads."""
-        reps, losses, preds, cuts = self._represent(batch)
+        reps, losses, preds, decoded = self._represent(batch)
+        cuts = [decoded[task] for task in batch.tasks]
+        starts = self._starts(batch, reps, losses, decoded)
         with part("VJPs"):
-            found, own = self.own_gradients(batch, losses, [[cut] for cut in cuts])
-        grads = [torch.zeros_like(cut) if grad is None else grad for (grad,), cut in zip(found, cuts, strict=True)]
+            found, own = self.own_gradients(batch, losses, starts)
+        grads = [_total(of_task, cut) for of_task, cut in zip(found, cuts, strict=True)]
         if len({grad.shape[1:].numel() for grad in grads}) > 1:
             raise UsageError(
                 "rep_grad needs representations of one size for all tasks, got "
@@ -48,21 +52,37 @@ class Representation(Method):
         rows: Rows = [[grad.reshape(len(grad), -1).sum(0)] for grad in grads]
         return BatchGradients(*detached(losses, preds), rows, own, Representations(reps, grads))
 
+    def _starts(
+        self, batch: Batch, reps: Sequence[Tensor], losses: Sequence[Tensor], decoded: Mapping[str, Tensor]
+    ) -> list[list[Tensor]]:
+        """Return the cut representations that each loss depends on: its task's, or all where losses are coupled."""
+        self.structure.learn_coupling(batch.tasks, losses, {task: [cut] for task, cut in decoded.items()})
+        if not self.structure.coupled:
+            return [[decoded[task]] for task in batch.tasks]
+        if len(reps) > 1:
+            raise UsageError(
+                f"rep_grad must be False for {self.problem.model.architecture_name} here: some loss depends on the "
+                "predictions of several tasks, each of which has a representation of its own."
+            )
+        return [list(decoded.values()) for _ in batch.tasks]
+
     def _represent(self, batch: Batch) -> Represented:
         tasks = batch.tasks
         with part("forward"):
             if self.problem.model.multi_input:
                 apart = tuple(self.regions.single_rep(batch.of(task), task) for task in tasks)
-                cuts = [_cut(rep) for rep in apart]
+                cuts = {task: _cut(rep) for task, rep in zip(tasks, apart, strict=True)}
                 losses, preds = [], {}
-                for task, cut in zip(tasks, cuts, strict=True):
+                for task, cut in cuts.items():
                     loss, preds[task] = self.regions.single_decode(cut, batch.labels[task], task)
                     losses.append(loss)
                 return apart, losses, preds, cuts
+            decoded = self.problem.decoded(tasks)
             reps = self.regions.reps(batch.inputs, tasks)
-            cuts = [_cut(rep) for rep in (reps if len(reps) > 1 else [reps[0] for _ in tasks])]
-            scored, preds = self.regions.decode(cuts, batch.labels, tasks)
-            return reps, scored, preds, cuts
+            by_task = dict(zip(decoded, reps if len(reps) > 1 else [reps[0] for _ in decoded], strict=True))
+            cuts = {task: _cut(rep) for task, rep in by_task.items()}
+            scored, preds = self.regions.decode(list(cuts.values()), batch.labels, tasks)
+            return reps if len(reps) == 1 else [by_task[task] for task in tasks], scored, preds, cuts
 
 
 class ForwardRepresentation(Representation):
@@ -78,7 +98,7 @@ class ForwardRepresentation(Representation):
             )
         rep = model.rep
         reps = tuple(rep[task] for task in batch.tasks) if isinstance(rep, dict) else (rep,)
-        return reps, losses, preds, [model.rep_tasks[task] for task in batch.tasks]
+        return reps, losses, preds, model.rep_tasks
 
 
 def _cut(rep: Tensor) -> Tensor:
@@ -86,3 +106,11 @@ def _cut(rep: Tensor) -> Tensor:
     if not isinstance(alias, Tensor):
         raise UsageError(f"rep_grad needs a representation that is a tensor, got a {type(rep).__name__}.")
     return alias
+
+
+def _total(grads: Sequence[Tensor | None], like: Tensor) -> Tensor:
+    """Return the sum of the gradients that are there, zeros if none is."""
+    present = [grad for grad in grads if grad is not None]
+    if not present:
+        return torch.zeros_like(like)
+    return present[0] if len(present) == 1 else torch.stack(present).sum(0)

@@ -9,16 +9,14 @@ from torch import Tensor
 
 from fastmtl.engine.comm import Comm
 from fastmtl.engine.context import Batch
-from fastmtl.engine.cut import Structure
+from fastmtl.engine.cut import Structure, tensors_of
 from fastmtl.engine.gradients import OwnGradients
 from fastmtl.engine.jacobian import BatchGradients, detached
-from fastmtl.engine.losses import cut_features
 from fastmtl.engine.methods.base import Method
 from fastmtl.engine.methods.whole import Whole
 from fastmtl.engine.model import Features
 from fastmtl.engine.pullback import Combine, weighted
 from fastmtl.engine.regions import Regions
-from fastmtl.engine.trees import leaves
 from fastmtl.engine.vjp import vjp
 from fastmtl.engine.weights import Rows, Weights
 from fastmtl.support.profiling import part
@@ -85,14 +83,9 @@ class Split(Method):
     def heads(self, features: Features, batch: Batch) -> Heads:
         """Run the heads and differentiate them; of the features only the tensors are returned."""
         with part("forward"):
-            aliases = [cut_features(features) for _ in batch.tasks]
-            losses, preds = self.regions.heads(aliases, batch.labels, batch.tasks)
-        tensors, *cut = (_tensors(alias) for alias in (features, *aliases))
+            aliases = self.structure.aliases(features, batch.tasks)
+            losses, preds = self.regions.heads(list(aliases.values()), batch.labels, batch.tasks)
+        cut = [tensors_of(aliases[task]) for task in batch.tasks]
         with part("VJPs"):
             cotangents, own = self.own_gradients(batch, losses, cut)
-        return tensors, losses, preds, cotangents, own
-
-
-def _tensors(features: Features) -> list[Tensor]:
-    """Leave out what a trunk hands on that is no tensor, such as inputs in a dictionary."""
-    return [leaf for leaf in leaves(features) if isinstance(leaf, Tensor)]
+        return tensors_of(features), losses, preds, cotangents, own

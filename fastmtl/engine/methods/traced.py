@@ -50,6 +50,8 @@ class Traced(Method):
     def prepare(self, batch: Batch) -> None:
         """Find out what the traced method must know."""
         self.plain.prepare(batch)
+        if self.traces and self.structure.by_backward is not None:
+            self._give_up(self.structure.against_cut or "")
         if self.traces and has_gradient_hooks(self.problem.model):
             self._give_up("gradients have hooks, which a graph would not call")
 

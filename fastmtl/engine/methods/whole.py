@@ -10,7 +10,6 @@ from fastmtl.engine.gradients import OwnGradients, WeightedGradients
 from fastmtl.engine.jacobian import BatchGradients, detached
 from fastmtl.engine.methods.base import Method, forward
 from fastmtl.engine.pullback import Combine
-from fastmtl.engine.vjp import vjp
 from fastmtl.engine.weights import Weights
 from fastmtl.support.profiling import part
 
@@ -23,9 +22,14 @@ class Whole(Method):
     Inputs for each task are a graph for each, which is gone before the next one's forward pass.
     """
 
+    def prepare(self, batch: Batch) -> None:
+        """Find out whether the graph shows the use of all parameters, and whether graphs of tasks are joined."""
+        if self.structure.learn_joints(batch) and self.structure.by_backward is not None:
+            self.regions.tell(f"gradients come from backward(), as {self.structure.against_cut}")
+
     def gradients_of(self, batch: Batch) -> BatchGradients:
         """Run the forward pass and all VJPs."""
-        problem, apart = self.problem, self.problem.model.multi_input
+        problem, apart = self.problem, self.problem.model.multi_input and not self.structure.coupled
         losses: list[Tensor] = []
         preds: dict[str, object] = {}
         if not apart:
@@ -43,7 +47,9 @@ class Whole(Method):
                 factor = factors[t]
                 seed = None if factor is None else factor.to(losses[t].dtype)
                 retain = not apart and t + 1 < len(batch.tasks)
-                row, own = self.comm.row([losses[t]], [seed], problem.own_params, retain, batch.complete)
+                row, own = self.comm.row(
+                    [losses[t]], [seed], problem.own_params, retain, batch.complete, self.structure.by_backward
+                )
             rows.append(row)
             parts.append(own)
         return BatchGradients(*detached(losses, preds), rows, OwnGradients(problem.own_params, parts), Combine())
@@ -51,6 +57,7 @@ class Whole(Method):
     def combined(self, batch: Batch, weights: Weights) -> BatchGradients:
         """Differentiate one weighted sum of the losses, or two where a parameter serves several tasks, but not all."""
         problem, structure, shared = self.problem, self.structure, weights.shared
+        self.prepare(batch)
         if not problem.model.multi_input:
             structure.learn_owners(batch)
         losses, preds = forward(self.regions, batch)
@@ -63,9 +70,9 @@ class Whole(Method):
             least = 1e-12 * greatest.where(greatest > 0, 1.0)
             divisors = shared.where(shared.abs() > least, least)
             everything = [*problem.shared_params, *problem.own_params]
-            grads = vjp(losses, batch.seeds(losses, divisors), everything, retain=False)
+            grads = self.vjp(losses, batch.seeds(losses, divisors), everything, False)
             own = OwnGradients(problem.own_params, [grads[count:]], structure.places(batch.tasks))
             return self.known(losses, preds, grads[:count], own.weighted(heads / divisors))
-        row = vjp(losses, batch.seeds(losses, shared), problem.shared_params, retain=bool(problem.own_params))
-        rest = vjp(losses, batch.seeds(losses, heads), problem.own_params, retain=False)
+        row = self.vjp(losses, batch.seeds(losses, shared), problem.shared_params, bool(problem.own_params))
+        rest = self.vjp(losses, batch.seeds(losses, heads), problem.own_params, False)
         return self.known(losses, preds, row, WeightedGradients(problem.own_params, [rest]))

@@ -129,9 +129,9 @@ def _plainest(strategy: AbsWeighting, structure: Structure, comm: Comm, regions:
     """Return the engine for a model and a strategy, the plainest of those that have the same gradients."""
     needs = strategy.needs_of_step()
     if needs == "losses":
-        return LossEngine(regions, comm, strategy.reads_losses)
+        return LossEngine(structure, regions, comm, strategy.reads_losses)
     if needs == "lookahead":
-        return LookaheadEngine(regions, comm)
+        return LookaheadEngine(structure, regions, comm)
     if needs == "backward":
         return ForeignEngine(regions)
     return GradientEngine(_method(structure.problem, regions)(structure, regions, comm, strategy.weighs_heads))
