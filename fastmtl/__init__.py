@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from fastmtl.support.stateful import Stateful
+from fastmtl.support.vision import repair_at_import
 
 __version__ = "0.1.0"
 __all__ = ["Stateful", "Trainer", "__version__", "balance", "balanced"]
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 _LATE = {"Trainer": "fastmtl.trainer", "balance": "fastmtl.balancing", "balanced": "fastmtl.balancing"}
 # LibMTL's modules, which `import LibMTL` brings with it.
 _MODULES = frozenset({"architecture", "config", "loss", "metrics", "model", "utils", "weighting"})
+
+repair_at_import()
 
 
 def __getattr__(name: str) -> Any:
