@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,8 +15,10 @@ from fastmtl import data
 from fastmtl.data import DataBundle
 from fastmtl.errors import UsageError
 from fastmtl.trainer import Trainer
+from fastmtl.trainer.checkpoint.files import rng_state, set_rng_state
 from fastmtl.trainer.log.logger import Logger
 from fastmtl.trainer.run.config import TrainConfig
+from fastmtl.trainer.setup.loaders import generators
 from fastmtl.utils import set_random_seed
 
 __all__ = ["build_trainer", "load_data"]
@@ -78,6 +83,7 @@ def build_trainer(
     load_path = None if resume is not None else config.load_path
     return Trainer(
         **{**same, "load_path": load_path, "profile": profile},
+        example_inputs=partial(_first_inputs, bundle),
         task_dict=bundle.task_dict,
         architecture=config.arch,
         encoder_class=bundle.encoder_class,
@@ -88,3 +94,15 @@ def build_trainer(
         weight_args=config.weight_args,
         arch_args=config.arch_args,
     )
+
+
+def _first_inputs(bundle: DataBundle) -> Any:
+    """Return the inputs of a training batch; the random numbers that order the rows are the same afterwards."""
+    drawn_by = generators(bundle.train, bundle.multi_input)
+    before = rng_state(drawn_by)
+    try:
+        if isinstance(bundle.train, Mapping):
+            return {task: next(iter(loader))[0] for task, loader in bundle.train.items()}
+        return next(iter(bundle.train))[0]
+    finally:
+        set_rng_state(before, drawn_by)

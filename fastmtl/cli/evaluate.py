@@ -80,6 +80,7 @@ def _score(path: Path, checkpoint: str, split: str, device: str | None) -> _Scor
     config = replace(
         read_config(run.config).resolved(),
         load_path=None if whole else str(weights),
+        load_strict=True,
         compile=False,
         # The checkpoint has the weights.
         pretrained=False,

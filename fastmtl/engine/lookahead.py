@@ -15,13 +15,14 @@ from fastmtl import ops
 from fastmtl.engine.comm import Comm
 from fastmtl.engine.context import Batch, StepContext, batch_shares, mean_losses
 from fastmtl.engine.cut import Structure
+from fastmtl.engine.halving import are_by_row
 from fastmtl.engine.hidden import VJP
 from fastmtl.engine.jacobian import detached
 from fastmtl.engine.methods.base import forward
 from fastmtl.engine.model import Labels, keeping_buffers
 from fastmtl.engine.pullback import Sum
 from fastmtl.engine.regions import Regions
-from fastmtl.engine.trees import halves, joined
+from fastmtl.engine.trees import joined
 from fastmtl.engine.vjp import vjp
 from fastmtl.engine.weights import Row, Weights
 from fastmtl.support.profiling import part
@@ -55,8 +56,8 @@ class LookAhead:
         self.params = [*self.problem.shared_params, *self.problem.own_params]
         self._moved = False
         self._seen: list[tuple[Batch, Tensor, Mapping[str, object]]] = []
-        self.inner, self.outer = (self._half(batch, *half) for half in halves((batch.inputs, batch.labels)))
-        self._is_single = self.inner.inputs is self.outer.inputs
+        self._batch = batch
+        self.inner, self.outer = (self._half(batch, *half) for half in self.problem.halves(batch.inputs, batch.labels))
 
     def _half(self, batch: Batch, inputs: object, labels: Labels) -> Batch:
         share = None
@@ -117,8 +118,19 @@ class LookAhead:
         batches, losses, preds = zip(*self._seen, strict=True)
         labels = [batch.labels for batch in batches]
         mean = mean_losses(self.problem, batches[0].tasks, torch.stack(losses), labels, self.comm)
-        # A single row is both halves, here if not in other processes.
-        return mean, preds[0] if self._is_single else joined(preds)
+        return mean, self._whole(*preds)
+
+    def _whole(self, first: Mapping[str, object], second: Mapping[str, object]) -> Mapping[str, object]:
+        """Return the predictions of the whole batch: those of the halves together where they are rows."""
+        inner, outer = self.inner.labels, self.outer.labels
+        if are_by_row(first, inner) and are_by_row(second, outer):
+            # A single row is both halves.
+            return {
+                task: pred if inner.get(task) is outer.get(task) else joined([pred, second[task]])
+                for task, pred in first.items()
+            }
+        with keeping_buffers(self.problem.model):
+            return self.problem.without_graph(partial(forward, self.regions, self._batch))[1]
 
     def _forward(self, batch: Batch) -> tuple[Sequence[Tensor], Tensor]:
         losses, preds = forward(self.regions, batch)

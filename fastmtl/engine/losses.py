@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from fastmtl.engine.halving import Halving, Pair, checked_halves
 from fastmtl.engine.model import Features, Labels, MTLModel, Tasks
 from fastmtl.engine.trees import leaves, map_tree
 from fastmtl.errors import UsageError
@@ -32,6 +34,7 @@ class Problem:
         low_precision: The dtype the network computes in where that is safe (autocast); losses are always float32 then.
         strategy_params: The parameters of the model that are the strategy's.
         decodes_all: Run all decoders in steps of some tasks too, as ``process_preds`` needs all predictions.
+        split_batch: The trainer's hook, which cuts the inputs and labels of a batch in two; row by row if None.
 
     Attributes:
         tasks: All tasks.
@@ -48,6 +51,7 @@ class Problem:
         low_precision: torch.dtype | None = None,
         strategy_params: Sequence[nn.Parameter] = (),
         decodes_all: bool = False,
+        split_batch: Callable[..., Any] | None = None,
     ) -> None:
         self.model = model
         self.tasks: Tasks = tuple(model.task_name)
@@ -57,6 +61,7 @@ class Problem:
         self.strategy_params = strategy_params
         self.decodes_all = decodes_all
         self.needs_graph = False
+        self._split_batch = split_batch or partial(Halving(), multi_input=model.multi_input)
         self.shared_params = [param for param in model.get_share_params() if param.requires_grad]
         known = {*self.shared_params, *strategy_params}
         self.own_params = [param for param in model.parameters() if param.requires_grad and param not in known]
@@ -78,6 +83,16 @@ class Problem:
         with torch.enable_grad():
             result: Any = run()
         return map_tree(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, result)  # type: ignore[return-value]
+
+    def halves(self, inputs: object, labels: Labels) -> tuple[Pair, Pair]:
+        """Return two halves of a batch, for strategies that look ahead.
+
+        Raises:
+            UsageError: It cannot be cut, or the trainer's hook returns something else.
+        """
+        known = {task: own for task, own in labels.items() if own is not None}
+        first, second = checked_halves(self._split_batch(inputs, known))
+        return (first[0], {**dict.fromkeys(labels), **first[1]}), (second[0], {**dict.fromkeys(labels), **second[1]})
 
     def trunk(self, inputs: object) -> Features:
         """Return the shared features."""

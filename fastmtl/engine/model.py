@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 __all__ = ["Features", "HasModules", "Labels", "MTLModel", "Tasks", "keeping_buffers"]
 
@@ -81,7 +82,8 @@ def keeping_buffers(model: HasModules) -> Iterator[None]:
         (module, name, buffer, buffer.clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
-        if buffer is not None
+        # A lazy layer has none yet.
+        if buffer is not None and not is_lazy(buffer)
     ]
     try:
         yield

@@ -96,6 +96,7 @@ class TrainingEpoch:
         if profiler is not None:
             profiler.finish()
         meter.end()
+        refuse_unknown(trainer)
         report(trainer, "train", self._index)
         self._keep_losses()
         self._check_interrupt(steps)
@@ -167,6 +168,16 @@ class TrainingEpoch:
         trainer.guard.check(self._checkpoints.last_one())
 
 
+def refuse_unknown(trainer: TrainerState) -> None:
+    """Refuse parameters that were not there when the optimizer was made, which would never be trained."""
+    unknown = [name for name, _ in trainer.model.named_parameters() if name not in trainer.known_names]
+    if unknown:
+        raise UsageError(
+            f"The network has parameters that are not trained, as they were made later than the optimizer: "
+            f"{', '.join(unknown[:3])}. Where its first pass makes them, give Trainer example_inputs."
+        )
+
+
 def follow_freezing(trainer: TrainerState) -> None:
     """Train from now on the parameters that require gradients now.
 
@@ -175,6 +186,7 @@ def follow_freezing(trainer: TrainerState) -> None:
             were.
     """
     params = dict(trainer.model.named_parameters())
+    refuse_unknown(trainer)
     for param in params.values():
         if not param.requires_grad:
             # An optimizer moves what has a gradient of zeros, by its momentum.

@@ -12,6 +12,7 @@ from torch import nn
 
 from fastmtl.distributed import Peers
 from fastmtl.distributed.storage import Storage, make_comm
+from fastmtl.engine.halving import Halving, Pair
 from fastmtl.engine.losses import Problem
 from fastmtl.support.profiling import StepProfiler
 from fastmtl.trainer.compile.report import CompileReport
@@ -33,6 +34,7 @@ class TrainerState(nn.Module):
     Attributes:
         start: Place in the run where training goes on.
         trained_names: Parameters that required gradients when the step was made.
+        known_names: All parameters when the optimizer was made.
         skipped: Steps that float16 has skipped, as far as they have been told.
     """
 
@@ -64,7 +66,9 @@ class TrainerState(nn.Module):
     compile_report: CompileReport | None
     start: Mapping[str, Any]
     trained_names: set[str]
+    known_names: set[str]
     skipped: int
+    _halving: Halving
 
     def process_preds(self, preds: Any, task_name: str | None = None) -> Any:
         """Change the predictions before losses and metrics see them; override it, it does nothing here.
@@ -74,6 +78,17 @@ class TrainerState(nn.Module):
             task_name: The task, if multi-input.
         """
         return preds
+
+    def split_batch(self, inputs: Any, labels: Mapping[str, Any]) -> tuple[Pair, Pair]:
+        """Return two halves of a batch, ``((inputs, labels), (inputs, labels))``, for strategies that look ahead.
+
+        Override it, or give `Trainer` a function, where batches cannot be cut row by row.
+
+        Args:
+            inputs: The inputs, on the device; by task if multi-input.
+            labels: The labels by task.
+        """
+        return self._halving(inputs, labels, self.multi_input)
 
     def prepared(self, batch: tuple[object, object]) -> tuple[Any, Any]:
         """Return a batch on the trainer's device, its images in the memory format asked for."""
@@ -91,7 +106,13 @@ class TrainerState(nn.Module):
         low_precision = PRECISIONS[options.precision]
         has_hook = getattr(self.process_preds, "__func__", None) is not TrainerState.process_preds
         problem = Problem(
-            self.model, self.meter.losses, self.process_preds, low_precision, self.strategy_params, has_hook
+            self.model,
+            self.meter.losses,
+            self.process_preds,
+            low_precision,
+            self.strategy_params,
+            has_hook,
+            self.split_batch,
         )
         # Rows of representations are small: they are summed as they are.
         exact = options.gram == "exact" and self.model.needs in ("gram", "rows") and not self.model.rep_grad

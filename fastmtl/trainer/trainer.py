@@ -15,11 +15,12 @@ from fastmtl.architecture import AbsArchitecture
 from fastmtl.distributed import Alone, join
 from fastmtl.distributed.batch_norm import synchronize
 from fastmtl.distributed.storage import make_storage
+from fastmtl.engine.halving import Halving
 from fastmtl.errors import UsageError
 from fastmtl.support.memory import keep_freed_memory
 from fastmtl.support.profiling import StepProfiler
-from fastmtl.trainer.checkpoint.files import load_model_state, read_checkpoint
 from fastmtl.trainer.checkpoint.resume import BEGINNING, resume_run
+from fastmtl.trainer.checkpoint.start import start_from
 from fastmtl.trainer.checkpoint.writer import Checkpoints
 from fastmtl.trainer.evaluation import evaluate
 from fastmtl.trainer.guard import FiniteGuard
@@ -67,7 +68,16 @@ class Trainer(TrainerState):
             None.
         save_path: Folder for ``best.pt`` (the ``state_dict`` of the best epoch) and ``last.pt`` (everything, to go on
             from).
-        load_path: A ``best.pt``, or the folder it is in, to start from.
+        load_path: A ``best.pt``, or the folder it is in, to start from; any ``state_dict`` of tensors that fits.
+        load_strict: Refuse a ``load_path`` with other names or shapes than the model's. If False, what fits is taken,
+            and a line says what was taken, is new and was left: for another set of tasks, another strategy, or a
+            backbone, whose names may lack those of the modules it is in. A strategy's own parameters are only taken
+            from a checkpoint of the same strategy and tasks.
+        example_inputs: The inputs of a batch, by task if multi-input, or a function that returns them: needed where
+            layers are lazy (``nn.LazyLinear``, ...), whose shapes the first inputs decide.
+        split_batch: For strategies that look ahead on halves of a batch (MOML, FORUM, AutoLambda), where batches cannot
+            be halved row by row: a function that takes inputs and labels and returns two pairs of them, in place of the
+            method of that name.
         device: Where to train; the first GPU if there is one, else the CPU.
         compile: Compile the forward and backward passes with ``torch.compile``. ``"auto"`` trains the first steps
             both ways, keeps the faster and says which.
@@ -135,6 +145,9 @@ class Trainer(TrainerState):
         save_path: str | None = None,
         load_path: str | None = None,
         *,
+        load_strict: bool = True,
+        example_inputs: Any = None,
+        split_batch: Callable[[Any, Any], Any] | None = None,
         device: str | torch.device | None = None,
         compile: bool | Literal["auto"] = False,
         cuda_graph: bool = False,
@@ -194,6 +207,9 @@ class Trainer(TrainerState):
         self.checkpoint_every = given.checkpoint_every
         self.log_every = given.log_every
         self.limit_batches = given.limit_batches
+        self._halving = Halving()
+        if given.split_batch is not None:
+            self.split_batch = given.split_batch  # type: ignore[method-assign]
         self.logger = as_logger(given.logger if self.peers.leads else None)
         self.batch_weight = np.zeros((self.task_num, 0, 0))
 
@@ -208,6 +224,7 @@ class Trainer(TrainerState):
             multi_input=self.multi_input,
             device=self.device,
             given=self.kwargs,
+            example_inputs=given.example_inputs,
         )
         self.model, rule = made.model, made.rule
         self.weighting, self.architecture = rule.__name__, made.network.__name__
@@ -225,10 +242,7 @@ class Trainer(TrainerState):
             # no gradient.
             self.model.rep_grad = False
         if self.load_path is not None:
-            path = Path(self.load_path)
-            path = path / "best.pt" if path.is_dir() else path
-            load_model_state(self.model, read_checkpoint(path, self.device), path)
-            print(f"Load Model from - {path}")
+            start_from(self.model, self.strategy_params, Path(self.load_path), given.load_strict)
         count_parameters(self.model)
         self.meter = PerformanceMeter(self.task_dict, peers=self.peers)
         self.meter.display_format()
@@ -245,6 +259,7 @@ class Trainer(TrainerState):
         self.storage = make_storage(self.model, self.peers, self.strategy_params, options.shard)
         sparse = any(getattr(module, "sparse", False) for module in self.model.modules())
         self.optimizer = make_optimizer(self.storage.trained, given.optim_param, self.device, sparse)
+        self.known_names = {name for name, _ in self.model.named_parameters()}
         self.scheduler = make_scheduler(self.optimizer, given.scheduler_param)
         self.step = self.make_step(options)
 

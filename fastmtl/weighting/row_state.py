@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,10 @@ class RowState:
         owner.remember(name, torch.zeros(owner.task_num, 0))
         self.cut([param.shape for param in owner.get_share_params() if param.requires_grad])
         owner.row_states = {**owner.row_states, name: self}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what pickles and copies hold: not the views, which would be of other memory there."""
+        return {**self.__dict__, "_seen": None, "_rows": []}
 
     def cut(self, shapes: Sequence[torch.Size]) -> None:
         """Start anew with rows in the shapes of the pieces that this process has of each, unless they have them."""

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 from fastmtl.engine.context import Batch
+from fastmtl.engine.halving import halves
 from fastmtl.engine.lookahead import LookAhead
-from fastmtl.engine.trees import halves
 from fastmtl.errors import UsageError
 from fastmtl.trainer.log.records import StepBuffer
 from fastmtl.weighting.FORUM import forum_weights

@@ -31,7 +31,9 @@ class _Spare(nn.Module):
 def test_they_are_named_once(name: str) -> None:
     trainer = make_trainer(name, encoder_class=_Spare)
     data = loaders(rows=96)
-    with pytest.warns(UserWarning, match=r"No loss has reached encoder.spare.weight, encoder.spare.bias in the first 1"):
+    with pytest.warns(
+        UserWarning, match=r"No loss has reached encoder.spare.weight, encoder.spare.bias in the first 1"
+    ):
         trainer.train(data, data, 1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

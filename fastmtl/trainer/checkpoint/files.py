@@ -6,7 +6,8 @@ import contextlib
 import os
 import random
 import warnings
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,17 @@ from torch import nn
 
 from fastmtl.errors import CheckpointError
 
-__all__ = ["Saved", "load_model_state", "read_checkpoint", "rng_state", "save_atomically", "set_rng_state"]
+__all__ = [
+    "Saved",
+    "by_module",
+    "differences",
+    "load_model_state",
+    "model_state",
+    "read_checkpoint",
+    "rng_state",
+    "save_atomically",
+    "set_rng_state",
+]
 
 # What a checkpoint holds, by name: tensors and plain values.
 Saved = dict[str, Any]
@@ -70,32 +81,68 @@ def read_checkpoint(path: Path, device: torch.device) -> object:
         ) from cause
 
 
-def load_model_state(model: nn.Module, state: object, path: Path) -> None:
+def model_state(content: object, path: Path) -> Mapping[str, torch.Tensor]:
+    """Return the ``state_dict`` that was read from a file; one in a dictionary, as other trainers write it, too.
+
+    Raises:
+        CheckpointError: The file holds something else.
+    """
+    if isinstance(content, Mapping) and "model" in content and "names" in content:
+        raise CheckpointError(
+            f"{path} is a last.pt, which a run goes on from (resume): to start from it, use its best.pt."
+        )
+    for key in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise CheckpointError(f"{path} does not hold the parameters of a model.")
+    return content
+
+
+def by_module(names: Iterable[str]) -> Counter[str]:
+    """Return how many of the names of tensors each part of a model has: a decoder, or what else has a name in it."""
+    return Counter(".".join(name.split(".")[: 2 if name.startswith("decoders.") else 1]) for name in names)
+
+
+def differences(own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> list[str]:
+    """Return what keeps a state from being that of a model with the state ``own``, difference by difference."""
+    return [
+        *(f"{name} is missing" for name in _absent(own, state)),
+        *(f"{name} is not in the model" for name in _absent(state, own)),
+        *(
+            f"{key} has shape {tuple(state[key].shape)} in place of {tuple(value.shape)}"
+            for key, value in own.items()
+            if key in state and state[key].shape != value.shape
+        ),
+    ]
+
+
+def _absent(names: Iterable[str], others: Iterable[str]) -> list[str]:
+    """Return the names that are not among others; those of a part that lacks all of them as one."""
+    there = set(others)
+    parts = by_module(there)
+    found: dict[str, None] = {}
+    for name in names:
+        if name not in there:
+            (part,) = by_module([name])
+            found[name if part in parts else part] = None
+    return list(found)
+
+
+def load_model_state(model: nn.Module, state: Mapping[str, torch.Tensor], path: Path) -> None:
     """Load a ``state_dict`` whose keys and shapes are those of ``model``.
 
-    What the strategy remembers may be missing, as it is in LibMTL's checkpoints: it then starts anew.
+    What the strategy remembers may be missing, as it is in older checkpoints: it then starts anew.
 
     Raises:
         CheckpointError: They are not; the message names the first differences.
     """
-    if isinstance(state, Mapping) and "model" in state and "names" in state:
-        raise CheckpointError(
-            f"{path} is a last.pt, which a run goes on from (resume): to start from it, use its best.pt."
-        )
-    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise CheckpointError(f"{path} does not hold the parameters of a model.")
     own = model.state_dict()
     remembered: list[str] = getattr(model, "remembered", list)()
-    differences = [f"{key} is missing" for key in own if key not in state and key not in remembered]
-    differences += [f"{key} is not in the model" for key in state if key not in own]
-    differences += [
-        f"{key} has shape {tuple(state[key].shape)} in place of {tuple(value.shape)}"
-        for key, value in own.items()
-        if key in state and state[key].shape != value.shape
-    ]
-    if differences:
-        more = f" and {len(differences) - 2} more differences" if len(differences) > 2 else ""
-        raise CheckpointError(f"The checkpoint {path} is of another model: {'; '.join(differences[:2])}{more}.")
+    found = differences({key: value for key, value in own.items() if key in state or key not in remembered}, state)
+    if found:
+        more = f" and {len(found) - 2} more differences" if len(found) > 2 else ""
+        raise CheckpointError(f"The checkpoint {path} is of another model: {'; '.join(found[:2])}{more}.")
     model.load_state_dict({key: state.get(key, value) for key, value in own.items()})
 
 

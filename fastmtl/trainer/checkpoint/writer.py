@@ -9,6 +9,7 @@ import torch
 from fastmtl.distributed import Peers
 from fastmtl.trainer.checkpoint.files import Saved, rng_state, save_atomically
 from fastmtl.trainer.checkpoint.resume import run_state
+from fastmtl.trainer.checkpoint.start import described
 from fastmtl.trainer.state import TrainerState
 
 __all__ = ["Checkpoints"]
@@ -51,7 +52,8 @@ class Checkpoints:
             return
         self._check_finite(state)
         best = trainer.save_path / "best.pt"
-        save_atomically({key: value for key, value in state.items() if key not in remembered}, best)
+        best_state = {key: value for key, value in state.items() if key not in remembered}
+        save_atomically(described(trainer.model, best_state), best)
         print(f"Save Model {epoch} to {best}")
         trainer.logger.on_checkpoint(best, "best")
 

@@ -79,6 +79,7 @@ class TrainConfig:
     rep_grad: bool = _model(False, "Weight gradients of the representation, not of the shared parameters.")
     multi_input: bool | None = _model(None, "Each task has its own inputs; the data set says so by itself.")
     load_path: str | None = _model(None, "Start from the weights of this best.pt, or of the folder it is in.")
+    load_strict: bool = _model(True, "Refuse a load_path with other names or shapes; else what fits is taken.")
     # They have options of their own, one for each hyper-parameter.
     weight_args: Arguments = field(default_factory=dict)
     arch_args: Arguments = field(default_factory=dict)

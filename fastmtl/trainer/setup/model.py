@@ -2,24 +2,105 @@
 
 from __future__ import annotations
 
+import copyreg
+import operator
+import pickle
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex, cast
 
 import torch
 from torch import nn
 
 from fastmtl.architecture import ARCHITECTURES, AbsArchitecture
+from fastmtl.errors import UsageError
 from fastmtl.support.hyper import fill_hyper
 from fastmtl.support.names import resolve_name
+from fastmtl.trainer.setup.lazy import settle_shapes
 from fastmtl.weighting import WEIGHTINGS, AbsWeighting
 
-__all__ = ["MadeModel", "TrainedModel", "make_model"]
+__all__ = ["MadeModel", "TrainedModel", "make_model", "model_class"]
 
 
 class TrainedModel(AbsArchitecture, AbsWeighting):
     """A network and a strategy in one, as the model of a trainer is, of classes known when it is made."""
 
     architecture_name: str
+
+
+_CLASSES: dict[tuple[type, type], type[TrainedModel]] = {}
+
+
+def model_class(network: type[AbsArchitecture], rule: type[AbsWeighting]) -> type[TrainedModel]:
+    """Return the class of models of a network and a strategy, one and the same whenever it is asked for.
+
+    As in LibMTL it is one class of both: strategies written for it find the network in ``self``. Pickles name the two,
+    not the class, which no module has.
+    """
+
+    def reduce(model: TrainedModel, protocol: SupportsIndex) -> Any:
+        return _by_two_classes(model, super(made, model).__reduce_ex__(max(operator.index(protocol), 2)))
+
+    if (network, rule) in _CLASSES:
+        return _CLASSES[network, rule]
+    made: Any = type("MTLModel", (network, rule), {"__module__": __name__, "__reduce_ex__": reduce})
+    _CLASSES[network, rule] = made
+    return cast(type[TrainedModel], made)
+
+
+def _by_two_classes(model: TrainedModel, reduced: Any) -> Any:
+    """Return how a model is pickled or copied: by its two classes, and without what belongs to a training run."""
+    if not isinstance(reduced, tuple) or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
+        # The user's class has a way of its own.
+        return reduced
+    (kind, *args), state = reduced[1], reduced[2]
+    network, rule = kind.__bases__[:2] if kind.__name__ == "MTLModel" else (None, None)
+    if network is None or rule is None or model_class(network, rule) is not kind:
+        raise UsageError(
+            "A model whose parameters are in shards (shard='fsdp') cannot be copied or pickled: load the whole ones of "
+            "best.pt or last.pt."
+        )
+    if model.sum_parts is not None and model.row_states:
+        raise UsageError(
+            f"{model.strategy_name} remembers gradients, of which each process has a part: the model cannot be copied "
+            "or pickled; last.pt has all of them."
+        )
+    state = {name: value for name, value in state.items() if name != "sum_parts"}
+    # The ends of a graph that is gone.
+    state |= {name: {} for name in ("rep", "rep_tasks") if name in state}
+    if "encoder_class" in state and not _is_picklable(state["encoder_class"]):
+        state["encoder_class"] = _Maker(state["encoder_class"])
+    return (_unmade_model, (network, rule, *args), state, *reduced[3:])
+
+
+def _unmade_model(network: type[AbsArchitecture], rule: type[AbsWeighting], *args: Any) -> TrainedModel:
+    kind = model_class(network, rule)
+    return kind.__new__(kind, *args)
+
+
+class _Maker:
+    """An ``encoder_class`` that cannot be pickled, such as a lambda: copies keep it, pickles leave it out."""
+
+    def __init__(self, make: Callable[[], nn.Module] | None = None) -> None:
+        self._make = make
+
+    def __call__(self) -> nn.Module:
+        if self._make is None:
+            raise UsageError("The encoder_class of this model could not be pickled: define it in a module.")
+        return self._make()
+
+    def __deepcopy__(self, memo: object) -> _Maker:
+        return self
+
+    def __reduce__(self) -> tuple[type[_Maker], tuple[()]]:
+        return _Maker, ()
+
+
+def _is_picklable(value: object) -> bool:
+    try:
+        pickle.dumps(value)
+    except Exception:
+        return False
+    return True
 
 
 class MadeModel(NamedTuple):
@@ -42,12 +123,12 @@ def make_model(
     multi_input: bool,
     device: torch.device,
     given: dict[str, dict[str, Any]],
+    example_inputs: Any = None,
 ) -> MadeModel:
     """Make the model of a trainer; checks ``given``, its ``weight_args`` and ``arch_args``, and fills in defaults."""
     rule, network = _resolved(weighting, architecture, given)
-    # One class of both, as in LibMTL: strategies written for it find the network in ``self``.
-    model: TrainedModel = type("MTLModel", (network, rule), {})(
-        task_name=task_name,
+    model = model_class(network, rule)(
+        task_name=list(task_name),
         encoder_class=encoder_class,
         decoders=decoders if isinstance(decoders, nn.ModuleDict) else nn.ModuleDict(decoders),
         rep_grad=rep_grad,
@@ -56,6 +137,7 @@ def make_model(
         **given["arch_args"],
     )
     model.strategy_name, model.architecture_name = rule.__name__, network.__name__
+    settle_shapes(model, example_inputs)
     network_params = set(model.parameters())
     model.init_param()
     return MadeModel(model, rule, network, [param for param in model.parameters() if param not in network_params])

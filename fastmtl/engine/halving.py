@@ -1,0 +1,255 @@
+"""Batches cut in two, for strategies that look ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import is_dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from fastmtl.engine.trees import leaves
+from fastmtl.errors import UsageError
+
+__all__ = ["Halving", "Pair", "are_by_row", "checked_halves", "halves"]
+
+# Inputs and labels.
+Pair: TypeAlias = tuple[Any, Any]
+
+_PLAIN = (str, bytes, bool, int, float, complex, np.generic, torch.device, torch.dtype, type(None))
+
+
+class Halving:
+    """Cuts batches into their first and second rows; a single row is both halves.
+
+    Cut are tensors and arrays whose first dimension is the batch's, packed sequences, and lists and tuples with an
+    entry for each row, in any containers; scalars and plain values belong to both halves. Everything else is refused:
+    a tensor of another length may be time-major, or be of no row. How many rows there are, the labels say.
+
+    A list of as many tensors as there are rows, of as many rows each, is told from a list with an entry for each row by
+    the batches before.
+    """
+
+    def __init__(self) -> None:
+        # Whether the list at a place has an entry for each row.
+        self._by_row: dict[str, bool] = {}
+
+    def __call__(self, inputs: Any, labels: Any, multi_input: bool = False) -> tuple[Pair, Pair]:
+        """Return two pairs of inputs and labels.
+
+        Args:
+            inputs: The inputs; by task, with a number of rows for each, if multi-input.
+            labels: The labels by task.
+            multi_input: Every task has its own inputs.
+
+        Raises:
+            UsageError: A part cannot be cut, or parts have different numbers of rows.
+        """
+        if not multi_input:
+            return self._halves(inputs, labels, "")
+        parts = {
+            task: self._halves(own, labels[task], f"[{task!r}]") if task in labels else ((own, None), (own, None))
+            for task, own in inputs.items()
+        }
+        first, second = (
+            (
+                {task: both[half][0] for task, both in parts.items()},
+                {task: both[half][1] for task, both in parts.items()},
+            )
+            for half in (0, 1)
+        )
+        return first, second
+
+    def _halves(self, inputs: Any, labels: Any, place: str) -> tuple[Pair, Pair]:
+        rows = _count_rows(inputs, labels, place)
+        if rows == 1:
+            return (inputs, labels), (inputs, labels)
+        both = self._cut(inputs, rows, f"inputs{place}"), self._cut(labels, rows, f"labels{place}")
+        return (both[0][0], both[1][0]), (both[0][1], both[1][1])
+
+    def _cut(self, tree: Any, rows: int, place: str) -> Pair:
+        """Return the two halves of a part of a batch, of which ``_lengths`` says that it can have these rows."""
+        if isinstance(tree, PackedSequence):
+            return _cut_packed(tree, rows)
+        if isinstance(tree, Tensor | np.ndarray):
+            return _cut_tensor(tree, rows) if tree.ndim else (tree, tree)
+        if isinstance(tree, Mapping):
+            parts = {key: self._cut(value, rows, f"{place}[{key!r}]") for key, value in tree.items()}
+            first, second = ({key: both[half] for key, both in parts.items()} for half in (0, 1))
+            return (type(tree)(**first), type(tree)(**second)) if is_dataclass(tree) else (first, second)
+        if not isinstance(tree, list | tuple):
+            return tree, tree
+        if self._has_entry_per_row(tree, rows, place):
+            return tree[: rows // 2], tree[rows // 2 :]
+        items = [self._cut(item, rows, f"{place}[{index}]") for index, item in enumerate(tree)]
+        kind, of_first, of_second = type(tree), [both[0] for both in items], [both[1] for both in items]
+        return (kind(*of_first), kind(*of_second)) if hasattr(tree, "_fields") else (kind(of_first), kind(of_second))
+
+    def _has_entry_per_row(self, items: list[Any] | tuple[Any, ...], rows: int, place: str) -> bool:
+        if len(items) != rows or hasattr(items, "_fields"):
+            self._by_row.setdefault(place, False)
+            return False
+        inside = _inside(items)
+        if inside is not None and rows not in inside:
+            self._by_row[place] = True
+        elif place not in self._by_row:
+            if inside is not None:
+                raise _refusal(
+                    f"{place} is a list of {rows} parts that have {rows} rows, as the labels do: it may have an entry "
+                    "for each row, or not"
+                )
+            self._by_row[place] = True
+        return self._by_row[place]
+
+
+def halves(batch: Pair) -> tuple[Pair, Pair]:
+    """Return the first and the second half of a batch that all tasks share, of inputs and labels; see `Halving`."""
+    return Halving()(*batch)
+
+
+def checked_halves(made: Any) -> tuple[Pair, Pair]:
+    """Return what a ``split_batch`` of the user's has returned.
+
+    Raises:
+        UsageError: It is no two pairs.
+    """
+
+    def is_pair(value: object) -> bool:
+        return isinstance(value, list | tuple) and len(value) == 2
+
+    if not (is_pair(made) and all(is_pair(half) and isinstance(half[1], Mapping) for half in made)):
+        raise UsageError(
+            "split_batch must return two pairs of inputs and labels by task, ((inputs, labels), (inputs, labels))."
+        )
+    return tuple(made[0]), tuple(made[1])
+
+
+def are_by_row(preds: Mapping[str, Any], labels: Mapping[str, Any]) -> bool:
+    """Return whether predictions by task are tensors with the rows of the labels in their first dimension."""
+    for task, pred in preds.items():
+        try:
+            rows = _lengths(labels.get(task))
+        except _OpaqueError:
+            return False
+        for leaf in leaves(pred):
+            if not isinstance(leaf, Tensor) or not leaf.dim() or (rows is not None and len(leaf) not in rows):
+                return False
+    return True
+
+
+def _count_rows(inputs: Any, labels: Any, place: str) -> int:
+    """Return the number of rows: that of the labels, which the inputs must have too."""
+    by_labels, first = None, ""
+    for name, part in _parts(labels, f"labels{place}"):
+        lengths = _known_lengths(part, name)
+        if lengths is None:
+            continue
+        before, by_labels = by_labels, lengths if by_labels is None else by_labels & lengths
+        if not by_labels:
+            raise _refusal(f"{name} has {_told(lengths)} rows and {first} has {_told(before or ())}")
+        first = first or name
+    if by_labels == {1}:
+        return 1
+    found = by_labels
+    for name, part in _parts(inputs, f"inputs{place}"):
+        lengths = _known_lengths(part, name)
+        if lengths is None:
+            continue
+        found = lengths if found is None else found & lengths
+        if not found:
+            rows = f"the labels have {_told(by_labels)} rows" if by_labels else "other inputs have another"
+            raise _refusal(f"{name} has the length {_told(lengths)} where {rows}")
+    if found is None or len(found) > 1:
+        raise _refusal(f"it has {_told(found or ())} rows" if found else "nothing in it has rows")
+    return found.pop()
+
+
+def _parts(tree: Any, name: str) -> Iterable[tuple[str, Any]]:
+    """Return the parts of a batch that a message can name."""
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from _parts(value, f"{name}[{key!r}]")
+    else:
+        yield name, tree
+
+
+def _known_lengths(tree: Any, name: str) -> set[int] | None:
+    try:
+        return _lengths(tree)
+    except _OpaqueError as opaque:
+        raise _refusal(f"{name} is or has a {opaque}, whose rows nobody knows") from None
+
+
+def _lengths(tree: Any) -> set[int] | None:
+    """Return the numbers of rows that a part of a batch may have; None where it may have any."""
+    if isinstance(tree, PackedSequence):
+        return {int(tree.batch_sizes[0])}
+    if isinstance(tree, Tensor | np.ndarray):
+        return {tree.size(0) if isinstance(tree, Tensor) else len(tree)} if tree.ndim else None
+    if isinstance(tree, _PLAIN):
+        return None
+    if isinstance(tree, Mapping):
+        return _common(tree.values())
+    if not isinstance(tree, list | tuple):
+        raise _OpaqueError(type(tree).__name__)
+    if hasattr(tree, "_fields"):
+        return _common(tree)
+    inside = _inside(tree)
+    return None if inside is None else inside | {len(tree)}
+
+
+def _inside(items: list[Any] | tuple[Any, ...]) -> set[int] | None:
+    """Return the numbers of rows that all items may have; none for objects and dictionaries, one for each row."""
+    if any(isinstance(item, Mapping) for item in items):
+        return set()
+    try:
+        return _common(items)
+    except _OpaqueError:
+        return set()
+
+
+def _common(parts: Iterable[Any]) -> set[int] | None:
+    known = [lengths for lengths in map(_lengths, parts) if lengths is not None]
+    return set.intersection(*known) if known else None
+
+
+def _cut_tensor(tensor: Any, rows: int) -> Pair:
+    middle = rows // 2
+    if isinstance(tensor, Tensor) and tensor.is_nested:
+        items = tensor.unbind()
+        return (
+            torch.nested.as_nested_tensor(list(items[:middle]), layout=tensor.layout),
+            torch.nested.as_nested_tensor(list(items[middle:]), layout=tensor.layout),
+        )
+    if isinstance(tensor, Tensor) and tensor.layout != torch.strided:
+        index = torch.arange(rows, device=tensor.device)
+        return tensor.index_select(0, index[:middle]), tensor.index_select(0, index[middle:])
+    return tensor[:middle], tensor[middle:]
+
+
+def _cut_packed(packed: PackedSequence, rows: int) -> Pair:
+    padded, lengths = pad_packed_sequence(packed, batch_first=True)
+    is_sorted = packed.sorted_indices is None
+    first, second = (
+        pack_padded_sequence(padded[part], lengths[part], batch_first=True, enforce_sorted=is_sorted)
+        for part in (slice(0, rows // 2), slice(rows // 2, rows))
+    )
+    return first, second
+
+
+def _told(lengths: Iterable[int]) -> str:
+    return " or ".join(map(str, sorted(lengths))) or "no number of"
+
+
+def _refusal(why: str) -> UsageError:
+    return UsageError(
+        f"A strategy that looks ahead on halves of a batch got one that cannot be halved: {why}. Give Trainer "
+        "split_batch, a function of inputs and labels that returns two pairs of them."
+    )
+
+
+class _OpaqueError(Exception):
+    """A part of a batch that is no tensor, container or plain value."""

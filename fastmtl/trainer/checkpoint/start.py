@@ -1,0 +1,185 @@
+"""Starting from weights that are there: of the same model, of another set of tasks or strategy, or of a backbone."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from fastmtl.errors import CheckpointError
+from fastmtl.trainer.checkpoint.files import by_module, differences, model_state, read_checkpoint
+from fastmtl.trainer.setup.model import TrainedModel
+
+__all__ = ["described", "start_from"]
+
+State = Mapping[str, Tensor]
+
+
+def described(model: TrainedModel, state: State) -> OrderedDict[str, Tensor]:
+    """Return a ``state_dict`` of a model that says of which strategy and tasks it is, beside its modules' versions."""
+    kept: Any = OrderedDict(state)
+    metadata = {name: dict(about) for name, about in cast(Any, model.state_dict())._metadata.items()}
+    metadata[""] |= {"strategy": model.strategy_name, "tasks": list(model.task_name)}
+    kept._metadata = metadata
+    return cast("OrderedDict[str, Tensor]", kept)
+
+
+def start_from(model: TrainedModel, strategy_params: Sequence[nn.Parameter], path: Path, strict: bool) -> None:
+    """Load the parameters in a file, and print what was taken.
+
+    Names may begin with ``module.``, as those of ``DistributedDataParallel`` do. A strategy's own parameters and state
+    are taken if the file is known to be of the same strategy and tasks.
+
+    Args:
+        model: The model.
+        strategy_params: The parameters that are the strategy's.
+        path: The file, or the folder with a ``best.pt``.
+        strict: Refuse names and shapes other than the model's. Else what fits is taken, also a backbone's parameters
+            whose names lack those of the modules it is in, or have one in front that all share.
+
+    Raises:
+        CheckpointError: The file cannot be read, differs, or has nothing that fits.
+    """
+    path = path / "best.pt" if path.is_dir() else path
+    given = model_state(read_checkpoint(path, model.device), path)
+    own = model.state_dict()
+    state = _renamed(given, own)
+    remembered = set(model.remembered())
+    params = {id(param) for param in strategy_params}
+    strategy = remembered | {name for name, param in model.named_parameters() if id(param) in params}
+    origin = _Origin.of(given)
+    doubt = origin.doubt(model, all(name in state for name in strategy) and bool(remembered))
+    withheld = sorted(name for name in strategy if name in state) if doubt else []
+    if strict:
+        found = differences({key: value for key, value in own.items() if key in state or key not in remembered}, state)
+        found += origin.differences(model, withheld)
+        if found:
+            more = f" and {len(found) - 3} more differences" if len(found) > 3 else ""
+            raise CheckpointError(
+                f"The checkpoint {path} is of another model: {'; '.join(found[:3])}{more}. With load_strict=False what "
+                "fits is taken."
+            )
+    elif not any(key in own for key in state):
+        state = _placed(state, own)
+    fit = _Fit.of({key: value for key, value in state.items() if key not in withheld}, own, remembered)
+    if not fit.taken:
+        raise CheckpointError(f"Nothing in the checkpoint {path} has the name and shape of a parameter of the model.")
+    model.load_state_dict(own | fit.taken)
+    print(f"Load Model from - {path}")
+    if not strict:
+        print(fit.told())
+    if withheld:
+        print(f"{', '.join(withheld)} not taken: {doubt}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Origin:
+    """Of which strategy and tasks a file says it is; None where it does not."""
+
+    strategy: str | None
+    tasks: list[str] | None
+
+    @classmethod
+    def of(cls, state: State) -> _Origin:
+        about = getattr(state, "_metadata", {}).get("", {})
+        return cls(about.get("strategy"), about.get("tasks"))
+
+    def doubt(self, model: TrainedModel, is_complete: bool) -> str | None:
+        """Return why what a strategy learned is not the model's; ``is_complete`` if all of its state is there."""
+        if self.strategy is None:
+            return None if is_complete else "the file does not tell of which strategy it is"
+        if self.strategy != model.strategy_name:
+            return f"the file is of {self.strategy}, the model of {model.strategy_name}"
+        if self.tasks != list(model.task_name):
+            return f"the file is of the tasks {_listed(self.tasks)}, the model of {_listed(model.task_name)}"
+        return None
+
+    def differences(self, model: TrainedModel, withheld: Sequence[str]) -> list[str]:
+        """Return the differences that names and shapes do not show."""
+        found = []
+        if self.strategy is not None and self.strategy != model.strategy_name and withheld:
+            found.append(f"{', '.join(withheld)} is of {self.strategy}, not of {model.strategy_name}")
+        tasks, own = self.tasks, list(model.task_name)
+        if tasks is not None and tasks != own and sorted(tasks) == sorted(own):
+            found.append(f"its tasks are in the order {_listed(tasks)}, the model's in {_listed(own)}")
+        return found
+
+
+@dataclass(slots=True)
+class _Fit:
+    """What of a file fits a model by name and shape."""
+
+    taken: dict[str, Tensor] = field(default_factory=dict)
+    new: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+    reshaped: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, state: State, own: State, remembered: Iterable[str]) -> _Fit:
+        fit = cls()
+        for key, value in state.items():
+            if key not in own:
+                fit.left.append(key)
+            elif own[key].shape != value.shape:
+                fit.reshaped.append(f"{key} {tuple(value.shape)} for {tuple(own[key].shape)}")
+            else:
+                fit.taken[key] = value
+        fit.new = [key for key in own if key not in fit.taken and key not in remembered]
+        return fit
+
+    def told(self) -> str:
+        """Return a line about it: numbers of tensors by module."""
+        parts = [
+            ("taken", _counted(self.taken)),
+            ("new", _counted(self.new)),
+            ("left", _counted(self.left)),
+            ("of another shape", "; ".join(self.reshaped[:4]) + (" and more" if len(self.reshaped) > 4 else "")),
+        ]
+        return "Tensors " + "; ".join(f"{what}: {told}" for what, told in parts if told)
+
+
+def _counted(names: Iterable[str]) -> str:
+    return ", ".join(f"{module} {count}" for module, count in by_module(names).items())
+
+
+def _listed(tasks: Iterable[str] | None) -> str:
+    return ", ".join(tasks or ())
+
+
+def _renamed(state: State, own: State) -> State:
+    """Return a state with the model's names where wrappers have put something in front, or between."""
+
+    def plain(name: str) -> str:
+        return name.removeprefix("module.").replace("_orig_mod.", "")
+
+    names = {plain(name): name for name in own}
+    found = {names.get(plain(key), plain(key)): value for key, value in state.items()}
+    return found if len(found) == len(state) else state
+
+
+def _placed(state: State, own: State) -> State:
+    """Return a backbone's state under the names of the modules of a network that it fits, without its decoders.
+
+    It fits where more than half of its tensors do.
+    """
+    heads = {key.split(".", 1)[0] for key in state}
+    shorter = {key.split(".", 1)[-1]: value for key, value in state.items()} if len(heads) == 1 else {}
+    for named in (state, shorter):
+        places: Counter[str] = Counter()
+        for key, value in own.items():
+            parts = () if key.startswith("decoders.") else key.split(".")
+            for start in range(1, len(parts)):
+                inner = ".".join(parts[start:])
+                if inner in named and named[inner].shape == value.shape:
+                    places[key.removesuffix(inner)] += 1
+        most = max(places.values(), default=0)
+        if 2 * most > len(named) > 0:
+            best = [place for place, count in places.items() if count == most]
+            placed = {place + key: value for place in best for key, value in named.items() if place + key in own}
+            fitting = {key for key in named if any(place + key in own for place in best)}
+            return placed | {key: value for key, value in named.items() if key not in fitting}
+    return state
