@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, default_collate
 
 from fastmtl.architecture.MTAN import MTAN
 from fastmtl.distributed import find_peers, leave, shard
-from tests.trainer.toy import flat, loaders, make_trainer
+from fastmtl.loss import CELoss, FocalLoss, HuberLoss
+from tests.trainer.toy import flat, loaders, make_trainer, task_dict
 
 TASKS = 3
 
@@ -60,6 +61,15 @@ def normed_encoder() -> nn.Module:
     return nn.Sequential(
         nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.BatchNorm1d(8, affine=False, momentum=None)
     )
+
+
+def weighed_tasks() -> dict[str, dict[str, Any]]:
+    """Return the tasks with losses that divide by the weights of classes, or by entries."""
+    tasks = task_dict(TASKS)
+    tasks["task0"]["loss_fn"] = CELoss(weight=[0.1, 1.0, 0.03], label_smoothing=0.1)
+    tasks["task1"]["loss_fn"] = HuberLoss(0.5)
+    tasks["task2"]["loss_fn"] = FocalLoss(alpha=[0.3, 0.1, 1.0])
+    return tasks
 
 
 def train(case: Case, epochs: int = 4) -> tuple[Tensor, Tensor, list[float]]:
