@@ -151,10 +151,10 @@ class _Balance:
         assert isinstance(self.aggregator, GramianWeightedAggregator)
         rows, last = [], len(self.losses) - 1
         for t, (loss, seed) in enumerate(zip(self.losses, self._seeds(scale, comm), strict=True)):
-            row, rest = comm.row([loss], [seed], own, t < last, complete=True)
+            row, rest = comm.row([loss], [seed], own, t < last, final=True)
             rows.append(row)
             add_grads(own, rest)
-        rows = comm.collect(rows, complete=True)
+        rows = comm.collect(rows, final=True)
         with torch.no_grad():
             weights = self.aggregator.weights_of_gram(comm.gram(rows, None, None), shared[0].dtype)
         comm.broadcast([weights])

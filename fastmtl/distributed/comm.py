@@ -135,16 +135,16 @@ class ExactDataParallel(DataParallel):
         cotangents: Cotangents,
         own: Sequence[Tensor],
         retain: bool,
-        complete: bool,
+        final: bool,
         differentiate: VJP | None = None,
     ) -> tuple[Row, Row]:
-        row, rest = super().row(outputs, cotangents, own, retain, complete, differentiate)
+        row, rest = super().row(outputs, cotangents, own, retain, final, differentiate)
         # Rows that will be added up are sent when they are.
-        return self.shards.send(row) if complete else row, rest
+        return self.shards.send(row) if final else row, rest
 
     @override
-    def collect(self, rows: Rows, complete: bool) -> Rows:
-        rows = rows if complete else [self.shards.send(row) for row in rows]
+    def collect(self, rows: Rows, final: bool) -> Rows:
+        rows = rows if final else [self.shards.send(row) for row in rows]
         self.shards.wait()
         return rows
 
@@ -213,7 +213,7 @@ class ShardedDataParallel(ExactDataParallel):
         cotangents: Cotangents,
         own: Sequence[Tensor],
         retain: bool,
-        complete: bool,
+        final: bool,
         differentiate: VJP | None = None,
     ) -> tuple[Row, Row]:
         if differentiate is not None:

@@ -113,7 +113,7 @@ class Comm:
         cotangents: Cotangents,
         own: Sequence[Tensor],
         retain: bool,
-        complete: bool,
+        final: bool,
         differentiate: VJP | None = None,
     ) -> tuple[Row, Row]:
         """Run a VJP; return what stands for the row of the shared parameters, and the gradients of ``own``.
@@ -123,13 +123,13 @@ class Comm:
             cotangents: Its cotangents.
             own: Further parameters to differentiate with respect to.
             retain: Keep the graph.
-            complete: Nothing will be added to the row: it may be sent.
+            final: Nothing will be added to the row: it may be sent.
             differentiate: What computes the VJP, if not ``vjp``.
         """
         grads = (differentiate or vjp)(outputs, cotangents, [*self.shared, *own], retain)
         return grads[: len(self.shared)], grads[len(self.shared) :]
 
-    def collect(self, rows: Rows, complete: bool) -> Rows:
+    def collect(self, rows: Rows, final: bool) -> Rows:
         """Return the rows of all processes, or this one's pieces of them, once they have arrived."""
         return rows
 

@@ -28,7 +28,7 @@ class Batch:
         tasks: The tasks of the step.
         share: (T,) share of this batch, and this process, in the losses of the step; None for 1.
         factor: What the losses are multiplied by before they are differentiated, a scalar or (T,); None for 1.
-        complete: Whether its gradients are rows of the step, and no other batch's are added to them.
+        final: Whether its rows are those of the step: no other batch's are added to them.
     """
 
     inputs: object
@@ -36,7 +36,7 @@ class Batch:
     tasks: Tasks
     share: Tensor | None = None
     factor: Tensor | None = None
-    complete: bool = True
+    final: bool = True
 
     def of(self, task: str) -> object:
         """Return the inputs of a task that has its own."""
@@ -108,9 +108,9 @@ class StepContext:
             found = [batch_shares(problem, tasks, own, comm) for own in of_rows]
             shares = list(torch.cat(found))
             row_shares = torch.cat([part.sum(0) for part in found]) if comm.shares_batches else None
-        complete = samples > 1 or len(batches) == 1
+        final = samples > 1 or len(batches) == 1
         made = [
-            Batch(inputs, own, tasks, share=share, factor=scaling.factor(share), complete=complete)
+            Batch(inputs, own, tasks, share=share, factor=scaling.factor(share), final=final)
             for (inputs, _), own, share in zip(batches, labels, shares, strict=True)
         ]
         return cls(batches=tuple(made), tasks=tasks, scaling=scaling, lr=lr, row_shares=row_shares)
@@ -118,7 +118,7 @@ class StepContext:
 
 def step_losses(problem: Problem, ctx: StepContext, losses: Tensor, comm: Comm) -> Tensor:
     """Return the losses (T,) of a step from those of its batches (n, T): samples' mean; accumulated ones add up."""
-    if len(ctx.batches) > 1 and ctx.batches[0].complete:
+    if len(ctx.batches) > 1 and ctx.batches[0].final:
         return mean_losses(problem, ctx.tasks, losses, [batch.labels for batch in ctx.batches], comm)
     return losses.sum(0)
 

@@ -107,7 +107,7 @@ class Structure:
         return self.against_cut is not None
 
     def learn_decoders(self, batch: Batch) -> None:
-        """Find out, at the first batch of each task, whether a loss needs decoders of tasks that are not in the step."""
+        """Find out, at the first batch of each task, whether a loss needs decoders of tasks that are absent."""
         if not self._cut_for.issuperset(batch.tasks):
             self._cut_for.update(batch.tasks)
             with self._looking():

@@ -73,7 +73,7 @@ class GradientEngine:
             losses.append(self.comm.mean(found.losses, batch.share))
             preds.append(found.preds)
             # Samples of the strategy stay apart, accumulated batches are added up.
-            if not batches or batch.complete:
+            if not batches or batch.final:
                 batches.append(found)
             else:
                 batches[0].absorb(found)

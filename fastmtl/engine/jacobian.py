@@ -8,18 +8,18 @@ from functools import cached_property
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmtl.engine.comm import Comm
 from fastmtl.engine.context import StepContext, step_losses
-from fastmtl.engine.gradients import OwnGradients, summed
+from fastmtl.engine.gradients import OwnGradients, set_grads, summed
 from fastmtl.engine.losses import Problem
-from fastmtl.engine.pullback import Known, Pullback
+from fastmtl.engine.model import Tasks
 from fastmtl.engine.trees import map_tree
 from fastmtl.engine.weights import Rows, Weights
 from fastmtl.support.profiling import part
 
-__all__ = ["BatchGradients", "Differentiated", "Jacobian", "detached"]
+__all__ = ["BatchGradients", "Combine", "Differentiated", "HasRows", "Jacobian", "Known", "Pullback", "detached"]
 
 
 class Differentiated(Protocol):
@@ -35,6 +35,61 @@ class Differentiated(Protocol):
 
     def write_grads(self, weights: Weights) -> None:
         """Fill all ``.grad`` of the network."""
+
+
+class HasRows(Protocol):
+    """What has collected rows, or collects them when it is asked for them."""
+
+    @property
+    def rows(self) -> Rows:
+        """Return the rows of all processes, or this one's pieces of them."""
+
+
+class Pullback:
+    """What the rows of a batch are, and how the weights pull them back to the shared parameters.
+
+    Rows are gradients, or stand for them in the Gram matrix; what has that matrix without rows overrides :meth:`gram`.
+    :meth:`write` is what every kind has of its own.
+    """
+
+    def collect(self, rows: Rows, comm: Comm, final: bool) -> Rows:
+        """Return the rows of all processes, or this one's pieces of them."""
+        return comm.collect(rows, final)
+
+    def gram(self, rows: Rows, groups: Sequence[int] | None, comm: Comm, shares: Tensor | None) -> Tensor:
+        """Return the Gram matrix of collected rows; (L, T, T) with L groups of parameters."""
+        return comm.gram(rows, groups, shares)
+
+    def absorb(self, other: Pullback) -> None:
+        """Take in another batch, which together with this one makes one step; its rows are added to this one's."""
+
+    def write(self, weights: Weights, found: HasRows, comm: Comm, tasks: Tasks) -> None:
+        """Fill ``.grad`` of the shared parameters, and sum that of all others over the processes."""
+        raise NotImplementedError
+
+
+class Combine(Pullback):
+    """The rows are gradients of the shared parameters."""
+
+    def write(self, weights: Weights, found: HasRows, comm: Comm, tasks: Tasks) -> None:
+        """Combine them."""
+        comm.write_shared(found.rows if weights.rows is None else weights.rows, weights.shared, weights.groups, tasks)
+
+
+class Known(Pullback):
+    """The weights were known beforehand: the only row is the update."""
+
+    def __init__(self, params: Sequence[nn.Parameter]) -> None:
+        self.params = params
+
+    def collect(self, rows: Rows, comm: Comm, final: bool) -> Rows:
+        """Return the row as it is."""
+        return rows
+
+    def write(self, weights: Weights, found: HasRows, comm: Comm, tasks: Tasks) -> None:
+        """Write the update."""
+        set_grads(self.params, found.rows[0])
+        comm.reduce(tasks)
 
 
 @dataclass(slots=True)
@@ -109,7 +164,7 @@ class Jacobian:
     def rows(self) -> Rows:
         """Return the rows of all processes, or this one's pieces of them; the first call may wait for messages."""
         rows = [row for batch in self._batches for row in batch.rows]
-        return self.pullback.collect(rows, self._comm, self._ctx.batches[0].complete) if rows else rows
+        return self.pullback.collect(rows, self._comm, self._ctx.batches[0].final) if rows else rows
 
     def gram(self, groups: Sequence[int] | None = None) -> Tensor:
         """Return the Gram matrix (R, R) of the R rows; (L, R, R) with the group, 0 .. L-1, of each shared parameter."""

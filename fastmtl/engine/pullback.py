@@ -1,9 +1,9 @@
-"""How weights become gradients of the shared parameters: rows are combined, or what is left is differentiated."""
+"""How weights become gradients of the shared parameters where rows are not simply combined: by one more VJP."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -12,73 +12,19 @@ from fastmtl import ops
 from fastmtl.engine.comm import Comm
 from fastmtl.engine.context import Batch
 from fastmtl.engine.gradients import set_grads
+from fastmtl.engine.jacobian import HasRows, Pullback
 from fastmtl.engine.model import Tasks
 from fastmtl.engine.vjp import vjp
 from fastmtl.engine.weights import Row, Rows, Weights
 from fastmtl.support.profiling import part
 
-__all__ = ["Combine", "Known", "Pullback", "Representations", "Sum", "Through", "weighted"]
+__all__ = ["Representations", "Sum", "Through", "weighted"]
 
 
 def weighted(weights: Tensor, cotangents: Rows) -> Row:
     """Return ``sum_t w_t cotangents_t``, tensor by tensor."""
     with part("combine"):
         return cast(Row, ops.combine(cotangents, weights))
-
-
-class HasRows(Protocol):
-    """What has collected rows, or collects them when it is asked for them."""
-
-    @property
-    def rows(self) -> Rows:
-        """Return the rows of all processes, or this one's pieces of them."""
-
-
-class Pullback:
-    """What the rows of a batch are, and how the weights pull them back to the shared parameters.
-
-    Rows are gradients, or stand for them in the Gram matrix; what has that matrix without rows overrides :meth:`gram`.
-    :meth:`write` is what every kind has of its own.
-    """
-
-    def collect(self, rows: Rows, comm: Comm, complete: bool) -> Rows:
-        """Return the rows of all processes, or this one's pieces of them."""
-        return comm.collect(rows, complete)
-
-    def gram(self, rows: Rows, groups: Sequence[int] | None, comm: Comm, shares: Tensor | None) -> Tensor:
-        """Return the Gram matrix of collected rows; (L, T, T) with L groups of parameters."""
-        return comm.gram(rows, groups, shares)
-
-    def absorb(self, other: Pullback) -> None:
-        """Take in another batch, which together with this one makes one step; its rows are added to this one's."""
-
-    def write(self, weights: Weights, found: HasRows, comm: Comm, tasks: Tasks) -> None:
-        """Fill ``.grad`` of the shared parameters, and sum that of all others over the processes."""
-        raise NotImplementedError
-
-
-class Combine(Pullback):
-    """The rows are gradients of the shared parameters."""
-
-    def write(self, weights: Weights, found: HasRows, comm: Comm, tasks: Tasks) -> None:
-        """Combine them."""
-        comm.write_shared(found.rows if weights.rows is None else weights.rows, weights.shared, weights.groups, tasks)
-
-
-class Known(Pullback):
-    """The weights were known beforehand: the only row is the update."""
-
-    def __init__(self, params: Sequence[nn.Parameter]) -> None:
-        self.params = params
-
-    def collect(self, rows: Rows, comm: Comm, complete: bool) -> Rows:
-        """Return the row as it is."""
-        return rows
-
-    def write(self, weights: Weights, found: HasRows, comm: Comm, tasks: Tasks) -> None:
-        """Write the update."""
-        set_grads(self.params, found.rows[0])
-        comm.reduce(tasks)
 
 
 class Through(Pullback):
@@ -116,7 +62,7 @@ class Representations(Pullback):
         reps = [rep.detach() for rep in self.attached]
         return reps if len(reps) == len(self.grads) else reps * len(self.grads)
 
-    def collect(self, rows: Rows, comm: Comm, complete: bool) -> Rows:
+    def collect(self, rows: Rows, comm: Comm, final: bool) -> Rows:
         """Return the sums over the processes, which are small."""
         return comm.collect_reps(rows)
 

@@ -14,8 +14,7 @@ from fastmtl.engine.context import Batch
 from fastmtl.engine.cut import Structure
 from fastmtl.engine.gradients import OwnGradients, WeightedGradients
 from fastmtl.engine.hidden import VJP
-from fastmtl.engine.jacobian import BatchGradients, detached
-from fastmtl.engine.pullback import Known
+from fastmtl.engine.jacobian import BatchGradients, Known, detached
 from fastmtl.engine.regions import Regions
 from fastmtl.engine.vjp import vjp
 from fastmtl.engine.weights import Row, Rows, Weights

@@ -11,11 +11,11 @@ from fastmtl.engine.comm import Comm
 from fastmtl.engine.context import Batch
 from fastmtl.engine.cut import Structure, tensors_of
 from fastmtl.engine.gradients import OwnGradients
-from fastmtl.engine.jacobian import BatchGradients, detached
+from fastmtl.engine.jacobian import BatchGradients, Combine, detached
 from fastmtl.engine.methods.base import Method
 from fastmtl.engine.methods.whole import Whole
 from fastmtl.engine.model import Features
-from fastmtl.engine.pullback import Combine, weighted
+from fastmtl.engine.pullback import weighted
 from fastmtl.engine.regions import Regions
 from fastmtl.engine.vjp import vjp
 from fastmtl.engine.weights import Rows, Weights
@@ -71,7 +71,7 @@ class Split(Method):
         """Return the VJPs through the trunk, one row per cotangent."""
         last = len(cotangents) - 1
         return [
-            self.comm.row(features, cotangent, [], t < last, batch.complete)[0]
+            self.comm.row(features, cotangent, [], t < last, batch.final)[0]
             for t, cotangent in enumerate(cotangents)
         ]
 

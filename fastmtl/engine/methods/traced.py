@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from fastmtl.engine.context import Batch
 from fastmtl.engine.gradients import OwnGradients
 from fastmtl.engine.inductor import graph_errors
-from fastmtl.engine.jacobian import BatchGradients, detached
+from fastmtl.engine.jacobian import BatchGradients, Combine, detached
 from fastmtl.engine.methods.base import Method
 from fastmtl.engine.model import Labels, MTLModel, Tasks
-from fastmtl.engine.pullback import Combine
 from fastmtl.engine.weights import Rows, Weights
 from fastmtl.support.profiling import part
 

@@ -7,9 +7,8 @@ from torch import Tensor
 
 from fastmtl.engine.context import Batch
 from fastmtl.engine.gradients import OwnGradients, WeightedGradients
-from fastmtl.engine.jacobian import BatchGradients, detached
+from fastmtl.engine.jacobian import BatchGradients, Combine, detached
 from fastmtl.engine.methods.base import Method, forward
-from fastmtl.engine.pullback import Combine
 from fastmtl.engine.weights import Weights
 from fastmtl.support.profiling import part
 
@@ -48,7 +47,7 @@ class Whole(Method):
                 seed = None if factor is None else factor.to(losses[t].dtype)
                 retain = not apart and t + 1 < len(batch.tasks)
                 row, own = self.comm.row(
-                    [losses[t]], [seed], problem.own_params, retain, batch.complete, self.structure.by_backward
+                    [losses[t]], [seed], problem.own_params, retain, batch.final, self.structure.by_backward
                 )
             rows.append(row)
             parts.append(own)
