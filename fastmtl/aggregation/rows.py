@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl.ops._rows import MAX_ROWS, is_dense
+from fastmtl.ops._rows import is_dense
+from fastmtl.support.dtypes import wide_dtype
 
 __all__ = ["add_combined", "as_matrix", "gram_of", "put"]
 
@@ -24,24 +25,18 @@ def as_matrix(jacobian: Tensor) -> Tensor:
     return jacobian.reshape(len(jacobian), math.prod(jacobian.shape[1:]))
 
 
-def _fits(jacobians: Sequence[Tensor]) -> bool:
-    return 1 <= len(jacobians[0]) <= MAX_ROWS
-
-
 @torch.no_grad()
 def gram_of(jacobians: Sequence[Tensor]) -> Tensor:
     """Return the (T, T) float64 Gram matrix of the rows of all Jacobians together."""
-    if _fits(jacobians):
-        return ops.gram(_as_rows(jacobians))
-    # More rows than the kernels take: one product per tensor, added up in float64.
-    flat = [as_matrix(each) for each in jacobians]
-    return torch.stack([(each @ each.mT).double() for each in flat]).sum(0)
+    if not len(jacobians[0]):
+        return jacobians[0].new_empty(0, 0, dtype=wide_dtype(jacobians[0].device))
+    return ops.gram(_as_rows(jacobians))
 
 
 @torch.no_grad()
 def add_combined(tensors: Sequence[Tensor], jacobians: Sequence[Tensor], weights: Tensor) -> None:
     """Add ``sum_t w_t row_t`` to ``.grad``, each in one pass over its rows."""
-    if not _fits(jacobians) or weights.device != jacobians[0].device:
+    if not len(weights) or weights.device != jacobians[0].device:
         sums = [torch.tensordot(weights.to(each), each, dims=1) for each in jacobians]
         put(sums, tensors)
         return

@@ -5,7 +5,8 @@ plain torch (``reference``). ``FASTMTL_BACKEND`` forces one; an op raises :class
 backend that is named cannot serve its tensors. Arguments of a wrong shape, dtype, device or range, or that do not fit
 together, raise :class:`fastmtl.errors.UsageError`; the message names them.
 
-Ops on rows take the gradients of T tasks (1 to 128) as :func:`gram` does.
+Ops on rows take the gradients of T tasks, as many as there are, as :func:`gram` does. Kernels take up to 128; more are
+taken in blocks, which is slower, and a warning of the logger ``fastmtl`` says so once.
 
 Ops on a symmetric (T, T) Gram matrix G of the gradients take it as :func:`gram` returns it, and convert it to float64
 if need be. Unless they say otherwise, they return (T,) float64 weights on its device, all NaN for a NaN or infinity in

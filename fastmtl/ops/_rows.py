@@ -44,18 +44,19 @@ Flat = Sequence[Tensor | None]
 Groups = Sequence[int] | None
 R = TypeVar("R")
 
+# What a kernel takes; more are taken in blocks.
 MAX_ROWS = 128
 FLOAT_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def flatten(rows: Rows) -> tuple[list[Tensor | None], int]:
-    """Return the 1 to 128 rows of one length as one flat list, and their number T."""
+    """Return the rows of one length as one flat list, and their number T, at least 1."""
     if isinstance(rows, Tensor):
         if rows.dim() != 2:
             raise UsageError(f"rows as one tensor must have the shape (T, P), got {tuple(rows.shape)}.")
         rows = [[row] for row in rows.unbind(0)]
-    if not 1 <= len(rows) <= MAX_ROWS:
-        raise UsageError(f"rows must hold 1 to {MAX_ROWS} rows, got {len(rows)}.")
+    if not len(rows):
+        raise UsageError("rows must hold at least 1 row, got 0.")
     width = len(rows[0])
     flat: list[Tensor | None] = []
     for number, row in enumerate(rows):

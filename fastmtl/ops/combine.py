@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from fastmtl.errors import UsageError
+from fastmtl.ops._blocks import sum_of_blocks
 from fastmtl.ops._registry import declare
 from fastmtl.ops._rows import (
+    MAX_ROWS,
     Flat,
     Groups,
     Rows,
@@ -59,6 +61,10 @@ def _check_apart(out: Sequence[Tensor]) -> None:
 def check_combine(rows: Flat, num_rows: int, weights: Tensor, groups: Groups = None, many: bool = True) -> None:
     """Refuse with a UsageError what ``combine`` does not take, or several sums unless ``many``."""
     check_rows(rows, num_rows)
+    _check_weights(rows, num_rows, weights, groups, many)
+
+
+def _check_weights(rows: Flat, num_rows: int, weights: Tensor, groups: Groups, many: bool) -> None:
     num_groups = check_groups(groups, len(rows) // num_rows)
     if not weights.is_floating_point():
         raise UsageError(f"weights must be floating point, got {weights.dtype}.")
@@ -152,6 +158,37 @@ _combine_ = declare(
 )
 
 
+def _sum_into(
+    out: Sequence[Tensor], flat: Flat, num_rows: int, weights: Tensor, groups: Groups, accumulate: bool
+) -> None:
+    if num_rows <= MAX_ROWS:
+        _combine_(out, flat, num_rows, weights, groups, accumulate)
+        return
+    _check_weights(flat, num_rows, weights, groups, many=False)
+    try:
+        sum_of_blocks(_combine_, out, flat, num_rows, weights, groups, accumulate)
+    except UsageError:
+        # It counts the rows of a block.
+        check_combine_(out, flat, num_rows, weights, groups)
+        raise
+
+
+def _sums(flat: Flat, num_rows: int, weights: Tensor, groups: Groups) -> list[Tensor]:
+    """Return what the op ``combine`` does, of any number of rows."""
+    if num_rows <= MAX_ROWS:
+        return _combine(flat, num_rows, weights, groups)
+    check_combine(flat, num_rows, weights, groups)
+    there = [k for k, known in enumerate(present(flat, num_rows)) if known]
+    width = len(flat) // num_rows
+    known = [flat[t * width + k] for t in range(num_rows) for k in there]
+    some = None if groups is None else [groups[k] for k in there]
+    results = empty_results(flat, num_rows, weights, groups)
+    for number, one in enumerate(weights[None] if weights.dim() == 1 or groups is not None else weights):
+        out = results[number * len(there) : (number + 1) * len(there)]
+        _sum_into(out, known, num_rows, one if some is None else one[: max(some, default=-1) + 1], some, False)
+    return results
+
+
 def combine(rows: Rows, weights: Tensor, groups: Groups = None) -> list[Tensor | None] | list[list[Tensor | None]]:
     """Return sum_t w_t row_t, one new tensor per parameter.
 
@@ -174,7 +211,7 @@ def combine(rows: Rows, weights: Tensor, groups: Groups = None) -> list[Tensor |
         [tensor([2.0000, 0.5000])]
     """
     flat, num_rows = flatten(rows)
-    sums = iter(_combine(flat, num_rows, weights, groups))
+    sums = iter(_sums(flat, num_rows, weights, groups))
     single = weights.dim() == 1 or groups is not None
     there = present(flat, num_rows)
     results = [[next(sums) if each else None for each in there] for _ in range(1 if single else len(weights))]
@@ -202,6 +239,6 @@ def combine_(
         [tensor([4., 1.])]
     """
     flat, num_rows = flatten(rows)
-    _combine_(out, flat, num_rows, weights, groups, accumulate)
+    _sum_into(out, flat, num_rows, weights, groups, accumulate)
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(out)

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from fastmtl.errors import UsageError
+from fastmtl.ops._blocks import row_blocks
 from fastmtl.ops._registry import declare
-from fastmtl.ops._rows import Flat, Rows, check_per_row, check_state, device_of, empty_wide, pairs, updated
-from fastmtl.ops.gram import gram_reference
+from fastmtl.ops._rows import MAX_ROWS, Flat, Rows, check_per_row, check_state, device_of, empty_wide, pairs, updated
+from fastmtl.ops.gram import gram_of_flat, gram_reference
 from fastmtl.support.dtypes import wide_dtype
 
 __all__ = ["ema_gram_"]
@@ -39,6 +41,23 @@ _ema_gram_ = declare(
 )
 
 
+def _ema_of_any(state: Sequence[Tensor], rows: Flat, num_rows: int, keep: Tensor, gains: Tensor) -> Tensor:
+    if num_rows <= MAX_ROWS:
+        return _ema_gram_(state, rows, num_rows, keep, gains)
+    check_per_row("keep", keep, num_rows, device_of(state))
+    check_per_row("gains", gains, num_rows, device_of(state))
+    width = len(rows) // num_rows
+    try:
+        for first, end in row_blocks(num_rows):
+            block = slice(first * width, end * width)
+            _ema_gram_(state[block], rows[block], end - first, keep[first:end], gains[first:end])
+        return gram_of_flat(state, num_rows)
+    except UsageError:
+        # It counts the rows of a block.
+        _check_ema(state, rows, num_rows, keep, gains)
+        raise
+
+
 def ema_gram_(state: Rows, rows: Rows, keep: Tensor, gains: Tensor) -> Tensor:
     """Set ``state_t = keep_t state_t + gains_t row_t`` and return the (T, T) Gram matrix of the new state.
 
@@ -65,4 +84,4 @@ def ema_gram_(state: Rows, rows: Rows, keep: Tensor, gains: Tensor) -> Tensor:
     """
     if keep.dim() == 0:
         keep = keep.expand(len(rows))
-    return updated(_ema_gram_, state, rows, keep, gains)
+    return updated(_ema_of_any, state, rows, keep, gains)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from fastmtl.errors import UsageError
+from fastmtl.ops._blocks import row_blocks, tell_of_blocks
 from fastmtl.ops._registry import declare
-from fastmtl.ops._rows import Flat, Rows, check_state, empty_wide, pairs, updated
+from fastmtl.ops._rows import MAX_ROWS, Flat, Rows, check_state, empty_wide, pairs, updated
 
 __all__ = ["excess_risk_"]
 
@@ -39,6 +41,20 @@ _excess_risk_ = declare(
 )
 
 
+def _risk_of_any(sums: Sequence[Tensor], rows: Flat, num_rows: int, epsilon: float) -> Tensor:
+    if num_rows <= MAX_ROWS:
+        return _excess_risk_(sums, rows, num_rows, epsilon)
+    tell_of_blocks()
+    width = len(rows) // num_rows
+    cuts = [(slice(a * width, b * width), b - a) for a, b in row_blocks(num_rows)]
+    try:
+        return torch.cat([_excess_risk_(sums[block], rows[block], size, epsilon) for block, size in cuts])
+    except UsageError:
+        # It counts the rows of a block.
+        _check_risk(sums, rows, num_rows, epsilon)
+        raise
+
+
 def excess_risk_(sums: Rows, rows: Rows, epsilon: float = 1e-7) -> Tensor:
     """Add the squared gradients to ``sums`` and return each task's excess risk, sum_i g_i^2 / sqrt(sums_i + epsilon).
 
@@ -61,4 +77,4 @@ def excess_risk_(sums: Rows, rows: Rows, epsilon: float = 1e-7) -> Tensor:
         >>> sums
         tensor([[ 9., 16.]])
     """
-    return updated(_excess_risk_, sums, rows, epsilon)
+    return updated(_risk_of_any, sums, rows, epsilon)

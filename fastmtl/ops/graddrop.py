@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from fastmtl.errors import UsageError
+from fastmtl.ops._blocks import tell_of_blocks
 from fastmtl.ops._philox import uniform
-from fastmtl.ops._registry import declare
+from fastmtl.ops._registry import declare, implementation
 from fastmtl.ops._rows import (
     FLOAT_TYPES,
+    MAX_ROWS,
     Flat,
     Rows,
     check_float,
@@ -193,8 +195,7 @@ def graddrop(
     contiguous tensors, gets number i of the Philox4x32-10 stream (seed, offset), the same on every backend.
 
     Args:
-        reps: T representations (B_t, ...) with the same features, or one that all tasks share; on CUDA T is at most
-            128.
+        reps: T representations (B_t, ...) with the same features, or one that all tasks share.
         grads: T gradients of them, of any float dtype.
         leak: Share of the dropped gradients that flows on.
         random: (2,) int64 seed and offset on the device of ``grads``; add 1 to the offset for the next numbers.
@@ -212,7 +213,37 @@ def graddrop(
         >>> graddrop(reps, grads, 0.0, torch.tensor([0, 0]), noise=torch.tensor([0.5, 0.5]))
         [tensor([[4., 2.]])]
     """
-    return _graddrop(reps, grads, leak, random, noise)
+    if len(grads) <= MAX_ROWS or grads[0].device.type == "cpu":
+        return _graddrop(reps, grads, leak, random, noise)
+    tell_of_blocks()
+    found: list[Tensor] = implementation("graddrop", "reference")(reps, grads, leak, random, noise)
+    return found
+
+
+def _drop_one_by_one(rows: Flat, num_rows: int, leak: Tensor, random: Tensor, noise: Sequence[Tensor]) -> list[Tensor]:
+    """Return what the reference of ``graddrop_rows`` does, in two passes over the rows that copy one at a time."""
+    tell_of_blocks()
+    check_graddrop_rows(rows, num_rows, leak, random, noise)
+    dtype = wide_dtype(device_of(rows))
+    results, first = [], 0
+    for k, column in enumerate(columns(rows, num_rows)):
+        if not column:
+            continue
+        result = empty_sum([row for _, row in column])
+        drawn = uniform(random, first, result.numel()).as_strided(result.shape, result.stride())
+        first += (result.numel() + 3) // 4 * 4
+        total = torch.zeros_like(result, dtype=dtype)
+        size = torch.zeros_like(total)
+        for _, row in column:
+            total += row
+            size += row.to(dtype).abs()
+        sign = (total - (2 * (noise[k] if noise else drawn).to(dtype) - 1) * size).sign()
+        total.zero_()
+        for t, row in column:
+            wide = row.to(dtype)
+            total += wide * torch.where(wide * sign > 0, 1.0, leak[t].to(dtype))
+        results.append(result.copy_(total))
+    return results
 
 
 def graddrop_rows(
@@ -240,5 +271,6 @@ def graddrop_rows(
     """
     flat, num_rows = flatten(rows)
     given = [] if noise is None else list(noise)
-    found = iter(_graddrop_rows(flat, num_rows, leak, random, given))
+    drop = _graddrop_rows if num_rows <= MAX_ROWS else _drop_one_by_one
+    found = iter(drop(flat, num_rows, leak, random, given))
     return [next(found) if each else None for each in present(flat, num_rows)]

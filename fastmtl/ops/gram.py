@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastmtl.errors import UsageError
+from fastmtl.ops._blocks import gram_of_blocks
 from fastmtl.ops._registry import declare
-from fastmtl.ops._rows import Flat, Groups, Rows, check_groups, check_rows, columns, empty_wide, flatten
+from fastmtl.ops._rows import MAX_ROWS, Flat, Groups, Rows, check_groups, check_rows, columns, empty_wide, flatten
 
-__all__ = ["gram", "gram_reference"]
+__all__ = ["gram", "gram_of_flat", "gram_reference"]
 
 
 def _check(rows: Flat, num_rows: int, groups: Groups = None) -> None:
@@ -44,6 +46,19 @@ _gram = declare(
 )
 
 
+def gram_of_flat(flat: Flat, num_rows: int, groups: Groups = None) -> Tensor:
+    """Return what :func:`gram` does from a flat task-major list."""
+    if num_rows <= MAX_ROWS:
+        return _gram(flat, num_rows, groups)
+    num_groups = check_groups(groups, len(flat) // num_rows)
+    try:
+        return gram_of_blocks(_gram, flat, num_rows, groups, num_groups)
+    except UsageError:
+        # It counts the rows of a block.
+        _check(flat, num_rows, groups)
+        raise
+
+
 def gram(rows: Rows, groups: Groups = None) -> Tensor:
     """Return the Gram matrix G_ij = <row_i, row_j> of T gradients.
 
@@ -52,7 +67,7 @@ def gram(rows: Rows, groups: Groups = None) -> Tensor:
     float64 too. A NaN or infinity in row i shows in row and column i.
 
     Args:
-        rows: T lists (1 to 128) of the K gradients of one task each, as :func:`torch.autograd.grad` returns them, or a
+        rows: T lists of the K gradients of one task each, as :func:`torch.autograd.grad` returns them, or a
             (T, P) tensor. Tensor k has the same shape in all rows; dtype (float32, float64, bfloat16, float16) and
             strides may differ. None is a zero gradient.
         groups: For each of the K tensors the group it belongs to, 0 .. L-1; each group gets a matrix of its own.
@@ -67,4 +82,4 @@ def gram(rows: Rows, groups: Groups = None) -> Tensor:
                 [ 1., 10.]], dtype=torch.float64)
     """
     flat, num_rows = flatten(rows)
-    return _gram(flat, num_rows, groups)
+    return gram_of_flat(flat, num_rows, groups)

@@ -195,8 +195,7 @@ def test_compiles_without_graph_breaks() -> None:
 @pytest.mark.parametrize(
     ("rows", "groups", "words"),
     [
-        ([], None, "rows must hold 1 to 128 rows, got 0"),
-        ([[torch.zeros(1)]] * 129, None, "got 129"),
+        ([], None, "rows must hold at least 1 row, got 0"),
         ([[torch.zeros(1)], []], None, "1 in row 0 and 0 in row 1"),
         ([[torch.zeros(2)], [torch.zeros(3)]], None, r"rows\[1\]\[0\] must have shape \(2,\) as rows\[0\]\[0\]"),
         ([[torch.zeros(2, dtype=torch.int64)]], None, r"rows\[0\]\[0\] must be float32"),
