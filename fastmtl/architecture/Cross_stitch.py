@@ -27,6 +27,8 @@ class Cross_stitch(AbsArchitecture):
         UsageError: The encoder is not made of stages, or every task has its own inputs.
     """
 
+    by_place = (r"^encoder\.resnet_layer\.\d+\.(\d+)\.", r"^encoder\.cross_unit$")
+
     def _make_network(self) -> None:
         if self.multi_input:
             raise UsageError("Cross_stitch mixes features of one input: multi_input must be False.")

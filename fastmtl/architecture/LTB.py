@@ -36,6 +36,8 @@ class LTB(AbsArchitecture):
     epoch: int | None = None
     epochs: int | None = None
 
+    by_place = (r"^encoder\.resnet_layer\.\d+\.(\d+)\.", r"^encoder\.alpha$")
+
     def _make_network(self) -> None:
         if self.multi_input:
             raise UsageError("LTB chooses between features of one input: multi_input must be False.")

@@ -28,6 +28,8 @@ class MTAN(AbsArchitecture):
         UsageError: The encoder is not made of stages.
     """
 
+    by_place = (r"\bencoder_att\.\d+\.(\d+)\.",)
+
     def _make_network(self) -> None:
         encoder = self.encoder_class()
         inner = getattr(encoder, "resnet_network", encoder)

@@ -30,9 +30,14 @@ class AbsArchitecture(nn.Module):
         multi_input: Every task has its own inputs.
         device: Where the model will live.
         kwargs: Hyper-parameters of the architecture, see ``hyper``.
+
+    Attributes:
+        by_place: Patterns of names in ``state_dict`` that go by the places of tasks, not by their names: a group in one
+            is a task's place; without a group the tensor has an entry for each. Weights of other tasks are taken by it.
     """
 
     hyper: ClassVar[Mapping[str, Hyper]] = {}
+    by_place: ClassVar[tuple[str, ...]] = ()
 
     encoder: nn.Module
 

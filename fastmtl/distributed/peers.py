@@ -158,6 +158,14 @@ class Peers:
         self.leads = self.rank == 0
         self._host = "cpu" if "cpu:" in dist.get_backend_config(group) else "cuda"
 
+    def __reduce__(self) -> tuple[type[Peers], tuple[()]]:
+        """Return that whoever reads a pickle is alone: the other processes are not in it."""
+        return Alone, ()
+
+    def __deepcopy__(self, memo: object) -> Peers:
+        """Return the same processes."""
+        return self
+
     @_heard()
     def _send(self, collective: Callable[..., Any], *given: Any, **options: Any) -> Any:
         """Call a collective of ``torch.distributed``; one process alone sends nothing."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import copy
+from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import is_dataclass
 from typing import Any, TypeAlias
 
@@ -78,8 +79,8 @@ class Halving:
             return _cut_tensor(tree, rows) if tree.ndim else (tree, tree)
         if isinstance(tree, Mapping):
             parts = {key: self._cut(value, rows, f"{place}[{key!r}]") for key, value in tree.items()}
-            first, second = ({key: both[half] for key, both in parts.items()} for half in (0, 1))
-            return (type(tree)(**first), type(tree)(**second)) if is_dataclass(tree) else (first, second)
+            first, second = (_mapping_like(tree, {key: both[half] for key, both in parts.items()}) for half in (0, 1))
+            return first, second
         if not isinstance(tree, list | tuple):
             return tree, tree
         if self._has_entry_per_row(tree, rows, place):
@@ -145,6 +146,9 @@ def _count_rows(inputs: Any, labels: Any, place: str) -> int:
     by_labels, first = None, ""
     for name, part in _parts(labels, f"labels{place}"):
         lengths = _known_lengths(part, name)
+        if lengths is None and isinstance(part, list | tuple) and part:
+            # Numbers and words, one for each row.
+            lengths = {len(part)}
         if lengths is None:
             continue
         before, by_labels = by_labels, lengths if by_labels is None else by_labels & lengths
@@ -214,6 +218,17 @@ def _inside(items: list[Any] | tuple[Any, ...]) -> set[int] | None:
 def _common(parts: Iterable[Any]) -> set[int] | None:
     known = [lengths for lengths in map(_lengths, parts) if lengths is not None]
     return set.intersection(*known) if known else None
+
+
+def _mapping_like(tree: Mapping[Any, Any], parts: dict[Any, Any]) -> Any:
+    if type(tree) is dict or not isinstance(tree, MutableMapping):
+        return parts
+    if is_dataclass(tree):
+        return type(tree)(**parts)
+    # Further attributes stay, and entries may be attributes too.
+    half = copy.copy(tree)
+    half.update(parts)
+    return half
 
 
 def _cut_tensor(tensor: Any, rows: int) -> Pair:

@@ -129,6 +129,11 @@ def test_checkpoint_of_another_model(finished: Path, tmp_path: Path, capsys: pyt
     assert _train(tmp_path / "run", "--arch", "mtan", "--load-path", str(finished)) == 2
     assert "is of another model" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+    options = ("--arch", "mtan", "--load-path", str(finished), "--epochs", "1")
+    assert _train(tmp_path / "run", *options, "--no-load-strict") == 0
+    assert "Tensors taken: decoders.left 2, decoders.right 2; new: encoder" in capsys.readouterr().out
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert config["load_strict"] is False
 
 
 def test_loss_that_becomes_nan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fastmtl.distributed import Peers
+from fastmtl.distributed import Alone, Peers
 from fastmtl.distributed.batch_norm import SyncBatchNorm, synchronize
 
 
@@ -76,3 +78,14 @@ def test_shared_modules_stay_shared_and_others_stay() -> None:
     assert model[0] is model[1][0]
     assert model[0].weight is weight
     assert type(model[2]) is Own
+
+
+def test_a_pickle_has_no_processes_a_copy_has_the_same() -> None:
+    peers, model = _Alone(), nn.Sequential(nn.BatchNorm1d(3))
+    synchronize(model, peers)
+    again = pickle.loads(pickle.dumps(model))
+    assert isinstance(again[0].peers, Alone)
+    assert copy.deepcopy(model)[0].peers is peers
+    x, plain = torch.randn(5, 3), nn.BatchNorm1d(3)
+    torch.testing.assert_close(again(x), plain(x))
+    torch.testing.assert_close(again[0].running_var, plain.running_var)

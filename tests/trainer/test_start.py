@@ -211,3 +211,29 @@ def test_users_strategies_go_by_the_name_of_their_class(tmp_path: Path) -> None:
     assert torch.equal(again.model.loss_scale, mine.model.loss_scale)
     with pytest.raises(CheckpointError, match="loss_scale is of Mine, not of UW"):
         make_trainer("UW", load_path=str(tmp_path))
+
+
+@pytest.mark.parametrize("architecture", ["MTAN", "Cross_stitch", "LTB"])
+def test_what_goes_by_the_places_of_tasks_is_taken_by_their_names(architecture: str, tmp_path: Path) -> None:
+    before = make_trainer("EW", architecture, **_of_tasks("abc")).model
+    state = {name: torch.randn_like(value.float()).to(value) for name, value in before.state_dict().items()}
+    torch.save(described(before, state), tmp_path / "abc.pt")
+    options = {"load_path": str(tmp_path / "abc.pt"), "load_strict": False}
+    after = make_trainer("EW", architecture, **_of_tasks("cda"), **options).model
+    before.load_state_dict(state)
+    pairs = (("c", 2, 0), ("a", 0, 2))
+    for task, old, new in pairs:
+        lists = [
+            (module, after.get_submodule(name))
+            for name, module in before.named_modules()
+            if isinstance(module, nn.ModuleList) and len(module) == 3 and "shared_layer" not in name
+        ]
+        assert lists
+        for theirs, own in lists:
+            for one, other in zip(theirs[old].state_dict().values(), own[new].state_dict().values(), strict=True):  # type: ignore[index]
+                assert torch.equal(one, other)
+        assert torch.equal(before.decoders[task].weight, after.decoders[task].weight)
+    fresh = make_trainer("EW", architecture, **_of_tasks("cda")).model
+    for name, value in after.state_dict().items():
+        if name.endswith(("cross_unit", "alpha")) or re.search(r"encoder_att\.\d+\.1\.|resnet_layer\.\d+\.1\.", name):
+            assert torch.equal(value, fresh.state_dict()[name]), name

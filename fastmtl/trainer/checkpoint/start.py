@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -65,6 +66,8 @@ def start_from(model: TrainedModel, strategy_params: Sequence[nn.Parameter], pat
             )
     elif not any(key in own for key in state):
         state = _placed(state, own)
+    elif origin.tasks is not None and origin.tasks != list(model.task_name):
+        state = {_by_name(key, origin.tasks, model): value for key, value in state.items()}
     fit = _Fit.of({key: value for key, value in state.items() if key not in withheld}, own, remembered)
     if not fit.taken:
         raise CheckpointError(f"Nothing in the checkpoint {path} has the name and shape of a parameter of the model.")
@@ -159,6 +162,20 @@ def _renamed(state: State, own: State) -> State:
     names = {plain(name): name for name in own}
     found = {names.get(plain(key), plain(key)): value for key, value in state.items()}
     return found if len(found) == len(state) else state
+
+
+def _by_name(name: str, tasks: list[str], model: TrainedModel) -> str:
+    """Return the name that a tensor of a model of other tasks has in this one, where names have the places of tasks."""
+    for pattern in model.by_place:
+        found = re.search(pattern, name)
+        if found is None:
+            continue
+        task = tasks[int(found[1])] if found.groups() and int(found[1]) < len(tasks) else None
+        if task not in model.task_name:
+            return f"{name} of other tasks"
+        start, end = found.span(1)
+        return f"{name[:start]}{list(model.task_name).index(task)}{name[end:]}"
+    return name
 
 
 def _placed(state: State, own: State) -> State:

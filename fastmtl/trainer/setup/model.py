@@ -49,7 +49,8 @@ def model_class(network: type[AbsArchitecture], rule: type[AbsWeighting]) -> typ
 
 def _by_two_classes(model: TrainedModel, reduced: Any) -> Any:
     """Return how a model is pickled or copied: by its two classes, and without what belongs to a training run."""
-    if not isinstance(reduced, tuple) or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
+    new: Any = copyreg.__newobj__  # type: ignore[attr-defined]
+    if not isinstance(reduced, tuple) or reduced[0] is not new or not isinstance(reduced[2], dict):
         # The user's class has a way of its own.
         return reduced
     (kind, *args), state = reduced[1], reduced[2]
