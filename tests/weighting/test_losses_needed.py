@@ -139,7 +139,8 @@ def test_takes_losses_of_zero_and_tiny_ones(name: str, tiny: float) -> None:
 
 @pytest.mark.parametrize("name", sorted(WEIGHTINGS))
 def test_negative_losses_are_taken_or_refused(name: str, tmp_path: Path) -> None:
-    data = torch.utils.data.DataLoader([(_batch()[0][0], {t: v[0] for t, v in _batch()[1].items()})] * 4, batch_size=2)
+    example = _batch()[0][0], {task: label[0] for task, label in _batch()[1].items()}
+    data: Any = torch.utils.data.DataLoader([example] * 4, batch_size=2)
     trainer = _trainer(name, _Hinge(factor=0.01, shift=-1.5), save_path=str(tmp_path))
     before = flat(trainer.model.parameters())
     if WEIGHTINGS[name].needs_losses == "any":
@@ -177,15 +178,14 @@ def test_which_strategies_need_what() -> None:
 )
 def test_a_loss_that_turns_negative_is_named_with_its_step(name: str, options: dict[str, Any]) -> None:
     trainer = _trainer(name, _Hinge(factor=-1e-3), **options)
-    good = [_batch(seed, satisfied="b") for seed in range(3)]
-    with NoHostRead():
-        for first, present in ((good[0], [0, 2]), (good[1], [0, 2])):
-            trainer.step([first] * trainer.step.batches, StepBuffer(), present)
+    for seed in range(2):
+        trainer.step([_batch(seed, satisfied="b")] * trainer.step.batches, StepBuffer(), [0, 2])
     trainer.guard.check(None)
     before = flat(trainer.model.parameters())
     trainer.step.sampler.per_step = None
+    trainer.step([_batch(5)] * trainer.step.batches, StepBuffer())
+    # The first step with all tasks may look at the network.
     with NoHostRead():
-        trainer.step([_batch(5)] * trainer.step.batches, StepBuffer())
         trainer.step([_batch(6)] * trainer.step.batches, StepBuffer())
     with pytest.raises(UsageError, match=rf"loss of b was -\d.* in training step 2, but {name} needs .*losses"):
         trainer.guard.check(None)
