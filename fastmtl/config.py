@@ -19,7 +19,7 @@ import torch
 from fastmtl.architecture import ARCHITECTURES, AbsArchitecture
 from fastmtl.errors import UsageError
 from fastmtl.support.hyper import fill_hyper
-from fastmtl.trainer.optimizer import OPTIMIZERS, SCHEDULERS
+from fastmtl.trainer.optimizer import OPTIMIZERS
 from fastmtl.trainer.run.settings import (
     Arguments,
     HyperOption,
@@ -29,6 +29,7 @@ from fastmtl.trainer.run.settings import (
     scheduler_param,
     spelled_as,
 )
+from fastmtl.trainer.schedulers import PERIODS, SCHEDULERS
 from fastmtl.weighting import WEIGHTINGS, AbsWeighting
 
 __all__ = ["LibMTL_args", "prepare_args"]
@@ -55,6 +56,9 @@ def _make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--gamma", type=float, default=0.5, help="factor of a decay, for step, exp and reduce")
     parser.add_argument("--T_max", type=int, default=None, help="epochs to anneal over, for cos; --epochs if not given")
     parser.add_argument("--eta_min", type=float, default=0.0, help="last learning rate, for cos")
+    parser.add_argument("--power", type=float, default=1.0, help="power of the decay, for poly")
+    parser.add_argument("--warmup", type=int, default=0, help="epochs (or steps) of a linear warm-up")
+    parser.add_argument("--schedule_per", type=str, default=None, help=f"when to step it: {', '.join(PERIODS)}")
     parser.add_argument("--patience", type=int, default=10, help="epochs without improvement, for reduce")
     for each in hyper_options().values():
         _add_hyper(parser, each)
@@ -133,14 +137,19 @@ def _scheduler_param(params: argparse.Namespace) -> Arguments | None:
     if params.scheduler is None:
         return None
     name = spelled_as(params.scheduler, SCHEDULERS, "scheduler")
-    epochs = params.T_max or getattr(params, "epochs", None)
-    if name == "cos" and epochs is None:
+    length = params.T_max or getattr(params, "epochs", None)
+    if name == "cos" and length is None:
         raise UsageError("The scheduler cos needs --T_max, the number of epochs it anneals over.")
+    if not params.T_max and (params.warmup or params.schedule_per == "step"):
+        length = None
     return scheduler_param(
         name,
         step_size=params.step_size,
         gamma=params.gamma,
-        epochs=epochs,
+        length=length,
         eta_min=params.eta_min,
         patience=params.patience,
+        power=params.power,
+        warmup=params.warmup,
+        schedule_per=params.schedule_per,
     )

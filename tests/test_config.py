@@ -14,7 +14,9 @@ from fastmtl.architecture import ARCHITECTURES
 from fastmtl.config import LibMTL_args, prepare_args
 from fastmtl.errors import UsageError
 from fastmtl.support.hyper import Hyper
-from fastmtl.trainer.optimizer import OPTIMIZERS, SCHEDULERS, make_optimizer, make_scheduler
+from fastmtl.trainer.optimizer import OPTIMIZERS, make_optimizer
+from fastmtl.trainer.schedule import Place, make_schedule
+from fastmtl.trainer.schedulers import SCHEDULERS
 
 
 def _parse(line: str) -> argparse.Namespace:
@@ -42,17 +44,33 @@ def test_hyper_parameters_of_architectures_are_spelled_as_in_libmtl() -> None:
 @pytest.mark.parametrize("optim", OPTIMIZERS)
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_every_optimizer_and_scheduler_can_be_built(optim: str, scheduler: str) -> None:
-    line = f"--optim {optim.upper()} --scheduler {scheduler} --lr 0.3 --weight_decay 0.1 --gamma 0.25 --T_max 7"
+    line = (
+        f"--optim {optim.upper()} --scheduler {scheduler} --lr 0.3 --weight_decay 0.1 --gamma 0.25 --T_max 7 --power 2"
+    )
+    line += " --warmup 4" if scheduler == "warmup" else ""
     _, optim_param, scheduler_param = prepare_args(_parse(line))
-    optimizer = make_optimizer(nn.Linear(2, 2).parameters(), optim_param, torch.device("cpu"))
+    params = dict(nn.Linear(2, 2, bias=False).named_parameters())
+    optimizer = make_optimizer(params, optim_param, torch.device("cpu"))
     assert type(optimizer) is OPTIMIZERS[optim]
     assert optimizer.param_groups[0]["lr"] == 0.3
-    assert optimizer.param_groups[0]["weight_decay"] == 0.1
-    built = make_scheduler(optimizer, scheduler_param)
-    assert type(built) is SCHEDULERS[scheduler]
-    expected = {"step": ("gamma", 0.25), "exp": ("gamma", 0.25), "cos": ("T_max", 7), "reduce": ("factor", 0.25)}
+    assert optimizer.param_groups[0].get("weight_decay", 0.1) == 0.1
+    schedule = make_schedule(optimizer, scheduler_param)
+    schedule.begin(Place(epochs=3, steps=5))
+    assert type(schedule.scheduler) is SCHEDULERS[scheduler]
+    expected = {
+        "step": ("gamma", 0.25), "exp": ("gamma", 0.25), "cos": ("T_max", 7), "reduce": ("factor", 0.25),
+        "onecycle": ("total_steps", 15), "poly": ("power", 2), "warmup": ("start_factor", 0.2),
+    }  # fmt: skip
     name, value = expected[scheduler]
-    assert getattr(built, name) == value
+    assert getattr(schedule.scheduler, name) == value
+
+
+def test_warm_up_and_steps_leave_the_length_to_the_trainer() -> None:
+    params = _parse("--scheduler cos --warmup 2 --eta_min 0.1")
+    params.epochs = 12
+    assert prepare_args(params)[2] == {"scheduler": "cos", "eta_min": 0.1, "warmup": 2}
+    params = _parse("--scheduler cos --schedule_per step --T_max 40")
+    assert prepare_args(params)[2] == {"scheduler": "cos", "T_max": 40, "eta_min": 0.0, "per": "step"}
 
 
 def test_momentum_is_for_sgd() -> None:

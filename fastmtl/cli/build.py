@@ -82,7 +82,8 @@ def build_trainer(
     # The state of a run to go on with holds the parameters too.
     load_path = None if resume is not None else config.load_path
     return Trainer(
-        **{**same, "load_path": load_path, "profile": profile},
+        # The setting of that name is in scheduler_param.
+        **{**same, "load_path": load_path, "profile": profile, "scheduler": None},
         example_inputs=partial(_first_inputs, bundle),
         task_dict=bundle.task_dict,
         architecture=config.arch,

@@ -43,7 +43,7 @@ def train_parameters() -> Iterator[inspect.Parameter]:
         yield _parameter(name, "--" + name.replace("_", "-"), Path, about, "Run", kept)
     kinds = typing.get_type_hints(TrainConfig)
     for each in fields(TrainConfig):
-        if each.name in ("weight_args", "arch_args"):
+        if each.name in ("weight_args", "arch_args", "group_args"):
             continue
         option = "--" + each.name.replace("_", "-")
         kind = kinds[each.name]

@@ -63,8 +63,20 @@ class ShardedModel:
         gathered = dict(model.named_parameters())
         self.shard_of: dict[Tensor, nn.Parameter] = {gathered[name]: shard for name, shard in shards.items()}
         # Of what the optimizer works on and is cut: its shape and that of the whole parameter.
-        both = enumerate(zip(self.trained, gathered.values(), strict=True))
-        self._shapes = {index: (own.shape, param.shape) for index, (own, param) in both if param in self.shard_of}
+        self._whole_shapes = {shard: param.shape for param, shard in self.shard_of.items()}
+        self._shapes = self._in_order(self.trained)
+
+    def updated(self, params: Sequence[nn.Parameter]) -> Sequence[nn.Parameter]:
+        """Return what the optimizer updates in the place of parameters of the model, as they are gathered."""
+        return [self.shard_of.get(param, param) for param in params]
+
+    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+        """Learn in what order an optimizer has the parameters."""
+        self._shapes = self._in_order([param for group in optimizer.param_groups for param in group["params"]])
+
+    def _in_order(self, params: Sequence[nn.Parameter]) -> dict[int, tuple[torch.Size, torch.Size]]:
+        whole = self._whole_shapes
+        return {index: (param.shape, whole[param]) for index, param in enumerate(params) if param in whole}
 
     def gather(self) -> None:
         """Put whole parameters in the model, if they are not there."""

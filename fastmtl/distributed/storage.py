@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from fastmtl.distributed.comm import DataParallel, ExactDataParallel, ShardedDataParallel
@@ -40,6 +41,13 @@ class Whole:
     def whole_state(self, state: dict[str, Any]) -> dict[str, Any]:
         """Return a ``state_dict`` as it is: that of a process is whole, and fits the model or the optimizer."""
         return state
+
+    def updated(self, params: Sequence[nn.Parameter]) -> Sequence[nn.Parameter]:
+        """Return what the optimizer updates in the place of parameters of the model."""
+        return params
+
+    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+        """Learn in what order an optimizer has the parameters."""
 
     load_shards = whole_optimizer = part_optimizer = whole_state
 

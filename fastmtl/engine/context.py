@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmtl._loss.base import over
 from fastmtl.engine.comm import Comm
@@ -15,7 +16,9 @@ from fastmtl.engine.losses import Problem
 from fastmtl.engine.model import Labels, Tasks
 from fastmtl.engine.scaling import LossScale
 
-__all__ = ["Batch", "StepContext", "batch_shares", "mean_losses", "step_losses"]
+__all__ = ["Batch", "LearningRates", "StepContext", "batch_shares", "mean_losses", "step_losses"]
+
+LearningRates: TypeAlias = Callable[[Sequence[nn.Parameter]], Sequence[float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +70,14 @@ class StepContext:
         batches: As many as the strategy takes samples, or as are accumulated.
         tasks: The tasks of the step, by name.
         scaling: What float16 multiplies the losses by.
-        lr: Learning rate of the model's optimizer.
+        rates: Returns the learning rates that the model's optimizer has for parameters.
         row_shares: With several processes: this process's share in the labels behind each row, (T,) or (samples T,).
     """
 
     batches: tuple[Batch, ...]
     tasks: Tasks
     scaling: LossScale
-    lr: float
+    rates: LearningRates
     row_shares: Tensor | None = None
 
     @classmethod
@@ -86,7 +89,7 @@ class StepContext:
         comm: Comm,
         samples: int,
         scaling: LossScale,
-        lr: float,
+        rates: LearningRates,
     ) -> StepContext:
         """Return the context of a step.
 
@@ -97,7 +100,7 @@ class StepContext:
             comm: The other processes.
             samples: Batches that the strategy takes each for itself; if 1, several are accumulated.
             scaling: What float16 multiplies the losses by.
-            lr: Learning rate of the model's optimizer.
+            rates: Returns the learning rates that the model's optimizer has for parameters.
         """
         labels = [{**dict.fromkeys(tasks), **own} for _, own in batches]
         shares: Sequence[Tensor | None] = [None] * len(batches)
@@ -113,7 +116,7 @@ class StepContext:
             Batch(inputs, own, tasks, share=share, factor=scaling.factor(share), final=final)
             for (inputs, _), own, share in zip(batches, labels, shares, strict=True)
         ]
-        return cls(batches=tuple(made), tasks=tasks, scaling=scaling, lr=lr, row_shares=row_shares)
+        return cls(batches=tuple(made), tasks=tasks, scaling=scaling, rates=rates, row_shares=row_shares)
 
 
 def step_losses(problem: Problem, ctx: StepContext, losses: Tensor, comm: Comm) -> Tensor:

@@ -37,23 +37,28 @@ class LookAhead:
 
     Args:
         batch: The batch.
-        lr: Learning rate of the model's optimizer.
+        rates: Learning rate of the model's optimizer: one for all parameters, or one for each.
         regions: The network's functions, compiled or not.
         comm: The other processes; losses and gradients are those of all of them.
         differentiate: What computes VJPs.
 
     Attributes:
+        lr: The greatest learning rate.
         inner: The half for the lower level: the training loss that the weights shape.
         outer: The half for the upper level: the losses that the weights are judged by.
     """
 
-    def __init__(self, batch: Batch, lr: float, regions: Regions, comm: Comm, differentiate: VJP = vjp) -> None:
+    def __init__(
+        self, batch: Batch, rates: float | Sequence[float], regions: Regions, comm: Comm, differentiate: VJP = vjp
+    ) -> None:
         self.regions = regions
         self.differentiate = differentiate
         self.problem = regions.problem
         self.comm = comm
-        self.lr = lr
-        self.params = [*self.problem.shared_params, *self.problem.own_params]
+        self.params = self.problem.trained()
+        of_params = [rates] * len(self.params) if isinstance(rates, float) else rates
+        self.lr = max(of_params, default=0.0)
+        self._shares = [rate / self.lr if self.lr else 1.0 for rate in of_params]
         self._moved = False
         self._seen: list[tuple[Batch, Tensor, Mapping[str, object]]] = []
         self._batch = batch
@@ -105,6 +110,11 @@ class LookAhead:
     def weighted(self, rows: Sequence[Row], weights: Tensor) -> Row:
         """Return ``sum_t weights_t rows_t``."""
         return cast(Row, ops.combine(rows, weights))
+
+    def by_rates(self, row: Row) -> Row:
+        """Return a gradient times each parameter's learning rate, as a share of :attr:`lr`."""
+        shares = zip(row, self._shares, strict=True)
+        return [grad if grad is None or share == 1 else grad * share for grad, share in shares]
 
     @torch.no_grad()
     def move(self, row: Row, amount: float | Tensor) -> None:
@@ -187,4 +197,5 @@ class LookaheadEngine:
         self.comm.unshard()
         self.structure.learn_joints(ctx.batches[0])
         differentiate = self.structure.by_backward or vjp
-        return LookedAhead(ctx, LookAhead(ctx.batches[0], ctx.lr, self.regions, self.comm, differentiate))
+        rates = ctx.rates(self.regions.problem.trained())
+        return LookedAhead(ctx, LookAhead(ctx.batches[0], rates, self.regions, self.comm, differentiate))

@@ -66,6 +66,20 @@ class Problem:
         known = {*self.shared_params, *strategy_params}
         self.own_params = [param for param in model.parameters() if param.requires_grad and param not in known]
 
+    def halves(self, inputs: object, labels: Labels) -> tuple[Pair, Pair]:
+        """Return two halves of a batch, for strategies that look ahead.
+
+        Raises:
+            UsageError: It cannot be cut, or the trainer's hook returns something else.
+        """
+        known = {task: own for task, own in labels.items() if own is not None}
+        first, second = checked_halves(self._split_batch(inputs, known))
+        return (first[0], {**dict.fromkeys(labels), **first[1]}), (second[0], {**dict.fromkeys(labels), **second[1]})
+
+    def trained(self) -> list[nn.Parameter]:
+        """Return all trainable parameters of the network, the shared ones first."""
+        return [*self.shared_params, *self.own_params]
+
     def decoded(self, tasks: Tasks) -> Tasks:
         """Return the tasks whose decoders run in a step of some tasks."""
         return self.tasks if self.decodes_all else tasks
@@ -83,16 +97,6 @@ class Problem:
         with torch.enable_grad():
             result: Any = run()
         return map_tree(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, result)  # type: ignore[return-value]
-
-    def halves(self, inputs: object, labels: Labels) -> tuple[Pair, Pair]:
-        """Return two halves of a batch, for strategies that look ahead.
-
-        Raises:
-            UsageError: It cannot be cut, or the trainer's hook returns something else.
-        """
-        known = {task: own for task, own in labels.items() if own is not None}
-        first, second = checked_halves(self._split_batch(inputs, known))
-        return (first[0], {**dict.fromkeys(labels), **first[1]}), (second[0], {**dict.fromkeys(labels), **second[1]})
 
     def trunk(self, inputs: object) -> Features:
         """Return the shared features."""

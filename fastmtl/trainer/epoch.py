@@ -17,6 +17,7 @@ from fastmtl.trainer.checkpoint.writer import Checkpoints
 from fastmtl.trainer.compile.report import measure_compiled
 from fastmtl.trainer.evaluation import report
 from fastmtl.trainer.log.records import StepBuffer
+from fastmtl.trainer.optimizer import set_mode
 from fastmtl.trainer.run.interrupt import DeferredInterrupt
 from fastmtl.trainer.setup.loaders import count_batches, train_batches
 from fastmtl.trainer.state import TrainerState
@@ -63,6 +64,7 @@ class TrainingEpoch:
         model, meter, profiler = trainer.model, trainer.meter, trainer.profiler
         model.epoch = self._index
         model.train()
+        set_mode(trainer.optimizer, training=True)
         if not step.is_foreign:
             model.start_epoch(**trainer.kwargs["weight_args"])
         skip, accumulate = start["batch"], step.options.accumulate
@@ -80,9 +82,11 @@ class TrainingEpoch:
                     present = present_tasks(meter.losses, [labels for _, labels in fetched])
                     given = [trainer.prepared(each) for each in fetched]
                 losses, preds = self._step(given, present)
-                scored = given if accumulate > 1 else given[-1:]
-                for (_, labels), each in zip(scored, preds, strict=bool(preds)):
-                    meter.update(losses, each, labels)
+                trainer.schedule.after_step()
+                scored = list(zip(given, fetched, strict=True))
+                scored = scored if accumulate > 1 else scored[-1:]
+                for ((_, labels), (_, on_host)), each in zip(scored, preds, strict=bool(preds)):
+                    meter.update(losses, each, labels, on_host)
             if profiler is not None:
                 profiler.after_step()
             done = index + 1

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fastmtl.trainer.optimizer import set_mode
 from fastmtl.trainer.setup.loaders import eval_batches
 from fastmtl.trainer.state import TrainerState
 
@@ -24,6 +25,7 @@ def evaluate(trainer: TrainerState, loaders: Any, mode: str, epoch: int | None) 
         epoch: The current epoch, if within training.
     """
     trainer.model.eval()
+    set_mode(trainer.optimizer, training=False)
     trainer.step.comm.unshard()
     # Batch statistics are each process's own; what is saved is the main one's.
     trainer.peers.from_leader(trainer.common_buffers())

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 
 from fastmtl.errors import UsageError
 from fastmtl.trainer.checkpoint.files import set_rng_state
@@ -15,6 +14,7 @@ from fastmtl.trainer.epoch import TrainingEpoch
 from fastmtl.trainer.evaluation import evaluate
 from fastmtl.trainer.log.logger import RunInfo
 from fastmtl.trainer.run.interrupt import DeferredInterrupt
+from fastmtl.trainer.schedule import Place
 from fastmtl.trainer.setup.checks import check_counts
 from fastmtl.trainer.setup.loaders import check_loaders, count_batches, generators
 from fastmtl.trainer.state import TrainerState
@@ -32,6 +32,10 @@ def run_epochs(
 ) -> None:
     """Train and evaluate epoch by epoch; the arguments are those of :meth:`Trainer.train`."""
     check_counts(epochs=epochs)
+    if trainer.optimizer is not trainer.step.optimizer.optimizer:
+        raise UsageError(
+            "The trainer's optimizer cannot be replaced: give Trainer optimizer, a function that returns it."
+        )
     given = {"train_dataloaders": train_dataloaders, "test_dataloaders": test_dataloaders}
     if val_dataloaders is not None:
         given["val_dataloaders"] = val_dataloaders
@@ -47,6 +51,8 @@ def run_epochs(
     info = _run_info(trainer, epochs, steps)
     if epochs <= info.start_epoch:
         print(f"Nothing is left to train: {info.start_epoch} of {epochs} epochs are done; raise epochs to go on.")
+    else:
+        trainer.schedule.begin(Place(epochs, steps, info.start_epoch, info.start_batch))
     # Where a checkpoint left off; a further call begins anew, from the parameters of now.
     start, trainer.start = trainer.start, BEGINNING
     checkpoints.generators = generators(train_dataloaders, trainer.multi_input)
@@ -75,11 +81,7 @@ def _evaluate_epoch(trainer: TrainerState, checkpoints: Checkpoints, val: Any, t
     if val is not None:
         evaluate(trainer, val, "val", epoch)
     evaluate(trainer, test, "test", epoch)
-    if trainer.scheduler is not None:
-        if isinstance(trainer.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            trainer.scheduler.step(trainer.meter.improvement or 0.0)
-        else:
-            trainer.scheduler.step()
+    trainer.schedule.after_epoch(trainer.meter.improvement or 0.0)
     checkpoints.save_best(epoch)
     checkpoints.save_last(epoch + 1, 0, None)
 

@@ -1,106 +1,265 @@
-"""Optimizers and schedulers by LibMTL's names, and an update that can be masked on the device."""
+"""Optimizers by name, class or function, and an update that can be masked on the device."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim import lr_scheduler
 
-from fastmtl.errors import UsageError
+from fastmtl.errors import FastmtlError, UsageError
 from fastmtl.support.names import resolve_name
 
-__all__ = ["OPTIMIZERS", "SCHEDULERS", "MaskedOptimizer", "make_optimizer", "make_scheduler"]
+__all__ = [
+    "OPTIMIZERS",
+    "MakesOptimizer",
+    "MaskedOptimizer",
+    "Parameters",
+    "learning_rates",
+    "make_optimizer",
+    "refuse_optimizer",
+    "set_mode",
+]
 
+_USUAL = ("SGD", "Adam", "AdamW", "Adagrad", "RMSprop")
+_REFUSED = {
+    "lbfgs": "it computes the loss several times in a step, of which the trainer has the gradients only once",
+    "sparseadam": "it takes sparse gradients only; sgd and adagrad take both kinds",
+}
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
-    "sgd": torch.optim.SGD,
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-    "adagrad": torch.optim.Adagrad,
-    "rmsprop": torch.optim.RMSprop,
+    name.lower(): kind
+    for name in dict.fromkeys((*_USUAL, *sorted(dir(torch.optim))))
+    if isinstance(kind := getattr(torch.optim, name, None), type)
+    and issubclass(kind, torch.optim.Optimizer)
+    and kind is not torch.optim.Optimizer
+    and name.lower() not in _REFUSED
 }
-SCHEDULERS: dict[str, Any] = {
-    "exp": lr_scheduler.ExponentialLR,
-    "step": lr_scheduler.StepLR,
-    "cos": lr_scheduler.CosineAnnealingLR,
-    "reduce": lr_scheduler.ReduceLROnPlateau,
-}
-_FUSED = ("sgd", "adam", "adamw", "adagrad")
+_FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad)
+# They look at every number by itself, so that a part of a parameter is updated as the whole would be.
+_BY_NUMBER = tuple(OPTIMIZERS[name] for name in OPTIMIZERS if name not in ("adafactor", "muon"))
+# What they keep begins with zeros, and what they count does not matter, so that a step can be undone on the device.
+_UNDONE = tuple(OPTIMIZERS[name] for name in ("sgd", "rmsprop", "adadelta", "muon") if name in OPTIMIZERS)
+
+
+class Parameters(list[nn.Parameter]):
+    """What an optimizer is to update, as ``model.parameters()`` of one process would be.
+
+    Args:
+        named: The parameters by name.
+
+    Attributes:
+        named: The same, for groups made by name.
+    """
+
+    def __init__(self, named: Mapping[str, nn.Parameter]) -> None:
+        super().__init__(named.values())
+        self.named = dict(named)
+
+
+# Returns an optimizer of parameters.
+MakesOptimizer: TypeAlias = Callable[[Parameters], torch.optim.Optimizer]
 
 
 def make_optimizer(
-    params: Iterable[nn.Parameter], optim_param: Mapping[str, Any], device: torch.device, sparse: bool = False
+    named: Mapping[str, nn.Parameter],
+    optim_param: Mapping[str, Any] | None,
+    device: torch.device,
+    *,
+    make: MakesOptimizer | None = None,
+    sparse: bool = False,
+    sharded: bool = False,
 ) -> torch.optim.Optimizer:
-    """Return the optimizer that ``{"optim": name, ...}`` describes; fused where torch has that.
+    """Return the optimizer that ``{"optim": name or class, ...}`` describes; fused where torch has that.
 
     Args:
-        params: What it updates.
-        optim_param: Its name and arguments.
+        named: What it updates, by name.
+        optim_param: Its name or class, and arguments; ``params`` has those of groups, by the beginning of the names of
+            their parameters, of which the longest counts.
         device: The device of the parameters.
+        make: Makes the optimizer, in place of ``optim_param``.
         sparse: Some gradients are sparse.
+        sharded: The parameters are parts of those of the model.
 
     Raises:
-        UsageError: No or an unknown name, an argument the optimizer does not take, or gradients.
+        UsageError: No or an unknown name, an argument the optimizer does not take, parameters in no group or in
+            several, or an optimizer that cannot be used here.
     """
-    name = _name_of(optim_param, "optim", "optim_param")
-    args = {key: value for key, value in optim_param.items() if key != "optim"}
-    kind = resolve_name(name, OPTIMIZERS, "optimizer")
-    params = list(params)
-    if sparse and kind not in (torch.optim.SGD, torch.optim.Adagrad):
-        raise UsageError(
-            f"{name} takes no sparse gradients, which an embedding has: use sgd or adagrad, or sparse=False."
-        )
+    if make is not None:
+        if optim_param is not None:
+            raise UsageError("optimizer and optim_param say the same: give one of them, and None for the other.")
+        optimizer, name = _called(make, named), "optimizer"
+    else:
+        optimizer, name = _described(named, optim_param, device, sparse), "optim_param"
+    _check_kind(type(optimizer), sparse, sharded)
+    _check_groups(optimizer, named, name)
+    return optimizer
+
+
+def refuse_optimizer(given: object) -> None:
+    """Refuse an optimizer, by name or class, that no step of the trainer can run, and say why."""
+    kinds = given.__mro__ if isinstance(given, type) else ()
+    names = [given.lower()] if isinstance(given, str) else [kind.__name__.lower() for kind in kinds]
+    for name in names:
+        if name in _REFUSED:
+            raise UsageError(f"The optimizer {getattr(given, '__name__', given)} cannot be used: {_REFUSED[name]}.")
+
+
+def _described(
+    named: Mapping[str, nn.Parameter], optim_param: Mapping[str, Any] | None, device: torch.device, sparse: bool
+) -> torch.optim.Optimizer:
+    if not isinstance(optim_param, Mapping) or "optim" not in optim_param:
+        raise UsageError(f"optim_param must name the optim as {{'optim': ...}}, got {optim_param!r}.")
+    given = optim_param["optim"]
+    refuse_optimizer(given)
+    kind: Any = given if callable(given) else resolve_name(given, OPTIMIZERS, "optimizer")
+    args = {name: _plain(value) for name, value in optim_param.items() if name not in ("optim", "params")}
+    groups = _groups(named, optim_param.get("params", {}))
     fused = (
-        kind in [OPTIMIZERS[each] for each in _FUSED]
+        kind in _FUSED
         and device.type in ("cpu", "cuda")
         and not (kind is torch.optim.Adagrad and device.type != "cpu")
-        and not (sparse or any(param.is_complex() for param in params))
+        and not (sparse or any(param.is_complex() for param in named.values()))
         and not args.keys() & {"fused", "foreach", "differentiable", "capturable"}
     )
     try:
-        return kind(params, **(args | ({"fused": True} if fused else {})))
+        optimizer = kind(groups, **(args | ({"fused": True} if fused else {})))
     except (TypeError, ValueError) as cause:
-        raise UsageError(f"optim_param {dict(optim_param)} cannot be used: {cause}.") from cause
+        shown = {**optim_param, "optim": getattr(given, "__name__", given)}
+        raise UsageError(f"optim_param {shown} cannot be used: {cause}.") from cause
+    settings = optim_param.get("params", {})
+    unknown = [key for of_group in settings.values() for key in of_group if key not in optimizer.defaults]
+    if unknown and kind in OPTIMIZERS.values():
+        raise UsageError(f"params of optim_param has {unknown[0]!r}, which {kind.__name__} does not take.")
+    return _checked(optimizer)
 
 
-def make_scheduler(optimizer: torch.optim.Optimizer, scheduler_param: Mapping[str, Any] | None) -> Any:
-    """Return the scheduler that ``{"scheduler": name, ...}`` describes, or None.
+def _called(make: MakesOptimizer, named: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+    if not callable(make) or isinstance(make, torch.optim.Optimizer):
+        raise UsageError(
+            f"optimizer must be a function of the parameters that returns an optimizer, got {type(make).__name__}."
+        )
+    return _checked(make(Parameters(named)))
+
+
+def _checked(optimizer: object) -> torch.optim.Optimizer:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UsageError(f"An optimizer must derive from torch.optim.Optimizer, got a {type(optimizer).__name__}.")
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise UsageError(
+            f"The optimizer {type(optimizer).__name__} cannot be used: its step needs a closure, and gradients are "
+            "computed only once in a step."
+        )
+    return optimizer
+
+
+def _check_kind(kind: type[torch.optim.Optimizer], sparse: bool, sharded: bool) -> None:
+    refuse_optimizer(kind)
+    if sparse and kind in OPTIMIZERS.values() and kind not in (torch.optim.SGD, torch.optim.Adagrad):
+        raise UsageError(
+            f"{kind.__name__.lower()} takes no sparse gradients, which an embedding has: use sgd or adagrad, or sparse=False."
+        )
+    if sharded and kind not in _BY_NUMBER:
+        raise UsageError(
+            f"shard='fsdp' cuts parameters, of which {kind.__name__} may need the whole: use one of "
+            f"{', '.join(known.__name__ for known in _BY_NUMBER)}."
+        )
+
+
+def _check_groups(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter], name: str) -> None:
+    """Refuse an optimizer that does not have every trained parameter once, and no others."""
+    known = {id(param): key for key, param in named.items()}
+    seen: set[int] = set()
+    for param in (param for group in optimizer.param_groups for param in group["params"]):
+        if id(param) in seen or id(param) not in known:
+            what = (
+                f"{known[id(param)]} twice" if id(param) in seen else f"{tuple(param.shape)}, which is not the model's"
+            )
+            raise UsageError(f"The optimizer of {name} has a parameter {what}: it must have those it was called with.")
+        seen.add(id(param))
+    absent = [key for key, param in named.items() if param.requires_grad and id(param) not in seen]
+    if absent:
+        more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
+        raise UsageError(
+            f"The optimizer of {name} lacks {', '.join(absent[:3])}{more}, which would not be trained: add them, or "
+            "let them not require gradients."
+        )
+
+
+def _groups(named: Mapping[str, nn.Parameter], settings: Any) -> list[nn.Parameter] | list[dict[str, Any]]:
+    """Return groups of parameters with settings of their own, those without any first."""
+    if not isinstance(settings, Mapping) or not all(isinstance(each, Mapping) for each in settings.values()):
+        raise UsageError(
+            f"params of optim_param must be {{beginning of names: settings}}, as {{'encoder': {{'lr': 1e-4}}}}, got "
+            f"{settings!r}."
+        )
+    if not settings:
+        return list(named.values())
+    members: dict[str | None, list[nn.Parameter]] = {None: [], **{prefix: [] for prefix in settings}}
+    for name, param in named.items():
+        fitting = [prefix for prefix in settings if name == prefix or name.startswith(f"{prefix}.")]
+        members[max(fitting, key=len, default=None)].append(param)
+    for prefix in settings:
+        if not any(name == prefix or name.startswith(f"{prefix}.") for name in named):
+            parts = dict.fromkeys(".".join(name.split(".")[:depth]) for name in named for depth in (1, 2))
+            shown = [part for part in parts if part in named or any(name.startswith(f"{part}.") for name in named)]
+            raise UsageError(
+                f"params of optim_param has {prefix!r}, with which no parameter's name begins: there are "
+                f"{', '.join(shown[:12])}{', ...' if len(shown) > 12 else ''}."
+            )
+    own = {
+        None: {},
+        **{prefix: {key: _plain(value) for key, value in each.items()} for prefix, each in settings.items()},
+    }
+    return [{"params": params, **own[prefix]} for prefix, params in members.items() if params]
+
+
+def _plain(value: Any) -> Any:
+    """Return numpy's numbers as Python's, which a checkpoint can hold."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def learning_rates(optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -> list[float]:
+    """Return the learning rate of each parameter; of one that the optimizer has not, 0.
 
     Raises:
-        UsageError: An unknown name, or arguments the scheduler does not take.
+        UsageError: The optimizer has no ``lr``.
     """
-    if scheduler_param is None:
-        return None
-    kind = resolve_name(_name_of(scheduler_param, "scheduler", "scheduler_param"), SCHEDULERS, "scheduler")
-    args = {key: value for key, value in scheduler_param.items() if key != "scheduler"}
-    for period in ("step_size", "T_max"):
-        # Torch divides by it after the first epoch, when that epoch would be lost.
-        if not args.get(period, 1) > 0:
-            raise UsageError(f"{period} of scheduler_param must be at least 1, got {args[period]}.")
-    try:
-        return kind(optimizer, **args)
-    except (TypeError, ValueError) as cause:
-        raise UsageError(f"scheduler_param {dict(scheduler_param)} cannot be used: {cause}.") from cause
+    if any("lr" not in group for group in optimizer.param_groups):
+        raise UsageError(f"{type(optimizer).__name__} has no learning rate 'lr', with which the strategy looks ahead.")
+    rates = {id(param): float(group["lr"]) for group in optimizer.param_groups for param in group["params"]}
+    return [rates.get(id(param), 0.0) for param in params]
 
 
-def _name_of(param: Mapping[str, Any], key: str, what: str) -> str:
-    if not isinstance(param, Mapping) or key not in param:
-        raise UsageError(f"{what} must name the {key} as {{{key!r}: ...}}, got {param!r}.")
-    return str(param[key])
+def set_mode(optimizer: torch.optim.Optimizer, training: bool) -> None:
+    """Tell an optimizer that keeps other parameters for evaluation, as schedule-free ones do, which are needed now."""
+    change = getattr(optimizer, "train" if training else "eval", None)
+    if callable(change):
+        change()
 
 
 class MaskedOptimizer:
-    """Runs an optimizer so that nothing changes while a device flag is 1, without reading the flag.
+    """Runs an optimizer so that nothing changes while a device flag is 1.
 
-    Fused optimizers look at the flag themselves, as they do for gradient scalers; the others are undone.
+    Fused optimizers look at the flag themselves, as they do for gradient scalers; the others are undone. Where that
+    would not be all, as of what begins with other numbers than zeros or is counted on the host, and steps are left out
+    for good reasons, the flag is read.
+
+    Args:
+        optimizer: The optimizer.
+        found_inf: The flag, a scalar.
+        skips: Whether a run goes on after steps in which the flag is 1.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, found_inf: Tensor) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, found_inf: Tensor, skips: bool = False) -> None:
         self.optimizer = optimizer
         self.found_inf = found_inf
-        self.fused = bool(optimizer.defaults.get("fused"))
+        self.fused = all(bool(group.get("fused")) for group in optimizer.param_groups)
+        self.reads = skips and not self.fused and type(optimizer) not in _UNDONE
+        self._has_run = False
         if self.fused:
             optimizer.grad_scale = None  # type: ignore[attr-defined]
             optimizer.found_inf = found_inf  # type: ignore[attr-defined]
@@ -110,12 +269,34 @@ class MaskedOptimizer:
         """Update the parameters from their gradients unless the flag is 1."""
         self._start_momentum()
         if self.fused:
+            self._run()
+        elif self.reads:
+            if not self.found_inf.item():
+                self._run()
+        else:
+            self._run_undone()
+
+    def _run(self) -> None:
+        """Run a step; the first one shows whether it can be run as it is."""
+        if self._has_run:
             self.optimizer.step()
             return
+        try:
+            self.optimizer.step()
+        except (FastmtlError, torch.OutOfMemoryError):
+            raise
+        except Exception as cause:
+            raise UsageError(
+                f"The optimizer {type(self.optimizer).__name__} cannot take a step: {cause}. It gets the gradients of "
+                "one backward pass, in .grad, and no closure."
+            ) from cause
+        self._has_run = True
+
+    def _run_undone(self) -> None:
         params = [param for group in self.optimizer.param_groups for param in group["params"] if param.grad is not None]
         state = self.optimizer.state
         before = [(param.clone(), {name: each.clone() for name, each in _tensors(state[param])}) for param in params]
-        self.optimizer.step()
+        self._run()
         masked = self.found_inf != 0
         for param, (old, remembered) in zip(params, before, strict=True):
             param.copy_(torch.where(masked, old, param))
@@ -153,5 +334,13 @@ class MaskedOptimizer:
                 state["unmoved"].mul_(self.found_inf)
 
 
-def _tensors(state: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
-    return [(name, value) for name, value in state.items() if isinstance(value, Tensor)]
+def _tensors(state: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors that an optimizer keeps of a parameter, in containers too, each with a name."""
+    if isinstance(state, Tensor):
+        yield name, state
+    elif isinstance(state, Mapping):
+        for key, value in state.items():
+            yield from _tensors(value, f"{name}.{key}")
+    elif isinstance(state, list | tuple):
+        for index, value in enumerate(state):
+            yield from _tensors(value, f"{name}.{index}")

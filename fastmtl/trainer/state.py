@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ from fastmtl.trainer.compile.report import CompileReport
 from fastmtl.trainer.guard import FiniteGuard
 from fastmtl.trainer.log.logger import Logger
 from fastmtl.trainer.log.meter import PerformanceMeter
+from fastmtl.trainer.optimizer import learning_rates
 from fastmtl.trainer.precision import PRECISIONS
+from fastmtl.trainer.schedule import Schedule, make_schedule
 from fastmtl.trainer.setup.loaders import to_channels_last, to_device
 from fastmtl.trainer.setup.model import TrainedModel
 from fastmtl.trainer.setup.options import StepOptions
@@ -56,7 +58,7 @@ class TrainerState(nn.Module):
     model: TrainedModel
     strategy_params: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler | None
+    schedule: Schedule
     meter: PerformanceMeter
     guard: FiniteGuard
     logger: Logger
@@ -69,6 +71,15 @@ class TrainerState(nn.Module):
     known_names: set[str]
     skipped: int
     _halving: Halving
+
+    @property
+    def scheduler(self) -> Any:
+        """The learning-rate scheduler; None if there is none, or if it waits for the length of the run."""
+        return self.schedule.scheduler
+
+    @scheduler.setter
+    def scheduler(self, scheduler: Any) -> None:
+        self.schedule = make_schedule(self.optimizer, None, None if scheduler is None else lambda _: scheduler)
 
     def process_preds(self, preds: Any, task_name: str | None = None) -> Any:
         """Change the predictions before losses and metrics see them; override it, it does nothing here.
@@ -118,4 +129,8 @@ class TrainerState(nn.Module):
         exact = options.gram == "exact" and self.model.needs in ("gram", "rows") and not self.model.rep_grad
         comm = make_comm(self.peers, problem, self.storage, exact)
         hyper, tell = self.kwargs["weight_args"], self.logger.on_compile
-        return TrainingStep(self.model, problem, self.optimizer, self.guard, tell, hyper, options, comm)
+        return TrainingStep(self.model, problem, self.optimizer, self.guard, tell, hyper, options, comm, self._rates)
+
+    def _rates(self, params: Sequence[nn.Parameter]) -> list[float]:
+        """Return the learning rates of parameters of the model."""
+        return learning_rates(self.optimizer, self.storage.updated(params))

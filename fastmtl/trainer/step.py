@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.engine.comm import Comm
-from fastmtl.engine.context import StepContext, step_losses
+from fastmtl.engine.context import LearningRates, StepContext, step_losses
 from fastmtl.engine.losses import Problem
 from fastmtl.engine.methods.base import mean_of_forwards
 from fastmtl.engine.model import Labels, keeping_buffers
@@ -73,6 +73,7 @@ class TrainingStep:
         hyper: Hyper-parameters of the strategy.
         options: Checked options.
         comm: The processes that each have a part of every batch.
+        rates: Returns the learning rates of parameters.
 
     Attributes:
         engine: What differentiates the losses.
@@ -92,6 +93,7 @@ class TrainingStep:
         hyper: Mapping[str, Any],
         options: StepOptions,
         comm: Comm,
+        rates: LearningRates,
     ) -> None:
         self.strategy = strategy
         self.problem = problem
@@ -104,7 +106,8 @@ class TrainingStep:
         self.samples = 1 if self.is_foreign else strategy.samples
         self.batches = max(self.samples, options.accumulate)
         self.scaler = make_scaler(options.precision, guard.found_inf)
-        self.optimizer = MaskedOptimizer(optimizer, self.scaler.masked)
+        self.optimizer = MaskedOptimizer(optimizer, self.scaler.masked, skips=options.precision == "fp16")
+        self.rates = rates
         self.sampler = TaskSampler(len(problem.tasks), options.tasks_per_step)
         strategy.sum_parts = comm.cut_states(strategy.row_states.values())
         self.weights = WeightState(strategy, hyper, options, comm)
@@ -165,8 +168,7 @@ class TrainingStep:
 
     def _context(self, batches: Batches, tasks: StepTasks) -> StepContext:
         """Return the facts of this step."""
-        lr = self.optimizer.optimizer.param_groups[0]["lr"]
-        return StepContext.of(batches, tasks.names, self.problem, self.comm, self.samples, self.scaler, lr)
+        return StepContext.of(batches, tasks.names, self.problem, self.comm, self.samples, self.scaler, self.rates)
 
     def _gradients(self, ctx: StepContext, weights: WeightState) -> Outcome:
         """Fill all ``.grad``."""

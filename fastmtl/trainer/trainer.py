@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -28,8 +29,9 @@ from fastmtl.trainer.log.logger import Logger, as_logger
 from fastmtl.trainer.log.meter import PerformanceMeter
 from fastmtl.trainer.log.records import StepSignals
 from fastmtl.trainer.loop import run_epochs
-from fastmtl.trainer.optimizer import make_optimizer, make_scheduler
+from fastmtl.trainer.optimizer import MakesOptimizer, make_optimizer
 from fastmtl.trainer.precision import set_tf32
+from fastmtl.trainer.schedule import make_schedule
 from fastmtl.trainer.setup.checks import (
     check_arguments,
     check_counts,
@@ -42,6 +44,7 @@ from fastmtl.trainer.setup.checks import (
 from fastmtl.trainer.setup.loaders import check_loaders
 from fastmtl.trainer.setup.model import make_model
 from fastmtl.trainer.setup.options import StepOptions, check_distributed, check_options
+from fastmtl.trainer.setup.tasks import check_reductions, hold_losses, losses_in
 from fastmtl.trainer.state import TrainerState
 from fastmtl.utils import count_parameters
 from fastmtl.weighting import AbsWeighting
@@ -49,23 +52,30 @@ from fastmtl.weighting import AbsWeighting
 __all__ = ["Trainer"]
 
 
+def _say_nothing(_: str) -> None: ...
+
+
 class Trainer(TrainerState):
     """Trains one network on several tasks.
 
     Args:
         task_dict: For each task a dictionary with ``metrics`` (names), ``metrics_fn`` (an ``AbsMetric``), ``loss_fn``
-            (an ``AbsLoss``) and ``weight`` (for each metric 1 if higher is better, else 0). Losses and metrics keep
-            sums: an object that several tasks have in common is copied for all but the first.
+            (an ``AbsLoss``, a module or a function of predictions and labels) and ``weight`` (for each metric 1 if
+            higher is better, else 0). Losses and metrics keep sums: an object that several tasks have in common is
+            copied for all but the first. A loss's parameters are trained with the network, see ``docs/training.md``.
         weighting: A strategy of ``fastmtl.weighting``, as a class or by name in any case.
         architecture: An architecture of ``fastmtl.architecture``, as a class or by name in any case.
         encoder_class: Called without arguments, returns the encoder.
         decoders: One module per task.
         rep_grad: Balance the gradients of the representation instead of the shared parameters.
         multi_input: Every task has its own inputs, and its own loader.
-        optim_param: ``{"optim": "sgd" | "adam" | "adamw" | "adagrad" | "rmsprop", ...}`` with the optimizer's
-            arguments.
-        scheduler_param: ``{"scheduler": "step" | "cos" | "exp" | "reduce", ...}`` with the scheduler's arguments, or
-            None.
+        optim_param: ``{"optim": name or class, ...}``, of ``torch.optim`` in any case or a class like those, with the
+            optimizer's arguments; ``"params": {"encoder": {"lr": 1e-4}, ...}`` has those of groups of parameters, by
+            the beginning of their names, of which the longest counts. None with ``optimizer``.
+        scheduler_param: ``{"scheduler": name or class, ...}`` with the scheduler's arguments, or None: ``step``,
+            ``cos``, ``exp``, ``reduce``, ``onecycle``, ``poly``, ``warmup``, or a class of
+            ``torch.optim.lr_scheduler`` or like those. ``"per": "epoch"`` or ``"step"`` says when it is stepped,
+            ``"warmup": n`` puts a linear warm-up before it. A length it needs and is not given is the run's.
         save_path: Folder for ``best.pt`` (the ``state_dict`` of the best epoch) and ``last.pt`` (everything, to go on
             from).
         load_path: A ``best.pt``, or the folder it is in, to start from; any ``state_dict`` of tensors that fits.
@@ -78,6 +88,13 @@ class Trainer(TrainerState):
         split_batch: For strategies that look ahead on halves of a batch (MOML, FORUM, AutoLambda), where batches cannot
             be halved row by row: a function that takes inputs and labels and returns two pairs of them, in place of the
             method of that name.
+        optimizer: In place of ``optim_param``: a function of the parameters, a list that has them by name in ``named``,
+            that returns the optimizer.
+        scheduler: In place of ``scheduler_param``: a function of the optimizer that returns the scheduler; an argument
+            named ``total_steps`` gets the length of the run.
+        resume_schedule: Where ``resume`` goes on with other epochs, learning rates or settings of the optimizer:
+            ``"new"`` follows this run's schedule from the place in the run on, as if it had from the beginning;
+            ``"stored"`` keeps the checkpoint's. A line tells what differs.
         device: Where to train; the first GPU if there is one, else the CPU.
         compile: Compile the forward and backward passes with ``torch.compile``. ``"auto"`` trains the first steps
             both ways, keeps the faster and says which.
@@ -140,7 +157,7 @@ class Trainer(TrainerState):
         decoders: nn.ModuleDict | Mapping[str, nn.Module],
         rep_grad: bool,
         multi_input: bool,
-        optim_param: Mapping[str, Any],
+        optim_param: Mapping[str, Any] | None,
         scheduler_param: Mapping[str, Any] | None,
         save_path: str | None = None,
         load_path: str | None = None,
@@ -148,6 +165,9 @@ class Trainer(TrainerState):
         load_strict: bool = True,
         example_inputs: Any = None,
         split_batch: Callable[[Any, Any], Any] | None = None,
+        optimizer: MakesOptimizer | None = None,
+        scheduler: Callable[..., Any] | None = None,
+        resume_schedule: str = "new",
         device: str | torch.device | None = None,
         compile: bool | Literal["auto"] = False,
         cuda_graph: bool = False,
@@ -229,6 +249,8 @@ class Trainer(TrainerState):
         self.model, rule = made.model, made.rule
         self.weighting, self.architecture = rule.__name__, made.network.__name__
         self.strategy_params = made.strategy_params
+        self.meter = PerformanceMeter(self.task_dict, peers=self.peers)
+        hold_losses(self.model, self.meter.losses)
         self.model.to(self.device)
         if given.sync_batch_norm:
             synchronize(self.model, self.peers)
@@ -244,7 +266,6 @@ class Trainer(TrainerState):
         if self.load_path is not None:
             start_from(self.model, self.strategy_params, Path(self.load_path), given.load_strict)
         count_parameters(self.model)
-        self.meter = PerformanceMeter(self.task_dict, peers=self.peers)
         self.meter.display_format()
 
     def _prepare_step(self, given: SimpleNamespace) -> None:
@@ -255,12 +276,29 @@ class Trainer(TrainerState):
             check_distributed(self.model, self.weighting, options)
             if given.sync_batch_norm and options.compile:
                 raise UsageError("sync_batch_norm cannot be combined with compile: its messages cannot be compiled.")
+        check_reductions(self.meter.losses, several=options.accumulate > 1 or self.peers.size > 1)
         self.peers.from_leader([*self.model.parameters(), *self.model.buffers()])
-        self.storage = make_storage(self.model, self.peers, self.strategy_params, options.shard)
-        sparse = any(getattr(module, "sparse", False) for module in self.model.modules())
-        self.optimizer = make_optimizer(self.storage.trained, given.optim_param, self.device, sparse)
-        self.known_names = {name for name, _ in self.model.named_parameters()}
-        self.scheduler = make_scheduler(self.optimizer, given.scheduler_param)
+        _, losses = losses_in(self.model)
+        kept_whole = [*self.strategy_params, *(() if losses is None else losses.apart)]
+        self.storage = make_storage(self.model, self.peers, kept_whole, options.shard)
+        names = [name for name, _ in self.model.named_parameters()]
+        self.known_names = set(names)
+        self.optimizer = make_optimizer(
+            dict(zip(names, self.storage.trained, strict=True)),
+            given.optim_param,
+            self.device,
+            make=given.optimizer,
+            sparse=any(getattr(module, "sparse", False) for module in self.model.modules()),
+            sharded=self.storage.is_sharded,
+        )
+        self.storage.follow(self.optimizer)
+        tell = print if self.peers.leads else _say_nothing
+        self.schedule = make_schedule(
+            self.optimizer, given.scheduler_param, given.scheduler, given.resume_schedule, tell
+        )
+        if options.cuda_graph and self.schedule.per == "step":
+            self.logger.on_compile("cuda_graph: the step runs eagerly, as the learning rate changes with every step")
+            options = replace(options, cuda_graph=False)
         self.step = self.make_step(options)
 
     def _begin(self, given: SimpleNamespace) -> None:

@@ -44,7 +44,8 @@ class AutoLambda(Bilevel):
     A step on half a batch leads to ``theta' = theta - lr sum_t w_t f_t``, lr the model's learning rate. With d the
     gradient at theta' of the sum of the losses on the other half, that sum changes with w_t by ``-lr <d, f_t>``: the
     change of task t's loss along d, taken from two forward passes at ``theta +- eps d``, ``eps = 0.01 / |d|``. Adam
-    moves the logits against it. The model then takes a step on another batch.
+    moves the logits against it. The model then takes a step on another batch. Where groups of parameters have learning
+    rates of their own, lr is a diagonal matrix.
 
     Source: Liu et al., "Auto-Lambda: Disentangling Dynamic Task Relationships", TMLR 2022.
     """
@@ -57,8 +58,9 @@ class AutoLambda(Bilevel):
         weights = self.task_weights()
         with ahead.moved():
             _, step = ahead.gradient(ahead.inner, weights)
-            ahead.move(step, -ahead.lr)
+            ahead.move(ahead.by_rates(step), -ahead.lr)
             _, direction = ahead.gradient(ahead.outer, torch.ones_like(weights))
+            direction = ahead.by_rates(direction)
         length = torch.stack([part.norm() for part in direction if part is not None]).norm()
         reach = 0.01 / length.where(length > 0, 1.0)
         found = []

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from fastmtl.cli import main
@@ -102,8 +103,24 @@ def test_run_goes_on_for_more_epochs(finished: Path, tmp_path: Path) -> None:
     assert yaml.safe_load((run / "config.yaml").read_text())["epochs"] == 3
 
 
+def test_a_longer_run_follows_its_own_schedule(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    options = ["--scheduler", "cos", "--lr", "0.1", "--optim", "sgd", "--limit-batches", "2", "--train-size", "128"]
+    quiet = ["--no-plot", "--no-tensorboard", "--device", "cpu"]
+    assert main(["train", "--run-dir", str(run), "--epochs", "2", *options, *quiet]) == 0
+    capsys.readouterr()
+    assert main(["train", "--resume", str(run), "--epochs", "4"]) == 0
+    assert "resume: learning rates and the optimizer's settings are this run's" in capsys.readouterr().out
+    state = torch.load(run / "last.pt", weights_only=True)
+    (group,) = state["optimizer"]["param_groups"]
+    assert group["lr"] == pytest.approx(0.0, abs=1e-12)
+    assert state["schedule"]["taken"] == {"epoch": 4, "step": 8}
+    assert main(["train", "--resume", str(run), "--epochs", "5", "--lr", "0.2", "--resume-schedule", "stored"]) == 0
+    assert "whose are kept" in capsys.readouterr().out
+
+
 def test_what_was_learned_cannot_be_changed_afterwards(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for option, value in (("lr", "1"), ("weighting", "ew"), ("arch", "mtan"), ("seed", "3")):
+    for option, value in (("optim", "sgd"), ("weighting", "ew"), ("arch", "mtan"), ("seed", "3")):
         assert main(["train", "--resume", str(finished), f"--{option}", value]) == 2
         assert capsys.readouterr().err.startswith(f"error: {option} cannot change when a run goes on")
 

@@ -178,15 +178,30 @@ def test_scheduler_and_optimizer_take_only_what_is_theirs() -> None:
     assert TrainConfig().scheduler_param is None
 
 
-@pytest.mark.parametrize("scheduler", ["step", "exp", "cos", "reduce"])
-@pytest.mark.parametrize("optim", ["adam", "adamw", "sgd", "adagrad", "rmsprop"])
+@pytest.mark.parametrize("scheduler", ["step", "exp", "cos", "reduce", "onecycle", "poly", "warmup"])
+@pytest.mark.parametrize("optim", ["adam", "adamw", "sgd", "adagrad", "rmsprop", "nadam", "radam", "adafactor"])
 def test_every_optimizer_and_scheduler_can_be_made(optim: str, scheduler: str) -> None:
     import torch
 
-    from fastmtl.trainer.optimizer import make_optimizer, make_scheduler
+    from fastmtl.trainer.optimizer import make_optimizer
+    from fastmtl.trainer.schedule import Place, make_schedule
 
-    config = TrainConfig(optim=optim, scheduler=scheduler)
+    config = TrainConfig(optim=optim, scheduler=scheduler, warmup=3 if scheduler == "warmup" else 0)
     assert config.scheduler_param is not None
-    optimizer = make_optimizer(torch.nn.Linear(2, 2).parameters(), config.optim_param, torch.device("cpu"))
+    params = dict(torch.nn.Linear(2, 2).named_parameters())
+    optimizer = make_optimizer(params, config.optim_param, torch.device("cpu"))
     assert optimizer.param_groups[0]["lr"] == config.lr
-    assert make_scheduler(optimizer, config.scheduler_param) is not None
+    schedule = make_schedule(optimizer, config.scheduler_param)
+    schedule.begin(Place(epochs=2, steps=4))
+    assert schedule.scheduler is not None
+
+
+def test_groups_warm_up_and_steps_of_a_file(tmp_path: Path) -> None:
+    text = "optim: sgd\ngroup_args: {encoder: {lr: 0.5}}\nscheduler: cos\nwarmup: 2\nschedule_per: Step\n"
+    config = read_config(_file(tmp_path, text))
+    assert config.optim_param["params"] == {"encoder": {"lr": 0.5}}
+    assert config.scheduler_param == {"scheduler": "cos", "eta_min": 0.0, "warmup": 2, "per": "step"}
+    assert TrainConfig(scheduler="poly", power=0.9).scheduler_param == {"scheduler": "poly", "power": 0.9}
+    assert TrainConfig(scheduler="onecycle").scheduler_param == {"scheduler": "onecycle"}
+    with pytest.raises(UsageError, match="lbfgs cannot be used: it computes the loss several times in a step"):
+        TrainConfig(optim="lbfgs")

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from fastmtl.errors import CheckpointError
+from fastmtl.trainer.setup.tasks import loss_names
 
 __all__ = [
     "Saved",
@@ -132,13 +133,14 @@ def _absent(names: Iterable[str], others: Iterable[str]) -> list[str]:
 def load_model_state(model: nn.Module, state: Mapping[str, torch.Tensor], path: Path) -> None:
     """Load a ``state_dict`` whose keys and shapes are those of ``model``.
 
-    What the strategy remembers may be missing, as it is in older checkpoints: it then starts anew.
+    What the strategy remembers, and the parameters of losses, may be missing, as in older checkpoints: they then start
+    anew.
 
     Raises:
         CheckpointError: They are not; the message names the first differences.
     """
     own = model.state_dict()
-    remembered: list[str] = getattr(model, "remembered", list)()
+    remembered: list[str] = [*getattr(model, "remembered", list)(), *loss_names(model)]
     found = differences({key: value for key, value in own.items() if key in state or key not in remembered}, state)
     if found:
         more = f" and {len(found) - 2} more differences" if len(found) > 2 else ""

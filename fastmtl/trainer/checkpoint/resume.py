@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 from fastmtl.errors import CheckpointError
 from fastmtl.trainer.checkpoint.files import Saved, load_model_state, read_checkpoint
+from fastmtl.trainer.schedule import storable
 from fastmtl.trainer.state import TrainerState
 
 __all__ = ["BEGINNING", "resume_run", "run_state"]
@@ -22,15 +24,16 @@ def run_state(trainer: TrainerState) -> Saved:
 
     Where processes have parts of it all of them must call this; the first one then has it whole.
     """
-    scheduler = trainer.scheduler
+    schedule = trainer.schedule.state_dict()
     model = trainer.storage.whole_state(trainer.model.state_dict())
-    optimizer = trainer.storage.whole_optimizer(trainer.optimizer.state_dict())
+    optimizer = trainer.storage.whole_optimizer(_optimizer_state(trainer.optimizer))
     return {
         "model": trainer.step.comm.whole_states(model, trainer.model.row_states),
         "step": trainer.step.state_dict(),
         "optimizer": optimizer,
         "optimizer_name": type(trainer.optimizer).__name__,
-        "scheduler": None if scheduler is None else scheduler.state_dict(),
+        "scheduler": schedule.pop("state"),
+        "schedule": schedule,
         "base_result": trainer.meter.base_result,
         "best_result": trainer.meter.best_result,
         "train_losses": trainer.model.train_loss_buffer.tolist(),
@@ -60,20 +63,45 @@ def resume_run(trainer: TrainerState, path: Path) -> Saved:
     model, optimizer = trainer.storage.load_shards(model), trainer.storage.part_optimizer(state["optimizer"])
     load_model_state(trainer.model, model, path)
     trainer.step.load_state_dict(state["step"])
-    _load_optimizer(trainer.optimizer, optimizer)
-    if trainer.scheduler is not None and state["scheduler"] is not None:
-        trainer.scheduler.load_state_dict(state["scheduler"])
+    _load_optimizer(trainer.optimizer, optimizer, path)
+    trainer.schedule.load_state_dict(
+        {**state.get("schedule", {}), "state": state["scheduler"], "epoch": state["epoch"]}
+    )
     trainer.meter.base_result = state["base_result"]
     trainer.meter.best_result = state["best_result"]
     return {key: state[key] for key in (*BEGINNING, "rng", "epoch_rng")}
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, state: Saved) -> None:
+def _optimizer_state(optimizer: torch.optim.Optimizer) -> Saved:
+    """Return the state of an optimizer, without settings that a checkpoint cannot hold, such as functions."""
+    state = optimizer.state_dict()
+    groups = [{name: each for name, value in group.items() for each in _held(value)} for group in state["param_groups"]]
+    return state | {"param_groups": groups}
+
+
+def _held(value: object) -> list[object]:
+    try:
+        return [storable(value)]
+    except TypeError:
+        return []
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, state: Saved, path: Path) -> None:
     """Load a state, but not how its optimizer did its work, which may not be possible on this run's device."""
-    how = [{name: group[name] for name in _HOW if name in group} for group in optimizer.param_groups]
+    sizes = [[len(group["params"]) for group in groups] for groups in (state["param_groups"], optimizer.param_groups)]
+    if sizes[0] != sizes[1]:
+        raise CheckpointError(
+            f"The checkpoint {path} is of an optimizer with groups of {_listed(sizes[0])} parameters, this run's has "
+            f"groups of {_listed(sizes[1])}: groups cannot change when a run goes on."
+        )
+    before = [dict(group) for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
-    for group, own in zip(optimizer.param_groups, how, strict=True):
-        group.update(own)
+    for group, own in zip(optimizer.param_groups, before, strict=True):
+        group.update({name: value for name, value in own.items() if name in _HOW or name not in group})
+
+
+def _listed(sizes: Iterable[int]) -> str:
+    return ", ".join(map(str, sizes))
 
 
 def _names(trainer: TrainerState) -> list[object]:

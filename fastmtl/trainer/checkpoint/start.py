@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastmtl.errors import CheckpointError
 from fastmtl.trainer.checkpoint.files import by_module, differences, model_state, read_checkpoint
 from fastmtl.trainer.setup.model import TrainedModel
+from fastmtl.trainer.setup.tasks import loss_names
 
 __all__ = ["described", "start_from"]
 
@@ -56,7 +57,8 @@ def start_from(model: TrainedModel, strategy_params: Sequence[nn.Parameter], pat
     doubt = origin.doubt(model, all(name in state for name in strategy) and bool(remembered))
     withheld = sorted(name for name in strategy if name in state) if doubt else []
     if strict:
-        found = differences({key: value for key, value in own.items() if key in state or key not in remembered}, state)
+        optional = remembered.union(loss_names(model))
+        found = differences({key: value for key, value in own.items() if key in state or key not in optional}, state)
         found += origin.differences(model, withheld)
         if found:
             more = f" and {len(found) - 3} more differences" if len(found) > 3 else ""
@@ -75,6 +77,8 @@ def start_from(model: TrainedModel, strategy_params: Sequence[nn.Parameter], pat
     print(f"Load Model from - {path}")
     if not strict:
         print(fit.told())
+    elif new := [name for name in loss_names(model) if name not in state]:
+        print(f"Not in the file, so that they begin anew: {', '.join(new)}")
     if withheld:
         print(f"{', '.join(withheld)} not taken: {doubt}")
 

@@ -15,7 +15,7 @@ import yaml
 from fastmtl.architecture import ARCHITECTURES
 from fastmtl.errors import UsageError
 from fastmtl.support.hyper import Hyper, fill_hyper
-from fastmtl.trainer.optimizer import OPTIMIZERS, SCHEDULERS
+from fastmtl.trainer.optimizer import OPTIMIZERS, refuse_optimizer
 from fastmtl.trainer.precision import PRECISIONS
 from fastmtl.trainer.run.settings import (
     WORDS,
@@ -27,6 +27,8 @@ from fastmtl.trainer.run.settings import (
     scheduler_param,
     spelled_as,
 )
+from fastmtl.trainer.schedule import RESUMED
+from fastmtl.trainer.schedulers import PERIODS, SCHEDULERS
 from fastmtl.trainer.setup.options import GRAMS, SHARDS, VJPS
 from fastmtl.weighting import WEIGHTINGS
 
@@ -89,11 +91,27 @@ class TrainConfig:
     lr: float = _training(1e-3, "Learning rate.", above=0)
     weight_decay: float = _training(1e-5, "Weight decay.", least=0)
     momentum: float = _training(0.9, "Momentum, for sgd.", least=0)
-    scheduler: str | None = _training(None, "Learning-rate scheduler, stepped every epoch.", SCHEDULERS)
-    step_size: int = _training(100, "Epochs between two decays, for step.", least=1)
+    # Of groups of parameters, by the beginning of their names.
+    group_args: Arguments = field(default_factory=dict)
+    scheduler: str | None = _training(
+        None,
+        "Learning-rate scheduler; onecycle, cos and poly are as long as the run, --lr is onecycle's peak.",
+        SCHEDULERS,
+    )
+    schedule_per: str | None = _training(
+        None, "When the scheduler is stepped: every epoch if not given, every step with onecycle.", PERIODS
+    )
+    warmup: int = _training(0, "Epochs (steps, if it is stepped so) of a linear warm-up before the scheduler.", least=0)
+    step_size: int = _training(100, "Epochs (steps) between two decays, for step.", least=1)
     gamma: float = _training(0.5, "Factor of a decay, for step, exp and reduce.", least=0)
     eta_min: float = _training(0.0, "Last learning rate, for cos.", least=0)
+    power: float = _training(1.0, "Power of the decay, for poly.", above=0)
     patience: int = _training(10, "Epochs without improvement before a decay, for reduce.", least=0)
+    resume_schedule: str = _training(
+        "new",
+        "With --resume: new for this run's learning rates where they differ, stored for the checkpoint's.",
+        RESUMED,
+    )
     accumulate: int = _training(1, "Batches whose gradients are averaged for a step.", least=1)
     clip_grad_norm: float | None = _training(None, "Greatest norm of the gradients; no limit by itself.", above=0)
     update_weights_every: int = _training(1, "Steps between two solves of a gradient-balancing strategy.", least=1)
@@ -145,6 +163,7 @@ class TrainConfig:
     plot: bool = _logging(True, "Draw curves.png at the end of every epoch.")
 
     def __post_init__(self) -> None:
+        refuse_optimizer(self.optim)
         kinds = typing.get_type_hints(type(self))
         for each in fields(self):
             value = coerce(each.name, getattr(self, each.name), kinds[each.name])
@@ -203,15 +222,17 @@ class TrainConfig:
     @property
     def optim_param(self) -> Arguments:
         """The optimizer in the form the trainer takes."""
-        return optimizer_param(self.optim, lr=self.lr, weight_decay=self.weight_decay, momentum=self.momentum)
+        param = optimizer_param(self.optim, lr=self.lr, weight_decay=self.weight_decay, momentum=self.momentum)
+        return {**param, "params": self.group_args} if self.group_args else param
 
     @property
     def scheduler_param(self) -> Arguments | None:
         """The learning-rate scheduler in the form the trainer takes, or None."""
         if self.scheduler is None:
             return None
-        own = {name: getattr(self, name) for name in ("step_size", "gamma", "epochs", "eta_min", "patience")}
-        return scheduler_param(self.scheduler, **own)
+        names = ("step_size", "gamma", "eta_min", "patience", "power", "warmup", "schedule_per")
+        length = None if self.warmup or self.schedule_per == "step" else self.epochs
+        return scheduler_param(self.scheduler, length=length, **{name: getattr(self, name) for name in names})
 
     def as_yaml(self) -> str:
         """Return the configuration as YAML; `read_config` reads it back to an equal one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -11,6 +12,7 @@ from fastmtl.architecture import ARCHITECTURES, AbsArchitecture
 from fastmtl.errors import UsageError
 from fastmtl.support.hyper import Hyper
 from fastmtl.support.names import resolve_name
+from fastmtl.trainer.optimizer import OPTIMIZERS
 from fastmtl.weighting import WEIGHTINGS, AbsWeighting
 
 __all__ = [
@@ -66,23 +68,36 @@ def spelled_as(name: str, names: Iterable[str], what: str) -> str:
 
 
 def optimizer_param(optim: str, *, lr: float, weight_decay: float, momentum: float) -> Arguments:
-    """Return the optimizer in the form the trainer takes."""
-    param: Arguments = {"optim": optim, "lr": lr, "weight_decay": weight_decay}
+    """Return the optimizer in the form the trainer takes, with those of the settings that it has."""
+    param: Arguments = {"optim": optim, "lr": lr}
+    if "weight_decay" in inspect.signature(OPTIMIZERS[optim]).parameters:
+        param["weight_decay"] = weight_decay
     return {**param, "momentum": momentum} if optim == "sgd" else param
 
 
 def scheduler_param(
-    scheduler: str, *, step_size: int, gamma: float, epochs: int | None, eta_min: float, patience: int
+    scheduler: str,
+    *,
+    step_size: int,
+    gamma: float,
+    length: int | None,
+    eta_min: float,
+    patience: int,
+    power: float,
+    warmup: int,
+    schedule_per: str | None,
 ) -> Arguments:
-    """Return the learning-rate scheduler in the form the trainer takes."""
+    """Return the learning-rate scheduler in the form the trainer takes; ``length`` is the trainer's to know if None."""
     own: dict[str, Arguments] = {
         "step": {"step_size": step_size, "gamma": gamma},
         "exp": {"gamma": gamma},
-        "cos": {"T_max": epochs, "eta_min": eta_min},
+        "cos": {"eta_min": eta_min} if length is None else {"T_max": length, "eta_min": eta_min},
         # The trainer steps it with the improvement over the first epoch, which is better when larger.
         "reduce": {"mode": "max", "factor": gamma, "patience": patience},
+        "poly": {"power": power},
     }
-    return {"scheduler": scheduler, **own[scheduler]}
+    when = {} if schedule_per is None else {"per": schedule_per}
+    return {"scheduler": scheduler, **own.get(scheduler, {}), **({"warmup": warmup} if warmup else {}), **when}
 
 
 def print_settings(parts: Iterable[tuple[str, Mapping[str, object] | None]]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copyreg
 import operator
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, SupportsIndex, cast
 
 import torch
@@ -16,6 +16,7 @@ from fastmtl.errors import UsageError
 from fastmtl.support.hyper import fill_hyper
 from fastmtl.support.names import resolve_name
 from fastmtl.trainer.setup.lazy import settle_shapes
+from fastmtl.trainer.setup.tasks import losses_in
 from fastmtl.weighting import WEIGHTINGS, AbsWeighting
 
 __all__ = ["MadeModel", "TrainedModel", "make_model", "model_class"]
@@ -40,9 +41,15 @@ def model_class(network: type[AbsArchitecture], rule: type[AbsWeighting]) -> typ
     def reduce(model: TrainedModel, protocol: SupportsIndex) -> Any:
         return _by_two_classes(model, super(made, model).__reduce_ex__(max(operator.index(protocol), 2)))
 
+    def get_share_params(model: TrainedModel) -> Iterable[nn.Parameter]:
+        shared: Iterable[nn.Parameter] = super(made, model).get_share_params()
+        _, losses = losses_in(model)
+        return shared if losses is None else [param for param in shared if param not in set(losses.apart)]
+
     if (network, rule) in _CLASSES:
         return _CLASSES[network, rule]
-    made: Any = type("MTLModel", (network, rule), {"__module__": __name__, "__reduce_ex__": reduce})
+    own = {"__module__": __name__, "__reduce_ex__": reduce, "get_share_params": get_share_params}
+    made: Any = type("MTLModel", (network, rule), own)
     _CLASSES[network, rule] = made
     return cast(type[TrainedModel], made)
 

@@ -1,0 +1,199 @@
+"""Learning-rate schedulers by name, class or function, with a warm-up, and as long as the run if they need a length."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch.optim import lr_scheduler
+
+from fastmtl.errors import UsageError
+from fastmtl.support.names import resolve_name
+
+__all__ = ["PERIODS", "SCHEDULERS", "Recipe"]
+
+PERIODS = ("epoch", "step")
+SCHEDULERS: dict[str, Any] = {
+    "exp": lr_scheduler.ExponentialLR,
+    "step": lr_scheduler.StepLR,
+    "cos": lr_scheduler.CosineAnnealingLR,
+    "reduce": lr_scheduler.ReduceLROnPlateau,
+    "onecycle": lr_scheduler.OneCycleLR,
+    "poly": lr_scheduler.PolynomialLR,
+    "warmup": lr_scheduler.LinearLR,
+}
+_CLASSES: dict[str, Any] = {
+    name: kind
+    for name in sorted(dir(lr_scheduler))
+    if isinstance(kind := getattr(lr_scheduler, name), type)
+    and issubclass(kind, lr_scheduler.LRScheduler)
+    and name not in ("LRScheduler", "_LRScheduler", "ChainedScheduler", "SequentialLR")
+}
+_PER_STEP = (lr_scheduler.OneCycleLR, lr_scheduler.CyclicLR)
+# Arguments that stand for the length of a run; of these classes, where it is not asked for, too.
+_LENGTHS = ("T_max", "total_steps", "total_iters", "num_training_steps", "max_steps", "max_iters", "max_epochs")
+_AS_LONG = (lr_scheduler.OneCycleLR, lr_scheduler.PolynomialLR)
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """How the scheduler of an optimizer is made.
+
+    Attributes:
+        function: Makes it of the optimizer and the arguments.
+        args: The arguments.
+        per: ``"step"`` or ``"epoch"``; None if the scheduler decides.
+        warmup: Periods of a linear warm-up before it.
+        length: The argument that is the number of periods of the run; None if there is none, or it was given.
+        what: Where it was given, for errors.
+    """
+
+    function: Callable[..., Any]
+    args: dict[str, Any] = field(default_factory=dict)
+    per: str | None = None
+    warmup: int = 0
+    length: str | None = None
+    what: str = "scheduler_param"
+
+    @classmethod
+    def of(cls, scheduler_param: Mapping[str, Any]) -> Recipe:
+        """Return what ``{"scheduler": name, class or function, ...}`` describes.
+
+        Raises:
+            UsageError: No or an unknown name, or values that cannot be.
+        """
+        if not isinstance(scheduler_param, Mapping) or "scheduler" not in scheduler_param:
+            raise UsageError(
+                f"scheduler_param must name the scheduler as {{'scheduler': ...}}, got {scheduler_param!r}."
+            )
+        args = dict(scheduler_param)
+        given, per, warmup = args.pop("scheduler"), args.pop("per", None), args.pop("warmup", 0)
+        if per is not None:
+            per = resolve_name(per, {period: period for period in PERIODS}, "per of scheduler_param")
+        if isinstance(warmup, bool) or not isinstance(warmup, int) or warmup < 0:
+            raise UsageError(f"warmup of scheduler_param must be a whole number of at least 0, got {warmup!r}.")
+        for period in ("step_size", "T_max"):
+            # Torch divides by it after the first epoch, when that epoch would be lost.
+            if not args.get(period, 1) > 0:
+                raise UsageError(f"{period} of scheduler_param must be at least 1, got {args[period]}.")
+        if isinstance(given, str) and given.lower() == "warmup":
+            if not warmup:
+                raise UsageError("The scheduler warmup needs warmup, the number of epochs or steps it takes.")
+            return cls(function=lr_scheduler.LinearLR, args=_ramp(warmup) | args, per=per)
+        function = given if callable(given) else resolve_name(given, SCHEDULERS | _CLASSES, "scheduler")
+        return cls.from_function(function, args, per, warmup)
+
+    @classmethod
+    def from_function(
+        cls,
+        function: Callable[..., Any],
+        args: Mapping[str, Any] | None = None,
+        per: str | None = None,
+        warmup: int = 0,
+        what: str = "scheduler_param",
+    ) -> Recipe:
+        """Return the recipe of a class or function that takes the optimizer.
+
+        Raises:
+            UsageError: It cannot be called, or does not go with a warm-up or with steps.
+        """
+        if not callable(function):
+            raise UsageError(
+                f"scheduler must be a function of the optimizer that returns a scheduler, got {function!r}."
+            )
+        if isinstance(function, partial) and not function.args:
+            return cls.from_function(function.func, {**function.keywords, **(args or {})}, per, warmup, what)
+        named: Mapping[str, Any] = {}
+        # A builtin tells nothing of its arguments.
+        with contextlib.suppress(TypeError, ValueError):
+            named = inspect.signature(function).parameters
+        args = dict(args or {})
+        reduces = isinstance(function, type) and issubclass(function, lr_scheduler.ReduceLROnPlateau)
+        if warmup and (reduces or function in _PER_STEP):
+            raise UsageError(f"{_name(function)} cannot have a warmup: it goes by scores, or in cycles of its own.")
+        if reduces and per == "step":
+            raise UsageError(f"per must be 'epoch' for {_name(function)}: there are scores after an epoch.")
+        length = _length(function, named, args)
+        if per is None and (function in _PER_STEP or named.keys() & {"total_steps", "num_training_steps"}):
+            per = "step"
+        elif per is None and length is not None:
+            per = "epoch"
+        return cls(function=function, args=args, per=per, warmup=warmup, length=length, what=what)
+
+    def make(self, optimizer: torch.optim.Optimizer, total: int | None) -> Any:
+        """Return the scheduler of an optimizer.
+
+        Args:
+            optimizer: The optimizer, with the learning rates that the schedule starts from.
+            total: Periods of the run, where ``length`` is not None.
+
+        Raises:
+            UsageError: The arguments do not fit, or no scheduler comes out.
+        """
+        args = self._defaults(optimizer) | self.args
+        if self.length is not None:
+            assert total is not None
+            if total <= self.warmup:
+                raise UsageError(f"warmup of {self.what} must be shorter than the run, {total}, got {self.warmup}.")
+            args[self.length] = total - self.warmup
+        try:
+            scheduler = self.function(optimizer, **args)
+            if self.warmup:
+                ramp = lr_scheduler.LinearLR(optimizer, **_ramp(self.warmup))
+                scheduler = lr_scheduler.SequentialLR(optimizer, [ramp, scheduler], [self.warmup])
+        except (TypeError, ValueError, KeyError, AttributeError) as cause:
+            shown = ", ".join(f"{name}={value!r}" for name, value in self.args.items())
+            raise UsageError(f"{self.what}, {_name(self.function)}({shown}), cannot be used: {cause}.") from cause
+        _check(scheduler, optimizer, self.what)
+        return scheduler
+
+    def per_of(self, scheduler: Any) -> str:
+        """Return what a scheduler of this recipe is stepped by."""
+        return self.per or ("step" if isinstance(scheduler, _PER_STEP) else "epoch")
+
+    def _defaults(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        if self.function not in _PER_STEP:
+            return {}
+        cycles = {} if optimizer.defaults.keys() & {"momentum", "betas"} else {"cycle_momentum": False}
+        if self.function is lr_scheduler.OneCycleLR:
+            cycles["max_lr"] = [float(group["lr"]) for group in optimizer.param_groups]
+        return cycles
+
+
+def _ramp(warmup: int) -> dict[str, Any]:
+    """Return arguments of a linear scheduler whose period i of the warm-up, from 1, has the share i / (warmup + 1)."""
+    return {"start_factor": 1 / (warmup + 1), "total_iters": warmup}
+
+
+def _length(function: Any, named: Mapping[str, Any], args: Mapping[str, Any]) -> str | None:
+    if function is lr_scheduler.OneCycleLR and args.keys() & {"epochs", "steps_per_epoch"}:
+        return None
+    for name in _LENGTHS:
+        required = name in named and (named[name].default is inspect.Parameter.empty or function in _AS_LONG)
+        if required and name not in args:
+            return name
+    return None
+
+
+def _check(scheduler: Any, optimizer: torch.optim.Optimizer, what: str) -> None:
+    if not callable(getattr(scheduler, "step", None)):
+        raise UsageError(f"{what} must give a scheduler with a method step, got a {type(scheduler).__name__}.")
+    if getattr(scheduler, "optimizer", optimizer) is not optimizer:
+        raise UsageError(f"{what} gives a scheduler of another optimizer: make it of the one it is called with.")
+    of_step = inspect.signature(scheduler.step).parameters.values()
+    needed = [
+        each.name
+        for each in of_step
+        if each.default is each.empty and each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
+    ]
+    if needed and not isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
+        raise UsageError(f"step of {type(scheduler).__name__} needs {', '.join(needed)}, and is called without.")
+
+
+def _name(function: object) -> str:
+    return getattr(function, "__name__", type(function).__name__)

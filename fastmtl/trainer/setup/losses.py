@@ -1,0 +1,219 @@
+"""Losses of other kinds than `AbsLoss`: objects with ``compute_loss``, torch's own, other modules and functions."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import override
+
+from fastmtl.engine.trees import leaves, map_tree
+from fastmtl.errors import UsageError
+from fastmtl.loss import AbsLoss
+
+__all__ = ["DelegatedLoss", "EntryLoss", "FunctionLoss", "as_loss", "reduces_to_sum"]
+
+_OF_ENTRIES: tuple[type[nn.Module], ...] = (
+    nn.MSELoss,
+    nn.L1Loss,
+    nn.SmoothL1Loss,
+    nn.HuberLoss,
+    nn.BCELoss,
+    nn.BCEWithLogitsLoss,
+    nn.KLDivLoss,
+    nn.PoissonNLLLoss,
+    nn.SoftMarginLoss,
+)
+_OF_CLASSES: tuple[type[nn.Module], ...] = (nn.CrossEntropyLoss, nn.NLLLoss)
+_ENTRY_FUNCTIONS: Sequence[Callable[..., Any]] = (
+    F.mse_loss,
+    F.l1_loss,
+    F.smooth_l1_loss,
+    F.huber_loss,
+    F.binary_cross_entropy,
+    F.binary_cross_entropy_with_logits,
+    F.kl_div,
+    F.poisson_nll_loss,
+    F.soft_margin_loss,
+)
+_CLASS_FUNCTIONS: Sequence[Callable[..., Any]] = (F.cross_entropy, F.nll_loss)
+
+
+class DelegatedLoss(AbsLoss):
+    """Sums of its own for an object with ``compute_loss``: of another base class, or of an earlier task too."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+        self.ignore_index = getattr(inner, "ignore_index", AbsLoss.ignore_index)
+
+    @override
+    def compute_loss(self, pred: Any, gt: Any) -> Tensor:
+        loss: Tensor = self.inner.compute_loss(pred, gt)
+        return loss
+
+    @override
+    def labelled(self, gt: Any) -> Tensor:
+        known: Tensor = self.inner.labelled(gt) if hasattr(self.inner, "labelled") else super().labelled(gt)
+        return known
+
+    def divisor(self, gt: Any) -> int | Tensor:
+        """Return what the mean of a batch is divided by."""
+        divisor: int | Tensor = self.inner.divisor(gt) if hasattr(self.inner, "divisor") else self.labelled(gt).sum()
+        return divisor
+
+
+class FunctionLoss(AbsLoss):
+    """A module, or a function of predictions and labels, that knows nothing of missing labels.
+
+    It sees the rows that have labels. To find them, the step waits for the device, which a class derived from `AbsLoss`
+    does not ask for.
+
+    Args:
+        function: Returns the mean over the rows it is called with.
+        name: Where it was given, for errors.
+    """
+
+    def __init__(self, function: Callable[[Any, Any], Tensor], name: str) -> None:
+        super().__init__()
+        self.function = function
+        self.name = name
+        self.ignore_index = getattr(function, "ignore_index", AbsLoss.ignore_index)
+
+    @override
+    def compute_loss(self, pred: Any, gt: Any) -> Tensor:
+        if not isinstance(gt, Tensor) or not gt.dim():
+            return self.function(pred, gt)
+        known = self.labelled(gt)
+        if known.all():
+            return self.function(pred, gt)
+        entries = known.reshape(len(known), -1)
+        some = entries.any(1)
+        if not torch.equal(some, entries.all(1)):
+            raise UsageError(
+                f"{self.name} is a {type(self.function).__name__}, which cannot be told of rows whose labels are there "
+                "in part (NaN, or ignore_index): derive it from fastmtl.loss.AbsLoss, and average over labelled(gt)."
+            )
+        if not some.any():
+            floats = [leaf for leaf in leaves(pred) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+            return torch.stack([leaf.reshape(-1)[:0].sum() for leaf in floats]).sum()
+        rows = len(gt)
+        return self.function(
+            map_tree(lambda leaf: leaf[some] if isinstance(leaf, Tensor) and leaf.shape[:1] == (rows,) else leaf, pred),
+            gt[some],
+        )
+
+
+class EntryLoss(AbsLoss):
+    """One of torch's losses with an entry for each label: the mean, or the sum, of those whose label is there.
+
+    Args:
+        inner: What was given.
+        entries: The same without the reduction.
+        reduction: ``"mean"`` or ``"sum"``.
+    """
+
+    def __init__(self, inner: Any, entries: Callable[[Any, Any], Tensor], reduction: str) -> None:
+        super().__init__()
+        self.inner = inner
+        self.entries = entries
+        self.reduction = reduction
+
+    @override
+    def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
+        known = self.labelled(gt)
+        filled = torch.where(known, gt, 0)
+        values = self.entries(pred, filled if gt.is_floating_point() else filled.to(pred.dtype))
+        known = known.expand_as(values)
+        return self._reduced(torch.where(known, values, 0).sum(), known.sum())
+
+    def _reduced(self, total: Tensor, divisor: Tensor) -> Tensor:
+        return total if self.reduction == "sum" else total / torch.where(divisor == 0, 1, divisor)
+
+
+class _ClassLoss(EntryLoss):
+    """Torch's cross-entropy, of logits or log-probabilities ``(batch, classes, ...)``."""
+
+    def __init__(self, inner: Any, entries: Callable[[Any, Any], Tensor], reduction: str) -> None:
+        super().__init__(inner, entries, reduction)
+        self.ignore_index = self._setting("ignore_index") or AbsLoss.ignore_index
+
+    def _setting(self, name: str) -> Any:
+        keywords = getattr(self.entries, "keywords", {})
+        return keywords.get(name, getattr(self.entries, name, None))
+
+    @override
+    def labelled(self, gt: Tensor) -> Tensor:
+        known = super().labelled(gt)
+        return known.all(1) if gt.is_floating_point() else known
+
+    def divisor(self, gt: Tensor) -> Tensor:
+        """Return the sum of the weights of the labelled entries."""
+        known, weight = self.labelled(gt), self._setting("weight")
+        if weight is None or gt.is_floating_point():
+            return known.sum()
+        return torch.where(known, weight.to(gt.device)[torch.where(known, gt, 0)], 0).sum()
+
+    @override
+    def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
+        known = self.labelled(gt)
+        # Of integers it leaves out the missing ones by itself.
+        filled = torch.where(known.unsqueeze(1), gt, 0) if gt.is_floating_point() else gt
+        return self._reduced(torch.where(known, self.entries(pred, filled), 0).sum(), self.divisor(gt))
+
+
+def as_loss(given: Any, name: str) -> AbsLoss:
+    """Return a loss of any kind as an `AbsLoss`.
+
+    Args:
+        given: An object with ``compute_loss``; a module or function of predictions and labels that returns a scalar.
+        name: Where it was given, for errors.
+
+    Raises:
+        UsageError: It is neither.
+    """
+    if isinstance(given, AbsLoss):
+        return given
+    if not isinstance(given, type):
+        if hasattr(given, "compute_loss"):
+            return DelegatedLoss(given)
+        if callable(given):
+            return _torch_loss(given) or FunctionLoss(given, name)
+    raise UsageError(
+        f"{name} must be an object of a class derived from fastmtl.loss.AbsLoss, as CELoss(), or a module or function "
+        f"of predictions and labels that returns a scalar, as torch.nn.CrossEntropyLoss(); got {given!r}."
+    )
+
+
+def _torch_loss(given: Any) -> EntryLoss | None:
+    """Return one of torch's losses with its entries apart; None for anything else, or other reductions."""
+    if isinstance(given, nn.Module):
+        of_classes = type(given) in _OF_CLASSES
+        if not of_classes and type(given) not in _OF_ENTRIES:
+            return None
+        module: Any = given
+        # It has the same weights, wherever they are moved.
+        entries = copy.copy(module)
+        entries.reduction = "none"
+        reduction = module.reduction
+    else:
+        function = given.func if isinstance(given, partial) else given
+        of_classes = function in _CLASS_FUNCTIONS
+        if (not of_classes and function not in _ENTRY_FUNCTIONS) or (isinstance(given, partial) and given.args):
+            return None
+        keywords = given.keywords if isinstance(given, partial) else {}
+        entries = partial(function, **{**keywords, "reduction": "none"})
+        reduction = keywords.get("reduction", "mean")
+    if reduction not in ("mean", "sum"):
+        return None
+    return (_ClassLoss if of_classes else EntryLoss)(given, entries, reduction)
+
+
+def reduces_to_sum(loss: AbsLoss) -> bool:
+    """Return whether a loss says that it is a sum over the batch, not a mean."""
+    return any(getattr(each, "reduction", None) == "sum" for each in (loss, *vars(loss).values()))
