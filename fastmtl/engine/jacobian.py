@@ -62,6 +62,7 @@ class Pullback:
 
     def absorb(self, other: Pullback) -> None:
         """Take in another batch, which together with this one makes one step; its rows are added to this one's."""
+        raise NotImplementedError
 
     def write(self, weights: Weights, found: HasRows, comm: Comm, tasks: Tasks) -> None:
         """Fill ``.grad`` of the shared parameters, and sum that of all others over the processes."""
@@ -69,7 +70,10 @@ class Pullback:
 
 
 class Combine(Pullback):
-    """The rows are gradients of the shared parameters."""
+    """The rows are gradients of the shared parameters, and nothing else is needed of a batch."""
+
+    def absorb(self, other: Pullback) -> None:
+        """Have nothing to take in beside the rows."""
 
     def write(self, weights: Weights, found: HasRows, comm: Comm, tasks: Tasks) -> None:
         """Combine them."""
@@ -85,6 +89,9 @@ class Known(Pullback):
     def collect(self, rows: Rows, comm: Comm, final: bool) -> Rows:
         """Return the row as it is."""
         return rows
+
+    def absorb(self, other: Pullback) -> None:
+        """Have nothing to take in beside the row."""
 
     def write(self, weights: Weights, found: HasRows, comm: Comm, tasks: Tasks) -> None:
         """Write the update."""

@@ -71,8 +71,7 @@ class Split(Method):
         """Return the VJPs through the trunk, one row per cotangent."""
         last = len(cotangents) - 1
         return [
-            self.comm.row(features, cotangent, [], t < last, batch.final)[0]
-            for t, cotangent in enumerate(cotangents)
+            self.comm.row(features, cotangent, [], t < last, batch.final)[0] for t, cotangent in enumerate(cotangents)
         ]
 
     def trunk(self, batch: Batch) -> Features:

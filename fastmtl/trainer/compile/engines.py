@@ -71,17 +71,16 @@ def engines_to_try(
 
     plain = compiled() if options.compile is True else eager
     engines = {"eager" if plain is eager else "compiled": plain}
-    others, reasons = _other_vjps(strategy, plain, eager, hyper, options, tell)
-    reasons["traced"] = against_tracing
+    others = _other_vjps(strategy, plain, eager, hyper, options, tell)
     if options.vjps == "auto":
         if len(problem.tasks) >= _MANY_TASKS and not options.cuda_graph and options.tasks_per_step is None:
-            engines |= {name: engine for name, engine in others.items() if reasons[name] is None}
+            engines |= {name: other for name, other in others.items() if not isinstance(other, str)}
     elif options.vjps != "sequential":
-        reason = reasons[options.vjps]
-        if reason is not None:
-            tell(f"vjps: one after the other, as {reason}")
-        elif options.vjps != "traced":
-            engines = {options.vjps: others[options.vjps]}
+        asked = against_tracing if options.vjps == "traced" else others[options.vjps]
+        if isinstance(asked, str):
+            tell(f"vjps: one after the other, as {asked}")
+        elif asked is not None:
+            engines = {options.vjps: asked}
     if options.compile == "auto":
         engines["compiled"] = compiled()
     return engines
@@ -89,17 +88,31 @@ def engines_to_try(
 
 def _other_vjps(
     strategy: AbsWeighting, plain: Engine, eager: Engine, hyper: Mapping[str, Any], options: StepOptions, tell: Tell
-) -> tuple[dict[str, Engine], dict[str, str | None]]:
-    """Return the engines that take the VJPs together or not as a whole, and what stands against each."""
+) -> dict[str, Engine | str]:
+    """Return the engines that take the VJPs together or not as a whole, or what stands against each in a few words.
+
+    Args:
+        strategy: The strategy.
+        plain: The plainest engine of the run, of compiled functions or not.
+        eager: The same of functions that are not compiled.
+        hyper: Hyper-parameters of the strategy.
+        options: Checked options.
+        tell: Told what turns out not to work.
+    """
     batching = _against_batching(eager)
-    reasons = {"batched": batching, "compressed": _against_compression(strategy, plain, hyper, options) or batching}
+    compression = _against_compression(strategy, plain, hyper, options) or batching
     if not isinstance(plain, GradientEngine):
-        return {}, reasons
+        assert batching is not None
+        assert compression is not None
+        return {"batched": batching, "compressed": compression}
     # Compiled backward passes have no batching rules and no layers.
     regions = plain.regions.with_trunk(plain.problem.trunk)
     shared = plain.method.structure, regions, plain.comm, plain.method.weighs_heads
-    batched, compressed = Batched(*shared, tell, forced=options.vjps == "batched"), Compressed(*shared)
-    return {"batched": GradientEngine(batched), "compressed": GradientEngine(compressed)}, reasons
+    batched = Batched(*shared, tell, forced=options.vjps == "batched")
+    return {
+        "batched": batching or GradientEngine(batched),
+        "compressed": compression or GradientEngine(Compressed(*shared)),
+    }
 
 
 def _compilable(options: StepOptions, problem: Problem, tell: Tell) -> StepOptions:
@@ -156,13 +169,13 @@ def _method(problem: Problem, regions: Regions) -> type[Method]:
     return ForwardRepresentation
 
 
-def _against_batching(plain: Engine) -> str | None:
+def _against_batching(eager: Engine) -> str | None:
     """Return why the cotangents cannot go through the trunk together, in a few words; None if nothing is known."""
-    if isinstance(plain, ForeignEngine):
+    if isinstance(eager, ForeignEngine):
         return "the strategy runs backward passes of its own"
-    if not isinstance(plain, GradientEngine) or not isinstance(plain.method, Split):
+    if not isinstance(eager, GradientEngine) or not isinstance(eager.method, Split):
         return "the strategy or the network does not have one VJP per task go through a trunk"
-    return "several processes send each row when it is known" if plain.comm.shares_batches else None
+    return "several processes send each row when it is known" if eager.comm.shares_batches else None
 
 
 def _against_tracing(plain: Engine, problem: Problem, comm: Comm) -> str | None:
