@@ -228,7 +228,7 @@ def test_weights_are_copied_to_a_device_once() -> None:
     ("make", "message"),
     [
         (lambda: CELoss(weight=[1.0, -1.0]), r"weight must be a vector .* got \[1.0, -1.0\]"),
-        (lambda: CELoss(weight=[[1.0, 1.0]]), "weight must be a vector"),
+        (lambda: CELoss(weight=torch.ones(1, 2)), "weight must be a vector"),
         (lambda: CELoss(weight=[0.0, 0.0]), "weight must be above 0 for some class"),
         (lambda: CELoss(label_smoothing=1.5), "label_smoothing must be from 0 to 1, got 1.5"),
         (lambda: BCELoss(pos_weight=NAN), "pos_weight must be a vector of finite numbers"),

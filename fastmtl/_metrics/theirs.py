@@ -99,10 +99,11 @@ class TorchMetric(AbsMetric):
             fed.reset()
 
     def sync(self, peers: Group) -> None:
-        """Agree with the other processes on whether predictions are logits."""
+        """Agree with the other processes on whether predictions are logits, and let scores be of all of them."""
         super().sync(peers)
         for fed in self._fed:
             fed.are_logits = any(peers.gather(fed.are_logits))
+            fed.peers = peers
 
 
 class _Fed:
@@ -110,9 +111,11 @@ class _Fed:
 
     def __init__(self, metric: Metric) -> None:
         self.metric = metric
+        self.peers: Group | None = None
         self.are_logits = False
         self._are_probabilities = False
-        self._held: list[tuple[Tensor, Tensor]] = []
+        self._held: list[tuple[Tensor, Any]] = []
+        self._numbers = 0
 
     def update(self, pred: Any, gt: Any) -> None:
         if not isinstance(pred, Tensor) or not pred.is_floating_point() or not _any_of(self.metric, _is_of_classes):
@@ -126,19 +129,26 @@ class _Fed:
                 )
             self.are_logits = True
         self._held.append((pred.detach(), gt))
-        self._are_probabilities = not self.are_logits and sum(pred.numel() for pred, _ in self._held) > _HELD
+        self._numbers += pred.numel()
+        self._are_probabilities = not self.are_logits and self._numbers > _HELD
         if self.are_logits or self._are_probabilities:
             self._let_go()
 
     def score(self) -> float:
         self._let_go()
-        with warnings.catch_warnings(), _in_a_sentence(self.metric, "cannot be computed of the labels that there were"):
+        peers, self.peers = self.peers, None
+        with (
+            warnings.catch_warnings(),
+            _in_a_sentence(self.metric, "cannot be computed of the labels that there were"),
+            _gathered_by(self.metric, peers),
+        ):
             # With several processes, where this one had no labels.
             warnings.filterwarnings("ignore", message=r".*was called before the ``update``")
             return float(self.metric.compute())
 
     def reset(self) -> None:
         self._held.clear()
+        self._numbers, self._are_probabilities = 0, False
         self.metric.reset()
 
     def _let_go(self) -> None:
@@ -173,7 +183,8 @@ def _part(metric: Metric, pred: Any, gt: Tensor, known: Tensor) -> tuple[Any, Te
     rows = labelled_rows(pred, known), labelled_rows(gt, known)
     if gt.is_floating_point() and _any_of(metric, lambda part: getattr(part, "remove_nans", False)):
         return rows
-    ignored = [part.ignore_index for part in metric.modules() if getattr(part, "ignore_index", None) is not None]
+    ignored: list[Any] = [getattr(part, "ignore_index", None) for part in metric.modules()]
+    ignored = [label for label in ignored if label is not None]
     if ignored and known.shape == gt.shape:
         here = labelled_rows(known, known).to(gt.device, non_blocking=True)
         return rows[0], torch.where(here, rows[1], ignored[0])
@@ -208,6 +219,29 @@ def _is_of_classes(metric: Any) -> bool:
 def _has_columns(metric: Any) -> bool:
     by_column = getattr(metric, "num_outputs", 1) != 1 or getattr(metric, "multidim_average", "") == "samplewise"
     return by_column or hasattr(metric, "num_labels") or hasattr(metric, "multioutput")
+
+
+@contextmanager
+def _gathered_by(metric: Metric, peers: Group | None) -> Iterator[None]:
+    """Let the states of several processes be gathered by their group.
+
+    Torchmetrics takes states for tensors of one dtype, which those of a process without any label are not.
+    """
+
+    def gather(state: Tensor, group: object = None) -> list[Tensor]:
+        assert peers is not None
+        states = [other.to(state.device) for other in peers.gather(state.cpu())]
+        return [other for other in states if other.numel()] or states[:1]
+
+    parts: list[Any] = [] if peers is None else [part for part in metric.modules() if hasattr(part, "dist_sync_fn")]
+    parts = [part for part in parts if part.dist_sync_fn is None]
+    for part in parts:
+        part.dist_sync_fn = gather
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.dist_sync_fn = None
 
 
 @contextmanager

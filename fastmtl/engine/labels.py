@@ -85,7 +85,7 @@ def _has_label(loss: AbsLoss, row: Any) -> bool | Tensor:
 
 def _told_by(loss: AbsLoss, labels: Any) -> int | Tensor | None:
     """Return what a user's own method says of labels that are no tensor; None if there is none that takes them."""
-    inner = getattr(loss, "inner", None)
+    inner: Any = getattr(loss, "inner", None)
     loss = inner if hasattr(inner, "compute_loss") else loss
     for name in ("divisor", "labelled"):
         method = getattr(type(loss), name, None)

@@ -201,8 +201,8 @@ class _Boxes(AbsLoss):
 
 
 class _WeighedBoxes(_Boxes):
-    def divisor(self, gt: Any) -> float:
-        return 0.25 * sum(len(boxes) > 0 for boxes in gt)
+    def divisor(self, gt: Any) -> Tensor:
+        return 0.25 * self.labelled(gt).sum()
 
 
 @pytest.mark.parametrize("loss", [_Boxes(), _WeighedBoxes()])

@@ -42,7 +42,9 @@ def _cases() -> list[tuple[AbsLoss, Tensor, Tensor]]:
 
 def _without(loss: AbsLoss, labels: Tensor, rows: list[int]) -> Tensor:
     labels = labels.clone()
-    labels[rows] = torch.nan if labels.is_floating_point() else loss.ignore_index
+    missing = torch.nan if labels.is_floating_point() else loss.ignore_index
+    assert missing is not None
+    labels[rows] = missing
     return labels
 
 
