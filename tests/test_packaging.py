@@ -119,6 +119,16 @@ def test_constraints_pin_every_dependency() -> None:
         assert requirement.specifier.contains(pin.version)
 
 
+def test_torchvision_is_pinned_to_what_goes_with_torch() -> None:
+    text = (ROOT / "constraints.txt").read_text()
+    torch_pin, vision_pin = (re.search(rf"^{name}==(\S+)$", text, re.MULTILINE)[1] for name in ("torch", "torchvision"))
+    if importlib.metadata.version("torchvision").partition("+")[0] != vision_pin:
+        pytest.skip("another torchvision is installed")
+    needed = [Requirement(each) for each in importlib.metadata.requires("torchvision") or ()]
+    (needs_torch,) = (each for each in needed if each.name == "torch")
+    assert needs_torch.specifier.contains(torch_pin)
+
+
 def test_version_is_the_installed_one() -> None:
     assert importlib.metadata.version("fastmtl-torch") == fastmtl.__version__
 

@@ -174,7 +174,9 @@ class TrainingEpoch:
 
 def refuse_unknown(trainer: TrainerState) -> None:
     """Refuse parameters that were not there when the optimizer was made, which would never be trained."""
-    unknown = [name for name, _ in trainer.model.named_parameters() if name not in trainer.known_names]
+    # Pruning gives parameters other names, FSDP puts others in their place.
+    known, same = trainer.known_names, set(trainer.storage.trained)
+    unknown = [name for name, param in trainer.model.named_parameters() if name not in known and param not in same]
     if unknown:
         raise UsageError(
             f"The network has parameters that are not trained, as they were made later than the optimizer: "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,14 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.utils.data import DataLoader
 
 from fastmtl import Trainer
+from fastmtl.cli.build import build_trainer, load_data
 from fastmtl.errors import UsageError
 from fastmtl.model import StagedEncoder
+from fastmtl.trainer.run.config import TrainConfig
 from fastmtl.weighting import WEIGHTINGS
 from tests.trainer.toy import flat, loaders, make_trainer, task_dict
 
@@ -222,6 +227,33 @@ def test_parameters_that_a_first_pass_makes() -> None:
     assert not torch.equal(flat(trainer.model.encoder.parameters()), before)
     with pytest.raises(UsageError, match=r"parameters that are not trained.*encoder\.layer\.weight.*example_inputs"):
         make_trainer("EW", encoder_class=LateEncoder).train(loaders(), loaders(), 1)
+
+
+def test_layers_that_pruning_renames_stay_known() -> None:
+    trainer = make_trainer("EW")
+    trainer.train(loaders(), loaders(), 1)
+    prune.l1_unstructured(trainer.model.decoders["task0"], "weight", 0.5)
+    trainer.train(loaders(), loaders(), 1)
+    assert (trainer.model.decoders["task0"].weight == 0).sum() == 12
+
+
+def test_the_command_takes_a_batch_of_the_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def first_rows(lazy: bool) -> tuple[Any, Tensor]:
+        def decoders(_: object) -> dict[str, nn.Module]:
+            kind: Any = nn.LazyLinear if lazy else partial(nn.Linear, 16)
+            head = [nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), kind(10)) for _ in range(2)]
+            return {"left": head[0], "right": head[1]}
+
+        config, bundle = load_data(TrainConfig(encoder="conv", train_size=64, batch_size=16, device="cpu"))
+        monkeypatch.setattr(type(bundle), "decoders", decoders)
+        trainer = build_trainer(config, bundle)
+        assert isinstance(bundle.train, DataLoader)
+        return trainer, next(iter(bundle.train))[0]
+
+    (lazy, rows), (_, expected) = first_rows(True), first_rows(False)
+    width = lazy.model.encoder.feature_dim
+    assert lazy.model.decoders["left"][2].weight.shape == (10, width)
+    assert torch.equal(rows, expected)
 
 
 def test_lazy_convolutions() -> None:

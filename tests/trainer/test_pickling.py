@@ -7,6 +7,7 @@ import io
 import multiprocessing
 import pickle
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -46,8 +47,9 @@ def _pickled(model: nn.Module) -> Any:
 WAYS = {"torch.save": _saved, "pickle": _pickled, "deepcopy": copy.deepcopy}
 
 
-def _trained(weighting: Any = "MGDA", architecture: Any = "HPS", **options: Any) -> Any:
-    trainer = make_trainer(weighting, architecture, **options)
+@cache
+def _trained(weighting: Any = "MGDA", architecture: Any = "HPS", make_encoder: Any = encoder) -> Any:
+    trainer = make_trainer(weighting, architecture, encoder_class=make_encoder)
     trainer.train(loaders(), loaders(), 1)
     return trainer
 
@@ -113,7 +115,7 @@ def test_every_strategy(name: str) -> None:
 
 
 def test_an_encoder_class_that_no_module_has() -> None:
-    trainer = _trained(encoder_class=lambda: encoder())
+    trainer = _trained(make_encoder=lambda: encoder())
     with pytest.raises(UsageError, match="encoder_class of this model could not be pickled"):
         _pickled(trainer.model).encoder_class()
     assert len(list(copy.deepcopy(trainer.model).encoder_class().parameters())) == 4

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from fastmtl.errors import CheckpointError
+from fastmtl.errors import CheckpointError, UsageError
 from fastmtl.trainer.checkpoint.files import by_module, differences, model_state, read_checkpoint
 from fastmtl.trainer.setup.model import TrainedModel
 from fastmtl.trainer.setup.tasks import loss_names
@@ -45,7 +45,10 @@ def start_from(model: TrainedModel, strategy_params: Sequence[nn.Parameter], pat
 
     Raises:
         CheckpointError: The file cannot be read, differs, or has nothing that fits.
+        UsageError: ``strict`` is neither True nor False.
     """
+    if not isinstance(strict, bool):
+        raise UsageError(f"load_strict must be True or False, got {strict!r}.")
     path = path / "best.pt" if path.is_dir() else path
     given = model_state(read_checkpoint(path, model.device), path)
     own = model.state_dict()
