@@ -52,8 +52,8 @@ class Halving:
         if not multi_input:
             return self._halves(inputs, labels, "")
         parts = {
-            task: self._halves(own, labels[task], f"[{task!r}]") if task in labels else ((own, None), (own, None))
-            for task, own in inputs.items()
+            task: self._halves(part, labels[task], f"[{task!r}]") if task in labels else ((part, None), (part, None))
+            for task, part in inputs.items()
         }
         first, second = (
             (
@@ -157,18 +157,18 @@ def _count_rows(inputs: Any, labels: Any, place: str) -> int:
         first = first or name
     if by_labels == {1}:
         return 1
-    found = by_labels
+    rows = by_labels
     for name, part in _parts(inputs, f"inputs{place}"):
         lengths = _known_lengths(part, name)
         if lengths is None:
             continue
-        found = lengths if found is None else found & lengths
-        if not found:
-            rows = f"the labels have {_told(by_labels)} rows" if by_labels else "other inputs have another"
-            raise _refusal(f"{name} has the length {_told(lengths)} where {rows}")
-    if found is None or len(found) > 1:
-        raise _refusal(f"it has {_told(found or ())} rows" if found else "nothing in it has rows")
-    return found.pop()
+        rows = lengths if rows is None else rows & lengths
+        if not rows:
+            told = f"the labels have {_told(by_labels)} rows" if by_labels else "other inputs have another"
+            raise _refusal(f"{name} has the length {_told(lengths)} where {told}")
+    if rows is None or len(rows) > 1:
+        raise _refusal(f"it has {_told(rows or ())} rows" if rows else "nothing in it has rows")
+    return rows.pop()
 
 
 def _parts(tree: Any, name: str) -> Iterable[tuple[str, Any]]:

@@ -81,7 +81,8 @@ def test_shared_modules_stay_shared_and_others_stay() -> None:
 
 
 def test_a_pickle_has_no_processes_a_copy_has_the_same() -> None:
-    peers, model = _Alone(), nn.Sequential(nn.BatchNorm1d(3))
+    peers: Any = _Alone()
+    model: Any = nn.Sequential(nn.BatchNorm1d(3))
     synchronize(model, peers)
     again = pickle.loads(pickle.dumps(model))
     assert isinstance(again[0].peers, Alone)

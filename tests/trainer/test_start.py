@@ -223,14 +223,14 @@ def test_what_goes_by_the_places_of_tasks_is_taken_by_their_names(architecture: 
     before.load_state_dict(state)
     pairs = (("c", 2, 0), ("a", 0, 2))
     for task, old, new in pairs:
-        lists = [
+        lists: Any = [
             (module, after.get_submodule(name))
             for name, module in before.named_modules()
             if isinstance(module, nn.ModuleList) and len(module) == 3 and "shared_layer" not in name
         ]
         assert lists
-        for theirs, own in lists:
-            for one, other in zip(theirs[old].state_dict().values(), own[new].state_dict().values(), strict=True):  # type: ignore[index]
+        for theirs, ours in lists:
+            for one, other in zip(theirs[old].state_dict().values(), ours[new].state_dict().values(), strict=True):
                 assert torch.equal(one, other)
         assert torch.equal(before.decoders[task].weight, after.decoders[task].weight)
     fresh = make_trainer("EW", architecture, **_of_tasks("cda")).model

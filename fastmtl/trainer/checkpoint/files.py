@@ -105,14 +105,14 @@ def by_module(names: Iterable[str]) -> Counter[str]:
     return Counter(".".join(name.split(".")[: 2 if name.startswith("decoders.") else 1]) for name in names)
 
 
-def differences(own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> list[str]:
-    """Return what keeps a state from being that of a model with the state ``own``, difference by difference."""
+def differences(current: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> list[str]:
+    """Return what keeps a state from being that of a model with the state ``current``, difference by difference."""
     return [
-        *(f"{name} is missing" for name in _absent(own, state)),
-        *(f"{name} is not in the model" for name in _absent(state, own)),
+        *(f"{name} is missing" for name in _absent(current, state)),
+        *(f"{name} is not in the model" for name in _absent(state, current)),
         *(
             f"{key} has shape {tuple(state[key].shape)} in place of {tuple(value.shape)}"
-            for key, value in own.items()
+            for key, value in current.items()
             if key in state and state[key].shape != value.shape
         ),
     ]
@@ -122,12 +122,12 @@ def _absent(names: Iterable[str], others: Iterable[str]) -> list[str]:
     """Return the names that are not among others; those of a part that lacks all of them as one."""
     there = set(others)
     parts = by_module(there)
-    found: dict[str, None] = {}
+    absent: dict[str, None] = {}
     for name in names:
         if name not in there:
             (part,) = by_module([name])
-            found[name if part in parts else part] = None
-    return list(found)
+            absent[name if part in parts else part] = None
+    return list(absent)
 
 
 def load_model_state(model: nn.Module, state: Mapping[str, torch.Tensor], path: Path) -> None:
@@ -139,13 +139,13 @@ def load_model_state(model: nn.Module, state: Mapping[str, torch.Tensor], path: 
     Raises:
         CheckpointError: They are not; the message names the first differences.
     """
-    own = model.state_dict()
+    current = model.state_dict()
     remembered: list[str] = [*getattr(model, "remembered", list)(), *loss_names(model)]
-    found = differences({key: value for key, value in own.items() if key in state or key not in remembered}, state)
-    if found:
-        more = f" and {len(found) - 2} more differences" if len(found) > 2 else ""
-        raise CheckpointError(f"The checkpoint {path} is of another model: {'; '.join(found[:2])}{more}.")
-    model.load_state_dict({key: state.get(key, value) for key, value in own.items()})
+    told = differences({key: value for key, value in current.items() if key in state or key not in remembered}, state)
+    if told:
+        more = f" and {len(told) - 2} more differences" if len(told) > 2 else ""
+        raise CheckpointError(f"The checkpoint {path} is of another model: {'; '.join(told[:2])}{more}.")
+    model.load_state_dict({key: state.get(key, value) for key, value in current.items()})
 
 
 def rng_state(generators: Sequence[torch.Generator] = ()) -> Saved:

@@ -50,33 +50,23 @@ def start_from(model: TrainedModel, strategy_params: Sequence[nn.Parameter], pat
     if not isinstance(strict, bool):
         raise UsageError(f"load_strict must be True or False, got {strict!r}.")
     path = path / "best.pt" if path.is_dir() else path
-    given = model_state(read_checkpoint(path, model.device), path)
-    own = model.state_dict()
-    state = _renamed(given, own)
-    remembered = set(model.remembered())
-    params = {id(param) for param in strategy_params}
-    strategy = remembered | {name for name, param in model.named_parameters() if id(param) in params}
-    origin = _Origin.of(given)
-    doubt = origin.doubt(model, all(name in state for name in strategy) and bool(remembered))
-    withheld = sorted(name for name in strategy if name in state) if doubt else []
+    content = model_state(read_checkpoint(path, model.device), path)
+    current, origin = model.state_dict(), _Origin.of(content)
+    state = _renamed(content, current)
+    remembered, params = set(model.remembered()), {id(param) for param in strategy_params}
+    learned = remembered | {name for name, param in model.named_parameters() if id(param) in params}
+    doubt = origin.doubt(model, all(name in state for name in learned) and bool(remembered))
+    withheld = sorted(name for name in learned if name in state) if doubt else []
     if strict:
         optional = remembered.union(loss_names(model))
-        found = differences({key: value for key, value in own.items() if key in state or key not in optional}, state)
-        found += origin.differences(model, withheld)
-        if found:
-            more = f" and {len(found) - 3} more differences" if len(found) > 3 else ""
-            raise CheckpointError(
-                f"The checkpoint {path} is of another model: {'; '.join(found[:3])}{more}. With load_strict=False what "
-                "fits is taken."
-            )
-    elif not any(key in own for key in state):
-        state = _placed(state, own)
-    elif origin.tasks is not None and origin.tasks != list(model.task_name):
-        state = {_by_name(key, origin.tasks, model): value for key, value in state.items()}
-    fit = _Fit.of({key: value for key, value in state.items() if key not in withheld}, own, remembered)
+        wanted = {key: value for key, value in current.items() if key in state or key not in optional}
+        _refuse(differences(wanted, state) + origin.differences(model, withheld), path)
+    else:
+        state = _found_places(state, current, origin, model)
+    fit = _Fit.of({key: value for key, value in state.items() if key not in withheld}, current, remembered)
     if not fit.taken:
         raise CheckpointError(f"Nothing in the checkpoint {path} has the name and shape of a parameter of the model.")
-    model.load_state_dict(own | fit.taken)
+    model.load_state_dict(current | fit.taken)
     print(f"Load Model from - {path}")
     if not strict:
         print(fit.told())
@@ -84,6 +74,15 @@ def start_from(model: TrainedModel, strategy_params: Sequence[nn.Parameter], pat
         print(f"Not in the file, so that they begin anew: {', '.join(new)}")
     if withheld:
         print(f"{', '.join(withheld)} not taken: {doubt}")
+
+
+def _refuse(told: Sequence[str], path: Path) -> None:
+    if told:
+        more = f" and {len(told) - 3} more differences" if len(told) > 3 else ""
+        raise CheckpointError(
+            f"The checkpoint {path} is of another model: {'; '.join(told[:3])}{more}. With load_strict=False what fits "
+            "is taken."
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,13 +109,13 @@ class _Origin:
 
     def differences(self, model: TrainedModel, withheld: Sequence[str]) -> list[str]:
         """Return the differences that names and shapes do not show."""
-        found = []
+        told = []
         if self.strategy is not None and self.strategy != model.strategy_name and withheld:
-            found.append(f"{', '.join(withheld)} is of {self.strategy}, not of {model.strategy_name}")
-        tasks, own = self.tasks, list(model.task_name)
-        if tasks is not None and tasks != own and sorted(tasks) == sorted(own):
-            found.append(f"its tasks are in the order {_listed(tasks)}, the model's in {_listed(own)}")
-        return found
+            told.append(f"{', '.join(withheld)} is of {self.strategy}, not of {model.strategy_name}")
+        tasks, here = self.tasks, list(model.task_name)
+        if tasks is not None and tasks != here and sorted(tasks) == sorted(here):
+            told.append(f"its tasks are in the order {_listed(tasks)}, the model's in {_listed(here)}")
+        return told
 
 
 @dataclass(slots=True)
@@ -129,16 +128,16 @@ class _Fit:
     reshaped: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, state: State, own: State, remembered: Iterable[str]) -> _Fit:
+    def of(cls, state: State, current: State, remembered: Iterable[str]) -> _Fit:
         fit = cls()
         for key, value in state.items():
-            if key not in own:
+            if key not in current:
                 fit.left.append(key)
-            elif own[key].shape != value.shape:
-                fit.reshaped.append(f"{key} {tuple(value.shape)} for {tuple(own[key].shape)}")
+            elif current[key].shape != value.shape:
+                fit.reshaped.append(f"{key} {tuple(value.shape)} for {tuple(current[key].shape)}")
             else:
                 fit.taken[key] = value
-        fit.new = [key for key in own if key not in fit.taken and key not in remembered]
+        fit.new = [key for key in current if key not in fit.taken and key not in remembered]
         return fit
 
     def told(self) -> str:
@@ -160,32 +159,41 @@ def _listed(tasks: Iterable[str] | None) -> str:
     return ", ".join(tasks or ())
 
 
-def _renamed(state: State, own: State) -> State:
+def _renamed(state: State, current: State) -> State:
     """Return a state with the model's names where wrappers have put something in front, or between."""
 
     def plain(name: str) -> str:
         return name.removeprefix("module.").replace("_orig_mod.", "")
 
-    names = {plain(name): name for name in own}
-    found = {names.get(plain(key), plain(key)): value for key, value in state.items()}
-    return found if len(found) == len(state) else state
+    names = {plain(name): name for name in current}
+    renamed = {names.get(plain(key), plain(key)): value for key, value in state.items()}
+    return renamed if len(renamed) == len(state) else state
+
+
+def _found_places(state: State, current: State, origin: _Origin, model: TrainedModel) -> State:
+    """Return a state under the names that its tensors have in the model."""
+    if not any(key in current for key in state):
+        return _placed(state, current)
+    if origin.tasks is None or origin.tasks == list(model.task_name):
+        return state
+    return {_by_name(key, origin.tasks, model): value for key, value in state.items()}
 
 
 def _by_name(name: str, tasks: list[str], model: TrainedModel) -> str:
     """Return the name that a tensor of a model of other tasks has in this one, where names have the places of tasks."""
     for pattern in model.by_place:
-        found = re.search(pattern, name)
-        if found is None:
+        match = re.search(pattern, name)
+        if match is None:
             continue
-        task = tasks[int(found[1])] if found.groups() and int(found[1]) < len(tasks) else None
+        task = tasks[int(match[1])] if match.groups() and int(match[1]) < len(tasks) else None
         if task not in model.task_name:
             return f"{name} of other tasks"
-        start, end = found.span(1)
+        start, end = match.span(1)
         return f"{name[:start]}{list(model.task_name).index(task)}{name[end:]}"
     return name
 
 
-def _placed(state: State, own: State) -> State:
+def _placed(state: State, current: State) -> State:
     """Return a backbone's state under the names of the modules of a network that it fits, without its decoders.
 
     It fits where more than half of its tensors do.
@@ -194,7 +202,7 @@ def _placed(state: State, own: State) -> State:
     shorter = {key.split(".", 1)[-1]: value for key, value in state.items()} if len(heads) == 1 else {}
     for named in (state, shorter):
         places: Counter[str] = Counter()
-        for key, value in own.items():
+        for key, value in current.items():
             parts = () if key.startswith("decoders.") else key.split(".")
             for start in range(1, len(parts)):
                 inner = ".".join(parts[start:])
@@ -203,7 +211,7 @@ def _placed(state: State, own: State) -> State:
         most = max(places.values(), default=0)
         if 2 * most > len(named) > 0:
             best = [place for place, count in places.items() if count == most]
-            placed = {place + key: value for place in best for key, value in named.items() if place + key in own}
-            fitting = {key for key in named if any(place + key in own for place in best)}
+            placed = {place + key: value for place in best for key, value in named.items() if place + key in current}
+            fitting = {key for key in named if any(place + key in current for place in best)}
             return placed | {key: value for key, value in named.items() if key not in fitting}
     return state
