@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastmtl._loss.base import AbsLoss, PerClass, mean_known, over
 from fastmtl.errors import UsageError
-from fastmtl.support.shapes import as_classes, as_entries, same_but_ones
+from fastmtl.support.shapes import as_classes, as_classes_or_shares, as_entries, refuse_real, same_but_ones
 
 __all__ = ["CELoss", "FocalLoss", "SegLoss"]
 
@@ -56,19 +56,14 @@ class CELoss(AbsLoss):
         if self.weight is None or gt.is_floating_point():
             return known.sum()
         weights = self.weight.on(gt.device)
-        classes = torch.where(known, gt, 0).clamp(0, len(weights) - 1).flatten()
+        classes = torch.where(known, gt, 0).clamp(0, len(weights) - 1).flatten().long()
         return torch.where(known.flatten(), weights.index_select(0, classes), 0).sum()
 
     def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
         """Return the mean cross-entropy."""
-        who = type(self).__name__
-        if isinstance(gt, Tensor) and gt.is_floating_point():
-            pred, gt = _probabilities(pred, gt, who)
-            # Probabilities of zero give no loss and no gradient.
-            labels = torch.where(self.labelled(gt).unsqueeze(1), gt, 0)
-        else:
-            pred, gt = as_classes(pred, gt, who)
-            labels = gt.long()
+        pred, gt = as_classes_or_shares(pred, gt, type(self).__name__)
+        # Probabilities of zero give no loss and no gradient.
+        labels = torch.where(self.labelled(gt).unsqueeze(1), gt, 0) if gt.is_floating_point() else gt.long()
         total = F.cross_entropy(
             pred,
             labels,
@@ -78,21 +73,6 @@ class CELoss(AbsLoss):
             label_smoothing=self.label_smoothing,
         )
         return over(total, self.divisor(gt).to(total.dtype))
-
-
-def _probabilities(pred: Tensor, gt: Tensor, who: str) -> tuple[Tensor, Tensor]:
-    _refuse_real(pred, gt, who, "probabilities")
-    as_classes(pred, gt.select(1, 0) if gt.dim() > 1 else gt, who)
-    return pred, gt
-
-
-def _refuse_real(pred: Tensor, gt: Tensor, who: str, what: str) -> None:
-    """Refuse labels in floating point of another shape than the predictions."""
-    if isinstance(pred, Tensor) and pred.shape != gt.shape:
-        raise UsageError(
-            f"{who}: labels of shape {tuple(gt.shape)} and {gt.dtype} are no class indices, which are integers, and no "
-            f"{what}, which have the shape of the predictions, {tuple(pred.shape)}."
-        )
 
 
 class SegLoss(AbsLoss):
@@ -185,8 +165,8 @@ class FocalLoss(AbsLoss):
                 f"alpha must be a weight for each class, or None, of several classes, got {self.alpha!r} for "
                 f"predictions of shape {tuple(pred.shape)}."
             )
-        if isinstance(gt, Tensor) and gt.is_floating_point():
-            _refuse_real(pred, gt, type(self).__name__, "binary labels")
+        if isinstance(pred, Tensor) and isinstance(gt, Tensor) and gt.is_floating_point():
+            refuse_real(pred, gt, type(self).__name__, "binary labels")
         pred, gt = as_classes(pred, gt, type(self).__name__)
         known = self.labelled(gt)
         classes = torch.where(known, gt, 0).long().unsqueeze(1)

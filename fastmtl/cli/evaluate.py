@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -57,16 +58,27 @@ def evaluate(
         for task, of_task in about.items()
     }
     if as_json:
-        facts = {"run": str(path), "checkpoint": str(scores.weights), "split": split, "tasks": tasks}
-        print(json.dumps(facts if improvement is None else {**facts, "improvement": improvement}))
+        known = {task: {name: _or_none(value) for name, value in values.items()} for task, values in tasks.items()}
+        facts = {"run": str(path), "checkpoint": str(scores.weights), "split": split, "tasks": known}
+        print(json.dumps(facts if improvement is None else {**facts, "improvement": _or_none(improvement)}))
         return
     config, bundle = scores.config, scores.bundle
     rows = f"{bundle.rows[split]:,} {split} rows of {bundle.name}"
     print(f"{config.arch} + {config.weighting} from {scores.weights}, {rows}")
     for task, values in tasks.items():
-        print(f"  {task}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+        print(f"  {task}: " + ", ".join(f"{name} {_shown(value, '.4f')}" for name, value in values.items()))
     if base is not None and improvement is not None:
-        print(f"Improvement over {base.config.arch} + {base.config.weighting} from {base.weights}: {improvement:+.2%}")
+        shown = _shown(improvement, "+.2%")
+        print(f"Improvement over {base.config.arch} + {base.config.weighting} from {base.weights}: {shown}")
+
+
+def _shown(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else format(value, form)
+
+
+def _or_none(value: float) -> float | None:
+    """Return a number, None for NaN, which JSON does not have."""
+    return None if math.isnan(value) else value
 
 
 def _score(path: Path, checkpoint: str, split: str, device: str | None) -> _Scores:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastmtl.errors import UsageError
 
-__all__ = ["as_classes", "as_entries", "as_normals", "same_but_ones"]
+__all__ = ["as_classes", "as_classes_or_shares", "as_entries", "as_normals", "refuse_real", "same_but_ones"]
 
 
 def as_entries(pred: Any, gt: Any, who: str) -> tuple[Tensor, Tensor]:
@@ -74,6 +74,34 @@ def _check_tensors(pred: object, gt: object, who: str) -> None:
     for what, values in (("predictions", pred), ("labels", gt)):
         if not isinstance(values, Tensor):
             raise UsageError(f"{who} takes tensors, but the {what} are of type {type(values).__name__}.")
+
+
+def as_classes_or_shares(pred: Any, gt: Any, who: str) -> tuple[Tensor, Tensor]:
+    """Return logits and class labels as :func:`as_classes` does, or both as they are where labels are probabilities.
+
+    Args:
+        pred: Logits ``(batch, classes, ...)`` of at least two classes.
+        gt: Integers, or in floating point probabilities of the shape of the logits.
+        who: The loss, for the error.
+
+    Raises:
+        UsageError: The labels have another shape, there is one class only, or they are no tensors.
+    """
+    _check_tensors(pred, gt, who)
+    if not gt.is_floating_point():
+        return as_classes(pred, gt, who)
+    refuse_real(pred, gt, who, "probabilities")
+    as_classes(pred, gt.select(1, 0) if gt.dim() > 1 else gt, who)
+    return pred, gt
+
+
+def refuse_real(pred: Tensor, gt: Tensor, who: str, what: str) -> None:
+    """Refuse labels in floating point of another shape than the predictions, which would be no class indices."""
+    if pred.shape != gt.shape:
+        raise UsageError(
+            f"{who}: labels of shape {tuple(gt.shape)} and {gt.dtype} are no class indices, which are integers, and no "
+            f"{what}, which have the shape of the predictions, {tuple(pred.shape)}."
+        )
 
 
 def as_normals(pred: Any, gt: Any, who: str) -> None:

@@ -15,6 +15,7 @@ from typing_extensions import override
 from fastmtl.engine.trees import leaves, map_tree
 from fastmtl.errors import UsageError
 from fastmtl.loss import AbsLoss
+from fastmtl.support.shapes import as_classes_or_shares, as_entries
 
 __all__ = ["DelegatedLoss", "EntryLoss", "FunctionLoss", "as_loss", "reduces_to_sum"]
 
@@ -29,6 +30,7 @@ _OF_ENTRIES: tuple[type[nn.Module], ...] = (
     nn.PoissonNLLLoss,
     nn.SoftMarginLoss,
 )
+_BINARY = (nn.BCELoss, nn.BCEWithLogitsLoss, nn.SoftMarginLoss)
 _OF_CLASSES: tuple[type[nn.Module], ...] = (nn.CrossEntropyLoss, nn.NLLLoss)
 _ENTRY_FUNCTIONS: Sequence[Callable[..., Any]] = (
     F.mse_loss,
@@ -39,6 +41,11 @@ _ENTRY_FUNCTIONS: Sequence[Callable[..., Any]] = (
     F.binary_cross_entropy_with_logits,
     F.kl_div,
     F.poisson_nll_loss,
+    F.soft_margin_loss,
+)
+_BINARY_FUNCTIONS: Sequence[Callable[..., Any]] = (
+    F.binary_cross_entropy,
+    F.binary_cross_entropy_with_logits,
     F.soft_margin_loss,
 )
 _CLASS_FUNCTIONS: Sequence[Callable[..., Any]] = (F.cross_entropy, F.nll_loss)
@@ -112,6 +119,9 @@ class FunctionLoss(AbsLoss):
 class EntryLoss(AbsLoss):
     """One of torch's losses with an entry for each label: the mean, or the sum, of those whose label is there.
 
+    Predictions and labels have the same shape, but for dimensions of 1 that only one of them has: torch would broadcast
+    others. Integer labels are values, but for those of binary losses.
+
     Args:
         inner: What was given.
         entries: The same without the reduction.
@@ -123,9 +133,18 @@ class EntryLoss(AbsLoss):
         self.inner = inner
         self.entries = entries
         self.reduction = reduction
+        if not isinstance(inner, _BINARY) and getattr(inner, "func", inner) not in _BINARY_FUNCTIONS:
+            self.ignore_index = None
+
+    @property
+    def kind(self) -> str:
+        """The name of torch's loss."""
+        function = getattr(self.inner, "func", self.inner)
+        return type(function).__name__ if isinstance(function, nn.Module) else str(function.__name__)
 
     @override
     def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
+        pred, gt = as_entries(pred, gt, self.kind)
         known = self.labelled(gt)
         filled = torch.where(known, gt, 0)
         values = self.entries(pred, filled if gt.is_floating_point() else filled.to(pred.dtype))
@@ -141,7 +160,8 @@ class _ClassLoss(EntryLoss):
 
     def __init__(self, inner: Any, entries: Callable[[Any, Any], Tensor], reduction: str) -> None:
         super().__init__(inner, entries, reduction)
-        self.ignore_index = self._setting("ignore_index") or AbsLoss.ignore_index
+        ignored = self._setting("ignore_index")
+        self.ignore_index = AbsLoss.ignore_index if ignored is None else ignored
 
     def _setting(self, name: str) -> Any:
         keywords = getattr(self.entries, "keywords", {})
@@ -150,7 +170,7 @@ class _ClassLoss(EntryLoss):
     @override
     def labelled(self, gt: Tensor) -> Tensor:
         known = super().labelled(gt)
-        return known.all(1) if gt.is_floating_point() else known
+        return known.all(1) if gt.is_floating_point() and gt.dim() > 1 else known
 
     def divisor(self, gt: Tensor) -> Tensor:
         """Return the sum of the weights of the labelled entries."""
@@ -161,9 +181,10 @@ class _ClassLoss(EntryLoss):
 
     @override
     def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
+        pred, gt = as_classes_or_shares(pred, gt, self.kind)
         known = self.labelled(gt)
         # Of integers it leaves out the missing ones by itself.
-        filled = torch.where(known.unsqueeze(1), gt, 0) if gt.is_floating_point() else gt
+        filled = torch.where(known.unsqueeze(1), gt, 0) if gt.is_floating_point() else gt.long()
         return self._reduced(torch.where(known, self.entries(pred, filled), 0).sum(), self.divisor(gt))
 
 
