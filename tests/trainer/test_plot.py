@@ -127,6 +127,13 @@ def test_curve_stays_within_its_capacity_and_keeps_the_mean() -> None:
     assert 32 <= len(many.steps) <= 64
 
 
+def test_curve_leaves_steps_without_a_task_out_of_its_means() -> None:
+    curve = Curve(capacity=4)
+    curve.add(np.arange(8.0), np.array([[1.0], [np.nan], [3.0], [5.0], [np.nan], [np.nan], [7.0], [9.0]]))
+    assert curve.stride == 2
+    np.testing.assert_array_equal(curve.values[:, 0], [1.0, 4.0, np.nan, 8.0])
+
+
 def test_smoothing_is_a_centred_mean_that_leaves_nan_out() -> None:
     curve = Curve()
     curve.add(np.arange(5.0), np.array([[1.0], [2.0], [np.nan], [4.0], [5.0]]))

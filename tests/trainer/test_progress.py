@@ -6,6 +6,7 @@ import io
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -56,6 +57,15 @@ def test_many_losses_are_summed_up(capsys: pytest.CaptureFixture[str]) -> None:
     logger.on_start(run_info([f"t{i}" for i in range(9)]))
     logger.on_steps(step_records(0, 1, 9))
     assert "t0 0.000  t1 1.000  t2 2.000  ...  mean 4.000" in capsys.readouterr().out
+
+
+def test_a_task_without_labels_has_a_dash(capsys: pytest.CaptureFixture[str]) -> None:
+    logger = ProgressLogger(clock=Clock(60.0))
+    logger.on_start(run_info([f"t{i}" for i in range(5)]))
+    records = step_records(0, 1, 5)
+    records.losses[:, [1, 4]] = np.nan
+    logger.on_steps(records)
+    assert "t0 0.000  t1 -  t2 2.000  ...  mean 1.667" in capsys.readouterr().out
 
 
 def test_compilation_is_told_on_any_output(capsys: pytest.CaptureFixture[str]) -> None:

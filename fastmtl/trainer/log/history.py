@@ -58,7 +58,11 @@ class Curve:
 
 
 def _averaged(rows: np.ndarray, count: int) -> np.ndarray:
-    return rows.reshape(len(rows) // count, count, *rows.shape[1:]).mean(axis=1)
+    """Return the means of every `count` rows; NaN, as of a task that was not in a step, is left out."""
+    parts = rows.reshape(len(rows) // count, count, *rows.shape[1:])
+    known = ~np.isnan(parts)
+    sums, counts = np.where(known, parts, 0.0).sum(axis=1), known.sum(axis=1)
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
 def _window_sums(rows: np.ndarray, window: int) -> np.ndarray:

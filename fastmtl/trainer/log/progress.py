@@ -116,9 +116,12 @@ class ProgressLogger(Logger):
         """Losses, then the time left for the epoch and for the run."""
         assert self._info is not None
         means = records.means(self._info.task_names)["loss"]
-        losses = [f"{task} {loss:.3f}" for task, loss in list(means.items())[:_LOSSES_SHOWN]]
+        losses = [f"{task} {_number(loss)}" for task, loss in list(means.items())[:_LOSSES_SHOWN]]
         if len(means) > _LOSSES_SHOWN:
-            losses = [*losses[: _LOSSES_SHOWN - 1], "...", f"mean {sum(means.values()) / len(means):.3f}"]
+            # A task without labels since the last line has no loss.
+            known = [loss for loss in means.values() if not math.isnan(loss)]
+            mean = sum(known) / len(known) if known else math.nan
+            losses = [*losses[: _LOSSES_SHOWN - 1], "...", f"mean {_number(mean)}"]
         steps = sum(count for count, _ in self._recent)
         step_seconds = sum(seconds for _, seconds in self._recent) / steps
         total = self._info.batches_per_epoch
@@ -130,6 +133,10 @@ class ProgressLogger(Logger):
     def _line(self, text: str) -> None:
         self._last_line = self._clock()
         print(text, flush=True)
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3f}"
 
 
 def _time(seconds: float) -> str:
