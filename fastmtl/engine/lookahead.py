@@ -22,7 +22,7 @@ from fastmtl.engine.methods.base import forward
 from fastmtl.engine.model import Labels, keeping_buffers
 from fastmtl.engine.pullback import Sum
 from fastmtl.engine.regions import Regions
-from fastmtl.engine.trees import joined
+from fastmtl.engine.trees import joined, leaves
 from fastmtl.engine.vjp import vjp
 from fastmtl.engine.weights import Row, Weights
 from fastmtl.support.profiling import part
@@ -133,7 +133,7 @@ class LookAhead:
     def _whole(self, first: Mapping[str, object], second: Mapping[str, object]) -> Mapping[str, object]:
         """Return the predictions of the whole batch: those of the halves together where they are rows."""
         inner, outer = self.inner.labels, self.outer.labels
-        if are_by_row(first, inner) and are_by_row(second, outer):
+        if are_by_row(first, inner) and are_by_row(second, outer) and _are_alike(first, second):
             # A single row is both halves.
             return {
                 task: pred if inner.get(task) is outer.get(task) else joined([pred, second[task]])
@@ -148,6 +148,12 @@ class LookAhead:
         if not self._moved:
             self._seen.append((batch, known, preds))
         return losses, known
+
+
+def _are_alike(first: object, second: object) -> bool:
+    """Return whether predictions have the same sizes but for the number of rows; sequences may be padded apart."""
+    pairs = zip(leaves(first), leaves(second), strict=True)
+    return all(a.shape[1:] == b.shape[1:] for a, b in pairs if isinstance(a, Tensor) and isinstance(b, Tensor))
 
 
 class LookedAhead:

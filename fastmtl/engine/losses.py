@@ -182,7 +182,15 @@ class Problem:
     def _loss(self, pred: object, labels: object, task: str) -> Tensor:
         if labels is None:
             return _nothing(pred)
-        loss = self.losses[task].compute_loss(pred, labels)
+        try:
+            loss = self.losses[task].compute_loss(pred, labels)
+        except IndexError as cause:
+            if "out of bounds" not in str(cause):
+                raise
+            raise UsageError(
+                f"A label of {task} is none of the classes it has predictions for ({cause}) Classes count from 0; the "
+                "label that stands for a missing one is its loss's ignore_index."
+            ) from cause
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise UsageError(
