@@ -37,7 +37,7 @@ class Stages:
         """Return the stages of an encoder; the message names the ``owner``, and what it takes ``also``.
 
         Raises:
-            UsageError: It has none.
+            UsageError: It has none, or none of known width.
         """
         if all(hasattr(encoder, name) for name in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer4")):
             stem = nn.Sequential(*(getattr(encoder, name) for name in ("conv1", "bn1", "relu", "maxpool")))
@@ -46,6 +46,11 @@ class Stages:
             if all(convs):
                 last: int = getattr(encoder, "feature_dim", convs[-1][-1].out_channels)
                 stem_dim, *dims = [each[0].in_channels for each in convs]
+                if 0 in (stem_dim, *dims):
+                    raise UsageError(
+                        f"{owner} needs to know the channels between the stages of {type(encoder).__name__} before the "
+                        "first inputs: its first convolution in each layer cannot be lazy."
+                    )
                 return cls(stem, layers, [*dims, last], 4 if last == 2048 else 1, stem_dim)
         if all(hasattr(encoder, name) for name in ("stem", "stages", "stage_dims")):
             stages = list(cast(nn.ModuleList, encoder.stages))

@@ -19,6 +19,7 @@ __all__ = ["Halving", "Pair", "are_by_row", "checked_halves", "halves"]
 
 # Inputs and labels.
 Pair: TypeAlias = tuple[Any, Any]
+Items: TypeAlias = list[Any] | tuple[Any, ...]
 
 _PLAIN = (str, bytes, bool, int, float, complex, np.generic, torch.device, torch.dtype, type(None))
 
@@ -30,7 +31,7 @@ class Halving:
     entry for each row, in any containers; scalars and plain values belong to both halves. Everything else is refused:
     a tensor of another length may be time-major, or be of no row. How many rows there are, the labels say.
 
-    A list of as many tensors as there are rows, of as many rows each, is told from a list with an entry for each row by
+    A list of as many parts as there are rows, of as many rows each, is told from a list with an entry for each row by
     the batches before.
     """
 
@@ -65,7 +66,7 @@ class Halving:
         return first, second
 
     def _halves(self, inputs: Any, labels: Any, place: str) -> tuple[Pair, Pair]:
-        rows = _count_rows(inputs, labels, place)
+        rows = self._count_rows(inputs, labels, place)
         if rows == 1:
             return (inputs, labels), (inputs, labels)
         both = self._cut(inputs, rows, f"inputs{place}"), self._cut(labels, rows, f"labels{place}")
@@ -89,21 +90,53 @@ class Halving:
         kind, of_first, of_second = type(tree), [both[0] for both in items], [both[1] for both in items]
         return (kind(*of_first), kind(*of_second)) if hasattr(tree, "_fields") else (kind(of_first), kind(of_second))
 
-    def _has_entry_per_row(self, items: list[Any] | tuple[Any, ...], rows: int, place: str) -> bool:
+    def _has_entry_per_row(self, items: Items, rows: int, place: str) -> bool:
         if len(items) != rows or hasattr(items, "_fields"):
             self._by_row.setdefault(place, False)
-            return False
-        inside = _inside(items)
-        if inside is not None and rows not in inside:
-            self._by_row[place] = True
         elif place not in self._by_row:
-            if inside is not None:
+            inside = _inside(items, place, self._by_row)
+            if inside is not None and rows in inside:
                 raise _refusal(
                     f"{place} is a list of {rows} parts that have {rows} rows, as the labels do: it may have an entry "
                     "for each row, or not"
                 )
             self._by_row[place] = True
-        return self._by_row[place]
+        return self._by_row[place] and len(items) == rows
+
+    def _count_rows(self, inputs: Any, labels: Any, place: str) -> int:
+        """Return the number of rows: that of the labels, which the inputs must have too."""
+        by_labels, first = None, ""
+        for name, part in _parts(labels, f"labels{place}"):
+            lengths = self._known_lengths(part, name)
+            if lengths is None and isinstance(part, list | tuple) and part:
+                # Numbers and words, one for each row.
+                lengths = {len(part)}
+            if lengths is None:
+                continue
+            before, by_labels = by_labels, lengths if by_labels is None else by_labels & lengths
+            if not by_labels:
+                raise _refusal(f"{name} has {_told(lengths)} rows and {first} has {_told(before or ())}")
+            first = first or name
+        if by_labels == {1}:
+            return 1
+        rows = by_labels
+        for name, part in _parts(inputs, f"inputs{place}"):
+            lengths = self._known_lengths(part, name)
+            if lengths is None:
+                continue
+            rows = lengths if rows is None else rows & lengths
+            if not rows:
+                told = f"the labels have {_told(by_labels)} rows" if by_labels else "other inputs have another"
+                raise _refusal(f"{name} has the length {_told(lengths)} where {told}")
+        if rows is None or len(rows) > 1:
+            raise _refusal(f"it has {_told(rows or ())} rows" if rows else "nothing in it has rows")
+        return rows.pop()
+
+    def _known_lengths(self, part: Any, name: str) -> set[int] | None:
+        try:
+            return _lengths(part, name, self._by_row)
+        except _OpaqueError as opaque:
+            raise _refusal(f"{name} is or has a {opaque}, whose rows nobody knows") from None
 
 
 def halves(batch: Pair) -> tuple[Pair, Pair]:
@@ -132,43 +165,13 @@ def are_by_row(preds: Mapping[str, Any], labels: Mapping[str, Any]) -> bool:
     """Return whether predictions by task are tensors with the rows of the labels in their first dimension."""
     for task, pred in preds.items():
         try:
-            rows = _lengths(labels.get(task))
+            rows = _lengths(labels.get(task), "labels", {})
         except _OpaqueError:
             return False
         for leaf in leaves(pred):
             if not isinstance(leaf, Tensor) or not leaf.dim() or (rows is not None and len(leaf) not in rows):
                 return False
     return True
-
-
-def _count_rows(inputs: Any, labels: Any, place: str) -> int:
-    """Return the number of rows: that of the labels, which the inputs must have too."""
-    by_labels, first = None, ""
-    for name, part in _parts(labels, f"labels{place}"):
-        lengths = _known_lengths(part, name)
-        if lengths is None and isinstance(part, list | tuple) and part:
-            # Numbers and words, one for each row.
-            lengths = {len(part)}
-        if lengths is None:
-            continue
-        before, by_labels = by_labels, lengths if by_labels is None else by_labels & lengths
-        if not by_labels:
-            raise _refusal(f"{name} has {_told(lengths)} rows and {first} has {_told(before or ())}")
-        first = first or name
-    if by_labels == {1}:
-        return 1
-    rows = by_labels
-    for name, part in _parts(inputs, f"inputs{place}"):
-        lengths = _known_lengths(part, name)
-        if lengths is None:
-            continue
-        rows = lengths if rows is None else rows & lengths
-        if not rows:
-            told = f"the labels have {_told(by_labels)} rows" if by_labels else "other inputs have another"
-            raise _refusal(f"{name} has the length {_told(lengths)} where {told}")
-    if rows is None or len(rows) > 1:
-        raise _refusal(f"it has {_told(rows or ())} rows" if rows else "nothing in it has rows")
-    return rows.pop()
 
 
 def _parts(tree: Any, name: str) -> Iterable[tuple[str, Any]]:
@@ -180,14 +183,7 @@ def _parts(tree: Any, name: str) -> Iterable[tuple[str, Any]]:
         yield name, tree
 
 
-def _known_lengths(tree: Any, name: str) -> set[int] | None:
-    try:
-        return _lengths(tree)
-    except _OpaqueError as opaque:
-        raise _refusal(f"{name} is or has a {opaque}, whose rows nobody knows") from None
-
-
-def _lengths(tree: Any) -> set[int] | None:
+def _lengths(tree: Any, place: str, by_row: Mapping[str, bool]) -> set[int] | None:
     """Return the numbers of rows that a part of a batch may have; None where it may have any."""
     if isinstance(tree, PackedSequence):
         return {int(tree.batch_sizes[0])}
@@ -196,27 +192,30 @@ def _lengths(tree: Any) -> set[int] | None:
     if isinstance(tree, _PLAIN):
         return None
     if isinstance(tree, Mapping):
-        return _common(tree.values())
+        return _common(_lengths(part, f"{place}[{key!r}]", by_row) for key, part in tree.items())
     if not isinstance(tree, list | tuple):
         raise _OpaqueError(type(tree).__name__)
-    if hasattr(tree, "_fields"):
-        return _common(tree)
-    inside = _inside(tree)
-    return None if inside is None else inside | {len(tree)}
+    if by_row.get(place, False) and not hasattr(tree, "_fields"):
+        return {len(tree)}
+    inside = _inside(tree, place, by_row)
+    if inside is None or place in by_row or hasattr(tree, "_fields"):
+        return inside
+    return inside | {len(tree)}
 
 
-def _inside(items: list[Any] | tuple[Any, ...]) -> set[int] | None:
-    """Return the numbers of rows that all items may have; none for objects and dictionaries, one for each row."""
-    if any(isinstance(item, Mapping) for item in items):
+def _inside(items: Items, place: str, by_row: Mapping[str, bool]) -> set[int] | None:
+    """Return the numbers of rows that all items may have; none where there is one for each row."""
+    if place.startswith("labels") and all(isinstance(item, Mapping) for item in items):
+        # Targets of detection, which may be as many in each row as there are rows.
         return set()
     try:
-        return _common(items)
+        return _common(_lengths(item, f"{place}[{index}]", by_row) for index, item in enumerate(items))
     except _OpaqueError:
         return set()
 
 
-def _common(parts: Iterable[Any]) -> set[int] | None:
-    known = [lengths for lengths in map(_lengths, parts) if lengths is not None]
+def _common(lengths: Iterable[set[int] | None]) -> set[int] | None:
+    known = [some for some in lengths if some is not None]
     return set.intersection(*known) if known else None
 
 

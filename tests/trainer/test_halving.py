@@ -114,6 +114,20 @@ def test_a_list_is_what_it_was_in_the_batches_before() -> None:
     assert [part.shape for part in first] == [(2, 5)]
 
 
+def test_dictionaries_beside_each_other_and_one_for_each_row() -> None:
+    """Two views of a batch, and what is known of each row; boxes may be as many as rows in each."""
+    views = ({"x": torch.arange(4)}, {"x": torch.arange(4), "mask": torch.ones(4)})
+    (first, _), (second, _) = halves((views, LABELS))
+    assert isinstance(first, tuple)
+    assert [part["x"].tolist() for part in (*first, *second)] == [[0, 1], [0, 1], [2, 3], [2, 3]]
+    halve = Halving()
+    for counts in ((1, 2, 3, 4), (4, 4, 4, 4), (2, 2)):
+        targets = [{"boxes": torch.ones(count, 4)} for count in counts]
+        images = torch.ones(len(counts), 3, 5, 5)
+        (_, labels), _ = halve(images, {"det": targets})
+        assert labels["det"] == targets[: len(counts) // 2]
+
+
 def test_tasks_with_inputs_of_their_own_have_rows_of_their_own() -> None:
     inputs = {"a": torch.arange(4), "b": torch.arange(6), "c": torch.arange(1)}
     first, second = Halving()(inputs, dict(inputs), multi_input=True)

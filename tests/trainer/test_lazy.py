@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from fastmtl import Trainer
 from fastmtl.cli.build import build_trainer, load_data
 from fastmtl.errors import UsageError
-from fastmtl.model import StagedEncoder
+from fastmtl.model import StagedEncoder, resnet18
 from fastmtl.trainer.run.config import TrainConfig
 from fastmtl.weighting import WEIGHTINGS
 from tests.trainer.toy import flat, loaders, make_trainer, task_dict
@@ -254,6 +254,16 @@ def test_the_command_takes_a_batch_of_the_data_set(monkeypatch: pytest.MonkeyPat
     width = lazy.model.encoder.feature_dim
     assert lazy.model.decoders["left"][2].weight.shape == (10, width)
     assert torch.equal(rows, expected)
+
+
+def test_stages_of_unknown_width_are_refused() -> None:
+    def resnet() -> nn.Module:
+        network = resnet18()
+        network.layer2[0].conv1 = nn.LazyConv2d(128, 3, stride=2, padding=1, bias=False)
+        return network
+
+    with pytest.raises(UsageError, match="PLE needs to know the channels between the stages of ResNet"):
+        make_trainer("EW", "PLE", encoder_class=resnet, example_inputs=torch.randn(2, 3, 32, 32))
 
 
 def test_lazy_convolutions() -> None:
