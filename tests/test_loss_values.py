@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmtl.errors import UsageError
-from fastmtl.loss import AbsLoss, BCELoss, CELoss, FocalLoss, HuberLoss, L1Loss, MSELoss
+from fastmtl.loss import AbsLoss, BCELoss, CELoss, FocalLoss, HuberLoss, L1Loss, MSELoss, SegLoss
 from tests.host_reads import NoHostRead
 
 NAN = math.nan
@@ -213,6 +213,15 @@ class TestLosses:
         value = copy.deepcopy(loss).compute_loss(pred, gt)
         assert value.dtype == torch.float32
         assert value.item() == pytest.approx(loss.compute_loss(pred.double(), gt).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("label", [3, -1])
+def test_labels_of_no_class_are_refused(label: int) -> None:
+    pred, gt = _logits(0, 2, 3), torch.tensor([0, label])
+    with pytest.raises(UsageError, match=rf"labels must be from 0 to 2 .*\(2, 3\).*-100.*Target {label}"):
+        CELoss().compute_loss(pred, gt)
+    with pytest.raises(UsageError, match=rf"SegLoss: labels must be from 0 to 2 .*Target {label}"):
+        SegLoss(ignore_index=255).compute_loss(pred, gt.float())
 
 
 def test_weights_are_copied_to_a_device_once() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,15 +65,20 @@ class CELoss(AbsLoss):
         pred, gt = as_classes_or_shares(pred, gt, type(self).__name__)
         # Probabilities of zero give no loss and no gradient.
         labels = torch.where(self.labelled(gt).unsqueeze(1), gt, 0) if gt.is_floating_point() else gt.long()
-        total = F.cross_entropy(
-            pred,
-            labels,
-            None if self.weight is None else self.weight.of(pred),
-            ignore_index=self.ignore_index,
-            reduction="sum",
-            label_smoothing=self.label_smoothing,
-        )
+        weight = None if self.weight is None else self.weight.of(pred)
+        total = _summed(self, pred, labels, weight=weight, label_smoothing=self.label_smoothing)
         return over(total, self.divisor(gt).to(total.dtype))
+
+
+def _summed(loss: CELoss | SegLoss, pred: Tensor, labels: Tensor, **options: Any) -> Tensor:
+    """Return the sum of torch's cross-entropies of the labels that are not missing."""
+    try:
+        return F.cross_entropy(pred, labels, ignore_index=loss.ignore_index, reduction="sum", **options)
+    except IndexError as cause:
+        raise UsageError(
+            f"{type(loss).__name__}: labels must be from 0 to {pred.shape[1] - 1} for predictions of shape "
+            f"{tuple(pred.shape)}, or ignore_index, {loss.ignore_index}, where one is missing: {cause}"
+        ) from cause
 
 
 class SegLoss(AbsLoss):
@@ -102,8 +108,7 @@ class SegLoss(AbsLoss):
         pred, gt = as_classes(pred, gt, type(self).__name__)
         known = self.labelled(gt)
         labels = torch.where(known, gt, self.ignore_index).long()
-        total = F.cross_entropy(pred, labels, ignore_index=self.ignore_index, reduction="sum")
-        return total / known.sum().clamp(min=1)
+        return _summed(self, pred, labels) / known.sum().clamp(min=1)
 
 
 class FocalLoss(AbsLoss):
