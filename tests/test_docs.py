@@ -12,7 +12,7 @@ import torch
 from fastmtl.data import DATASETS
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = ("new_dataset", "new_architecture", "new_strategy")
+PAGES = ("new_dataset", "new_architecture", "new_strategy", "training")
 
 
 def _run(page: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -51,6 +51,11 @@ def test_new_architecture(capsys: pytest.CaptureFixture[str]) -> None:
     assert trainer.model.splits
     assert not names["train"](names["Residual"], "EW").model.splits
     assert len(names["train"](names["Mixture"], "EW", experts=4).model.experts) == 4
+
+
+def test_training(capsys: pytest.CaptureFixture[str]) -> None:
+    names = _run("training", capsys)
+    assert names["trainer"].model.loss_fn["size"].log_variance.item() != 0
 
 
 def test_new_strategy(capsys: pytest.CaptureFixture[str]) -> None:

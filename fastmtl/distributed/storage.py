@@ -16,7 +16,7 @@ from fastmtl.engine.losses import Problem
 if TYPE_CHECKING:
     from fastmtl.distributed.sharded import ShardedModel
 
-__all__ = ["Storage", "Whole", "comm_of_loop", "make_comm", "make_storage"]
+__all__ = ["Storage", "Whole", "bring_together", "comm_of_loop", "make_comm", "make_storage"]
 
 Storage: TypeAlias = "Whole | ShardedModel"
 
@@ -66,6 +66,19 @@ def make_storage(model: nn.Module, peers: Peers, strategy_params: Sequence[nn.Pa
     from fastmtl.distributed.sharded import ShardedModel
 
     return ShardedModel(model, peers, strategy_params)
+
+
+@torch.no_grad()
+def bring_together(model: nn.Module, peers: Peers) -> None:
+    """Let the parameters and buffers of all processes be the main one's, each in memory of its own.
+
+    What a process is started with, as by ``torch.multiprocessing.spawn``, is memory that all would write to.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    for tensor in tensors if peers.size > 1 else ():
+        if tensor.device.type == "cpu" and tensor.is_shared():
+            tensor.data = tensor.clone()
+    peers.from_leader(tensors)
 
 
 def make_comm(peers: Peers, problem: Problem, storage: Storage, exact: bool) -> Comm:

@@ -18,6 +18,7 @@ __all__ = [
     "MakesOptimizer",
     "MaskedOptimizer",
     "Parameters",
+    "group_names",
     "learning_rates",
     "make_optimizer",
     "refuse_optimizer",
@@ -160,7 +161,8 @@ def _check_kind(kind: type[torch.optim.Optimizer], sparse: bool, sharded: bool) 
     refuse_optimizer(kind)
     if sparse and kind in OPTIMIZERS.values() and kind not in (torch.optim.SGD, torch.optim.Adagrad):
         raise UsageError(
-            f"{kind.__name__.lower()} takes no sparse gradients, which an embedding has: use sgd or adagrad, or sparse=False."
+            f"{kind.__name__.lower()} takes no sparse gradients, which an embedding has: use sgd or adagrad, or "
+            "sparse=False."
         )
     if sharded and kind not in _BY_NUMBER:
         raise UsageError(
@@ -187,6 +189,12 @@ def _check_groups(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Param
             f"The optimizer of {name} lacks {', '.join(absent[:3])}{more}, which would not be trained: add them, or "
             "let them not require gradients."
         )
+
+
+def group_names(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) -> list[list[str]]:
+    """Return the names of the parameters of each group."""
+    names = {id(param): name for name, param in named.items()}
+    return [[names[id(param)] for param in group["params"]] for group in optimizer.param_groups]
 
 
 def _groups(named: Mapping[str, nn.Parameter], settings: Any) -> list[nn.Parameter] | list[dict[str, Any]]:

@@ -27,12 +27,14 @@ SCHEDULERS: dict[str, Any] = {
     "poly": lr_scheduler.PolynomialLR,
     "warmup": lr_scheduler.LinearLR,
 }
+_OF_SCHEDULERS = ("chainedscheduler", "sequentiallr")
 _CLASSES: dict[str, Any] = {
     name: kind
     for name in sorted(dir(lr_scheduler))
     if isinstance(kind := getattr(lr_scheduler, name), type)
     and issubclass(kind, lr_scheduler.LRScheduler)
-    and name not in ("LRScheduler", "_LRScheduler", "ChainedScheduler", "SequentialLR")
+    and name not in ("LRScheduler", "_LRScheduler")
+    and name.lower() not in _OF_SCHEDULERS
 }
 _PER_STEP = (lr_scheduler.OneCycleLR, lr_scheduler.CyclicLR)
 # Arguments that stand for the length of a run; of these classes, where it is not asked for, too.
@@ -85,6 +87,11 @@ class Recipe:
             if not warmup:
                 raise UsageError("The scheduler warmup needs warmup, the number of epochs or steps it takes.")
             return cls(function=lr_scheduler.LinearLR, args=_ramp(warmup) | args, per=per)
+        if isinstance(given, str) and given.lower() in _OF_SCHEDULERS:
+            raise UsageError(
+                f"{given} is made of schedulers of the optimizer: give Trainer scheduler, a function of the optimizer "
+                "that returns it."
+            )
         function = given if callable(given) else resolve_name(given, SCHEDULERS | _CLASSES, "scheduler")
         return cls.from_function(function, args, per, warmup)
 
@@ -159,7 +166,7 @@ class Recipe:
     def _defaults(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         if self.function not in _PER_STEP:
             return {}
-        cycles = {} if optimizer.defaults.keys() & {"momentum", "betas"} else {"cycle_momentum": False}
+        cycles: dict[str, Any] = {} if optimizer.defaults.keys() & {"momentum", "betas"} else {"cycle_momentum": False}
         if self.function is lr_scheduler.OneCycleLR:
             cycles["max_lr"] = [float(group["lr"]) for group in optimizer.param_groups]
         return cycles

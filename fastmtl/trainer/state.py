@@ -35,6 +35,7 @@ class TrainerState(nn.Module):
 
     Attributes:
         start: Place in the run where training goes on.
+        optimizer_groups: Names of the parameters of each group of the optimizer, as they were when it was made.
         trained_names: Parameters that required gradients when the step was made.
         known_names: All parameters when the optimizer was made.
         skipped: Steps that float16 has skipped, as far as they have been told.
@@ -58,6 +59,7 @@ class TrainerState(nn.Module):
     model: TrainedModel
     strategy_params: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
+    optimizer_groups: list[list[str]]
     schedule: Schedule
     meter: PerformanceMeter
     guard: FiniteGuard

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -15,7 +14,7 @@ from torch import nn
 from fastmtl.architecture import AbsArchitecture
 from fastmtl.distributed import Alone, join
 from fastmtl.distributed.batch_norm import synchronize
-from fastmtl.distributed.storage import make_storage
+from fastmtl.distributed.storage import bring_together, make_storage
 from fastmtl.engine.halving import Halving
 from fastmtl.errors import UsageError
 from fastmtl.support.memory import keep_freed_memory
@@ -29,9 +28,8 @@ from fastmtl.trainer.log.logger import Logger, as_logger
 from fastmtl.trainer.log.meter import PerformanceMeter
 from fastmtl.trainer.log.records import StepSignals
 from fastmtl.trainer.loop import run_epochs
-from fastmtl.trainer.optimizer import MakesOptimizer, make_optimizer
+from fastmtl.trainer.optimizer import MakesOptimizer
 from fastmtl.trainer.precision import set_tf32
-from fastmtl.trainer.schedule import make_schedule
 from fastmtl.trainer.setup.checks import (
     check_arguments,
     check_counts,
@@ -44,15 +42,13 @@ from fastmtl.trainer.setup.checks import (
 from fastmtl.trainer.setup.loaders import check_loaders
 from fastmtl.trainer.setup.model import make_model
 from fastmtl.trainer.setup.options import StepOptions, check_distributed, check_options
-from fastmtl.trainer.setup.tasks import check_reductions, hold_losses, losses_in
+from fastmtl.trainer.setup.tasks import check_reductions, hold_losses, loss_params
 from fastmtl.trainer.state import TrainerState
+from fastmtl.trainer.update import prepare_update
 from fastmtl.utils import count_parameters
 from fastmtl.weighting import AbsWeighting
 
 __all__ = ["Trainer"]
-
-
-def _say_nothing(_: str) -> None: ...
 
 
 class Trainer(TrainerState):
@@ -277,28 +273,12 @@ class Trainer(TrainerState):
             if given.sync_batch_norm and options.compile:
                 raise UsageError("sync_batch_norm cannot be combined with compile: its messages cannot be compiled.")
         check_reductions(self.meter.losses, several=options.accumulate > 1 or self.peers.size > 1)
-        self.peers.from_leader([*self.model.parameters(), *self.model.buffers()])
-        _, losses = losses_in(self.model)
-        kept_whole = [*self.strategy_params, *(() if losses is None else losses.apart)]
-        self.storage = make_storage(self.model, self.peers, kept_whole, options.shard)
-        names = [name for name, _ in self.model.named_parameters()]
-        self.known_names = set(names)
-        self.optimizer = make_optimizer(
-            dict(zip(names, self.storage.trained, strict=True)),
-            given.optim_param,
-            self.device,
-            make=given.optimizer,
-            sparse=any(getattr(module, "sparse", False) for module in self.model.modules()),
-            sharded=self.storage.is_sharded,
+        bring_together(self.model, self.peers)
+        self.storage = make_storage(
+            self.model, self.peers, [*self.strategy_params, *loss_params(self.model)], options.shard
         )
-        self.storage.follow(self.optimizer)
-        tell = print if self.peers.leads else _say_nothing
-        self.schedule = make_schedule(
-            self.optimizer, given.scheduler_param, given.scheduler, given.resume_schedule, tell
-        )
-        if options.cuda_graph and self.schedule.per == "step":
-            self.logger.on_compile("cuda_graph: the step runs eagerly, as the learning rate changes with every step")
-            options = replace(options, cuda_graph=False)
+        names = ("optim_param", "optimizer", "scheduler_param", "scheduler", "resume_schedule")
+        options = prepare_update(self, options, **{name: getattr(given, name) for name in names})
         self.step = self.make_step(options)
 
     def _begin(self, given: SimpleNamespace) -> None:

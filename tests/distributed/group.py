@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from fastmtl.architecture.MTAN import MTAN
 from fastmtl.distributed import find_peers, leave, shard
-from fastmtl.loss import CELoss, FocalLoss, HuberLoss
+from fastmtl.loss import CELoss, FocalLoss, HuberLoss, MSELoss
 from tests.trainer.toy import flat, loaders, make_trainer, task_dict
 
 TASKS = 3
@@ -70,6 +70,46 @@ def weighed_tasks() -> dict[str, dict[str, Any]]:
     tasks["task1"]["loss_fn"] = HuberLoss(0.5)
     tasks["task2"]["loss_fn"] = FocalLoss(alpha=[0.3, 0.1, 1.0])
     return tasks
+
+
+class Learned(CELoss):
+    """A loss with a layer, as an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.layer = nn.Linear(3, 3, dtype=torch.float64)
+
+    def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
+        return super().compute_loss(self.layer(pred), gt)
+
+
+class Uncertain(MSELoss):
+    """A loss with a scalar parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_variance = nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+
+    def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
+        return torch.exp(-self.log_variance) * super().compute_loss(pred, gt) + self.log_variance
+
+
+def learned_tasks() -> dict[str, dict[str, Any]]:
+    """Return the tasks with losses that have parameters, one of them the loss of two tasks."""
+    tasks = task_dict(TASKS)
+    tasks["task0"]["loss_fn"] = tasks["task2"]["loss_fn"] = Learned()
+    tasks["task1"]["loss_fn"] = Uncertain()
+    return tasks
+
+
+def grouped() -> dict[str, Any]:
+    """Return an optimizer with groups and rates that change with every step."""
+    params = {"encoder": {"lr": 3e-3}, "decoders.task1": {"weight_decay": 0.1}}
+    return {
+        "optim_param": {"optim": "nadam", "lr": 1e-2, "params": params},
+        "scheduler_param": {"scheduler": "onecycle", "max_lr": [1e-2, 3e-3, 2e-2]},
+    }
 
 
 def train(case: Case, epochs: int = 4) -> tuple[Tensor, Tensor, list[float]]:

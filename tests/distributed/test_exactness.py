@@ -10,7 +10,17 @@ import pytest
 import torch
 
 from fastmtl.weighting import WEIGHTINGS
-from tests.distributed.group import Case, FixedMTAN, in_processes, normed_encoder, train, train_all, weighed_tasks
+from tests.distributed.group import (
+    Case,
+    FixedMTAN,
+    grouped,
+    in_processes,
+    learned_tasks,
+    normed_encoder,
+    train,
+    train_all,
+    weighed_tasks,
+)
 
 SUPPORTED = [name for name, rule in WEIGHTINGS.items() if rule.needs != "reps"]
 MMOE = {"architecture": "MMoE", "arch_args": {"img_size": [6], "num_experts": [2]}}
@@ -59,6 +69,9 @@ CASES = [
     Case("partial GradDrop", "GradDrop", options={"rep_grad": True}, partial=True),
     Case("partial weighed", "MGDA", options={"task_dict": weighed_tasks()}, partial=True),
     Case("partial weighed losses", "UW", 5, {"task_dict": weighed_tasks(), "accumulate": 2}, partial=True),
+    Case("learned", "MGDA", options={"task_dict": learned_tasks()} | grouped()),
+    Case("learned losses", "UW", 5, {"task_dict": learned_tasks(), "accumulate": 2}, partial=True),
+    Case("learned heads", "Nash_MTL", options={"task_dict": learned_tasks()}, partial=True),
     Case("partial held", "Nash_MTL", options={"update_weights_every": 3}, partial=True),
     Case("partial MTAN", "CAGrad", options={"architecture": FixedMTAN}, partial=True),
     Case("partial tasks per step", "PCGrad", options={"tasks_per_step": 2}, partial=True),

@@ -17,7 +17,7 @@ from fastmtl.distributed import Peers, find_peers, join, shard
 from fastmtl.errors import UsageError
 from fastmtl.metrics import AbsMetric, NormalMetric
 from fastmtl.trainer.log.records import StepBuffer
-from tests.distributed.group import TASKS, in_processes
+from tests.distributed.group import TASKS, grouped, in_processes
 from tests.trainer.toy import encoder, flat, loaders, make_trainer
 
 
@@ -219,6 +219,7 @@ RESUMED: dict[str, tuple[str, dict[str, Any]]] = {
     "shards": ("MGDA", {"shard": "fsdp", **ADAM}),
     "shards of rows": ("DB_MTL", {"shard": "fsdp"}),
     "shards and own parameters": ("UW", {"shard": "fsdp", **ADAM}),
+    "shards of groups": ("MGDA", {"shard": "fsdp", **grouped(), "scheduler_param": {"scheduler": "exp", "gamma": 0.9}}),
 }
 
 

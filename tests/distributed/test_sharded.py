@@ -10,7 +10,16 @@ import pytest
 import torch
 
 from fastmtl.weighting import WEIGHTINGS
-from tests.distributed.group import Case, FixedMTAN, in_processes, normed_encoder, train, train_all
+from tests.distributed.group import (
+    Case,
+    FixedMTAN,
+    grouped,
+    in_processes,
+    learned_tasks,
+    normed_encoder,
+    train,
+    train_all,
+)
 
 MMOE = {"architecture": "MMoE", "arch_args": {"img_size": [6], "num_experts": [2]}}
 PLAIN = [
@@ -32,6 +41,10 @@ PLAIN = [
     Case("held", "Nash_MTL", options={"update_weights_every": 3}),
     Case("momentum and clip", "MGDA", options={"weight_momentum": 0.5, "clip_grad_norm": 0.1}),
     Case("tasks per step", "PCGrad", options={"tasks_per_step": 2}),
+    Case("learned", "MGDA", options={"task_dict": learned_tasks()} | grouped()),
+    Case("learned losses", "UW", 5, {"task_dict": learned_tasks(), "accumulate": 2}, partial=True),
+    Case("learned heads", "Nash_MTL", options={"task_dict": learned_tasks()}),
+    Case("ahead", "AutoLambda", options=grouped()),
     Case("partial losses", "UW", partial=True),
     Case("partial", "MGDA", partial=True),
     Case("partial rows", "MoCo", partial=True),

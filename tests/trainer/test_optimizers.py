@@ -42,7 +42,8 @@ def test_a_step_is_that_of_torch(name: str) -> None:
     batch = next(iter(loaders()))
     fill_grads(trainer, [batch])
     expected = [param.detach().clone().requires_grad_() for param in trainer.model.parameters()]
-    reference = OPTIMIZERS[name](expected, lr=0.01)
+    kind: Any = OPTIMIZERS[name]
+    reference = kind(expected, lr=0.01)
     for mine, param in zip(expected, trainer.model.parameters(), strict=True):
         mine.grad = None if param.grad is None else param.grad.clone()
     reference.step()
@@ -274,7 +275,7 @@ class Averaging(torch.optim.SGD):
 def test_an_optimizer_that_knows_modes_is_told() -> None:
     trainer = make_trainer(optim_param={"optim": Averaging, "lr": 0.1})
     trainer.train(loaders(), loaders(), 2)
-    assert trainer.optimizer.modes == [True, False, True, False]  # type: ignore[attr-defined]
+    assert trainer.optimizer.modes == [True, False, True, False]
 
 
 def test_rates_of_numpy_can_be_gone_on_with(tmp_path: Any) -> None:

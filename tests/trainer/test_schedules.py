@@ -151,6 +151,7 @@ def test_reduce_goes_by_the_improvement() -> None:
     ("options", "message"),
     [
         ({"scheduler_param": {"scheduler": "cosin"}}, "Unknown scheduler 'cosin'"),
+        ({"scheduler_param": {"scheduler": "SequentialLR"}}, "SequentialLR is made of schedulers of the optimizer"),
         ({"scheduler_param": {"scheduler": 3}}, "scheduler must be one of"),
         ({"scheduler_param": {"scheduler": "cos", "per": "batch"}}, "Unknown per of scheduler_param 'batch'"),
         ({"scheduler_param": {"scheduler": "cos", "warmup": -1}}, "warmup of scheduler_param must be a whole number"),
@@ -430,8 +431,14 @@ def test_checkpoints_of_older_versions_follow_the_new_schedule(tmp_path: Path) -
 
 def test_other_groups_cannot_be_gone_on_with(tmp_path: Path) -> None:
     train(trainer_with(save_path=str(tmp_path)), 1)
-    with pytest.raises(CheckpointError, match="groups of 8 parameters, this run's has groups of 4, 4"):
+    with pytest.raises(CheckpointError, match="other groups of the optimizer than this run: groups cannot change"):
         trainer_with(resume=str(tmp_path), optim={"params": {"decoders": {"lr": 0.1}}})
+
+
+def test_groups_of_as_many_parameters_are_not_taken_for_each_other(tmp_path: Path) -> None:
+    train(trainer_with(save_path=str(tmp_path), optim={"params": {"decoders": {"lr": 0.1}}}), 1)
+    with pytest.raises(CheckpointError, match="other groups of the optimizer than this run: groups cannot change"):
+        trainer_with(resume=str(tmp_path), optim={"params": {"encoder": {"lr": 0.1}}})
 
 
 def test_nothing_left_to_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

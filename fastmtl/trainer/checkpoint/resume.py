@@ -32,6 +32,7 @@ def run_state(trainer: TrainerState) -> Saved:
         "step": trainer.step.state_dict(),
         "optimizer": optimizer,
         "optimizer_name": type(trainer.optimizer).__name__,
+        "optimizer_groups": trainer.optimizer_groups,
         "scheduler": schedule.pop("state"),
         "schedule": schedule,
         "base_result": trainer.meter.base_result,
@@ -59,6 +60,11 @@ def resume_run(trainer: TrainerState, path: Path) -> Saved:
     optimizer_name = type(trainer.optimizer).__name__
     if (other := state.get("optimizer_name", optimizer_name)) != optimizer_name:
         raise CheckpointError(f"The checkpoint {path} is of the optimizer {other}, this run is of {optimizer_name}.")
+    if "optimizer_groups" in state and state["optimizer_groups"] != trainer.optimizer_groups:
+        raise CheckpointError(
+            f"The checkpoint {path} has the parameters in other groups of the optimizer than this run: groups cannot "
+            "change when a run goes on."
+        )
     model = trainer.step.comm.part_states(state["model"], trainer.model.row_states)
     model, optimizer = trainer.storage.load_shards(model), trainer.storage.part_optimizer(state["optimizer"])
     load_model_state(trainer.model, model, path)

@@ -16,7 +16,7 @@ from fastmtl.errors import UsageError
 from fastmtl.support.hyper import fill_hyper
 from fastmtl.support.names import resolve_name
 from fastmtl.trainer.setup.lazy import settle_shapes
-from fastmtl.trainer.setup.tasks import losses_in
+from fastmtl.trainer.setup.tasks import loss_params
 from fastmtl.weighting import WEIGHTINGS, AbsWeighting
 
 __all__ = ["MadeModel", "TrainedModel", "make_model", "model_class"]
@@ -43,8 +43,8 @@ def model_class(network: type[AbsArchitecture], rule: type[AbsWeighting]) -> typ
 
     def get_share_params(model: TrainedModel) -> Iterable[nn.Parameter]:
         shared: Iterable[nn.Parameter] = super(made, model).get_share_params()
-        _, losses = losses_in(model)
-        return shared if losses is None else [param for param in shared if param not in set(losses.apart)]
+        of_losses = set(loss_params(model))
+        return [param for param in shared if param not in of_losses] if of_losses else shared
 
     if (network, rule) in _CLASSES:
         return _CLASSES[network, rule]

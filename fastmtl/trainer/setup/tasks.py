@@ -10,6 +10,7 @@ from types import FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from fastmtl.errors import UsageError
@@ -23,6 +24,7 @@ __all__ = [
     "check_reductions",
     "hold_losses",
     "loss_names",
+    "loss_params",
     "losses_in",
     "losses_of",
     "metrics_of",
@@ -152,6 +154,11 @@ def hold_losses(model: nn.Module, losses: Mapping[str, AbsLoss]) -> TaskLosses |
         taken.add(id(origin))
         _refuse_unseen(origin, _name(task, "loss_fn"), own)
         module = _holder(origin)
+        if any(map(is_lazy, (*module.parameters(), *module.buffers()))):
+            raise UsageError(
+                f"{_name(task, 'loss_fn')} has lazy layers, whose shapes the first predictions would decide: give them "
+                "sizes."
+            )
         if any(True for _ in (*module.parameters(), *module.buffers())):
             held[task] = module
     if not held:
@@ -180,6 +187,12 @@ def losses_in(model: nn.Module) -> tuple[str, TaskLosses | None]:
     return next(
         ((name, module) for name, module in model.named_children() if isinstance(module, TaskLosses)), ("", None)
     )
+
+
+def loss_params(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of a model that are its losses' alone."""
+    _, losses = losses_in(model)
+    return [] if losses is None else losses.apart
 
 
 def loss_names(model: nn.Module) -> list[str]:

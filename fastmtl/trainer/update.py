@@ -1,0 +1,53 @@
+"""What moves the parameters of a trainer, as it is given: its optimizer and its schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from fastmtl.trainer.optimizer import MakesOptimizer, group_names, make_optimizer
+from fastmtl.trainer.schedule import make_schedule
+from fastmtl.trainer.setup.options import StepOptions
+from fastmtl.trainer.state import TrainerState
+
+__all__ = ["prepare_update"]
+
+
+def prepare_update(
+    trainer: TrainerState,
+    options: StepOptions,
+    *,
+    optim_param: Mapping[str, Any] | None,
+    optimizer: MakesOptimizer | None,
+    scheduler_param: Mapping[str, Any] | None,
+    scheduler: Callable[..., Any] | None,
+    resume_schedule: str,
+) -> StepOptions:
+    """Give a trainer with a model its optimizer and schedule; return the options of the step that go with them.
+
+    Raises:
+        UsageError: They cannot be made, or not for all parameters.
+    """
+    names = [name for name, _ in trainer.model.named_parameters()]
+    named = dict(zip(names, trainer.storage.trained, strict=True))
+    trainer.known_names = set(names)
+    trainer.optimizer = make_optimizer(
+        named,
+        optim_param,
+        trainer.device,
+        make=optimizer,
+        sparse=any(getattr(module, "sparse", False) for module in trainer.model.modules()),
+        sharded=trainer.storage.is_sharded,
+    )
+    trainer.optimizer_groups = group_names(trainer.optimizer, named)
+    trainer.storage.follow(trainer.optimizer)
+    tell = print if trainer.peers.leads else _say_nothing
+    trainer.schedule = make_schedule(trainer.optimizer, scheduler_param, scheduler, resume_schedule, tell)
+    if options.cuda_graph and trainer.schedule.per == "step":
+        trainer.logger.on_compile("cuda_graph: the step runs eagerly, as the learning rate changes with every step")
+        return replace(options, cuda_graph=False)
+    return options
+
+
+def _say_nothing(_: str) -> None: ...
