@@ -219,11 +219,11 @@ def _common(lengths: Iterable[set[int] | None]) -> set[int] | None:
     return set.intersection(*known) if known else None
 
 
-def _mapping_like(tree: Mapping[Any, Any], parts: dict[Any, Any]) -> Any:
-    if type(tree) is dict or not isinstance(tree, MutableMapping):
-        return parts
+def _mapping_like(tree: Any, parts: dict[Any, Any]) -> Any:
     if is_dataclass(tree):
         return type(tree)(**parts)
+    if type(tree) is dict or not isinstance(tree, MutableMapping):
+        return parts
     # Further attributes stay, and entries may be attributes too.
     half = copy.copy(tree)
     half.update(parts)
