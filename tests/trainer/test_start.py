@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastmtl.architecture import HPS
 from fastmtl.errors import CheckpointError
 from fastmtl.model import resnet18
 from fastmtl.model._torchvision import import_torchvision
@@ -218,7 +219,7 @@ def test_what_goes_by_the_places_of_tasks_is_taken_by_their_names(architecture: 
     before = make_trainer("EW", architecture, **_of_tasks("abc")).model
     state = {name: torch.randn_like(value.float()).to(value) for name, value in before.state_dict().items()}
     torch.save(described(before, state), tmp_path / "abc.pt")
-    options = {"load_path": str(tmp_path / "abc.pt"), "load_strict": False}
+    options: dict[str, Any] = {"load_path": str(tmp_path / "abc.pt"), "load_strict": False}
     after = make_trainer("EW", architecture, **_of_tasks("cda"), **options).model
     before.load_state_dict(state)
     pairs = (("c", 2, 0), ("a", 0, 2))
@@ -237,3 +238,24 @@ def test_what_goes_by_the_places_of_tasks_is_taken_by_their_names(architecture: 
     for name, value in after.state_dict().items():
         if name.endswith(("cross_unit", "alpha")) or re.search(r"encoder_att\.\d+\.1\.|resnet_layer\.\d+\.1\.", name):
             assert torch.equal(value, fresh.state_dict()[name]), name
+
+
+class ByPlace(HPS):
+    """An architecture that says nothing of what goes by the places of tasks."""
+
+
+@pytest.mark.parametrize("architecture", ["HPS", "MTAN", "Cross_stitch", ByPlace])
+def test_tasks_in_another_order(architecture: Any, tmp_path: Path) -> None:
+    before = make_trainer("EW", architecture, **_of_tasks("ab")).model
+    state = {name: torch.rand_like(value.float()).to(value) for name, value in before.state_dict().items()}
+    torch.save(described(before, state), tmp_path / "ab.pt")
+    before.load_state_dict(state)
+    options = {"load_path": str(tmp_path / "ab.pt")} | _of_tasks("ba")
+    if architecture in ("Cross_stitch", ByPlace):
+        with pytest.raises(CheckpointError, match=r"cross_unit is missing|its tasks are in the order a, b"):
+            make_trainer("EW", architecture, **options)
+        return
+    after = make_trainer("EW", architecture, **options).model
+    x = torch.randn(4, 6)
+    for task, pred in before.eval()(x).items():
+        torch.testing.assert_close(after.eval()(x)[task], pred)

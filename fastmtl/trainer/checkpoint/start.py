@@ -53,6 +53,8 @@ def start_from(model: TrainedModel, strategy_params: Sequence[nn.Parameter], pat
     content = model_state(read_checkpoint(path, model.device), path)
     current, origin = model.state_dict(), _Origin.of(content)
     state = _renamed(content, current)
+    if origin.tasks is not None and origin.tasks != list(model.task_name):
+        state = {_by_name(key, origin.tasks, model): value for key, value in state.items()}
     remembered, params = set(model.remembered()), {id(param) for param in strategy_params}
     learned = remembered | {name for name, param in model.named_parameters() if id(param) in params}
     doubt = origin.doubt(model, all(name in state for name in learned) and bool(remembered))
@@ -61,8 +63,8 @@ def start_from(model: TrainedModel, strategy_params: Sequence[nn.Parameter], pat
         optional = remembered.union(loss_names(model))
         wanted = {key: value for key, value in current.items() if key in state or key not in optional}
         _refuse(differences(wanted, state) + origin.differences(model, withheld), path)
-    else:
-        state = _found_places(state, current, origin, model)
+    elif not any(key in current for key in state):
+        state = _placed(state, current)
     fit = _Fit.of({key: value for key, value in state.items() if key not in withheld}, current, remembered)
     if not fit.taken:
         raise CheckpointError(f"Nothing in the checkpoint {path} has the name and shape of a parameter of the model.")
@@ -113,7 +115,9 @@ class _Origin:
         if self.strategy is not None and self.strategy != model.strategy_name and withheld:
             told.append(f"{', '.join(withheld)} is of {self.strategy}, not of {model.strategy_name}")
         tasks, here = self.tasks, list(model.task_name)
-        if tasks is not None and tasks != here and sorted(tasks) == sorted(here):
+        network = type(model).__bases__[0]
+        goes_by_names = not withheld and (model.by_place or network.__module__.startswith("fastmtl."))
+        if tasks is not None and tasks != here and sorted(tasks) == sorted(here) and not goes_by_names:
             told.append(f"its tasks are in the order {_listed(tasks)}, the model's in {_listed(here)}")
         return told
 
@@ -168,15 +172,6 @@ def _renamed(state: State, current: State) -> State:
     names = {plain(name): name for name in current}
     renamed = {names.get(plain(key), plain(key)): value for key, value in state.items()}
     return renamed if len(renamed) == len(state) else state
-
-
-def _found_places(state: State, current: State, origin: _Origin, model: TrainedModel) -> State:
-    """Return a state under the names that its tensors have in the model."""
-    if not any(key in current for key in state):
-        return _placed(state, current)
-    if origin.tasks is None or origin.tasks == list(model.task_name):
-        return state
-    return {_by_name(key, origin.tasks, model): value for key, value in state.items()}
 
 
 def _by_name(name: str, tasks: list[str], model: TrainedModel) -> str:
