@@ -221,7 +221,8 @@ def _common(lengths: Iterable[set[int] | None]) -> set[int] | None:
 
 def _mapping_like(tree: Any, parts: dict[Any, Any]) -> Any:
     if is_dataclass(tree):
-        return type(tree)(**parts)
+        kind: Any = type(tree)
+        return kind(**parts)
     if type(tree) is dict or not isinstance(tree, MutableMapping):
         return parts
     # Further attributes stay, and entries may be attributes too.
