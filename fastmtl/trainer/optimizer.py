@@ -1,22 +1,21 @@
-"""Optimizers by name, class or function, and an update that can be masked on the device."""
+"""Optimizers by name, class or function, and groups of parameters by name."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastmtl.errors import FastmtlError, UsageError
+from fastmtl.errors import UsageError
 from fastmtl.support.names import resolve_name
 
 __all__ = [
     "OPTIMIZERS",
     "MakesOptimizer",
-    "MaskedOptimizer",
     "Parameters",
     "group_names",
     "learning_rates",
@@ -41,8 +40,6 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 _FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad)
 # They look at every number by itself, so that a part of a parameter is updated as the whole would be.
 _BY_NUMBER = tuple(OPTIMIZERS[name] for name in OPTIMIZERS if name not in ("adafactor", "muon"))
-# What they keep begins with zeros, and what they count does not matter, so that a step can be undone on the device.
-_UNDONE = tuple(OPTIMIZERS[name] for name in ("sgd", "rmsprop", "adadelta", "muon") if name in OPTIMIZERS)
 
 
 class Parameters(list[nn.Parameter]):
@@ -247,108 +244,3 @@ def set_mode(optimizer: torch.optim.Optimizer, training: bool) -> None:
     change = getattr(optimizer, "train" if training else "eval", None)
     if callable(change):
         change()
-
-
-class MaskedOptimizer:
-    """Runs an optimizer so that nothing changes while a device flag is 1.
-
-    Fused optimizers look at the flag themselves, as they do for gradient scalers; the others are undone. Where that
-    would not be all, as of what begins with other numbers than zeros or is counted on the host, and steps are left out
-    for good reasons, the flag is read.
-
-    Args:
-        optimizer: The optimizer.
-        found_inf: The flag, a scalar.
-        skips: Whether a run goes on after steps in which the flag is 1.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer, found_inf: Tensor, skips: bool = False) -> None:
-        self.optimizer = optimizer
-        self.found_inf = found_inf
-        self.fused = all(bool(group.get("fused")) for group in optimizer.param_groups)
-        self.reads = skips and not self.fused and type(optimizer) not in _UNDONE
-        self._has_run = False
-        if self.fused:
-            optimizer.grad_scale = None  # type: ignore[attr-defined]
-            optimizer.found_inf = found_inf  # type: ignore[attr-defined]
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """Update the parameters from their gradients unless the flag is 1."""
-        self._start_momentum()
-        if self.fused:
-            self._run()
-        elif self.reads:
-            if not self.found_inf.item():
-                self._run()
-        else:
-            self._run_undone()
-
-    def _run(self) -> None:
-        """Run a step; the first one shows whether it can be run as it is."""
-        if self._has_run:
-            self.optimizer.step()
-            return
-        try:
-            self.optimizer.step()
-        except (FastmtlError, torch.OutOfMemoryError):
-            raise
-        except Exception as cause:
-            raise UsageError(
-                f"The optimizer {type(self.optimizer).__name__} cannot take a step: {cause}. It gets the gradients of "
-                "one backward pass, in .grad, and no closure."
-            ) from cause
-        self._has_run = True
-
-    def _run_undone(self) -> None:
-        params = [param for group in self.optimizer.param_groups for param in group["params"] if param.grad is not None]
-        state = self.optimizer.state
-        before = [(param.clone(), {name: each.clone() for name, each in _tensors(state[param])}) for param in params]
-        self._run()
-        masked = self.found_inf != 0
-        for param, (old, remembered) in zip(params, before, strict=True):
-            param.copy_(torch.where(masked, old, param))
-            for name, each in _tensors(state[param]):
-                # Torch counts steps on the host unless told otherwise; one that was skipped is then counted too.
-                if each.device == masked.device:
-                    each.copy_(torch.where(masked, remembered.get(name, torch.zeros_like(each)), each))
-
-    def _start_momentum(self) -> None:
-        """Give parameters their momentum at their first gradient.
-
-        Fused SGD does so only where all of them begin together, and leaves it uninitialised if that step is skipped.
-        SGD begins with the gradient itself as momentum, undampened: ``m v + (1 - d) g = g`` of a ``v = d g / m`` that
-        is put there before the first step that is not skipped. Which that is, the optimizer's state knows.
-        """
-        if not isinstance(self.optimizer, torch.optim.SGD):
-            return
-        for group in self.optimizer.param_groups:
-            momentum, dampening = group["momentum"], group["dampening"]
-            for param in group["params"] if momentum else ():
-                if param.grad is None:
-                    continue
-                state = self.optimizer.state[param]
-                if state.get("momentum_buffer") is None:
-                    state["momentum_buffer"] = torch.zeros_like(param.grad)
-                    if dampening:
-                        state["unmoved"] = torch.ones_like(self.found_inf)
-                if "unmoved" not in state:
-                    continue
-                begins = (state["unmoved"] != 0) & (self.found_inf == 0)
-                grad = -param.grad if group["maximize"] else param.grad
-                start = (grad + group["weight_decay"] * param) * (dampening / momentum)
-                buffer = state["momentum_buffer"]
-                buffer.copy_(torch.where(begins, start, buffer))
-                state["unmoved"].mul_(self.found_inf)
-
-
-def _tensors(state: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors that an optimizer keeps of a parameter, in containers too, each with a name."""
-    if isinstance(state, Tensor):
-        yield name, state
-    elif isinstance(state, Mapping):
-        for key, value in state.items():
-            yield from _tensors(value, f"{name}.{key}")
-    elif isinstance(state, list | tuple):
-        for index, value in enumerate(state):
-            yield from _tensors(value, f"{name}.{index}")

@@ -26,7 +26,6 @@ _NO_SETTINGS = ("params", "param_names", "fused", "foreach", "capturable", "init
 _SCORED = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch", "_last_lr", "_step_count")
 # What schedulers set in an optimizer's groups.
 _SCHEDULED = ("lr", "momentum", "betas")
-_MISSING = object()
 
 Settings = list[dict[str, Any]]
 
@@ -149,14 +148,18 @@ class Schedule:
         loaded = [dict(group) for group in self.optimizer.param_groups]
         first = stored.get("first") or _first_of(self.optimizer)
         is_known, state = "begin" in stored, stored.get("state")
-        self._taken = self._taken_before(stored, place)
+        if place is not None:
+            # Of this run, whose epochs may have other numbers of steps.
+            self._taken = {"epoch": place.epoch, "step": place.epoch * place.steps + place.batch}
+        else:
+            self._taken = dict(stored.get("taken", {"epoch": stored.get("epoch", 0), "step": 0}))
         changed = _changes(first, self._first)
         is_scheduled = self.recipe is not None or state is not None
         _restore(self.optimizer, self._first, [*changed, *(_SCHEDULED if is_scheduled else ())])
         if self.recipe is not None:
             self._make(None if place is None else self._total(place))
         if is_known:
-            changed |= _changes(stored["begin"] or {}, self._begin or {})
+            changed |= _changes(stored["begin"] or {"kind": None}, self._begin or {"kind": None})
         if changed:
             self._tell(_told(changed, kept=self.resumed == "stored"))
         if self.resumed == "stored" or (is_known and not changed and not _is_opaque(self.scheduler)):
@@ -165,12 +168,6 @@ class Schedule:
             self._follow_scores(state or {}, loaded, first if is_known else self._first)
         elif self.scheduler is not None:
             self._advance(self._taken[self.per])
-
-    def _taken_before(self, stored: Mapping[str, Any], place: Place | None) -> dict[str, int]:
-        if "taken" in stored:
-            return dict(stored["taken"])
-        epochs = stored.get("epoch", 0)
-        return {"epoch": epochs, "step": 0 if place is None else place.epoch * place.steps + place.batch}
 
     def _take(self, stored: Mapping[str, Any], loaded: Settings) -> None:
         """Take the stored state as it is, if it can be stored."""
@@ -307,11 +304,12 @@ def _restore(optimizer: torch.optim.Optimizer, settings: Settings, names: Iterab
 
 def _changes(before: Any, now: Any, name: str = "") -> dict[str, tuple[Any, Any]]:
     """Return what differs, by name: the values before and now."""
-    if isinstance(before, Mapping) and isinstance(now, Mapping):
+    if isinstance(before, Mapping) and isinstance(now, Mapping) and all(isinstance(key, str) for key in before):
         found: dict[str, tuple[Any, Any]] = {}
-        for key in dict.fromkeys((*before, *now)):
-            found |= _changes(before.get(key, _MISSING), now.get(key, _MISSING), str(key))
-        return found
+        # Another version of torch may have further ones.
+        for key in before.keys() & now.keys():
+            found |= _changes(before[key], now[key], str(key))
+        return dict(sorted(found.items()))
     if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
         found = {}
         for old, new in zip(before, now, strict=True):
@@ -324,11 +322,7 @@ def _changes(before: Any, now: Any, name: str = "") -> dict[str, tuple[Any, Any]
 
 def _told(changes: Mapping[str, tuple[Any, Any]], kept: bool) -> str:
     hidden = ("base_lrs", "_last_lr", "", "last_epoch", "_step_count")
-    shown = [
-        f"{name} {now} in place of {before}"
-        for name, (before, now) in changes.items()
-        if name not in hidden and before is not _MISSING and now is not _MISSING
-    ]
+    shown = [f"{name} {now} in place of {before}" for name, (before, now) in changes.items() if name not in hidden]
     what = f" ({'; '.join(shown[:4])})" if shown else ""
     if kept:
         return (

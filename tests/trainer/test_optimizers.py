@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl.errors import UsageError
+from fastmtl.trainer.compile.capture import reason_against
 from fastmtl.trainer.log.records import StepBuffer
-from fastmtl.trainer.optimizer import OPTIMIZERS, MaskedOptimizer, Parameters, learning_rates, make_optimizer
+from fastmtl.trainer.masking import MaskedOptimizer
+from fastmtl.trainer.optimizer import OPTIMIZERS, Parameters, learning_rates, make_optimizer
+from fastmtl.trainer.setup.options import StepOptions
 from tests.trainer.toy import fill_grads, loaders, make_trainer
 
 CPU = torch.device("cpu")
@@ -256,6 +259,23 @@ def test_groups_that_are_fused_and_not_are_undone() -> None:
     flag.zero_()
     MaskedOptimizer(optimizer, flag).step()
     assert all(torch.equal(param.detach(), torch.full((2,), 0.9)) for param in params)
+
+
+@pytest.mark.parametrize(
+    ("optim", "precision", "reason"),
+    [
+        ("sgd", "fp16", None),
+        ("adam", "fp16", None),
+        ("nadam", "fp32", None),
+        ("nadam", "fp16", "NAdam is told of float16 steps to leave out by the host"),
+        ("adafactor", "fp32", "Adafactor may count its steps on the host"),
+        (Lars, "fp32", "Lars may count its steps on the host"),
+    ],
+)
+def test_graphs_are_of_optimizers_that_the_host_has_no_part_in(optim: Any, precision: str, reason: str | None) -> None:
+    trainer = make_trainer(optim_param={"optim": optim, "lr": 0.01})
+    options = StepOptions(precision=precision)
+    assert reason_against(trainer.model, trainer.optimizer, options, torch.device("cuda")) == reason
 
 
 class Averaging(torch.optim.SGD):

@@ -429,6 +429,19 @@ def test_checkpoints_of_older_versions_follow_the_new_schedule(tmp_path: Path) -
     assert train(trainer_with({"scheduler": "cos"}, resume=str(tmp_path)), 5) == undisturbed[2 * STEPS :]
 
 
+def test_steps_of_another_number_in_an_epoch_are_those_of_this_run(tmp_path: Path) -> None:
+    def data(batch: int) -> Any:
+        return loaders(batch=batch)
+
+    undisturbed = trainer_with({"scheduler": "onecycle"})
+    undisturbed.train(data(4), loaders(rows=8), 4)
+    first = trainer_with({"scheduler": "onecycle"}, save_path=str(tmp_path))
+    first.train(data(8), loaders(rows=8), 2)
+    second = trainer_with({"scheduler": "onecycle"}, resume=str(tmp_path))
+    second.train(data(4), loaders(rows=8), 4)
+    assert rates(second) == rates(undisturbed)[12:]
+
+
 def test_other_groups_cannot_be_gone_on_with(tmp_path: Path) -> None:
     train(trainer_with(save_path=str(tmp_path)), 1)
     with pytest.raises(CheckpointError, match="other groups of the optimizer than this run: groups cannot change"):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastmtl.engine.model import Labels
 from fastmtl.engine.trees import leaves, map_tree
+from fastmtl.trainer.masking import can_be_masked, is_capturable
 from fastmtl.trainer.setup.options import StepOptions
 from fastmtl.weighting import AbsWeighting
 
@@ -59,7 +60,9 @@ def reason_against(
         "weight_momentum starts with a step of its own": options.weight_momentum > 0,
         "the strategy is written for LibMTL and runs on the host": strategy.needs_of_step() == "backward",
         "the strategy looks ahead with the learning rate of the host": strategy.needs == "lookahead",
-        "Adagrad counts its steps on the host": isinstance(optimizer, torch.optim.Adagrad),
+        f"{type(optimizer).__name__} may count its steps on the host": not is_capturable(optimizer),
+        f"{type(optimizer).__name__} is told of float16 steps to leave out by the host": options.precision == "fp16"
+        and not can_be_masked(optimizer),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 
