@@ -215,6 +215,17 @@ class TestLosses:
         assert value.item() == pytest.approx(loss.compute_loss(pred.double(), gt).item(), rel=1e-5)
 
 
+def test_a_class_that_tells_more_labels_are_missing_is_heard() -> None:
+    class NoTwos(CELoss):
+        def labelled(self, gt: Tensor) -> Tensor:
+            return super().labelled(gt) & (gt != 2)
+
+    pred, gt = _logits(0, 5, 3), torch.tensor([0, 2, 1, -100, 2])
+    assert NoTwos().compute_loss(pred, gt).item() == CELoss().compute_loss(pred[[0, 2]], gt[[0, 2]]).item()
+    weighted = NoTwos(weight=WEIGHT).compute_loss(pred, gt).item()
+    assert weighted == pytest.approx(CELoss(weight=WEIGHT).compute_loss(pred[[0, 2]], gt[[0, 2]]).item(), rel=1e-14)
+
+
 @pytest.mark.parametrize("label", [3, -1])
 def test_labels_of_no_class_are_refused(label: int) -> None:
     pred, gt = _logits(0, 2, 3), torch.tensor([0, label])

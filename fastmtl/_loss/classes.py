@@ -63,8 +63,12 @@ class CELoss(AbsLoss):
     def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
         """Return the mean cross-entropy."""
         pred, gt = as_classes_or_shares(pred, gt, type(self).__name__)
-        # Probabilities of zero give no loss and no gradient.
-        labels = torch.where(self.labelled(gt).unsqueeze(1), gt, 0) if gt.is_floating_point() else gt.long()
+        known = self.labelled(gt)
+        if gt.is_floating_point():
+            # Probabilities of zero give no loss and no gradient.
+            labels = torch.where(known.unsqueeze(1), gt, 0)
+        else:
+            labels = torch.where(known, gt.long(), self.ignore_index)
         weight = None if self.weight is None else self.weight.of(pred)
         total = _summed(self, pred, labels, weight=weight, label_smoothing=self.label_smoothing)
         return over(total, self.divisor(gt).to(total.dtype))
