@@ -134,13 +134,15 @@ def _hyper_of(
 
 
 def _scheduler_param(params: argparse.Namespace) -> Arguments | None:
-    if params.scheduler is None:
+    # LibMTL's own parser does not have them.
+    warmup, per = getattr(params, "warmup", 0), getattr(params, "schedule_per", None)
+    if params.scheduler is None and not warmup:
         return None
-    name = spelled_as(params.scheduler, SCHEDULERS, "scheduler")
+    name = "warmup" if params.scheduler is None else spelled_as(params.scheduler, SCHEDULERS, "scheduler")
     length = params.T_max or getattr(params, "epochs", None)
     if name == "cos" and length is None:
         raise UsageError("The scheduler cos needs --T_max, the number of epochs it anneals over.")
-    if not params.T_max and (params.warmup or params.schedule_per == "step"):
+    if not params.T_max and (warmup or per == "step"):
         length = None
     return scheduler_param(
         name,
@@ -149,7 +151,7 @@ def _scheduler_param(params: argparse.Namespace) -> Arguments | None:
         length=length,
         eta_min=params.eta_min,
         patience=params.patience,
-        power=params.power,
-        warmup=params.warmup,
-        schedule_per=params.schedule_per,
+        power=getattr(params, "power", 1.0),
+        warmup=warmup,
+        schedule_per=per,
     )

@@ -69,6 +69,11 @@ def test_warm_up_and_steps_leave_the_length_to_the_trainer() -> None:
     params = _parse("--scheduler cos --warmup 2 --eta_min 0.1")
     params.epochs = 12
     assert prepare_args(params)[2] == {"scheduler": "cos", "eta_min": 0.1, "warmup": 2}
+    assert prepare_args(_parse("--warmup 3"))[2] == {"scheduler": "warmup", "warmup": 3}
+    params = _parse("--scheduler exp")
+    for name in ("warmup", "schedule_per", "power"):
+        delattr(params, name)
+    assert prepare_args(params)[2] == {"scheduler": "exp", "gamma": 0.5}
     params = _parse("--scheduler cos --schedule_per step --T_max 40")
     assert prepare_args(params)[2] == {"scheduler": "cos", "T_max": 40, "eta_min": 0.0, "per": "step"}
 

@@ -202,6 +202,7 @@ def test_groups_warm_up_and_steps_of_a_file(tmp_path: Path) -> None:
     assert config.optim_param["params"] == {"encoder": {"lr": 0.5}}
     assert config.scheduler_param == {"scheduler": "cos", "eta_min": 0.0, "warmup": 2, "per": "step"}
     assert TrainConfig(scheduler="poly", power=0.9).scheduler_param == {"scheduler": "poly", "power": 0.9}
+    assert TrainConfig(warmup=3).scheduler_param == {"scheduler": "warmup", "warmup": 3}
     assert TrainConfig(scheduler="onecycle").scheduler_param == {"scheduler": "onecycle"}
     with pytest.raises(UsageError, match="lbfgs cannot be used: it computes the loss several times in a step"):
         TrainConfig(optim="lbfgs")

@@ -228,11 +228,13 @@ class TrainConfig:
     @property
     def scheduler_param(self) -> Arguments | None:
         """The learning-rate scheduler in the form the trainer takes, or None."""
-        if self.scheduler is None:
+        if self.scheduler is None and not self.warmup:
             return None
         names = ("step_size", "gamma", "eta_min", "patience", "power", "warmup", "schedule_per")
         length = None if self.warmup or self.schedule_per == "step" else self.epochs
-        return scheduler_param(self.scheduler, length=length, **{name: getattr(self, name) for name in names})
+        return scheduler_param(
+            self.scheduler or "warmup", length=length, **{name: getattr(self, name) for name in names}
+        )
 
     def as_yaml(self) -> str:
         """Return the configuration as YAML; `read_config` reads it back to an equal one."""
