@@ -304,6 +304,21 @@ class Composite(AbsLoss):
         return of_a.compute_loss(pred, gt) + of_b[0](pred, gt)
 
 
+def test_names_that_would_fall_together_stay_apart() -> None:
+    class Named(MSELoss):
+        def __init__(self) -> None:
+            super().__init__()
+            self.nets: Any = [nn.Linear(1, 1), {"a.b": nn.Linear(1, 1), "a_b": nn.Linear(1, 1)}]
+            self.nets_0 = nn.Linear(1, 1)
+            self.training = nn.Parameter(torch.ones(()))
+
+    trainer = make_trainer("EW", task_dict=learned(task1=Named()))
+    names = {name for name, _ in trainer.model.loss_fn["task1"].named_parameters()}
+    assert names == {
+        f"{layer}.{name}" for layer in ("nets_0", "nets_1_a_b", "nets_1_a_b_", "nets_0_") for name in ("weight", "bias")
+    } | {"training_"}
+
+
 def test_parameters_in_containers_and_further_losses_are_found() -> None:
     trainer = make_trainer("MGDA", task_dict=learned(task1=Composite()))
     names = [name for name, _ in trainer.model.loss_fn["task1"].named_parameters()]
@@ -427,6 +442,8 @@ def test_what_nobody_would_train_is_refused() -> None:
     refused(nn.MSELoss(reduction="sum"), "is a sum over the batch", accumulate=2)
     refused(nn.MSELoss, "must be an object of a class derived from fastmtl.loss.AbsLoss")
     refused("mse", "must be an object of a class derived from fastmtl.loss.AbsLoss")
+    refused(nn.GaussianNLLLoss(), "cannot be called with predictions and labels: missing a required argument: 'var'")
+    refused(nn.Sequential(nn.Linear(1, 1)), "cannot be called with predictions and labels: too many positional arg")
     lazy = MSELoss()
     lazy.layer = nn.LazyLinear(1)
     refused(lazy, "has lazy layers")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -204,11 +205,24 @@ def as_loss(given: Any, name: str) -> AbsLoss:
         if hasattr(given, "compute_loss"):
             return DelegatedLoss(given)
         if callable(given):
+            _check_arguments(given, name)
             return _torch_loss(given) or FunctionLoss(given, name)
     raise UsageError(
         f"{name} must be an object of a class derived from fastmtl.loss.AbsLoss, as CELoss(), or a module or function "
         f"of predictions and labels that returns a scalar, as torch.nn.CrossEntropyLoss(); got {given!r}."
     )
+
+
+def _check_arguments(given: Any, name: str) -> None:
+    """Refuse what cannot be called with predictions and labels."""
+    function = given.forward if isinstance(given, nn.Module) else given
+    try:
+        inspect.signature(function).bind(None, None)
+    except ValueError:
+        # A builtin tells nothing of its arguments.
+        return
+    except TypeError as cause:
+        raise UsageError(f"{name} cannot be called with predictions and labels: {cause}.") from cause
 
 
 def _torch_loss(given: Any) -> EntryLoss | None:

@@ -211,7 +211,15 @@ def _origin(loss: AbsLoss) -> object:
 
 def _holder(origin: object) -> nn.Module:
     """Return a module with the parameters and buffers of what was given for a loss; itself if it is one."""
-    return origin if isinstance(origin, nn.Module) else _Held(dict(_parts(origin)))
+    if isinstance(origin, nn.Module):
+        return origin
+    parts: dict[str, nn.Module | nn.Parameter] = {}
+    for name, part in _parts(origin):
+        free = name.replace(".", "_")
+        while free in parts:
+            free += "_"
+        parts[free] = part
+    return _Held(parts)
 
 
 def _parts(owner: object, above: tuple[object, ...] = ()) -> Iterator[tuple[str, nn.Module | nn.Parameter]]:
