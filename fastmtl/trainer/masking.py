@@ -88,15 +88,17 @@ class MaskedOptimizer:
     def _run_undone(self) -> None:
         params = [param for group in self.optimizer.param_groups for param in group["params"] if param.grad is not None]
         state = self.optimizer.state
-        before = [(param.clone(), {name: each.clone() for name, each in _tensors(state[param])}) for param in params]
+        before = [
+            (param.clone(), {name: tensor.clone() for name, tensor in _tensors(state[param])}) for param in params
+        ]
         self._run()
         masked = self.found_inf != 0
         for param, (old, remembered) in zip(params, before, strict=True):
             param.copy_(torch.where(masked, old, param))
-            for name, each in _tensors(state[param]):
+            for name, tensor in _tensors(state[param]):
                 # Torch counts steps on the host unless told otherwise; one that was skipped is then counted too.
-                if each.device == masked.device:
-                    each.copy_(torch.where(masked, remembered.get(name, torch.zeros_like(each)), each))
+                if tensor.device == masked.device:
+                    tensor.copy_(torch.where(masked, remembered.get(name, torch.zeros_like(tensor)), tensor))
 
     def _start_momentum(self) -> None:
         """Give parameters their momentum at their first gradient.

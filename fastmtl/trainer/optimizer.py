@@ -96,13 +96,13 @@ def make_optimizer(
     return optimizer
 
 
-def refuse_optimizer(given: object) -> None:
+def refuse_optimizer(optim: object) -> None:
     """Refuse an optimizer, by name or class, that no step of the trainer can run, and say why."""
-    kinds = given.__mro__ if isinstance(given, type) else ()
-    names = [given.lower()] if isinstance(given, str) else [kind.__name__.lower() for kind in kinds]
+    kinds = optim.__mro__ if isinstance(optim, type) else ()
+    names = [optim.lower()] if isinstance(optim, str) else [kind.__name__.lower() for kind in kinds]
     for name in names:
         if name in _REFUSED:
-            raise UsageError(f"The optimizer {getattr(given, '__name__', given)} cannot be used: {_REFUSED[name]}.")
+            raise UsageError(f"The optimizer {getattr(optim, '__name__', optim)} cannot be used: {_REFUSED[name]}.")
 
 
 def _described(
@@ -110,9 +110,9 @@ def _described(
 ) -> torch.optim.Optimizer:
     if not isinstance(optim_param, Mapping) or "optim" not in optim_param:
         raise UsageError(f"optim_param must name the optim as {{'optim': ...}}, got {optim_param!r}.")
-    given = optim_param["optim"]
-    refuse_optimizer(given)
-    kind: Any = given if callable(given) else resolve_name(given, OPTIMIZERS, "optimizer")
+    optim = optim_param["optim"]
+    refuse_optimizer(optim)
+    kind: Any = optim if callable(optim) else resolve_name(optim, OPTIMIZERS, "optimizer")
     args = {name: _plain(value) for name, value in optim_param.items() if name not in ("optim", "params")}
     groups = _groups(named, optim_param.get("params", {}))
     fused = (
@@ -125,7 +125,7 @@ def _described(
     try:
         optimizer = kind(groups, **(args | ({"fused": True} if fused else {})))
     except (TypeError, ValueError) as cause:
-        shown = {**optim_param, "optim": getattr(given, "__name__", given)}
+        shown = {**optim_param, "optim": getattr(optim, "__name__", optim)}
         raise UsageError(f"optim_param {shown} cannot be used: {cause}.") from cause
     settings = optim_param.get("params", {})
     unknown = [key for of_group in settings.values() for key in of_group if key not in optimizer.defaults]
@@ -196,7 +196,7 @@ def group_names(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Paramet
 
 def _groups(named: Mapping[str, nn.Parameter], settings: Any) -> list[nn.Parameter] | list[dict[str, Any]]:
     """Return groups of parameters with settings of their own, those without any first."""
-    if not isinstance(settings, Mapping) or not all(isinstance(each, Mapping) for each in settings.values()):
+    if not isinstance(settings, Mapping) or not all(isinstance(of_group, Mapping) for of_group in settings.values()):
         raise UsageError(
             f"params of optim_param must be {{beginning of names: settings}}, as {{'encoder': {{'lr': 1e-4}}}}, got "
             f"{settings!r}."
@@ -215,11 +215,11 @@ def _groups(named: Mapping[str, nn.Parameter], settings: Any) -> list[nn.Paramet
                 f"params of optim_param has {prefix!r}, with which no parameter's name begins: there are "
                 f"{', '.join(shown[:12])}{', ...' if len(shown) > 12 else ''}."
             )
-    own = {
+    chosen = {
         None: {},
-        **{prefix: {key: _plain(value) for key, value in each.items()} for prefix, each in settings.items()},
+        **{prefix: {key: _plain(value) for key, value in of_group.items()} for prefix, of_group in settings.items()},
     }
-    return [{"params": params, **own[prefix]} for prefix, params in members.items() if params]
+    return [{"params": params, **chosen[prefix]} for prefix, params in members.items() if params]
 
 
 def _plain(value: Any) -> Any:

@@ -249,20 +249,20 @@ def storable(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str | Tensor):
         return value
     if isinstance(value, Mapping):
-        found = {storable(key): storable(each) for key, each in value.items()}
-        return Counter(found) if isinstance(value, Counter) else found
+        plain = {storable(key): storable(entry) for key, entry in value.items()}
+        return Counter(plain) if isinstance(value, Counter) else plain
     if isinstance(value, list | tuple):
-        return [storable(each) for each in value] if isinstance(value, list) else tuple(map(storable, value))
+        return [storable(entry) for entry in value] if isinstance(value, list) else tuple(map(storable, value))
     raise TypeError(type(value).__name__)
 
 
 def _state_of(scheduler: Any) -> dict[str, Any] | None:
     """Return the state of a scheduler, None if it has none that a checkpoint can hold."""
     try:
-        found: dict[str, Any] = storable(scheduler.state_dict())
+        state: dict[str, Any] = storable(scheduler.state_dict())
     except (AttributeError, TypeError):
         return None
-    return found
+    return state
 
 
 def _is_opaque(scheduler: Any) -> bool:
@@ -273,7 +273,7 @@ def _is_opaque(scheduler: Any) -> bool:
 
 def _settings(optimizer: torch.optim.Optimizer) -> Settings:
     """Return the settings of an optimizer's groups, as far as a checkpoint can hold them."""
-    found = []
+    of_groups = []
     for group in optimizer.param_groups:
         settings: dict[str, Any] = {}
         for name, value in group.items():
@@ -282,8 +282,8 @@ def _settings(optimizer: torch.optim.Optimizer) -> Settings:
                     settings[name] = storable(value.clone() if isinstance(value, Tensor) else value)
                 except TypeError:
                     continue
-        found.append(settings)
-    return found
+        of_groups.append(settings)
+    return of_groups
 
 
 def _first_of(optimizer: torch.optim.Optimizer) -> Settings:
@@ -305,16 +305,16 @@ def _restore(optimizer: torch.optim.Optimizer, settings: Settings, names: Iterab
 def _changes(before: Any, now: Any, name: str = "") -> dict[str, tuple[Any, Any]]:
     """Return what differs, by name: the values before and now."""
     if isinstance(before, Mapping) and isinstance(now, Mapping) and all(isinstance(key, str) for key in before):
-        found: dict[str, tuple[Any, Any]] = {}
+        differences: dict[str, tuple[Any, Any]] = {}
         # Another version of torch may have further ones.
         for key in before.keys() & now.keys():
-            found |= _changes(before[key], now[key], str(key))
-        return dict(sorted(found.items()))
+            differences |= _changes(before[key], now[key], str(key))
+        return dict(sorted(differences.items()))
     if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
-        found = {}
+        differences = {}
         for old, new in zip(before, now, strict=True):
-            found |= _changes(old, new, name)
-        return found
+            differences |= _changes(old, new, name)
+        return differences
     if isinstance(before, Tensor) and isinstance(now, Tensor):
         return {} if torch.equal(before.cpu(), now.cpu()) else {name: (before, now)}
     return {} if before == now else {name: (before, now)}

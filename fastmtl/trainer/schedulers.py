@@ -74,7 +74,7 @@ class Recipe:
                 f"scheduler_param must name the scheduler as {{'scheduler': ...}}, got {scheduler_param!r}."
             )
         args = dict(scheduler_param)
-        given, per, warmup = args.pop("scheduler"), args.pop("per", None), args.pop("warmup", 0)
+        kind, per, warmup = args.pop("scheduler"), args.pop("per", None), args.pop("warmup", 0)
         if per is not None:
             per = resolve_name(per, {period: period for period in PERIODS}, "per of scheduler_param")
         if isinstance(warmup, bool) or not isinstance(warmup, int) or warmup < 0:
@@ -83,16 +83,16 @@ class Recipe:
             # Torch divides by it after the first epoch, when that epoch would be lost.
             if not args.get(period, 1) > 0:
                 raise UsageError(f"{period} of scheduler_param must be at least 1, got {args[period]}.")
-        if isinstance(given, str) and given.lower() == "warmup":
+        if isinstance(kind, str) and kind.lower() == "warmup":
             if not warmup:
                 raise UsageError("The scheduler warmup needs warmup, the number of epochs or steps it takes.")
             return cls(function=lr_scheduler.LinearLR, args=_ramp(warmup) | args, per=per)
-        if isinstance(given, str) and given.lower() in _OF_SCHEDULERS:
+        if isinstance(kind, str) and kind.lower() in _OF_SCHEDULERS:
             raise UsageError(
-                f"{given} is made of schedulers of the optimizer: give Trainer scheduler, a function of the optimizer "
+                f"{kind} is made of schedulers of the optimizer: give Trainer scheduler, a function of the optimizer "
                 "that returns it."
             )
-        function = given if callable(given) else resolve_name(given, SCHEDULERS | _CLASSES, "scheduler")
+        function = kind if callable(kind) else resolve_name(kind, SCHEDULERS | _CLASSES, "scheduler")
         return cls.from_function(function, args, per, warmup)
 
     @classmethod
@@ -194,9 +194,10 @@ def _check(scheduler: Any, optimizer: torch.optim.Optimizer, what: str) -> None:
         raise UsageError(f"{what} gives a scheduler of another optimizer: make it of the one it is called with.")
     of_step = inspect.signature(scheduler.step).parameters.values()
     needed = [
-        each.name
-        for each in of_step
-        if each.default is each.empty and each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
+        parameter.name
+        for parameter in of_step
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     ]
     if needed and not isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
         raise UsageError(f"step of {type(scheduler).__name__} needs {', '.join(needed)}, and is called without.")

@@ -81,7 +81,9 @@ def resume_run(trainer: TrainerState, path: Path) -> Saved:
 def _optimizer_state(optimizer: torch.optim.Optimizer) -> Saved:
     """Return the state of an optimizer, without settings that a checkpoint cannot hold, such as functions."""
     state = optimizer.state_dict()
-    groups = [{name: each for name, value in group.items() for each in _held(value)} for group in state["param_groups"]]
+    groups = [
+        {name: plain for name, value in group.items() for plain in _held(value)} for group in state["param_groups"]
+    ]
     return state | {"param_groups": groups}
 
 
@@ -102,8 +104,8 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, state: Saved, path: Path) 
         )
     before = [dict(group) for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
-    for group, own in zip(optimizer.param_groups, before, strict=True):
-        group.update({name: value for name, value in own.items() if name in _HOW or name not in group})
+    for group, made in zip(optimizer.param_groups, before, strict=True):
+        group.update({name: value for name, value in made.items() if name in _HOW or name not in group})
 
 
 def _listed(sizes: Iterable[int]) -> str:

@@ -189,33 +189,33 @@ class _ClassLoss(EntryLoss):
         return self._reduced(torch.where(known, self.entries(pred, filled), 0).sum(), self.divisor(gt))
 
 
-def as_loss(given: Any, name: str) -> AbsLoss:
+def as_loss(loss_fn: Any, name: str) -> AbsLoss:
     """Return a loss of any kind as an `AbsLoss`.
 
     Args:
-        given: An object with ``compute_loss``; a module or function of predictions and labels that returns a scalar.
+        loss_fn: An object with ``compute_loss``; a module or function of predictions and labels that returns a scalar.
         name: Where it was given, for errors.
 
     Raises:
         UsageError: It is neither.
     """
-    if isinstance(given, AbsLoss):
-        return given
-    if not isinstance(given, type):
-        if hasattr(given, "compute_loss"):
-            return DelegatedLoss(given)
-        if callable(given):
-            _check_arguments(given, name)
-            return _torch_loss(given) or FunctionLoss(given, name)
+    if isinstance(loss_fn, AbsLoss):
+        return loss_fn
+    if not isinstance(loss_fn, type):
+        if hasattr(loss_fn, "compute_loss"):
+            return DelegatedLoss(loss_fn)
+        if callable(loss_fn):
+            _check_arguments(loss_fn, name)
+            return _torch_loss(loss_fn) or FunctionLoss(loss_fn, name)
     raise UsageError(
         f"{name} must be an object of a class derived from fastmtl.loss.AbsLoss, as CELoss(), or a module or function "
-        f"of predictions and labels that returns a scalar, as torch.nn.CrossEntropyLoss(); got {given!r}."
+        f"of predictions and labels that returns a scalar, as torch.nn.CrossEntropyLoss(); got {loss_fn!r}."
     )
 
 
-def _check_arguments(given: Any, name: str) -> None:
+def _check_arguments(loss_fn: Any, name: str) -> None:
     """Refuse what cannot be called with predictions and labels."""
-    function = given.forward if isinstance(given, nn.Module) else given
+    function = loss_fn.forward if isinstance(loss_fn, nn.Module) else loss_fn
     try:
         inspect.signature(function).bind(None, None)
     except ValueError:
@@ -225,30 +225,30 @@ def _check_arguments(given: Any, name: str) -> None:
         raise UsageError(f"{name} cannot be called with predictions and labels: {cause}.") from cause
 
 
-def _torch_loss(given: Any) -> EntryLoss | None:
+def _torch_loss(loss_fn: Any) -> EntryLoss | None:
     """Return one of torch's losses with its entries apart; None for anything else, or other reductions."""
-    if isinstance(given, nn.Module):
-        of_classes = type(given) in _OF_CLASSES
-        if not of_classes and type(given) not in _OF_ENTRIES:
+    if isinstance(loss_fn, nn.Module):
+        of_classes = type(loss_fn) in _OF_CLASSES
+        if not of_classes and type(loss_fn) not in _OF_ENTRIES:
             return None
-        module: Any = given
+        module: Any = loss_fn
         # It has the same weights, wherever they are moved.
         entries = copy.copy(module)
         entries.reduction = "none"
         reduction = module.reduction
     else:
-        function = given.func if isinstance(given, partial) else given
+        function = loss_fn.func if isinstance(loss_fn, partial) else loss_fn
         of_classes = function in _CLASS_FUNCTIONS
-        if (not of_classes and function not in _ENTRY_FUNCTIONS) or (isinstance(given, partial) and given.args):
+        if (not of_classes and function not in _ENTRY_FUNCTIONS) or (isinstance(loss_fn, partial) and loss_fn.args):
             return None
-        keywords = given.keywords if isinstance(given, partial) else {}
+        keywords = loss_fn.keywords if isinstance(loss_fn, partial) else {}
         entries = partial(function, **{**keywords, "reduction": "none"})
         reduction = keywords.get("reduction", "mean")
     if reduction not in ("mean", "sum"):
         return None
-    return (_ClassLoss if of_classes else EntryLoss)(given, entries, reduction)
+    return (_ClassLoss if of_classes else EntryLoss)(loss_fn, entries, reduction)
 
 
 def reduces_to_sum(loss: AbsLoss) -> bool:
     """Return whether a loss says that it is a sum over the batch, not a mean."""
-    return any(getattr(each, "reduction", None) == "sum" for each in (loss, *vars(loss).values()))
+    return any(getattr(part, "reduction", None) == "sum" for part in (loss, *vars(loss).values()))

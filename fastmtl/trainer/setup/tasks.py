@@ -42,14 +42,15 @@ def losses_of(task_dict: TaskDict) -> dict[str, AbsLoss]:
     Raises:
         UsageError: No loss, or one for several tasks that cannot be copied.
     """
-    given = {task: about["loss_fn"] for task, about in task_dict.items()}
+    loss_fns = {task: about["loss_fn"] for task, about in task_dict.items()}
     # A list of one is what LibMTL's first versions asked for.
-    given = {
-        task: each[0] if isinstance(each, list | tuple) and len(each) == 1 else each for task, each in given.items()
+    loss_fns = {
+        task: loss_fn[0] if isinstance(loss_fn, list | tuple) and len(loss_fn) == 1 else loss_fn
+        for task, loss_fn in loss_fns.items()
     }
     owners: dict[int, str] = {}
     losses: dict[str, AbsLoss] = {}
-    for task, part in given.items():
+    for task, part in loss_fns.items():
         owner, name = owners.setdefault(id(part), task), _name(task, "loss_fn")
         loss = as_loss(part, name)
         if loss is part and owner != task:
@@ -144,7 +145,7 @@ def hold_losses(model: nn.Module, losses: Mapping[str, AbsLoss]) -> TaskLosses |
     Raises:
         UsageError: A loss uses a tensor to train that no optimizer would see.
     """
-    own = set(model.parameters())
+    of_network = set(model.parameters())
     held: dict[str, nn.Module] = {}
     taken: set[int] = set()
     for task, loss in losses.items():
@@ -152,7 +153,7 @@ def hold_losses(model: nn.Module, losses: Mapping[str, AbsLoss]) -> TaskLosses |
         if id(origin) in taken:
             continue
         taken.add(id(origin))
-        _refuse_unseen(origin, _name(task, "loss_fn"), own)
+        _refuse_unseen(origin, _name(task, "loss_fn"), of_network)
         module = _holder(origin)
         if any(map(is_lazy, (*module.parameters(), *module.buffers()))):
             raise UsageError(
@@ -166,10 +167,10 @@ def hold_losses(model: nn.Module, losses: Mapping[str, AbsLoss]) -> TaskLosses |
     name = "loss_fn"
     while hasattr(model, name):
         name += "_"
-    params = {param: None for module in held.values() for param in module.parameters() if param not in own}
-    found = TaskLosses(held, list(params))
-    setattr(model, name, found)
-    return found
+    params = {param: None for module in held.values() for param in module.parameters() if param not in of_network}
+    task_losses = TaskLosses(held, list(params))
+    setattr(model, name, task_losses)
+    return task_losses
 
 
 def check_reductions(losses: Mapping[str, AbsLoss], several: bool) -> None:
@@ -243,7 +244,7 @@ def _entries(owner: object) -> list[tuple[str, object]]:
     return list(getattr(owner, "__dict__", {}).items()) if is_loss else []
 
 
-def _refuse_unseen(origin: object, name: str, own: set[nn.Parameter]) -> None:
+def _refuse_unseen(origin: object, name: str, of_network: set[nn.Parameter]) -> None:
     """Refuse what a loss would have trained, in the user's eyes, and no optimizer would see."""
     for key, value in _entries(origin):
         if isinstance(value, Tensor) and value.requires_grad and not isinstance(value, nn.Parameter):
@@ -253,7 +254,7 @@ def _refuse_unseen(origin: object, name: str, own: set[nn.Parameter]) -> None:
     for key, value in _captured(origin).items():
         params = value.parameters() if isinstance(value, nn.Module) else [value] if isinstance(value, Tensor) else []
         # A trainer of an earlier run is a module too.
-        if not hasattr(value, "task_dict") and any(param.requires_grad and param not in own for param in params):
+        if not hasattr(value, "task_dict") and any(param.requires_grad and param not in of_network for param in params):
             raise UsageError(
                 f"{name} is a function that uses {key!r}, whose parameters are not the model's: to train them, give a "
                 "module or a class derived from fastmtl.loss.AbsLoss that holds them; else let none require gradients."
