@@ -159,7 +159,7 @@ class Schedule:
         if self.recipe is not None:
             self._make(None if place is None else self._total(place))
         if is_known:
-            changed |= _changes(stored["begin"] or {"kind": None}, self._begin or {"kind": None})
+            changed |= _changes(stored["begin"] or {"scheduler": None}, self._begin or {"scheduler": None})
         if changed:
             self._tell(_told(changed, kept=self.resumed == "stored"))
         if self.resumed == "stored" or (is_known and not changed and not _is_opaque(self.scheduler)):
@@ -171,7 +171,7 @@ class Schedule:
 
     def _take(self, stored: Mapping[str, Any], loaded: Settings) -> None:
         """Take the stored state as it is, if it can be stored."""
-        before, now = (begin.get("kind") for begin in (stored.get("begin") or {}, self._begin or {}))
+        before, now = (begin.get("scheduler") for begin in (stored.get("begin") or {}, self._begin or {}))
         if "begin" in stored and before != now:
             raise UsageError(
                 f"resume_schedule='stored' goes on with the checkpoint's scheduler, {before}, but this run's is {now}: "
@@ -198,7 +198,7 @@ class Schedule:
     def _make(self, total: int | None) -> None:
         assert self.recipe is not None
         self.scheduler = self.recipe.make(self.optimizer, total)
-        self._begin = {"kind": type(self.scheduler).__name__, "per": self.per, **(_state_of(self.scheduler) or {})}
+        self._begin = {"scheduler": type(self.scheduler).__name__, "per": self.per, **(_state_of(self.scheduler) or {})}
 
     def _advance(self, periods: int) -> None:
         try:
@@ -321,7 +321,7 @@ def _changes(before: Any, now: Any, name: str = "") -> dict[str, tuple[Any, Any]
 
 
 def _told(changes: Mapping[str, tuple[Any, Any]], kept: bool) -> str:
-    hidden = ("base_lrs", "_last_lr", "", "last_epoch", "_step_count")
+    hidden = ("base_lrs", "end_step", "_last_lr", "", "last_epoch", "_step_count")
     shown = [f"{name} {now} in place of {before}" for name, (before, now) in changes.items() if name not in hidden]
     what = f" ({'; '.join(shown[:4])})" if shown else ""
     if kept:
