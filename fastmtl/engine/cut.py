@@ -99,7 +99,9 @@ class Structure:
         if hides:
             self.learn_joints(batch)
         self._joined_for.update(batch.tasks)
-        names = {param: name for name, param in problem.model.named_parameters(remove_duplicate=False)}
+        names: dict[Tensor, str] = {
+            param: name for name, param in problem.model.named_parameters(remove_duplicate=False)
+        }
         self.tied = min((names[param] for param in above.intersection(problem.shared_params)), default=None)
         self.left_out = min((names[param] for param in below.intersection(problem.own_params)), default=None)
         if self.against_cut is None:

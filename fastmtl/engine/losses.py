@@ -96,7 +96,7 @@ class Problem:
                 self.needs_graph = True
         with torch.enable_grad():
             result: Any = run()
-        return map_tree(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, result)  # type: ignore[return-value]
+        return map_tree(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, result)
 
     def trunk(self, inputs: object) -> Features:
         """Return the shared features."""
