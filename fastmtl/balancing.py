@@ -118,11 +118,17 @@ class _Balance:
         """Add the gradients of the losses times ``scale``, those of all processes, to ``.grad``."""
         from fastmtl.autojac.fields import check_writable
         from fastmtl.distributed.storage import comm_of_loop
+        from fastmtl.engine.hidden import refusing_inner_backward
 
         shared, own = self.parameters()
-        params = [*shared, *own]
-        check_writable(params, ".grad")
+        check_writable([*shared, *own], ".grad")
         comm = comm_of_loop(shared)
+        with refusing_inner_backward(self.losses):
+            return self._write(scale, shared, own, comm)
+
+    def _write(self, scale: Tensor | None, shared: list[Tensor], own: list[Tensor], comm: Comm) -> Tensor | None:
+        """Add the gradients to ``.grad``."""
+        params = [*shared, *own]
         if not comm.shares_batches:
             return self._by_rows(scale, shared, own, comm)
         before = [param.grad for param in params]

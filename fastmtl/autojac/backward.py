@@ -12,7 +12,7 @@ from fastmtl.autojac.fields import add_jacobians, check_writable
 from fastmtl.autojac.jac import jacobians_of
 from fastmtl.autojac.jac_to_grad import jac_to_grad
 from fastmtl.engine.graph import leaf_tensors
-from fastmtl.engine.hidden import refuse_hidden
+from fastmtl.engine.hidden import refuse_hidden, refusing_inner_backward
 
 if TYPE_CHECKING:
     from fastmtl.aggregation import Aggregator
@@ -58,7 +58,8 @@ def backward(
     wanted = leaf_tensors(outputs, "tensors") if inputs is None else unique(inputs)
     check_writable(wanted, ".jac")
     refuse_hidden(outputs, None if inputs is None else wanted, "inputs")
-    found = jacobians_of(outputs, wanted, jac_tensors, "tensors", retain_graph, parallel_chunk_size)
+    with refusing_inner_backward(outputs):
+        found = jacobians_of(outputs, wanted, jac_tensors, "tensors", retain_graph, parallel_chunk_size)
     add_jacobians(wanted, found)
     if aggregator is not None and wanted:
         jac_to_grad(wanted, aggregator)

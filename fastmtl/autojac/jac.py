@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastmtl.autojac.checks import as_list, check_chunk, check_outputs, check_rows, check_shapes, unique
 from fastmtl.engine.graph import batches_well
-from fastmtl.engine.hidden import refuse_hidden
+from fastmtl.engine.hidden import refuse_hidden, refusing_inner_backward
 from fastmtl.engine.vjp import batched_jacobians, identity_rows, jacobians
 from fastmtl.errors import UsageError
 
@@ -59,7 +59,8 @@ def jac(
         if not each.requires_grad:
             raise UsageError(f"inputs[{index}] must require grad, got a tensor that does not.")
     refuse_hidden(as_list(outputs), wanted, "inputs")
-    found = jacobians_of(as_list(outputs), wanted, jac_outputs, "outputs", retain_graph, parallel_chunk_size)
+    with refusing_inner_backward(as_list(outputs)):
+        found = jacobians_of(as_list(outputs), wanted, jac_outputs, "outputs", retain_graph, parallel_chunk_size)
     by_input = dict(zip(wanted, found, strict=True))
     return tuple(by_input[each] for each in repeated)
 

@@ -14,7 +14,7 @@ from fastmtl.autojac.jac import chunk_for
 from fastmtl.autojac.jac_to_grad import jac_to_grad
 from fastmtl.engine.gradients import add_grads
 from fastmtl.engine.graph import leaf_tensors
-from fastmtl.engine.hidden import refuse_hidden
+from fastmtl.engine.hidden import refuse_hidden, refusing_inner_backward
 from fastmtl.engine.vjp import Cotangents, batched_jacobians, jacobians, vjp
 from fastmtl.errors import UsageError
 
@@ -72,8 +72,10 @@ def mtl_backward(
     refuse_hidden(cuts, None if shared_params is None else shared, "shared_params")
     every = [param for params in own for param in params]
     refuse_hidden(tasks, None if tasks_params is None else every, "tasks_params", cuts)
-    cotangents = _through_heads(tasks, cuts, own, grad_tensors, retain_graph)
-    add_jacobians(shared, _through(cuts, cotangents, shared, retain_graph, parallel_chunk_size))
+    with refusing_inner_backward([*tasks, *cuts]):
+        cotangents = _through_heads(tasks, cuts, own, grad_tensors, retain_graph)
+        found = _through(cuts, cotangents, shared, retain_graph, parallel_chunk_size)
+    add_jacobians(shared, found)
     if aggregator is not None and shared:
         jac_to_grad(shared, aggregator)
 

@@ -142,10 +142,8 @@ class LossEngine:
 
     def differentiate(self, ctx: StepContext, known: Weights | None) -> LossSum:
         """Run the forward pass."""
-        problem = self.regions.problem
-        if len(ctx.tasks) < len(problem.tasks) and problem.model.splits and not problem.model.multi_input:
-            self.comm.unshard()
-            self.structure.learn_decoders(ctx.batches[0])
+        self.comm.unshard()
+        self.structure.learn_decoders(ctx.batches[0])
         return LossSum(ctx, self.regions, self.comm, self.reads_losses)
 
 

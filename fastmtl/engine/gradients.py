@@ -10,13 +10,15 @@ from torch import Tensor
 from fastmtl.engine.weights import Row
 from fastmtl.ops._rows import is_dense
 
-__all__ = ["OwnGradients", "WeightedGradients", "add_grads", "agree", "set_grads", "summed"]
+__all__ = ["OwnGradients", "WeightedGradients", "add_grads", "agree", "are_finite", "set_grads", "summed"]
 
 Grads = Sequence[Tensor | None]
 
 # Gradients that two ways have found differ by less, of a tensor's largest entry or of the largest of all.
-_ROUNDING = 1e-2
-_SMALL = 1e-4
+_ROUNDING = 5e-3
+_SMALL = 5e-5
+# The same of all entries together, where they were rounded to 16 bits: the small ones may be nothing but rounding.
+_HALVED = 5e-2
 
 
 class OwnGradients:
@@ -35,7 +37,16 @@ class OwnGradients:
 
     def absorb(self, other: OwnGradients) -> None:
         """Add the gradients of another batch."""
-        self.parts = summed(self.parts, other.parts)
+        count = max(len(self.parts), len(other.parts))
+        self.parts = summed(self._by_task(count), other._by_task(count))
+
+    def _by_task(self, count: int) -> Sequence[Grads]:
+        """Return so many parts: one for all tasks is taken apart by the owners, or becomes the first."""
+        if len(self.parts) == count:
+            return self.parts
+        (part,) = self.parts
+        owners = [0] * len(part) if self.owners is None else self.owners
+        return [[grad if owner == t else None for grad, owner in zip(part, owners, strict=True)] for t in range(count)]
 
     def weighted(self, weights: Tensor | None) -> WeightedGradients:
         """Return the sum over the tasks, each weighted by ``weights`` (T,) if given."""
@@ -111,16 +122,26 @@ def summed(rows: Sequence[Grads], others: Sequence[Grads]) -> list[Row]:
     ]
 
 
-def agree(some: Grads, others: Grads) -> bool:
+def agree(some: Grads, others: Grads, halved: bool = False) -> bool:
     """Return whether gradients are the same but for rounding; None counts as zeros, and NaN as anything."""
     pairs = [(_dense(one, other), _dense(other, one)) for one, other in zip(some, others, strict=True)]
     known = [(one, other) for one, other in pairs if one is not None and other is not None and one.numel()]
+    if halved:
+        pairs_32 = [(one.float(), other.float()) for one, other in known]
+        size = sum(float(other.square().sum()) for _, other in pairs_32)
+        return not sum(float((one - other).square().sum()) for one, other in pairs_32) > _HALVED**2 * size
     largest = max((float(other.abs().max()) for _, other in known), default=0.0)
     for one, other in known:
         bound = max(_ROUNDING * float(other.abs().max()), _SMALL * largest)
         if bool(((one - other).abs() > bound).any()):
             return False
     return True
+
+
+def are_finite(grads: Grads) -> bool:
+    """Return whether no gradient has a NaN or an infinite entry; waits for the device."""
+    dense = (_dense(grad, None) for grad in grads)
+    return all(bool(grad.isfinite().all()) for grad in dense if grad is not None)
 
 
 def _dense(grad: Tensor | None, like: Tensor | None) -> Tensor | None:

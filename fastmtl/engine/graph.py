@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
 from fastmtl.errors import UsageError
 
-__all__ = ["batches_well", "graph_nodes", "leaf_tensors"]
+__all__ = ["batches_well", "graph_nodes", "inner_nodes", "leaf_tensors", "number_now", "reached_leaves"]
 
 
 def graph_nodes(roots: Iterable[Any], excluded: Iterable[Any] = ()) -> Iterator[Any]:
@@ -54,3 +55,24 @@ def batches_well(tensors: Sequence[Tensor]) -> bool:
         if isinstance(node, BackwardCFunction) or any(word in type(node).__name__ for word in ("Conv", "Rnn", "RNN")):
             return False
     return True
+
+
+def reached_leaves(outputs: Sequence[Tensor]) -> set[Tensor]:
+    """Return the leaves of the graphs of those outputs that have one."""
+    return {node.variable for node in graph_nodes(_roots(outputs)) if hasattr(node, "variable")}
+
+
+def inner_nodes(outputs: Sequence[Tensor]) -> list[Any]:
+    """Return the nodes of the graphs of outputs that are no leaves."""
+    return [node for node in graph_nodes(_roots(outputs)) if not hasattr(node, "variable")]
+
+
+def number_now() -> int:
+    """Return the number of an autograd node made now; those made earlier, in this thread, have lower ones."""
+    node: Any = torch.zeros((), requires_grad=True).clone().grad_fn
+    number: int = node._sequence_nr()
+    return number
+
+
+def _roots(outputs: Sequence[Tensor]) -> list[Any]:
+    return [output.grad_fn for output in outputs if output.grad_fn is not None]

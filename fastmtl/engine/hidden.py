@@ -6,8 +6,10 @@ uses go to ``.grad`` then, and ``torch.autograd.grad``, which follows the graph 
 
 from __future__ import annotations
 
+import threading
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -18,13 +20,16 @@ from torch.autograd.graph import GradientEdge
 
 from fastmtl.engine.gradients import agree
 from fastmtl.engine.graph import graph_nodes
+from fastmtl.engine.looking import keeping_random_numbers
 from fastmtl.engine.vjp import Cotangents, vjp
 from fastmtl.errors import UsageError
 
-__all__ = ["VJP", "may_hide", "refuse_hidden", "vjp_that_reaches_all"]
+__all__ = ["VJP", "may_hide", "refuse_hidden", "refusing_inner_backward", "vjp_that_reaches_all"]
 
 VJP: TypeAlias = Callable[[Sequence[Tensor], Cotangents, Sequence[Tensor | GradientEdge], bool], list[Tensor | None]]
 
+# As it is without those who watch it.
+_BACKWARD = torch.autograd.backward
 # Functions of these packages take all that they use as inputs.
 _OPEN = ("torch.distributed", "torch._functorch", "torch._dynamo", "torch.nn", "fastmtl")
 
@@ -34,29 +39,40 @@ def may_hide(tensors: Sequence[Tensor]) -> bool:
     return any(_is_closed(node) for node in _nodes(tensors))
 
 
-def vjp_that_reaches_all(losses: Sequence[Tensor], params: Sequence[Tensor]) -> VJP | None:
-    """Return a VJP that reaches all parameters, by ``backward``; None if ``vjp`` does. The graph is gone then.
+def vjp_that_reaches_all(losses: Sequence[Tensor], params: Sequence[Tensor], device: torch.device) -> tuple[bool, VJP]:
+    """Return whether ``vjp`` misses gradients, and a VJP by ``backward`` that misses none. The graph is gone then.
 
     Args:
         losses: Scalars.
         params: All trainable parameters; their ``.grad`` stays as it is.
+        device: Where the network is.
 
     Raises:
         UsageError: ``backward`` is needed, and cannot run more than once.
     """
-    ones: list[Tensor | None] = [None] * len(losses)
     by_backward = partial(_backward_vjp, params)
-    shown = _shown(losses, ones, params)
-    complete = by_backward(losses, ones, params, True)
-    if shown is not None and agree(shown, complete):
-        return None
-    try:
-        again = by_backward(losses, ones, params, False)
-    except Exception as cause:
-        raise UsageError(_ONCE) from cause
-    if not agree(again, complete):
+    seeds: list[Tensor | None] = [None] * len(losses)
+    reached = _variables(_nodes(losses))
+    calls: list[None] = []
+
+    def complete(retain: bool) -> list[Tensor | None]:
+        # Functions that run the network again may draw anew.
+        with keeping_random_numbers(device):
+            return by_backward(losses, seeds, params, retain)
+
+    with _aside(params):
+        with _watching_backward(lambda: calls.append(None)):
+            found = complete(True)
+        unseen = any(grad is not None and param not in reached for param, grad in zip(params, found, strict=True))
+        if not calls and not unseen and agree(vjp(losses, seeds, params, True), found):
+            return False, by_backward
+        try:
+            again = complete(False)
+        except Exception as cause:
+            raise UsageError(_ONCE) from cause
+    if not agree(again, found):
         raise UsageError(_ONCE)
-    return by_backward
+    return True, by_backward
 
 
 _ONCE = (
@@ -64,6 +80,61 @@ _ONCE = (
     "gradient for each task: use one that takes its parameters as inputs (checkpoint with use_reentrant=False), or a "
     "weighting with one backward pass, such as EW."
 )
+_INNER = (
+    "A function of the graph runs a backward pass of its own, whose gradients torch.autograd.grad does not see: let it "
+    "take what it uses as inputs (checkpoint with use_reentrant=False)."
+)
+
+
+@contextmanager
+def refusing_inner_backward(outputs: Sequence[Tensor]) -> Iterator[None]:
+    """Refuse, in the block, functions of the graph that run backward passes of their own, before they do.
+
+    Raises:
+        UsageError: There is one.
+    """
+
+    def refuse() -> None:
+        raise UsageError(_INNER)
+
+    if may_hide(outputs):
+        with _watching_backward(refuse):
+            yield
+    else:
+        yield
+
+
+@contextmanager
+def _watching_backward(on_call: Callable[[], None]) -> Iterator[None]:
+    """Call ``on_call`` before each ``backward`` that is run in the block, by this thread or those of autograd."""
+    caller = threading.current_thread()
+
+    def watched(*args: Any, **kwargs: Any) -> None:
+        thread = threading.current_thread()
+        # Threads that Python has not made are autograd's.
+        if thread is caller or type(thread) is not threading.Thread:
+            on_call()
+        _BACKWARD(*args, **kwargs)
+
+    autograd: Any = torch.autograd
+    before, autograd.backward = autograd.backward, watched
+    try:
+        yield
+    finally:
+        autograd.backward = before
+
+
+@contextmanager
+def _aside(leaves: Sequence[Tensor]) -> Iterator[None]:
+    """Let ``.grad`` be None in the block, and afterwards what it was."""
+    before = [leaf.grad for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    try:
+        yield
+    finally:
+        for leaf, grad in zip(leaves, before, strict=True):
+            leaf.grad = grad
 
 
 def refuse_hidden(
@@ -122,16 +193,6 @@ def _is_checkpoint(node: Any) -> bool:
     return getattr(type(node), "_forward_cls", None) is torch.utils.checkpoint.CheckpointFunction
 
 
-def _shown(losses: Sequence[Tensor], seeds: Cotangents, params: Sequence[Tensor]) -> list[Tensor | None] | None:
-    """Return what ``vjp`` finds, None where a function refuses it."""
-    try:
-        return vjp(losses, seeds, params, True)
-    except RuntimeError as cause:
-        if "use_reentrant" not in str(cause):
-            raise
-        return None
-
-
 def _backward_vjp(
     params: Sequence[Tensor],
     outputs: Sequence[Tensor],
@@ -148,13 +209,6 @@ def _backward_vjp(
     if not pairs:
         return [None] * len(inputs)
     tensors = [leaf for leaf in inputs if isinstance(leaf, Tensor)]
-    leaves = list(dict.fromkeys([*params, *tensors]))
-    before = [leaf.grad for leaf in leaves]
-    for leaf in leaves:
-        leaf.grad = None
-    try:
-        torch.autograd.backward([output for output, _ in pairs], [seed for _, seed in pairs], retain_graph=retain)
+    with _aside(list(dict.fromkeys([*params, *tensors]))):
+        _BACKWARD([output for output, _ in pairs], [seed for _, seed in pairs], retain_graph=retain)
         return [leaf.grad for leaf in tensors]
-    finally:
-        for leaf, grad in zip(leaves, before, strict=True):
-            leaf.grad = grad

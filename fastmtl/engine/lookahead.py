@@ -201,7 +201,8 @@ class LookaheadEngine:
     def differentiate(self, ctx: StepContext, known: Weights | None) -> LookedAhead:
         """Return the halves of the first batch; nothing is run yet."""
         self.comm.unshard()
-        self.structure.learn_joints(ctx.batches[0])
+        self.structure.learn_decoders(ctx.batches[0])
+        self.structure.learn(ctx.batches[0], cuts=False)
         differentiate = self.structure.by_backward or vjp
         rates = ctx.rates(self.regions.problem.trained())
         return LookedAhead(ctx, LookAhead(ctx.batches[0], rates, self.regions, self.comm, differentiate))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -185,11 +186,12 @@ class Problem:
         try:
             loss = self.losses[task].compute_loss(pred, labels)
         except IndexError as cause:
-            if "out of bounds" not in str(cause):
+            label = re.fullmatch(r"Target (-?\d+) is out of bounds\.", str(cause))
+            if label is None:
                 raise
             raise UsageError(
-                f"A label of {task} is none of the classes it has predictions for ({cause}) Classes count from 0; the "
-                "label that stands for a missing one is its loss's ignore_index."
+                f"A label of {task} is {label[1]}, which is none of the classes it has predictions for. Classes count "
+                "from 0; the label that stands for a missing one is its loss's ignore_index."
             ) from cause
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -203,11 +205,13 @@ class Problem:
         return loss.reshape(())
 
 
-def cut_features(features: Features) -> Features:
-    """Return aliases of the features that start a graph of their own, at those that depend on parameters."""
+def cut_features(features: Features, always: bool = False) -> Features:
+    """Return aliases of the features that start a graph of their own, at those that depend on parameters, or always."""
 
     def cut(leaf: object) -> object:
-        return leaf.detach().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.detach().requires_grad_(leaf.requires_grad or (always and leaf.is_floating_point()))
 
     return tuple(map_tree(cut, feature) for feature in features)
 

@@ -7,8 +7,9 @@ from dataclasses import is_dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-__all__ = ["joined", "leaves", "map_tree"]
+__all__ = ["joined", "leaves", "map_tree", "tensors_of"]
 
 
 def map_tree(
@@ -47,3 +48,8 @@ def joined(parts: Sequence[Any]) -> Any:
     if len(parts) == 1:
         return parts[0]
     return map_tree(lambda *each: torch.cat([part.detach() for part in each]), *parts)
+
+
+def tensors_of(tree: Any) -> list[Tensor]:
+    """Return the leaves that are tensors, in order; a trunk may hand on others, such as inputs in a dictionary."""
+    return [leaf for leaf in leaves(tree) if isinstance(leaf, Tensor)]

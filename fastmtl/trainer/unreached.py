@@ -11,8 +11,9 @@ from fastmtl.engine.model import Tasks
 
 __all__ = ["UnreachedParameters"]
 
-# Steps after which a parameter that has had no gradient is named, if all tasks have been trained by then.
-_STEPS = 10
+# Steps after which a parameter that has had no gradient is named, if all tasks have been trained by then; after
+# the longer time nothing is.
+_STEPS, _MOST_STEPS = 10, 100
 _MOST_NAMES = 5
 
 
@@ -27,7 +28,7 @@ class UnreachedParameters:
     def __init__(self, problem: Problem, fills: bool) -> None:
         self._problem = problem
         self._fills = fills
-        self._left = _STEPS
+        self._steps = 0
         self._tasks = set(problem.tasks)
         shared = set(problem.shared_params)
         self._missing = {name: param for name, param in problem.model.named_parameters() if param in shared}
@@ -39,15 +40,17 @@ class UnreachedParameters:
         Warns:
             UserWarning: Some shared parameters have had no gradient, while others have.
         """
-        if not self._missing:
+        if not self._missing or not tasks:
             return
-        self._left -= 1
+        self._steps += 1
         self._tasks.difference_update(tasks)
         self._missing = {name: param for name, param in self._missing.items() if param.grad is None or self._fills}
         for name, param in self._missing.items():
             if param.grad is not None:
                 self._moved[name] = self._moved[name] | param.grad.any() if name in self._moved else param.grad.any()
-        if self._left > 0 or self._tasks:
+        if self._steps >= _MOST_STEPS:
+            self._missing = {}
+        if self._steps < _STEPS or self._tasks:
             return
         self._missing = {n: param for n, param in self._missing.items() if n not in self._moved or not self._moved[n]}
         names, self._missing = list(self._missing), {}
@@ -55,7 +58,7 @@ class UnreachedParameters:
         if names and len(names) < len(self._problem.shared_params):
             more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
             warnings.warn(
-                f"No loss has reached {', '.join(names[:_MOST_NAMES])}{more} in the first {_STEPS - self._left} steps: "
+                f"No loss has reached {', '.join(names[:_MOST_NAMES])}{more} in the first {self._steps} steps: "
                 "these shared parameters are not trained. Freeze them if that is meant.",
                 stacklevel=2,
             )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from fastmtl import Trainer
 from fastmtl.architecture import HPS
@@ -200,12 +202,10 @@ def test_architectures_and_ways(architecture: str, vjps: str) -> None:
 @pytest.mark.parametrize("name", ["MoCo", "DB_MTL", "ExcessMTL", "MoDo", "FORUM", "GradNorm"])
 def test_a_network_that_is_cut_learns_what_one_in_one_piece_does(name: str) -> None:
     found = []
-    for kind in ("product", "one piece"):
-        trainer: Any = _trainer(name, kind, trainer_class=_Product)
+    for kind in ("kept", "one piece"):
+        trainer: Any = _trainer(name, kind)
+        assert trainer.model.splits is (kind == "kept")
         trainer.model.epoch, trainer.model.epochs = 0, 1
-        if kind == "one piece":
-            # The hook makes the product here, too.
-            trainer.model.forward = trainer.model.__class__.__mro__[1].__mro__[1].forward.__get__(trainer.model)
         for _ in range(3):
             trainer.step([_batch()] * trainer.step.batches, StepBuffer())
         found.append(_flat(list(trainer.model.parameters())))
@@ -232,37 +232,78 @@ def test_representations_of_tasks_of_their_own_are_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", ["product", "kept", "loss"])
-@pytest.mark.parametrize("name", ["MGDA", "EW", "MoCo"])
-def test_tasks_without_labels_are_decoded_all_the_same(name: str, kind: str) -> None:
+@pytest.mark.parametrize("name", ["MGDA", "EW", "FORUM"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_tasks_without_labels_are_decoded_all_the_same(name: str, kind: str, frozen: bool) -> None:
     trainer: Any = _trainer(name, kind)
+    if frozen:
+        trainer.model.encoder.requires_grad_(False)
+        trainer.step = trainer.make_step(trainer.step.options)
     trainer.model.epoch, trainer.model.epochs = 0, 1
     x, labels = _batch()
-    trainer.step([(x, labels)] * trainer.step.batches, StepBuffer())
-    some = {"ctcvr": labels["ctcvr"]}
-    params = [*trainer.step.problem.shared_params, *trainer.step.problem.own_params]
-    before = [param.detach().clone() for param in params]
-    loss = trainer.step.problem.whole(x, labels)[0][1]
-    want = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
-    losses, _ = trainer.step([(x, some)], StepBuffer(), [1])
-    assert list(losses) == ["ctcvr"]
-    if name == "MoCo":
-        return
-    for param, old, grad in zip(params, before, want, strict=True):
-        torch.testing.assert_close(old - param.detach(), 0.5 * grad, rtol=1e-6, atol=1e-10)
+    if not frozen:
+        trainer.step([(x, labels)] * trainer.step.batches, StepBuffer())
+    for _ in range(2):
+        params = [*trainer.step.problem.shared_params, *trainer.step.problem.own_params]
+        before = [param.detach().clone() for param in params]
+        loss = trainer.step.problem.whole(x, labels)[0][1]
+        want = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
+        losses, _ = trainer.step([(x, {"ctcvr": labels["ctcvr"]})] * trainer.step.batches, StepBuffer(), [1])
+        assert list(losses) == ["ctcvr"]
+        for param, old, grad in zip(params, before, want, strict=True):
+            if name == "FORUM":
+                assert (old != param).any()
+            else:
+                torch.testing.assert_close(old - param.detach(), 0.5 * grad, rtol=1e-6, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["MGDA", "EW", "FAMO", "GradDrop"])
-def test_drawn_tasks_and_missing_labels_train(name: str) -> None:
-    from torch.utils.data import DataLoader
-
+@pytest.mark.parametrize("kind", ["product", "kept", "loss"])
+def test_labels_in_one_of_the_accumulated_batches(kind: str) -> None:
     x, labels = _batch()
+    parts: list[Any] = [(x, {task: labels[task]}) for task in TASKS]
+    found = []
+    for batches in (parts, parts[::-1], [(x, labels)]):
+        trainer: Any = _trainer("MGDA", kind, accumulate=len(batches))
+        trainer.model.epoch = 0
+        for _ in range(2):
+            trainer.step(batches, StepBuffer())
+        found.append(_flat(list(trainer.model.parameters())))
+    torch.testing.assert_close(found[0], found[2], rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(found[1], found[2], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["product", "kept", "loss"])
+@pytest.mark.parametrize("name", ["MGDA", "EW", "FAMO", "FORUM", "GradDrop"])
+@pytest.mark.parametrize("seed", [0, 1], ids=["ctcvr first", "ctr first"])
+def test_drawn_tasks_train(name: str, kind: str, seed: int) -> None:
+    x, labels = _batch()
+    random.seed(seed)
     rows: list[Any] = [(x[i], {task: labels[task][i] for task in TASKS}) for i in range(8)]
     options: dict[str, Any] = {"rep_grad": True} if name == "GradDrop" else {}
-    trainer = _trainer(name, "product", tasks_per_step=1, **options)
+    trainer = _trainer(name, kind, tasks_per_step=1, **options)
+    before = _flat(list(trainer.model.parameters())).clone()
     trainer.train(DataLoader(rows, batch_size=4), DataLoader(rows, batch_size=4), 2)
-    one: list[Any] = [(x[i], {"ctcvr": labels["ctcvr"][i]}) for i in range(8)]
-    trainer = _trainer(name, "product", **options)
-    trainer.train(DataLoader(one, batch_size=4), DataLoader(one, batch_size=4), 2)
+    assert (_flat(list(trainer.model.parameters())) != before).any()
+
+
+def test_a_loss_that_joins_later() -> None:
+    """From the second epoch on the second task's loss reads the first one's prediction."""
+
+    class Later(Trainer):
+        def process_preds(self, preds: Any, task_name: str | None = None) -> Any:
+            first, second = (preds[task].sigmoid() for task in TASKS)
+            return {"ctr": first, "ctcvr": first * second if self.model.epoch else second}
+
+    trainer: Any = _trainer("MGDA", "none", trainer_class=Later)
+    trainer.model.epoch, trainer.model.epochs = 0, 2
+    trainer.step([_batch()], StepBuffer())
+    trainer.model.epoch = 1
+    a, b = (_flat(row) for row in _rows(trainer, _batch())[0])
+    before = _flat(trainer.step.problem.shared_params).clone()
+    trainer.step([_batch()], StepBuffer())
+    first = (((b - a) @ b) / ((b - a) @ (b - a))).clamp(0, 1)
+    moved = (before - _flat(trainer.step.problem.shared_params)) / 0.5
+    torch.testing.assert_close(moved, first * a + (1 - first) * b, rtol=1e-5, atol=1e-8)
 
 
 def test_a_hook_that_leaves_out_a_task_is_told() -> None:
@@ -336,8 +377,6 @@ class _Penalty(AbsLoss):
 @pytest.mark.parametrize("loss", [_Slope, _Penalty])
 @pytest.mark.parametrize("name", ["MGDA", "EW", "MoDo", "FORUM"])
 def test_losses_that_read_more_than_predictions(name: str, loss: Callable[[_Keeps], AbsLoss]) -> None:
-    from torch.utils.data import DataLoader
-
     torch.manual_seed(0)
     network = _Keeps()
     tasks = {
@@ -366,3 +405,79 @@ def test_the_inputs_gradients_and_representations_do_not_go_together() -> None:
     trainer.model.epoch = 0
     with pytest.raises(UsageError, match="rep_grad must be False here, as a loss depends on more"):
         trainer.step([_batch()], StepBuffer())
+
+
+def test_inputs_of_their_own_without_the_other_task_are_refused() -> None:
+    trainer: Any = _trainer("MGDA", "loss", multi_input=True)
+    trainer.model.epoch = 0
+    x, labels = _batch()
+    trainer.step([({"ctr": x}, {"ctr": labels["ctr"]})], StepBuffer(), [0])
+    with pytest.raises(UsageError, match="The loss of ctcvr depends on what an earlier pass"):
+        trainer.step([({"ctcvr": x}, {"ctcvr": labels["ctcvr"]})], StepBuffer(), [1])
+
+
+class _Unused(_Slope):
+    """Takes the derivative as programs do that may have none."""
+
+    def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
+        slope = torch.autograd.grad(pred.sum(), self.encoder.x, create_graph=True, allow_unused=True)[0]
+        return (slope[:, :1] - gt).square().mean()
+
+
+class _Averaging(AbsLoss):
+    """Divides by a running mean of itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean: Tensor | float = 1.0
+
+    def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
+        loss = (pred - gt).square().mean()
+        self.mean = 0.9 * self.mean + 0.1 * loss.detach()
+        return loss / self.mean
+
+
+class _Dropping(nn.Module):
+    """Leaves out a layer by Python's random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.first(x).tanh()
+        return found if random.random() < 0.5 else self.second(found)
+
+
+class _Normalised(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.BatchNorm1d(8))
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], AbsLoss], bool]] = {
+    "unused": (_Keeps, _Unused, False),
+    "averaging": (_Keeps, lambda network: _Averaging(), True),
+    "dropping": (_Dropping, lambda network: MSELoss(), True),
+    "normalised": (_Normalised, lambda network: MSELoss(), True),
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("case", NETWORKS)
+def test_what_may_be_cut(case: str, precision: str) -> None:
+    make, loss, may = NETWORKS[case]
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+    network = make()
+    made = loss(network)
+    tasks = {
+        task: {"metrics": ["L1"], "metrics_fn": L1Metric(), "loss_fn": each, "weight": [0]}
+        for task, each in zip(TASKS, (MSELoss(), made), strict=True)
+    }
+    trainer: Any = _trainer("MGDA", "none", task_dict=tasks, encoder_class=lambda: network, precision=precision)
+    trainer.model.epoch = 0
+    trainer.step([_batch()], StepBuffer())
+    assert (trainer.step.engine.method.structure.against_cut is None) is may
+    if case == "averaging":
+        seen = trainer.step.latest.losses[1] * made.mean
+        torch.testing.assert_close(torch.as_tensor(made.mean), 0.9 + 0.1 * seen.float(), rtol=1e-4, atol=1e-5)

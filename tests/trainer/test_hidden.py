@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -121,23 +122,63 @@ def test_other_ways_and_architectures_train_them(options: str, way: str) -> None
     _check("MGDA", way, **OPTIONS[options])
 
 
-def test_decoders_that_hide_theirs() -> None:
+# Of passes without gradients, such as FORUM's.
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
+@pytest.mark.parametrize("way", ["checkpoint", "inner"])
+@pytest.mark.parametrize("name", ["EW", "MGDA", "IMTL", "MOML", "FORUM"])
+def test_decoders_that_hide_theirs(name: str, way: str) -> None:
     class Decoder(nn.Module):
         def __init__(self, width: int, hides: bool) -> None:
             super().__init__()
             self.layer, self.hides = nn.Sequential(nn.Tanh(), nn.Linear(8, width)), hides
 
         def forward(self, x: Tensor) -> Tensor:
-            found: Tensor = checkpoint(self.layer, x, use_reentrant=True) if self.hides else self.layer(x)
+            if not self.hides:
+                found: Tensor = self.layer(x)
+            elif way == "checkpoint":
+                found = checkpoint(self.layer, x, use_reentrant=True)
+            else:
+                found = _Inner.apply(x, self.layer, False)
             return found
 
     def run(hides: bool) -> list[Tensor]:
         torch.manual_seed(2)
         decoders = nn.ModuleDict({"task0": Decoder(3, hides), "task1": Decoder(1, hides)})
-        return _run(_trainer("IMTL", "plain", False, decoders=decoders))
+        return _run(_trainer(name, "plain", False, decoders=decoders), 1)
 
     for got, want in zip(run(True), run(False), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-9)
+
+
+def test_what_is_multiplied_by_zero_at_first() -> None:
+    class Residual(_Network):
+        def __init__(self, way: str) -> None:
+            super().__init__(way, True)
+            self.mid, self.alpha = nn.Linear(8, 8), nn.Parameter(torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.first(x).requires_grad_()
+            block = self.block(hidden) if self.way == "plain" else _Inner.apply(hidden, self.block, False)
+            result: Tensor = self.mid(hidden) + self.alpha * block
+            return result
+
+    got, want = (_run(_trainer("MGDA", way, encoder_class=partial(Residual, way)), 6) for way in ("inner", "plain"))
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
+
+
+def test_checkpoints_that_draw_anew_are_trained() -> None:
+    class Dropping(_Network):
+        def forward(self, x: Tensor) -> Tensor:
+            layers = nn.Sequential(self.block, nn.Dropout(0.5))
+            hidden = self.first(x).requires_grad_()
+            result: Tensor = checkpoint(layers, hidden, use_reentrant=True, preserve_rng_state=False)
+            return result
+
+    trainer = _trainer("MGDA", "", encoder_class=lambda: Dropping("", True))
+    before = trainer.model.encoder.block[0].weight.detach().clone()
+    _run(trainer)
+    assert (trainer.model.encoder.block[0].weight != before).any()
 
 
 def test_inputs_of_their_own() -> None:
@@ -161,8 +202,9 @@ def test_it_is_told() -> None:
     ]
 
 
-def test_gradients_that_are_there_once_are_refused() -> None:
-    trainer = _trainer("MGDA", "once")
+@pytest.mark.parametrize("frozen", [True, False])
+def test_gradients_that_are_there_once_are_refused(frozen: bool) -> None:
+    trainer = _trainer("MGDA", "once", frozen)
     before = [param.detach().clone() for param in trainer.model.parameters()]
     with pytest.raises(UsageError, match="only once for each forward pass"):
         _run(trainer)
@@ -191,9 +233,9 @@ def test_a_function_that_hides_nothing_changes_nothing() -> None:
     assert trainer.step.engine.method.structure.against_cut is None
 
 
-def _losses(way: str) -> tuple[nn.Module, Tensor, list[Tensor]]:
+def _losses(way: str, frozen: bool = True) -> tuple[Any, Tensor, list[Tensor]]:
     torch.manual_seed(0)
-    network = _Network(way, True)
+    network = _Network(way, frozen)
     features = network(torch.randn(5, 6))
     return network, features, [features.square().mean(), features.sum()]
 
@@ -220,7 +262,15 @@ def test_loops_of_ones_own_refuse_checkpoints(call: str) -> None:
     assert all(param.grad is None for param in network.parameters())
 
 
-@pytest.mark.parametrize("call", ["mtl_backward", "backward", "jac", "gramian"])
+@pytest.mark.parametrize("call", [name for name in CALLS if name.endswith("all leaves")])
+def test_loops_of_ones_own_refuse_backward_passes_inside(call: str) -> None:
+    network, features, losses = _losses("inner", frozen=False)
+    with pytest.raises(UsageError, match="runs a backward pass of its own"):
+        CALLS[call](network, features, losses)
+    assert all(param.grad is None for param in network.block.parameters())
+
+
+@pytest.mark.parametrize("call", ["jac", "gramian"])
 def test_loops_of_ones_own_warn_of_what_may_hide(call: str) -> None:
     network, features, losses = _losses("inner")
     with pytest.warns(UserWarning, match=r"does not reach a tensor of .*, of shape \(8, 8\).*if _Inner uses it"):

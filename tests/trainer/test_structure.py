@@ -76,7 +76,7 @@ def _expected(trainer: Any, batch: Any) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
-    ("make", "reason"), [(_tied, "decoders use"), (_last_layer, "leaves out")], ids=["tied", "part"]
+    ("make", "reason"), [(_tied, "decoders or losses use"), (_last_layer, "leaves out")], ids=["tied", "part"]
 )
 def test_what_cannot_be_cut_is_differentiated_as_a_whole(
     make: Callable[[], dict[str, Any]], reason: str, way: str
@@ -125,7 +125,7 @@ def test_ways_through_the_trunk_are_not_tried_where_there_is_none() -> None:
 def test_representations_of_tied_networks_are_refused() -> None:
     trainer = make_trainer("MGDA", rep_grad=True, **_tied())
     with pytest.raises(
-        UsageError, match=r"rep_grad must be False here, as decoders use the shared parameter encoder.0.w"
+        UsageError, match=r"rep_grad must be False here, as decoders or losses use the shared parameter encoder.0.w"
     ):
         trainer.train(loaders(), loaders(), 1)
 

@@ -28,9 +28,9 @@ class Representation(Method):
     def prepare(self, batch: Batch) -> None:
         """Refuse decoders that use shared parameters; find out whose parameters are if their gradients are weighted."""
         model = self.problem.model
-        if not model.splits or model.multi_input:
-            self.structure.learn_joints(batch)
-        elif self.structure.learn_cut(batch) and (self.structure.tied or self.structure.inseparable):
+        cuts = model.splits and not model.multi_input
+        structure = self.structure
+        if structure.learn(batch, cuts) and structure.by_backward is None and not structure.leaves_out:
             raise UsageError(f"rep_grad must be False here, as {self.structure.against_cut}.")
         if self.weighs_heads and not model.multi_input:
             self.structure.learn_owners(batch)
@@ -56,7 +56,8 @@ class Representation(Method):
         self, batch: Batch, reps: Sequence[Tensor], losses: Sequence[Tensor], decoded: Mapping[str, Tensor]
     ) -> list[list[Tensor]]:
         """Return the cut representations that each loss depends on: its task's, or all where losses are coupled."""
-        self.structure.learn_coupling(batch.tasks, losses, {task: [cut] for task, cut in decoded.items()})
+        if not self.problem.model.splits:
+            self.structure.learn_coupling(batch.tasks, losses, {task: [cut] for task, cut in decoded.items()})
         if not self.structure.coupled:
             return [[decoded[task]] for task in batch.tasks]
         if len(reps) > 1:

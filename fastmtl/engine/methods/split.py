@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastmtl.engine.comm import Comm
 from fastmtl.engine.context import Batch
-from fastmtl.engine.cut import Structure, tensors_of
+from fastmtl.engine.cut import Structure
 from fastmtl.engine.gradients import OwnGradients
 from fastmtl.engine.jacobian import BatchGradients, Combine, detached
 from fastmtl.engine.methods.base import Method
@@ -17,6 +17,7 @@ from fastmtl.engine.methods.whole import Whole
 from fastmtl.engine.model import Features
 from fastmtl.engine.pullback import weighted
 from fastmtl.engine.regions import Regions
+from fastmtl.engine.trees import tensors_of
 from fastmtl.engine.vjp import vjp
 from fastmtl.engine.weights import Rows, Weights
 from fastmtl.support.profiling import part
@@ -39,7 +40,7 @@ class Split(Method):
 
     def prepare(self, batch: Batch) -> None:
         """Find out whether the network can be cut, and whose its parameters are if their gradients are weighted."""
-        if self.structure.learn_cut(batch):
+        if self.structure.learn(batch, cuts=True):
             self.regions.tell(f"each task's backward pass is of all the network, as {self.structure.against_cut}")
         self.possible = self.possible and not (self.only_if_cut and self.structure.against_cut is not None)
         if self.weighs_heads:

@@ -23,7 +23,7 @@ class Whole(Method):
 
     def prepare(self, batch: Batch) -> None:
         """Find out whether the graph shows the use of all parameters, and whether graphs of tasks are joined."""
-        if self.structure.learn_joints(batch) and self.structure.by_backward is not None:
+        if self.structure.learn(batch, cuts=False):
             self.regions.tell(f"gradients come from backward(), as {self.structure.against_cut}")
 
     def gradients_of(self, batch: Batch) -> BatchGradients:

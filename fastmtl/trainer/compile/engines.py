@@ -58,7 +58,7 @@ def engines_to_try(
     options = _compilable(options, problem, tell)
     if strategy.needs not in ("losses", "lookahead"):
         _prepare_compiler(problem, tell)
-    make = partial(_plainest, strategy, Structure(problem), comm)
+    make = partial(_plainest, strategy, Structure(problem, comm), comm)
     eager = make(Regions(problem, False, tell))
     against_tracing = _against_tracing(eager, problem, comm) if options.compile else "the step is not compiled"
 
