@@ -103,9 +103,9 @@ class Structure:
                 self._look_again(batch)
             return self.against_cut is not None and before is None
         finite = self._learn_apart(batch) if self.problem.model.multi_input else self._learn_together(batch, cuts)
-        looked_at = [task for task in batch.tasks if finite and batch.labels.get(task) is not None]
-        flags = [task in looked_at for task in self.problem.tasks]
-        self._seen.update(task for task, seen in zip(self.problem.tasks, self._any(flags), strict=True) if seen)
+        labelled = [task for task in batch.tasks if finite and batch.labels.get(task) is not None]
+        flags = self._any([task in labelled for task in self.problem.tasks])
+        self._seen.update(task for task, is_seen in zip(self.problem.tasks, flags, strict=True) if is_seen)
         return self.against_cut is not None and before is None
 
     def learn_decoders(self, batch: Batch) -> None:
@@ -170,8 +170,7 @@ class Structure:
     def _look_again(self, batch: Batch) -> None:
         """See whether what has come to light at the first batches still holds."""
         with leaving_no_trace(self.problem):
-            features = self.problem.trunk(batch.inputs)
-            self._look_at_heads(features, batch)
+            self._look_at_heads(self.problem.trunk(batch.inputs), batch)
         self._agree(self.against_cut is not None)
 
     def _agree(self, stands: bool) -> bool:
