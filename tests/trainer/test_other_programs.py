@@ -143,7 +143,7 @@ def test_padded_sequences_of_many_lengths(name: str) -> None:
         x, a, b = (nn.utils.rnn.pad_sequence(column, batch_first=True) for column in zip(*rows, strict=True))
         return (x, lengths), {"a": {"frames": a, "length": lengths}, "b": {"frames": b, "length": lengths}}
 
-    loader: Any = DataLoader(speech, 4, collate_fn=collate)  # type: ignore[arg-type]
+    loader: Any = DataLoader(speech, 4, collate_fn=collate)
     trainer = _trainer({"a": _task(_Frames()), "b": _task(_Frames())}, _linear(3, 2), _Gru, name)
     before = flat(trainer.model.parameters()).clone()
     trainer.train(loader, loader, 2)
@@ -211,9 +211,9 @@ def test_equations_and_boundaries_with_points_of_their_own(name: str) -> None:
         name,
         multi_input=True,
     )
-    loaders = {
-        "a": DataLoader([(x, -x) for x in points], 8),  # type: ignore[arg-type]
-        "b": DataLoader([(points[15 * (i % 2)], torch.zeros(1)) for i in range(16)], 8),  # type: ignore[arg-type]
+    loaders: dict[str, Any] = {
+        "a": DataLoader([(x, -x) for x in points], 8),
+        "b": DataLoader([(points[15 * (i % 2)], torch.zeros(1)) for i in range(16)], 8),
     }
     with torch.enable_grad():
         x = points.clone().requires_grad_()
@@ -245,10 +245,10 @@ def test_detectors_that_give_losses_in_training_and_boxes_in_evaluation() -> Non
     trainer = _trainer({"a": _task(BoxLoss()), "b": _task(MSELoss())}, lambda: {"a": Boxes(8, 4), "b": nn.Linear(8, 1)})
     found = []
     for size in (12, 5):
-        trainer.test(DataLoader(rows, size, collate_fn=collate))  # type: ignore[arg-type]
+        trainer.test(DataLoader(rows, size, collate_fn=collate))
         found.append(float(trainer.meter.loss_item[0]))
     assert found[0] == pytest.approx(found[1], rel=1e-5)
-    loader: Any = DataLoader(rows, 4, collate_fn=collate)  # type: ignore[arg-type]
+    loader: Any = DataLoader(rows, 4, collate_fn=collate)
     trainer.train(loader, loader, 1)
 
 
@@ -317,8 +317,8 @@ def test_encoders_that_return_dataclasses() -> None:
     for encoder, head in ((Encoder, Head), (Plain, nn.Linear)):
         trainer = _trainer(
             {"a": _task(MSELoss(), L1Metric()), "b": _task(MSELoss(), L1Metric())},
-            lambda head=head: {"a": head(8, 1), "b": head(8, 1)},  # type: ignore[misc]
-            lambda encoder=encoder: encoder(6, 8),  # type: ignore[misc]
+            lambda head=head: {"a": head(8, 1), "b": head(8, 1)},
+            lambda encoder=encoder: encoder(6, 8),
         )
         trainer.train(DataLoader(rows, 4), DataLoader(rows, 4), 2)
         found.append(flat(trainer.model.parameters()))
