@@ -69,9 +69,6 @@ def mtl_backward(
     check_chunk(parallel_chunk_size)
     tasks, cuts = _outputs(tensors, losses, features, grad_tensors)
     shared, own = _parameters(tasks, cuts, shared_params, tasks_params)
-    refuse_hidden(cuts, None if shared_params is None else shared, "shared_params")
-    every = [param for params in own for param in params]
-    refuse_hidden(tasks, None if tasks_params is None else every, "tasks_params", cuts)
     with refusing_inner_backward([*tasks, *cuts]):
         cotangents = _through_heads(tasks, cuts, own, grad_tensors, retain_graph)
         found = _through(cuts, cotangents, shared, retain_graph, parallel_chunk_size)
@@ -119,7 +116,10 @@ def _parameters(
     if common:
         raise UsageError(f"tasks_params must hold no parameter of shared_params, got {len(common)} in both.")
     check_writable(shared, ".jac")
-    check_writable((param for params in own for param in params), ".grad")
+    every = [param for params in own for param in params]
+    check_writable(every, ".grad")
+    refuse_hidden(features, None if shared_params is None else shared, "shared_params")
+    refuse_hidden(tasks, None if tasks_params is None else every, "tasks_params", features)
     return shared, own
 
 

@@ -32,19 +32,8 @@ def run_epochs(
 ) -> None:
     """Train and evaluate epoch by epoch; the arguments are those of :meth:`Trainer.train`."""
     check_counts(epochs=epochs)
-    if trainer.optimizer is not trainer.step.optimizer.optimizer:
-        raise UsageError(
-            "The trainer's optimizer cannot be replaced: give Trainer optimizer, a function that returns it."
-        )
-    given = {"train_dataloaders": train_dataloaders, "test_dataloaders": test_dataloaders}
-    if val_dataloaders is not None:
-        given["val_dataloaders"] = val_dataloaders
-    for what, loaders in given.items():
-        check_loaders(loaders, trainer.task_name, trainer.multi_input, what)
+    batches = _checked_batches(trainer, train_dataloaders, test_dataloaders, val_dataloaders)
     trainer.meter.has_val = val_dataloaders is not None
-    batches = count_batches(train_dataloaders, trainer.multi_input, trainer.limit_batches)
-    if len(counts := set(trainer.peers.gather(batches))) > 1:
-        raise UsageError(f"train_dataloaders must have the same length in all processes, got {sorted(counts)}.")
     steps = -(-batches // trainer.step.options.accumulate)
     trainer.batch_weight = np.zeros((trainer.task_num, epochs, steps))
     trainer.model.train_loss_buffer = np.zeros((trainer.task_num, epochs))
@@ -75,6 +64,21 @@ def run_epochs(
             trainer.profiler.stop()
         trainer.logger.on_end(trainer.meter.best_result["epoch"], trainer.meter.best_result["result"] or {})
     trainer.meter.display_best_result()
+
+
+def _checked_batches(trainer: TrainerState, train: Any, test: Any, val: Any) -> int:
+    """Check the loaders and what has become of the trainer; return how many batches an epoch has."""
+    if trainer.optimizer is not trainer.step.optimizer.optimizer:
+        raise UsageError(
+            "The trainer's optimizer cannot be replaced: give Trainer optimizer, a function that returns it."
+        )
+    named = {"train_dataloaders": train, "test_dataloaders": test}
+    for what, loaders in (named if val is None else named | {"val_dataloaders": val}).items():
+        check_loaders(loaders, trainer.task_name, trainer.multi_input, what)
+    batches = count_batches(train, trainer.multi_input, trainer.limit_batches)
+    if len(counts := set(trainer.peers.gather(batches))) > 1:
+        raise UsageError(f"train_dataloaders must have the same length in all processes, got {sorted(counts)}.")
+    return batches
 
 
 def _evaluate_epoch(trainer: TrainerState, checkpoints: Checkpoints, val: Any, test: Any, epoch: int) -> None:
