@@ -379,7 +379,7 @@ def test_losses_of_libmtl_and_of_all_labels_are_as_ever() -> None:
 TORCH_LOSSES = [nn.MSELoss(), nn.SmoothL1Loss(), nn.BCEWithLogitsLoss(), F.l1_loss, partial(F.huber_loss, delta=0.5)]
 
 
-@pytest.mark.parametrize("given", TORCH_LOSSES, ids=str)
+@pytest.mark.parametrize("given", TORCH_LOSSES, ids=["MSE", "smooth L1", "BCE", "l1_loss", "partial"])
 def test_losses_of_torch_do_not_broadcast(given: Any) -> None:
     loss, pred, gt = as_loss(given, "loss_fn"), _draw(4, 1, seed=0), _draw(4, seed=1).sigmoid()
     torch.testing.assert_close(loss.compute_loss(pred, gt), given(pred[:, 0], gt), rtol=1e-14, atol=0)
