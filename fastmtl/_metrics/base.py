@@ -11,6 +11,7 @@ from torch import Tensor
 from fastmtl._metrics.missing import labelled_part
 from fastmtl.errors import UsageError
 from fastmtl.support.dtypes import wide_dtype
+from fastmtl.support.kinds import Tree
 from fastmtl.support.running import Group
 
 __all__ = ["AbsMetric", "Sums", "ratio", "totals"]
@@ -42,11 +43,11 @@ class AbsMetric:
         if "update_fun" in vars(cls) and "missing" not in vars(cls):
             cls.missing = None
 
-    def update_fun(self, pred: Any, gt: Any) -> None:
+    def update_fun(self, pred: Tree, gt: Tree) -> None:
         """Take in one batch of predictions and labels, both ``(batch, ...)``; called without gradient."""
         raise NotImplementedError(f"{type(self).__name__} must define update_fun(pred, gt)")
 
-    def update_known(self, pred: Any, gt: Tensor, known: Tensor) -> None:
+    def update_known(self, pred: Tree, gt: Tensor, known: Tensor) -> None:
         """Take in what is labelled of a batch that lacks some labels, as the booleans ``known`` tell."""
         self.update_fun(*labelled_part(pred, gt, known))
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastmtl.errors import UsageError
 from fastmtl.support.dtypes import wide_dtype
+from fastmtl.support.kinds import Tree
 
 __all__ = ["has_partial_rows", "labelled_part", "labelled_rows", "marked"]
 
@@ -38,7 +39,7 @@ def has_partial_rows(known: Tensor) -> bool:
     return not torch.equal(by_row.any(1), by_row.all(1))
 
 
-def labelled_rows(values: Any, known: Tensor) -> Any:
+def labelled_rows(values: Any, known: Tensor) -> Tree:
     """Return the rows of predictions or labels that have a label; those of each tensor in a container."""
     if isinstance(values, Mapping):
         return {key: labelled_rows(value, known) for key, value in values.items()}
@@ -49,7 +50,7 @@ def labelled_rows(values: Any, known: Tensor) -> Any:
     return _taken(values, known.reshape(len(known), -1).any(1))
 
 
-def labelled_part(pred: Any, gt: Tensor, known: Tensor) -> tuple[Any, Tensor]:
+def labelled_part(pred: Tree, gt: Tensor, known: Tensor) -> tuple[Tree, Tensor]:
     """Return the labelled part of a batch: its rows where they are labelled or not as a whole, else its entries.
 
     Entries are one dimension: labels ``(n,)`` and predictions ``(n,)``, or ``(n, channels)`` where they have channels.

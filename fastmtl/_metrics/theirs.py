@@ -13,6 +13,7 @@ from torch import Tensor
 from fastmtl._metrics.base import AbsMetric
 from fastmtl._metrics.missing import has_partial_rows, labelled_part, labelled_rows
 from fastmtl.errors import UsageError
+from fastmtl.support.kinds import Tree
 from fastmtl.support.running import Group
 from fastmtl.support.shapes import same_but_ones
 
@@ -56,7 +57,7 @@ class TorchMetric(AbsMetric):
         self.metrics = metrics
         self._fed = [_Fed(metric) for metric in metrics]
 
-    def update_fun(self, pred: Any, gt: Any) -> None:
+    def update_fun(self, pred: Tree, gt: Tree) -> None:
         """Hand one batch to every metric, without the labels that are NaN.
 
         Raises:
@@ -72,7 +73,7 @@ class TorchMetric(AbsMetric):
         for fed in self._fed:
             fed.update(pred, gt)
 
-    def update_known(self, pred: Any, gt: Tensor, known: Tensor) -> None:
+    def update_known(self, pred: Tree, gt: Tensor, known: Tensor) -> None:
         """Hand every metric what is labelled of a batch.
 
         Raises:
@@ -114,10 +115,10 @@ class _Fed:
         self.peers: Group | None = None
         self.are_logits = False
         self._are_probabilities = False
-        self._held: list[tuple[Tensor, Any]] = []
+        self._held: list[tuple[Tensor, Tree]] = []
         self._numbers = 0
 
-    def update(self, pred: Any, gt: Any) -> None:
+    def update(self, pred: Tree, gt: Tree) -> None:
         if not isinstance(pred, Tensor) or not pred.is_floating_point() or not _any_of(self.metric, _is_of_classes):
             self._feed(pred, gt)
             return
@@ -156,7 +157,7 @@ class _Fed:
             self._feed(_probabilities(self.metric, pred, gt) if self.are_logits else pred, gt)
         self._held.clear()
 
-    def _feed(self, pred: Any, gt: Any) -> None:
+    def _feed(self, pred: Tree, gt: Tree) -> None:
         if isinstance(gt, Tensor) and gt.is_floating_point() and _any_of(self.metric, _is_of_classes):
             # Labels that may be missing come as real numbers.
             whole = gt.long()
@@ -168,7 +169,7 @@ class _Fed:
             metric.update(pred, gt)
 
 
-def _probabilities(metric: Metric, pred: Tensor, gt: Any) -> Tensor:
+def _probabilities(metric: Metric, pred: Tensor, gt: Tree) -> Tensor:
     """Return the probabilities that a metric of torchmetrics makes of logits."""
     names = {type(part).__name__ for part in metric.modules()}
     if any(name.startswith("Multiclass") for name in names):
@@ -176,7 +177,7 @@ def _probabilities(metric: Metric, pred: Tensor, gt: Any) -> Tensor:
     return pred.sigmoid() if any(name.startswith(("Binary", "Multilabel")) for name in names) else pred
 
 
-def _part(metric: Metric, pred: Any, gt: Tensor, known: Tensor) -> tuple[Any, Tensor]:
+def _part(metric: Metric, pred: Tree, gt: Tensor, known: Tensor) -> tuple[Tree, Tensor]:
     """Return what is labelled of a batch in a form that suits a metric."""
     if not has_partial_rows(known):
         return labelled_part(pred, gt, known)
@@ -196,7 +197,7 @@ def _part(metric: Metric, pred: Any, gt: Tensor, known: Tensor) -> tuple[Any, Te
     return labelled_part(pred, gt, known)
 
 
-def _alike(pred: Any, gt: Any) -> tuple[Any, Any]:
+def _alike(pred: Tree, gt: Tree) -> tuple[Tree, Tree]:
     """Return predictions and labels without dimensions of 1 that only one of them has."""
     if not (isinstance(pred, Tensor) and isinstance(gt, Tensor)) or pred.shape == gt.shape:
         return pred, gt

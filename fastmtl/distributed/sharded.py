@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from fastmtl.distributed.peers import Peers
 from fastmtl.errors import UsageError
+from fastmtl.support.kinds import State
 
 __all__ = ["ShardedModel"]
 
@@ -105,15 +106,15 @@ class ShardedModel:
                 found[name] = own
         return found
 
-    def whole_optimizer(self, state: dict[str, Any]) -> dict[str, Any]:
+    def whole_optimizer(self, state: State) -> State:
         """Return the optimizer's ``state_dict`` with whole tensors, for the leading process."""
         return self._change(state, 0, self._whole)
 
-    def part_optimizer(self, state: dict[str, Any]) -> dict[str, Any]:
+    def part_optimizer(self, state: State) -> State:
         """Return an optimizer's ``state_dict`` with this process's parts of whole tensors."""
         return self._change(state, 1, self.part)
 
-    def _change(self, state: dict[str, Any], kind: int, change: Callable[[Tensor, torch.Size], Any]) -> dict[str, Any]:
+    def _change(self, state: State, kind: int, change: Callable[[Tensor, torch.Size], Any]) -> State:
         """Bring what has the shape of a shard, or of a whole parameter, to the other shape; all in the same order."""
         found = {index: dict(values) for index, values in sorted(state["state"].items())}
         for index, values in found.items():

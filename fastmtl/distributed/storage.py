@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from fastmtl.distributed.comm import DataParallel, ExactDataParallel, ShardedDat
 from fastmtl.distributed.peers import Peers, find_peers
 from fastmtl.engine.comm import Comm, Local
 from fastmtl.engine.losses import Problem
+from fastmtl.support.kinds import State
 
 if TYPE_CHECKING:
     from fastmtl.distributed.sharded import ShardedModel
@@ -38,7 +39,7 @@ class Whole:
         self.trained = list(model.parameters())
         self.kept = self.trained
 
-    def whole_state(self, state: dict[str, Any]) -> dict[str, Any]:
+    def whole_state(self, state: State) -> State:
         """Return a ``state_dict`` as it is: that of a process is whole, and fits the model or the optimizer."""
         return state
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -11,10 +11,13 @@ from torch.autograd.function import BackwardCFunction
 
 from fastmtl.errors import UsageError
 
-__all__ = ["batches_well", "graph_nodes", "inner_nodes", "leaf_tensors", "number_now", "reached_leaves"]
+__all__ = ["Node", "batches_well", "graph_nodes", "inner_nodes", "leaf_tensors", "number_now", "reached_leaves"]
+
+# A node of an autograd graph.
+Node: TypeAlias = Any
 
 
-def graph_nodes(roots: Iterable[Any], excluded: Iterable[Any] = ()) -> Iterator[Any]:
+def graph_nodes(roots: Iterable[Node], excluded: Iterable[Node] = ()) -> Iterator[Node]:
     """Yield the nodes reachable from ``roots``, breadth first, without ``excluded`` and what lies behind them only."""
     seen = set(excluded)
     level = [node for node in dict.fromkeys(roots) if node not in seen]
@@ -25,7 +28,7 @@ def graph_nodes(roots: Iterable[Any], excluded: Iterable[Any] = ()) -> Iterator[
         level = [child for child in dict.fromkeys(reached) if child is not None and child not in seen]
 
 
-def _edges(tensors: Sequence[Tensor], name: str) -> list[Any]:
+def _edges(tensors: Sequence[Tensor], name: str) -> list[Node]:
     for index, tensor in enumerate(tensors):
         if tensor.grad_fn is None:
             raise UsageError(f"{name}[{index}] must depend on tensors that require grad, got one without a graph.")
@@ -62,17 +65,17 @@ def reached_leaves(outputs: Sequence[Tensor]) -> set[Tensor]:
     return {node.variable for node in graph_nodes(_roots(outputs)) if hasattr(node, "variable")}
 
 
-def inner_nodes(outputs: Sequence[Tensor]) -> list[Any]:
+def inner_nodes(outputs: Sequence[Tensor]) -> list[Node]:
     """Return the nodes of the graphs of outputs that are no leaves."""
     return [node for node in graph_nodes(_roots(outputs)) if not hasattr(node, "variable")]
 
 
 def number_now() -> int:
     """Return the number of an autograd node made now; those made earlier, in this thread, have lower ones."""
-    node: Any = torch.zeros((), requires_grad=True).clone().grad_fn
+    node: Node = torch.zeros((), requires_grad=True).clone().grad_fn
     number: int = node._sequence_nr()
     return number
 
 
-def _roots(outputs: Sequence[Tensor]) -> list[Any]:
+def _roots(outputs: Sequence[Tensor]) -> list[Node]:
     return [output.grad_fn for output in outputs if output.grad_fn is not None]

@@ -14,12 +14,13 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from fastmtl.engine.trees import leaves
 from fastmtl.errors import UsageError
+from fastmtl.support.kinds import Tree
 
 __all__ = ["Halving", "Pair", "are_by_row", "checked_halves", "halves"]
 
 # Inputs and labels.
-Pair: TypeAlias = tuple[Any, Any]
-Items: TypeAlias = list[Any] | tuple[Any, ...]
+Pair: TypeAlias = tuple[Tree, Tree]
+Items: TypeAlias = list[Tree] | tuple[Tree, ...]
 
 _PLAIN = (str, bytes, bool, int, float, complex, np.generic, torch.device, torch.dtype, type(None))
 
@@ -39,7 +40,7 @@ class Halving:
         # Whether the list at a place has an entry for each row.
         self._by_row: dict[str, bool] = {}
 
-    def __call__(self, inputs: Any, labels: Any, multi_input: bool = False) -> tuple[Pair, Pair]:
+    def __call__(self, inputs: Tree, labels: Tree, multi_input: bool = False) -> tuple[Pair, Pair]:
         """Return two pairs of inputs and labels.
 
         Args:
@@ -65,14 +66,14 @@ class Halving:
         )
         return first, second
 
-    def _halves(self, inputs: Any, labels: Any, place: str) -> tuple[Pair, Pair]:
+    def _halves(self, inputs: Tree, labels: Tree, place: str) -> tuple[Pair, Pair]:
         rows = self._count_rows(inputs, labels, place)
         if rows == 1:
             return (inputs, labels), (inputs, labels)
         both = self._cut(inputs, rows, f"inputs{place}"), self._cut(labels, rows, f"labels{place}")
         return (both[0][0], both[1][0]), (both[0][1], both[1][1])
 
-    def _cut(self, tree: Any, rows: int, place: str) -> Pair:
+    def _cut(self, tree: Tree, rows: int, place: str) -> Pair:
         """Return the two halves of a part of a batch, of which ``_lengths`` says that it can have these rows."""
         if isinstance(tree, PackedSequence):
             return _cut_packed(tree, rows)
@@ -103,7 +104,7 @@ class Halving:
             self._by_row[place] = True
         return self._by_row[place] and len(items) == rows
 
-    def _count_rows(self, inputs: Any, labels: Any, place: str) -> int:
+    def _count_rows(self, inputs: Tree, labels: Tree, place: str) -> int:
         """Return the number of rows: that of the labels, which the inputs must have too."""
         by_labels, first = None, ""
         for name, part in _parts(labels, f"labels{place}"):
@@ -132,7 +133,7 @@ class Halving:
             raise _refusal(f"it has {_told(rows or ())} rows" if rows else "nothing in it has rows")
         return rows.pop()
 
-    def _known_lengths(self, part: Any, name: str) -> set[int] | None:
+    def _known_lengths(self, part: Tree, name: str) -> set[int] | None:
         try:
             return _lengths(part, name, self._by_row)
         except _OpaqueError as opaque:
@@ -144,7 +145,7 @@ def halves(batch: Pair) -> tuple[Pair, Pair]:
     return Halving()(*batch)
 
 
-def checked_halves(made: Any) -> tuple[Pair, Pair]:
+def checked_halves(made: Tree) -> tuple[Pair, Pair]:
     """Return what a ``split_batch`` of the user's has returned.
 
     Raises:
@@ -161,7 +162,7 @@ def checked_halves(made: Any) -> tuple[Pair, Pair]:
     return tuple(made[0]), tuple(made[1])
 
 
-def are_by_row(preds: Mapping[str, Any], labels: Mapping[str, Any]) -> bool:
+def are_by_row(preds: Mapping[str, Tree], labels: Mapping[str, Tree]) -> bool:
     """Return whether predictions by task are tensors with the rows of the labels in their first dimension."""
     for task, pred in preds.items():
         try:
@@ -174,7 +175,7 @@ def are_by_row(preds: Mapping[str, Any], labels: Mapping[str, Any]) -> bool:
     return True
 
 
-def _parts(tree: Any, name: str) -> Iterable[tuple[str, Any]]:
+def _parts(tree: Tree, name: str) -> Iterable[tuple[str, Tree]]:
     """Return the parts of a batch that a message can name."""
     if isinstance(tree, Mapping):
         for key, value in tree.items():
@@ -183,7 +184,7 @@ def _parts(tree: Any, name: str) -> Iterable[tuple[str, Any]]:
         yield name, tree
 
 
-def _lengths(tree: Any, place: str, by_row: Mapping[str, bool]) -> set[int] | None:
+def _lengths(tree: Tree, place: str, by_row: Mapping[str, bool]) -> set[int] | None:
     """Return the numbers of rows that a part of a batch may have; None where it may have any."""
     if isinstance(tree, PackedSequence):
         return {int(tree.batch_sizes[0])}
@@ -219,7 +220,7 @@ def _common(lengths: Iterable[set[int] | None]) -> set[int] | None:
     return set.intersection(*known) if known else None
 
 
-def _mapping_like(tree: Any, parts: dict[Any, Any]) -> Any:
+def _mapping_like(tree: Tree, parts: dict[Tree, Tree]) -> Tree:
     if is_dataclass(tree):
         kind: Any = type(tree)
         return kind(**parts)
@@ -231,7 +232,7 @@ def _mapping_like(tree: Any, parts: dict[Any, Any]) -> Any:
     return half
 
 
-def _cut_tensor(tensor: Any, rows: int) -> Pair:
+def _cut_tensor(tensor: Tree, rows: int) -> Pair:
     middle = rows // 2
     if isinstance(tensor, Tensor) and tensor.is_nested:
         items = tensor.unbind()

@@ -19,7 +19,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge
 
 from fastmtl.engine.gradients import agree
-from fastmtl.engine.graph import graph_nodes
+from fastmtl.engine.graph import Node, graph_nodes
 from fastmtl.engine.looking import keeping_random_numbers
 from fastmtl.engine.vjp import Cotangents, vjp
 from fastmtl.errors import UsageError
@@ -173,23 +173,23 @@ def refuse_hidden(
         )
 
 
-def _nodes(tensors: Sequence[Tensor], excluded: Sequence[Tensor] = ()) -> list[Any]:
+def _nodes(tensors: Sequence[Tensor], excluded: Sequence[Tensor] = ()) -> list[Node]:
     roots, ends = ([tensor.grad_fn for tensor in each if tensor.grad_fn is not None] for each in (tensors, excluded))
     return list(graph_nodes(roots, ends))
 
 
-def _variables(nodes: Iterable[Any]) -> set[Tensor]:
+def _variables(nodes: Iterable[Node]) -> set[Tensor]:
     return {node.variable for node in nodes if hasattr(node, "variable")}
 
 
-def _is_closed(node: Any) -> bool:
+def _is_closed(node: Node) -> bool:
     if not isinstance(node, BackwardCFunction):
         return False
     module = getattr(getattr(type(node), "_forward_cls", None), "__module__", "")
     return not any(module == package or module.startswith(package + ".") for package in _OPEN)
 
 
-def _is_checkpoint(node: Any) -> bool:
+def _is_checkpoint(node: Node) -> bool:
     return getattr(type(node), "_forward_cls", None) is torch.utils.checkpoint.CheckpointFunction
 
 

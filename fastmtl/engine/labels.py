@@ -9,11 +9,12 @@ from torch import Tensor
 
 from fastmtl.engine.trees import leaves
 from fastmtl.loss import AbsLoss
+from fastmtl.support.kinds import Tree
 
 __all__ = ["labelled_entries", "present_tasks"]
 
 
-def labelled_entries(loss: AbsLoss, labels: Any) -> int | Tensor:
+def labelled_entries(loss: AbsLoss, labels: Tree) -> int | Tensor:
     """Return what a loss divides its sum over a batch by, :meth:`AbsLoss.divisor`, as a scalar where the labels are.
 
     None stands for the labels of a task that has none. Labels that are no tensor are shown to the loss as they are if
@@ -33,7 +34,7 @@ def labelled_entries(loss: AbsLoss, labels: Any) -> int | Tensor:
     return sum(counts) if counts else sum(_has_label(loss, row) for row in _rows(labels))
 
 
-def present_tasks(losses: Mapping[str, AbsLoss], labels: Sequence[Mapping[str, Any]]) -> list[int] | None:
+def present_tasks(losses: Mapping[str, AbsLoss], labels: Sequence[Mapping[str, Tree]]) -> list[int] | None:
     """Return the tasks that have a label in the batches of a step, None for all of them.
 
     Labels are read where they are in the host's memory. On a GPU, where that would wait, they count as being there.
@@ -50,7 +51,7 @@ def present_tasks(losses: Mapping[str, AbsLoss], labels: Sequence[Mapping[str, A
     return None if len(found) == len(losses) else found
 
 
-def _has_any(loss: AbsLoss, labels: Any) -> bool:
+def _has_any(loss: AbsLoss, labels: Tree) -> bool:
     if any(isinstance(leaf, Tensor) and leaf.device.type != "cpu" for leaf in leaves(labels)):
         return True
     if isinstance(labels, Tensor):
@@ -64,7 +65,7 @@ def _has_any(loss: AbsLoss, labels: Any) -> bool:
     return any(bool(_has_label(loss, row)) for row in rows) or rows == []
 
 
-def _rows(labels: Any) -> list[Any]:
+def _rows(labels: Tree) -> list[Any]:
     """Return the rows of labels that are no tensor."""
     if isinstance(labels, list | tuple):
         return list(labels)
@@ -83,7 +84,7 @@ def _has_label(loss: AbsLoss, row: Any) -> bool | Tensor:
     return sum(loss.labelled(entry).any() for entry in entries) > 0
 
 
-def _told_by(loss: AbsLoss, labels: Any) -> int | Tensor | None:
+def _told_by(loss: AbsLoss, labels: Tree) -> int | Tensor | None:
     """Return what a user's own method says of labels that are no tensor; None if there is none that takes them."""
     inner: Any = getattr(loss, "inner", None)
     loss = inner if hasattr(inner, "compute_loss") else loss

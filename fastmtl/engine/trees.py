@@ -9,19 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmtl.support.kinds import Tree
+
 __all__ = ["joined", "leaves", "map_tree", "tensors_of"]
 
 
 def map_tree(
-    function: Callable[..., Any], tree: Any, *others: Any, is_leaf: Callable[[Any], bool] = lambda _: False
-) -> Any:
+    function: Callable[..., Any], tree: Tree, *others: Any, is_leaf: Callable[[Any], bool] = lambda _: False
+) -> Tree:
     """Return ``function`` of all leaves, in containers like those of ``tree``.
 
     Leaves are what is no mapping, list or tuple, and what ``is_leaf`` says is one. Mappings become dictionaries, but
     for those that are dataclasses. ``others`` have the containers of ``tree``; ``function`` takes a leaf of each.
     """
 
-    def mapped(each: Any, *rest: Any) -> Any:
+    def mapped(each: Any, *rest: Tree) -> Tree:
         return map_tree(function, each, *rest, is_leaf=is_leaf)
 
     if is_leaf(tree):
@@ -36,20 +38,20 @@ def map_tree(
     return function(tree, *others)
 
 
-def leaves(tree: Any) -> list[Any]:
+def leaves(tree: Tree) -> list[Any]:
     """Return the leaves in order."""
     found: list[Any] = []
     map_tree(found.append, tree)
     return found
 
 
-def joined(parts: Sequence[Any]) -> Any:
+def joined(parts: Sequence[Any]) -> Tree:
     """Return the predictions for several parts of a batch as those for the whole."""
     if len(parts) == 1:
         return parts[0]
     return map_tree(lambda *each: torch.cat([part.detach() for part in each]), *parts)
 
 
-def tensors_of(tree: Any) -> list[Tensor]:
+def tensors_of(tree: Tree) -> list[Tensor]:
     """Return the leaves that are tensors, in order; a trunk may hand on others, such as inputs in a dictionary."""
     return [leaf for leaf in leaves(tree) if isinstance(leaf, Tensor)]

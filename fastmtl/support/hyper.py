@@ -12,6 +12,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from fastmtl.errors import UsageError
+from fastmtl.support.kinds import Settings, State
 from fastmtl.support.names import resolve_name
 
 __all__ = ["Hyper", "fill_hyper"]
@@ -66,7 +67,7 @@ class Hyper:
         return None
 
 
-def fill_hyper(owner: str, declared: Mapping[str, Hyper], given: Mapping[str, Any]) -> dict[str, Any]:
+def fill_hyper(owner: str, declared: Mapping[str, Hyper], given: Settings) -> State:
     """Return all hyper-parameters of ``owner``: the given ones checked, the others at their defaults.
 
     Raises:

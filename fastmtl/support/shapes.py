@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from fastmtl.errors import UsageError
+from fastmtl.support.kinds import Tree
 
 __all__ = ["as_classes", "as_classes_or_shares", "as_entries", "as_normals", "refuse_real", "same_but_ones"]
 
 
-def as_entries(pred: Any, gt: Any, who: str) -> tuple[Tensor, Tensor]:
+def as_entries(pred: Tree, gt: Tree, who: str) -> tuple[Tensor, Tensor]:
     """Return predictions and labels of the same shape: dimensions of 1 that only one of them has are left out.
 
     ``(batch, 1)`` goes with ``(batch,)``, ``(batch, 1, h, w)`` with ``(batch, h, w)``.
@@ -35,7 +34,7 @@ def as_entries(pred: Any, gt: Any, who: str) -> tuple[Tensor, Tensor]:
     return (pred.reshape(gt.shape), gt) if pred.dim() > gt.dim() else (pred, gt.reshape(pred.shape))
 
 
-def as_classes(pred: Any, gt: Any, who: str) -> tuple[Tensor, Tensor]:
+def as_classes(pred: Tree, gt: Tree, who: str) -> tuple[Tensor, Tensor]:
     """Return logits ``(batch, classes, ...)`` and class labels ``(batch, ...)``, which may come as ``(batch, 1, ...)``.
 
     Args:
@@ -76,7 +75,7 @@ def _check_tensors(pred: object, gt: object, who: str) -> None:
             raise UsageError(f"{who} takes tensors, but the {what} are of type {type(values).__name__}.")
 
 
-def as_classes_or_shares(pred: Any, gt: Any, who: str) -> tuple[Tensor, Tensor]:
+def as_classes_or_shares(pred: Tree, gt: Tree, who: str) -> tuple[Tensor, Tensor]:
     """Return logits and class labels as :func:`as_classes` does, or both as they are where labels are probabilities.
 
     Args:
@@ -104,7 +103,7 @@ def refuse_real(pred: Tensor, gt: Tensor, who: str, what: str) -> None:
         )
 
 
-def as_normals(pred: Any, gt: Any, who: str) -> None:
+def as_normals(pred: Tree, gt: Tree, who: str) -> None:
     """Check that predictions and labels are both ``(batch, 3, ...)``.
 
     Args:

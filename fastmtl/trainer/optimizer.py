@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl.errors import UsageError
+from fastmtl.support.kinds import Settings, State
 from fastmtl.support.names import resolve_name
 
 __all__ = [
@@ -63,7 +64,7 @@ MakesOptimizer: TypeAlias = Callable[[Parameters], torch.optim.Optimizer]
 
 def make_optimizer(
     named: Mapping[str, nn.Parameter],
-    optim_param: Mapping[str, Any] | None,
+    optim_param: Settings | None,
     device: torch.device,
     *,
     make: MakesOptimizer | None = None,
@@ -106,7 +107,7 @@ def refuse_optimizer(optim: object) -> None:
 
 
 def _described(
-    named: Mapping[str, nn.Parameter], optim_param: Mapping[str, Any] | None, device: torch.device, sparse: bool
+    named: Mapping[str, nn.Parameter], optim_param: Settings | None, device: torch.device, sparse: bool
 ) -> torch.optim.Optimizer:
     if not isinstance(optim_param, Mapping) or "optim" not in optim_param:
         raise UsageError(f"optim_param must name the optim as {{'optim': ...}}, got {optim_param!r}.")
@@ -194,7 +195,7 @@ def group_names(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Paramet
     return [[names[id(param)] for param in group["params"]] for group in optimizer.param_groups]
 
 
-def _groups(named: Mapping[str, nn.Parameter], settings: Any) -> list[nn.Parameter] | list[dict[str, Any]]:
+def _groups(named: Mapping[str, nn.Parameter], settings: Any) -> list[nn.Parameter] | list[State]:
     """Return groups of parameters with settings of their own, those without any first."""
     if not isinstance(settings, Mapping) or not all(isinstance(of_group, Mapping) for of_group in settings.values()):
         raise UsageError(

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import lr_scheduler
 
 from fastmtl.errors import UsageError
+from fastmtl.support.kinds import State
 from fastmtl.support.names import resolve_name
 from fastmtl.trainer.schedulers import Recipe
 
@@ -27,7 +28,7 @@ _SCORED = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch", "_last_lr
 # What schedulers set in an optimizer's groups.
 _SCHEDULED = ("lr", "momentum", "betas")
 
-Settings = list[dict[str, Any]]
+Settings = list[State]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ class Schedule:
         self._tell = tell
         self._has_advanced = False
         self._first = _settings(optimizer)
-        self._begin: dict[str, Any] | None = None
+        self._begin: State | None = None
         self._taken = {"epoch": 0, "step": 0}
         self._stored: Mapping[str, Any] | None = None
         if recipe is not None and recipe.length is None:
@@ -123,7 +124,7 @@ class Schedule:
         elif self.scheduler is not None and self.per == "epoch":
             self._advance(1)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Return where the schedule is, what it began with, and the scheduler's state."""
         return {
             "taken": dict(self._taken),
@@ -256,10 +257,10 @@ def storable(value: Any) -> Any:
     raise TypeError(type(value).__name__)
 
 
-def _state_of(scheduler: Any) -> dict[str, Any] | None:
+def _state_of(scheduler: Any) -> State | None:
     """Return the state of a scheduler, None if it has none that a checkpoint can hold."""
     try:
-        state: dict[str, Any] = storable(scheduler.state_dict())
+        state: State = storable(scheduler.state_dict())
     except (AttributeError, TypeError):
         return None
     return state
@@ -275,7 +276,7 @@ def _settings(optimizer: torch.optim.Optimizer) -> Settings:
     """Return the settings of an optimizer's groups, as far as a checkpoint can hold them."""
     of_groups = []
     for group in optimizer.param_groups:
-        settings: dict[str, Any] = {}
+        settings: State = {}
         for name, value in group.items():
             if name not in _NO_SETTINGS:
                 try:

@@ -13,12 +13,13 @@ import torch
 from torch.optim import lr_scheduler
 
 from fastmtl.errors import UsageError
+from fastmtl.support.kinds import Settings, State
 from fastmtl.support.names import resolve_name
 
 __all__ = ["PERIODS", "SCHEDULERS", "Recipe"]
 
 PERIODS = ("epoch", "step")
-SCHEDULERS: dict[str, Any] = {
+SCHEDULERS: State = {
     "exp": lr_scheduler.ExponentialLR,
     "step": lr_scheduler.StepLR,
     "cos": lr_scheduler.CosineAnnealingLR,
@@ -28,7 +29,7 @@ SCHEDULERS: dict[str, Any] = {
     "warmup": lr_scheduler.LinearLR,
 }
 _OF_SCHEDULERS = ("chainedscheduler", "sequentiallr")
-_CLASSES: dict[str, Any] = {
+_CLASSES: State = {
     name: kind
     for name in sorted(dir(lr_scheduler))
     if isinstance(kind := getattr(lr_scheduler, name), type)
@@ -56,14 +57,14 @@ class Recipe:
     """
 
     function: Callable[..., Any]
-    args: dict[str, Any] = field(default_factory=dict)
+    args: State = field(default_factory=dict)
     per: str | None = None
     warmup: int = 0
     length: str | None = None
     what: str = "scheduler_param"
 
     @classmethod
-    def of(cls, scheduler_param: Mapping[str, Any]) -> Recipe:
+    def of(cls, scheduler_param: Settings) -> Recipe:
         """Return what ``{"scheduler": name, class or function, ...}`` describes.
 
         Raises:
@@ -99,7 +100,7 @@ class Recipe:
     def from_function(
         cls,
         function: Callable[..., Any],
-        args: Mapping[str, Any] | None = None,
+        args: Settings | None = None,
         per: str | None = None,
         warmup: int = 0,
         what: str = "scheduler_param",
@@ -115,7 +116,7 @@ class Recipe:
             )
         if isinstance(function, partial) and not function.args:
             return cls.from_function(function.func, {**function.keywords, **(args or {})}, per, warmup, what)
-        named: Mapping[str, Any] = {}
+        named: Settings = {}
         # A builtin tells nothing of its arguments.
         with contextlib.suppress(TypeError, ValueError):
             named = inspect.signature(function).parameters
@@ -163,21 +164,21 @@ class Recipe:
         """Return what a scheduler of this recipe is stepped by."""
         return self.per or ("step" if isinstance(scheduler, _PER_STEP) else "epoch")
 
-    def _defaults(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    def _defaults(self, optimizer: torch.optim.Optimizer) -> State:
         if self.function not in _PER_STEP:
             return {}
-        cycles: dict[str, Any] = {} if optimizer.defaults.keys() & {"momentum", "betas"} else {"cycle_momentum": False}
+        cycles: State = {} if optimizer.defaults.keys() & {"momentum", "betas"} else {"cycle_momentum": False}
         if self.function is lr_scheduler.OneCycleLR:
             cycles["max_lr"] = [float(group["lr"]) for group in optimizer.param_groups]
         return cycles
 
 
-def _ramp(warmup: int) -> dict[str, Any]:
+def _ramp(warmup: int) -> State:
     """Return arguments of a linear scheduler whose period i of the warm-up, from 1, has the share i / (warmup + 1)."""
     return {"start_factor": 1 / (warmup + 1), "total_iters": warmup}
 
 
-def _length(function: Any, named: Mapping[str, Any], args: Mapping[str, Any]) -> str | None:
+def _length(function: Any, named: Settings, args: Settings) -> str | None:
     if function is lr_scheduler.OneCycleLR and args.keys() & {"epochs", "steps_per_epoch"}:
         return None
     for name in _LENGTHS:

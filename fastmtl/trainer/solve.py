@@ -15,12 +15,13 @@ from fastmtl.engine.jacobian import Jacobian
 from fastmtl.engine.lookahead import LookedAhead
 from fastmtl.engine.pullback import Representations
 from fastmtl.engine.weights import Weights
+from fastmtl.support.kinds import Settings
 from fastmtl.support.profiling import part
 from fastmtl.weighting import AbsWeighting
 
 __all__ = ["make_solver"]
 
-Hypers = Mapping[str, Any]
+Hypers = Settings
 Solver = Callable[[Any], Weights]
 
 

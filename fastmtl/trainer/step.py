@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from fastmtl.engine.losses import Problem
 from fastmtl.engine.methods.base import mean_of_forwards
 from fastmtl.engine.model import Labels, keeping_buffers
 from fastmtl.errors import UsageError
+from fastmtl.support.kinds import Settings, State
 from fastmtl.support.profiling import part
 from fastmtl.trainer.compile.capture import make_capture
 from fastmtl.trainer.compile.engines import engines_to_try
@@ -90,7 +91,7 @@ class TrainingStep:
         optimizer: torch.optim.Optimizer,
         guard: FiniteGuard,
         tell: Callable[[str], None],
-        hyper: Mapping[str, Any],
+        hyper: Settings,
         options: StepOptions,
         comm: Comm,
         rates: LearningRates,
@@ -215,12 +216,12 @@ class TrainingStep:
         self.guard.watch(nothing, None, None)
         return Outcome(nothing / 0, [], None, None)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Return what a resumed run needs."""
         own = {"tasks_left": self.sampler.left, "route": self.trial.chosen}
         return self.weights.state_dict() | own | self.scaler.state_dict()
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Settings) -> None:
         """Go on where `state_dict` was taken."""
         self.weights.load_state_dict(state)
         # Engines round differently.

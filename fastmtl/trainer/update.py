@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from fastmtl.support.kinds import Settings
 from fastmtl.trainer.optimizer import MakesOptimizer, group_names, make_optimizer
 from fastmtl.trainer.schedule import make_schedule
 from fastmtl.trainer.setup.options import StepOptions
@@ -18,9 +19,9 @@ def prepare_update(
     trainer: TrainerState,
     options: StepOptions,
     *,
-    optim_param: Mapping[str, Any] | None,
+    optim_param: Settings | None,
     optimizer: MakesOptimizer | None,
-    scheduler_param: Mapping[str, Any] | None,
+    scheduler_param: Settings | None,
     scheduler: Callable[..., Any] | None,
     resume_schedule: str,
 ) -> StepOptions:

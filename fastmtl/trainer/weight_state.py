@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch import Tensor
 from fastmtl.engine.comm import Comm
 from fastmtl.engine.scaling import LossScale
 from fastmtl.engine.weights import Weights
+from fastmtl.support.kinds import Settings, State
 from fastmtl.trainer.setup.options import StepOptions
 from fastmtl.trainer.tasks import StepTasks, narrowed, write_back
 from fastmtl.weighting import AbsWeighting
@@ -46,7 +46,7 @@ class WeightState:
         average: The moving averages of the weights.
     """
 
-    def __init__(self, strategy: AbsWeighting, hyper: Mapping[str, Any], options: StepOptions, comm: Comm) -> None:
+    def __init__(self, strategy: AbsWeighting, hyper: Settings, options: StepOptions, comm: Comm) -> None:
         self.strategy = strategy
         self.hyper = hyper
         self.every = 1 if strategy.needs_of_step() == "backward" else options.update_weights_every
@@ -199,13 +199,13 @@ class WeightState:
         assert found is not None
         return found.flatten(-2)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Return what a resumed run needs of the weights held between two solves."""
         kept = None if self.kept is None else _stored(self.kept)
         partial = None if self._partial is None else (self._partial[0], _stored(self._partial[1]), self._partial[2])
         return {"since_solved": self._since_solved, "held": kept, "average": self.average, "partial": partial}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Settings) -> None:
         """Go on where `state_dict` was taken."""
         self._since_solved = state["since_solved"]
         self.kept = None if state["held"] is None else Weights(**state["held"])

@@ -9,13 +9,13 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from fastmtl.errors import CheckpointError
+from fastmtl.support.kinds import State
 from fastmtl.trainer.setup.tasks import loss_names
 
 __all__ = [
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 # What a checkpoint holds, by name: tensors and plain values.
-Saved = dict[str, Any]
+Saved = State
 
 
 def save_atomically(content: object, path: Path) -> None:

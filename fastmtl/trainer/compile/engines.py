@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -26,6 +25,7 @@ from fastmtl.engine.methods.whole import Whole
 from fastmtl.engine.regions import Regions
 from fastmtl.engine.repeated import allow_repeated_backwards
 from fastmtl.errors import BackendError, UsageError
+from fastmtl.support.kinds import Settings
 from fastmtl.trainer.setup.options import StepOptions
 from fastmtl.weighting import AbsWeighting
 
@@ -40,7 +40,7 @@ Tell = Callable[[str], None]
 
 
 def engines_to_try(
-    strategy: AbsWeighting, problem: Problem, hyper: Mapping[str, Any], options: StepOptions, tell: Tell, comm: Comm
+    strategy: AbsWeighting, problem: Problem, hyper: Settings, options: StepOptions, tell: Tell, comm: Comm
 ) -> Mapping[str, Engine]:
     """Return the engines by name, the plainest one first.
 
@@ -87,7 +87,7 @@ def engines_to_try(
 
 
 def _other_vjps(
-    strategy: AbsWeighting, plain: Engine, eager: Engine, hyper: Mapping[str, Any], options: StepOptions, tell: Tell
+    strategy: AbsWeighting, plain: Engine, eager: Engine, hyper: Settings, options: StepOptions, tell: Tell
 ) -> dict[str, Engine | str]:
     """Return the engines that take the VJPs together or not as a whole, or what stands against each in a few words.
 
@@ -203,9 +203,7 @@ def _is_worth_tracing(problem: Problem) -> bool:
     return len(problem.shared_params) * len(problem.tasks) <= _MOST_GRADIENTS
 
 
-def _against_compression(
-    strategy: AbsWeighting, plain: Engine, hyper: Mapping[str, Any], options: StepOptions
-) -> str | None:
+def _against_compression(strategy: AbsWeighting, plain: Engine, hyper: Settings, options: StepOptions) -> str | None:
     """Return why the rows are needed, in a few words; None if nothing is known."""
     problem = plain.regions.problem
     model = problem.model

@@ -19,6 +19,7 @@ from fastmtl.engine.labels import labelled_entries
 from fastmtl.errors import UsageError
 from fastmtl.loss import AbsLoss
 from fastmtl.metrics import AbsMetric
+from fastmtl.support.kinds import Settings, State
 from fastmtl.trainer.setup.tasks import TaskDict, losses_of, metrics_of
 from fastmtl.utils import count_improvement
 
@@ -42,7 +43,7 @@ class PerformanceMeter:
         self.losses: dict[str, AbsLoss] = losses_of(task_dict)
         self.metrics: dict[str, AbsMetric] = metrics_of(task_dict)
         self.base_result = base_result
-        self.best_result: dict[str, Any] = {"improvement": -1e2, "epoch": 0, "result": 0}
+        self.best_result: State = {"improvement": -1e2, "epoch": 0, "result": 0}
         self.improvement: float | None = None
         self.has_val = False
         self.results: dict[str, list[float]] = {}
@@ -66,9 +67,9 @@ class PerformanceMeter:
     def update(
         self,
         losses: Mapping[str, Tensor],
-        preds: Mapping[str, Any],
-        labels: Mapping[str, Any],
-        on_host: Mapping[str, Any] | None = None,
+        preds: Settings,
+        labels: Settings,
+        on_host: Settings | None = None,
     ) -> None:
         """Take in one batch.
 

@@ -16,6 +16,7 @@ from typing_extensions import override
 from fastmtl.engine.trees import leaves, map_tree
 from fastmtl.errors import UsageError
 from fastmtl.loss import AbsLoss
+from fastmtl.support.kinds import Tree
 from fastmtl.support.shapes import as_classes_or_shares, as_entries
 
 __all__ = ["DelegatedLoss", "EntryLoss", "FunctionLoss", "as_loss", "reduces_to_sum"]
@@ -61,16 +62,16 @@ class DelegatedLoss(AbsLoss):
         self.ignore_index = getattr(inner, "ignore_index", AbsLoss.ignore_index)
 
     @override
-    def compute_loss(self, pred: Any, gt: Any) -> Tensor:
+    def compute_loss(self, pred: Tree, gt: Tree) -> Tensor:
         loss: Tensor = self.inner.compute_loss(pred, gt)
         return loss
 
     @override
-    def labelled(self, gt: Any) -> Tensor:
+    def labelled(self, gt: Tree) -> Tensor:
         known: Tensor = self.inner.labelled(gt) if hasattr(self.inner, "labelled") else super().labelled(gt)
         return known
 
-    def divisor(self, gt: Any) -> int | Tensor:
+    def divisor(self, gt: Tree) -> int | Tensor:
         """Return what the mean of a batch is divided by."""
         divisor: int | Tensor = self.inner.divisor(gt) if hasattr(self.inner, "divisor") else self.labelled(gt).sum()
         return divisor
@@ -87,14 +88,14 @@ class FunctionLoss(AbsLoss):
         name: Where it was given, for errors.
     """
 
-    def __init__(self, function: Callable[[Any, Any], Tensor], name: str) -> None:
+    def __init__(self, function: Callable[[Tree, Tree], Tensor], name: str) -> None:
         super().__init__()
         self.function = function
         self.name = name
         self.ignore_index = getattr(function, "ignore_index", AbsLoss.ignore_index)
 
     @override
-    def compute_loss(self, pred: Any, gt: Any) -> Tensor:
+    def compute_loss(self, pred: Tree, gt: Tree) -> Tensor:
         if not isinstance(gt, Tensor) or not gt.dim():
             return self.function(pred, gt)
         known = self.labelled(gt)
@@ -129,7 +130,7 @@ class EntryLoss(AbsLoss):
         reduction: ``"mean"`` or ``"sum"``.
     """
 
-    def __init__(self, inner: Any, entries: Callable[[Any, Any], Tensor], reduction: str) -> None:
+    def __init__(self, inner: Any, entries: Callable[[Tree, Tree], Tensor], reduction: str) -> None:
         super().__init__()
         self.inner = inner
         self.entries = entries
@@ -159,12 +160,12 @@ class EntryLoss(AbsLoss):
 class _ClassLoss(EntryLoss):
     """Torch's cross-entropy, of logits or log-probabilities ``(batch, classes, ...)``."""
 
-    def __init__(self, inner: Any, entries: Callable[[Any, Any], Tensor], reduction: str) -> None:
+    def __init__(self, inner: Any, entries: Callable[[Tree, Tree], Tensor], reduction: str) -> None:
         super().__init__(inner, entries, reduction)
         ignored = self._setting("ignore_index")
         self.ignore_index = AbsLoss.ignore_index if ignored is None else ignored
 
-    def _setting(self, name: str) -> Any:
+    def _setting(self, name: str) -> Tree:
         keywords = getattr(self.entries, "keywords", {})
         return keywords.get(name, getattr(self.entries, name, None))
 

@@ -14,6 +14,7 @@ from torch import nn
 from fastmtl.architecture import ARCHITECTURES, AbsArchitecture
 from fastmtl.errors import UsageError
 from fastmtl.support.hyper import fill_hyper
+from fastmtl.support.kinds import State
 from fastmtl.support.names import resolve_name
 from fastmtl.trainer.setup.lazy import settle_shapes
 from fastmtl.trainer.setup.tasks import loss_params
@@ -130,7 +131,7 @@ def make_model(
     rep_grad: bool,
     multi_input: bool,
     device: torch.device,
-    given: dict[str, dict[str, Any]],
+    given: dict[str, State],
     example_inputs: Any = None,
 ) -> MadeModel:
     """Make the model of a trainer; checks ``given``, its ``weight_args`` and ``arch_args``, and fills in defaults."""
@@ -152,7 +153,7 @@ def make_model(
 
 
 def _resolved(
-    weighting: str | type[AbsWeighting], architecture: str | type[AbsArchitecture], given: dict[str, dict[str, Any]]
+    weighting: str | type[AbsWeighting], architecture: str | type[AbsArchitecture], given: dict[str, State]
 ) -> tuple[type[AbsWeighting], type[AbsArchitecture]]:
     """Return the two classes, and fill in the defaults of their hyper-parameters."""
     rule = resolve_name(weighting, WEIGHTINGS, "weighting") if isinstance(weighting, str) else weighting

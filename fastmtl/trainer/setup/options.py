@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from fastmtl.errors import UsageError
+from fastmtl.support.kinds import Settings, State
 from fastmtl.support.names import resolve_name
 from fastmtl.trainer.precision import PRECISIONS
 from fastmtl.trainer.setup.checks import check_counts, is_real, is_whole
@@ -36,7 +37,7 @@ class StepOptions:
     shard: str = "none"
 
 
-def check_options(model: Any, weighting: str, hyper: Mapping[str, Any], options: StepOptions) -> StepOptions:
+def check_options(model: Any, weighting: str, hyper: Settings, options: StepOptions) -> StepOptions:
     """Return the options as the step takes them, for a model, and a strategy's name and hyper-parameters.
 
     Raises:
@@ -105,7 +106,7 @@ def _is_legacy(model: Any) -> bool:
 
 def _spelled(options: StepOptions, name: str, known: tuple[str, ...]) -> StepOptions:
     """Return the options with the word of one of them as it is known, where it may be in any case."""
-    words: dict[str, Any] = {name: resolve_name(getattr(options, name), {each: each for each in known}, name)}
+    words: State = {name: resolve_name(getattr(options, name), {each: each for each in known}, name)}
     return replace(options, **words)
 
 
