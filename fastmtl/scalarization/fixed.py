@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastmtl.errors import UsageError
 from fastmtl.scalarization.base import Scalarizer, check_same_shape
+from fastmtl.support.dtypes import falls_below
 from fastmtl.support.settings import at_least, positive, vector_string
 from fastmtl.weighting.rules import counted, random_weights
 
@@ -49,7 +50,7 @@ class GeometricMean(Scalarizer):
 
     def forward(self, values: Tensor, /) -> Tensor:
         """Return the mean."""
-        if bool((values < 0).any()):
+        if bool(falls_below(values.detach(), 0.0).any()):
             raise UsageError("values must be at least 0 for a geometric mean, got a negative one.")
         known = counted(values)
         # The mean of logarithms: the product of many small losses would underflow.

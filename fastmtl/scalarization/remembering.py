@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastmtl.errors import UsageError
 from fastmtl.scalarization.base import Scalarizer, check_same_shape
+from fastmtl.support.dtypes import falls_below
 from fastmtl.support.settings import at_least, positive
 from fastmtl.support.stateful import Stateful
 from fastmtl.weighting.rules import descent_rates, even_fall, even_fall_slope
@@ -101,8 +102,9 @@ class FAMO(Learned):
         """Return the scalar."""
         check_same_shape("the logits", self._w, values)
         excess = values - self.min_losses
-        if bool((excess < 0).any()):
+        if bool(falls_below(values.detach(), self.min_losses).any()):
             raise UsageError("values must be at least min_losses for FAMO, got one below its bound.")
+        excess = excess.clamp(min=0)
         self._prev_losses = values.detach().clone()
         known = excess.detach()
         weights = even_fall(self._w.detach().flatten(), known.flatten()).reshape(values.shape)

@@ -1,10 +1,21 @@
-"""The dtype sums and solvers work in."""
+"""The dtype sums and solvers work in, and what rounding does to a loss."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-__all__ = ["wide_dtype"]
+__all__ = ["falls_below", "wide_dtype"]
+
+_ROUNDING = 1e-5
+
+
+def falls_below(losses: Tensor, bound: Tensor | float) -> Tensor:
+    """Return which losses are below a bound by more than rounding.
+
+    A divergence near its optimum, or one minus a cosine, rounds to numbers such as -1e-7 that stand for 0.
+    """
+    return losses < bound - max(_ROUNDING, torch.finfo(losses.dtype).eps)
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastmtl.support.dtypes import falls_below
 from fastmtl.weighting.base import AbsWeighting, Hyper, Weights
 from fastmtl.weighting.rules import Adam, counted, even_fall, even_fall_slope
 
@@ -43,7 +44,7 @@ class FAMO(AbsWeighting):
 
     def refused(self, losses: Tensor, **hyper: object) -> Tensor:
         """Return which losses are below their bounds."""
-        return losses < self.min_losses
+        return falls_below(losses, self.min_losses)
 
     def after_step(
         self, losses: Tensor, *, FAMO_w_lr: float = 0.025, FAMO_w_gamma: float = 1e-3, **hyper: object

@@ -50,7 +50,7 @@ class GradNorm(AbsWeighting):
         weights = self.task_num * share
         norms = gram.diagonal().clamp(min=0).sqrt().to(weights.dtype)
         known = counted(self.first_losses)
-        rate = torch.where(known, losses / self.first_losses, 0.0)
+        rate = torch.where(known, losses.clamp(min=0) / self.first_losses, 0.0)
         mean = rate.sum() / known.sum()
         relative = torch.where(known & (mean > 0), rate / mean, 1.0)
         target = (weights * norms).mean() * relative**alpha

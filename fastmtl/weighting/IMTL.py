@@ -34,4 +34,6 @@ class IMTL(AbsWeighting):
         scale = self.loss_scale.detach().exp()
         wide = scale.to(gram.dtype)
         alpha = ops.imtl(wide[:, None] * gram * wide)
-        return Weights(shared=alpha * wide, heads=scale, logged=alpha, own_grads={"loss_scale": scale * losses - 1})
+        return Weights(
+            shared=alpha * wide, heads=scale, logged=alpha, own_grads={"loss_scale": scale * losses.clamp(min=0) - 1}
+        )

@@ -59,7 +59,7 @@ class MoCo(AbsWeighting):
         self.steps.add_(1)
         gram = self.whole(ops.gram(rows))
         rate = MoCo_beta / self.steps**MoCo_beta_sigma
-        gains = rate * losses / (gram.diagonal().sqrt().to(losses.dtype) + 1e-8)
+        gains = rate * losses.clamp(min=0) / (gram.diagonal().sqrt().to(losses.dtype) + 1e-8)
         averages = self.averages.rows
         products = self.whole(ops.ema_gram_(averages, rows, 1 - rate, gains)).to(self.lambd.dtype)
         pull = products @ self.lambd + MoCo_rho * self.lambd

@@ -29,4 +29,4 @@ class UW(AbsWeighting):
     def weigh(self, losses: Tensor, gram: None, **hyper: object) -> Weights:
         """Return ``1 / (2 exp(s))`` and the gradient of ``s``."""
         weights = 0.5 * torch.exp(-self.loss_scale.detach())
-        return Weights(shared=weights, own_grads={"loss_scale": 0.5 - weights * losses})
+        return Weights(shared=weights, own_grads={"loss_scale": 0.5 - weights * losses.clamp(min=0)})

@@ -15,6 +15,7 @@ from fastmtl.engine.comm import CutsRows
 from fastmtl.engine.lookahead import LookAhead
 from fastmtl.engine.weights import Rows, Weights
 from fastmtl.errors import UsageError
+from fastmtl.support.dtypes import falls_below
 from fastmtl.support.hyper import Hyper
 
 __all__ = ["AbsWeighting", "Hyper", "LossNeeds", "Needs", "Rows", "StepNeeds", "Weights"]
@@ -41,7 +42,7 @@ class AbsWeighting(nn.Module):
         samples: Batches per step, each with its own forward and backward passes.
         weighs_heads: Whether the gradients of task-specific parameters are weighted too.
         needs_losses: What losses must be for the rule to have a meaning. A step with a negative one changes nothing and
-            is reported, unless ``"any"`` will do. With ``"positive"`` one of 0 takes no part in a step.
+            is reported, unless ``"any"`` will do; one that is negative by rounding counts as 0. With ``"positive"`` one of 0 takes no part in a step.
         use_of_losses: Why, as the second half of the sentence the user gets: ``"it takes their logarithms"``.
         reads_losses: Whether the weights depend on the losses of the step.
         looks_back: Whether :meth:`after_step` wants the batch's losses after the update, from a second forward pass.
@@ -152,7 +153,7 @@ class AbsWeighting(nn.Module):
 
     def refused(self, losses: Tensor, **hyper: Any) -> Tensor | None:
         """Return which of (T,) losses they must not be, on the device; None if any will do."""
-        return None if self.loss_needs(**hyper) == "any" else losses < 0
+        return None if self.loss_needs(**hyper) == "any" else falls_below(losses, 0.0)
 
     def refusal(self, **hyper: Any) -> str:
         """Return what a loss must be, and why, as the end of a sentence."""

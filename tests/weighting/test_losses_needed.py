@@ -292,3 +292,56 @@ def test_scalarizers_leave_out_losses_of_zero() -> None:
     assert logits[1] == 0
     with pytest.raises(UsageError, match="at least min_losses"):
         famo(-values)
+
+
+class _Rounded(MSELoss):
+    """A loss of one value, with a slope."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value = value
+
+    def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
+        return (pred - pred.detach()).mean() + self.value
+
+
+@pytest.mark.parametrize("value", [-1.192e-07, -2.6e-08, -4e-06])
+@pytest.mark.parametrize("name", sorted(WEIGHTINGS))
+def test_a_loss_negative_by_rounding_counts_as_0(name: str, value: float) -> None:
+    options = {"optim_param": {"optim": "sgd", "lr": 0.05}}
+    ends = [
+        _run(_trainer(name, _Rounded(shown), **options), [_batch(seed) for seed in range(5)]) for shown in (value, 0.0)
+    ]
+    torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["DWA", "UW", "SI", "FAMO", "GradNorm"])
+@pytest.mark.parametrize("kind", ["cosine", "divergence"])
+def test_losses_at_their_optimum_end_no_run(name: str, kind: str) -> None:
+    class AtOptimum(MSELoss):
+        """The loss of predictions that are their labels."""
+
+        def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
+            rows = torch.randn(64, 5, generator=torch.Generator().manual_seed(3)) + 0 * pred.mean()
+            if kind == "cosine":
+                p = nn.functional.normalize(rows)
+                return 1 - (p * p.detach()).sum(1).mean()
+            logs = rows.log_softmax(1)
+            return nn.functional.kl_div(logs, rows.softmax(1).detach(), reduction="batchmean")
+
+    trainer = _trainer(name, AtOptimum())
+    assert _run(trainer, [_batch(seed) for seed in range(5)]).isfinite().all()
+
+
+def test_scalarizers_take_losses_negative_by_rounding() -> None:
+    for scalarizer in (FAMO(3), GeometricMean()):
+        values = torch.tensor([4.0, -1.2e-7, 1.0], requires_grad=True)
+        exact = torch.tensor([4.0, 0.0, 1.0], requires_grad=True)
+        result, expected = scalarizer(values), scalarizer(exact)
+        torch.testing.assert_close(result, expected)
+        result.backward()
+        expected.backward()
+        torch.testing.assert_close(values.grad, exact.grad)
+    for scalarizer in (FAMO(3), GeometricMean()):
+        with pytest.raises(UsageError, match="values must be at least"):
+            scalarizer(torch.tensor([4.0, -1e-3, 1.0]))
