@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmtl.errors import UsageError
 from fastmtl.loss import AbsLoss, BCELoss, CELoss, FocalLoss, HuberLoss, L1Loss, MSELoss, SegLoss
+from fastmtl.trainer.setup.losses import as_loss
 from tests.host_reads import NoHostRead
 
 NAN = math.nan
@@ -264,3 +265,54 @@ def test_weights_are_copied_to_a_device_once() -> None:
 def test_arguments_are_checked(make: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         make()
+
+
+@pytest.mark.parametrize("weight", [None, [1.0, 2.0, 4.0]], ids=str)
+def test_smoothed_probabilities_that_are_missing_count_for_nothing(weight: list[float] | None) -> None:
+    pred, gt = _logits(3, 4, 3).requires_grad_(), _logits(4, 4, 3).softmax(1)
+    part = pred.detach()[:2].requires_grad_()
+    expected = F.cross_entropy(
+        part, gt[:2], weight=None if weight is None else torch.tensor(weight).to(part), label_smoothing=0.3
+    )
+    gt[2:] = math.nan
+    loss = CELoss(weight=weight, label_smoothing=0.3)
+    loss.compute_loss(pred, gt).backward()
+    torch.testing.assert_close(loss.compute_loss(pred, gt), expected)
+    (grad,) = torch.autograd.grad(expected, part)
+    assert pred.grad is not None
+    torch.testing.assert_close(pred.grad[:2], grad)
+    assert not pred.grad[2:].any()
+    assert loss.compute_loss(pred, torch.full_like(gt, math.nan)).item() == 0
+
+
+@pytest.mark.parametrize("label", [-1, 3])
+def test_focal_loss_refuses_labels_of_no_class(label: int) -> None:
+    with pytest.raises(UsageError, match="FocalLoss: labels must be from 0 to 2"):
+        FocalLoss().compute_loss(_logits(0, 2, 3), torch.tensor([0, label]))
+
+
+def test_small_integers_are_the_classes_they_say() -> None:
+    pred = _logits(0, 4, 200)
+    gt = torch.tensor([156, 3, 199, 0])
+    for loss in (CELoss(), FocalLoss(gamma=0.0)):
+        assert int(loss.divisor(gt.to(torch.uint8))) == 4
+        torch.testing.assert_close(loss.compute_loss(pred, gt.to(torch.uint8)), F.cross_entropy(pred, gt))
+    maps, pixels = _logits(0, 1, 3, 1, 2), torch.tensor([[[1, 255]]], dtype=torch.uint8)
+    expected = F.cross_entropy(maps[..., 0], pixels[..., 0].long())
+    torch.testing.assert_close(SegLoss(ignore_index=255).compute_loss(maps, pixels), expected)
+    with pytest.raises(UsageError, match="SegLoss: labels must be from 0 to 2"):
+        SegLoss().compute_loss(maps, pixels)
+
+
+def test_one_hot_labels_that_are_integers_are_told_what_to_become() -> None:
+    pred, gt = _logits(0, 2, 3), torch.tensor([[1, 0, 0], [0, 0, 1]])
+    with pytest.raises(UsageError, match=r"CELoss: labels of shape \(2, 3\).* torch.int64: make them floating point"):
+        CELoss().compute_loss(pred, gt)
+    torch.testing.assert_close(CELoss().compute_loss(pred, gt.double()), CELoss().compute_loss(pred, gt.argmax(1)))
+
+
+def test_weights_of_torchs_loss_and_small_integers() -> None:
+    loss = as_loss(nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)), "loss_fn")
+    pred, gt = _logits(0, 3, 3), torch.tensor([2, 0, 2], dtype=torch.uint8)
+    assert float(loss.divisor(gt)) == 9
+    torch.testing.assert_close(loss.compute_loss(pred, gt), loss.compute_loss(pred, gt.long()))

@@ -82,3 +82,18 @@ def test_a_metric_must_define_both_functions() -> None:
         AbsMetric().update_fun(None, None)
     with pytest.raises(NotImplementedError, match="score_fun"):
         AbsMetric().score_fun()
+
+
+@pytest.mark.parametrize("shape", [(6, 5, 5), (6, 5, 4), (2, 4, 4, 4)], ids=str)
+def test_accuracy_reads_logits_as_the_losses_do(shape: tuple[int, ...]) -> None:
+    pred = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    metric = AccMetric()
+    metric.update_fun(pred, pred.argmax(1))
+    metric.update_fun(pred, (pred.argmax(1) + 1) % shape[1])
+    assert metric.score_fun() == [0.5]
+
+
+def test_accuracy_of_small_integers() -> None:
+    metric = AccMetric()
+    metric.update_fun(torch.eye(200)[[156, 3]], torch.tensor([156, 4], dtype=torch.uint8))
+    assert metric.score_fun() == [0.5]

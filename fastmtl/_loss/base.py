@@ -11,7 +11,7 @@ from fastmtl.errors import UsageError
 from fastmtl.support.dtypes import wide_dtype
 from fastmtl.support.running import Group, RunningMean
 
-__all__ = ["AbsLoss", "LossState", "PerClass", "mean_known", "over", "present"]
+__all__ = ["AbsLoss", "LossState", "PerClass", "differs", "mean_known", "over", "present"]
 
 # The losses, batch sizes and running sums of an `AbsLoss`.
 LossState = tuple[list[float], list[int], tuple[Tensor | None, float | Tensor]]
@@ -50,14 +50,16 @@ class AbsLoss:
         raise NotImplementedError(f"{type(self).__name__} must define compute_loss(pred, gt)")
 
     def labelled(self, gt: Tensor) -> Tensor:
-        """Return where labels are there, as booleans that have an entry, or several, for each row of the batch.
+        """Return where labels are there, as booleans of their shape, or with one entry for several of them.
 
-        Override it where something else than NaN or ``ignore_index`` stands for a missing label. An override gets the
-        labels as the loader gives them, lists and dictionaries too.
+        Override it where something else than NaN or ``ignore_index`` stands for a missing label. Booleans may lack the
+        channels, dimension 1 or the last one, or be ``(batch,)``. Where both dimensions would fit, as of keypoints
+        ``(batch, 3, 3)``, keep the one that is left out as a 1, which metrics need. An override gets the labels as the
+        loader gives them, lists and dictionaries too.
         """
         if gt.is_floating_point():
             return ~gt.isnan()
-        return torch.ones_like(gt, dtype=torch.bool) if self.ignore_index is None else gt != self.ignore_index
+        return differs(gt, self.ignore_index)
 
     def divisor(self, gt: Tensor) -> int | Tensor:
         """Return what ``compute_loss`` divides the sum over a batch by, a scalar: here the number of labelled entries.
@@ -159,6 +161,15 @@ class PerClass:
 def over(total: Tensor, divisor: Tensor) -> Tensor:
     """Return a sum divided by what it is a mean over; 0 where that is 0, as the sum is then too."""
     return total / torch.where(divisor == 0, 1, divisor)
+
+
+def differs(gt: Tensor, label: int | None) -> Tensor:
+    """Return where labels are another than this one, which may not fit into their dtype; everywhere for None."""
+    dtype = gt.dtype
+    if label is not None and not gt.is_floating_point() and dtype != torch.bool:
+        # Torch would wrap it around.
+        label = label if torch.iinfo(dtype).min <= label <= torch.iinfo(dtype).max else None
+    return torch.ones_like(gt, dtype=torch.bool) if label is None else gt != label
 
 
 def mean_known(values: Tensor, known: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmtl._loss.base import AbsLoss, PerClass, mean_known, over
+from fastmtl._loss.base import AbsLoss, PerClass, differs, mean_known, over
 from fastmtl.errors import UsageError
 from fastmtl.support.shapes import as_classes, as_classes_or_shares, as_entries, refuse_real, same_but_ones
 
@@ -64,13 +64,17 @@ class CELoss(AbsLoss):
         """Return the mean cross-entropy."""
         pred, gt = as_classes_or_shares(pred, gt, type(self).__name__)
         known = self.labelled(gt)
+        weight = None if self.weight is None else self.weight.of(pred)
         if gt.is_floating_point():
-            # Probabilities of zero give no loss and no gradient.
             labels = torch.where(known.unsqueeze(1), gt, 0)
+            losses = F.cross_entropy(
+                pred, labels, weight=weight, reduction="none", label_smoothing=self.label_smoothing
+            )
+            # Smoothing gives shares to what has none.
+            total = torch.where(known, losses, 0).sum()
         else:
             labels = torch.where(known, gt.long(), self.ignore_index)
-        weight = None if self.weight is None else self.weight.of(pred)
-        total = _summed(self, pred, labels, weight=weight, label_smoothing=self.label_smoothing)
+            total = _summed(self, pred, labels, weight=weight, label_smoothing=self.label_smoothing)
         return over(total, self.divisor(gt).to(total.dtype))
 
 
@@ -79,10 +83,15 @@ def _summed(loss: CELoss | SegLoss, pred: Tensor, labels: Tensor, **options: Any
     try:
         return F.cross_entropy(pred, labels, ignore_index=loss.ignore_index, reduction="sum", **options)
     except IndexError as cause:
-        raise UsageError(
-            f"{type(loss).__name__}: labels must be from 0 to {pred.shape[1] - 1} for predictions of shape "
-            f"{tuple(pred.shape)}, or ignore_index, {loss.ignore_index}, where one is missing: {cause}"
-        ) from cause
+        raise _no_class(loss, pred, cause) from cause
+
+
+def _no_class(loss: AbsLoss, pred: Tensor, cause: Exception) -> UsageError:
+    """Return the error for labels that are no classes of the predictions."""
+    return UsageError(
+        f"{type(loss).__name__}: labels must be from 0 to {pred.shape[1] - 1} for predictions of shape "
+        f"{tuple(pred.shape)}, or ignore_index, {loss.ignore_index}, where one is missing: {cause}"
+    )
 
 
 class SegLoss(AbsLoss):
@@ -105,13 +114,13 @@ class SegLoss(AbsLoss):
 
     def labelled(self, gt: Tensor) -> Tensor:
         """Return where pixels have a class."""
-        return (gt != self.ignore_index) & ~gt.isnan()
+        return differs(gt, self.ignore_index) & ~gt.isnan()
 
     def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
         """Return the mean cross-entropy of the labelled pixels."""
         pred, gt = as_classes(pred, gt, type(self).__name__)
         known = self.labelled(gt)
-        labels = torch.where(known, gt, self.ignore_index).long()
+        labels = torch.where(known, gt if gt.is_floating_point() else gt.long(), self.ignore_index).long()
         return _summed(self, pred, labels) / known.sum().clamp(min=1)
 
 
@@ -180,7 +189,12 @@ class FocalLoss(AbsLoss):
         known = self.labelled(gt)
         classes = torch.where(known, gt, 0).long().unsqueeze(1)
         whole = pred.logsumexp(1, keepdim=True)
-        others = pred.scatter(1, classes, -torch.inf).logsumexp(1, keepdim=True)
+        try:
+            others = pred.scatter(1, classes, -torch.inf).logsumexp(1, keepdim=True)
+        except RuntimeError as cause:
+            if "out of bounds" not in str(cause):
+                raise
+            raise _no_class(self, pred, cause) from cause
         losses = self._focal(pred.gather(1, classes) - whole, others - whole)
         if self.alpha is not None:
             losses = losses * self.alpha.of(pred)[classes]

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from fastmtl._loss.base import differs
 from fastmtl._metrics.base import Sums, ratio, totals
 from fastmtl.errors import UsageError
 from fastmtl.support.shapes import as_classes
@@ -17,8 +18,8 @@ __all__ = ["AccMetric", "F1Metric", "SegMetric"]
 class AccMetric(Sums):
     """Accuracy: the share of labels ``gt`` (any shape) equal to the arg max of ``pred`` ``(*gt.shape, classes)``.
 
-    Labels may also come as ``(*shape, 1)``, and logits as the losses take them, ``(batch, classes, ...)``, where that
-    is their one reading.
+    Labels may also come as ``(*shape, 1)``, and logits as the losses take them, ``(batch, classes, ...)``, which is how
+    they are read where both would do, as ``(batch, 5, 5)``.
 
     Args:
         ignore_index: Label of entries that do not count; NaN never counts.
@@ -41,17 +42,21 @@ class AccMetric(Sums):
         chosen, gt = _chosen(pred, gt, type(self).__name__)
         if gt.numel():
             # The mean of a batch times its count is not exact in float32, the count of right ones is.
-            known = (gt != self.ignore_index) & ~gt.isnan()
+            known = differs(gt, self.ignore_index) & ~gt.isnan()
             self._add(totals((chosen.eq(gt) & known).sum(), known.sum()))
 
 
 def _chosen(pred: Tensor, gt: Tensor, who: str) -> tuple[Tensor, Tensor]:
     """Return the likeliest classes and the labels, in one shape."""
     both = isinstance(pred, Tensor) and isinstance(gt, Tensor) and pred.dim() > 1 and pred.shape[-1] > 1
-    if both and gt.shape in (pred.shape[:-1], (*pred.shape[:-1], 1)):
+    if both and gt.shape in (pred.shape[:-1], (*pred.shape[:-1], 1)) and pred.shape[:-1] != _without_classes(pred):
         return pred.argmax(-1), gt.reshape(pred.shape[:-1])
     pred, gt = as_classes(pred, gt, who)
     return pred.argmax(1), gt
+
+
+def _without_classes(pred: Tensor) -> tuple[int, ...]:
+    return (*pred.shape[:1], *pred.shape[2:])
 
 
 class _Confusion(Sums):

@@ -88,6 +88,11 @@ def as_classes_or_shares(pred: Tree, gt: Tree, who: str) -> tuple[Tensor, Tensor
     """
     _check_tensors(pred, gt, who)
     if not gt.is_floating_point():
+        if gt.dim() > 1 and gt.shape == pred.shape:
+            raise UsageError(
+                f"{who}: labels of shape {tuple(gt.shape)}, that of the predictions, are probabilities, but of "
+                f"{gt.dtype}: make them floating point, as by labels.float(), or class indices, by labels.argmax(1)."
+            )
         return as_classes(pred, gt, who)
     refuse_real(pred, gt, who, "probabilities")
     as_classes(pred, gt.select(1, 0) if gt.dim() > 1 else gt, who)

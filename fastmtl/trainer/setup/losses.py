@@ -179,7 +179,7 @@ class _ClassLoss(EntryLoss):
         known, weight = self.labelled(gt), self._setting("weight")
         if weight is None or gt.is_floating_point():
             return known.sum()
-        return torch.where(known, weight.to(gt.device)[torch.where(known, gt, 0)], 0).sum()
+        return torch.where(known, weight.to(gt.device)[torch.where(known, gt.long(), 0)], 0).sum()
 
     @override
     def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
