@@ -42,7 +42,8 @@ class AbsWeighting(nn.Module):
         samples: Batches per step, each with its own forward and backward passes.
         weighs_heads: Whether the gradients of task-specific parameters are weighted too.
         needs_losses: What losses must be for the rule to have a meaning. A step with a negative one changes nothing and
-            is reported, unless ``"any"`` will do; one that is negative by rounding counts as 0. With ``"positive"`` one of 0 takes no part in a step.
+            is reported, unless ``"any"`` will do; one that is negative by rounding counts as 0. With ``"positive"`` one
+            of 0 takes no part in a step.
         use_of_losses: Why, as the second half of the sentence the user gets: ``"it takes their logarithms"``.
         reads_losses: Whether the weights depend on the losses of the step.
         looks_back: Whether :meth:`after_step` wants the batch's losses after the update, from a second forward pass.
