@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Mapping, MutableMapping
-from dataclasses import is_dataclass
-from typing import Any, TypeAlias
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from fastmtl.engine.trees import leaves
+from fastmtl.engine.trees import leaves, mapping_like
 from fastmtl.errors import UsageError
 from fastmtl.support.kinds import Tree
 
-__all__ = ["Halving", "Pair", "are_by_row", "checked_halves", "halves"]
+__all__ = ["Halving", "Pair", "are_by_row", "check_split_batch", "checked_halves", "halves"]
 
 # Inputs and labels.
 Pair: TypeAlias = tuple[Tree, Tree]
@@ -26,7 +25,7 @@ _PLAIN = (str, bytes, bool, int, float, complex, np.generic, torch.device, torch
 
 
 class Halving:
-    """Cuts batches into their first and second rows; a single row is both halves.
+    """Cuts batches into their first and second rows; what has too few rows for two halves is both.
 
     Cut are tensors and arrays whose first dimension is the batch's, packed sequences, and lists and tuples with an
     entry for each row, in any containers; scalars and plain values belong to both halves. Everything else is refused:
@@ -34,9 +33,13 @@ class Halving:
 
     A list of as many parts as there are rows, of as many rows each, is told from a list with an entry for each row by
     the batches before.
+
+    Attributes:
+        least: The rows that a half must have: two where the network normalises over the batch.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, least: int = 1) -> None:
+        self.least = least
         # Whether the list at a place has an entry for each row.
         self._by_row: dict[str, bool] = {}
 
@@ -68,7 +71,7 @@ class Halving:
 
     def _halves(self, inputs: Tree, labels: Tree, place: str) -> tuple[Pair, Pair]:
         rows = self._count_rows(inputs, labels, place)
-        if rows == 1:
+        if rows < 2 * self.least:
             return (inputs, labels), (inputs, labels)
         both = self._cut(inputs, rows, f"inputs{place}"), self._cut(labels, rows, f"labels{place}")
         return (both[0][0], both[1][0]), (both[0][1], both[1][1])
@@ -78,10 +81,10 @@ class Halving:
         if isinstance(tree, PackedSequence):
             return _cut_packed(tree, rows)
         if isinstance(tree, Tensor | np.ndarray):
-            return _cut_tensor(tree, rows) if tree.ndim else (tree, tree)
+            return _cut_tensor(tree, rows, place) if tree.ndim else (tree, tree)
         if isinstance(tree, Mapping):
             parts = {key: self._cut(value, rows, f"{place}[{key!r}]") for key, value in tree.items()}
-            first, second = (_mapping_like(tree, {key: both[half] for key, both in parts.items()}) for half in (0, 1))
+            first, second = (mapping_like(tree, {key: both[half] for key, both in parts.items()}) for half in (0, 1))
             return first, second
         if not isinstance(tree, list | tuple):
             return tree, tree
@@ -96,7 +99,8 @@ class Halving:
             self._by_row.setdefault(place, False)
         elif place not in self._by_row:
             inside = _inside(items, place, self._by_row)
-            if inside is not None and rows in inside:
+            may_be_whole = not _is_of_targets(items, place) and all(_may_have_rows(item, rows) for item in items)
+            if may_be_whole or (inside is not None and rows in inside):
                 raise _refusal(
                     f"{place} is a list of {rows} parts that have {rows} rows, as the labels do: it may have an entry "
                     "for each row, or not"
@@ -110,8 +114,7 @@ class Halving:
         for name, part in _parts(labels, f"labels{place}"):
             lengths = self._known_lengths(part, name)
             if lengths is None and isinstance(part, list | tuple) and part:
-                # Numbers and words, one for each row.
-                lengths = {len(part)}
+                lengths = _plain_lengths(part)
             if lengths is None:
                 continue
             before, by_labels = by_labels, lengths if by_labels is None else by_labels & lengths
@@ -145,11 +148,29 @@ def halves(batch: Pair) -> tuple[Pair, Pair]:
     return Halving()(*batch)
 
 
-def checked_halves(made: Tree) -> tuple[Pair, Pair]:
+def check_split_batch(hook: object) -> None:
+    """Refuse a ``split_batch`` that cannot be called with inputs and labels, with a UsageError."""
+    if not callable(hook):
+        raise UsageError(f"split_batch must be a function of inputs and labels, got {type(hook).__name__}.")
+    try:
+        inspect.signature(hook).bind(None, None)
+    except TypeError as cause:
+        raise UsageError(f"split_batch must take two arguments, inputs and labels: {cause}.") from None
+    except ValueError:
+        # Functions in C need not tell.
+        return
+
+
+def checked_halves(made: Tree, labels: Mapping[str, Tree], multi_input: bool = False) -> tuple[Pair, Pair]:
     """Return what a ``split_batch`` of the user's has returned.
 
+    Args:
+        made: What it has returned.
+        labels: The labels of the batch, by task.
+        multi_input: Every task has its own inputs.
+
     Raises:
-        UsageError: It is no two pairs.
+        UsageError: It is no two pairs, or a half has not the batch's tasks, or no rows.
     """
 
     def is_pair(value: object) -> bool:
@@ -159,7 +180,43 @@ def checked_halves(made: Tree) -> tuple[Pair, Pair]:
         raise UsageError(
             "split_batch must return two pairs of inputs and labels by task, ((inputs, labels), (inputs, labels))."
         )
+    parts: list[Mapping[str, Tree]] = [half[1] for half in made]
+    for task in labels:
+        if any(task not in part for part in parts) or all(part[task] is None for part in parts):
+            raise UsageError(
+                f"split_batch must return the labels of every task in both halves, got none of {task!r}, which the "
+                "batch has. None as a half's label stands for a half without labels of the task."
+            )
+    strange = [name for part in parts for name, label in part.items() if label is not None and name not in labels]
+    if strange:
+        raise UsageError(
+            f"split_batch returned labels of {strange[0]!r}, of which the batch has none, only of "
+            f"{', '.join(map(repr, labels))}."
+        )
+    for half in made:
+        _check_rows(half, labels, multi_input)
     return tuple(made[0]), tuple(made[1])
+
+
+def _check_rows(half: Pair, labels: Mapping[str, Tree], multi_input: bool) -> None:
+    """Refuse a half that a hook has returned without rows, where that can be told."""
+    inputs, parts = half
+    of_batch = {task: _rows_of(label) for task, label in labels.items()}
+    # Boxes of all images in one tensor may be none in one half.
+    by_row = multi_input or bool(_common(of_batch.values()))
+    empty = [f"labels[{task!r}]" for task, rows in of_batch.items() if rows != {0} and _rows_of(parts[task]) == {0}]
+    named = {f"inputs[{task!r}]": inputs.get(task) for task in labels} if multi_input else {"inputs": inputs}
+    told = [*(name for name, part in named.items() if _rows_of(part) == {0}), *(empty if by_row else ())]
+    if told:
+        raise UsageError(f"split_batch returned a half without rows: {told[0]} has none. Both halves need some.")
+
+
+def _rows_of(part: Tree) -> set[int] | None:
+    try:
+        lengths = _lengths(part, "labels", {})
+    except _OpaqueError:
+        return None
+    return {len(part)} if lengths is None and isinstance(part, list | tuple) else lengths
 
 
 def are_by_row(preds: Mapping[str, Tree], labels: Mapping[str, Tree]) -> bool:
@@ -206,8 +263,7 @@ def _lengths(tree: Tree, place: str, by_row: Mapping[str, bool]) -> set[int] | N
 
 def _inside(items: Items, place: str, by_row: Mapping[str, bool]) -> set[int] | None:
     """Return the numbers of rows that all items may have; none where there is one for each row."""
-    if place.startswith("labels") and all(isinstance(item, Mapping) for item in items):
-        # Targets of detection, which may be as many in each row as there are rows.
+    if _is_of_targets(items, place):
         return set()
     try:
         return _common(_lengths(item, f"{place}[{index}]", by_row) for index, item in enumerate(items))
@@ -215,24 +271,35 @@ def _inside(items: Items, place: str, by_row: Mapping[str, bool]) -> set[int] | 
         return set()
 
 
+def _is_of_targets(items: Items, place: str) -> bool:
+    """Return whether items are targets of detection, which may be as many in each row as there are rows."""
+    return place.startswith("labels") and all(isinstance(item, Mapping) for item in items)
+
+
+def _plain_lengths(items: Items) -> set[int]:
+    """Return the numbers of rows of words or numbers: an entry for each row, or lists of them beside each other."""
+    inner = {len(item) if isinstance(item, list | tuple) else 0 for item in items}
+    return {len(items)} | (inner if len(inner) == 1 else set()) - {0}
+
+
+def _may_have_rows(item: Tree, rows: int) -> bool:
+    """Return whether an item has words or numbers for so many rows, as a collated one has; tensors aside."""
+    if isinstance(item, Mapping):
+        return any(_may_have_rows(part, rows) for part in item.values())
+    if not isinstance(item, list | tuple):
+        return False
+    if hasattr(item, "_fields"):
+        return any(_may_have_rows(entry, rows) for entry in item)
+    is_plain = all(isinstance(entry, _PLAIN) for entry in item)
+    return len(item) == rows if is_plain else all(_may_have_rows(entry, rows) for entry in item)
+
+
 def _common(lengths: Iterable[set[int] | None]) -> set[int] | None:
     known = [some for some in lengths if some is not None]
     return set.intersection(*known) if known else None
 
 
-def _mapping_like(tree: Tree, parts: dict[Tree, Tree]) -> Tree:
-    if is_dataclass(tree):
-        kind: Any = type(tree)
-        return kind(**parts)
-    if type(tree) is dict or not isinstance(tree, MutableMapping):
-        return parts
-    # Further attributes stay, and entries may be attributes too.
-    half = copy.copy(tree)
-    half.update(parts)
-    return half
-
-
-def _cut_tensor(tensor: Tree, rows: int) -> Pair:
+def _cut_tensor(tensor: Tree, rows: int, place: str) -> Pair:
     middle = rows // 2
     if isinstance(tensor, Tensor) and tensor.is_nested:
         items = tensor.unbind()
@@ -241,9 +308,21 @@ def _cut_tensor(tensor: Tree, rows: int) -> Pair:
             torch.nested.as_nested_tensor(list(items[middle:]), layout=tensor.layout),
         )
     if isinstance(tensor, Tensor) and tensor.layout != torch.strided:
-        index = torch.arange(rows, device=tensor.device)
-        return tensor.index_select(0, index[:middle]), tensor.index_select(0, index[middle:])
+        return _cut_sparse(tensor, middle, place)
     return tensor[:middle], tensor[middle:]
+
+
+def _cut_sparse(tensor: Tensor, middle: int, place: str) -> Pair:
+    compressed = tensor.layout in (torch.sparse_csr, torch.sparse_csc) and tensor.dim() == 2
+    if tensor.layout != torch.sparse_coo and not compressed:
+        raise _refusal(f"{place} is a tensor of {tensor.dim()} dimensions and the layout {tensor.layout}")
+    # Rows of compressed tensors cannot be selected.
+    by_place = tensor.to_sparse_coo() if compressed else tensor
+    index = torch.arange(len(tensor), device=tensor.device)
+    first, second = (by_place.index_select(0, part) for part in (index[:middle], index[middle:]))
+    if compressed:
+        return first.to_sparse(layout=tensor.layout), second.to_sparse(layout=tensor.layout)
+    return first, second
 
 
 def _cut_packed(packed: PackedSequence, rows: int) -> Pair:

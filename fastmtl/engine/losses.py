@@ -74,7 +74,7 @@ class Problem:
             UsageError: It cannot be cut, or the trainer's hook returns something else.
         """
         known = {task: own for task, own in labels.items() if own is not None}
-        first, second = checked_halves(self._split_batch(inputs, known))
+        first, second = checked_halves(self._split_batch(inputs, known), known, self.model.multi_input)
         return (first[0], {**dict.fromkeys(labels), **first[1]}), (second[0], {**dict.fromkeys(labels), **second[1]})
 
     def trained(self) -> list[nn.Parameter]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import is_dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from fastmtl.support.kinds import Tree
 
-__all__ = ["joined", "leaves", "map_tree", "tensors_of"]
+__all__ = ["joined", "leaves", "map_tree", "mapping_like", "tensors_of"]
 
 
 def map_tree(
@@ -19,8 +20,8 @@ def map_tree(
 ) -> Tree:
     """Return ``function`` of all leaves, in containers like those of ``tree``.
 
-    Leaves are what is no mapping, list or tuple, and what ``is_leaf`` says is one. Mappings become dictionaries, but
-    for those that are dataclasses. ``others`` have the containers of ``tree``; ``function`` takes a leaf of each.
+    Leaves are what is no mapping, list or tuple, and what ``is_leaf`` says is one. Mappings become what
+    :func:`mapping_like` makes of them. ``others`` have the containers of ``tree``; ``function`` takes a leaf of each.
     """
 
     def mapped(each: Any, *rest: Tree) -> Tree:
@@ -29,20 +30,37 @@ def map_tree(
     if is_leaf(tree):
         return function(tree, *others)
     if isinstance(tree, Mapping):
-        found = {key: mapped(each, *(other[key] for other in others)) for key, each in tree.items()}
-        # Its entries are attributes too.
-        return type(tree)(**found) if is_dataclass(tree) else found
+        return mapping_like(tree, {key: mapped(each, *(other[key] for other in others)) for key, each in tree.items()})
     if isinstance(tree, list | tuple):
         items = [mapped(*each) for each in zip(tree, *others, strict=True)]
         return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
     return function(tree, *others)
 
 
+def mapping_like(tree: Mapping[Any, Any], parts: dict[Any, Any]) -> Tree:
+    """Return a mapping of the class of ``tree`` with other entries of the same keys; a dictionary for plain ones.
+
+    Further attributes stay, and entries that are attributes too are so in what is returned.
+    """
+    if is_dataclass(tree):
+        kind: Any = type(tree)
+        return kind(**parts)
+    if type(tree).__module__ in ("builtins", "collections") or not isinstance(tree, MutableMapping):
+        return parts
+    like = copy.copy(tree)
+    like.update(parts)
+    attributes = getattr(like, "__dict__", {})
+    attributes.update({key: part for key, part in parts.items() if key in attributes and attributes[key] is tree[key]})
+    return like
+
+
 def leaves(tree: Tree) -> list[Any]:
     """Return the leaves in order."""
-    found: list[Any] = []
-    map_tree(found.append, tree)
-    return found
+    if isinstance(tree, Mapping):
+        return [leaf for part in tree.values() for leaf in leaves(part)]
+    if isinstance(tree, list | tuple):
+        return [leaf for part in tree for leaf in leaves(part)]
+    return [tree]
 
 
 def joined(parts: Sequence[Any]) -> Tree:

@@ -117,6 +117,8 @@ class TrainerState(nn.Module):
         """Return a step that trains the parameters that require gradients now."""
         self.trained_names = {name for name, param in self.model.named_parameters() if param.requires_grad}
         low_precision = PRECISIONS[options.precision]
+        normalises = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.model.modules())
+        self._halving.least = 2 if normalises else 1
         has_hook = getattr(self.process_preds, "__func__", None) is not TrainerState.process_preds
         problem = Problem(
             self.model,

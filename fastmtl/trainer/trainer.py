@@ -15,7 +15,7 @@ from fastmtl.architecture import AbsArchitecture
 from fastmtl.distributed import Alone, join
 from fastmtl.distributed.batch_norm import synchronize
 from fastmtl.distributed.storage import bring_together, make_storage
-from fastmtl.engine.halving import Halving
+from fastmtl.engine.halving import Halving, check_split_batch
 from fastmtl.errors import UsageError
 from fastmtl.support.memory import keep_freed_memory
 from fastmtl.support.profiling import StepProfiler
@@ -226,6 +226,7 @@ class Trainer(TrainerState):
         self._halving = Halving()
         if given.split_batch is not None:
             self.split_batch = given.split_batch  # type: ignore[method-assign]
+        check_split_batch(self.split_batch)
         self.logger = as_logger(given.logger if self.peers.leads else None)
         self.batch_weight = np.zeros((self.task_num, 0, 0))
 

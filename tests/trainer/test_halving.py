@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -269,3 +270,83 @@ def test_strategies_that_take_whole_batches_take_any() -> None:
     data = [({"x": x.expand(5, *x.shape)}, labels) for x, labels in loaders()]
     for weighting in ("MoDo", "SDMGrad", "MGDA"):
         assert _end(weighting, data).isfinite().all()
+
+
+def _collated(rows: int) -> list[tuple[str, ...]]:
+    return [tuple(f"{name}{row}" for row in range(rows)) for name in "ab"]
+
+
+def test_words_collated_beside_each_other() -> None:
+    x, halve = torch.ones(4, 2), Halving()
+    (first, _), (second, _) = halve({"x": x, "words": _collated(4)}, LABELS)
+    assert first["words"] == [("a0", "a1"), ("b0", "b1")]
+    assert second["words"] == [("a2", "a3"), ("b2", "b3")]
+    few = {"task": torch.arange(2)}
+    assert halve({"x": x[:2], "words": _collated(2)}, few)[0][0]["words"] == [("a0",), ("b0",)]
+    for words in (_collated(2), list(_collated(2)), [{"w": part} for part in _collated(2)], [_collated(2)] * 2):
+        with pytest.raises(UsageError, match=r"inputs\['words'\] is a list of 2 parts that have 2 rows"):
+            Halving()({"x": x[:2], "words": words}, few)
+    assert halves(({"x": x}, {"task": _collated(4)}))[0][1] == {"task": [("a0", "a1"), ("b0", "b1")]}
+    with pytest.raises(UsageError, match=r"labels\['task'\] is a list of 2 parts that have 2 rows"):
+        halves(({"x": x[:2]}, {"task": _collated(2)}))
+
+
+def test_plain_lists_that_are_no_rows_stay_whole_and_those_of_the_batchs_length_are_cut() -> None:
+    inputs = {"x": torch.ones(4, 2), "sizes": [[32, 32], [64, 64]], "names": list("abcd"), "k": [[1, 2, 3]] * 4}
+    first = halves((inputs, LABELS))[0][0]
+    assert (first["sizes"], first["names"], first["k"]) == ([[32, 32], [64, 64]], ["a", "b"], [[1, 2, 3]] * 2)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc])
+def test_sparse_rows(layout: torch.layout) -> None:
+    rows = torch.eye(5, 3) * 2
+    (first, _), (second, _) = halves((rows.to_sparse(layout=layout), {"task": torch.arange(5)}))
+    assert first.layout == second.layout == layout
+    assert torch.equal(torch.cat([first.to_dense(), second.to_dense()]), rows)
+    blocks = torch.eye(4).to_sparse_bsr((2, 2))
+    with pytest.raises(UsageError, match=r"cannot be halved: inputs\['x'\] is a tensor .*sparse_bsr"):
+        halves(({"x": blocks}, LABELS))
+
+
+class Attributes(dict[str, Any]):
+    """Entries are attributes, and every other name is None."""
+
+    def __init__(self, **entries: Any) -> None:
+        super().__init__(**entries)
+        self.__dict__ = self
+
+
+class Answering(dict[str, Any]):
+    __getattr__ = dict.get
+
+
+@pytest.mark.parametrize("kind", [Attributes, Answering])
+def test_dictionaries_with_attributes_stay_what_they_are(kind: Any) -> None:
+    class OfAttributes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = encoder()
+
+        def forward(self, inputs: Any) -> Tensor:
+            assert inputs.x is inputs["x"]
+            return self.inner(inputs.x)
+
+    data = [(kind(x=x), labels) for x, labels in loaders()]
+    for weighting in ("EW", "MOML"):
+        trainer = make_trainer(weighting, encoder_class=OfAttributes)
+        trainer.train(data, data, 1)
+        plain = make_trainer(weighting)
+        plain.train(loaders(), loaders(), 1)
+        torch.testing.assert_close(flat(trainer.model.parameters()), flat(plain.model.parameters()))
+
+
+def test_a_dictionary_in_another_object_keeps_its_entries() -> None:
+    class Encoding(UserDict[str, Any]):
+        pass
+
+    tree = Encoding({"data": torch.arange(4), "x": torch.ones(4)})
+    first = halves((tree, LABELS))[0][0]
+    assert isinstance(first, Encoding)
+    assert first["data"].tolist() == [0, 1]
+    assert tree["data"].tolist() == [0, 1, 2, 3]

@@ -51,7 +51,8 @@ def to_device(value: Tree, device: torch.device) -> Tree:
     """Move tensors, and whatever else has ``to``, in any containers to ``device`` without waiting."""
 
     def moves(each: object) -> bool:
-        return hasattr(each, "to")
+        # Entries of some dictionaries are attributes too, and some have an answer for every name.
+        return hasattr(type(each) if isinstance(each, Mapping) else each, "to")
 
     return map_tree(lambda each: each.to(device, non_blocking=True) if moves(each) else each, value, is_leaf=moves)
 
