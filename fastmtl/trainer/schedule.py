@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +24,8 @@ __all__ = ["RESUMED", "Place", "Schedule", "make_schedule", "storable"]
 
 RESUMED = ("new", "stored")
 # How an optimizer does its work, and what it or a scheduler notes in its groups beside settings.
-_NO_SETTINGS = ("params", "param_names", "fused", "foreach", "capturable", "initial_lr", "max_lr", "min_lr")
+_NO_SETTINGS = ("params", "param_names", "fused", "foreach", "capturable", "initial_lr")
+_NOTED = ("max_lr", "min_lr")
 # What scores have made of a scheduler.
 _SCORED = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch", "_last_lr", "_step_count")
 # What schedulers set in an optimizer's groups.
@@ -91,8 +94,13 @@ class Schedule:
         """Get ready for a run, now that its length is known.
 
         Raises:
-            UsageError: The schedule is shorter than the run, or its arguments do not fit.
+            UsageError: The schedule is shorter than the run, or does not fit the optimizer.
         """
+        if self.recipe is not None and len(self.optimizer.param_groups) != len(self._first):
+            raise UsageError(
+                "The optimizer has got other groups since its scheduler was made: give Trainer all of them at once."
+            )
+        kept = self._stored is not None and self.resumed == "stored"
         if self._stored is not None:
             stored, self._stored = self._stored, None
             self._go_on(stored, place)
@@ -105,9 +113,11 @@ class Schedule:
         end = getattr(self.scheduler, "total_steps", None)
         left = self._total(place) - (place.epoch * place.steps + place.batch if self.per == "step" else place.epoch)
         if isinstance(end, int) and self._taken[self.per] + left > end:
+            advice = "it is the checkpoint's, by resume_schedule='stored'; give 'new'"
+            advice = advice if kept else "without total_steps it is as long as the run"
             raise UsageError(
                 f"The scheduler {type(self.scheduler).__name__} has {end} {self.per}s, total_steps, and the run "
-                f"{self._taken[self.per] + left}: without total_steps it is as long as the run."
+                f"{self._taken[self.per] + left}: {advice}."
             )
 
     def after_step(self) -> None:
@@ -120,7 +130,9 @@ class Schedule:
         """Count an epoch, and step a scheduler that goes by epochs; one that goes by scores gets the improvement."""
         self._taken["epoch"] += 1
         if isinstance(self.scheduler, lr_scheduler.ReduceLROnPlateau):
-            self.scheduler.step(improvement)
+            # NaN would count as an epoch that was no better.
+            if not math.isnan(improvement):
+                self.scheduler.step(improvement)
         elif self.scheduler is not None and self.per == "epoch":
             self._advance(1)
 
@@ -187,7 +199,10 @@ class Schedule:
             group.update(values)
 
     def _follow_scores(self, state: Mapping[str, Any], loaded: Settings, first: Settings) -> None:
-        """Keep what the scores of the run so far have made of the scheduler and of the rates."""
+        """Keep what the scores of the run so far have made of the scheduler and of the rates, if it went by scores."""
+        if "num_bad_epochs" not in state:
+            self.scheduler.last_epoch = self._taken["epoch"]
+            return
         self.scheduler.__dict__.update({name: state[name] for name in _SCORED if name in state})
         for group, now, before in zip(self.optimizer.param_groups, loaded, first, strict=True):
             if before.get("lr"):
@@ -203,13 +218,10 @@ class Schedule:
 
     def _advance(self, periods: int) -> None:
         try:
-            if not self._has_advanced:
-                with warnings.catch_warnings():
+            with contextlib.nullcontext() if self._has_advanced else warnings.catch_warnings():
+                if not self._has_advanced:
                     # The optimizer's first steps may have been skipped by float16, or be those of an earlier process.
                     warnings.filterwarnings("ignore", ".*lr_scheduler.step", UserWarning)
-                    for _ in range(periods):
-                        self.scheduler.step()
-            else:
                 for _ in range(periods):
                     self.scheduler.step()
         except ValueError as cause:
@@ -272,13 +284,13 @@ def _is_opaque(scheduler: Any) -> bool:
     return hasattr(scheduler, "lr_lambdas") or any(map(_is_opaque, parts))
 
 
-def _settings(optimizer: torch.optim.Optimizer) -> Settings:
+def _settings(optimizer: torch.optim.Optimizer, without: Sequence[str] = _NO_SETTINGS) -> Settings:
     """Return the settings of an optimizer's groups, as far as a checkpoint can hold them."""
     of_groups = []
     for group in optimizer.param_groups:
         settings: State = {}
         for name, value in group.items():
-            if name not in _NO_SETTINGS:
+            if name not in without:
                 try:
                     settings[name] = storable(value.clone() if isinstance(value, Tensor) else value)
                 except TypeError:
@@ -289,7 +301,7 @@ def _settings(optimizer: torch.optim.Optimizer) -> Settings:
 
 def _first_of(optimizer: torch.optim.Optimizer) -> Settings:
     """Return the settings that an optimizer had, as far as it shows, before a scheduler changed them."""
-    groups = zip(_settings(optimizer), optimizer.param_groups, strict=True)
+    groups = zip(_settings(optimizer, (*_NO_SETTINGS, *_NOTED)), optimizer.param_groups, strict=True)
     return [{**settings, "lr": group.get("initial_lr", settings.get("lr"))} for settings, group in groups]
 
 
@@ -297,9 +309,11 @@ def _restore(optimizer: torch.optim.Optimizer, settings: Settings, names: Iterab
     """Give an optimizer the settings of some names that it had before a scheduler changed them."""
     names = set(names)
     for group, values in zip(optimizer.param_groups, settings, strict=True):
-        for name in ("initial_lr", "max_lr", "min_lr"):
-            group.pop(name, None)
-        for name in names & values.keys():
+        for name in ("initial_lr", *_NOTED):
+            if name not in values:
+                group.pop(name, None)
+        # An optimizer may have settings of these names too.
+        for name in (names | set(_NOTED)) & values.keys():
             group[name] = values[name].clone() if isinstance(values[name], Tensor) else values[name]
 
 

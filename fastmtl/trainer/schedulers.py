@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import lr_scheduler
+from typing_extensions import override
 
 from fastmtl.errors import UsageError
 from fastmtl.support.kinds import Settings, State
 from fastmtl.support.names import resolve_name
 
-__all__ = ["PERIODS", "SCHEDULERS", "Recipe"]
+__all__ = ["PERIODS", "SCHEDULERS", "Recipe", "as_number"]
 
 PERIODS = ("epoch", "step")
 SCHEDULERS: State = {
@@ -75,15 +78,17 @@ class Recipe:
                 f"scheduler_param must name the scheduler as {{'scheduler': ...}}, got {scheduler_param!r}."
             )
         args = dict(scheduler_param)
-        kind, per, warmup = args.pop("scheduler"), args.pop("per", None), args.pop("warmup", 0)
+        kind, per, warmup = args.pop("scheduler"), args.pop("per", None), as_number(args.pop("warmup", 0))
         if per is not None:
             per = resolve_name(per, {period: period for period in PERIODS}, "per of scheduler_param")
         if isinstance(warmup, bool) or not isinstance(warmup, int) or warmup < 0:
             raise UsageError(f"warmup of scheduler_param must be a whole number of at least 0, got {warmup!r}.")
+        args = {name: as_number(value) for name, value in args.items() if not (name in _LENGTHS and value is None)}
         for period in ("step_size", "T_max"):
+            value = args.get(period, 1)
             # Torch divides by it after the first epoch, when that epoch would be lost.
-            if not args.get(period, 1) > 0:
-                raise UsageError(f"{period} of scheduler_param must be at least 1, got {args[period]}.")
+            if not isinstance(value, int | float) or not value > 0:
+                raise UsageError(f"{period} of scheduler_param must be at least 1, got {value!r}.")
         if isinstance(kind, str) and kind.lower() == "warmup":
             if not warmup:
                 raise UsageError("The scheduler warmup needs warmup, the number of epochs or steps it takes.")
@@ -153,24 +158,65 @@ class Recipe:
             scheduler = self.function(optimizer, **args)
             if self.warmup:
                 ramp = lr_scheduler.LinearLR(optimizer, **_ramp(self.warmup))
-                scheduler = lr_scheduler.SequentialLR(optimizer, [ramp, scheduler], [self.warmup])
-        except (TypeError, ValueError, KeyError, AttributeError) as cause:
+                scheduler = SequentialLR(optimizer, [ramp, scheduler], [self.warmup])
+        except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as cause:
             shown = ", ".join(f"{name}={value!r}" for name, value in self.args.items())
-            raise UsageError(f"{self.what}, {_name(self.function)}({shown}), cannot be used: {cause}.") from cause
+            why = cause if not isinstance(cause, ZeroDivisionError) else "one of its phases has no length"
+            if isinstance(cause, ZeroDivisionError) and total is not None:
+                why = f"{why} in a run of {total}, in steps or epochs"
+            raise UsageError(f"{self.what}, {_name(self.function)}({shown}), cannot be used: {why}.") from cause
         _check(scheduler, optimizer, self.what)
         return scheduler
 
     def per_of(self, scheduler: Any) -> str:
         """Return what a scheduler of this recipe is stepped by."""
-        return self.per or ("step" if isinstance(scheduler, _PER_STEP) else "epoch")
+        return self.per or ("step" if _goes_by_steps(scheduler) else "epoch")
 
     def _defaults(self, optimizer: torch.optim.Optimizer) -> State:
+        if self.function is lr_scheduler.ReduceLROnPlateau:
+            return {"mode": "max"}
         if self.function not in _PER_STEP:
             return {}
         cycles: State = {} if optimizer.defaults.keys() & {"momentum", "betas"} else {"cycle_momentum": False}
         if self.function is lr_scheduler.OneCycleLR:
             cycles["max_lr"] = [float(group["lr"]) for group in optimizer.param_groups]
         return cycles
+
+
+class SequentialLR(lr_scheduler.SequentialLR):
+    """Torch's, whose next scheduler begins with the optimizer's rates.
+
+    Torch's lets one without a closed form go on from the rates where the one before it ended.
+    """
+
+    @override
+    def step(self) -> None:  # type: ignore[override]
+        if self.last_epoch + 1 not in self._milestones:
+            super().step()
+            return
+        for group in self.optimizer.param_groups:
+            initial = group["initial_lr"]
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(initial)
+            else:
+                group["lr"] = initial
+        scheduler: Any = self._schedulers[bisect_right(self._milestones, self.last_epoch + 1)]
+        scheduler._is_initial = True
+        super().step()
+        scheduler._is_initial = False
+
+
+def as_number(value: Any) -> Any:
+    """Return the number that a text is, as YAML reads ``1e-4``; anything else as it is."""
+    if isinstance(value, str):
+        for kind in (int, float):
+            with contextlib.suppress(ValueError):
+                return kind(value)
+    return value
+
+
+def _goes_by_steps(scheduler: Any) -> bool:
+    return isinstance(scheduler, _PER_STEP) or any(map(_goes_by_steps, getattr(scheduler, "_schedulers", ())))
 
 
 def _ramp(warmup: int) -> State:
@@ -193,6 +239,11 @@ def _check(scheduler: Any, optimizer: torch.optim.Optimizer, what: str) -> None:
         raise UsageError(f"{what} must give a scheduler with a method step, got a {type(scheduler).__name__}.")
     if getattr(scheduler, "optimizer", optimizer) is not optimizer:
         raise UsageError(f"{what} gives a scheduler of another optimizer: make it of the one it is called with.")
+    if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau) and scheduler.mode != "max":
+        raise UsageError(
+            f"{what} gives a {type(scheduler).__name__} of mode {scheduler.mode!r}, but is told the improvement over "
+            "the tasks, of which more is better: give mode='max'."
+        )
     of_step = inspect.signature(scheduler.step).parameters.values()
     needed = [
         parameter.name
