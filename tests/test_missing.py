@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -271,3 +271,133 @@ def test_a_refusal_of_torchmetrics_is_a_sentence() -> None:
     metric.update_fun(_draw(1), _draw(1))
     with pytest.raises(UsageError, match=r"R2Score of torchmetrics cannot be computed .*: Needs at least two samples"):
         metric.score_fun()
+
+
+class _Points(L1Loss):
+    """Key points (batch, points, 3), of which -999 is missing, told by one number for each point."""
+
+    def __init__(self, keeps: bool = False) -> None:
+        super().__init__()
+        self.keeps = keeps
+
+    def labelled(self, gt: Tensor) -> Tensor:
+        known = gt[..., :1] >= 0
+        return known if self.keeps else known.squeeze(-1)
+
+
+def _points(points: int) -> tuple[Tensor, Tensor]:
+    gt = _draw(2, points, 3).abs()
+    pred = gt + 1
+    gt[0, 1], gt[1, 0] = -999, -999
+    return pred, gt
+
+
+@pytest.mark.parametrize(("points", "keeps"), [(4, False), (4, True), (3, True), (2, False)])
+def test_points_without_their_coordinates(points: int, keeps: bool) -> None:
+    pred, gt = _points(points)
+    # Every coordinate is 1 too large.
+    assert _scores(_Points(keeps), L1Metric(), [(pred, gt)]) == pytest.approx([1.0])
+    theirs = TorchMetric(_theirs("MeanAbsoluteError"))
+    assert _scores(_Points(keeps), theirs, [(pred, gt)]) == pytest.approx([1.0])
+    seen = Seen()
+    _scores(_Points(keeps), seen, [(pred, gt)])
+    ((shown, labels),) = seen.record
+    assert labels.shape == shown.shape == (2 * points - 2, 3)
+    torch.testing.assert_close(shown, labels + 1)
+
+
+def test_points_that_could_be_two_things_are_refused() -> None:
+    pred, gt = _points(3)
+    for metric in (L1Metric(), Seen()):
+        with pytest.raises(UsageError, match=r"shape \(2, 3\), for labels of shape \(2, 3, 3\).*as \(2, 3, 1\)"):
+            _scores(_Points(), metric, [(pred, gt)])
+
+
+def test_what_is_labelled_must_go_with_the_labels() -> None:
+    class Halves(L1Loss):
+        def labelled(self, gt: Tensor) -> Tensor:
+            return gt[:, :2] > 0
+
+    with pytest.raises(UsageError, match=r"shape \(4, 2\), which does not go with labels of shape \(4, 6\)"):
+        _scores(Halves(), L1Metric(), [(_draw(4, 6), _draw(4, 6))])
+
+
+@pytest.mark.parametrize("metric", [NormalMetric(), Seen()], ids=lambda metric: type(metric).__name__)
+def test_normals_of_a_small_map_have_their_channels_first(metric: AbsMetric) -> None:
+    gt = torch.nn.functional.normalize(_draw(2, 3, 3, 3), dim=1)
+    gt[0, :, 1, 2] = 0
+    pred = gt.clone()
+    pred[0, :, 1, 2] = 1
+    scores = _scores(NormalLoss(), metric, [(pred, gt)], 5 if isinstance(metric, NormalMetric) else 1)
+    if isinstance(metric, Seen):
+        assert metric.record[0][1].shape == (17, 3)
+        torch.testing.assert_close(metric.record[0][0], metric.record[0][1])
+    else:
+        assert scores[0] == pytest.approx(0.0, abs=1e-4)
+
+
+def test_predictions_in_a_named_tuple_lose_their_missing_rows() -> None:
+    class Both(NamedTuple):
+        mean: Tensor
+        scale: Tensor
+
+    class OfMeans(Seen):
+        def score_fun(self) -> list[float]:
+            return [float((pred.mean - gt).abs().mean()) for pred, gt in self.record]
+
+    class Loss(AbsLoss):
+        def compute_loss(self, pred: Both, gt: Tensor) -> Tensor:
+            return pred.mean.sum()
+
+    gt = torch.tensor([1.0, NAN, 3.0])
+    pred = Both(torch.tensor([2.0, 9.0, 5.0]), torch.ones(3))
+    assert _scores(Loss(), OfMeans(), [(pred, gt)]) == [1.5]
+
+
+def test_metrics_of_several_scores() -> None:
+    gt = torch.tensor([[1.0, 2.0], [3.0, NAN]])
+    pred = torch.tensor([[2.0, 4.0], [6.0, 9.0]])
+    whole = gt.nan_to_num(5.0)
+    two = TorchMetric(_theirs("MeanSquaredError", num_outputs=2))
+    # (1 + 9) / 2 and (4 + 16) / 2
+    assert _scores(MSELoss(), two, [(pred, whole)], 2) == [5.0, 10.0]
+    import torchmetrics
+
+    wrapped = TorchMetric(torchmetrics.MultioutputWrapper(torchmetrics.MeanSquaredError(), 2))
+    assert _scores(MSELoss(), wrapped, [(pred, gt)], 2) == [5.0, 4.0]
+    parts = [torchmetrics.MeanSquaredError(), torchmetrics.MeanAbsoluteError()]
+    collected = TorchMetric(torchmetrics.MetricCollection(parts), torchmetrics.MeanSquaredError())
+    # Squares 1 4 9, errors 1 2 3; a collection orders its metrics by name.
+    by_name = {"MeanSquaredError": 14 / 3, "MeanAbsoluteError": 2.0}
+    expected = [by_name[name] for name in torchmetrics.MetricCollection(parts)]
+    assert _scores(MSELoss(), collected, [(pred, gt)], 3) == pytest.approx([*expected, 14 / 3])
+    with pytest.raises(UsageError, match="one score per metric of 'task', 1 in all, got"):
+        _scores(MSELoss(), TorchMetric(_theirs("MeanSquaredError", num_outputs=2)), [(pred, whole)])
+
+
+def test_metrics_of_whole_rows_refuse_parts_of_them() -> None:
+    pred, gt = _draw(3, 4, 2), torch.tensor([[0, 1], [-100, 2], [3, 0]])
+    exact = _theirs("MulticlassExactMatch", num_classes=4)
+    with pytest.raises(UsageError, match="MulticlassExactMatch scores each row as a whole"):
+        _scores(CELoss(), TorchMetric(exact), [(pred, gt)])
+    chosen = pred.argmax(1) == gt
+    expected = (chosen | (gt == -100)).all(1).double().mean().item()
+    told = TorchMetric(_theirs("MulticlassExactMatch", num_classes=4, ignore_index=-100))
+    assert _scores(CELoss(), told, [(pred, gt)]) == pytest.approx([expected])
+    real = _draw(3, 4)
+    real[0, 1] = NAN
+    with pytest.raises(UsageError, match="CosineSimilarity scores each row as a whole"):
+        _scores(MSELoss(), TorchMetric(_theirs("CosineSimilarity")), [(_draw(3, 4, seed=1), real)])
+
+
+def test_booleans_to_regress() -> None:
+    pred, gt = torch.tensor([0.25, 0.5]), torch.tensor([True, False])
+    assert _scores(L1Loss(), TorchMetric(_theirs("MeanAbsoluteError")), [(pred, gt)]) == [0.625]
+
+
+def test_lists_without_any_label_are_no_batch_of_a_metric() -> None:
+    seen = Seen()
+    boxes = [{"boxes": torch.ones(2, 4)}, None]
+    scores = _scores(AbsLoss(), seen, [(torch.zeros(2), boxes), (torch.zeros(2), [None, None])])
+    assert scores == [1.0]
+    assert seen.record[0][1] is boxes

@@ -11,7 +11,7 @@ from fastmtl.errors import UsageError
 from fastmtl.support.dtypes import wide_dtype
 from fastmtl.support.running import Group, RunningMean
 
-__all__ = ["AbsLoss", "LossState", "PerClass", "differs", "mean_known", "over", "present"]
+__all__ = ["AbsLoss", "LossState", "PerClass", "differs", "mean_known", "over", "present", "updates_itself"]
 
 # The losses, batch sizes and running sums of an `AbsLoss`.
 LossState = tuple[list[float], list[int], tuple[Tensor | None, float | Tensor]]
@@ -27,7 +27,8 @@ class AbsLoss:
     Attributes:
         ignore_index: The class label that stands for a missing one; None where integers are values and never missing.
             Among real numbers it is NaN.
-        record: Empty unless a subclass overrides ``_update_loss`` and appends its losses here, as floats.
+        record: Empty unless a subclass overrides ``_update_loss`` and appends its losses here, as floats, or
+            ``_average_loss``, which finds the losses of the batches here. Either waits for the device in every batch.
         bs: The batch sizes that belong to ``record``.
     """
 
@@ -39,6 +40,7 @@ class AbsLoss:
         """Give the loss its sums, also where a class written for LibMTL leaves out ``super().__init__()``."""
         loss = super().__new__(cls)
         loss._running = RunningMean()
+        loss.record, loss.bs = [], []
         return loss
 
     def __init__(self) -> None:
@@ -81,8 +83,12 @@ class AbsLoss:
             )
         self._running.add(loss, batch_size)
 
-    def _update_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
+    def _update_loss(self, pred: Any, gt: Any) -> Tensor:
         loss = self.compute_loss(pred, gt)
+        if type(self)._average_loss is not AbsLoss._average_loss and type(self)._update_loss is AbsLoss._update_loss:
+            # As in LibMTL, whose losses average what is recorded.
+            self.record.append(loss.item())
+            self.bs.append(len(pred))
         self.accumulate(loss, self.divisor(gt))
         return loss
 
@@ -104,7 +110,7 @@ class AbsLoss:
 
     def _state(self) -> LossState:
         """Return what has been accumulated, for :meth:`_restore`."""
-        return self.record, self.bs, self._running.state()
+        return list(self.record), list(self.bs), self._running.state()
 
     def _restore(self, state: LossState) -> None:
         self.record, self.bs, running = state
@@ -115,6 +121,11 @@ class AbsLoss:
         self.record = [loss for losses in peers.gather(self.record) for loss in losses]
         self.bs = [size for sizes in peers.gather(self.bs) for size in sizes]
         self._running.sync(peers)
+
+
+def updates_itself(loss: AbsLoss) -> bool:
+    """Return whether a loss keeps its batches in a way of its own, by one of the methods that LibMTL has for it."""
+    return type(loss)._update_loss is not AbsLoss._update_loss or type(loss)._average_loss is not AbsLoss._average_loss
 
 
 class PerClass:
@@ -175,7 +186,9 @@ def differs(gt: Tensor, label: int | None) -> Tensor:
 def mean_known(values: Tensor, known: Tensor) -> Tensor:
     """Return the mean of the values that are known, 0 if none is."""
     known = known.expand_as(values)
-    return torch.where(known, values, 0).sum() / known.sum().clamp(min=1)
+    # A sum in half precision has no room for more than 65504.
+    dtype = torch.float32 if values.dtype in (torch.float16, torch.bfloat16) else values.dtype
+    return (torch.where(known, values, 0).sum(dtype=dtype) / known.sum().clamp(min=1)).to(values.dtype)
 
 
 def present(values: Tensor) -> Tensor:

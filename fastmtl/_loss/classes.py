@@ -63,7 +63,7 @@ class CELoss(AbsLoss):
     def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
         """Return the mean cross-entropy."""
         pred, gt = as_classes_or_shares(pred, gt, type(self).__name__)
-        known = self.labelled(gt)
+        dtype, pred, known = pred.dtype, _roomy(pred), self.labelled(gt)
         weight = None if self.weight is None else self.weight.of(pred)
         if gt.is_floating_point():
             labels = torch.where(known.unsqueeze(1), gt, 0)
@@ -75,7 +75,12 @@ class CELoss(AbsLoss):
         else:
             labels = torch.where(known, gt.long(), self.ignore_index)
             total = _summed(self, pred, labels, weight=weight, label_smoothing=self.label_smoothing)
-        return over(total, self.divisor(gt).to(total.dtype))
+        return over(total, self.divisor(gt).to(total.dtype)).to(dtype)
+
+
+def _roomy(pred: Tensor) -> Tensor:
+    """Return predictions in a dtype that has room for sums over a batch."""
+    return pred.float() if pred.dtype == torch.float16 else pred
 
 
 def _summed(loss: CELoss | SegLoss, pred: Tensor, labels: Tensor, **options: Any) -> Tensor:
@@ -121,7 +126,7 @@ class SegLoss(AbsLoss):
         pred, gt = as_classes(pred, gt, type(self).__name__)
         known = self.labelled(gt)
         labels = torch.where(known, gt if gt.is_floating_point() else gt.long(), self.ignore_index).long()
-        return _summed(self, pred, labels) / known.sum().clamp(min=1)
+        return (_summed(self, _roomy(pred), labels) / known.sum().clamp(min=1)).to(pred.dtype)
 
 
 class FocalLoss(AbsLoss):

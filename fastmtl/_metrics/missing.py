@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from fastmtl.errors import UsageError
 from fastmtl.support.dtypes import wide_dtype
 from fastmtl.support.kinds import Tree
 
-__all__ = ["has_partial_rows", "labelled_part", "labelled_rows", "marked"]
+__all__ = ["has_partial_rows", "labelled_part", "labelled_rows", "lined_up", "marked"]
 
 
 def marked(gt: Tensor, known: Tensor, marker: float) -> Tensor:
@@ -21,16 +21,48 @@ def marked(gt: Tensor, known: Tensor, marker: float) -> Tensor:
 
     Args:
         gt: Labels.
-        known: Where they are there, on their device: of the same shape, without the channels, or by row.
+        known: Where they are there, on their device, as :func:`lined_up` takes it.
         marker: What stands for a missing label.
+
+    Raises:
+        UsageError: ``known`` does not go with the labels.
     """
-    if known.dim() == gt.dim() - 1 and known.shape[1:] == gt.shape[2:]:
-        known = known.unsqueeze(1)
-    elif known.dim() != gt.dim():
-        known = known.reshape(len(known), -1).any(1).reshape(-1, *[1] * (gt.dim() - 1))
+    known = lined_up(known, gt)
     if not gt.is_floating_point():
         gt = gt.to(wide_dtype(gt.device)) if math.isnan(marker) else gt.long()
     return torch.where(known, gt, marker)
+
+
+def lined_up(known: Tensor, gt: Tensor) -> Tensor:
+    """Return where labels are there with a 1 in place of each dimension that is left out, so that it broadcasts.
+
+    Args:
+        known: Booleans, ``(batch, ...)``: of the labels' shape, or without their channels, which are dimension 1 or the
+            last one, or one for each row; 1 may stand for any dimension but the first.
+        gt: Labels ``(batch, ...)``.
+
+    Raises:
+        UsageError: It is none of them, or could be both without dimension 1 and without the last one.
+    """
+    shape, size = tuple(gt.shape), tuple(known.shape)
+    if known.dim() == gt.dim() and all(own in (1, all_of) for own, all_of in zip(size[1:], shape[1:], strict=True)):
+        return known
+    if gt.numel() == known.numel() and size[:1] == shape[:1]:
+        return known.reshape(shape)
+    first, last = size == shape[:1] + shape[2:], size == shape[:-1]
+    if first and last and gt.dim() > 2:
+        raise UsageError(
+            f"labelled(gt) of the task's loss is of shape {size}, for labels of shape {shape}: it could be without "
+            f"dimension 1 or without the last one. Keep the one that it leaves out as a 1, as {(*size, 1)}."
+        )
+    if first or last:
+        return known.unsqueeze(1 if first else -1)
+    if size[:1] == shape[:1] and known.numel() == len(known):
+        return known.reshape(-1, *[1] * (gt.dim() - 1))
+    raise UsageError(
+        f"labelled(gt) of the task's loss is of shape {size}, which does not go with labels of shape {shape}: it must "
+        "be of their shape, without their channels, dimension 1 or the last one, or have one entry for each row."
+    )
 
 
 def has_partial_rows(known: Tensor) -> bool:
@@ -44,7 +76,8 @@ def labelled_rows(values: Any, known: Tensor) -> Tree:
     if isinstance(values, Mapping):
         return {key: labelled_rows(value, known) for key, value in values.items()}
     if isinstance(values, list | tuple):
-        return type(values)(labelled_rows(value, known) for value in values)
+        parts = [labelled_rows(value, known) for value in values]
+        return type(values)(*parts) if hasattr(values, "_fields") else type(values)(parts)
     if not isinstance(values, Tensor) or values.dim() == 0 or len(values) != len(known):
         return values
     return _taken(values, known.reshape(len(known), -1).any(1))
@@ -58,24 +91,38 @@ def labelled_part(pred: Tree, gt: Tensor, known: Tensor) -> tuple[Tree, Tensor]:
     Args:
         pred: Predictions.
         gt: Labels.
-        known: Where labels are there, where looking at it does not wait: of the same shape, or without the channels.
+        known: Where labels are there, where looking at it does not wait, as :func:`lined_up` takes it.
 
     Raises:
-        UsageError: Predictions are such that their entries do not belong to those of the labels.
+        UsageError: Predictions are such that their entries do not belong to those of the labels, or ``known`` does not.
     """
     if not has_partial_rows(known):
         return labelled_rows(pred, known), labelled_rows(gt, known)
-    return _entries(pred, known), _entries(gt, known)
+    known = lined_up(known, gt)
+    left_out = [place for place, size in enumerate(gt.shape) if known.shape[place] != size]
+    if len(left_out) > 1:
+        raise UsageError(
+            f"Some labels of a row are missing, labels of shape {tuple(gt.shape)}, and labelled(gt) of the task's loss "
+            f"is of shape {tuple(known.shape)}: it may leave out one dimension, not {len(left_out)}."
+        )
+    places = [1, -1]
+    if left_out:
+        known, places = known.squeeze(left_out[0]), [left_out[0]]
+    taken = _entries(gt, known, places)
+    # Predictions of other channels than the labels have them where the losses do.
+    alike = isinstance(pred, Tensor) and pred.dim() == gt.dim()
+    return _entries(pred, known, places if alike else [1, -1]), taken
 
 
-def _entries(values: Any, known: Tensor) -> Tensor:
+def _entries(values: Any, known: Tensor, places: Sequence[int]) -> Tensor:
+    """Return the entries that are there of values that lack nothing, or have channels in one of the ``places``."""
     if isinstance(values, Tensor):
         if values.shape == known.shape or (len(values) == len(known) and values.numel() == known.numel()):
             return _taken(values.reshape(-1), known.reshape(-1))
-        if values.dim() > 1 and values.shape[:1] + values.shape[2:] == known.shape:
-            values = values.movedim(1, -1)
-        if values.shape[:-1] == known.shape:
-            return _taken(values.reshape(-1, values.shape[-1]), known.reshape(-1))
+        for place in places if values.dim() > 1 else ():
+            moved = values.movedim(place, -1)
+            if moved.shape[:-1] == known.shape:
+                return _taken(moved.reshape(-1, moved.shape[-1]), known.reshape(-1))
     got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
     raise UsageError(
         f"Some labels of a row are missing, labels of shape {tuple(known.shape)}, and a metric needs the predictions "

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastmtl._metrics.base import AbsMetric
-from fastmtl._metrics.missing import has_partial_rows, labelled_part, labelled_rows
+from fastmtl._metrics.missing import has_partial_rows, labelled_part, labelled_rows, lined_up
 from fastmtl.errors import UsageError
 from fastmtl.support.kinds import Tree
 from fastmtl.support.running import Group
@@ -43,7 +44,8 @@ class TorchMetric(AbsMetric):
     do not. With several processes torchmetrics itself brings their counts together.
 
     Args:
-        *metrics: Metrics of torchmetrics, one per score of the task.
+        *metrics: Metrics of torchmetrics, together with one score for each metric name of the task: those of several
+            outputs, as of ``MeanSquaredError(num_outputs=2)`` and a ``MetricCollection``, have several.
 
     Example::
 
@@ -86,12 +88,12 @@ class TorchMetric(AbsMetric):
             fed.update(*_part(fed.metric, pred, gt, known))
 
     def score_fun(self) -> list[float]:
-        """Return one score per metric.
+        """Return the scores of all metrics: one, or one for each output or name, in order.
 
         Raises:
             UsageError: A metric cannot be computed of what it has seen.
         """
-        return [fed.score() for fed in self._fed]
+        return [score for fed in self._fed for score in fed.scores()]
 
     def reinit(self) -> None:
         """Forget all batches."""
@@ -135,7 +137,7 @@ class _Fed:
         if self.are_logits or self._are_probabilities:
             self._let_go()
 
-    def score(self) -> float:
+    def scores(self) -> list[float]:
         self._let_go()
         peers, self.peers = self.peers, None
         with (
@@ -145,7 +147,7 @@ class _Fed:
         ):
             # With several processes, where this one had no labels.
             warnings.filterwarnings("ignore", message=r".*was called before the ``update``")
-            return float(self.metric.compute())
+            return _numbers(self.metric.compute())
 
     def reset(self) -> None:
         self._held.clear()
@@ -162,11 +164,23 @@ class _Fed:
             # Labels that may be missing come as real numbers.
             whole = gt.long()
             gt = whole if bool((whole == gt).all()) else gt
+        elif isinstance(gt, Tensor) and gt.dtype == torch.bool and not _any_of(self.metric, _is_of_classes):
+            # Torch has no difference of booleans.
+            gt = gt.to(pred.dtype) if isinstance(pred, Tensor) and pred.is_floating_point() else gt.long()
         tensors = [values for values in (pred, gt) if isinstance(values, Tensor)]
         shapes = " and ".join(str(tuple(values.shape)) for values in tensors)
         with _in_a_sentence(self.metric, f"does not take predictions and labels of shapes {shapes}"):
             metric = self.metric.to(tensors[0].device) if tensors else self.metric
             metric.update(pred, gt)
+
+
+def _numbers(score: Any) -> list[float]:
+    """Return what a metric computes as numbers, those of a container one after the other."""
+    if isinstance(score, Mapping):
+        score = list(score.values())
+    if isinstance(score, list | tuple):
+        return [number for part in score for number in _numbers(part)]
+    return [float(number) for number in torch.as_tensor(score).flatten().tolist()]
 
 
 def _probabilities(metric: Metric, pred: Tensor, gt: Tree) -> Tensor:
@@ -183,12 +197,17 @@ def _part(metric: Metric, pred: Tree, gt: Tensor, known: Tensor) -> tuple[Tree, 
         return labelled_part(pred, gt, known)
     rows = labelled_rows(pred, known), labelled_rows(gt, known)
     if gt.is_floating_point() and _any_of(metric, lambda part: getattr(part, "remove_nans", False)):
-        return rows
+        return rows[0], labelled_rows(torch.where(lined_up(known, gt).to(gt.device), gt, math.nan), known)
     ignored: list[Any] = [getattr(part, "ignore_index", None) for part in metric.modules()]
     ignored = [label for label in ignored if label is not None]
     if ignored and known.shape == gt.shape:
         here = labelled_rows(known, known).to(gt.device, non_blocking=True)
         return rows[0], torch.where(here, rows[1], ignored[0])
+    if _any_of(metric, _is_of_rows):
+        raise UsageError(
+            f"{type(metric).__name__} scores each row as a whole, but rows of labels of shape {tuple(gt.shape)} have "
+            "some of their labels only: give it an ignore_index, if it has one, or write a metric, an AbsMetric."
+        )
     if _any_of(metric, _has_columns):
         raise UsageError(
             f"{type(metric).__name__} scores each column by itself, but rows of labels of shape {tuple(gt.shape)} have "
@@ -215,6 +234,14 @@ def _any_of(metric: Metric, has: Any) -> bool:
 
 def _is_of_classes(metric: Any) -> bool:
     return type(metric).__module__.startswith("torchmetrics.classification")
+
+
+def _is_of_rows(metric: Any) -> bool:
+    """Return whether a metric needs whole rows, be it of labels, pixels, samples in time or points."""
+    name, module = type(metric).__name__, type(metric).__module__
+    return name.endswith(("ExactMatch", "CosineSimilarity")) or module.startswith(
+        ("torchmetrics.segmentation", "torchmetrics.audio", "torchmetrics.shape")
+    )
 
 
 def _has_columns(metric: Any) -> bool:

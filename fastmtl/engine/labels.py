@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from fastmtl.engine.trees import leaves
 from fastmtl.loss import AbsLoss
 from fastmtl.support.kinds import Tree
 
-__all__ = ["labelled_entries", "present_tasks"]
+__all__ = ["labelled_entries", "labelled_places", "present_tasks"]
 
 
 def labelled_entries(loss: AbsLoss, labels: Tree) -> int | Tensor:
@@ -32,6 +34,14 @@ def labelled_entries(loss: AbsLoss, labels: Tree) -> int | Tensor:
     held = leaves(labels) if isinstance(labels, Mapping) else labels if isinstance(labels, list | tuple) else []
     counts = [labelled_entries(loss, entry) for entry in held if isinstance(entry, Tensor)]
     return sum(counts) if counts else sum(_has_label(loss, row) for row in _rows(labels))
+
+
+def labelled_places(loss: AbsLoss, labels: Tensor) -> Tensor:
+    """Return ``loss.labelled(labels)``, with a 1 in place of the channels that a loss of this package leaves out."""
+    known = loss.labelled(labels)
+    if known.dim() == labels.dim() - 1 and labels.dim() > 2 and not _says_itself(loss, "labelled"):
+        return known.unsqueeze(1)
+    return known
 
 
 def present_tasks(losses: Mapping[str, AbsLoss], labels: Sequence[Mapping[str, Tree]]) -> list[int] | None:
@@ -86,22 +96,33 @@ def _has_label(loss: AbsLoss, row: Any) -> bool | Tensor:
 
 def _told_by(loss: AbsLoss, labels: Tree) -> int | Tensor | None:
     """Return what a user's own method says of labels that are no tensor; None if there is none that takes them."""
-    inner: Any = getattr(loss, "inner", None)
-    loss = inner if hasattr(inner, "compute_loss") else loss
     for name in ("divisor", "labelled"):
-        method = getattr(type(loss), name, None)
-        if method is None or method.__module__.startswith("fastmtl."):
+        if not _says_itself(loss, name):
             continue
-        if name == "divisor":
-            return loss.divisor(labels)
         try:
-            known: Any = loss.labelled(labels)
-        except (AttributeError, IndexError, KeyError, TypeError):
+            told: Any = loss.divisor(labels) if name == "divisor" else loss.labelled(labels)
+            # A comparison of a list with a number is a single bool, and says nothing.
+            if isinstance(told, bool | np.bool_):
+                continue
+            return _count(told) if name == "labelled" else told if isinstance(told, Tensor) else _number(told)
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
             # It is written for tensors.
-            return None
-        # A comparison of a list with a number is a single bool, and says nothing.
-        return None if isinstance(known, bool) else _count(known)
+            continue
     return None
+
+
+def _number(told: Any) -> int | Tensor:
+    """Return what a divisor says in numpy or Python's numbers, which need not be whole."""
+    return told if isinstance(told, int) else torch.tensor(float(told), dtype=torch.float64)
+
+
+def _says_itself(loss: AbsLoss, name: str) -> bool:
+    """Return whether a method of a loss, or of the one that it stands for, is a user's."""
+    inner: Any = getattr(loss, "inner", None)
+    method = getattr(type(inner if hasattr(inner, "compute_loss") else loss), name, None)
+    return method is not None and not method.__module__.startswith("fastmtl.")
 
 
 def _count(known: Any) -> int | Tensor:
@@ -109,4 +130,4 @@ def _count(known: Any) -> int | Tensor:
         known = list(known.values())
     if isinstance(known, list | tuple):
         return sum(_count(part) for part in known)
-    return known.sum() if isinstance(known, Tensor) else int(known)
+    return known.sum() if isinstance(known, Tensor) else int(np.sum(known))

@@ -55,7 +55,10 @@ class RunningMean:
         elif factor == 0:
             product = torch.zeros_like(product)
         self._total = self._total + product
-        self._weight += weight
+        # In float32, which torch makes of a number and integers, a count would end at 2**24.
+        self._weight = self._weight + (
+            weight.detach().to(wide_dtype(weight.device)) if isinstance(weight, Tensor) else weight
+        )
 
     def sync(self, peers: Group) -> None:
         """Become the mean of what all processes have; waits for them."""

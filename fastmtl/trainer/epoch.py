@@ -83,10 +83,11 @@ class TrainingEpoch:
                     given = [trainer.prepared(each) for each in fetched]
                 losses, preds = self._step(given, present)
                 trainer.schedule.after_step()
-                scored = list(zip(given, fetched, strict=True))
-                scored = scored if accumulate > 1 else scored[-1:]
+                # Of samples it returns the predictions of the last one.
+                scored = list(zip(given, fetched, strict=True))[0 if accumulate > 1 else -1 :]
+                others = [labels for _, labels in given[: -len(scored)]]
                 for ((_, labels), (_, on_host)), each in zip(scored, preds, strict=bool(preds)):
-                    meter.update(losses, each, labels, on_host)
+                    meter.update(losses, each, labels, on_host, others)
             if profiler is not None:
                 profiler.after_step()
             done = index + 1

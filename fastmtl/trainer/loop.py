@@ -85,7 +85,7 @@ def _evaluate_epoch(trainer: TrainerState, checkpoints: Checkpoints, val: Any, t
     if val is not None:
         evaluate(trainer, val, "val", epoch)
     evaluate(trainer, test, "test", epoch)
-    trainer.schedule.after_epoch(trainer.meter.improvement or 0.0)
+    trainer.schedule.after_epoch(0.0 if trainer.meter.improvement is None else trainer.meter.improvement)
     checkpoints.save_best(epoch)
     checkpoints.save_last(epoch + 1, 0, None)
 

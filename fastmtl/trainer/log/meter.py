@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastmtl._loss.base import LossState
+from fastmtl._loss.base import LossState, updates_itself
 from fastmtl._metrics.missing import marked
 from fastmtl.distributed import Alone, Peers
-from fastmtl.engine.labels import labelled_entries
+from fastmtl.engine.labels import labelled_entries, labelled_places
 from fastmtl.errors import UsageError
 from fastmtl.loss import AbsLoss
 from fastmtl.metrics import AbsMetric
@@ -30,7 +30,8 @@ class PerformanceMeter:
     """Accumulates losses and metrics on the device, reads them once per pass and prints them as LibMTL does.
 
     The improvement of ``best_result``, which has ``improvement``, ``epoch`` and ``result`` of the best epoch so far, is
-    that over the scores ``base_result``; those of the first epoch if None. ``peers`` each see a part of the data.
+    that over the scores ``base_result``; if None those of the first epoch, a NaN among them giving way to the first
+    number. ``peers`` each see a part of the data.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class PerformanceMeter:
         self.losses: dict[str, AbsLoss] = losses_of(task_dict)
         self.metrics: dict[str, AbsMetric] = metrics_of(task_dict)
         self.base_result = base_result
+        self._completes_base = base_result is None
         self.best_result: State = {"improvement": -1e2, "epoch": 0, "result": 0}
         self.improvement: float | None = None
         self.has_val = False
@@ -58,6 +60,8 @@ class PerformanceMeter:
         """Start a pass: the clock and empty sums."""
         for task in self.task_name:
             self.losses[task]._reinit()
+            # Which one of a user's own need not know of.
+            self.losses[task]._running.reset()
             self.metrics[task].reinit()
         self._seen.clear()
         self._scored.clear()
@@ -70,6 +74,7 @@ class PerformanceMeter:
         preds: Settings,
         labels: Settings,
         on_host: Settings | None = None,
+        others: Sequence[Settings] = (),
     ) -> None:
         """Take in one batch.
 
@@ -78,24 +83,33 @@ class PerformanceMeter:
             preds: Its predictions by task.
             labels: Its labels by task.
             on_host: The labels as they were before they came to the device, where looking for missing ones would wait.
+            others: Labels by task of further batches that the losses are means over, without predictions.
         """
         for task, loss in losses.items():
-            if labels.get(task) is None:
+            scored = labels.get(task) is not None
+            if not scored and all(batch.get(task) is None for batch in others):
                 continue
-            self.losses[task].accumulate(loss, labelled_entries(self.losses[task], labels[task]))
             self._seen.add(task)
-            self._score(task, preds[task], labels[task], (on_host or labels)[task])
+            if scored and updates_itself(self.losses[task]):
+                self.losses[task]._update_loss(preds[task], labels[task])
+            else:
+                counts = [labelled_entries(self.losses[task], batch.get(task)) for batch in (labels, *others)]
+                self.losses[task].accumulate(loss, sum(counts))
+            if scored:
+                self._score(task, preds[task], labels[task], (on_host or labels)[task])
 
     def _score(self, task: str, pred: Any, gt: Any, on_host: Any) -> None:
         """Show a metric what is labelled of a batch."""
         loss, metric = self.losses[task], self.metrics[task]
         marker = getattr(metric, "missing", None)
         if not isinstance(gt, Tensor) or gt.dim() == 0:
+            if not bool(labelled_entries(loss, on_host) > 0):
+                return
             metric.update_fun(pred, gt)
         elif marker is not None:
-            metric.update_fun(pred, marked(gt, loss.labelled(gt), marker))
+            metric.update_fun(pred, marked(gt, labelled_places(loss, gt), marker))
         else:
-            known = loss.labelled(on_host)
+            known = labelled_places(loss, on_host)
             if not known.any():
                 return
             if known.all():
@@ -186,6 +200,8 @@ class PerformanceMeter:
 
     def _update_best(self, epoch: int) -> None:
         assert self.base_result is not None
+        if self._completes_base:
+            self.base_result = _completed(self.base_result, self.results)
         # What has no labels cannot be compared, and says nothing of the other tasks.
         base = {task: scores for task, scores in self.base_result.items() if task not in self.unlabelled}
         self.improvement = count_improvement(base, self.results, self.weight) if base else math.nan
@@ -194,6 +210,14 @@ class PerformanceMeter:
         complete = not any(_is_known(best.get(task, [])) for task in self.unlabelled)
         if complete and self.improvement > self.best_result["improvement"]:
             self.best_result = {"improvement": self.improvement, "epoch": epoch, "result": self.results}
+
+
+def _completed(base: Mapping[str, Sequence[float]], results: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    """Return scores to compare with, those that are NaN from the first epoch that has them."""
+    return {
+        task: [now if math.isnan(score) else score for score, now in zip(base[task], results[task], strict=True)]
+        for task in base
+    }
 
 
 def _is_known(scores: Sequence[float]) -> bool:
