@@ -164,13 +164,11 @@ def _sum_into(
     if num_rows <= MAX_ROWS:
         _combine_(out, flat, num_rows, weights, groups, accumulate)
         return
-    _check_weights(flat, num_rows, weights, groups, many=False)
-    try:
-        sum_of_blocks(_combine_, out, flat, num_rows, weights, groups, accumulate)
-    except UsageError:
-        # It counts the rows of a block.
-        check_combine_(out, flat, num_rows, weights, groups)
-        raise
+    # Blocks are written to sums of their own: out is checked here, and before anything is written.
+    _check_into(out, flat, num_rows, weights, groups)
+    if not torch.compiler.is_compiling():
+        _check_apart(out)
+    sum_of_blocks(_combine_, out, flat, num_rows, weights, groups, accumulate)
 
 
 def _sums(flat: Flat, num_rows: int, weights: Tensor, groups: Groups) -> list[Tensor]:
@@ -185,7 +183,8 @@ def _sums(flat: Flat, num_rows: int, weights: Tensor, groups: Groups) -> list[Te
     results = empty_results(flat, num_rows, weights, groups)
     for number, one in enumerate(weights[None] if weights.dim() == 1 or groups is not None else weights):
         out = results[number * len(there) : (number + 1) * len(there)]
-        _sum_into(out, known, num_rows, one if some is None else one[: max(some, default=-1) + 1], some, False)
+        of_groups = one if some is None else one[: max(some, default=-1) + 1]
+        sum_of_blocks(_combine_, out, known, num_rows, of_groups, some, False)
     return results
 
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fastmtl.errors import UsageError
 from fastmtl.ops._blocks import row_blocks
 from fastmtl.ops._registry import declare
 from fastmtl.ops._rows import MAX_ROWS, Flat, Rows, check_per_row, check_state, device_of, empty_wide, pairs, updated
@@ -44,18 +43,13 @@ _ema_gram_ = declare(
 def _ema_of_any(state: Sequence[Tensor], rows: Flat, num_rows: int, keep: Tensor, gains: Tensor) -> Tensor:
     if num_rows <= MAX_ROWS:
         return _ema_gram_(state, rows, num_rows, keep, gains)
-    check_per_row("keep", keep, num_rows, device_of(state))
-    check_per_row("gains", gains, num_rows, device_of(state))
+    # A block that is refused would come after those before it are written.
+    _check_ema(state, rows, num_rows, keep, gains)
     width = len(rows) // num_rows
-    try:
-        for first, end in row_blocks(num_rows):
-            block = slice(first * width, end * width)
-            _ema_gram_(state[block], rows[block], end - first, keep[first:end], gains[first:end])
-        return gram_of_flat(state, num_rows)
-    except UsageError:
-        # It counts the rows of a block.
-        _check_ema(state, rows, num_rows, keep, gains)
-        raise
+    for first, end in row_blocks(num_rows):
+        block = slice(first * width, end * width)
+        _ema_gram_(state[block], rows[block], end - first, keep[first:end], gains[first:end])
+    return gram_of_flat(state, num_rows)
 
 
 def ema_gram_(state: Rows, rows: Rows, keep: Tensor, gains: Tensor) -> Tensor:

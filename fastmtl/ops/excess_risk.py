@@ -44,15 +44,12 @@ _excess_risk_ = declare(
 def _risk_of_any(sums: Sequence[Tensor], rows: Flat, num_rows: int, epsilon: float) -> Tensor:
     if num_rows <= MAX_ROWS:
         return _excess_risk_(sums, rows, num_rows, epsilon)
+    # A block that is refused would come after those before it are written.
+    _check_risk(sums, rows, num_rows, epsilon)
     tell_of_blocks()
     width = len(rows) // num_rows
     cuts = [(slice(a * width, b * width), b - a) for a, b in row_blocks(num_rows)]
-    try:
-        return torch.cat([_excess_risk_(sums[block], rows[block], size, epsilon) for block, size in cuts])
-    except UsageError:
-        # It counts the rows of a block.
-        _check_risk(sums, rows, num_rows, epsilon)
-        raise
+    return torch.cat([_excess_risk_(sums[block], rows[block], size, epsilon) for block, size in cuts])
 
 
 def excess_risk_(sums: Rows, rows: Rows, epsilon: float = 1e-7) -> Tensor:

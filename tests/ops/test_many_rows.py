@@ -265,3 +265,38 @@ def test_closed_forms_and_surgery_are_the_references(gram: Tensor) -> None:
         pairs = zip(found, exact, strict=True) if isinstance(found, tuple) else [(found, exact)]
         for ours, theirs in pairs:
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6 * float(theirs.abs().max()), msg=op)
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("bad", ["integers", "expanded", "shape", "overlapping", "a row"])
+def test_combine_refuses_before_it_writes(accumulate: bool, bad: str) -> None:
+    count = 200
+    rows: list[list[Tensor | None]] = [[torch.ones(4), torch.ones(4)] for _ in range(count)]
+    room = torch.full((8,), 7.0)
+    outs: dict[str, list[Tensor]] = {
+        "integers": [room[:4], torch.full((4,), 7)],
+        "expanded": [room[:4], torch.full((1,), 7.0).expand(4)],
+        "shape": [room[:4], torch.full((5,), 7.0)],
+        "overlapping": [room[:4], room[2:6]],
+        "a row": [room[:4], room[4:]],
+    }
+    if bad == "a row":
+        rows[count - 50][1] = torch.ones(5)
+    with pytest.raises(UsageError, match=r"^out\[|^rows\["):
+        ops.combine_(outs[bad], rows, torch.full((count,), 0.5), accumulate=accumulate)
+    assert all(bool((out == 7).all()) for out in outs[bad])
+
+
+@pytest.mark.parametrize("op", ["ema_gram_", "excess_risk_"])
+@pytest.mark.parametrize("bad", ["shape", "dtype", "state"])
+def test_states_are_refused_before_they_are_written(op: str, bad: str) -> None:
+    state: list[list[Tensor]] = [[torch.full((4,), 2.0)] for _ in range(200)]
+    rows: list[list[Tensor | None]] = [[torch.ones(4)] for _ in range(200)]
+    if bad == "state":
+        state[150] = [torch.full((4,), 2)]
+    else:
+        rows[150] = [torch.ones(5) if bad == "shape" else torch.ones(4, dtype=torch.int64)]
+    args = (torch.ones(200), torch.ones(200)) if op == "ema_gram_" else ()
+    with pytest.raises(UsageError, match=r"^(rows|state|sums)\[150\]\[0\]"):
+        getattr(ops, op)(state, rows, *args)
+    assert all(bool((part == 2).all()) for (part,) in state)
