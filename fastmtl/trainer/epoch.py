@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -17,7 +17,7 @@ from fastmtl.trainer.checkpoint.writer import Checkpoints
 from fastmtl.trainer.compile.report import measure_compiled
 from fastmtl.trainer.evaluation import report
 from fastmtl.trainer.log.records import StepBuffer
-from fastmtl.trainer.optimizer import set_mode
+from fastmtl.trainer.optimizer import check_optimized, set_mode
 from fastmtl.trainer.run.interrupt import DeferredInterrupt
 from fastmtl.trainer.setup.loaders import count_batches, train_batches
 from fastmtl.trainer.state import TrainerState
@@ -67,7 +67,7 @@ class TrainingEpoch:
         set_mode(trainer.optimizer, training=True)
         if not step.is_foreign:
             model.start_epoch(**trainer.kwargs["weight_args"])
-        skip, accumulate = start["batch"], step.options.accumulate
+        skip = start["batch"]
         batches = self._batches(start)
         trainer.guard.start(self._index * steps + skip)
         meter.begin()
@@ -83,11 +83,7 @@ class TrainingEpoch:
                     given = [trainer.prepared(each) for each in fetched]
                 losses, preds = self._step(given, present)
                 trainer.schedule.after_step()
-                # Of samples it returns the predictions of the last one.
-                scored = list(zip(given, fetched, strict=True))[0 if accumulate > 1 else -1 :]
-                others = [labels for _, labels in given[: -len(scored)]]
-                for ((_, labels), (_, on_host)), each in zip(scored, preds, strict=bool(preds)):
-                    meter.update(losses, each, labels, on_host, others)
+                self._score(losses, preds, given, fetched)
             if profiler is not None:
                 profiler.after_step()
             done = index + 1
@@ -135,6 +131,25 @@ class TrainingEpoch:
         trainer.compile_report = report
         trainer.logger.on_compile(str(report))
         return results[0]
+
+    def _score(
+        self,
+        losses: Mapping[str, Tensor],
+        preds: Predictions,
+        batches: Sequence[tuple[Any, Any]],
+        fetched: Sequence[tuple[Any, Any]],
+    ) -> None:
+        """Show the meter a step: its batches, also as they were on the host, and what came of them."""
+        trainer = self._trainer
+        # Of several samples the predictions are those of the last one.
+        count = len(batches) if trainer.step.options.accumulate > 1 else 1
+        others: Sequence[Any] = [labels for _, labels in batches[:-count]]
+        if getattr(trainer.model, "needs", None) == "lookahead":
+            # The losses are not those of a batch that was looked ahead on.
+            others = []
+        scored = zip(batches[-count:], fetched[-count:], strict=True)
+        for ((_, labels), (_, on_host)), pred in zip(scored, preds, strict=bool(preds)):
+            trainer.meter.update(losses, pred, labels, on_host, others)
 
     def _keep_losses(self) -> None:
         """Keep the epoch's losses for strategies; a task without any label in it keeps that of the one before."""
@@ -189,8 +204,8 @@ def follow_freezing(trainer: TrainerState) -> None:
     """Train from now on the parameters that require gradients now.
 
     Raises:
-        UsageError: Shared parameters are among them that were not, and something is kept for each of those that
-            were.
+        UsageError: The optimizer lacks some of them; or shared parameters are among them that were not, and something
+            is kept for each of those that were.
     """
     params = dict(trainer.model.named_parameters())
     refuse_unknown(trainer)
@@ -213,6 +228,7 @@ def follow_freezing(trainer: TrainerState) -> None:
         raise UsageError(
             f"Parameters require gradients that did not before, and {kept} of those that did: make a new Trainer."
         )
+    check_optimized(trainer.optimizer, {name: params[name] for name in sorted(added)}, "The optimizer")
     state = trainer.step.state_dict()
     trainer.step = trainer.make_step(trainer.step.options)
     trainer.step.load_state_dict(state)

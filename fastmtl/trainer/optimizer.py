@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -13,11 +14,14 @@ from torch import Tensor, nn
 from fastmtl.errors import UsageError
 from fastmtl.support.kinds import Settings, State
 from fastmtl.support.names import resolve_name
+from fastmtl.trainer.schedulers import as_number
 
 __all__ = [
     "OPTIMIZERS",
     "MakesOptimizer",
     "Parameters",
+    "check_group_settings",
+    "check_optimized",
     "group_names",
     "learning_rates",
     "make_optimizer",
@@ -115,7 +119,9 @@ def _described(
     refuse_optimizer(optim)
     kind: Any = optim if callable(optim) else resolve_name(optim, OPTIMIZERS, "optimizer")
     args = {name: _plain(value) for name, value in optim_param.items() if name not in ("optim", "params")}
-    groups = _groups(named, optim_param.get("params", {}))
+    settings = optim_param.get("params", {})
+    groups = _groups(named, settings)
+    check_group_settings(kind, args, settings)
     fused = (
         kind in _FUSED
         and device.type in ("cpu", "cuda")
@@ -128,11 +134,58 @@ def _described(
     except (TypeError, ValueError) as cause:
         shown = {**optim_param, "optim": getattr(optim, "__name__", optim)}
         raise UsageError(f"optim_param {shown} cannot be used: {cause}.") from cause
-    settings = optim_param.get("params", {})
-    unknown = [key for of_group in settings.values() for key in of_group if key not in optimizer.defaults]
-    if unknown and kind in OPTIMIZERS.values():
-        raise UsageError(f"params of optim_param has {unknown[0]!r}, which {kind.__name__} does not take.")
     return _checked(optimizer)
+
+
+def check_group_settings(kind: Any, args: Settings, settings: Any) -> None:
+    """Refuse settings of groups that the class of an optimizer refuses where they are all parameters'.
+
+    Torch looks at no value that is a group's: a text fails in the first step, a negative rate ascends.
+
+    Args:
+        kind: The class, or a function, of which nothing is known.
+        args: Its arguments for all parameters.
+        settings: Those of groups, by the beginning of the names of their parameters.
+
+    Raises:
+        UsageError: The settings are no mapping of mappings, or one of them cannot be.
+    """
+    _check_form(settings)
+    params = [nn.Parameter(torch.zeros(1, 1))]
+    try:
+        made = kind(params, **args) if isinstance(kind, type) else None
+    except (TypeError, ValueError):
+        return
+    if not isinstance(made, torch.optim.Optimizer):
+        return
+    named = inspect.signature(kind).parameters
+    for prefix, of_group in settings.items():
+        values = {key: _plain(value) for key, value in of_group.items()}
+        for key, value in values.items():
+            if kind in OPTIMIZERS.values() and key not in made.defaults:
+                raise UsageError(f"params of optim_param has {key!r}, which {kind.__name__} does not take.")
+            if isinstance(made.defaults.get(key), bool | int | float) and not _is_finite(value):
+                raise UsageError(
+                    f"{key} of the group {prefix!r} in params of optim_param must be a number, got {value!r}."
+                )
+        try:
+            kind(params, **{**args, **{key: value for key, value in values.items() if key in named}})
+        except (TypeError, ValueError) as cause:
+            raise UsageError(
+                f"The group {prefix!r} in params of optim_param, {values}, cannot be used: {cause}."
+            ) from cause
+
+
+def _check_form(settings: Any) -> None:
+    if not isinstance(settings, Mapping) or not all(isinstance(of_group, Mapping) for of_group in settings.values()):
+        raise UsageError(
+            f"params of optim_param must be {{beginning of names: settings}}, as {{'encoder': {{'lr': 1e-4}}}}, got "
+            f"{settings!r}."
+        )
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, int | float) and math.isfinite(value))
 
 
 def _called(make: MakesOptimizer, named: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
@@ -140,7 +193,13 @@ def _called(make: MakesOptimizer, named: Mapping[str, nn.Parameter]) -> torch.op
         raise UsageError(
             f"optimizer must be a function of the parameters that returns an optimizer, got {type(make).__name__}."
         )
-    return _checked(make(Parameters(named)))
+    try:
+        optimizer = make(Parameters(named))
+    except (TypeError, ValueError) as cause:
+        raise UsageError(
+            f"optimizer cannot be called with the parameters, a list with them by name in named: {cause}."
+        ) from cause
+    return _checked(optimizer)
 
 
 def _checked(optimizer: object) -> torch.optim.Optimizer:
@@ -180,11 +239,17 @@ def _check_groups(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Param
             )
             raise UsageError(f"The optimizer of {name} has a parameter {what}: it must have those it was called with.")
         seen.add(id(param))
+    check_optimized(optimizer, named, f"The optimizer of {name}")
+
+
+def check_optimized(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter], what: str) -> None:
+    """Refuse an optimizer that lacks parameters that require gradients."""
+    seen = {id(param) for group in optimizer.param_groups for param in group["params"]}
     absent = [key for key, param in named.items() if param.requires_grad and id(param) not in seen]
     if absent:
         more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
         raise UsageError(
-            f"The optimizer of {name} lacks {', '.join(absent[:3])}{more}, which would not be trained: add them, or "
+            f"{what} lacks {', '.join(absent[:3])}{more}, which would not be trained: add them, or "
             "let them not require gradients."
         )
 
@@ -197,11 +262,7 @@ def group_names(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Paramet
 
 def _groups(named: Mapping[str, nn.Parameter], settings: Any) -> list[nn.Parameter] | list[State]:
     """Return groups of parameters with settings of their own, those without any first."""
-    if not isinstance(settings, Mapping) or not all(isinstance(of_group, Mapping) for of_group in settings.values()):
-        raise UsageError(
-            f"params of optim_param must be {{beginning of names: settings}}, as {{'encoder': {{'lr': 1e-4}}}}, got "
-            f"{settings!r}."
-        )
+    _check_form(settings)
     if not settings:
         return list(named.values())
     members: dict[str | None, list[nn.Parameter]] = {None: [], **{prefix: [] for prefix in settings}}
@@ -224,8 +285,15 @@ def _groups(named: Mapping[str, nn.Parameter], settings: Any) -> list[nn.Paramet
 
 
 def _plain(value: Any) -> Any:
-    """Return numpy's numbers as Python's, which a checkpoint can hold."""
-    return value.item() if isinstance(value, np.generic) else value
+    """Return numpy's numbers, and those in a text, as Python's, which a checkpoint can hold.
+
+    A tensor is copied, as a scheduler changes it in its place.
+    """
+    if isinstance(value, list | tuple):
+        return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
+    if isinstance(value, Tensor):
+        return value.clone()
+    return value.item() if isinstance(value, np.generic) else as_number(value)
 
 
 def learning_rates(optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -> list[float]:

@@ -206,3 +206,18 @@ def test_groups_warm_up_and_steps_of_a_file(tmp_path: Path) -> None:
     assert TrainConfig(scheduler="onecycle").scheduler_param == {"scheduler": "onecycle"}
     with pytest.raises(UsageError, match="lbfgs cannot be used: it computes the loss several times in a step"):
         TrainConfig(optim="lbfgs")
+
+
+def test_settings_of_groups_are_checked_before_data_are_there(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("group_args: {encoder: {lr: 1e-4}}\n")
+    assert read_config(path).group_args == {"encoder": {"lr": "1e-4"}}
+    for value, message in [
+        ("{encoder: {lr: null}}", "lr of the group 'encoder' in params of optim_param must be a number, got None"),
+        ("{encoder: {lr: -1e-2}}", "The group 'encoder' in params of optim_param.*Invalid learning rate"),
+        ("{encoder: {speed: 1}}", "params of optim_param has 'speed', which Adam does not take"),
+        ("{encoder: 1}", "params of optim_param must be {beginning of names: settings}"),
+    ]:
+        path.write_text(f"group_args: {value}\n")
+        with pytest.raises(UsageError, match=message):
+            read_config(path)

@@ -16,7 +16,7 @@ from fastmtl.trainer.log.records import StepBuffer
 from fastmtl.trainer.masking import MaskedOptimizer
 from fastmtl.trainer.optimizer import OPTIMIZERS, Parameters, learning_rates, make_optimizer
 from fastmtl.trainer.setup.options import StepOptions
-from tests.trainer.toy import fill_grads, loaders, make_trainer
+from tests.trainer.toy import encoder, fill_grads, loaders, make_trainer
 
 CPU = torch.device("cpu")
 
@@ -117,6 +117,14 @@ def test_a_class_of_one_s_own() -> None:
          "there are decoders, decoders.task0, decoders.task1, encoder, "),
         ({"optim": "adam", "params": {"encoder": {"rate": 0.1}}}, "has 'rate', which Adam does not take"),
         ({"optim": "adam", "params": {"encoder": 0.1}}, "must be {beginning of names: settings}"),
+        ({"optim": "sgd", "lr": 0.1, "params": {"encoder": {"lr": None}}}, "lr of the group 'encoder' in params of "
+         "optim_param must be a number, got None"),
+        ({"optim": "adam", "params": {"encoder": {"lr": "fast"}}}, "must be a number, got 'fast'"),
+        ({"optim": "sgd", "params": {"encoder": {"lr": float("nan")}}}, "must be a number, got nan"),
+        ({"optim": "sgd", "lr": 0.1, "params": {"encoder": {"lr": -0.1}}}, "The group 'encoder' in params of "
+         "optim_param, {'lr': -0.1}, cannot be used: Invalid learning rate: -0.1"),
+        ({"optim": "adam", "params": {"encoder": {"betas": [0.9, 2]}}}, "The group 'encoder'.*Invalid beta"),
+        ({"optim": Lars, "lr": 0.1, "params": {"encoder": {"trust": "x"}}}, "trust of the group 'encoder'"),
         (None, "optim_param must name the optim"),
     ],
 )  # fmt: skip
@@ -194,6 +202,7 @@ def test_a_function_makes_the_optimizer() -> None:
         ),
         (torch.optim.SGD([nn.Parameter(torch.ones(3))], lr=0.1), "must be a function of the parameters"),
         ("sgd", "must be a function of the parameters"),
+        (lambda params: torch.optim.Adam(params.named), "cannot be called with the parameters, a list with them by"),
     ],
 )
 def test_functions_that_do_not_fit_are_refused(optimizer: Any, message: str) -> None:
@@ -339,3 +348,42 @@ def test_bilevel_strategies_look_ahead_with_each_parameter_s_rate(monkeypatch: p
     }
     (expected,) = torch.autograd.grad(losses(stepped, slice(4, 8)).sum(), logits)
     torch.testing.assert_close(slopes[0].double(), expected, rtol=3e-2, atol=1e-5)
+
+
+def test_numbers_that_are_texts_and_rates_that_are_tensors() -> None:
+    optim_param = {"optim": "adam", "lr": "1e-2", "params": {"encoder": {"lr": "1e-4", "betas": ["0.5", 0.9]}}}
+    groups = make_trainer(optim_param=optim_param).optimizer.param_groups
+    assert [(group["lr"], list(group["betas"])) for group in groups] == [(0.01, [0.9, 0.999]), (1e-4, [0.5, 0.9])]
+    rate = torch.tensor(0.1)
+    scheduler = {"scheduler": "exp", "gamma": 0.5}
+    trainer = make_trainer(optim_param={"optim": "adam", "lr": rate}, scheduler_param=scheduler)
+    trainer.train(loaders(), loaders(), 1)
+    assert float(trainer.optimizer.param_groups[0]["lr"]) == pytest.approx(0.05)
+    assert float(rate) == pytest.approx(0.1)
+
+
+def test_nesterov_of_a_group_with_momentum_of_its_own() -> None:
+    optim_param = {"optim": "sgd", "lr": 0.1, "params": {"encoder": {"momentum": 0.9, "nesterov": True}}}
+    assert make_trainer(optim_param=optim_param).optimizer.param_groups[1]["nesterov"]
+
+
+def test_parameters_unfrozen_later_must_be_the_optimizer_s() -> None:
+    def frozen(optimizer: Any) -> Any:
+        def made() -> nn.Module:
+            network = encoder()
+            for param in list(network.parameters())[:2]:
+                param.requires_grad_(False)
+            return network
+
+        return make_trainer(optim_param=None, optimizer=optimizer, encoder_class=made)
+
+    trainer = frozen(lambda params: torch.optim.SGD([p for p in params if p.requires_grad], lr=0.1))
+    trainer.train(loaders(), loaders(), 1)
+    trainer.model.requires_grad_(True)
+    with pytest.raises(UsageError, match=r"The optimizer lacks encoder\..*, which would not be trained"):
+        trainer.train(loaders(), loaders(), 1)
+    trainer = frozen(lambda params: torch.optim.SGD(params, lr=0.1))
+    trainer.model.requires_grad_(True)
+    before = [param.clone() for param in trainer.model.parameters()]
+    trainer.train(loaders(), loaders(), 1)
+    assert all(not torch.equal(old, new) for old, new in zip(before, trainer.model.parameters(), strict=True))

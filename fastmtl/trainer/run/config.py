@@ -15,7 +15,7 @@ import yaml
 from fastmtl.architecture import ARCHITECTURES
 from fastmtl.errors import UsageError
 from fastmtl.support.hyper import Hyper, fill_hyper
-from fastmtl.trainer.optimizer import OPTIMIZERS, refuse_optimizer
+from fastmtl.trainer.optimizer import OPTIMIZERS, check_group_settings, refuse_optimizer
 from fastmtl.trainer.precision import PRECISIONS
 from fastmtl.trainer.run.settings import (
     WORDS,
@@ -183,6 +183,8 @@ class TrainConfig:
                 wanted, holds = _BOUNDS[kind]
                 if value is not None and not holds(value, bound):
                     raise UsageError(f"{each.name} must be {wanted} {bound}, got {value}.")
+        args = optimizer_param(self.optim, lr=self.lr, weight_decay=self.weight_decay, momentum=self.momentum)
+        check_group_settings(OPTIMIZERS[args.pop("optim")], args, self.group_args)
 
     def resolved(self) -> TrainConfig:
         """Return the configuration with names in their own spelling and every hyper-parameter filled in.
