@@ -159,7 +159,19 @@ def test_wrapped_states(wrapped: Any, strict: bool, tmp_path: Path) -> None:
     assert torch.equal(flat(again.model.parameters()), flat(trainer.model.parameters()))
 
 
-@pytest.mark.parametrize("prefix", ["", "encoder.", "module.encoder.", "backbone."])
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "",
+        "encoder.",
+        "module.encoder.",
+        "backbone.",
+        "model.encoder.",
+        "model.backbone.",
+        "a.b.backbone.",
+        "a.b.encoder.",
+    ],
+)
 @pytest.mark.parametrize("architecture", ["HPS", "STL"])
 def test_a_backbone_finds_its_place(architecture: str, prefix: str, tmp_path: Path) -> None:
     torch.manual_seed(1)
@@ -259,3 +271,50 @@ def test_tasks_in_another_order(architecture: Any, tmp_path: Path) -> None:
     x = torch.randn(4, 6)
     for task, pred in before.eval()(x).items():
         torch.testing.assert_close(after.eval()(x)[task], pred)
+
+
+@pytest.mark.parametrize("prefix", ["model.", "net.", "wrapper.model.", "a.b.c.", "model.module."])
+@pytest.mark.parametrize("is_nested", [False, True])
+def test_a_whole_model_behind_other_modules(
+    prefix: str, is_nested: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = _run(tmp_path)
+    state: dict[str, Any] = {prefix + name: value + 1 for name, value in trainer.model.state_dict().items()}
+    state["criterion.weight"] = torch.zeros(3)
+    torch.save({"state_dict": state} if is_nested else state, tmp_path / "wrapped.pt")
+    again = make_trainer("EW", load_path=str(tmp_path / "wrapped.pt"), load_strict=False)
+    torch.testing.assert_close(flat(again.model.parameters()), flat(trainer.model.parameters()) + 1)
+    assert "taken: decoders.task0 2, decoders.task1 2, encoder 4; left: criterion 1\n" in capsys.readouterr().out
+
+
+def test_modules_in_front_do_not_hide_whose_a_strategys_parameters_are(tmp_path: Path) -> None:
+    _run(tmp_path, "UW")
+    state = torch.load(tmp_path / "best.pt", weights_only=True)
+    torch.save({f"model.{name}": value + 1 for name, value in state.items()}, tmp_path / "wrapped.pt")
+    trainer = make_trainer("IMTL", load_path=str(tmp_path / "wrapped.pt"), load_strict=False)
+    assert trainer.model.loss_scale.tolist() == [0.0, 0.0]
+    found = trainer.model.state_dict()
+    assert all(torch.equal(found[name], value + 1) for name, value in state.items() if name != "loss_scale")
+
+
+@pytest.mark.parametrize("what", ["shape", "missing"])
+def test_what_a_strategy_learned_is_taken_whole_or_not(
+    what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = _run(tmp_path, "MoCo")
+    state = {name: value + 1 for name, value in trainer.model.state_dict().items()}
+    if what == "shape":
+        state["y"] = torch.zeros(2, 5)
+    else:
+        del state["y"]
+    torch.save(described(trainer.model, state), tmp_path / "moco.pt")
+    again = make_trainer("MoCo", load_path=str(tmp_path / "moco.pt"), load_strict=False)
+    assert again.model.steps == 0
+    assert again.model.lambd.tolist() == [0.5, 0.5]
+    assert not again.model.y.any()
+    assert torch.equal(again.model.decoders["task0"].weight, state["decoders.task0.weight"])
+    shown = capsys.readouterr().out
+    names = "lambd, steps, y" if what == "shape" else "lambd, steps"
+    why = r"y has the shape \(2, 5\) there" if what == "shape" else "the file lacks y"
+    assert re.search(f"^{names} not taken: {why}", shown, re.MULTILINE)
+    assert re.search(r"new: .*lambd 1, steps 1", shown)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -34,14 +34,14 @@ def start_from(model: TrainedModel, strategy_params: Sequence[nn.Parameter], pat
     """Load the parameters in a file, and print what was taken.
 
     Names may begin with ``module.``, as those of ``DistributedDataParallel`` do. A strategy's own parameters and state
-    are taken if the file is known to be of the same strategy and tasks.
+    are taken if the file is known to be of the same strategy and tasks and has all of them in the model's shapes.
 
     Args:
         model: The model.
         strategy_params: The parameters that are the strategy's.
         path: The file, or the folder with a ``best.pt``.
         strict: Refuse names and shapes other than the model's. Else what fits is taken, also a backbone's parameters
-            whose names lack those of the modules it is in, or have one in front that all share.
+            whose names lack those of the modules it is in, or have up to three in front, as a whole model's may.
 
     Raises:
         CheckpointError: The file cannot be read, differs, or has nothing that fits.
@@ -53,11 +53,13 @@ def start_from(model: TrainedModel, strategy_params: Sequence[nn.Parameter], pat
     content = model_state(read_checkpoint(path, model.device), path)
     current, origin = model.state_dict(), _Origin.of(content)
     state = _renamed(content, current)
+    state = state if strict else _unwrapped(state, current)
     if origin.tasks is not None and origin.tasks != list(model.task_name):
         state = {_by_name(key, origin.tasks, model): value for key, value in state.items()}
     remembered, params = set(model.remembered()), {id(param) for param in strategy_params}
     learned = remembered | {name for name, param in model.named_parameters() if id(param) in params}
     doubt = origin.doubt(model, all(name in state for name in learned) and bool(remembered))
+    doubt = doubt or _incomplete({name: current[name] for name in learned}, remembered, state)
     withheld = sorted(name for name in learned if name in state) if doubt else []
     if strict:
         optional = remembered.union(loss_names(model))
@@ -65,7 +67,8 @@ def start_from(model: TrainedModel, strategy_params: Sequence[nn.Parameter], pat
         _refuse(differences(wanted, state) + origin.differences(model, withheld), path)
     elif not any(key in current for key in state):
         state = _placed(state, current)
-    fit = _Fit.of({key: value for key, value in state.items() if key not in withheld}, current, remembered)
+    known = {key: value for key, value in state.items() if key not in withheld}
+    fit = _Fit.of(known, current, remembered.difference(withheld))
     if not fit.taken:
         raise CheckpointError(f"Nothing in the checkpoint {path} has the name and shape of a parameter of the model.")
     model.load_state_dict(current | fit.taken)
@@ -76,6 +79,17 @@ def start_from(model: TrainedModel, strategy_params: Sequence[nn.Parameter], pat
         print(f"Not in the file, so that they begin anew: {', '.join(new)}")
     if withheld:
         print(f"{', '.join(withheld)} not taken: {doubt}")
+
+
+def _incomplete(learned: State, remembered: Set[str], state: State) -> str | None:
+    """Return why what a file has of what a strategy learned would not go together; a best.pt has parameters alone."""
+    has_memory = any(name in state for name in remembered)
+    for name, value in learned.items():
+        if name not in state and (has_memory or name not in remembered):
+            return f"the file lacks {name}"
+        if name in state and state[name].shape != value.shape:
+            return f"{name} has the shape {tuple(state[name].shape)} there, {tuple(value.shape)} here"
+    return None
 
 
 def _refuse(told: Sequence[str], path: Path) -> None:
@@ -174,6 +188,32 @@ def _renamed(state: State, current: State) -> State:
     return renamed if len(renamed) == len(state) else state
 
 
+def _fits(name: str, value: Tensor, current: State) -> bool:
+    return name in current and current[name].shape == value.shape
+
+
+def _unwrapped(state: State, current: State) -> State:
+    """Return a whole model's state without the one to three modules that its names have in front.
+
+    They are taken away where more than half of the tensors behind them then fit the model.
+    """
+    if any(key in current for key in state):
+        return state
+    counts: Counter[str] = Counter()
+    fitting: Counter[str] = Counter()
+    for key, value in state.items():
+        parts = key.split(".")
+        for depth in range(1, min(4, len(parts))):
+            front = ".".join(parts[:depth]) + "."
+            counts[front] += 1
+            fitting[front] += _fits(key.removeprefix(front), value, current)
+    best = max(fitting, key=fitting.__getitem__, default="")
+    if 2 * fitting[best] <= counts[best]:
+        return state
+    renamed = {key.removeprefix(best): value for key, value in state.items()}
+    return renamed if len(renamed) == len(state) else state
+
+
 def _by_name(name: str, tasks: list[str], model: TrainedModel) -> str:
     """Return the name that a tensor of a model of other tasks has in this one, where names have the places of tasks."""
     for pattern in model.by_place:
@@ -193,15 +233,16 @@ def _placed(state: State, current: State) -> State:
 
     It fits where more than half of its tensors do.
     """
-    heads = {key.split(".", 1)[0] for key in state}
-    shorter = {key.split(".", 1)[-1]: value for key, value in state.items()} if len(heads) == 1 else {}
-    for named in (state, shorter):
+    candidates = [state]
+    while len(candidates) < 4 and len({key.split(".", 1)[0] for key in candidates[-1]}) == 1:
+        candidates.append({key.split(".", 1)[-1]: value for key, value in candidates[-1].items()})
+    for named in candidates:
         places: Counter[str] = Counter()
         for key, value in current.items():
             parts = () if key.startswith("decoders.") else key.split(".")
             for start in range(1, len(parts)):
                 inner = ".".join(parts[start:])
-                if inner in named and named[inner].shape == value.shape:
+                if _fits(inner, value, named):
                     places[key.removesuffix(inner)] += 1
         most = max(places.values(), default=0)
         if 2 * most > len(named) > 0:
