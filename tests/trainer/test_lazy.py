@@ -192,6 +192,15 @@ def test_layers_that_nothing_reaches() -> None:
         make_trainer("EW", encoder_class=Never, example_inputs=X)
 
 
+class Giving:
+    def __call__(self) -> Tensor:
+        return X
+
+
+def test_a_method_of_an_object_is_a_function() -> None:
+    assert _made(True, example_inputs=Giving().__call__).model.encoder.stages[0][0].weight.shape == (8, 6)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -200,6 +209,22 @@ def test_layers_that_nothing_reaches() -> None:
             {"example_inputs": X, "multi_input": True},
             "must be a dictionary by task when multi_input is True, got Tensor",
         ),
+        (
+            {"example_inputs": {"task0": X}, "multi_input": True},
+            r"^decoders\.task1 is lazy and not reached .*, which has no inputs of task1, only of 'task0'\.$",
+        ),
+        ({"example_inputs": (X, {"task0": X})}, r"looks like a pair of inputs and labels: give the inputs alone\.$"),
+        (
+            {"example_inputs": ({"task0": X}, {"task0": X}), "multi_input": True},
+            r"got tuple\. It looks like a pair of inputs and labels",
+        ),
+        (
+            {"example_inputs": loaders()},
+            r"looks like a loader: give the inputs of a batch, next\(iter\(loader\)\)\[0\]",
+        ),
+        ({"example_inputs": iter(loaders())}, "looks like a loader"),
+        ({"example_inputs": {"task0": loaders()}, "multi_input": True}, "looks like a loader"),
+        ({"example_inputs": Giving()}, "looks like a function, but is an object of a class: give its __call__"),
     ],
 )
 def test_inputs_that_do_not_fit(options: dict[str, Any], message: str) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.utils.data import DataLoader
 
 from fastmtl.architecture import AbsArchitecture
 from fastmtl.engine.model import keeping_buffers
@@ -50,7 +51,7 @@ def settle_shapes(model: AbsArchitecture, example_inputs: Any) -> None:
     if model.multi_input and not isinstance(example_inputs, Mapping):
         raise UsageError(
             f"example_inputs must be a dictionary by task when multi_input is True, got "
-            f"{type(example_inputs).__name__}."
+            f"{type(example_inputs).__name__}.{_hint(example_inputs, model.task_name)}"
         )
     model.to(model.device)
     # The class of a layer is another one once it has its shape.
@@ -61,7 +62,8 @@ def settle_shapes(model: AbsArchitecture, example_inputs: Any) -> None:
             # Parts of some networks run in training only.
             _run(model, to_device(example_inputs, model.device), training=True)
     if left := _lazy_layers(model):
-        raise UsageError(f"{_listed(left)} lazy and not reached by example_inputs: leave out what does not run.")
+        told = _without_inputs(model, example_inputs) or ": leave out what does not run."
+        raise UsageError(f"{_listed(left)} lazy and not reached by example_inputs{told}")
     for module in resettable:
         module.reset_parameters()  # type: ignore[operator]
 
@@ -78,6 +80,27 @@ def _listed(layers: Mapping[str, nn.Module]) -> str:
     names = list(layers)
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{', '.join(names[:3])}{more} {'is' if len(names) == 1 else 'are'}"
+
+
+def _without_inputs(model: AbsArchitecture, inputs: Any) -> str | None:
+    """Return which tasks have no inputs of their own, as the end of a sentence."""
+    missing = [task for task in model.task_name if model.multi_input and task not in inputs]
+    if not missing:
+        return None
+    return f", which has no inputs of {', '.join(missing)}, only of {', '.join(map(repr, inputs)) or 'no task'}."
+
+
+def _hint(inputs: Any, tasks: list[str]) -> str:
+    """Return what example inputs are taken for, where they look like something else."""
+    if isinstance(inputs, DataLoader | Iterator):
+        return " It looks like a loader: give the inputs of a batch, next(iter(loader))[0]."
+    if isinstance(inputs, list | tuple) and len(inputs) == 2:
+        labels = inputs[1]
+        if isinstance(labels, Mapping) and any(task in labels for task in tasks):
+            return " It looks like a pair of inputs and labels: give the inputs alone."
+    if callable(inputs) and not isinstance(inputs, nn.Module):
+        return " It looks like a function, but is an object of a class: give its __call__, or a lambda."
+    return ""
 
 
 def _draws_as_torch_does(module: nn.Module) -> bool:
@@ -99,7 +122,9 @@ def _run(model: AbsArchitecture, inputs: Any, training: bool) -> None:
     except UsageError:
         raise
     except Exception as cause:
-        raise UsageError(f"example_inputs cannot go through the network: {cause}") from cause
+        parts = [inputs, *(inputs.values() if model.multi_input else ())]
+        hint = next(filter(None, (_hint(part, model.task_name) for part in parts)), "")
+        raise UsageError(f"example_inputs cannot go through the network: {cause}{'.' if hint else ''}{hint}") from cause
 
 
 @contextmanager
