@@ -25,6 +25,7 @@ from fastmtl.engine.regions import Regions
 from fastmtl.engine.trees import joined, leaves
 from fastmtl.engine.vjp import vjp
 from fastmtl.engine.weights import Row, Weights
+from fastmtl.errors import UsageError
 from fastmtl.support.profiling import part
 
 __all__ = ["LookAhead", "LookaheadEngine", "LookedAhead"]
@@ -72,7 +73,8 @@ class LookAhead:
 
     def losses(self, batch: Batch) -> Tensor:
         """Return the (T,) losses."""
-        losses, _ = self.problem.without_graph(partial(forward, self.regions, batch))
+        with _naming_halves():
+            losses, _ = self.problem.without_graph(partial(forward, self.regions, batch))
         return self.comm.mean(torch.stack(list(losses)), batch.share)
 
     def rows(self, batch: Batch) -> tuple[Tensor, list[Row]]:
@@ -143,11 +145,26 @@ class LookAhead:
             return self.problem.without_graph(partial(forward, self.regions, self._batch))[1]
 
     def _forward(self, batch: Batch) -> tuple[Sequence[Tensor], Tensor]:
-        losses, preds = forward(self.regions, batch)
+        with _naming_halves():
+            losses, preds = forward(self.regions, batch)
         known = self.comm.mean(torch.stack([loss.detach() for loss in losses]), batch.share)
         if not self._moved:
             self._seen.append((batch, known, preds))
         return losses, known
+
+
+@contextmanager
+def _naming_halves() -> Iterator[None]:
+    """Say of batch normalisation's refusal of a single row that the row is half a batch."""
+    try:
+        yield
+    except ValueError as cause:
+        if "Expected more than 1 value per channel" not in str(cause):
+            raise
+        raise UsageError(
+            "A half of a batch has too few rows for batch normalisation, which needs two: a strategy that looks ahead "
+            "trains on halves. Let split_batch return larger ones, or drop the small last batch (drop_last=True)."
+        ) from cause
 
 
 def _are_alike(first: object, second: object) -> bool:

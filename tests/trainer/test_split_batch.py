@@ -70,17 +70,28 @@ def test_a_hook_that_cannot_be_called_is_refused_at_once(hook: Any) -> None:
         make_trainer("MOML", split_batch=hook)
 
 
+class Normalised(nn.Module):
+    """The toy's encoder with batch normalisation behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(encoder(), nn.BatchNorm1d(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("weighting", BILEVEL)
+def test_a_hooks_halves_of_one_row_that_batch_normalisation_refuses(weighting: str) -> None:
+    batches = [(x[:2], {task: label[:2] for task, label in labels.items()}) for x, labels in loaders()]
+    trainer = make_trainer(weighting, encoder_class=Normalised, split_batch=_halve)
+    with pytest.raises(UsageError, match=r"^A half of a batch has too few rows for batch normalisation.*drop_last"):
+        trainer.train(batches, batches, 1)
+
+
 @pytest.mark.parametrize("weighting", BILEVEL)
 @pytest.mark.parametrize("rows", [2, 3])
 def test_few_rows_of_a_network_that_normalises_are_both_halves(weighting: str, rows: int) -> None:
-    class Normalised(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = nn.Sequential(encoder(), nn.BatchNorm1d(8))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.inner(x)
-
     batches = [(x[:n], {task: own[:n] for task, own in labels.items()}) for n in (8, rows) for x, labels in loaders()]
     ends = []
     for options in ({}, {"split_batch": lambda x, y: ((x, y), (x, y)) if len(x) == rows else _halve(x, y)}):
