@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from typing_extensions import override
 
+from fastmtl.engine.graph import reached_leaves
 from fastmtl.engine.trees import leaves, map_tree
 from fastmtl.errors import UsageError
 from fastmtl.loss import AbsLoss
 from fastmtl.support.kinds import Tree
 from fastmtl.support.shapes import as_classes_or_shares, as_entries
 
-__all__ = ["DelegatedLoss", "EntryLoss", "FunctionLoss", "as_loss", "reduces_to_sum"]
+__all__ = ["DelegatedLoss", "EntryLoss", "FunctionLoss", "WatchedLoss", "as_loss", "reduces_to_sum"]
 
 _OF_ENTRIES: tuple[type[nn.Module], ...] = (
     nn.MSELoss,
@@ -53,7 +55,44 @@ _BINARY_FUNCTIONS: Sequence[Callable[..., Any]] = (
 _CLASS_FUNCTIONS: Sequence[Callable[..., Any]] = (F.cross_entropy, F.nll_loss)
 
 
-class DelegatedLoss(AbsLoss):
+class WatchedLoss(AbsLoss):
+    """The loss of an object whose parameters may be where nobody sees them, as what a function uses."""
+
+    trained: Callable[[], Iterable[nn.Parameter]] | None = None
+    task_loss = "loss_fn"
+
+    def watch(self, name: str, trained: Callable[[], Iterable[nn.Parameter]]) -> None:
+        """Compare what the first loss depends on with the parameters that are trained.
+
+        Args:
+            name: Where the loss was given, for errors.
+            trained: Returns them.
+        """
+        self.task_loss, self.trained = name, trained
+
+    def watched(self, loss: Any) -> Any:
+        """Return a loss; refuse the first one with a graph if it depends on parameters that nobody trains."""
+        if self.trained is None or torch.compiler.is_compiling():
+            return loss
+        if not isinstance(loss, Tensor) or loss.grad_fn is None:
+            return loss
+        trained, self.trained = set(self.trained()), None
+        # Parameters that are cut for several processes are put together in other ones.
+        if any(hasattr(param, "to_local") for param in trained):
+            return loss
+        # What stands for a parameter while a graph is made is an instance too, but of another type.
+        strangers = [leaf for leaf in reached_leaves([loss]) if issubclass(type(leaf), nn.Parameter)]
+        shapes = [str(tuple(leaf.shape)) for leaf in strangers if leaf not in trained]
+        if shapes:
+            raise UsageError(
+                f"{self.task_loss} depends on parameters that are not the model's, of shape {', '.join(shapes[:3])}, "
+                "which would not be trained: give a module or a class derived from fastmtl.loss.AbsLoss that holds "
+                "them, or let them not require gradients."
+            )
+        return loss
+
+
+class DelegatedLoss(WatchedLoss):
     """Sums of its own for an object with ``compute_loss``: of another base class, or of an earlier task too."""
 
     def __init__(self, inner: Any) -> None:
@@ -63,7 +102,7 @@ class DelegatedLoss(AbsLoss):
 
     @override
     def compute_loss(self, pred: Tree, gt: Tree) -> Tensor:
-        loss: Tensor = self.inner.compute_loss(pred, gt)
+        loss: Tensor = self.watched(self.inner.compute_loss(pred, gt))
         return loss
 
     @override
@@ -77,7 +116,7 @@ class DelegatedLoss(AbsLoss):
         return divisor
 
 
-class FunctionLoss(AbsLoss):
+class FunctionLoss(WatchedLoss):
     """A module, or a function of predictions and labels, that knows nothing of missing labels.
 
     It sees the rows that have labels. To find them, the step waits for the device, which a class derived from `AbsLoss`
@@ -96,6 +135,10 @@ class FunctionLoss(AbsLoss):
 
     @override
     def compute_loss(self, pred: Tree, gt: Tree) -> Tensor:
+        loss: Tensor = self.watched(self._of_labelled(pred, gt))
+        return loss
+
+    def _of_labelled(self, pred: Tree, gt: Tree) -> Tensor:
         if not isinstance(gt, Tensor) or not gt.dim():
             return self.function(pred, gt)
         known = self.labelled(gt)
@@ -187,7 +230,29 @@ class _ClassLoss(EntryLoss):
         known = self.labelled(gt)
         # Of integers it leaves out the missing ones by itself.
         filled = torch.where(known.unsqueeze(1), gt, 0) if gt.is_floating_point() else gt.long()
-        return self._reduced(torch.where(known, self.entries(pred, filled), 0).sum(), self.divisor(gt))
+        total = torch.where(known, self._values(pred, filled), 0).sum()
+        divisor = self.divisor(gt)
+        return self._reduced(total, divisor.to(total.dtype) if divisor.is_floating_point() else divisor)
+
+    def _values(self, pred: Tensor, gt: Tensor) -> Tensor:
+        """Return the entries, with weights of the predictions' precision, as torch asks for."""
+        weight = self._setting("weight")
+        if weight is None:
+            return self.entries(pred, gt)
+        if weight.shape != pred.shape[1:2]:
+            raise UsageError(
+                f"{self.kind} has weights of shape {tuple(weight.shape)}, and predictions of {pred.shape[1]} classes: "
+                "it must have one for each."
+            )
+        single = weight.dtype == torch.float64 or not weight.is_floating_point()
+        cast = weight.to(pred.device, torch.float64 if pred.dtype == torch.float64 else None)
+        cast = cast.float() if single and pred.dtype != torch.float64 else cast
+        if cast is weight:
+            return self.entries(pred, gt)
+        if isinstance(self.entries, nn.Module):
+            values: Tensor = functional_call(self.entries, {"weight": cast}, (pred, gt))
+            return values
+        return partial(self.entries, weight=cast)(pred, gt)
 
 
 def as_loss(loss_fn: Any, name: str) -> AbsLoss:
@@ -243,6 +308,10 @@ def _torch_loss(loss_fn: Any) -> EntryLoss | None:
         if (not of_classes and function not in _ENTRY_FUNCTIONS) or (isinstance(loss_fn, partial) and loss_fn.args):
             return None
         keywords = loss_fn.keywords if isinstance(loss_fn, partial) else {}
+        listed = {
+            name: keywords[name] for name in ("weight", "pos_weight") if isinstance(keywords.get(name), list | tuple)
+        }
+        keywords = {**keywords, **{name: torch.tensor(values, dtype=torch.float32) for name, values in listed.items()}}
         entries = partial(function, **{**keywords, "reduction": "none"})
         reduction = keywords.get("reduction", "mean")
     if reduction not in ("mean", "sum"):

@@ -16,7 +16,7 @@ from typing_extensions import override
 from fastmtl.errors import UsageError
 from fastmtl.loss import AbsLoss
 from fastmtl.metrics import AbsMetric
-from fastmtl.trainer.setup.losses import DelegatedLoss, EntryLoss, FunctionLoss, as_loss, reduces_to_sum
+from fastmtl.trainer.setup.losses import DelegatedLoss, EntryLoss, FunctionLoss, WatchedLoss, as_loss, reduces_to_sum
 
 __all__ = [
     "TaskDict",
@@ -162,6 +162,9 @@ def hold_losses(model: nn.Module, losses: Mapping[str, AbsLoss]) -> TaskLosses |
             )
         if any(True for _ in (*module.parameters(), *module.buffers())):
             held[task] = module
+    for task, loss in losses.items():
+        if isinstance(loss, WatchedLoss):
+            loss.watch(_name(task, "loss_fn"), model.parameters)
     if not held:
         return None
     name = "loss_fn"
@@ -205,8 +208,12 @@ def loss_names(model: nn.Module) -> list[str]:
 def _origin(loss: AbsLoss) -> object:
     """Return what was given for a loss."""
     if isinstance(loss, FunctionLoss):
-        function = loss.function
-        return function.__self__ if isinstance(function, MethodType) else function
+        function: Any = loss.function
+        while isinstance(function, partial):
+            function = function.func
+        if isinstance(function, MethodType) and not isinstance(function.__self__, type):
+            return function.__self__
+        return function if isinstance(function, nn.Module) else loss.function
     return loss.inner if isinstance(loss, DelegatedLoss | EntryLoss) else loss
 
 
@@ -225,7 +232,7 @@ def _holder(origin: object) -> nn.Module:
 
 def _parts(owner: object, above: tuple[object, ...] = ()) -> Iterator[tuple[str, nn.Module | nn.Parameter]]:
     """Yield the modules and parameters that an object holds as attributes, in containers and further losses too."""
-    for name, value in _entries(owner):
+    for name, value in _entries(owner, is_given=not above and not isinstance(owner, FunctionType | partial)):
         if isinstance(value, nn.Module | nn.Parameter):
             yield name, value
         elif not any(value is holder for holder in above):
@@ -233,7 +240,8 @@ def _parts(owner: object, above: tuple[object, ...] = ()) -> Iterator[tuple[str,
                 yield f"{name}_{inner}", part
 
 
-def _entries(owner: object) -> list[tuple[str, object]]:
+def _entries(owner: object, is_given: bool = False) -> list[tuple[str, object]]:
+    """Return what an object holds, by name; of objects that are no losses only of one whose method was given."""
     if isinstance(owner, Mapping):
         return [(str(key), value) for key, value in owner.items()]
     if isinstance(owner, list | tuple):
@@ -241,7 +249,7 @@ def _entries(owner: object) -> list[tuple[str, object]]:
     is_loss = hasattr(owner, "compute_loss") or (
         callable(owner) and not isinstance(owner, FunctionType | partial | type)
     )
-    return list(getattr(owner, "__dict__", {}).items()) if is_loss else []
+    return list(getattr(owner, "__dict__", {}).items()) if is_loss or is_given else []
 
 
 def _refuse_unseen(origin: object, name: str, of_network: set[nn.Parameter]) -> None:
