@@ -296,6 +296,7 @@ def _points(points: int) -> tuple[Tensor, Tensor]:
 def test_points_without_their_coordinates(points: int, keeps: bool) -> None:
     pred, gt = _points(points)
     # Every coordinate is 1 too large.
+    assert _Points(keeps).compute_loss(pred, gt).item() == pytest.approx(1.0)
     assert _scores(_Points(keeps), L1Metric(), [(pred, gt)]) == pytest.approx([1.0])
     theirs = TorchMetric(_theirs("MeanAbsoluteError"))
     assert _scores(_Points(keeps), theirs, [(pred, gt)]) == pytest.approx([1.0])
@@ -308,6 +309,8 @@ def test_points_without_their_coordinates(points: int, keeps: bool) -> None:
 
 def test_points_that_could_be_two_things_are_refused() -> None:
     pred, gt = _points(3)
+    with pytest.raises(UsageError, match=r"shape \(2, 3\), for labels of shape \(2, 3, 3\)"):
+        _Points().compute_loss(pred, gt)
     for metric in (L1Metric(), Seen()):
         with pytest.raises(UsageError, match=r"shape \(2, 3\), for labels of shape \(2, 3, 3\).*as \(2, 3, 1\)"):
             _scores(_Points(), metric, [(pred, gt)])

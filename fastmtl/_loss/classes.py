@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastmtl._loss.base import AbsLoss, PerClass, differs, mean_known, over
 from fastmtl.errors import UsageError
-from fastmtl.support.shapes import as_classes, as_classes_or_shares, as_entries, refuse_real, same_but_ones
+from fastmtl.support.shapes import as_classes, as_classes_or_shares, as_entries, lined_up, refuse_real, same_but_ones
 
 __all__ = ["CELoss", "FocalLoss", "SegLoss"]
 
@@ -175,7 +175,7 @@ class FocalLoss(AbsLoss):
                 f"predictions of shape {tuple(pred.shape)}."
             )
         pred, gt = as_entries(pred, gt, type(self).__name__)
-        known = self.labelled(gt)
+        known = lined_up(self.labelled(gt), gt)
         true = torch.where(known, gt, 0).to(pred.dtype)
         one, zero = (1.0, 1.0) if self.alpha is None else (self.alpha, 1 - self.alpha)
         losses = one * true * self._focal(F.logsigmoid(pred), F.logsigmoid(-pred))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastmtl._loss.base import AbsLoss, PerClass, mean_known
 from fastmtl.errors import UsageError
-from fastmtl.support.shapes import as_entries
+from fastmtl.support.shapes import as_entries, lined_up
 
 __all__ = ["BCELoss", "HuberLoss", "KLDivLoss", "L1Loss", "MSELoss"]
 
@@ -30,7 +30,7 @@ class _EntryLoss(AbsLoss):
     def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
         """Return the mean over the labelled entries."""
         pred, gt = as_entries(pred, gt, type(self).__name__)
-        known = self.labelled(gt)
+        known = lined_up(self.labelled(gt), gt)
         # A NaN would pass through a gradient of zero.
         true = torch.where(known, gt, 0)
         true = true if true.is_floating_point() else true.to(pred.dtype)

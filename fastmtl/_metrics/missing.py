@@ -12,8 +12,9 @@ from torch import Tensor
 from fastmtl.errors import UsageError
 from fastmtl.support.dtypes import wide_dtype
 from fastmtl.support.kinds import Tree
+from fastmtl.support.shapes import lined_up
 
-__all__ = ["has_partial_rows", "labelled_part", "labelled_rows", "lined_up", "marked"]
+__all__ = ["has_partial_rows", "labelled_part", "labelled_rows", "marked"]
 
 
 def marked(gt: Tensor, known: Tensor, marker: float) -> Tensor:
@@ -21,7 +22,7 @@ def marked(gt: Tensor, known: Tensor, marker: float) -> Tensor:
 
     Args:
         gt: Labels.
-        known: Where they are there, on their device, as :func:`lined_up` takes it.
+        known: Where they are there, on their device, as :func:`~fastmtl.support.shapes.lined_up` takes it.
         marker: What stands for a missing label.
 
     Raises:
@@ -31,38 +32,6 @@ def marked(gt: Tensor, known: Tensor, marker: float) -> Tensor:
     if not gt.is_floating_point():
         gt = gt.to(wide_dtype(gt.device)) if math.isnan(marker) else gt.long()
     return torch.where(known, gt, marker)
-
-
-def lined_up(known: Tensor, gt: Tensor) -> Tensor:
-    """Return where labels are there with a 1 in place of each dimension that is left out, so that it broadcasts.
-
-    Args:
-        known: Booleans, ``(batch, ...)``: of the labels' shape, or without their channels, which are dimension 1 or the
-            last one, or one for each row; 1 may stand for any dimension but the first.
-        gt: Labels ``(batch, ...)``.
-
-    Raises:
-        UsageError: It is none of them, or could be both without dimension 1 and without the last one.
-    """
-    shape, size = tuple(gt.shape), tuple(known.shape)
-    if known.dim() == gt.dim() and all(own in (1, all_of) for own, all_of in zip(size[1:], shape[1:], strict=True)):
-        return known
-    if gt.numel() == known.numel() and size[:1] == shape[:1]:
-        return known.reshape(shape)
-    first, last = size == shape[:1] + shape[2:], size == shape[:-1]
-    if first and last and gt.dim() > 2:
-        raise UsageError(
-            f"labelled(gt) of the task's loss is of shape {size}, for labels of shape {shape}: it could be without "
-            f"dimension 1 or without the last one. Keep the one that it leaves out as a 1, as {(*size, 1)}."
-        )
-    if first or last:
-        return known.unsqueeze(1 if first else -1)
-    if size[:1] == shape[:1] and known.numel() == len(known):
-        return known.reshape(-1, *[1] * (gt.dim() - 1))
-    raise UsageError(
-        f"labelled(gt) of the task's loss is of shape {size}, which does not go with labels of shape {shape}: it must "
-        "be of their shape, without their channels, dimension 1 or the last one, or have one entry for each row."
-    )
 
 
 def has_partial_rows(known: Tensor) -> bool:
@@ -91,7 +60,8 @@ def labelled_part(pred: Tree, gt: Tensor, known: Tensor) -> tuple[Tree, Tensor]:
     Args:
         pred: Predictions.
         gt: Labels.
-        known: Where labels are there, where looking at it does not wait, as :func:`lined_up` takes it.
+        known: Where labels are there, where looking at it does not wait, as
+            :func:`~fastmtl.support.shapes.lined_up` takes it.
 
     Raises:
         UsageError: Predictions are such that their entries do not belong to those of the labels, or ``known`` does not.

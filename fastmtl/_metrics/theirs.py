@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from fastmtl._metrics.base import AbsMetric
-from fastmtl._metrics.missing import has_partial_rows, labelled_part, labelled_rows, lined_up
+from fastmtl._metrics.missing import has_partial_rows, labelled_part, labelled_rows
 from fastmtl.errors import UsageError
 from fastmtl.support.kinds import Tree
 from fastmtl.support.running import Group
-from fastmtl.support.shapes import same_but_ones
+from fastmtl.support.shapes import lined_up, same_but_ones
 
 if TYPE_CHECKING:
     from torchmetrics import Metric

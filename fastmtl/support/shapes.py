@@ -7,7 +7,7 @@ from torch import Tensor
 from fastmtl.errors import UsageError
 from fastmtl.support.kinds import Tree
 
-__all__ = ["as_classes", "as_classes_or_shares", "as_entries", "as_normals", "refuse_real", "same_but_ones"]
+__all__ = ["as_classes", "as_classes_or_shares", "as_entries", "as_normals", "lined_up", "refuse_real", "same_but_ones"]
 
 
 def as_entries(pred: Tree, gt: Tree, who: str) -> tuple[Tensor, Tensor]:
@@ -125,3 +125,35 @@ def as_normals(pred: Tree, gt: Tree, who: str) -> None:
             f"{who}: predictions and labels must both be (batch, 3, h, w), got shapes {tuple(pred.shape)} and "
             f"{tuple(gt.shape)}."
         )
+
+
+def lined_up(known: Tensor, gt: Tensor) -> Tensor:
+    """Return where labels are there with a 1 in place of each dimension that is left out, so that it broadcasts.
+
+    Args:
+        known: Booleans, ``(batch, ...)``: of the labels' shape, or without their channels, which are dimension 1 or the
+            last one, or one for each row; 1 may stand for any dimension but the first.
+        gt: Labels ``(batch, ...)``.
+
+    Raises:
+        UsageError: It is none of them, or could be both without dimension 1 and without the last one.
+    """
+    shape, size = tuple(gt.shape), tuple(known.shape)
+    if known.dim() == gt.dim() and all(own in (1, all_of) for own, all_of in zip(size[1:], shape[1:], strict=True)):
+        return known
+    if gt.numel() == known.numel() and size[:1] == shape[:1]:
+        return known.reshape(shape)
+    first, last = size == shape[:1] + shape[2:], size == shape[:-1]
+    if first and last and gt.dim() > 2:
+        raise UsageError(
+            f"labelled(gt) of the task's loss is of shape {size}, for labels of shape {shape}: it could be without "
+            f"dimension 1 or without the last one. Keep the one that it leaves out as a 1, as {(*size, 1)}."
+        )
+    if first or last:
+        return known.unsqueeze(1 if first else -1)
+    if size[:1] == shape[:1] and known.numel() == len(known):
+        return known.reshape(-1, *[1] * (gt.dim() - 1))
+    raise UsageError(
+        f"labelled(gt) of the task's loss is of shape {size}, which does not go with labels of shape {shape}: it must "
+        "be of their shape, without their channels, dimension 1 or the last one, or have one entry for each row."
+    )
