@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmtl.errors import UsageError
+from fastmtl.errors import CheckpointError, UsageError
 from tests.trainer.test_learned_losses import Plain, learned
 from tests.trainer.toy import fill_grads, loaders, make_trainer
 
@@ -119,3 +120,34 @@ def test_weights_of_other_numbers_of_classes_are_refused() -> None:
     trainer = make_trainer("EW", task_dict=learned(task0=nn.CrossEntropyLoss(weight=torch.ones(2))))
     with pytest.raises(UsageError, match=r"CrossEntropyLoss has weights of shape \(2,\), and predictions of 3 classes"):
         trainer.train(loaders(), loaders(), 1)
+
+
+def weighted(*weight: float) -> Any:
+    return learned(task0=nn.CrossEntropyLoss(weight=torch.tensor(weight)), task1=nn.MSELoss())
+
+
+def test_weights_of_a_loss_are_those_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_trainer("EW", task_dict=weighted(1.0, 2.0, 3.0), save_path=str(tmp_path)).train(loaders(), loaders(), 1)
+    best = torch.load(tmp_path / "best.pt", weights_only=True)
+    for options in ({"resume": str(tmp_path)}, {"load_path": str(tmp_path)}):
+        capsys.readouterr()
+        trainer = make_trainer("EW", task_dict=weighted(4.0, 5.0, 6.0), **options)
+        assert trainer.meter.losses["task0"].inner.weight.tolist() == [4.0, 5.0, 6.0]
+        assert torch.equal(trainer.model.decoders["task0"].weight, best["decoders.task0.weight"])
+        assert "Weights of losses are this run's, not the file's: loss_fn.task0.weight" in capsys.readouterr().out
+        make_trainer("EW", task_dict=weighted(1.0, 2.0, 3.0), **options)
+        assert "Weights of losses" not in capsys.readouterr().out
+        plain = learned(task0=nn.CrossEntropyLoss(), task1=nn.MSELoss())
+        make_trainer("EW", task_dict=plain, **options)
+        assert "not the file's: loss_fn.task0.weight" in capsys.readouterr().out
+
+
+def test_a_run_goes_on_with_the_same_losses(tmp_path: Path) -> None:
+    make_trainer("EW", task_dict=learned(task0=nn.CrossEntropyLoss()), save_path=str(tmp_path)).train(
+        loaders(), loaders(), 1
+    )
+    plain = learned(task0=nn.CrossEntropyLoss(), task1=nn.MSELoss())
+    with pytest.raises(
+        CheckpointError, match=r"other losses: loss_fn\.task1\.log_variance is not in this run's losses"
+    ):
+        make_trainer("EW", task_dict=plain, resume=str(tmp_path))

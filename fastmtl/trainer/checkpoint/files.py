@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +17,7 @@ from torch import nn
 
 from fastmtl.errors import CheckpointError
 from fastmtl.support.kinds import State
-from fastmtl.trainer.setup.tasks import loss_names
+from fastmtl.trainer.setup.tasks import loss_names, loss_weights
 
 __all__ = [
     "Saved",
@@ -28,8 +29,10 @@ __all__ = [
     "rng_state",
     "save_atomically",
     "set_rng_state",
+    "without_weights",
 ]
 
+_OF_WEIGHTS = re.compile(r"loss_fn_*\..*\b(weight|pos_weight)")
 # What a checkpoint holds, by name: tensors and plain values.
 Saved = State
 
@@ -134,18 +137,42 @@ def load_model_state(model: nn.Module, state: Mapping[str, torch.Tensor], path: 
     """Load a ``state_dict`` whose keys and shapes are those of ``model``.
 
     What the strategy remembers, and the parameters of losses, may be missing, as in older checkpoints: they then start
-    anew.
+    anew. Weights of torch's losses, no parameters, stay those of this run; a line tells where they differ.
 
     Raises:
         CheckpointError: They are not; the message names the first differences.
     """
-    current = model.state_dict()
+    current, weights = model.state_dict(), loss_weights(model)
+    state = without_weights(state, current, weights)
     remembered: list[str] = [*getattr(model, "remembered", list)(), *loss_names(model)]
     told = differences({key: value for key, value in current.items() if key in state or key not in remembered}, state)
     if told:
         more = f" and {len(told) - 2} more differences" if len(told) > 2 else ""
         raise CheckpointError(f"The checkpoint {path} is of another model: {'; '.join(told[:2])}{more}.")
     model.load_state_dict({key: state.get(key, value) for key, value in current.items()})
+
+
+def without_weights(
+    state: Mapping[str, torch.Tensor], current: Mapping[str, torch.Tensor], weights: Sequence[str]
+) -> dict[str, torch.Tensor]:
+    """Return a state without weights of torch's losses, which are settings: a run has those that it is given.
+
+    Prints where they differ.
+
+    Args:
+        state: What a file holds.
+        current: What the model holds.
+        weights: The names in the model of such weights.
+    """
+    others = [key for key in state if key not in current and _OF_WEIGHTS.fullmatch(key) and state[key].dim() < 2]
+    differing = [key for key in weights if key in state and not _are_equal(state[key], current[key])]
+    if differing or others:
+        print(f"Weights of losses are this run's, not the file's: {', '.join([*differing, *others])}")
+    return {key: current[key] if key in weights else value for key, value in state.items() if key not in others}
+
+
+def _are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one.to(other), other)
 
 
 def rng_state(generators: Sequence[torch.Generator] = ()) -> Saved:

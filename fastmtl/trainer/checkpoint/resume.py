@@ -61,6 +61,7 @@ def resume_run(trainer: TrainerState, path: Path) -> Saved:
     if (other := state.get("optimizer_name", optimizer_name)) != optimizer_name:
         raise CheckpointError(f"The checkpoint {path} is of the optimizer {other}, this run is of {optimizer_name}.")
     if "optimizer_groups" in state and state["optimizer_groups"] != trainer.optimizer_groups:
+        _refuse_other_losses(state["optimizer_groups"], trainer, path)
         raise CheckpointError(
             f"The checkpoint {path} has the parameters in other groups of the optimizer than this run: groups cannot "
             "change when a run goes on."
@@ -76,6 +77,18 @@ def resume_run(trainer: TrainerState, path: Path) -> Saved:
     trainer.meter.base_result = state["base_result"]
     trainer.meter.best_result = state["best_result"]
     return {key: state[key] for key in (*BEGINNING, "rng", "epoch_rng")}
+
+
+def _refuse_other_losses(before: list[list[str]], trainer: TrainerState, path: Path) -> None:
+    """Refuse parameters of losses that have come or gone since a checkpoint."""
+    stored, now = ({name for group in groups for name in group} for groups in (before, trainer.optimizer_groups))
+    learned = {name for name in stored ^ now if name.startswith("loss_fn")}
+    if learned and learned == stored ^ now:
+        lacking = "this run's losses" if learned & stored else "the checkpoint"
+        raise CheckpointError(
+            f"{path} is of other losses: {', '.join(sorted(learned)[:3])} is not in {lacking}. A run goes "
+            "on with the same losses; to start from its weights, use load_path."
+        )
 
 
 def _optimizer_state(optimizer: torch.optim.Optimizer) -> Saved:

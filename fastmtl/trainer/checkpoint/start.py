@@ -12,9 +12,9 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from fastmtl.errors import CheckpointError, UsageError
-from fastmtl.trainer.checkpoint.files import by_module, differences, model_state, read_checkpoint
+from fastmtl.trainer.checkpoint.files import by_module, differences, model_state, read_checkpoint, without_weights
 from fastmtl.trainer.setup.model import TrainedModel
-from fastmtl.trainer.setup.tasks import loss_names
+from fastmtl.trainer.setup.tasks import loss_names, loss_weights
 
 __all__ = ["described", "start_from"]
 
@@ -53,7 +53,7 @@ def start_from(model: TrainedModel, strategy_params: Sequence[nn.Parameter], pat
     content = model_state(read_checkpoint(path, model.device), path)
     current, origin = model.state_dict(), _Origin.of(content)
     state = _renamed(content, current)
-    state = state if strict else _unwrapped(state, current)
+    state = without_weights(state if strict else _unwrapped(state, current), current, loss_weights(model))
     if origin.tasks is not None and origin.tasks != list(model.task_name):
         state = {_by_name(key, origin.tasks, model): value for key, value in state.items()}
     remembered, params = set(model.remembered()), {id(param) for param in strategy_params}

@@ -25,6 +25,7 @@ __all__ = [
     "hold_losses",
     "loss_names",
     "loss_params",
+    "loss_weights",
     "losses_in",
     "losses_of",
     "metrics_of",
@@ -203,6 +204,18 @@ def loss_names(model: nn.Module) -> list[str]:
     """Return the names of the entries of a model's ``state_dict`` that are its losses'."""
     name, losses = losses_in(model)
     return [] if losses is None else [f"{name}.{key}" for key in losses.state_dict()]
+
+
+def loss_weights(model: nn.Module) -> list[str]:
+    """Return the names of the entries of a model's ``state_dict`` that are weights of torch's losses."""
+    name, losses = losses_in(model)
+    modules = [] if losses is None else losses.named_modules(prefix=name)
+    return [
+        f"{place}.{key}"
+        for place, module in modules
+        if type(module).__module__ == "torch.nn.modules.loss"
+        for key, _ in module.named_buffers(recurse=False)
+    ]
 
 
 def _origin(loss: AbsLoss) -> object:
