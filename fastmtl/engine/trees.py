@@ -47,10 +47,22 @@ def mapping_like(tree: Mapping[Any, Any], parts: dict[Any, Any]) -> Tree:
         return kind(**parts)
     if type(tree).__module__ in ("builtins", "collections") or not isinstance(tree, MutableMapping):
         return parts
-    like = copy.copy(tree)
+    like = _copied(tree)
     like.update(parts)
     attributes = getattr(like, "__dict__", {})
     attributes.update({key: part for key, part in parts.items() if key in attributes and attributes[key] is tree[key]})
+    return like
+
+
+def _copied(tree: MutableMapping[Any, Any]) -> MutableMapping[Any, Any]:
+    try:
+        return copy.copy(tree)
+    except (AttributeError, KeyError, TypeError):
+        if not isinstance(tree, dict):
+            raise
+    # It answers to every name as if it were an entry, also to those that copies ask for.
+    like: dict[Any, Any] = type(tree).__new__(type(tree))
+    vars(like).update(vars(tree))
     return like
 
 

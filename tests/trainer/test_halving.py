@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import UserDict
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -307,46 +306,3 @@ def test_sparse_rows(layout: torch.layout) -> None:
     blocks = torch.eye(4).to_sparse_bsr((2, 2))
     with pytest.raises(UsageError, match=r"cannot be halved: inputs\['x'\] is a tensor .*sparse_bsr"):
         halves(({"x": blocks}, LABELS))
-
-
-class Attributes(dict[str, Any]):
-    """Entries are attributes, and every other name is None."""
-
-    def __init__(self, **entries: Any) -> None:
-        super().__init__(**entries)
-        self.__dict__ = self
-
-
-class Answering(dict[str, Any]):
-    __getattr__ = dict.get
-
-
-@pytest.mark.parametrize("kind", [Attributes, Answering])
-def test_dictionaries_with_attributes_stay_what_they_are(kind: Any) -> None:
-    class OfAttributes(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = encoder()
-
-        def forward(self, inputs: Any) -> Tensor:
-            assert inputs.x is inputs["x"]
-            return self.inner(inputs.x)
-
-    data = [(kind(x=x), labels) for x, labels in loaders()]
-    for weighting in ("EW", "MOML"):
-        trainer = make_trainer(weighting, encoder_class=OfAttributes)
-        trainer.train(data, data, 1)
-        plain = make_trainer(weighting)
-        plain.train(loaders(), loaders(), 1)
-        torch.testing.assert_close(flat(trainer.model.parameters()), flat(plain.model.parameters()))
-
-
-def test_a_dictionary_in_another_object_keeps_its_entries() -> None:
-    class Encoding(UserDict[str, Any]):
-        pass
-
-    tree = Encoding({"data": torch.arange(4), "x": torch.ones(4)})
-    first = halves((tree, LABELS))[0][0]
-    assert isinstance(first, Encoding)
-    assert first["data"].tolist() == [0, 1]
-    assert tree["data"].tolist() == [0, 1, 2, 3]
