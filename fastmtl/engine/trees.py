@@ -37,7 +37,7 @@ def map_tree(
     return function(tree, *others)
 
 
-def mapping_like(tree: Mapping[Any, Any], parts: dict[Any, Any]) -> Tree:
+def mapping_like(tree: Any, parts: dict[Any, Any]) -> Tree:
     """Return a mapping of the class of ``tree`` with other entries of the same keys; a dictionary for plain ones.
 
     Further attributes stay, and entries that are attributes too are so in what is returned.
