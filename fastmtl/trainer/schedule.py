@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -218,7 +218,8 @@ class Schedule:
 
     def _advance(self, periods: int) -> None:
         try:
-            with contextlib.nullcontext() if self._has_advanced else warnings.catch_warnings():
+            quiet: AbstractContextManager[object] = nullcontext() if self._has_advanced else warnings.catch_warnings()
+            with quiet:
                 if not self._has_advanced:
                     # The optimizer's first steps may have been skipped by float16, or be those of an earlier process.
                     warnings.filterwarnings("ignore", ".*lr_scheduler.step", UserWarning)
