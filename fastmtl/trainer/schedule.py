@@ -345,7 +345,5 @@ def _told(changes: Mapping[str, tuple[Any, Any]], kept: bool) -> str:
             f"resume: this run's learning rates or optimizer differ from the checkpoint's{what}, whose are kept; with "
             "resume_schedule='new' the run's are taken."
         )
-    return (
-        f"resume: learning rates and the optimizer's settings are this run's from here on{what}; with "
-        "resume_schedule='stored' they stay the checkpoint's."
-    )
+    what = f"resume: learning rates and the optimizer's settings are this run's from here on{what}"
+    return f"{what}; with resume_schedule='stored' they stay the checkpoint's."

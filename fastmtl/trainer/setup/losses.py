@@ -252,7 +252,8 @@ class _ClassLoss(EntryLoss):
         if isinstance(self.entries, nn.Module):
             values: Tensor = functional_call(self.entries, {"weight": cast}, (pred, gt))
             return values
-        return partial(self.entries, weight=cast)(pred, gt)
+        function: Callable[..., Tensor] = self.entries
+        return function(pred, gt, weight=cast)
 
 
 def as_loss(loss_fn: Any, name: str) -> AbsLoss:
