@@ -19,7 +19,8 @@ import torch
 from fastmtl.architecture import ARCHITECTURES, AbsArchitecture
 from fastmtl.errors import UsageError
 from fastmtl.support.hyper import fill_hyper
-from fastmtl.trainer.optimizer import OPTIMIZERS
+from fastmtl.trainer.optim.optimizer import OPTIMIZERS
+from fastmtl.trainer.optim.recipe import PERIODS, SCHEDULERS
 from fastmtl.trainer.run.settings import (
     Arguments,
     HyperOption,
@@ -29,7 +30,6 @@ from fastmtl.trainer.run.settings import (
     scheduler_param,
     spelled_as,
 )
-from fastmtl.trainer.schedulers import PERIODS, SCHEDULERS
 from fastmtl.weighting import WEIGHTINGS, AbsWeighting
 
 __all__ = ["LibMTL_args", "prepare_args"]

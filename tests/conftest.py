@@ -44,3 +44,11 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     perturb(_M_PERTURB, 0x01)
     yield
     perturb(_M_PERTURB, 0)
+
+
+@pytest.fixture
+def in_float64() -> Iterator[None]:
+    """Let networks and data be float64, for values that are compared with those of plain autograd."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)

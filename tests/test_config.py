@@ -14,9 +14,9 @@ from fastmtl.architecture import ARCHITECTURES
 from fastmtl.config import LibMTL_args, prepare_args
 from fastmtl.errors import UsageError
 from fastmtl.support.hyper import Hyper
-from fastmtl.trainer.optimizer import OPTIMIZERS, make_optimizer
-from fastmtl.trainer.schedule import Place, make_schedule
-from fastmtl.trainer.schedulers import SCHEDULERS
+from fastmtl.trainer.optim.optimizer import OPTIMIZERS, make_optimizer
+from fastmtl.trainer.optim.recipe import SCHEDULERS
+from fastmtl.trainer.optim.schedule import Place, make_schedule
 
 
 def _parse(line: str) -> argparse.Namespace:

@@ -129,22 +129,13 @@ class ExactDataParallel(DataParallel):
         return Shards(self.shared, self.peers)
 
     @override
-    def row(
-        self,
-        outputs: Sequence[Tensor],
-        cotangents: Cotangents,
-        own: Sequence[Tensor],
-        retain: bool,
-        final: bool,
-        differentiate: VJP | None = None,
-    ) -> tuple[Row, Row]:
-        row, rest = super().row(outputs, cotangents, own, retain, final, differentiate)
-        # Rows that will be added up are sent when they are.
-        return self.shards.send(row) if final else row, rest
+    def send(self, row: Row) -> Row:
+        return self.shards.send(row)
 
     @override
     def collect(self, rows: Rows, final: bool) -> Rows:
-        rows = rows if final else [self.shards.send(row) for row in rows]
+        # Rows that were added up are sent now.
+        rows = rows if final else [self.send(row) for row in rows]
         self.shards.wait()
         return rows
 

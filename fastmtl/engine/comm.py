@@ -123,11 +123,16 @@ class Comm:
             cotangents: Its cotangents.
             own: Further parameters to differentiate with respect to.
             retain: Keep the graph.
-            final: Nothing will be added to the row: it may be sent.
+            final: Nothing will be added to the row: it is sent.
             differentiate: What computes the VJP, if not ``vjp``.
         """
         grads = (differentiate or vjp)(outputs, cotangents, [*self.shared, *own], retain)
-        return grads[: len(self.shared)], grads[len(self.shared) :]
+        row = grads[: len(self.shared)]
+        return self.send(row) if final else row, grads[len(self.shared) :]
+
+    def send(self, row: Row) -> Row:
+        """Send a row to the other processes; return what stands for it, which is there once it is collected."""
+        return row
 
     def collect(self, rows: Rows, final: bool) -> Rows:
         """Return the rows of all processes, or this one's pieces of them, once they have arrived."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ from fastmtl.engine.context import Batch
 from fastmtl.engine.gradients import agree, are_finite
 from fastmtl.engine.graph import inner_nodes, number_now, reached_leaves
 from fastmtl.engine.hidden import VJP, may_hide, vjp_that_reaches_all
-from fastmtl.engine.looking import leaving_no_trace
+from fastmtl.engine.looking import in_one_piece, leaving_no_trace
 from fastmtl.engine.losses import Problem, cut_features
 from fastmtl.engine.model import Features, Tasks
 from fastmtl.engine.trees import tensors_of
@@ -103,9 +102,8 @@ class Structure:
                 self._look_again(batch)
             return self.against_cut is not None and before is None
         finite = self._learn_apart(batch) if self.problem.model.multi_input else self._learn_together(batch, cuts)
-        labelled = [task for task in batch.tasks if finite and batch.labels.get(task) is not None]
-        flags = self._any([task in labelled for task in self.problem.tasks])
-        self._seen.update(task for task, is_seen in zip(self.problem.tasks, flags, strict=True) if is_seen)
+        (proven,) = self._any([finite])
+        self._seen.update(self._labelled(batch) if proven else ())
         return self.against_cut is not None and before is None
 
     def learn_decoders(self, batch: Batch) -> None:
@@ -114,9 +112,10 @@ class Structure:
         if len(batch.tasks) == len(problem.tasks) or not problem.model.splits or problem.model.multi_input:
             return
         if not self._decoders_for.issuperset(batch.tasks):
-            self._decoders_for.update(task for task in batch.tasks if batch.labels.get(task) is not None)
+            self._decoders_for.update(self._labelled(batch))
             with leaving_no_trace(problem):
                 self._heads(problem.trunk(batch.inputs), batch)
+            self._note_coupling(*self._any([self.coupled]))
 
     def learn_coupling(self, tasks: Tasks, losses: Sequence[Tensor], starts: Mapping[str, Sequence[Tensor]]) -> None:
         """Find out whether some loss depends on what the decoder of another task starts from.
@@ -143,6 +142,12 @@ class Structure:
         if self.coupled:
             return dict.fromkeys(self.problem.decoded(tasks), cut_features(features))
         return {task: cut_features(features) for task in self.problem.decoded(tasks)}
+
+    def _labelled(self, batch: Batch) -> list[str]:
+        """Return the tasks of a batch that have labels here or in another process."""
+        tasks = batch.tasks
+        flags = self._any([batch.labels.get(task) is not None for task in tasks])
+        return [task for task, has_labels in zip(tasks, flags, strict=True) if has_labels]
 
     def _any(self, flags: Sequence[bool]) -> list[bool]:
         """Return which flags are set in any process."""
@@ -232,7 +237,7 @@ class Structure:
     def _whole(self, batch: Batch, wary: bool, differentiates: bool) -> _Pass | None:
         """Run the network in one piece; return None if one is ``wary`` and its graph may hide the use of parameters."""
         problem, start = self.problem, number_now()
-        with leaving_no_trace(problem), self._in_one_piece():
+        with leaving_no_trace(problem), in_one_piece(problem.model):
             losses = problem.whole(batch.inputs, batch.labels, batch.tasks)[0]
             for task, loss in zip(batch.tasks, losses, strict=True):
                 _refuse_gone(task, any(node._sequence_nr() < start for node in inner_nodes([loss])))
@@ -316,16 +321,6 @@ class Structure:
         known = one.losses.isfinite() & other.losses.isfinite()
         near = torch.isclose(one.losses, other.losses, rtol=5e-2 if halved else 1e-4, atol=1e-6)
         return bool((near | ~known).all()) and agree(other.grads, one.grads, halved)
-
-    @contextmanager
-    def _in_one_piece(self) -> Iterator[None]:
-        """Leave the graph whole at the representation."""
-        model = self.problem.model
-        before, model.rep_grad = model.rep_grad, False
-        try:
-            yield
-        finally:
-            model.rep_grad = before
 
 
 def _refuse_gone(task: str, gone: bool) -> None:

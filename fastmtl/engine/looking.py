@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from fastmtl.engine.losses import Problem
-from fastmtl.engine.model import keeping_buffers
+from fastmtl.engine.model import MTLModel, keeping_buffers
 
-__all__ = ["keeping_random_numbers", "leaving_no_trace"]
+__all__ = ["in_one_piece", "keeping_random_numbers", "leaving_no_trace"]
 
 
 @contextmanager
@@ -27,6 +27,16 @@ def leaving_no_trace(problem: Problem) -> Iterator[None]:
             stack.enter_context(_keeping_attributes(loss))
         stack.enter_context(torch.enable_grad())
         yield
+
+
+@contextmanager
+def in_one_piece(model: MTLModel) -> Iterator[None]:
+    """Leave the graph whole at the representation, also with ``rep_grad``."""
+    before, model.rep_grad = model.rep_grad, False
+    try:
+        yield
+    finally:
+        model.rep_grad = before
 
 
 @contextmanager
@@ -48,12 +58,15 @@ def keeping_random_numbers(device: torch.device) -> Iterator[None]:
 def _keeping_attributes(owner: Any) -> Iterator[None]:
     """Put back the attributes of an object, such as running means, and the values of those that are tensors."""
     before = dict(vars(owner))
-    values = {name: kept.clone() for name, kept in before.items() if isinstance(kept, Tensor) and not kept.grad_fn}
+    # What was made for inference alone has no versions; nor is it changed.
+    tensors = [kept for kept in before.values() if isinstance(kept, Tensor) and not kept.is_inference()]
+    values = [(kept, kept._version, kept.detach().clone()) for kept in tensors]
     try:
         yield
     finally:
         vars(owner).clear()
         vars(owner).update(before)
         with torch.no_grad():
-            for name, value in values.items():
-                before[name].copy_(value)
+            for kept, version, value in values:
+                if kept._version != version:
+                    kept.copy_(value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -147,9 +147,10 @@ def empty_row_results(rows: Flat, num_rows: int) -> list[Tensor]:
     return [empty_sum([row for _, row in column]) for column in columns(rows, num_rows) if column]
 
 
-def _reference_rows(rows: Flat, num_rows: int, leak: Tensor, random: Tensor, noise: Sequence[Tensor]) -> list[Tensor]:
-    dtype = wide_dtype(device_of(rows))
-    written = []
+def _drawn(
+    rows: Flat, num_rows: int, random: Tensor, noise: Sequence[Tensor]
+) -> Iterator[tuple[list[tuple[int, Tensor]], Tensor, Tensor]]:
+    """Yield, for each parameter that has a row, its rows with their places, an empty result, and its numbers."""
     first = 0
     for k, column in enumerate(columns(rows, num_rows)):
         if not column:
@@ -157,9 +158,16 @@ def _reference_rows(rows: Flat, num_rows: int, leak: Tensor, random: Tensor, noi
         result = empty_sum([row for _, row in column])
         drawn = uniform(random, first, result.numel()).as_strided(result.shape, result.stride())
         first += (result.numel() + 3) // 4 * 4
+        yield column, result, noise[k] if noise else drawn
+
+
+def _reference_rows(rows: Flat, num_rows: int, leak: Tensor, random: Tensor, noise: Sequence[Tensor]) -> list[Tensor]:
+    dtype = wide_dtype(device_of(rows))
+    written = []
+    for column, result, numbers in _drawn(rows, num_rows, random, noise):
         wide = torch.stack([row.to(dtype) for _, row in column])
         leaks = leak.to(dtype)[[t for t, _ in column]].view(-1, *[1] * result.dim())
-        kept = _kept(wide, noise[k] if noise else drawn)
+        kept = _kept(wide, numbers)
         written.append(result.copy_((wide * torch.where(kept, 1.0, leaks)).sum(0)))
     return written
 
@@ -225,19 +233,14 @@ def _drop_one_by_one(rows: Flat, num_rows: int, leak: Tensor, random: Tensor, no
     tell_of_blocks()
     check_graddrop_rows(rows, num_rows, leak, random, noise)
     dtype = wide_dtype(device_of(rows))
-    results, first = [], 0
-    for k, column in enumerate(columns(rows, num_rows)):
-        if not column:
-            continue
-        result = empty_sum([row for _, row in column])
-        drawn = uniform(random, first, result.numel()).as_strided(result.shape, result.stride())
-        first += (result.numel() + 3) // 4 * 4
+    results = []
+    for column, result, numbers in _drawn(rows, num_rows, random, noise):
         total = torch.zeros_like(result, dtype=dtype)
         size = torch.zeros_like(total)
         for _, row in column:
             total += row
             size += row.to(dtype).abs()
-        sign = (total - (2 * (noise[k] if noise else drawn).to(dtype) - 1) * size).sign()
+        sign = (total - (2 * numbers.to(dtype) - 1) * size).sign()
         total.zero_()
         for t, row in column:
             wide = row.to(dtype)

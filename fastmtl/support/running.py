@@ -38,21 +38,14 @@ class RunningMean:
 
     def add(self, value: Tensor, weight: float | Tensor) -> None:
         """Add one value, a tensor with one element, of this weight, a number or a scalar tensor."""
-        self._add(value, weight, weight)
-
-    def add_sum(self, total: Tensor, weight: float | Tensor) -> None:
-        """Add the sum of values whose weights sum to ``weight``."""
-        self._add(total, 1, weight)
-
-    def _add(self, value: Tensor, factor: float | Tensor, weight: float | Tensor) -> None:
         value = value.detach().reshape(())
         if self._total is None:
             self._total = torch.zeros((), dtype=wide_dtype(value.device), device=value.device)
-        product = value.to(self._total.dtype) * factor
+        product = value.to(self._total.dtype) * weight
         # A loss may be NaN where it is the mean of nothing.
-        if isinstance(factor, Tensor):
-            product = torch.where(factor.to(product.device, non_blocking=True) == 0, 0, product)
-        elif factor == 0:
+        if isinstance(weight, Tensor):
+            product = torch.where(weight.to(product.device, non_blocking=True) == 0, 0, product)
+        elif weight == 0:
             product = torch.zeros_like(product)
         self._total = self._total + product
         # In float32, which torch makes of a number and integers, a count would end at 2**24.

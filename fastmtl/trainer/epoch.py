@@ -17,7 +17,7 @@ from fastmtl.trainer.checkpoint.writer import Checkpoints
 from fastmtl.trainer.compile.report import measure_compiled
 from fastmtl.trainer.evaluation import report
 from fastmtl.trainer.log.records import StepBuffer
-from fastmtl.trainer.optimizer import check_optimized, set_mode
+from fastmtl.trainer.optim.optimizer import check_optimized, set_mode
 from fastmtl.trainer.run.interrupt import DeferredInterrupt
 from fastmtl.trainer.setup.loaders import count_batches, train_batches
 from fastmtl.trainer.state import TrainerState

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastmtl.trainer.optimizer import set_mode
+from fastmtl.trainer.optim.optimizer import set_mode
 from fastmtl.trainer.setup.loaders import eval_batches
 from fastmtl.trainer.state import TrainerState
 

@@ -13,8 +13,8 @@ from fastmtl.trainer.checkpoint.writer import Checkpoints
 from fastmtl.trainer.epoch import TrainingEpoch
 from fastmtl.trainer.evaluation import evaluate
 from fastmtl.trainer.log.logger import RunInfo
+from fastmtl.trainer.optim.schedule import Place
 from fastmtl.trainer.run.interrupt import DeferredInterrupt
-from fastmtl.trainer.schedule import Place
 from fastmtl.trainer.setup.checks import check_counts
 from fastmtl.trainer.setup.loaders import check_loaders, count_batches, generators
 from fastmtl.trainer.state import TrainerState

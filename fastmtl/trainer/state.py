@@ -19,9 +19,9 @@ from fastmtl.trainer.compile.report import CompileReport
 from fastmtl.trainer.guard import FiniteGuard
 from fastmtl.trainer.log.logger import Logger
 from fastmtl.trainer.log.meter import PerformanceMeter
-from fastmtl.trainer.optimizer import learning_rates
+from fastmtl.trainer.optim.optimizer import learning_rates
+from fastmtl.trainer.optim.schedule import Schedule, make_schedule
 from fastmtl.trainer.precision import PRECISIONS
-from fastmtl.trainer.schedule import Schedule, make_schedule
 from fastmtl.trainer.setup.loaders import to_channels_last, to_device
 from fastmtl.trainer.setup.model import TrainedModel
 from fastmtl.trainer.setup.options import StepOptions

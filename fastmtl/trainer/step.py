@@ -22,7 +22,7 @@ from fastmtl.trainer.compile.engines import engines_to_try
 from fastmtl.trainer.compile.trial import Trial
 from fastmtl.trainer.guard import FiniteGuard
 from fastmtl.trainer.log.records import StepBuffer, StepSignals
-from fastmtl.trainer.masking import MaskedOptimizer
+from fastmtl.trainer.optim.masking import MaskedOptimizer
 from fastmtl.trainer.precision import make_scaler
 from fastmtl.trainer.setup.options import StepOptions
 from fastmtl.trainer.solve import make_solver

@@ -28,7 +28,7 @@ from fastmtl.trainer.log.logger import Logger, as_logger
 from fastmtl.trainer.log.meter import PerformanceMeter
 from fastmtl.trainer.log.records import StepSignals
 from fastmtl.trainer.loop import run_epochs
-from fastmtl.trainer.optimizer import MakesOptimizer
+from fastmtl.trainer.optim.optimizer import MakesOptimizer
 from fastmtl.trainer.precision import set_tf32
 from fastmtl.trainer.setup.checks import (
     check_arguments,

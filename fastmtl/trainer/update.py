@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from fastmtl.support.kinds import Settings
-from fastmtl.trainer.optimizer import MakesOptimizer, group_names, make_optimizer
-from fastmtl.trainer.schedule import make_schedule
+from fastmtl.trainer.optim.optimizer import MakesOptimizer, group_names, make_optimizer
+from fastmtl.trainer.optim.schedule import make_schedule
 from fastmtl.trainer.setup.options import StepOptions
 from fastmtl.trainer.state import TrainerState
 

@@ -231,21 +231,21 @@ def test_a_graph_outlasts_many_other_layouts() -> None:
 
 
 def test_whatever_keeps_a_step_from_being_captured_leaves_it_eager() -> None:
-    class Attributes(dict[str, Any]):
-        __getattr__ = dict.__getitem__
-
-    class ByAttribute(_Named):
+    class ReadsScale(_Named):
         def forward(self, inputs: Any) -> torch.Tensor:
-            return self.inner(inputs.x)
+            return self.inner(inputs["x"] * inputs["x"].scale)
 
-    captured, _, said = _captured("MGDA", encoder_class=ByAttribute)
+    captured, _, said = _captured("MGDA", encoder_class=ReadsScale)
     captured.model.epoch = 0
     (x, labels), *_ = loaders(3)
-    # The batch as it was made is no dictionary, its copy is.
+    # A copy of a tensor lacks what was set on it.
+    x.scale = 2.0
     captured.step.capture.graph.capture = lambda function: function()
     for _ in range(6):
-        captured.step([(Attributes(x=x), labels)], StepBuffer())
-    assert said == ["cuda_graph: the step runs eagerly, as it cannot be captured: 'dict' object has no attribute 'x'"]
+        captured.step([({"x": x}, labels)], StepBuffer())
+    assert said == [
+        "cuda_graph: the step runs eagerly, as it cannot be captured: 'Tensor' object has no attribute 'scale'"
+    ]
 
 
 def test_a_capture_that_fails_leaves_the_step_eager() -> None:

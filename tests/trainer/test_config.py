@@ -183,8 +183,8 @@ def test_scheduler_and_optimizer_take_only_what_is_theirs() -> None:
 def test_every_optimizer_and_scheduler_can_be_made(optim: str, scheduler: str) -> None:
     import torch
 
-    from fastmtl.trainer.optimizer import make_optimizer
-    from fastmtl.trainer.schedule import Place, make_schedule
+    from fastmtl.trainer.optim.optimizer import make_optimizer
+    from fastmtl.trainer.optim.schedule import Place, make_schedule
 
     config = TrainConfig(optim=optim, scheduler=scheduler, warmup=3 if scheduler == "warmup" else 0)
     assert config.scheduler_param is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,12 +19,7 @@ from fastmtl.errors import UsageError
 from fastmtl.trainer.log.records import StepBuffer
 from tests.trainer.toy import Listener, loaders, make_trainer
 
-
-@pytest.fixture(autouse=True)
-def _in_float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("in_float64")
 
 
 class _Inner(torch.autograd.Function):

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from fastmtl.errors import UsageError
 from fastmtl.trainer.compile.capture import reason_against
 from fastmtl.trainer.log.records import StepBuffer
-from fastmtl.trainer.masking import MaskedOptimizer
-from fastmtl.trainer.optimizer import OPTIMIZERS, Parameters, learning_rates, make_optimizer
+from fastmtl.trainer.optim.masking import MaskedOptimizer
+from fastmtl.trainer.optim.optimizer import OPTIMIZERS, Parameters, learning_rates, make_optimizer
 from fastmtl.trainer.setup.options import StepOptions
 from tests.trainer.toy import encoder, fill_grads, loaders, make_trainer
 

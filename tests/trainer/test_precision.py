@@ -16,7 +16,7 @@ from fastmtl.loss import MSELoss
 from fastmtl.metrics import AbsMetric
 from fastmtl.trainer.log.jsonl import JsonlLogger, read_jsonl
 from fastmtl.trainer.log.records import StepBuffer
-from fastmtl.trainer.masking import MaskedOptimizer
+from fastmtl.trainer.optim.masking import MaskedOptimizer
 from fastmtl.trainer.precision import PRECISIONS, LossScaler, set_tf32
 from fastmtl.weighting import WEIGHTINGS
 from fastmtl.weighting.base import AbsWeighting, Weights

@@ -15,7 +15,7 @@ from torch.optim import SGD, lr_scheduler
 from fastmtl.errors import CheckpointError, UsageError
 from fastmtl.trainer.checkpoint.files import read_checkpoint, save_atomically
 from fastmtl.trainer.checkpoint.resume import _load_optimizer, _optimizer_state
-from fastmtl.trainer.schedule import Place, make_schedule
+from fastmtl.trainer.optim.schedule import Place, make_schedule
 from tests.trainer.test_resume import InterruptAt
 from tests.trainer.toy import flat, loaders, make_trainer
 

@@ -240,6 +240,8 @@ def test_decoders_learn_beside_a_frozen_encoder(name: str) -> None:
 def test_signals_of_the_last_step_are_on_the_device() -> None:
     trainer, buffer = _trainer("MGDA"), StepBuffer()
     batches = _batches(trainer)
+    # The first step looks at the network.
+    trainer.step(batches, StepBuffer())
     with NoHostRead():
         trainer.step(batches, buffer)
         signals = trainer.latest

@@ -9,7 +9,7 @@ import torch
 
 from fastmtl.errors import CheckpointError
 from fastmtl.trainer.checkpoint.files import Saved, load_model_state, read_checkpoint
-from fastmtl.trainer.schedule import storable
+from fastmtl.trainer.optim.schedule import storable
 from fastmtl.trainer.state import TrainerState
 
 __all__ = ["BEGINNING", "resume_run", "run_state"]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastmtl.engine.model import Labels
 from fastmtl.engine.trees import leaves, map_tree
-from fastmtl.trainer.masking import can_be_masked, is_capturable
+from fastmtl.trainer.optim.masking import can_be_masked, is_capturable
 from fastmtl.trainer.setup.options import StepOptions
 from fastmtl.weighting import AbsWeighting
 

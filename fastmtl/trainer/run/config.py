@@ -15,7 +15,9 @@ import yaml
 from fastmtl.architecture import ARCHITECTURES
 from fastmtl.errors import UsageError
 from fastmtl.support.hyper import Hyper, fill_hyper
-from fastmtl.trainer.optimizer import OPTIMIZERS, check_group_settings, refuse_optimizer
+from fastmtl.trainer.optim.optimizer import OPTIMIZERS, check_group_settings, refuse_optimizer
+from fastmtl.trainer.optim.recipe import PERIODS, SCHEDULERS
+from fastmtl.trainer.optim.schedule import RESUMED
 from fastmtl.trainer.precision import PRECISIONS
 from fastmtl.trainer.run.settings import (
     WORDS,
@@ -27,8 +29,6 @@ from fastmtl.trainer.run.settings import (
     scheduler_param,
     spelled_as,
 )
-from fastmtl.trainer.schedule import RESUMED
-from fastmtl.trainer.schedulers import PERIODS, SCHEDULERS
 from fastmtl.trainer.setup.options import GRAMS, SHARDS, VJPS
 from fastmtl.weighting import WEIGHTINGS
 

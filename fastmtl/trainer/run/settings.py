@@ -12,7 +12,7 @@ from fastmtl.architecture import ARCHITECTURES, AbsArchitecture
 from fastmtl.errors import UsageError
 from fastmtl.support.hyper import Hyper
 from fastmtl.support.names import resolve_name
-from fastmtl.trainer.optimizer import OPTIMIZERS
+from fastmtl.trainer.optim.optimizer import OPTIMIZERS
 from fastmtl.weighting import WEIGHTINGS, AbsWeighting
 
 __all__ = [

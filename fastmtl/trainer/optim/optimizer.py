@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastmtl.errors import UsageError
 from fastmtl.support.kinds import Settings, State
 from fastmtl.support.names import resolve_name
-from fastmtl.trainer.schedulers import as_number
+from fastmtl.trainer.optim.recipe import as_number
 
 __all__ = [
     "OPTIMIZERS",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.errors import FastmtlError, UsageError
-from fastmtl.trainer.optimizer import OPTIMIZERS
+from fastmtl.trainer.optim.optimizer import OPTIMIZERS
 
 __all__ = ["MaskedOptimizer", "can_be_masked", "is_capturable"]
 

@@ -18,7 +18,7 @@ from torch.optim import lr_scheduler
 from fastmtl.errors import UsageError
 from fastmtl.support.kinds import State
 from fastmtl.support.names import resolve_name
-from fastmtl.trainer.schedulers import Recipe
+from fastmtl.trainer.optim.recipe import Recipe
 
 __all__ = ["RESUMED", "Place", "Schedule", "make_schedule", "storable"]
 

@@ -1,0 +1,1 @@
+"""What moves the parameters: optimizers, masked steps and learning rates."""
