@@ -1,29 +1,40 @@
-"""The code in the documentation runs, page by page."""
+"""The code in the documentation runs, page by page; its links, and the files that it names, exist."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.data import DataLoader
 
+from fastmtl import data
 from fastmtl.data import DATASETS
 
-DOCS = Path(__file__).parent.parent / "docs"
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES_WITH_LINKS = sorted([*DOCS.glob("*.md"), *ROOT.glob("*.md")])
 PAGES = ("new_dataset", "new_architecture", "new_strategy", "training")
 
 
+def _blocks(page: Path) -> list[str]:
+    """Return the Python code of a page, each block after as many empty lines as it has lines above it in the page."""
+    text = page.read_text()
+    found = re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return ["\n" * text[: block.start(1)].count("\n") + block[1] for block in found]
+
+
 def _run(page: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    text = (DOCS / f"{page}.md").read_text()
-    blocks = list(re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
+    blocks = _blocks(DOCS / f"{page}.md")
     assert len(blocks) > 3
-    # One module, as the page says: later blocks see what earlier ones defined, at the page's own line numbers.
+    # One module, as the page says: later blocks see what earlier ones defined.
     names: dict[str, Any] = {"__name__": page}
     for block in blocks:
-        before = text[: block.start(1)].count("\n")
-        exec(compile("\n" * before + block[1], f"{page}.md", "exec"), names)
+        exec(compile(block, f"{page}.md", "exec"), names)
     assert "Epoch: 0000 | TRAIN:" in capsys.readouterr().out
     return names
 
@@ -63,3 +74,51 @@ def test_new_strategy(capsys: pytest.CaptureFixture[str]) -> None:
     assert (names["weights"] > 0).all()
     assert not names["trainer"].step.is_foreign
     assert names["by_hand"].step.is_foreign
+
+
+def test_readme(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    load = data.load
+
+    def few_rows(name: str, batch_size: int) -> data.DataBundle:
+        whole = load(name, batch_size=batch_size, n_train=batch_size)
+        rows = DataLoader([whole.train.dataset[row] for row in range(8)], batch_size=4)  # type: ignore[union-attr]
+        return replace(whole, train=rows, test=rows)
+
+    monkeypatch.setattr(data, "load", few_rows)
+    program, own_loop = _blocks(ROOT / "README.md")
+    names: dict[str, Any] = {"__name__": "readme"}
+    exec(compile(program, "README.md", "exec"), names)
+    assert "Epoch: 0000 | TRAIN:" in capsys.readouterr().out
+
+    shared = nn.Linear(3, 4)
+    features = shared(torch.randn(5, 3))
+    losses = [nn.Linear(4, 1)(features).square().mean() for _ in range(2)]
+    exec(compile(own_loop, "README.md", "exec"), {"shared": shared, "features": features, "losses": losses})
+    assert all(param.grad is not None for param in shared.parameters())
+
+
+def _prose(page: Path) -> str:
+    return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def _anchors(page: Path) -> set[str]:
+    """Return the anchors that GitHub gives a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", _prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES_WITH_LINKS, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)", _prose(page)):
+        linked = page.parent / target if target else page
+        assert linked.exists(), target
+        assert not anchor or anchor in _anchors(linked), f"{target}#{anchor}"
+
+
+@pytest.mark.parametrize("page", ["docs/design.md", "docs/distributed.md", "CONTRIBUTING.md"])
+def test_files_that_are_named_exist(page: str) -> None:
+    folders = ("fastmtl", "csrc", "kernels", "benchmarks", "tests", "docs", ".ci")
+    files = [f"/{file.relative_to(ROOT)}" for folder in folders for file in (ROOT / folder).rglob("*")]
+    files += [f"/{file.name}" for file in ROOT.iterdir()]
+    for name in re.findall(r"`([\w.]+(?:/[\w.]+)*(?:\.(?:py|cpp|cu|h|csv|sh|md)|/))`", _prose(ROOT / page)):
+        assert any(file.endswith(f"/{name.rstrip('/')}") for file in files), name
