@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 from fastmtl.kernels._columns import Column, dense_columns, in_layout, upcast
-from fastmtl.kernels.config import COMBINE, pick
+from fastmtl.kernels._launch import COMBINE, pick
 from torch import Tensor
 
 from fastmtl.ops._rows import is_dense
@@ -45,8 +45,8 @@ def _launch(column: Column, weights: Tensor, out: Tensor, accumulate: bool) -> N
     numel = out.numel()
     if numel == 0:
         return
-    config = pick(COMBINE, len(column.rows))
-    combine_fwd_kernel[(triton.cdiv(numel, config.block),)](
+    launch = pick(COMBINE, len(column.rows))
+    combine_fwd_kernel[(triton.cdiv(numel, launch.block),)](
         tuple(column.rows),
         weights,
         out,
@@ -54,8 +54,8 @@ def _launch(column: Column, weights: Tensor, out: Tensor, accumulate: bool) -> N
         ROWS=len(column.rows),
         WIDE=torch.float64 in (out.dtype, column.first.dtype),
         ACCUMULATE=accumulate,
-        BLOCK=config.block,
-        num_warps=config.warps,
+        BLOCK=launch.block,
+        num_warps=launch.warps,
     )
 
 

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 from fastmtl.kernels._columns import addresses, as_pointers, dense_columns, in_layout, upcast
-from fastmtl.kernels.config import GRADDROP, pick
+from fastmtl.kernels._launch import GRADDROP, pick
 from torch import Tensor
 
 from fastmtl.ops._registry import implementation
@@ -161,8 +161,8 @@ def graddrop(
     if noise is not None:
         noise = in_layout(noise, inner, torch.float64)
     padded = triton.next_power_of_2(tasks)
-    config = pick(GRADDROP, padded)
-    graddrop_fwd_kernel_batch[(triton.cdiv(features, config.block),)](
+    launch = pick(GRADDROP, padded)
+    graddrop_fwd_kernel_batch[(triton.cdiv(features, launch.block),)](
         addresses(given_reps * tasks if shared else given_reps),
         addresses(given_grads),
         addresses(outs),
@@ -180,8 +180,8 @@ def graddrop(
         SHARED=shared,
         GIVEN=noise is not None,
         WIDE=torch.float64 in kinds[1:],
-        BLOCK=config.block,
-        num_warps=config.warps,
+        BLOCK=launch.block,
+        num_warps=launch.warps,
     )
     for result, out in zip(results, outs, strict=True):
         if out is not result:
@@ -205,13 +205,13 @@ def graddrop_rows(
         return implementation("graddrop_rows", "reference")(rows, num_rows, leak, random, noise)
     results = empty_row_results(rows, num_rows)
     padded = triton.next_power_of_2(num_rows)
-    config = pick(GRADDROP, padded)
+    launch = pick(GRADDROP, padded)
     first = 0
     for column, result in zip(dense_columns(rows, num_rows), results, strict=True):
         numel = result.numel()
         if numel:
             given = in_layout(noise[column.number], result.stride(), torch.float64) if noise else random
-            graddrop_fwd_kernel_rows[(triton.cdiv(numel, config.block),)](
+            graddrop_fwd_kernel_rows[(triton.cdiv(numel, launch.block),)](
                 addresses(column.rows),
                 column.first,
                 result,
@@ -224,8 +224,8 @@ def graddrop_rows(
                 PADDED=padded,
                 GIVEN=bool(noise),
                 WIDE=result.dtype == torch.float64,
-                BLOCK=config.block,
-                num_warps=config.warps,
+                BLOCK=launch.block,
+                num_warps=launch.warps,
             )
         first += triton.cdiv(numel, 4) * 4
     return results

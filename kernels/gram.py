@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from fastmtl.kernels._columns import Column, addresses, as_pointers, dense_columns, upcast
-from fastmtl.kernels.config import GRAM, pick
+from fastmtl.kernels._launch import GRAM, pick
 from torch import Tensor
 
 from fastmtl.ops._rows import check_groups, check_rows, device_of
@@ -56,8 +56,8 @@ def _add_pair(columns: Sequence[Column], i: int, j: int, num_rows: int, result: 
     left, right = slice(i, min(i + _ROWS, num_rows)), slice(j, min(j + _ROWS, num_rows))
     height, width = left.stop - i, right.stop - j
     padded = triton.next_power_of_2(max(height, width))
-    config = pick(GRAM, padded)
-    counts = [-(-column.first.numel() // (config.block * config.steps)) for column in columns]
+    launch = pick(GRAM, padded)
+    counts = [-(-column.first.numel() // (launch.block * launch.steps)) for column in columns]
     partials = torch.empty(sum(counts), padded, padded, dtype=torch.float64, device=result.device)
     begin = 0
     for column, count in zip(columns, counts, strict=True):
@@ -71,9 +71,9 @@ def _add_pair(columns: Sequence[Column], i: int, j: int, num_rows: int, result: 
                 A=height,
                 B=width,
                 PADDED=padded,
-                BLOCK=config.block,
-                STEPS=config.steps,
-                num_warps=config.warps,
+                BLOCK=launch.block,
+                STEPS=launch.steps,
+                num_warps=launch.warps,
             )
         begin += count
     total = partials.sum(0)[:height, :width]

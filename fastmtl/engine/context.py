@@ -15,6 +15,7 @@ from fastmtl.engine.labels import labelled_entries
 from fastmtl.engine.losses import Problem
 from fastmtl.engine.model import Labels, Tasks
 from fastmtl.engine.scaling import LossScale
+from fastmtl.support.dtypes import wide_dtype
 
 __all__ = ["Batch", "LearningRates", "StepContext", "batch_shares", "mean_losses", "step_losses"]
 
@@ -133,7 +134,7 @@ def batch_shares(problem: Problem, tasks: Tasks, labels: Sequence[Labels], comm:
     shares they add up to the mean over all.
     """
     device = problem.model.device
-    dtype = torch.float32 if device.type == "mps" else torch.float64
+    dtype = wide_dtype(device)
     counts = torch.stack(
         [
             torch.stack([_scalar(labelled_entries(problem.losses[task], own[task]), dtype, device) for task in tasks])

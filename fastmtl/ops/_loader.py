@@ -82,8 +82,7 @@ def _find(op: str, backend: str) -> Callable[..., Any] | str:
         # An op in place and an op on rows live with the op whose name they extend.
         module = f"fastmtl.kernels.{op.removesuffix('_').removesuffix('_rows')}"
         try:
-            found = getattr(importlib.import_module(module), op, None)
-            return f"{op} has no Triton kernel" if found is None else _on_its_device(found)
+            return _on_its_device(getattr(importlib.import_module(module), op))
         except ModuleNotFoundError as error:
             if error.name == module:
                 return f"{op} has no Triton kernel"

@@ -25,6 +25,7 @@ from fastmtl.engine.methods.whole import Whole
 from fastmtl.engine.regions import Regions
 from fastmtl.engine.repeated import allow_repeated_backwards
 from fastmtl.errors import BackendError, UsageError
+from fastmtl.support.dtypes import wide_dtype
 from fastmtl.support.kinds import Settings
 from fastmtl.trainer.setup.options import StepOptions
 from fastmtl.weighting import AbsWeighting
@@ -212,7 +213,7 @@ def _against_compression(strategy: AbsWeighting, plain: Engine, hyper: Settings,
         "gradients are accumulated": options.accumulate > 1,
         "the precision is not fp32": options.precision != "fp32",
         "parts of the network are compiled": is_compiled(model),
-        "the device has no float64": model.device.type == "mps",
+        "the device has no float64": wide_dtype(model.device) != torch.float64,
         "the shared network has no linear layers": not linear_layers(problem),
     }
     found = next((reason for reason, holds in reasons.items() if holds), None)
