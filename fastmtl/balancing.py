@@ -71,8 +71,8 @@ def balanced(
     total = torch.stack([loss.detach() for loss in work.losses]).sum()
     if not torch.is_grad_enabled():
         return total
-    shared_params, own_params = work.parameters()
-    return _Deferred.apply(total, work, *shared_params, *own_params)
+    shared_params, task_params = work.parameters()
+    return _Deferred.apply(total, work, *shared_params, *task_params)
 
 
 class _Deferred(torch.autograd.Function):
@@ -137,7 +137,7 @@ class _Balance:
         aggregate = self._by_gram if self.aggregator.works_on_gram() else self._by_rows
         try:
             weights = aggregate(scale, shared, own, comm)
-            comm.put(own, comm.whole_row([param.grad for param in own]))
+            comm.set_grads(own, comm.all_reduce_row([param.grad for param in own]))
         finally:
             for param, grad in zip(params, before, strict=True):
                 if grad is not None:
@@ -175,7 +175,7 @@ class _Balance:
         rows = [([loss], [seed]) for loss, seed in zip(self.losses, self._seeds(scale, comm), strict=True)]
         found = jacobians(rows, len(rows), shared, False, own, lambda grads: add_grads(own, grads))
         with torch.no_grad():
-            weights = self.aggregator.write(comm.sums(found), shared)
+            weights = self.aggregator.write(comm.all_reduce_coalesced(found), shared)
         comm.broadcast([weights])
         if comm.shares_batches:
             comm.broadcast([param.grad for param in shared])

@@ -74,11 +74,11 @@ def set_param(curr_mod: nn.Module, name: str, param: Tensor | None = None, mode:
     path, _, last = name.rpartition(".")
     try:
         owner = curr_mod.get_submodule(path)
-        found = getattr(owner, last)
+        current = getattr(owner, last)
     except AttributeError:
         raise UsageError(f"{type(curr_mod).__name__} has no parameter {name!r}.") from None
     if mode == "get":
-        return found
+        return current
     # A module refuses to let a plain tensor take the place of a parameter.
     delattr(owner, last)
     setattr(owner, last, param)

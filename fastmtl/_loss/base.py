@@ -118,8 +118,8 @@ class AbsLoss:
 
     def sync(self, peers: Group) -> None:
         """Take in what the other processes have accumulated."""
-        self.record = [loss for losses in peers.gather(self.record) for loss in losses]
-        self.bs = [size for sizes in peers.gather(self.bs) for size in sizes]
+        self.record = [loss for losses in peers.all_gather_object(self.record) for loss in losses]
+        self.bs = [size for sizes in peers.all_gather_object(self.bs) for size in sizes]
         self._running.sync(peers)
 
 

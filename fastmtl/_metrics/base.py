@@ -66,12 +66,12 @@ class AbsMetric:
         ``record`` and ``bs`` become the lists of all processes, one after the other, on the CPU.
         """
         for name in ("record", "bs"):
-            own = [value.cpu() if isinstance(value, Tensor) else value for value in getattr(self, name)]
-            setattr(self, name, [value for each in peers.gather(own) for value in each])
+            values = [value.cpu() if isinstance(value, Tensor) else value for value in getattr(self, name)]
+            setattr(self, name, [value for of_process in peers.all_gather_object(values) for value in of_process])
 
 
 class Sums(AbsMetric):
-    """Keeps sums, by name, where the predictions are; a sum of scores and a count, unless a metric has its own."""
+    """Keeps sums, by name, where the predictions are; a sum of scores and a count, unless a metric has others."""
 
     kept: ClassVar[tuple[str, ...]] = ("sums",)
 
@@ -106,12 +106,12 @@ class Sums(AbsMetric):
     def sync(self, peers: Group) -> None:
         """Take in what the other processes know."""
         super().sync(peers)
-        self._kept = {name: peers.total(each) for name, each in self._kept.items()}
+        self._kept = {name: peers.all_reduce_optional(value) for name, value in self._kept.items()}
 
 
 def totals(*values: Tensor) -> Tensor:
     """Return the sum of each of several tensors, as a vector."""
-    return torch.stack([each.detach().to(wide_dtype(each.device)).sum() for each in values])
+    return torch.stack([value.detach().to(wide_dtype(value.device)).sum() for value in values])
 
 
 def ratio(part: float, whole: float) -> float:

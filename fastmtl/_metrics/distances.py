@@ -96,7 +96,7 @@ class NormalMetric(Sums):
     def score_fun(self) -> list[float]:
         """Return ``[mean, median, <11.25, <22.5, <30]``, NaN without a normal."""
         total, *below, count = self._read().tolist()
-        return [ratio(total, count), self._median(int(count)), *(ratio(each, count) for each in below)]
+        return [ratio(total, count), self._median(int(count)), *(ratio(share, count) for share in below)]
 
     def _median(self, count: int) -> float:
         histogram = self._kept["histogram"]

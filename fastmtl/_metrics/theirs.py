@@ -105,7 +105,7 @@ class TorchMetric(AbsMetric):
         """Agree with the other processes on whether predictions are logits, and let scores be of all of them."""
         super().sync(peers)
         for fed in self._fed:
-            fed.are_logits = any(peers.gather(fed.are_logits))
+            fed.are_logits = any(peers.all_gather_object(fed.are_logits))
             fed.peers = peers
 
 
@@ -258,7 +258,7 @@ def _gathered_by(metric: Metric, peers: Group | None) -> Iterator[None]:
 
     def gather(state: Tensor, group: object = None) -> list[Tensor]:
         assert peers is not None
-        states = [other.to(state.device) for other in peers.gather(state.cpu())]
+        states = [other.to(state.device) for other in peers.all_gather_object(state.cpu())]
         return [other for other in states if other.numel()] or states[:1]
 
     parts: list[Any] = [] if peers is None else [part for part in metric.modules() if hasattr(part, "dist_sync_fn")]

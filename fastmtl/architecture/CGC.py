@@ -28,9 +28,9 @@ class CGC(MMoE):
     }
 
     def _make_network(self) -> None:
-        shared, *own = count_experts(self.kwargs["num_experts"], self.task_num, "CGC")
+        shared, *specific = count_experts(self.kwargs["num_experts"], self.task_num, "CGC")
         super()._make_network()
-        counts = dict(zip(self.task_name, own, strict=True))
+        counts = dict(zip(self.task_name, specific, strict=True))
         self.experts_specific = nn.ModuleDict(
             {task: Experts(self.encoder_class() for _ in range(count)) for task, count in counts.items()}
         )
@@ -46,5 +46,5 @@ class CGC(MMoE):
         """Return the mixture of shared and own experts of ``task``."""
         shared, inputs = features
         selector = cast(nn.ModuleDict, self.gate_specific)[task](self._gate_input(features))
-        own = self.experts_specific[task](inputs)
-        return mix(shared, selector[:, : len(shared)]) + mix(own, selector[:, len(shared) :])
+        specific = self.experts_specific[task](inputs)
+        return mix(shared, selector[:, : len(shared)]) + mix(specific, selector[:, len(shared) :])

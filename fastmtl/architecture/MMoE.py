@@ -42,10 +42,10 @@ class MMoE(AbsArchitecture):
 
     def _make_network(self) -> None:
         self.img_size = image_size(self.kwargs["img_size"])
-        given = self.kwargs["num_experts"]
-        self.shared_experts = next(iter(integers(given, "num_experts")), 0)
+        num_experts = self.kwargs["num_experts"]
+        self.shared_experts = next(iter(integers(num_experts, "num_experts")), 0)
         if self.shared_experts < 1:
-            raise UsageError(f"num_experts must be at least 1, got {given}.")
+            raise UsageError(f"num_experts must be at least 1, got {num_experts}.")
         self.experts_shared = Experts(self.encoder_class() for _ in range(self.shared_experts))
         self.input_size = prod(self.img_size) if self.img_size else feature_dim(self.experts_shared[0])
         self.gate_specific: nn.ModuleDict | None = nn.ModuleDict(

@@ -42,10 +42,10 @@ class PLE(AbsArchitecture):
     }
 
     def _make_network(self) -> None:
-        shared, *own = count_experts(self.kwargs["num_experts"], self.task_num, "PLE")
+        shared, *specific = count_experts(self.kwargs["num_experts"], self.task_num, "PLE")
         self.encoder = _Extraction(
             [self.encoder_class() for _ in range(shared)],
-            {task: [self.encoder_class() for _ in range(n)] for task, n in zip(self.task_name, own, strict=True)},
+            {task: [self.encoder_class() for _ in range(n)] for task, n in zip(self.task_name, specific, strict=True)},
             image_size(self.kwargs["img_size"]),
             bool(self.kwargs["shared_gate"]),
         )
@@ -61,21 +61,21 @@ class PLE(AbsArchitecture):
 
 
 def _by_level(experts: Sequence[nn.Module]) -> list[tuple[nn.Module, ...]]:
-    return list(zip(*(Stages.of(each, "PLE").levels() for each in experts), strict=True))
+    return list(zip(*(Stages.of(expert, "PLE").levels() for expert in experts), strict=True))
 
 
 class _Extraction(nn.Module):
     def __init__(
         self,
         shared: Sequence[nn.Module],
-        own: Mapping[str, Sequence[nn.Module]],
+        specific: Mapping[str, Sequence[nn.Module]],
         img_size: Sequence[int],
         shared_gate: bool,
     ) -> None:
         super().__init__()
         self.img_size = list(img_size)
         dims = Stages.of(shared[0], "PLE").level_dims()
-        parts = {task: _by_level(experts) for task, experts in own.items()}
+        parts = {task: _by_level(experts) for task, experts in specific.items()}
         self.specific_layer = nn.ModuleDict(
             {
                 str(i): nn.ModuleDict({task: Experts(levels[i]) for task, levels in parts.items()})
@@ -88,10 +88,10 @@ class _Extraction(nn.Module):
         self.gate_specific = nn.ModuleDict(
             {
                 task: nn.ModuleList(make_gate(width, len(shared) + len(experts)) for width in widths)
-                for task, experts in own.items()
+                for task, experts in specific.items()
             }
         )
-        every = len(shared) + sum(map(len, own.values()))
+        every = len(shared) + sum(map(len, specific.values()))
         self.gate_shared = nn.ModuleList(make_gate(width, every) for width in widths[:-1]) if shared_gate else None
 
     @torch.no_grad()
@@ -126,19 +126,19 @@ class _Extraction(nn.Module):
         for i, experts in enumerate(self.shared_layer.values()):
             last = i == len(self.gate_shared)
             shared = experts(common)
-            own = {task: self._own(i, task, rep) for task, rep in reps.items() if task in tasks or not last}
+            specific = {task: self._own(i, task, rep) for task, rep in reps.items() if task in tasks or not last}
             if not last:
                 selector = self.gate_shared[i](self._read(i, common, shared))
-                common = mix(torch.cat([shared, *own.values()]), selector)
-            reps = {task: self._level(i, task, reps[task], shared, each) for task, each in own.items()}
+                common = mix(torch.cat([shared, *specific.values()]), selector)
+            reps = {task: self._level(i, task, reps[task], shared, outputs) for task, outputs in specific.items()}
         return {task: reps[task] for task in tasks}
 
     def _own(self, level: int, task: str, rep: Tensor) -> Tensor:
         return cast(nn.ModuleDict, self.specific_layer[str(level)])[task](rep)
 
-    def _level(self, level: int, task: str, rep: Tensor, shared: Tensor, own: Tensor) -> Tensor:
+    def _level(self, level: int, task: str, rep: Tensor, shared: Tensor, specific: Tensor) -> Tensor:
         gate = cast(nn.ModuleList, self.gate_specific[task])[level]
-        return mix(torch.cat([shared, own]), gate(self._read(level, rep, shared)))
+        return mix(torch.cat([shared, specific]), gate(self._read(level, rep, shared)))
 
     def _read(self, level: int, rep: Tensor, shared: Tensor) -> Tensor:
         return read(rep, shared, self.sizes[level] if self.img_size else ())

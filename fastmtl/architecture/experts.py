@@ -71,7 +71,7 @@ class Experts(nn.ModuleList):
     def __init__(self, experts: Iterable[nn.Module]) -> None:
         super().__init__(experts)
         first = _anatomy(self[0])
-        alike = first is not None and all(_anatomy(each) == first for each in self)
+        alike = first is not None and all(_anatomy(expert) == first for expert in self)
         # Without parameters there is nothing to batch over.
         self.together = len(self) > 1 and alike and any(True for _ in self[0].parameters())
 
@@ -163,42 +163,42 @@ def feature_dim(encoder: nn.Module) -> int:
     return dim
 
 
-def integers(given: Integers, name: str) -> list[int]:
+def integers(value: Integers, name: str) -> list[int]:
     """Return the integers of the hyper-parameter ``name``.
 
     Raises:
         UsageError: It holds something else.
     """
-    several = given if isinstance(given, Iterable) and not isinstance(given, str) else [given]
+    values = value if isinstance(value, Iterable) and not isinstance(value, str) else [value]
     try:
-        return [int(each) if isinstance(each, str) else index(each) for each in several]
+        return [int(item) if isinstance(item, str) else index(item) for item in values]
     except (TypeError, ValueError):
-        raise UsageError(f"{name} must be an integer or a list of them, got {given!r}.") from None
+        raise UsageError(f"{name} must be an integer or a list of them, got {value!r}.") from None
 
 
-def image_size(given: Integers) -> list[int]:
+def image_size(value: Integers) -> list[int]:
     """Return ``img_size`` as a list, empty where none is given.
 
     Raises:
         UsageError: No integers, or one below 1.
     """
-    size = integers(given, "img_size")
-    if not all(each >= 1 for each in size):
-        raise UsageError(f"img_size must be at least 1 in every dimension, got {given}.")
+    size = integers(value, "img_size")
+    if not all(length >= 1 for length in size):
+        raise UsageError(f"img_size must be at least 1 in every dimension, got {value}.")
     return size
 
 
-def count_experts(given: Integers, tasks: int, owner: str) -> list[int]:
+def count_experts(value: Integers, tasks: int, owner: str) -> list[int]:
     """Return the number of shared experts and of every task's own, given as that, or as [shared, own of each task].
 
     Raises:
         UsageError: Another number of them, or one below 1.
     """
-    counts = integers(given, "num_experts")
+    counts = integers(value, "num_experts")
     counts = [counts[0], *counts[1:] * tasks] if len(counts) == 2 else counts
     if len(counts) != tasks + 1 or not all(count >= 1 for count in counts):
         raise UsageError(
             f"num_experts of {owner} must be the number of shared experts, then that of each of the {tasks} tasks' "
-            f"own, all at least 1, got {given}."
+            f"own, all at least 1, got {value}."
         )
     return counts

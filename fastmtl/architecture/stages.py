@@ -42,10 +42,10 @@ class Stages:
         if all(hasattr(encoder, name) for name in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer4")):
             stem = nn.Sequential(*(getattr(encoder, name) for name in ("conv1", "bn1", "relu", "maxpool")))
             layers = [getattr(encoder, f"layer{i}") for i in range(1, 5)]
-            convs = [[each for each in layer.modules() if isinstance(each, nn.Conv2d)] for layer in layers]
+            convs = [[module for module in layer.modules() if isinstance(module, nn.Conv2d)] for layer in layers]
             if all(convs):
                 last: int = getattr(encoder, "feature_dim", convs[-1][-1].out_channels)
-                stem_dim, *dims = [each[0].in_channels for each in convs]
+                stem_dim, *dims = [convs_of_layer[0].in_channels for convs_of_layer in convs]
                 if 0 in (stem_dim, *dims):
                     raise UsageError(
                         f"{owner} needs to know the channels between the stages of {type(encoder).__name__} before the "
@@ -82,9 +82,9 @@ class Columns(nn.Module):
     def __init__(self, encoders: Sequence[nn.Module], task_name: list[str], owner: str) -> None:
         super().__init__()
         columns = [Stages.of(encoder, owner) for encoder in encoders]
-        self.resnet_conv = nn.ModuleDict({task: each.stem for task, each in zip(task_name, columns, strict=True)})
+        self.resnet_conv = nn.ModuleDict({task: column.stem for task, column in zip(task_name, columns, strict=True)})
         self.resnet_layer = nn.ModuleDict(
-            {str(i): nn.ModuleList(each.stages[i] for each in columns) for i in range(len(columns[0].stages))}
+            {str(i): nn.ModuleList(column.stages[i] for column in columns) for i in range(len(columns[0].stages))}
         )
 
     def mixtures(self) -> Sequence[Tensor | None]:

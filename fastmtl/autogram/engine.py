@@ -122,9 +122,9 @@ class Engine:
         covered: set[Tensor] = set()
         for layer, notes in calls.items():
             parts = [positions(layer, inputs, next(by_edge)) for _, inputs in notes]
-            found = [part for part in parts if part is not None]
-            if len(found) == len(parts):
-                inputs, grads = (torch.cat([part[k] for part in found], dim=1 + k) for k in (0, 1))
+            known = [part for part in parts if part is not None]
+            if len(known) == len(parts):
+                inputs, grads = (torch.cat([part[k] for part in known], dim=1 + k) for k in (0, 1))
                 gram += _layer_gram(layer, inputs, grads)
                 covered.update(param for param in layer.parameters() if param.requires_grad)
         places = torch.arange(output.numel(), device=output.device).reshape(output.shape)
@@ -133,24 +133,24 @@ class Engine:
 
     def _calls(self, output: Tensor) -> tuple[dict[nn.Module, list[tuple[GradientEdge, Tensor]]], Counter[Tensor]]:
         """Return each layer's calls that the output depends on, and how often each parameter was used."""
-        own = {layer for module in self._modules for layer in module.modules()}
+        layers = {layer for module in self._modules for layer in module.modules()}
         calls: dict[nn.Module, list[tuple[GradientEdge, Tensor]]] = {}
         uses: Counter[Tensor] = Counter()
         for node in graph_nodes([output.grad_fn]):
             uses.update(child.variable for child, _ in node.next_functions if hasattr(child, "variable"))
             note = node.metadata.get(_KEY)
-            if note is not None and note[0] in own and any(p.requires_grad for p in note[0].parameters()):
+            if note is not None and note[0] in layers and any(p.requires_grad for p in note[0].parameters()):
                 calls.setdefault(note[0], []).append((GradientEdge(node, note[2]), note[1]))
         return calls, uses
 
 
 def _slopes(rows: Tensor, edges: Sequence[GradientEdge]) -> list[list[Tensor]]:
     """Return for each edge the gradients of the (D, B) rows' sums, in which each sample's part stands in its place."""
-    found = [
+    grads = [
         torch.autograd.grad(row, edges, torch.ones_like(row), retain_graph=True, allow_unused=True) for row in rows
     ]
     columns = []
-    for column in zip(*found, strict=True):
+    for column in zip(*grads, strict=True):
         like = next(grad for grad in column if grad is not None)
         columns.append([torch.zeros_like(like) if grad is None else grad for grad in column])
     return columns

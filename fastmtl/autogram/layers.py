@@ -24,8 +24,8 @@ def _conv(module: nn.Conv1d | nn.Conv2d, inputs: Tensor) -> Tensor:
     images = inputs if inputs.dim() == 4 else inputs[:, :, None]
     assert not isinstance(module.padding, str)
     kernel, stride, padding, dilation = (
-        (1, *each) if len(each) == 1 else each
-        for each in (module.kernel_size, module.stride, module.padding, module.dilation)
+        (1, *size) if len(size) == 1 else size
+        for size in (module.kernel_size, module.stride, module.padding, module.dilation)
     )
     if inputs.dim() == 3:
         padding = (0, padding[-1])

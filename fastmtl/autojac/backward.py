@@ -59,7 +59,7 @@ def backward(
     check_writable(wanted, ".jac")
     refuse_hidden(outputs, None if inputs is None else wanted, "inputs")
     with refusing_inner_backward(outputs):
-        found = jacobians_of(outputs, wanted, jac_tensors, "tensors", retain_graph, parallel_chunk_size)
-    add_jacobians(wanted, found)
+        jacs = jacobians_of(outputs, wanted, jac_tensors, "tensors", retain_graph, parallel_chunk_size)
+    add_jacobians(wanted, jacs)
     if aggregator is not None and wanted:
         jac_to_grad(wanted, aggregator)

@@ -38,18 +38,20 @@ def check_chunk(parallel_chunk_size: int | None) -> None:
         raise UsageError(f"parallel_chunk_size must be None or at least 1, got {parallel_chunk_size}.")
 
 
-def check_lengths(given: Sequence[object], tensors: Sequence[Tensor], name: str, tensors_name: str) -> None:
+def check_lengths(values: Sequence[object], tensors: Sequence[Tensor], name: str, tensors_name: str) -> None:
     """Refuse a list that is not as long as that of the tensors."""
-    if len(given) != len(tensors):
+    if len(values) != len(tensors):
         raise UsageError(
-            f"`{name}` should have the same length as `{tensors_name}`. (got {len(given)} and {len(tensors)})"
+            f"`{name}` should have the same length as `{tensors_name}`. (got {len(values)} and {len(tensors)})"
         )
 
 
-def check_shapes(given: Sequence[Tensor], tensors: Sequence[Tensor], name: str, tensors_name: str, rows: bool) -> None:
+def check_shapes(
+    cotangents: Sequence[Tensor], tensors: Sequence[Tensor], name: str, tensors_name: str, rows: bool
+) -> None:
     """Refuse cotangents that do not have the tensors' shapes, behind a dimension of rows if ``rows``."""
-    check_lengths(given, tensors, name, tensors_name)
-    for index, (cotangent, tensor) in enumerate(zip(given, tensors, strict=True)):
+    check_lengths(cotangents, tensors, name, tensors_name)
+    for index, (cotangent, tensor) in enumerate(zip(cotangents, tensors, strict=True)):
         if cotangent.shape[int(rows) :] != tensor.shape or (rows and not cotangent.dim()):
             behind = ", the first dimension apart" if rows else ""
             raise UsageError(
@@ -60,6 +62,6 @@ def check_shapes(given: Sequence[Tensor], tensors: Sequence[Tensor], name: str, 
 
 def check_rows(jacobians: Sequence[Tensor], name: str) -> None:
     """Refuse Jacobians of different numbers of rows."""
-    counts = {len(each) if each.dim() else 0 for each in jacobians}
+    counts = {len(jacobian) if jacobian.dim() else 0 for jacobian in jacobians}
     if len(counts) > 1:
         raise UsageError(f"All Jacobians in `{name}` should have the same number of rows. (got {sorted(counts)})")

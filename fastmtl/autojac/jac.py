@@ -55,14 +55,14 @@ def jac(
     """
     repeated = as_list(inputs)
     wanted = unique(repeated)
-    for index, each in enumerate(repeated):
-        if not each.requires_grad:
+    for index, source in enumerate(repeated):
+        if not source.requires_grad:
             raise UsageError(f"inputs[{index}] must require grad, got a tensor that does not.")
     refuse_hidden(as_list(outputs), wanted, "inputs")
     with refusing_inner_backward(as_list(outputs)):
-        found = jacobians_of(as_list(outputs), wanted, jac_outputs, "outputs", retain_graph, parallel_chunk_size)
-    by_input = dict(zip(wanted, found, strict=True))
-    return tuple(by_input[each] for each in repeated)
+        jacs = jacobians_of(as_list(outputs), wanted, jac_outputs, "outputs", retain_graph, parallel_chunk_size)
+    by_input = dict(zip(wanted, jacs, strict=True))
+    return tuple(by_input[source] for source in repeated)
 
 
 def jacobians_of(
@@ -85,9 +85,9 @@ def jacobians_of(
         check_rows(rows, f"jac_{name}")
     if not inputs:
         return []
-    count = sum(each.numel() for each in outputs) if rows is None else len(rows[0])
+    count = sum(tensor.numel() for tensor in outputs) if rows is None else len(rows[0])
     if not count:
-        return [each.new_zeros((0, *each.shape)) for each in inputs]
+        return [tensor.new_zeros((0, *tensor.shape)) for tensor in inputs]
     if chunk is None:
         chunk = chunk_for(outputs, inputs, count)
     if rows is None and chunk == 1:
@@ -97,7 +97,7 @@ def jacobians_of(
 
 def chunk_for(outputs: Sequence[Tensor], inputs: Sequence[Tensor], count: int) -> int:
     """Return how many of ``count`` rows one backward pass best computes together."""
-    gains = count >= _MANY_ROWS and sum(each.numel() for each in inputs) <= _LONG_ROW and batches_well(outputs)
+    gains = count >= _MANY_ROWS and sum(tensor.numel() for tensor in inputs) <= _LONG_ROW and batches_well(outputs)
     return count if gains else 1
 
 
@@ -105,8 +105,8 @@ def _identity(outputs: Sequence[Tensor], count: int) -> list[Tensor]:
     """Return for each output its cotangents (count, ...) that select the entries of all outputs one by one."""
     cotangents, start = [], 0
     for output in outputs:
-        own = torch.zeros(count, output.numel(), dtype=output.dtype, device=output.device)
-        own[start : start + output.numel()].fill_diagonal_(1)
-        cotangents.append(own.view(count, *output.shape))
+        rows = torch.zeros(count, output.numel(), dtype=output.dtype, device=output.device)
+        rows[start : start + output.numel()].fill_diagonal_(1)
+        cotangents.append(rows.view(count, *output.shape))
         start += output.numel()
     return cotangents

@@ -68,11 +68,11 @@ def mtl_backward(
     """
     check_chunk(parallel_chunk_size)
     tasks, cuts = _outputs(tensors, losses, features, grad_tensors)
-    shared, own = _parameters(tasks, cuts, shared_params, tasks_params)
+    shared, by_task = _parameters(tasks, cuts, shared_params, tasks_params)
     with refusing_inner_backward([*tasks, *cuts]):
-        cotangents = _through_heads(tasks, cuts, own, grad_tensors, retain_graph)
-        found = _through(cuts, cotangents, shared, retain_graph, parallel_chunk_size)
-    add_jacobians(shared, found)
+        cotangents = _through_heads(tasks, cuts, by_task, grad_tensors, retain_graph)
+        jacs = _through(cuts, cotangents, shared, retain_graph, parallel_chunk_size)
+    add_jacobians(shared, jacs)
     if aggregator is not None and shared:
         jac_to_grad(shared, aggregator)
 
@@ -84,12 +84,12 @@ def _outputs(
     grad_tensors: Sequence[Tensor] | None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return losses and features."""
-    given = losses if tensors is None else tensors
-    if given is None or (tensors is not None and losses is not None):
+    outputs = losses if tensors is None else tensors
+    if outputs is None or (tensors is not None and losses is not None):
         raise UsageError("losses must be given once, as the first argument or as losses=.")
     if features is None:
         raise UsageError("features must be the output of the shared network, got None.")
-    tasks, cuts = as_list(given), as_list(features)
+    tasks, cuts = as_list(outputs), as_list(features)
     check_outputs(tasks, "tensors")
     check_outputs(cuts, "features")
     if grad_tensors is not None:
@@ -105,34 +105,34 @@ def _parameters(
     shared_params: Iterable[Tensor] | None,
     tasks_params: Sequence[Iterable[Tensor]] | None,
 ) -> tuple[list[Tensor], list[list[Tensor]]]:
-    """Return the shared parameters and each task's own."""
+    """Return the shared parameters and those of each task."""
     shared = leaf_tensors(features, "features") if shared_params is None else unique(shared_params)
     if tasks_params is None:
-        own = [leaf_tensors([task], "tensors", features, "features") for task in tasks]
+        by_task = [leaf_tensors([task], "tensors", features, "features") for task in tasks]
     else:
         check_lengths(tasks_params, tasks, "tasks_params", "tensors")
-        own = [unique(params) for params in tasks_params]
-    common = set(shared) & {param for params in own for param in params}
+        by_task = [unique(params) for params in tasks_params]
+    common = set(shared) & {param for params in by_task for param in params}
     if common:
         raise UsageError(f"tasks_params must hold no parameter of shared_params, got {len(common)} in both.")
     check_writable(shared, ".jac")
-    every = [param for params in own for param in params]
+    every = [param for params in by_task for param in params]
     check_writable(every, ".grad")
     refuse_hidden(features, None if shared_params is None else shared, "shared_params")
     refuse_hidden(tasks, None if tasks_params is None else every, "tasks_params", features)
-    return shared, own
+    return shared, by_task
 
 
 def _through_heads(
     tasks: list[Tensor],
     features: list[Tensor],
-    own: list[list[Tensor]],
+    by_task: list[list[Tensor]],
     grad_tensors: Sequence[Tensor] | None,
     retain: bool,
 ) -> list[Cotangents]:
-    """Add to ``.grad`` of the tasks' own parameters and return the features' cotangents, task by task."""
+    """Add to ``.grad`` of the task-specific parameters and return the features' cotangents, task by task."""
     cotangents: list[Cotangents] = []
-    for index, (task, params) in enumerate(zip(tasks, own, strict=True)):
+    for index, (task, params) in enumerate(zip(tasks, by_task, strict=True)):
         start = None if grad_tensors is None else grad_tensors[index]
         grads = vjp([task], [start], [*params, *features], retain=retain)
         add_grads(params, grads[: len(params)])
@@ -157,7 +157,7 @@ def _through(
         ]
         return jacobians(((features, row) for row in rows), count, shared, retain)
     stacked = [
-        torch.stack([torch.zeros_like(feature) if each is None else each for each in column])
+        torch.stack([torch.zeros_like(feature) if cotangent is None else cotangent for cotangent in column])
         for feature, column in zip(features, zip(*cotangents, strict=True), strict=True)
     ]
     return batched_jacobians(features, stacked, shared, chunk, retain)

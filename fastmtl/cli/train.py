@@ -81,7 +81,7 @@ def train(*, config: Path | None, run_dir: Path | None, resume: Path | None, **v
     with together(asked.peer_timeout) as peers:
         last = None if resume is None else RunDirectory(resume).last
         complete, bundle = load_data(asked)
-        if peers is not None and not peers.leads:
+        if peers is not None and not peers.is_main_process:
             _run(build_trainer(complete, bundle, resume=last), complete, bundle)
         else:
             _train_in(_place(run_dir, resume, began, complete, bundle), complete, bundle, resume=last)

@@ -51,11 +51,11 @@ def _images_per_task(options: LoaderOptions) -> Splits:
         # Stream 0 is that of the shared images.
         images = _images(options, stream=number + 1)
         for split in SPLITS:
-            own = images[split]
-            assert isinstance(own.labels, dict)
-            own.labels = own.labels[task]
-            loaders[split][task] = options.loader(own, split, number=number, in_batches=True)
-            rows[split] = len(own)
+            images_of_task = images[split]
+            assert isinstance(images_of_task.labels, dict)
+            images_of_task.labels = images_of_task.labels[task]
+            loaders[split][task] = options.loader(images_of_task, split, number=number, in_batches=True)
+            rows[split] = len(images_of_task)
     return Splits(train=loaders["train"], val=loaders["val"], test=loaders["test"], rows=rows)
 
 

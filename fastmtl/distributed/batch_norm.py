@@ -57,10 +57,10 @@ class _Normalize(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, peers: Peers
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         exact = x.to(torch.promote_types(x.dtype, torch.float32))
-        var, mean = (each.double() for each in torch.var_mean(exact, _others(x), correction=0))
+        var, mean = (moment.double() for moment in torch.var_mean(exact, _others(x), correction=0))
         count = torch.full((1,), x.numel() // x.shape[1], dtype=torch.float64, device=x.device)
         # Sums of squares cancel; in float64 they can.
-        sums = peers.sum_(torch.cat([mean * count, (var + mean * mean) * count, count]))
+        sums = peers.all_reduce(torch.cat([mean * count, (var + mean * mean) * count, count]))
         total, squares, count = sums.split([len(mean), len(mean), 1])
         mean = total / count
         var = (squares / count - mean * mean).clamp(min=0)
@@ -81,12 +81,12 @@ class _Normalize(torch.autograd.Function):
         exact = grad.to(normal.dtype)
         dims = _others(grad)
         of_bias, of_weight = exact.sum(dims), (exact * normal).sum(dims)
-        sums = ctx.peers.sum_(torch.cat([of_bias, of_weight]).double()) / count
+        sums = ctx.peers.all_reduce(torch.cat([of_bias, of_weight]).double()) / count
         shift, tilt = sums.chunk(2)
         factor = scale if weight is None else scale * weight.double()
         of_x = (exact - _wide(shift, exact) - normal * _wide(tilt, exact)) * _wide(factor, exact)
-        own = (None if weight is None else of_weight.to(weight.dtype), of_bias if ctx.has_bias else None)
-        return of_x.to(grad.dtype), *own, None, None
+        of_params = (None if weight is None else of_weight.to(weight.dtype), of_bias if ctx.has_bias else None)
+        return of_x.to(grad.dtype), *of_params, None, None
 
 
 def _others(x: Tensor) -> list[int]:

@@ -30,48 +30,52 @@ __all__ = ["DataParallel", "ExactDataParallel", "ShardedDataParallel"]
 class DataParallel(Comm):
     """No row leaves its process: a Gram matrix is the mean of those of the processes' own parts of the batch.
 
-    The gradients of ``of_strategy``, the strategy's parameters, are the same in all processes.
+    The gradients of ``strategy_params``, the strategy's parameters, are the same in all processes.
     """
 
     shares_batches = True
 
     def __init__(
-        self, peers: Peers, shared: Sequence[Tensor], own: Sequence[Tensor], of_strategy: Sequence[Tensor] = ()
+        self,
+        peers: Peers,
+        shared: Sequence[Tensor],
+        task_params: Sequence[Tensor],
+        strategy_params: Sequence[Tensor] = (),
     ) -> None:
-        super().__init__(shared, [*shared, *own, *of_strategy])
+        super().__init__(shared, [*shared, *task_params, *strategy_params])
         self.peers = peers
         self.size = peers.size
-        self.own = own
+        self.task_params = task_params
         self._agreement = Agreement(peers)
 
     @override
     def agree_on_tasks(self, present: Sequence[int] | None, drawn: Sequence[int] | None, count: int) -> list[int]:
         here = set(range(count) if present is None else present)
-        chosen = set(range(count) if drawn is None else drawn) if self.peers.leads else set()
-        flags = self.peers.any_([t in here for t in range(count)] + [t in chosen for t in range(count)])
+        chosen = set(range(count) if drawn is None else drawn) if self.peers.is_main_process else set()
+        flags = self.peers.all_reduce_any([t in here for t in range(count)] + [t in chosen for t in range(count)])
         return [t for t in range(count) if flags[t] and flags[count + t]]
 
     @override
-    def total(self, tensor: Tensor) -> Tensor:
-        return self.peers.sum_(tensor)
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        return self.peers.all_reduce(tensor)
 
     @override
-    def sums(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return self.peers.sums(tensors)
+    def all_reduce_coalesced(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return self.peers.all_reduce_coalesced(tensors)
 
     @override
     def mean(self, losses: Tensor, share: Tensor | None) -> Tensor:
         assert share is not None
-        return self.peers.sum_(losses.to(share.dtype) * share).to(losses.dtype)
+        return self.peers.all_reduce(losses.to(share.dtype) * share).to(losses.dtype)
 
     @override
     def collect_reps(self, rows: Rows) -> Rows:
         stacked = torch.stack([row[0] for row in rows if row[0] is not None])
-        return [[row] for row in self.peers.sum_(stacked)]
+        return [[row] for row in self.peers.all_reduce(stacked)]
 
     @override
-    def whole_row(self, row: Row) -> Row:
-        sums = iter(self.peers.sums([grad for grad in row if grad is not None]))
+    def all_reduce_row(self, row: Row) -> Row:
+        sums = iter(self.peers.all_reduce_coalesced([grad for grad in row if grad is not None]))
         return [None if grad is None else next(sums) for grad in row]
 
     @override
@@ -80,11 +84,11 @@ class DataParallel(Comm):
         gram = ops.gram(rows, groups)
         # The rows carry their share, of which a mean of Gram matrices takes one in place of two.
         scale = shares.where(shares > 0, torch.inf).rsqrt().to(gram.dtype)
-        return self.peers.sum_(gram * scale[:, None] * scale)
+        return self.peers.all_reduce(gram * scale[:, None] * scale)
 
     @override
     def broadcast(self, tensors: Iterable[Tensor | None]) -> None:
-        self.peers.from_leader([tensor for tensor in tensors if tensor is not None])
+        self.peers.broadcast([tensor for tensor in tensors if tensor is not None])
 
     @override
     def mask(
@@ -92,7 +96,7 @@ class DataParallel(Comm):
     ) -> Sequence[Tensor]:
         # One row more, of representation 1, holds what the sums of the other parts add to this one's.
         signed = torch.stack([(grad * rep.sign()).sum(0) for rep, grad in zip(reps, grads, strict=True)])
-        rest = self.peers.sum_(signed.clone()) - signed
+        rest = self.peers.all_reduce(signed.clone()) - signed
         longer = {id(rep): torch.cat([rep, torch.ones_like(rep[:1])]) for rep in reps}
         more = [torch.cat([grad, line[None]]) for grad, line in zip(grads, rest, strict=True)]
         return [masked[:-1] for masked in mask_reps(losses, [longer[id(rep)] for rep in reps], more)]
@@ -100,11 +104,11 @@ class DataParallel(Comm):
     @override
     def write_shared(self, rows: Rows, weights: Tensor, groups: Sequence[int] | None, tasks: Tasks) -> None:
         self.combination.write(rows, weights, groups)
-        self.reduce(tasks)
+        self.all_reduce_grads(tasks)
 
     @override
-    def reduce(self, tasks: Tasks) -> None:
-        self._reduce([*self.shared, *self.own], tasks)
+    def all_reduce_grads(self, tasks: Tasks) -> None:
+        self._reduce([*self.shared, *self.task_params], tasks)
 
     @torch.no_grad()
     def _reduce(self, params: Sequence[Tensor], tasks: Tasks) -> None:
@@ -113,7 +117,9 @@ class DataParallel(Comm):
             return
         are_used = self._agreement(params, [param.grad is not None for param in params], (len(params), tasks))
         used = [param for param, is_used in zip(params, are_used, strict=True) if is_used]
-        sums = self.peers.sums([torch.zeros_like(param) if param.grad is None else param.grad for param in used])
+        sums = self.peers.all_reduce_coalesced(
+            [torch.zeros_like(param) if param.grad is None else param.grad for param in used]
+        )
         for param, grad in zip(used, sums, strict=True):
             param.grad = grad if param.requires_grad else None
 
@@ -121,7 +127,7 @@ class DataParallel(Comm):
 class ExactDataParallel(DataParallel):
     """Each process has 1/W of the sum of every row: Gram matrix and update are those of the whole batch."""
 
-    cuts_rows = True
+    shards_rows = True
 
     @cached_property
     def shards(self) -> Pieces:
@@ -146,28 +152,28 @@ class ExactDataParallel(DataParallel):
     @override
     def write_shared(self, rows: Rows, weights: Tensor, groups: Sequence[int] | None, tasks: Tasks) -> None:
         self.shards.write(rows, weights, groups, tasks)
-        self._reduce(self.own, tasks)
-        for param in [*self.shared, *self.own]:
+        self._reduce(self.task_params, tasks)
+        for param in [*self.shared, *self.task_params]:
             # Some may have been frozen since the first step.
             param.grad = param.grad if param.requires_grad else None
 
     @override
-    def cut_states(self, states: Iterable[CutsRows]) -> Callable[[Tensor], Tensor] | None:
+    def shard_states(self, states: Iterable[CutsRows]) -> Callable[[Tensor], Tensor] | None:
         for state in states:
             state.cut(self.shards.shapes)
-        return self.peers.sum_
+        return self.peers.all_reduce
 
     @override
-    def whole_states(self, state: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
-        found = {name: [self.shards.whole_of(row) for row in state[name]] for name in names}
+    def gather_states(self, state: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+        whole = {name: [self.shards.whole_of(row) for row in state[name]] for name in names}
         return state | {
             name: torch.stack([row for row in rows if row is not None])
-            for name, rows in found.items()
-            if self.peers.leads
+            for name, rows in whole.items()
+            if self.peers.is_main_process
         }
 
     @override
-    def part_states(self, state: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    def local_states(self, state: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
         parts = self.shards.part_of
         return state | {name: torch.stack([parts(row) for row in state[name]]) for name in names if name in state}
 
@@ -181,28 +187,30 @@ class ShardedDataParallel(ExactDataParallel):
         self,
         model: ShardedModel,
         shared: Sequence[nn.Parameter],
-        own: Sequence[nn.Parameter],
-        of_strategy: Sequence[nn.Parameter] = (),
+        task_params: Sequence[nn.Parameter],
+        strategy_params: Sequence[nn.Parameter] = (),
     ) -> None:
         # What is left to all-reduce are parameters that every process has whole.
-        super().__init__(model.peers, [], [param for param in own if param not in model.shard_of], of_strategy)
-        self.shards = GradientShards(shared, own, model)
+        super().__init__(
+            model.peers, [], [param for param in task_params if param not in model.shard_of], strategy_params
+        )
+        self.shards = GradientShards(shared, task_params, model)
         self.model = model
 
     @override
     def unshard(self) -> None:
-        self.model.gather()
+        self.model.unshard()
 
     @override
     def reshard(self) -> None:
-        self.model.free()
+        self.model.reshard()
 
     @override
     def row(
         self,
         outputs: Sequence[Tensor],
         cotangents: Cotangents,
-        own: Sequence[Tensor],
+        task_params: Sequence[Tensor],
         retain: bool,
         final: bool,
         differentiate: VJP | None = None,
@@ -213,7 +221,7 @@ class ShardedDataParallel(ExactDataParallel):
                 "checkpoint(use_reentrant=True)."
             )
         # The pieces arrive with the backward pass.
-        return self.shards.stream(outputs, cotangents, own, retain)
+        return self.shards.stream(outputs, cotangents, task_params, retain)
 
     @override
     def _reduce(self, params: Sequence[Tensor], tasks: Tasks) -> None:
@@ -221,7 +229,7 @@ class ShardedDataParallel(ExactDataParallel):
         super()._reduce(params, tasks)
 
     @override
-    def put(self, params: Sequence[Tensor], grads: Row) -> None:
+    def set_grads(self, params: Sequence[Tensor], grads: Row) -> None:
         for param, grad in zip(params, grads, strict=True):
             shard = self.model.shard_of.get(param, param)
             shard.grad = grad if grad is None or shard is param else self.model.part(grad, shard.shape)

@@ -12,9 +12,9 @@ _MARK = "launch"
 
 def _launch() -> str | None:
     """Return what names this launch in all its restarts, None without ``torchrun``."""
-    found = os.environ.get("TORCHELASTIC_RUN_ID")
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
     # Without a name from a rendezvous, the agent that starts the processes is known by its number.
-    return f"agent {os.getppid()}" if found == "none" else found
+    return f"agent {os.getppid()}" if run_id == "none" else run_id
 
 
 def mark(run: Path) -> None:

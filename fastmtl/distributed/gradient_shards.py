@@ -50,11 +50,13 @@ class GradientShards(Pieces):
         UsageError: A shared parameter is a scalar.
     """
 
-    def __init__(self, shared: Sequence[nn.Parameter], own: Sequence[nn.Parameter], model: ShardedModel) -> None:
+    def __init__(
+        self, shared: Sequence[nn.Parameter], task_params: Sequence[nn.Parameter], model: ShardedModel
+    ) -> None:
         if any(param not in model.shard_of for param in shared):
             raise UsageError("shard='fsdp' cannot cut shared parameters that are scalars.")
         self.model = model
-        cut = [param for param in own if param in model.shard_of]
+        cut = [param for param in task_params if param in model.shard_of]
         self._all = [*shared, *cut]
         self._count = len(shared)
         self._pads = [-(-param.shape[0] // model.peers.size) * param[:1].numel() for param in self._all]
@@ -70,7 +72,7 @@ class GradientShards(Pieces):
                     bucket.size += self._pads[k]
         # What was sent for, this process's pieces: several if a parameter was reached several times.
         self._sums: list[list[Tensor]] = [[] for _ in self._all]
-        self._takes_own = True
+        self._takes_task_params = True
         for k, param in enumerate(self._all):
             param.register_post_accumulate_grad_hook(partial(self._arrive, k))
 
@@ -79,7 +81,7 @@ class GradientShards(Pieces):
         return [(k, rank * pad, pad) for k, pad in enumerate(self._pads[: self._count])]
 
     def _arrive(self, k: int, param: Tensor) -> None:
-        if param.grad is not None and (k < self._count or self._takes_own):
+        if param.grad is not None and (k < self._count or self._takes_task_params):
             grad, param.grad = param.grad, None
             self._take(k, grad)
 
@@ -115,31 +117,31 @@ class GradientShards(Pieces):
             if bucket.flat is not None:
                 self._send(bucket)
         self.wait()
-        found = [reduce(torch.add, sums) if sums else None for sums in self._sums]
+        pieces = [reduce(torch.add, sums) if sums else None for sums in self._sums]
         self._sums = [[] for _ in self._all]
-        return found
+        return pieces
 
     def stream(
-        self, outputs: Sequence[Tensor], cotangents: Cotangents, own: Sequence[Tensor], retain: bool
+        self, outputs: Sequence[Tensor], cotangents: Cotangents, task_params: Sequence[Tensor], retain: bool
     ) -> tuple[Row, Row]:
-        """Differentiate; return the pieces of the shared parameters' gradients, and the whole ones of ``own``."""
+        """Differentiate; return pieces of the shared parameters' gradients, and whole ones of ``task_params``."""
         pairs = [
             (o, torch.ones_like(o) if c is None else c)
             for o, c in zip(outputs, cotangents, strict=True)
             if o.requires_grad and (c is not None or not o.dim())
         ]
-        wanted = [param for param in (*self.params, *own) if param.requires_grad]
+        wanted = [param for param in (*self.params, *task_params) if param.requires_grad]
         if not pairs or not wanted:
-            return [None] * self._count, [None] * len(own)
-        self._takes_own = False
+            return [None] * self._count, [None] * len(task_params)
+        self._takes_task_params = False
         try:
             torch.autograd.backward([o for o, _ in pairs], [c for _, c in pairs], retain_graph=retain, inputs=wanted)
         finally:
-            self._takes_own = True
-        found = [param.grad for param in own]
-        for param in own:
+            self._takes_task_params = True
+        grads = [param.grad for param in task_params]
+        for param in task_params:
             param.grad = None
-        return self._collect()[: self._count], found
+        return self._collect()[: self._count], grads
 
     @override
     @torch.no_grad()
@@ -172,7 +174,7 @@ class GradientShards(Pieces):
         grads = [grad for param in params if (grad := self.model.shard_of[param].grad) is not None]
         whole = [param.grad for param in kept if param.grad is not None]
         square = torch.stack([grad.square().sum() for grad in grads]).sum() if grads else torch.zeros(())
-        square = self.peers.sum_(square.clone()) + sum(grad.square().sum() for grad in whole)
+        square = self.peers.all_reduce(square.clone()) + sum(grad.square().sum() for grad in whole)
         factor = (max_norm / (square.sqrt() + 1e-6)).clamp(max=1)
         for grad in (*grads, *whole):
             grad.mul_(factor.to(grad.dtype))

@@ -145,7 +145,7 @@ class Peers:
     Attributes:
         rank: This process's number.
         size: The number of processes W.
-        leads: Whether this is the process that logs and saves.
+        is_main_process: Whether this is the process that logs and saves.
 
     Raises:
         PeerError: Another process is gone, or did not answer in time.
@@ -155,7 +155,7 @@ class Peers:
         self.group = group
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
-        self.leads = self.rank == 0
+        self.is_main_process = self.rank == 0
         self._host = "cpu" if "cpu:" in dist.get_backend_config(group) else "cuda"
 
     def __reduce__(self) -> tuple[type[Peers], tuple[()]]:
@@ -167,35 +167,35 @@ class Peers:
         return self
 
     @_heard()
-    def _send(self, collective: Callable[..., Any], *given: Any, **options: Any) -> Any:
+    def _send(self, collective: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """Call a collective of ``torch.distributed``; one process alone sends nothing."""
-        return collective(*given, group=self.group, **options) if self.size > 1 else None
+        return collective(*args, group=self.group, **options) if self.size > 1 else None
 
-    def own_gpu(self, device: torch.device) -> torch.device:
+    def local_device(self, device: torch.device) -> torch.device:
         """Return this process's GPU for a GPU without number; one process alone does not choose."""
         unnumbered = self.size > 1 and str(device) == "cuda"
         return torch.device("cuda", torch.cuda.current_device()) if unnumbered else device
 
-    def sum_(self, tensor: Tensor) -> Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         """Replace a tensor by its sum over all processes."""
         self._send(dist.all_reduce, tensor)
         return tensor
 
-    def sums(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def all_reduce_coalesced(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return the sums of tensors over all processes, by one message for each dtype in a row."""
-        found: list[Tensor] = []
+        sums: list[Tensor] = []
         for _, same in groupby(tensors, key=lambda tensor: tensor.dtype):
-            some = list(same)
-            flat = self.sum_(torch.cat([tensor.reshape(-1) for tensor in some]))
-            parts = flat.split([tensor.numel() for tensor in some])
-            found += [part.view(tensor.shape) for part, tensor in zip(parts, some, strict=True)]
-        return found
+            group = list(same)
+            flat = self.all_reduce(torch.cat([tensor.reshape(-1) for tensor in group]))
+            parts = flat.split([tensor.numel() for tensor in group])
+            sums += [part.view(tensor.shape) for part, tensor in zip(parts, group, strict=True)]
+        return sums
 
-    def any_(self, flags: list[bool]) -> list[bool]:
+    def all_reduce_any(self, flags: list[bool]) -> list[bool]:
         """Return which flags are set in any process; the host waits for the others' hosts."""
-        found = torch.tensor(flags, dtype=torch.int32, device=self._host)
-        self._send(dist.all_reduce, found, dist.ReduceOp.MAX)
-        return [bool(each) for each in found.tolist()]
+        counts = torch.tensor(flags, dtype=torch.int32, device=self._host)
+        self._send(dist.all_reduce, counts, dist.ReduceOp.MAX)
+        return [bool(count) for count in counts.tolist()]
 
     def reduce_scatter(self, out: Tensor, flat: Tensor) -> Callable[[], Any]:
         """Begin to fill (n / W,) ``out`` with this process's part of the sum of (n,) ``flat``; return how to wait.
@@ -208,43 +208,43 @@ class Peers:
         """Begin to fill (n,) ``out`` with the (n / W,) parts of all processes; return how to wait."""
         return _heard()(self._send(_all_gather, out, part, async_op=True).wait)
 
-    def from_leader(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrite tensors with those of the leading process."""
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite tensors with those of the main process."""
         for tensor in tensors:
             self._send(dist.broadcast, tensor.detach(), group_src=0)
 
-    def to_leader(self, tensor: Tensor) -> list[Tensor] | None:
-        """Return the tensors of all processes, of one shape, in the leading one; None elsewhere."""
-        found = [tensor.clone() for _ in range(self.size)] if self.leads else None
-        self._send(dist.gather, tensor, found, group_dst=0)
-        return found
+    def gather_to_main(self, tensor: Tensor) -> list[Tensor] | None:
+        """Return the tensors of all processes, of one shape, in the main one; None elsewhere."""
+        tensors = [tensor.clone() for _ in range(self.size)] if self.is_main_process else None
+        self._send(dist.gather, tensor, tensors, group_dst=0)
+        return tensors
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather_object(self, value: T) -> list[T]:
         """Return a picklable value of each process, in the order of their ranks."""
-        found = [value] * self.size
-        self._send(dist.all_gather_object, found, value)
-        return found
+        values = [value] * self.size
+        self._send(dist.all_gather_object, values, value)
+        return values
 
     def sync(self, parts: Iterable[Synced]) -> None:
         """Let sums become those of all processes."""
         for part in parts if self.size > 1 else ():
             part.sync(self)
 
-    def total(self, tensor: Tensor | None) -> Tensor | None:
+    def all_reduce_optional(self, tensor: Tensor | None) -> Tensor | None:
         """Return the sum of a tensor that some processes may not have, None if none of them has it."""
-        shapes = self.gather(None if tensor is None else (tensor.shape, tensor.dtype, tensor.device.type))
+        shapes = self.all_gather_object(None if tensor is None else (tensor.shape, tensor.dtype, tensor.device.type))
         known = next((shape for shape in shapes if shape is not None), None)
         if known is None:
             return None
         if tensor is None:
             shape, dtype, device = known
-            tensor = torch.zeros(shape, dtype=dtype, device=self.own_gpu(torch.device(device)))
-        return self.sum_(tensor.clone())
+            tensor = torch.zeros(shape, dtype=dtype, device=self.local_device(torch.device(device)))
+        return self.all_reduce(tensor.clone())
 
     @contextlib.contextmanager
-    def one_voice(self) -> Iterator[None]:
-        """Let only the leading process print."""
-        if self.leads:
+    def printing_on_main_process(self) -> Iterator[None]:
+        """Let only the main process print."""
+        if self.is_main_process:
             yield
             return
         with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
@@ -258,5 +258,5 @@ class Alone(Peers):
         self.group = None
         self.rank = 0
         self.size = 1
-        self.leads = True
+        self.is_main_process = True
         self._host = "cpu"

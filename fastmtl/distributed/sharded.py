@@ -21,7 +21,7 @@ __all__ = ["ShardedModel"]
 class ShardedModel:
     """A model whose parameters are cut along their first dimension by ``fully_shard``.
 
-    They are gathered by :meth:`gather` and freed by :meth:`free`; FSDP's own gradient reduction is off, as it knows
+    They are gathered by :meth:`unshard` and freed by :meth:`reshard`; FSDP's own gradient reduction is off, as it knows
     one backward pass per step. The optimizer works on the shards, plain tensors in the memory of FSDP's DTensors.
 
     Args:
@@ -60,7 +60,7 @@ class ShardedModel:
         }
         self.trained = [shards.get(name, param) for name, param in model.named_parameters()]
         self.kept = [param for param in model.parameters() if param in whole]
-        self.gather()
+        self.unshard()
         gathered = dict(model.named_parameters())
         self.shard_of: dict[Tensor, nn.Parameter] = {gathered[name]: shard for name, shard in shards.items()}
         # Of what the optimizer works on and is cut: its shape and that of the whole parameter.
@@ -79,35 +79,35 @@ class ShardedModel:
         whole = self._whole_shapes
         return {index: (param.shape, whole[param]) for index, param in enumerate(params) if param in whole}
 
-    def gather(self) -> None:
+    def unshard(self) -> None:
         """Put whole parameters in the model, if they are not there."""
         self._model.unshard()
 
-    def free(self) -> None:
+    def reshard(self) -> None:
         """Free the whole parameters."""
         self._model.reshard()
 
     def whole_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return a ``state_dict`` with whole parameters, for the leading process."""
-        found = dict(state)
+        """Return a ``state_dict`` with whole parameters, for the main process."""
+        changed = dict(state)
         for name, value in state.items():
             if isinstance(value, DTensor) and (whole := self._whole(value.to_local(), value.shape)) is not None:
-                found[name] = whole
-        return found
+                changed[name] = whole
+        return changed
 
     @torch.no_grad()
     def load_shards(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Copy this process's part of whole parameters to its shards; return a ``state_dict`` that fits the model."""
-        found = dict(state)
-        for name, own in self._model.state_dict().items():
-            if isinstance(own, DTensor) and name in state and own.shape == state[name].shape:
-                part = self.part(state[name], own.to_local().shape)
-                own.to_local().copy_(part)
-                found[name] = own
-        return found
+        changed = dict(state)
+        for name, param in self._model.state_dict().items():
+            if isinstance(param, DTensor) and name in state and param.shape == state[name].shape:
+                part = self.part(state[name], param.to_local().shape)
+                param.to_local().copy_(part)
+                changed[name] = param
+        return changed
 
     def whole_optimizer(self, state: State) -> State:
-        """Return the optimizer's ``state_dict`` with whole tensors, for the leading process."""
+        """Return the optimizer's ``state_dict`` with whole tensors, for the main process."""
         return self._change(state, 0, self._whole)
 
     def part_optimizer(self, state: State) -> State:
@@ -116,21 +116,21 @@ class ShardedModel:
 
     def _change(self, state: State, kind: int, change: Callable[[Tensor, torch.Size], Any]) -> State:
         """Bring what has the shape of a shard, or of a whole parameter, to the other shape; all in the same order."""
-        found = {index: dict(values) for index, values in sorted(state["state"].items())}
-        for index, values in found.items():
+        by_index = {index: dict(values) for index, values in sorted(state["state"].items())}
+        for index, values in by_index.items():
             shapes = self._shapes.get(index)
             for key, value in sorted(values.items()):
                 if shapes is not None and isinstance(value, Tensor) and value.shape == shapes[kind]:
                     values[key] = change(value, shapes[1 - kind])
-        return state | {"state": found}
+        return state | {"state": by_index}
 
     def _whole(self, part: Tensor, shape: torch.Size) -> Tensor | None:
-        """Return the tensor of which each process has a part, in the leading process; None elsewhere."""
+        """Return the tensor of which each process has a part, in the main process; None elsewhere."""
         longest = -(-shape[0] // self.peers.size)
         padded = part.new_zeros(longest, *shape[1:])
         padded[: len(part)] = part
-        parts = self.peers.to_leader(padded)
-        return None if parts is None else torch.cat([each.cpu() for each in parts])[: shape[0]].clone()
+        parts = self.peers.gather_to_main(padded)
+        return None if parts is None else torch.cat([shard.cpu() for shard in parts])[: shape[0]].clone()
 
     def part(self, whole: Tensor, shape: torch.Size) -> Tensor:
         """Return a copy of this process's part, of a shape, of a whole tensor."""

@@ -68,8 +68,8 @@ class Pieces:
         return torch.cat([nn.functional.pad(part, (0, size - len(part))) for part, size in parts])
 
     def whole_of(self, part: Tensor) -> Tensor | None:
-        """Return a row (P,), on the CPU, in the leading process from all processes' pieces of it; None elsewhere."""
-        parts = self.peers.to_leader(part.contiguous())
+        """Return a row (P,), on the CPU, in the main process from all processes' pieces of it; None elsewhere."""
+        parts = self.peers.gather_to_main(part.contiguous())
         if parts is None:
             return None
         sizes = [param.numel() for param in self.params]
@@ -89,7 +89,7 @@ class Pieces:
         if groups is not None:
             # This part may have no piece of the last groups.
             gram = torch.cat([gram, gram.new_zeros(max(groups) + 1 - len(gram), *gram.shape[1:])])
-        return self.peers.sum_(gram.contiguous())
+        return self.peers.all_reduce(gram.contiguous())
 
     def combine(self, out: Row, rows: Sequence[Row], weights: Tensor, groups: Sequence[int] | None) -> None:
         """Fill pieces with ``sum_t w_t row_t``; those where no row has any are None."""
@@ -112,25 +112,25 @@ class _Bucket:
     """
 
     def __init__(self, places: list[int], params: Sequence[Tensor], size: int) -> None:
-        own = [params[k] for k in places]
-        numbers = [param.numel() for param in own]
+        of_bucket = [params[k] for k in places]
+        numbers = [param.numel() for param in of_bucket]
         self.places = places
         self.part = -(-sum(numbers) // size)
-        self.flat = torch.zeros(self.part * size, dtype=own[0].dtype, device=own[0].device)
+        self.flat = torch.zeros(self.part * size, dtype=of_bucket[0].dtype, device=of_bucket[0].device)
         flats = self.flat[: sum(numbers)].split(numbers)
-        self.views = [flat.view(param.shape) for flat, param in zip(flats, own, strict=True)]
+        self.views = [flat.view(param.shape) for flat, param in zip(flats, of_bucket, strict=True)]
 
     def pieces(self, rank: int) -> list[tuple[int, int, int]]:
         """Return the pieces of a process, see :meth:`Pieces.pieces`."""
-        first, begin, found = rank * self.part, 0, []
+        first, begin, pieces = rank * self.part, 0, []
         for k, view in zip(self.places, self.views, strict=True):
             # The padding counts as the last parameter's, so that every process has some piece.
             end = len(self.flat) if k == self.places[-1] else begin + view.numel()
             a, b = max(begin, first), min(end, first + self.part)
             if a < b:
-                found.append((k, a - begin, b - a))
+                pieces.append((k, a - begin, b - a))
             begin = end
-        return found
+        return pieces
 
 
 class Shards(Pieces):
@@ -199,7 +199,7 @@ class Agreement:
             UsageError: A parameter has a gradient, but had none in any process in the first such step.
         """
         if key not in self._used:
-            self._used[key] = self.peers.any_(has_grad)
+            self._used[key] = self.peers.all_reduce_any(has_grad)
         for param, has, used in zip(params, has_grad, self._used[key], strict=True):
             if has and not used:
                 raise UsageError(
@@ -211,13 +211,13 @@ class Agreement:
 
 def cut_buckets(params: Sequence[Tensor], most: int) -> list[list[int]]:
     """Return the places of the parameters of each bucket, neighbours of one dtype and ``most`` bytes or one alone."""
-    found: list[list[int]] = []
+    buckets: list[list[int]] = []
     for _, same in groupby(range(len(params)), key=lambda k: params[k].dtype):
         size = most + 1
         for k in same:
             size += params[k].nbytes
             if size > most:
-                found.append([])
+                buckets.append([])
                 size = params[k].nbytes
-            found[-1].append(k)
-    return found
+            buckets[-1].append(k)
+    return buckets

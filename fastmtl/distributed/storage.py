@@ -17,7 +17,7 @@ from fastmtl.support.kinds import State
 if TYPE_CHECKING:
     from fastmtl.distributed.sharded import ShardedModel
 
-__all__ = ["Storage", "Whole", "bring_together", "comm_of_loop", "make_comm", "make_storage"]
+__all__ = ["Storage", "Whole", "broadcast_model", "comm_of_loop", "make_comm", "make_storage"]
 
 Storage: TypeAlias = "Whole | ShardedModel"
 
@@ -70,7 +70,7 @@ def make_storage(model: nn.Module, peers: Peers, strategy_params: Sequence[nn.Pa
 
 
 @torch.no_grad()
-def bring_together(model: nn.Module, peers: Peers) -> None:
+def broadcast_model(model: nn.Module, peers: Peers) -> None:
     """Let the parameters and buffers of all processes be the main one's, each in memory of its own.
 
     What a process is started with, as by ``torch.multiprocessing.spawn``, is memory that all would write to.
@@ -79,7 +79,7 @@ def bring_together(model: nn.Module, peers: Peers) -> None:
     for tensor in tensors if peers.size > 1 else ():
         if tensor.device.type == "cpu" and tensor.is_shared():
             tensor.data = tensor.clone()
-    peers.from_leader(tensors)
+    peers.broadcast(tensors)
 
 
 def make_comm(peers: Peers, problem: Problem, storage: Storage, exact: bool) -> Comm:
@@ -91,13 +91,13 @@ def make_comm(peers: Peers, problem: Problem, storage: Storage, exact: bool) -> 
         storage: Where the parameters are.
         exact: Whether rows are summed over the processes.
     """
-    shared, own = problem.shared_params, problem.own_params
+    shared, task_params = problem.shared_params, problem.task_params
     if peers.size == 1:
         return Local(shared, list(problem.model.parameters()))
     if not isinstance(storage, Whole):
-        return ShardedDataParallel(storage, shared, own, problem.strategy_params)
+        return ShardedDataParallel(storage, shared, task_params, problem.strategy_params)
     kind = ExactDataParallel if exact else DataParallel
-    return kind(peers, shared, own, problem.strategy_params)
+    return kind(peers, shared, task_params, problem.strategy_params)
 
 
 def comm_of_loop(shared: Sequence[Tensor]) -> Comm:

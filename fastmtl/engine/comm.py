@@ -66,12 +66,12 @@ class Comm:
     Attributes:
         size: Number of processes.
         shares_batches: Whether other processes have parts of a batch.
-        cuts_rows: Whether this process has pieces of the rows, and of what a strategy keeps of their size.
+        shards_rows: Whether this process has pieces of the rows, and of what a strategy keeps of their size.
     """
 
     size: int = 1
     shares_batches: ClassVar[bool] = False
-    cuts_rows: ClassVar[bool] = False
+    shards_rows: ClassVar[bool] = False
 
     def __init__(self, shared: Sequence[Tensor], params: Sequence[Tensor]) -> None:
         self.shared = shared
@@ -95,11 +95,11 @@ class Comm:
     def reshard(self) -> None:
         """Free what of whole parameters this process need not keep."""
 
-    def total(self, tensor: Tensor) -> Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         """Return the sum of a tensor over the processes; it may be written into."""
         return tensor
 
-    def sums(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def all_reduce_coalesced(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return the sums of tensors over the processes."""
         return list(tensors)
 
@@ -111,22 +111,22 @@ class Comm:
         self,
         outputs: Sequence[Tensor],
         cotangents: Cotangents,
-        own: Sequence[Tensor],
+        task_params: Sequence[Tensor],
         retain: bool,
         final: bool,
         differentiate: VJP | None = None,
     ) -> tuple[Row, Row]:
-        """Run a VJP; return what stands for the row of the shared parameters, and the gradients of ``own``.
+        """Run a VJP; return what stands for the row of the shared parameters, and the gradients of ``task_params``.
 
         Args:
             outputs: What to differentiate.
             cotangents: Its cotangents.
-            own: Further parameters to differentiate with respect to.
+            task_params: Further parameters to differentiate with respect to.
             retain: Keep the graph.
             final: Nothing will be added to the row: it is sent.
             differentiate: What computes the VJP, if not ``vjp``.
         """
-        grads = (differentiate or vjp)(outputs, cotangents, [*self.shared, *own], retain)
+        grads = (differentiate or vjp)(outputs, cotangents, [*self.shared, *task_params], retain)
         row = grads[: len(self.shared)]
         return self.send(row) if final else row, grads[len(self.shared) :]
 
@@ -142,7 +142,7 @@ class Comm:
         """Return the sums over the processes of rows of one small tensor each, such as representations' gradients."""
         return rows
 
-    def whole_row(self, row: Row) -> Row:
+    def all_reduce_row(self, row: Row) -> Row:
         """Return a row over all parameters, None at the same places in all processes, summed over them."""
         return row
 
@@ -169,10 +169,10 @@ class Comm:
         """Fill ``.grad`` of the shared parameters with ``sum_t w_t row_t``; that of the others is summed up too."""
         self.combination.write(rows, weights, groups)
 
-    def reduce(self, tasks: Tasks) -> None:
+    def all_reduce_grads(self, tasks: Tasks) -> None:
         """Sum ``.grad`` of all parameters, after a step of these tasks, over the processes."""
 
-    def put(self, params: Sequence[Tensor], grads: Row) -> None:
+    def set_grads(self, params: Sequence[Tensor], grads: Row) -> None:
         """Fill ``.grad`` with whole gradients that all processes have."""
         for param, grad in zip(params, grads, strict=True):
             param.grad = grad
@@ -181,15 +181,15 @@ class Comm:
         """Scale the gradients, of the shared parameters or of all, to a joint 2-norm of at most ``max_norm``."""
         nn.utils.clip_grad_norm_(self.shared if shared_only else self.params, max_norm)  # type: ignore[arg-type]
 
-    def cut_states(self, states: Iterable[CutsRows]) -> Callable[[Tensor], Tensor] | None:
+    def shard_states(self, states: Iterable[CutsRows]) -> Callable[[Tensor], Tensor] | None:
         """Let numbers as large as the rows become this process's pieces of them; return what sums over the pieces."""
         return None
 
-    def whole_states(self, state: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    def gather_states(self, state: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
         """Return a ``state_dict`` with whole rows (T, P), for the main process, in the place of pieces."""
         return state
 
-    def part_states(self, state: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    def local_states(self, state: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
         """Return a ``state_dict`` with this process's pieces in the place of whole rows (T, P)."""
         return state
 

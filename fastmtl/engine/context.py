@@ -103,19 +103,19 @@ class StepContext:
             scaling: What float16 multiplies the losses by.
             rates: Returns the learning rates that the model's optimizer has for parameters.
         """
-        labels = [{**dict.fromkeys(tasks), **own} for _, own in batches]
+        labels = [{**dict.fromkeys(tasks), **known} for _, known in batches]
         shares: Sequence[Tensor | None] = [None] * len(batches)
         row_shares = None
         if comm.shares_batches or (len(batches) > 1 and samples == 1):
             # Each sample has rows of its own; accumulated batches make one together.
-            of_rows = [[own] for own in labels] if samples > 1 else [labels]
-            found = [batch_shares(problem, tasks, own, comm) for own in of_rows]
-            shares = list(torch.cat(found))
-            row_shares = torch.cat([part.sum(0) for part in found]) if comm.shares_batches else None
+            of_rows = [[of_sample] for of_sample in labels] if samples > 1 else [labels]
+            shares_of_rows = [batch_shares(problem, tasks, part, comm) for part in of_rows]
+            shares = list(torch.cat(shares_of_rows))
+            row_shares = torch.cat([part.sum(0) for part in shares_of_rows]) if comm.shares_batches else None
         final = samples > 1 or len(batches) == 1
         made = [
-            Batch(inputs, own, tasks, share=share, factor=scaling.factor(share), final=final)
-            for (inputs, _), own, share in zip(batches, labels, shares, strict=True)
+            Batch(inputs, of_batch, tasks, share=share, factor=scaling.factor(share), final=final)
+            for (inputs, _), of_batch, share in zip(batches, labels, shares, strict=True)
         ]
         return cls(batches=tuple(made), tasks=tasks, scaling=scaling, rates=rates, row_shares=row_shares)
 
@@ -137,16 +137,18 @@ def batch_shares(problem: Problem, tasks: Tasks, labels: Sequence[Labels], comm:
     dtype = wide_dtype(device)
     counts = torch.stack(
         [
-            torch.stack([_scalar(labelled_entries(problem.losses[task], own[task]), dtype, device) for task in tasks])
-            for own in labels
+            torch.stack(
+                [_scalar(labelled_entries(problem.losses[task], of_batch[task]), dtype, device) for task in tasks]
+            )
+            for of_batch in labels
         ]
     )
-    return over(counts, comm.total(counts.sum(0)))
+    return over(counts, comm.all_reduce(counts.sum(0)))
 
 
 def mean_losses(problem: Problem, tasks: Tasks, losses: Tensor, labels: Sequence[Labels], comm: Comm) -> Tensor:
     """Return the mean (T,) of batches' losses (n, T), those of all processes, by how many labels each has."""
-    shares = comm.total(batch_shares(problem, tasks, labels, comm))
+    shares = comm.all_reduce(batch_shares(problem, tasks, labels, comm))
     return (losses * shares).sum(0).to(losses.dtype)
 
 

@@ -76,7 +76,7 @@ class Structure:
         self._owners_known = True
         with leaving_no_trace(problem):
             reached = [reached_leaves([loss]) for loss in problem.whole(batch.inputs, batch.labels)[0]]
-        owners = [[t for t, params in enumerate(reached) if own in params] for own in problem.own_params]
+        owners = [[t for t, params in enumerate(reached) if param in params] for param in problem.task_params]
         if all(len(tasks) == 1 for tasks in owners):
             self.owners = [task for (task,) in owners]
 
@@ -153,7 +153,7 @@ class Structure:
         """Return which flags are set in any process."""
         if not self.comm.shares_batches:
             return list(flags)
-        return (self.comm.total(torch.tensor(flags, device=self.problem.model.device).float()) > 0).tolist()
+        return (self.comm.all_reduce(torch.tensor(flags, device=self.problem.model.device).float()) > 0).tolist()
 
     def _note_coupling(self, coupled: bool) -> None:
         self.coupled = self.coupled or coupled
@@ -221,7 +221,7 @@ class Structure:
     def _learn_hidden(self, batches: Sequence[Batch]) -> None:
         """Find out whether ``vjp`` reaches all parameters."""
         problem = self.problem
-        params = [*problem.shared_params, *problem.own_params]
+        params = [*problem.shared_params, *problem.task_params]
         for batch in batches:
             with leaving_no_trace(problem):
                 if problem.model.multi_input:
@@ -229,8 +229,8 @@ class Structure:
                     losses = [problem.single(batch.of(task), batch.labels[task], task)[0]]
                 else:
                     losses = list(problem.whole(batch.inputs, batch.labels, batch.tasks)[0])
-                found, by_backward = vjp_that_reaches_all(losses, params, problem.model.device)
-            if any(self._any([found])):
+                misses, by_backward = vjp_that_reaches_all(losses, params, problem.model.device)
+            if any(self._any([misses])):
                 self.by_backward = by_backward
                 self.against_cut = self.against_cut or "a function of the network runs backward passes of its own"
 
@@ -253,10 +253,10 @@ class Structure:
         problem, tasks = self.problem, batch.tasks
         with leaving_no_trace(problem):
             features = problem.trunk(batch.inputs)
-            found = self._look_at_heads(features, batch)
-            if found is None or self.against_cut is not None:
+            passed = self._look_at_heads(features, batch)
+            if passed is None or self.against_cut is not None:
                 return None
-            aliases, losses = found
+            aliases, losses = passed
             if wary and may_hide([*tensors_of(features), *losses]):
                 return None
             rows = []
@@ -270,26 +270,26 @@ class Structure:
     def _look_at_heads(self, features: Features, batch: Batch) -> tuple[dict[str, Features], tuple[Tensor, ...]] | None:
         """Run the heads; see what their graphs, and that of the trunk, reach."""
         problem = self.problem
-        found = self._heads(features, batch)
-        if found is None:
+        passed = self._heads(features, batch)
+        if passed is None:
             problem.decodes_all = True
             self.against_cut = self.against_cut or _MORE
-        if found is None or self.against_cut is not None:
-            return found
-        below, above = reached_leaves(tensors_of(features)), reached_leaves(found[1])
+        if passed is None or self.against_cut is not None:
+            return passed
+        below, above = reached_leaves(tensors_of(features)), reached_leaves(passed[1])
         names: dict[Tensor, str] = {}
         for name, param in problem.model.named_parameters(remove_duplicate=False):
             # By the trunk's name, if it has one.
             if param not in names or names[param].startswith(("decoders.", "loss")):
                 names[param] = name
         tied = min((names[param] for param in problem.shared_params if param in above), default=None)
-        left_out = min((names[param] for param in problem.own_params if param in below), default=None)
+        left_out = min((names[param] for param in problem.task_params if param in below), default=None)
         if tied is not None:
             self.against_cut = f"decoders or losses use the shared parameter {tied}"
         elif left_out is not None:
             self.leaves_out = True
             self.against_cut = f"get_share_params() leaves out {left_out} of the shared network"
-        return found
+        return passed
 
     def _heads(self, features: Features, batch: Batch) -> tuple[dict[str, Features], tuple[Tensor, ...]] | None:
         """Run all decoders, each on features of its own; None if the losses cannot be had so."""

@@ -69,14 +69,14 @@ class GradientEngine:
         losses, preds = [], []
         for batch in ctx.batches:
             self.comm.unshard()
-            found = self.method(batch) if known is None else self.method.combined(batch, known)
-            losses.append(self.comm.mean(found.losses, batch.share))
-            preds.append(found.preds)
+            batch_grads = self.method(batch) if known is None else self.method.combined(batch, known)
+            losses.append(self.comm.mean(batch_grads.losses, batch.share))
+            preds.append(batch_grads.preds)
             # Samples of the strategy stay apart, accumulated batches are added up.
             if not batches or batch.final:
-                batches.append(found)
+                batches.append(batch_grads)
             else:
-                batches[0].absorb(found)
+                batches[0].absorb(batch_grads)
         return Jacobian(batches, torch.stack(losses), preds, ctx, self.problem, self.comm)
 
 
@@ -121,7 +121,7 @@ class LossSum:
             pending, self._first = self._first or self._forward(batch), None
             pending.backward(weights.shared)
             del pending
-        self._comm.reduce(self._ctx.tasks)
+        self._comm.all_reduce_grads(self._ctx.tasks)
         self.losses = self._of_step(torch.stack(self._losses))
 
     def _of_step(self, losses: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastmtl.engine.weights import Row
 from fastmtl.ops._rows import is_dense
 
-__all__ = ["OwnGradients", "WeightedGradients", "add_grads", "agree", "are_finite", "set_grads", "summed"]
+__all__ = ["TaskGradients", "WeightedGradients", "add_grads", "agree", "are_finite", "set_grads", "summed"]
 
 Grads = Sequence[Tensor | None]
 
@@ -21,7 +21,7 @@ _SMALL = 5e-5
 _HALVED = 5e-2
 
 
-class OwnGradients:
+class TaskGradients:
     """Gradients of the task-specific parameters, task by task or as a sum over all tasks.
 
     Args:
@@ -35,7 +35,7 @@ class OwnGradients:
         self.parts = parts
         self.owners = owners
 
-    def absorb(self, other: OwnGradients) -> None:
+    def absorb(self, other: TaskGradients) -> None:
         """Add the gradients of another batch."""
         count = max(len(self.parts), len(other.parts))
         self.parts = summed(self._by_task(count), other._by_task(count))
@@ -72,7 +72,7 @@ class OwnGradients:
         return [_scaled(part, [weight] * len(self.params)) for part, weight in zip(self.parts, by_task, strict=True)]
 
 
-class WeightedGradients(OwnGradients):
+class WeightedGradients(TaskGradients):
     """The sum over the tasks, which were weighted already."""
 
     def _scaled(self, weights: Tensor | None) -> Sequence[Grads]:

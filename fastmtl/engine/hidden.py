@@ -62,15 +62,15 @@ def vjp_that_reaches_all(losses: Sequence[Tensor], params: Sequence[Tensor], dev
 
     with _aside(params):
         with _watching_backward(lambda: calls.append(None)):
-            found = complete(True)
-        unseen = any(grad is not None and param not in reached for param, grad in zip(params, found, strict=True))
-        if not calls and not unseen and agree(vjp(losses, seeds, params, True), found):
+            grads = complete(True)
+        unseen = any(grad is not None and param not in reached for param, grad in zip(params, grads, strict=True))
+        if not calls and not unseen and agree(vjp(losses, seeds, params, True), grads):
             return False, by_backward
         try:
-            again = complete(False)
+            second = complete(False)
         except Exception as cause:
             raise UsageError(_ONCE) from cause
-    if not agree(again, found):
+    if not agree(second, grads):
         raise UsageError(_ONCE)
     return True, by_backward
 
@@ -174,7 +174,10 @@ def refuse_hidden(
 
 
 def _nodes(tensors: Sequence[Tensor], excluded: Sequence[Tensor] = ()) -> list[Node]:
-    roots, ends = ([tensor.grad_fn for tensor in each if tensor.grad_fn is not None] for each in (tensors, excluded))
+    roots, ends = (
+        [tensor.grad_fn for tensor in tensors_of_side if tensor.grad_fn is not None]
+        for tensors_of_side in (tensors, excluded)
+    )
     return list(graph_nodes(roots, ends))
 
 

@@ -120,12 +120,12 @@ def traces_gradients() -> bool:
 def cpp_compiler() -> tuple[str | None, str]:
     """Return the compiler torch.compile would call on the CPU, and why there is none."""
     try:
-        found = importlib.import_module("torch._inductor.cpp_builder").get_cpp_compiler()
+        compiler = importlib.import_module("torch._inductor.cpp_builder").get_cpp_compiler()
     except Exception as error:
         return None, f"Inductor finds no C++ compiler ({type(error).__name__}); install g++ or set CXX"
     if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
         return None, f"Python.h is missing in {sysconfig.get_path('include')}; install Python's development files"
-    return str(found), ""
+    return str(compiler), ""
 
 
 def is_compiled(model: HasModules) -> bool:

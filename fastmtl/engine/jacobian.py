@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastmtl.engine.comm import Comm
 from fastmtl.engine.context import StepContext, step_losses
-from fastmtl.engine.gradients import OwnGradients, set_grads, summed
+from fastmtl.engine.gradients import TaskGradients, set_grads, summed
 from fastmtl.engine.losses import Problem
 from fastmtl.engine.model import Tasks
 from fastmtl.engine.trees import map_tree
@@ -64,7 +64,7 @@ class Pullback:
         """Take in another batch, which together with this one makes one step; its rows are added to this one's."""
         raise NotImplementedError
 
-    def write(self, weights: Weights, found: HasRows, comm: Comm, tasks: Tasks) -> None:
+    def write(self, weights: Weights, source: HasRows, comm: Comm, tasks: Tasks) -> None:
         """Fill ``.grad`` of the shared parameters, and sum that of all others over the processes."""
         raise NotImplementedError
 
@@ -75,9 +75,9 @@ class Combine(Pullback):
     def absorb(self, other: Pullback) -> None:
         """Have nothing to take in beside the rows."""
 
-    def write(self, weights: Weights, found: HasRows, comm: Comm, tasks: Tasks) -> None:
+    def write(self, weights: Weights, source: HasRows, comm: Comm, tasks: Tasks) -> None:
         """Combine them."""
-        comm.write_shared(found.rows if weights.rows is None else weights.rows, weights.shared, weights.groups, tasks)
+        comm.write_shared(source.rows if weights.rows is None else weights.rows, weights.shared, weights.groups, tasks)
 
 
 class Known(Pullback):
@@ -93,10 +93,10 @@ class Known(Pullback):
     def absorb(self, other: Pullback) -> None:
         """Have nothing to take in beside the row."""
 
-    def write(self, weights: Weights, found: HasRows, comm: Comm, tasks: Tasks) -> None:
+    def write(self, weights: Weights, source: HasRows, comm: Comm, tasks: Tasks) -> None:
         """Write the update."""
-        set_grads(self.params, found.rows[0])
-        comm.reduce(tasks)
+        set_grads(self.params, source.rows[0])
+        comm.all_reduce_grads(tasks)
 
 
 @dataclass(slots=True)
@@ -107,20 +107,20 @@ class BatchGradients:
         losses: (T,) detached.
         preds: Predictions by task, detached: whoever keeps them keeps no activations.
         rows: T gradients, each a list over tensors.
-        own: The gradients of the task-specific parameters.
+        task_grads: The gradients of the task-specific parameters.
         pullback: How weights become gradients of the shared parameters.
     """
 
     losses: Tensor
     preds: Mapping[str, object]
     rows: Rows
-    own: OwnGradients
+    task_grads: TaskGradients
     pullback: Pullback
 
     def absorb(self, other: BatchGradients) -> None:
         """Take in the gradients of another batch, which together with this one makes one step."""
         self.rows = summed(self.rows, other.rows)
-        self.own.absorb(other.own)
+        self.task_grads.absorb(other.task_grads)
         self.pullback.absorb(other.pullback)
 
 
@@ -197,8 +197,8 @@ class Jacobian:
         """
         heads = [None] * len(self._batches) if weights.heads is None else weights.heads.chunk(len(self._batches))
         with part("combine"):
-            for batch, own in zip(self._batches, heads, strict=True):
-                batch.own.write(own)
+            for batch, head_weights in zip(self._batches, heads, strict=True):
+                batch.task_grads.write(head_weights)
         # The norm follows from the Gram matrix; with weights known beforehand there is none.
         if weights.max_norm is not None and weights.gram is not None:
             weights = _capped(weights, weights.gram, weights.max_norm)

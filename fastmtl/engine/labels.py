@@ -53,12 +53,12 @@ def present_tasks(losses: Mapping[str, AbsLoss], labels: Sequence[Mapping[str, T
         losses: The loss of each task.
         labels: The labels by task, batch by batch.
     """
-    found = [
+    present = [
         t
         for t, (task, loss) in enumerate(losses.items())
-        if any(task in each and _has_any(loss, each[task]) for each in labels)
+        if any(task in of_batch and _has_any(loss, of_batch[task]) for of_batch in labels)
     ]
-    return None if len(found) == len(losses) else found
+    return None if len(present) == len(losses) else present
 
 
 def _has_any(loss: AbsLoss, labels: Tree) -> bool:

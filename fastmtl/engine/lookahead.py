@@ -86,14 +86,14 @@ class LookAhead:
                 self.differentiate([loss], [seed], self.params, t + 1 < len(losses))
                 for t, (loss, seed) in enumerate(zip(losses, seeds, strict=True))
             ]
-        return known, [self.comm.whole_row(row) for row in rows]
+        return known, [self.comm.all_reduce_row(row) for row in rows]
 
     def gradient(self, batch: Batch, weights: Tensor) -> tuple[Tensor, Row]:
         """Return the (T,) losses and the gradient of their weighted sum."""
         losses, known = self._forward(batch)
         with part("VJPs"):
             row = self.differentiate(losses, batch.seeds(losses, weights), self.params, False)
-        return known, self.comm.whole_row(row)
+        return known, self.comm.all_reduce_row(row)
 
     @contextmanager
     def moved(self) -> Iterator[None]:
@@ -192,7 +192,7 @@ class LookedAhead:
         """Write the update, or differentiate the last batch with the weights."""
         ahead, comm = self.ahead, self.ahead.comm
         if weights.rows is not None:
-            comm.put(ahead.params, ahead.weighted(weights.rows, weights.shared))
+            comm.set_grads(ahead.params, ahead.weighted(weights.rows, weights.shared))
             self.losses, preds = ahead.seen()
             self.preds = [preds]
             return
@@ -201,7 +201,7 @@ class LookedAhead:
         losses, preds = detached(attached, preds)
         self.losses, self.preds = comm.mean(losses, self._last.share), [preds]
         Sum(attached, self._last).backward(weights.shared)
-        comm.reduce(self._last.tasks)
+        comm.all_reduce_grads(self._last.tasks)
 
 
 class LookaheadEngine:

@@ -40,7 +40,7 @@ class Problem:
     Attributes:
         tasks: All tasks.
         shared_params: The trainable parameters whose task gradients are balanced.
-        own_params: The other trainable ones of the network.
+        task_params: The other trainable ones of the network.
         needs_graph: Whether some loss takes derivatives of predictions.
     """
 
@@ -65,7 +65,7 @@ class Problem:
         self._split_batch = split_batch or partial(Halving(), multi_input=model.multi_input)
         self.shared_params = [param for param in model.get_share_params() if param.requires_grad]
         known = {*self.shared_params, *strategy_params}
-        self.own_params = [param for param in model.parameters() if param.requires_grad and param not in known]
+        self.task_params = [param for param in model.parameters() if param.requires_grad and param not in known]
 
     def halves(self, inputs: object, labels: Labels) -> tuple[Pair, Pair]:
         """Return two halves of a batch, for strategies that look ahead.
@@ -73,13 +73,13 @@ class Problem:
         Raises:
             UsageError: It cannot be cut, or the trainer's hook returns something else.
         """
-        known = {task: own for task, own in labels.items() if own is not None}
+        known = {task: label for task, label in labels.items() if label is not None}
         first, second = checked_halves(self._split_batch(inputs, known), known, self.model.multi_input)
         return (first[0], {**dict.fromkeys(labels), **first[1]}), (second[0], {**dict.fromkeys(labels), **second[1]})
 
     def trained(self) -> list[nn.Parameter]:
         """Return all trainable parameters of the network, the shared ones first."""
-        return [*self.shared_params, *self.own_params]
+        return [*self.shared_params, *self.task_params]
 
     def decoded(self, tasks: Tasks) -> Tasks:
         """Return the tasks whose decoders run in a step of some tasks."""
@@ -107,7 +107,7 @@ class Problem:
     def heads(self, features: Sequence[Features], labels: Labels, tasks: Tasks) -> Scored:
         """Return losses and predictions from aliases of the shared features, one for each of ``decoded(tasks)``."""
         with self._autocast():
-            reps = [self.model.branch(own, task) for own, task in zip(features, self.decoded(tasks), strict=True)]
+            reps = [self.model.branch(alias, task) for alias, task in zip(features, self.decoded(tasks), strict=True)]
         return self.decode(reps, labels, tasks)
 
     def reps(self, inputs: object, tasks: Tasks) -> Features:
@@ -172,13 +172,13 @@ class Problem:
 
     def _score(self, preds: Mapping[str, object], labels: Labels, tasks: Tasks) -> Scored:
         preds = self.process_preds({task: self._full(pred) for task, pred in preds.items()})
-        found = [task for task in tasks if task in labels]
-        missing = [task for task in found if not isinstance(preds, Mapping) or task not in preds]
+        labelled = [task for task in tasks if task in labels]
+        missing = [task for task in labelled if not isinstance(preds, Mapping) or task not in preds]
         if missing:
             raise UsageError(
                 f"process_preds must return a dictionary with a prediction of every task, got none of {missing[0]}."
             )
-        return tuple(self._loss(preds[task], labels[task], task) for task in found), preds
+        return tuple(self._loss(preds[task], labels[task], task) for task in labelled), preds
 
     def _loss(self, pred: object, labels: object, task: str) -> Tensor:
         if labels is None:

@@ -35,12 +35,12 @@ class Through(Pullback):
         self.cotangents = cotangents
         self.params = params
 
-    def write(self, weights: Weights, found: HasRows, comm: Comm, tasks: Tasks) -> None:
+    def write(self, weights: Weights, source: HasRows, comm: Comm, tasks: Tasks) -> None:
         """Send the weighted sum of the cotangents through the trunk."""
         total = weighted(weights.shared, self.cotangents)
         with part("VJPs"):
             set_grads(self.params, vjp(self.features, total, self.params, retain=False))
-        comm.reduce(tasks)
+        comm.all_reduce_grads(tasks)
 
 
 class Representations(Pullback):
@@ -75,14 +75,14 @@ class Representations(Pullback):
         assert isinstance(other, Representations)
         self.others.append(other)
 
-    def write(self, weights: Weights, found: HasRows, comm: Comm, tasks: Tasks) -> None:
+    def write(self, weights: Weights, source: HasRows, comm: Comm, tasks: Tasks) -> None:
         """Send the weighted gradients of the representations down to the shared parameters."""
         if weights.reps is not None:
             self._send(weights.reps)
         else:
             for batch in (self, *self.others):
                 batch._send([w.to(grad.dtype) * grad for w, grad in zip(weights.shared, batch.grads, strict=True)])
-        comm.reduce(tasks)
+        comm.all_reduce_grads(tasks)
 
     def _send(self, grads: Sequence[Tensor]) -> None:
         """Send down T gradients of the representations, or their sum where they share one."""
@@ -103,10 +103,10 @@ class Sum(Pullback):
         self.losses = losses
         self.batch = batch
 
-    def write(self, weights: Weights, found: HasRows, comm: Comm, tasks: Tasks) -> None:
+    def write(self, weights: Weights, source: HasRows, comm: Comm, tasks: Tasks) -> None:
         """Run the backward pass."""
         self.backward(weights.shared)
-        comm.reduce(tasks)
+        comm.all_reduce_grads(tasks)
 
     def backward(self, weights: Tensor) -> None:
         """Run the backward pass in this process; a loss that depends on no parameter takes no part."""

@@ -24,15 +24,17 @@ def map_tree(
     :func:`mapping_like` makes of them. ``others`` have the containers of ``tree``; ``function`` takes a leaf of each.
     """
 
-    def mapped(each: Any, *rest: Tree) -> Tree:
-        return map_tree(function, each, *rest, is_leaf=is_leaf)
+    def mapped(entry: Any, *rest: Tree) -> Tree:
+        return map_tree(function, entry, *rest, is_leaf=is_leaf)
 
     if is_leaf(tree):
         return function(tree, *others)
     if isinstance(tree, Mapping):
-        return mapping_like(tree, {key: mapped(each, *(other[key] for other in others)) for key, each in tree.items()})
+        return mapping_like(
+            tree, {key: mapped(entry, *(other[key] for other in others)) for key, entry in tree.items()}
+        )
     if isinstance(tree, list | tuple):
-        items = [mapped(*each) for each in zip(tree, *others, strict=True)]
+        items = [mapped(*entry) for entry in zip(tree, *others, strict=True)]
         return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
     return function(tree, *others)
 
@@ -79,7 +81,7 @@ def joined(parts: Sequence[Any]) -> Tree:
     """Return the predictions for several parts of a batch as those for the whole."""
     if len(parts) == 1:
         return parts[0]
-    return map_tree(lambda *each: torch.cat([part.detach() for part in each]), *parts)
+    return map_tree(lambda *entry: torch.cat([part.detach() for part in entry]), *parts)
 
 
 def tensors_of(tree: Tree) -> list[Tensor]:

@@ -23,7 +23,7 @@ def vjp(
 
     An output that is no loss and has no cotangent takes no part; an input that requires no gradient has none.
     """
-    wanted = [each for each in inputs if _has_gradient(each)]
+    wanted = [source for source in inputs if _has_gradient(source)]
     pairs = [
         (o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad and (c is not None or not o.dim())
     ]
@@ -31,7 +31,7 @@ def vjp(
         return [None] * len(inputs)
     # Torch's annotation allows no mixture of the two.
     sources: Any = wanted
-    found = iter(
+    grads = iter(
         torch.autograd.grad(
             [o for o, _ in pairs],
             sources,
@@ -40,7 +40,7 @@ def vjp(
             allow_unused=True,
         )
     )
-    return [next(found) if _has_gradient(each) else None for each in inputs]
+    return [next(grads) if _has_gradient(source) else None for source in inputs]
 
 
 def _has_gradient(source: Tensor | GradientEdge) -> bool:
@@ -59,14 +59,14 @@ def batched_vjps(
         RuntimeError: An operator of the graph has no batching rule.
     """
     pairs = [
-        (output, torch.stack([torch.zeros_like(output) if each is None else each for each in column]))
+        (output, torch.stack([torch.zeros_like(output) if cotangent is None else cotangent for cotangent in column]))
         for output, column in zip(outputs, zip(*cotangents, strict=True), strict=True)
-        if output.requires_grad and any(each is not None for each in column)
+        if output.requires_grad and any(cotangent is not None for cotangent in column)
     ]
-    wanted: Any = [each for each in inputs if _has_gradient(each)]
+    wanted: Any = [source for source in inputs if _has_gradient(source)]
     if not pairs or not wanted:
         return [[None] * len(inputs) for _ in cotangents]
-    found = iter(
+    grads = iter(
         torch.autograd.grad(
             [output for output, _ in pairs],
             wanted,
@@ -77,12 +77,12 @@ def batched_vjps(
         )
     )
     columns: list[Sequence[Tensor | None]] = []
-    for each in inputs:
-        grad = next(found) if _has_gradient(each) else None
+    for source in inputs:
+        grad = next(grads) if _has_gradient(source) else None
         columns.append([None] * len(cotangents) if grad is None else grad.unbind(0))
     return [
-        [row if row is None or is_dense(row) else row.contiguous() for row in each]
-        for each in zip(*columns, strict=True)
+        [row if row is None or is_dense(row) else row.contiguous() for row in rows]
+        for rows in zip(*columns, strict=True)
     ]
 
 
@@ -124,8 +124,8 @@ def jacobians(
         beside: Further tensors to differentiate with respect to, in the same backward passes.
         take: Given their gradients, row by row.
     """
-    found = [_empty(each, num_rows) for each in inputs]
-    slots = zip(*(each.unbind(0) for each in found), strict=True)
+    jacs = [_empty(source, num_rows) for source in inputs]
+    slots = zip(*(source.unbind(0) for source in jacs), strict=True)
     for number, ((outputs, cotangents), slot) in enumerate(zip(rows, slots, strict=True)):
         grads = vjp(outputs, cotangents, [*inputs, *beside], retain=retain or number + 1 < num_rows)
         if take is not None:
@@ -137,7 +137,7 @@ def jacobians(
                 place.copy_(grad)
         # The next row's gradients take this one's memory.
         del grads, grad
-    return found
+    return jacs
 
 
 def batched_jacobians(
@@ -154,23 +154,23 @@ def batched_jacobians(
     """
     num_rows = len(cotangents[0])
     if chunk == 1 or num_rows == 1:
-        rows = ((outputs, [each[t] for each in cotangents]) for t in range(num_rows))
+        rows = ((outputs, [cotangent[t] for cotangent in cotangents]) for t in range(num_rows))
         return jacobians(rows, num_rows, inputs, retain)
     parts = []
     for start in range(0, num_rows, chunk):
-        some = [each[start : start + chunk] for each in cotangents]
+        chunk_rows = [cotangent[start : start + chunk] for cotangent in cotangents]
         grads = torch.autograd.grad(
             outputs,
             inputs,
-            some,
+            chunk_rows,
             retain_graph=retain or start + chunk < num_rows,
             allow_unused=True,
             is_grads_batched=True,
         )
         parts.append(
             [
-                each.new_zeros((len(some[0]), *each.shape)) if grad is None else grad
-                for grad, each in zip(grads, inputs, strict=True)
+                source.new_zeros((len(chunk_rows[0]), *source.shape)) if grad is None else grad
+                for grad, source in zip(grads, inputs, strict=True)
             ]
         )
     if len(parts) == 1:

@@ -111,12 +111,12 @@ _ARGUMENTS = """
 
 
 def _network(
-    name: str, about: str, block: type[nn.Module], layers: list[int], **own: Unpack[ResNetOptions]
+    name: str, about: str, block: type[nn.Module], layers: list[int], **defaults: Unpack[ResNetOptions]
 ) -> _Network:
     """Return torchvision's constructor ``name``, for encoders."""
 
     def build(pretrained: bool = False, progress: bool = True, **kwargs: Unpack[ResNetOptions]) -> ResNet:
-        model = ResNet(block, layers, **(kwargs | own))
+        model = ResNet(block, layers, **(kwargs | defaults))
         if pretrained:
             _load_pretrained(model, name, progress)
         return model

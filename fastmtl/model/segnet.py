@@ -61,7 +61,7 @@ class SegNet(nn.Module):
             raise UsageError(f"channels must name at least two levels, got {list(channels)}.")
         self.feature_dim = channels[0]
         before = [inputs, *channels[:-1]]
-        # The decoder gives each level the width of the one above; the uppermost keeps its own.
+        # The decoder gives each level the width of the one above it, the uppermost level its own.
         after = [channels[0], *channels[:-1]]
         repeats = [1 if level < 2 else 2 for level in range(len(channels))]
         self.encoder_block = nn.ModuleList(map(_conv, before, channels))
@@ -113,8 +113,8 @@ class SegNet_MTAN_encoder(SegNet):
     def __init__(self, task_num: int = 3, channels: Sequence[int] = CHANNELS, inputs: int = 3) -> None:
         super().__init__(channels, inputs)
         after = [channels[0], *channels[:-1]]
-        seen_down = [channels[0], *(2 * each for each in channels[1:])]
-        seen_up = [own + above for own, above in zip(channels, after, strict=True)]
+        seen_down = [channels[0], *(2 * width for width in channels[1:])]
+        seen_up = [width + above for width, above in zip(channels, after, strict=True)]
         self.encoder_att = nn.ModuleList(
             nn.ModuleList(map(mask, seen_down, channels, channels)) for _ in range(task_num)
         )
@@ -132,17 +132,17 @@ class SegNet_MTAN_encoder(SegNet):
         encoder_masks, decoder_masks = self.encoder_att[task], self.decoder_att[task]
         assert isinstance(encoder_masks, nn.ModuleList)
         assert isinstance(decoder_masks, nn.ModuleList)
-        own: Tensor | None = None
+        attended: Tensor | None = None
         for level, attention, lift in zip(levels, encoder_masks, self.encoder_block_att, strict=True):
             first, last = level.down
-            seen = first if own is None else torch.cat([first, own], dim=1)
-            own = F.max_pool2d(lift(attention(seen) * last), 2)
-        assert own is not None
+            seen = first if attended is None else torch.cat([first, attended], dim=1)
+            attended = F.max_pool2d(lift(attention(seen) * last), 2)
+        assert attended is not None
         upwards = list(zip(levels, decoder_masks, self.decoder_block_att, strict=True))[::-1]
         for level, attention, lift in upwards:
-            own = F.interpolate(own, size=level.lifted.shape[-2:], mode="bilinear", align_corners=True)
-            own = attention(torch.cat([level.lifted, lift(own)], dim=1)) * level.up
-        return own
+            attended = F.interpolate(attended, size=level.lifted.shape[-2:], mode="bilinear", align_corners=True)
+            attended = attention(torch.cat([level.lifted, lift(attended)], dim=1)) * level.up
+        return attended
 
 
 class SegNet_MTAN_decoder(nn.Module):

@@ -31,10 +31,10 @@ class LSTMEncoder(nn.Module):
 
     def forward(self, words: Tensor) -> Tensor:
         """Return ``(batch, feature_dim)`` features of ``(batch, length)`` words."""
-        given = words.ne(0).unsqueeze(2)
+        is_word = words.ne(0).unsqueeze(2)
         vectors = F.dropout(self.embedding(words), self.dropout, self.training)
         states, _ = self.lstm(vectors)
-        mean = (states * given).sum(1) / given.sum(1).clamp(min=1)
+        mean = (states * is_word).sum(1) / is_word.sum(1).clamp(min=1)
         # States lie in -1 .. 1; a text without words has the lowest everywhere.
-        most = states.masked_fill(~given, -1).amax(1)
+        most = states.masked_fill(~is_word, -1).amax(1)
         return F.dropout(torch.cat([mean, most], 1), self.dropout, self.training)

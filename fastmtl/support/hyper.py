@@ -44,7 +44,7 @@ class Hyper:
         """Return the choice that a word in any case names; any other value as it is."""
         if self.choices is None or not isinstance(value, str):
             return value
-        return next((each for each in self.choices if str(each).lower() == value.lower()), value)
+        return next((choice for choice in self.choices if str(choice).lower() == value.lower()), value)
 
     def problem(self, value: Any) -> str | None:
         """Return what a value would have to be, None if it is that."""
@@ -67,17 +67,17 @@ class Hyper:
         return None
 
 
-def fill_hyper(owner: str, declared: Mapping[str, Hyper], given: Settings) -> State:
+def fill_hyper(owner: str, declared: Mapping[str, Hyper], settings: Settings) -> State:
     """Return all hyper-parameters of ``owner``: the given ones checked, the others at their defaults.
 
     Raises:
         UsageError: An unknown name, or a value of another type or range.
     """
     filled = {name: spec.default for name, spec in declared.items()}
-    for given_name, value in given.items():
+    for key, value in settings.items():
         if not declared:
-            raise UsageError(f"{owner} has no hyper-parameters, got {given_name!r}.")
-        name = resolve_name(given_name, {each: each for each in declared}, f"hyper-parameter of {owner}")
+            raise UsageError(f"{owner} has no hyper-parameters, got {key!r}.")
+        name = resolve_name(key, {name: name for name in declared}, f"hyper-parameter of {owner}")
         value = declared[name].spelled(value)
         wanted = declared[name].problem(value)
         if wanted is not None:

@@ -103,7 +103,7 @@ class StepProfiler:
         total = spent.pop("step")
         spent["other"] = max(total - sum(spent.values()), 0.0)
         lines = [f"Where the step went, mean of {self.count} steps of {total:.2f} ms:"]
-        lines += [f"  {name:<10} {each:10.2f} ms {each / total:6.1%}" for name, each in spent.items() if each]
+        lines += [f"  {name:<10} {time:10.2f} ms {time / total:6.1%}" for name, time in spent.items() if time]
         return "\n".join(lines)
 
     @contextmanager

@@ -18,10 +18,10 @@ T = TypeVar("T")
 class Group(Protocol):
     """The processes that each have a part of some sums, see :class:`fastmtl.distributed.Peers`."""
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather_object(self, value: T) -> list[T]:
         """Return the value of each process."""
 
-    def total(self, tensor: Tensor | None) -> Tensor | None:
+    def all_reduce_optional(self, tensor: Tensor | None) -> Tensor | None:
         """Return the sum of a tensor that some processes may not have, None if none of them has it."""
 
 
@@ -55,8 +55,8 @@ class RunningMean:
 
     def sync(self, peers: Group) -> None:
         """Become the mean of what all processes have; waits for them."""
-        self._total = peers.total(self._total)
-        self._weight = sum(peers.gather(self._weight))
+        self._total = peers.all_reduce_optional(self._total)
+        self._weight = sum(peers.all_gather_object(self._weight))
 
     @property
     def empty(self) -> bool:

@@ -101,9 +101,9 @@ class Described:
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
-        own = tuple(name for name, value in vars(cls).items() if isinstance(value, Attribute))
-        if own and "settings" not in vars(cls):
-            cls.settings = own
+        declared = tuple(name for name, value in vars(cls).items() if isinstance(value, Attribute))
+        if declared and "settings" not in vars(cls):
+            cls.settings = declared
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in self.settings)})"

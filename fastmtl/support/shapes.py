@@ -139,7 +139,7 @@ def lined_up(known: Tensor, gt: Tensor) -> Tensor:
         UsageError: It is none of them, or could be both without dimension 1 and without the last one.
     """
     shape, size = tuple(gt.shape), tuple(known.shape)
-    if known.dim() == gt.dim() and all(own in (1, all_of) for own, all_of in zip(size[1:], shape[1:], strict=True)):
+    if known.dim() == gt.dim() and all(length in (1, full) for length, full in zip(size[1:], shape[1:], strict=True)):
         return known
     if gt.numel() == known.numel() and size[:1] == shape[:1]:
         return known.reshape(shape)

@@ -28,7 +28,7 @@ def evaluate(trainer: TrainerState, loaders: Any, mode: str, epoch: int | None) 
     set_mode(trainer.optimizer, training=False)
     trainer.step.comm.unshard()
     # Batch statistics are each process's own; what is saved is the main one's.
-    trainer.peers.from_leader(trainer.common_buffers())
+    trainer.peers.broadcast(trainer.common_buffers())
     meter, problem = trainer.meter, trainer.step.problem
     meter.begin()
     names, multi_input = trainer.task_name, trainer.multi_input

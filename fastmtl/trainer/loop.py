@@ -52,7 +52,7 @@ def run_epochs(
     trainer.model.epochs = epochs
     try:
         trainer.logger.on_start(info)
-        with DeferredInterrupt(tells=trainer.peers.leads) as interrupt:
+        with DeferredInterrupt(tells=trainer.peers.is_main_process) as interrupt:
             for epoch in range(start["epoch"], epochs):
                 if start["batch"] < steps:
                     TrainingEpoch(trainer, checkpoints, train_dataloaders, epoch, steps, interrupt).run(start)
@@ -76,7 +76,7 @@ def _checked_batches(trainer: TrainerState, train: Any, test: Any, val: Any) -> 
     for what, loaders in (named if val is None else named | {"val_dataloaders": val}).items():
         check_loaders(loaders, trainer.task_name, trainer.multi_input, what)
     batches = count_batches(train, trainer.multi_input, trainer.limit_batches)
-    if len(counts := set(trainer.peers.gather(batches))) > 1:
+    if len(counts := set(trainer.peers.all_gather_object(batches))) > 1:
         raise UsageError(f"train_dataloaders must have the same length in all processes, got {sorted(counts)}.")
     return batches
 

@@ -110,7 +110,7 @@ class TrainerState(nn.Module):
 
     def common_buffers(self) -> list[torch.Tensor]:
         """Return the buffers that every process has whole."""
-        in_pieces = self.model.row_states if self.step.comm.cuts_rows else ()
+        in_pieces = self.model.row_states if self.step.comm.shards_rows else ()
         return [buffer for name, buffer in self.model.named_buffers() if name not in in_pieces]
 
     def make_step(self, options: StepOptions) -> TrainingStep:

@@ -110,7 +110,7 @@ class TrainingStep:
         self.optimizer = MaskedOptimizer(optimizer, self.scaler.masked, skips=options.precision == "fp16")
         self.rates = rates
         self.sampler = TaskSampler(len(problem.tasks), options.tasks_per_step)
-        strategy.sum_parts = comm.cut_states(strategy.row_states.values())
+        strategy.sum_parts = comm.shard_states(strategy.row_states.values())
         self.weights = WeightState(strategy, hyper, options, comm)
         self.solve = make_solver(strategy, hyper, comm)
         self.trial = Trial(engines_to_try(strategy, problem, hyper, options, tell, comm), tell)

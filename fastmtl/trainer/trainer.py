@@ -14,7 +14,7 @@ from torch import nn
 from fastmtl.architecture import AbsArchitecture
 from fastmtl.distributed import Alone, join
 from fastmtl.distributed.batch_norm import synchronize
-from fastmtl.distributed.storage import bring_together, make_storage
+from fastmtl.distributed.storage import broadcast_model, make_storage
 from fastmtl.engine.halving import Halving, check_split_batch
 from fastmtl.errors import UsageError
 from fastmtl.support.memory import keep_freed_memory
@@ -192,7 +192,7 @@ class Trainer(TrainerState):
         super().__init__()
         self.kwargs = {"weight_args": {}, "arch_args": {}} | kwargs
         self._meet(given)
-        with self.peers.one_voice():
+        with self.peers.printing_on_main_process():
             self._prepare_model(given)
         self._prepare_step(given)
         self._begin(given)
@@ -227,7 +227,7 @@ class Trainer(TrainerState):
         if given.split_batch is not None:
             self.split_batch = given.split_batch  # type: ignore[method-assign]
         check_split_batch(self.split_batch)
-        self.logger = as_logger(given.logger if self.peers.leads else None)
+        self.logger = as_logger(given.logger if self.peers.is_main_process else None)
         self.batch_weight = np.zeros((self.task_num, 0, 0))
 
     def _prepare_model(self, given: SimpleNamespace) -> None:
@@ -274,7 +274,7 @@ class Trainer(TrainerState):
             if given.sync_batch_norm and options.compile:
                 raise UsageError("sync_batch_norm cannot be combined with compile: its messages cannot be compiled.")
         check_reductions(self.meter.losses, several=options.accumulate > 1 or self.peers.size > 1)
-        bring_together(self.model, self.peers)
+        broadcast_model(self.model, self.peers)
         self.storage = make_storage(
             self.model, self.peers, [*self.strategy_params, *loss_params(self.model)], options.shard
         )
@@ -291,7 +291,7 @@ class Trainer(TrainerState):
         self.checkpoints = Checkpoints(self)
         if given.resume is not None:
             self.start = resume_run(self, Path(given.resume))
-        self.peers.from_leader([*self.storage.kept, *self.common_buffers()])
+        self.peers.broadcast([*self.storage.kept, *self.common_buffers()])
         self.checkpoints.agree(self.peers)
 
     @property
@@ -327,7 +327,7 @@ class Trainer(TrainerState):
         """
         if isinstance(train_dataloaders, bool):
             return super().train(train_dataloaders)
-        with self.peers.one_voice():
+        with self.peers.printing_on_main_process():
             run_epochs(self, self.checkpoints, train_dataloaders, test_dataloaders, epochs, val_dataloaders)
         return self.batch_weight if return_weight else None
 
@@ -343,6 +343,6 @@ class Trainer(TrainerState):
             return_improvement: Return the improvement over the first epoch, or over the baseline.
         """
         check_loaders(test_dataloaders, self.task_name, self.multi_input, f"{mode}_dataloaders")
-        with self.peers.one_voice():
+        with self.peers.printing_on_main_process():
             evaluate(self, test_dataloaders, mode, epoch)
         return self.meter.improvement if return_improvement else None

@@ -43,7 +43,7 @@ def prepare_update(
     )
     trainer.optimizer_groups = group_names(trainer.optimizer, named)
     trainer.storage.follow(trainer.optimizer)
-    tell = print if trainer.peers.leads else _say_nothing
+    tell = print if trainer.peers.is_main_process else _say_nothing
     trainer.schedule = make_schedule(trainer.optimizer, scheduler_param, scheduler, resume_schedule, tell)
     if options.cuda_graph and trainer.schedule.per == "step":
         trainer.logger.on_compile("cuda_graph: the step runs eagerly, as the learning rate changes with every step")

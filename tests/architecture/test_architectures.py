@@ -141,8 +141,8 @@ def test_the_step_combines_the_tasks_own_gradients(name: str, multi_input: bool,
         )
     if rep_grad:
         return
-    own = torch.autograd.grad(sum(losses), problem.own_params, allow_unused=True)
-    for param, want in zip(trainer.step.problem.own_params, own, strict=True):
+    own = torch.autograd.grad(sum(losses), problem.task_params, allow_unused=True)
+    for param, want in zip(trainer.step.problem.task_params, own, strict=True):
         torch.testing.assert_close(param.grad, want)
 
 

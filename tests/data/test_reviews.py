@@ -142,10 +142,10 @@ class _Group:
     def __init__(self, other: AccF1Metric) -> None:
         self.others = iter(other._kept.values())
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         return [value, value]
 
-    def total(self, tensor: Tensor | None) -> Tensor | None:
+    def all_reduce_optional(self, tensor: Tensor | None) -> Tensor | None:
         other = next(self.others)
         assert tensor is not None
         assert other is not None

@@ -132,7 +132,7 @@ def _train(case: Case, epochs: int) -> tuple[Tensor, Tensor, list[float]]:
     torch.manual_seed(7)
     # Only the leading process draws tasks.
     peers = find_peers()
-    random.seed(7 if peers is None or peers.leads else 8)
+    random.seed(7 if peers is None or peers.is_main_process else 8)
     given = loaders(TASKS, batch=case.batch, multi_input=multi_input, shuffle=True, generator=_seeded())
     held_out = loaders(TASKS, rows=10, batch=5, multi_input=multi_input, seed=5)
     if case.partial:

@@ -25,7 +25,7 @@ class _Seat(Peers):
     """A place in a group that is never met."""
 
     def __init__(self, rank: int, size: int) -> None:
-        self.rank, self.size, self.leads = rank, size, rank == 0
+        self.rank, self.size, self.is_main_process = rank, size, rank == 0
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -93,7 +93,7 @@ def _left_alone(weighting: str, peers: Peers) -> bool:
     trainer.step([first], StepBuffer())
     states.append(flat(trainer.storage.trained))
     inputs, labels = second
-    trainer.step([(inputs * torch.nan if peers.leads else inputs, labels)], StepBuffer())
+    trainer.step([(inputs * torch.nan if peers.is_main_process else inputs, labels)], StepBuffer())
     states.append(flat(trainer.storage.trained))
     return not torch.equal(states[0], states[1]) and torch.equal(states[1], states[2])
 
@@ -167,7 +167,7 @@ def _meet(_: None) -> dict[str, Any]:
     found["gram"] = torch.as_tensor(buffer.flush(0, 1).gram)[0]
     listed, normals = _Listed(), NormalMetric()
     listed.update_fun(torch.full((2,), float(peers.rank)), None)
-    if peers.leads:
+    if peers.is_main_process:
         normals.update_fun(torch.ones(1, 3, 1, 1), torch.ones(1, 3, 1, 1) / 3**0.5)
     for metric in (listed, normals):
         metric.sync(peers)

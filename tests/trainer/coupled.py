@@ -123,7 +123,7 @@ def gradient_rows(trainer: Any, batch: Batch) -> tuple[list[list[Tensor]], list[
     rows = []
     for t in range(len(batch[1])):
         losses, _ = problem.whole(*batch)
-        params = [*problem.shared_params, *problem.own_params]
+        params = [*problem.shared_params, *problem.task_params]
         rows.append(torch.autograd.grad(losses[t], params, allow_unused=True, materialize_grads=True))
     return [list(row[:count]) for row in rows], [list(row[count:]) for row in rows]
 
@@ -145,7 +145,7 @@ def step_weights(trainer: Any, batch: Batch, plain: Any = None) -> tuple[Tensor,
     trainer.model.epoch, trainer.model.epochs = 0, 1
     rows = gradient_rows(plain or trainer, batch)
     problem = trainer.step.problem
-    groups = problem.shared_params, problem.own_params
+    groups = problem.shared_params, problem.task_params
     before = [[param.detach().clone() for param in params] for params in groups]
     trainer.step([batch], StepBuffer())
     moved = [

@@ -55,7 +55,7 @@ def _images() -> tuple[Tensor, dict[str, Tensor]]:
 
 def _rows(trainer: Any) -> tuple[list[Any], Any]:
     done = trainer.step.engine.method(batch_of(trainer, *_images()))
-    done.own.write(None)
+    done.task_grads.write(None)
     return done.rows, done.losses
 
 
@@ -109,7 +109,7 @@ def test_every_tasks_gradient_equals_eager(architecture: Any) -> None:
         for got_row, want_row in zip(got, want, strict=True):
             for a, b in zip(got_row, want_row, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-        for a, b in zip(compiled.step.problem.own_params, eager.step.problem.own_params, strict=True):
+        for a, b in zip(compiled.step.problem.task_params, eager.step.problem.task_params, strict=True):
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
             a.grad = b.grad = None
 

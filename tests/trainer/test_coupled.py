@@ -98,7 +98,7 @@ def test_tasks_without_labels_are_decoded_all_the_same(name: str, kind: str, fro
     if not frozen:
         trainer.step([(x, labels)] * trainer.step.batches, StepBuffer())
     for _ in range(2):
-        params = [*trainer.step.problem.shared_params, *trainer.step.problem.own_params]
+        params = [*trainer.step.problem.shared_params, *trainer.step.problem.task_params]
         before = [param.detach().clone() for param in params]
         loss = trainer.step.problem.whole(x, labels)[0][1]
         want = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
@@ -177,7 +177,7 @@ def test_tasks_with_inputs_of_their_own() -> None:
     trainer.model.epoch = 0
     x, labels = coupled_batch()
     problem = trainer.step.problem
-    params = [*problem.shared_params, *problem.own_params]
+    params = [*problem.shared_params, *problem.task_params]
     inputs = {"ctr": x, "ctcvr": x.flip(0)}
     rows = []
     for place in range(2):

@@ -37,7 +37,7 @@ def _grads(architecture: Any, shared: Tensor, heads: Tensor | None) -> dict[str,
     inputs, labels = next(iter(loaders(3)))
     model, problem = trainer.model, trainer.step.problem
     params = dict(model.named_parameters())
-    own = {id(param) for param in problem.own_params}
+    own = {id(param) for param in problem.task_params}
     expected = {name: torch.zeros_like(param) for name, param in params.items()}
     for t, loss in enumerate(problem.whole(inputs, labels)[0]):
         grads = torch.autograd.grad(loss, list(params.values()), retain_graph=True, allow_unused=True)

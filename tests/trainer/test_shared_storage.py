@@ -44,7 +44,7 @@ def test_what_is_summed_up_gets_its_gradient_once(weighting: str, options: dict[
     shown = buffer.flush(0, 1).weights
     assert shown is not None
     weights = torch.from_numpy(shown[-1]).float() if weighting == "FairGrad" else torch.ones(2)
-    own = trainer.step.problem.own_params
+    own = trainer.step.problem.task_params
     losses, _ = trainer.step.problem.whole(*batch)
     expected = torch.autograd.grad(list(losses), own, list(weights))
     grads = [param.grad for param in own]
@@ -94,7 +94,7 @@ def test_a_layer_of_training_alone_gets_the_weight_of_its_own_task() -> None:
     weights = torch.from_numpy(shown[0]).float()
     assert weights.max() > 1.5 * weights.min()
     losses, _ = trainer.step.problem.whole(*batch)
-    own = trainer.step.problem.own_params
+    own = trainer.step.problem.task_params
     for param, expected in zip(own, torch.autograd.grad(list(losses), own, list(weights)), strict=True):
         torch.testing.assert_close(param.grad, expected)
 

@@ -50,7 +50,7 @@ def _task_gradients(trainer: Trainer, inputs: Any, labels: Any) -> tuple[list[li
             loss, _ = problem.single(inputs[task], labels[task], task)
         else:
             loss = problem.whole(inputs, labels)[0][problem.tasks.index(task)]
-        rows.append(torch.autograd.grad(loss, [*problem.shared_params, *problem.own_params], allow_unused=True))
+        rows.append(torch.autograd.grad(loss, [*problem.shared_params, *problem.task_params], allow_unused=True))
     shared = len(problem.shared_params)
     own = []
     for column in zip(*(row[shared:] for row in rows), strict=True):
@@ -82,7 +82,7 @@ def test_mgda_update_is_the_min_norm_combination(architecture: Any, multi_input:
     trainer.step([(inputs, labels)], StepBuffer())
     for param, want in zip(trainer.step.problem.shared_params, expected, strict=True):
         torch.testing.assert_close(param.grad, want)
-    for param, want in zip(trainer.step.problem.own_params, own, strict=True):
+    for param, want in zip(trainer.step.problem.task_params, own, strict=True):
         assert (param.grad is None) == (want is None)
         if want is not None:
             torch.testing.assert_close(param.grad, want)
@@ -123,7 +123,7 @@ def test_rep_grad_weights_the_representation_gradients(architecture: Any, multi_
     for k, param in enumerate(trainer.step.problem.shared_params):
         torch.testing.assert_close(param.grad, weights[0] * rows[0][k] + weights[1] * rows[1][k])
     decoders = {id(param) for param in trainer.model.decoders.parameters()}
-    for param, want in zip(trainer.step.problem.own_params, own, strict=True):
+    for param, want in zip(trainer.step.problem.task_params, own, strict=True):
         if id(param) in decoders:
             torch.testing.assert_close(param.grad, want)
 
@@ -232,7 +232,7 @@ def test_a_strategy_written_for_libmtl(rep_grad: bool, multi_input: bool) -> Non
     trainer.step([(inputs, labels)], buffer)
     for k, param in enumerate(trainer.step.problem.shared_params):
         torch.testing.assert_close(param.grad, 0.5 * (rows[0][k] + rows[1][k]))
-    for param, want in zip(trainer.step.problem.own_params, own, strict=True):
+    for param, want in zip(trainer.step.problem.task_params, own, strict=True):
         torch.testing.assert_close(param.grad, want)
     records = buffer.flush(0, 1)
     assert records.weights is not None

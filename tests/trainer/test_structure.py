@@ -64,7 +64,7 @@ def _expected(trainer: Any, batch: Any) -> dict[str, Tensor]:
     for params, each in (
         (trainer.step.problem.shared_params, weights.float()),
         (
-            trainer.step.problem.own_params,
+            trainer.step.problem.task_params,
             torch.ones(len(losses)) if not trainer.model.weighs_heads else weights.float(),
         ),
     ):

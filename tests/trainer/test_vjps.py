@@ -411,7 +411,7 @@ def test_several_processes_take_one_after_the_other(vjps: str) -> None:
     step = _trainer(ENCODERS["mlp"], "sequential", count=8).step
     said: list[str] = []
     options = replace(step.options, vjps=vjps)
-    comm = DataParallel(Alone(), step.problem.shared_params, step.problem.own_params)
+    comm = DataParallel(Alone(), step.problem.shared_params, step.problem.task_params)
     engines = engines_to_try(step.strategy, step.problem, step.hyper, options, said.append, comm)
     assert [type(engine.method) for engine in engines.values()] == [Split]
     assert len(said) == (0 if vjps == "auto" else 1)

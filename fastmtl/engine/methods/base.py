@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastmtl.engine.comm import Comm
 from fastmtl.engine.context import Batch
 from fastmtl.engine.cut import Structure
-from fastmtl.engine.gradients import OwnGradients, WeightedGradients
+from fastmtl.engine.gradients import TaskGradients, WeightedGradients
 from fastmtl.engine.hidden import VJP
 from fastmtl.engine.jacobian import BatchGradients, Known, detached
 from fastmtl.engine.regions import Regions
@@ -91,14 +91,14 @@ class Method:
         return self(batch)
 
     def known(
-        self, losses: Sequence[Tensor], preds: Mapping[str, object], shared: Row, own: WeightedGradients
+        self, losses: Sequence[Tensor], preds: Mapping[str, object], shared: Row, task_grads: WeightedGradients
     ) -> BatchGradients:
         """Return what :meth:`combined` has found: the update of the shared parameters and of the others."""
-        return BatchGradients(*detached(losses, preds), [shared], own, Known(self.problem.shared_params))
+        return BatchGradients(*detached(losses, preds), [shared], task_grads, Known(self.problem.shared_params))
 
-    def own_gradients(
+    def task_gradients(
         self, batch: Batch, losses: Sequence[Tensor], leaves: Sequence[Sequence[Tensor]]
-    ) -> tuple[Rows, OwnGradients]:
+    ) -> tuple[Rows, TaskGradients]:
         """Differentiate the losses down to the cut features and the task-specific parameters.
 
         Args:
@@ -109,18 +109,18 @@ class Method:
         Returns:
             The gradients of each task's leaves, and of the parameters.
         """
-        own: Sequence[nn.Parameter] = self.problem.own_params
+        task_params: Sequence[nn.Parameter] = self.problem.task_params
         flat = [leaf for of_task in leaves for leaf in of_task]
         seeds = batch.seeds(losses)
         if not self.structure.coupled and (not self.weighs_heads or self.structure.owners is not None):
-            grads = self.vjp(losses, seeds, [*flat, *own], False)
+            grads = self.vjp(losses, seeds, [*flat, *task_params], False)
             parts = [grads[len(flat) :]]
             rest = iter(grads)
             cotangents = [[next(rest) for _ in of_task] for of_task in leaves]
         else:
             parts, cotangents = [], []
             for t, loss in enumerate(losses):
-                grads = self.vjp([loss], [seeds[t]], [*leaves[t], *own], t + 1 < len(losses))
+                grads = self.vjp([loss], [seeds[t]], [*leaves[t], *task_params], t + 1 < len(losses))
                 cotangents.append(grads[: len(leaves[t])])
                 parts.append(grads[len(leaves[t]) :])
-        return cotangents, OwnGradients(own, parts, self.structure.places(batch.tasks))
+        return cotangents, TaskGradients(task_params, parts, self.structure.places(batch.tasks))

@@ -63,11 +63,11 @@ class Compressed(Split):
         """Run the forward pass and the VJPs down to the outputs of the layers that count."""
         with self._calls() as calls:
             outputs = self.trunk(batch)
-        features, losses, preds, cotangents, own = self.heads(outputs, batch)
+        features, losses, preds, cotangents, task_grads = self.heads(outputs, batch)
         with part("VJPs"):
             rows = self._compressed(features, cotangents, calls)
         pullback = Through(features, cotangents, self.problem.shared_params)
-        return BatchGradients(*detached(losses, preds), rows, own, pullback)
+        return BatchGradients(*detached(losses, preds), rows, task_grads, pullback)
 
     @contextmanager
     def _calls(self) -> Iterator[list[tuple[nn.Linear, Tensor, GradientEdge]]]:
@@ -77,10 +77,10 @@ class Compressed(Split):
         def note(layer: nn.Module, args: tuple[object, ...], output: object) -> None:
             assert isinstance(layer, nn.Linear)
             # In low precision, which a network may ask for by itself, products would be rounded twice.
-            if len(args) != 1 or not isinstance(output, Tensor) or not isinstance(given := args[0], Tensor):
+            if len(args) != 1 or not isinstance(output, Tensor) or not isinstance(inputs := args[0], Tensor):
                 return
-            if output.dtype == given.dtype == layer.weight.dtype and output.grad_fn is not None:
-                calls.append((layer, given.detach(), GradientEdge(output.grad_fn, output.output_nr)))
+            if output.dtype == inputs.dtype == layer.weight.dtype and output.grad_fn is not None:
+                calls.append((layer, inputs.detach(), GradientEdge(output.grad_fn, output.output_nr)))
 
         # A hook of the user's may return something else than the layer does.
         handles = [layer.register_forward_hook(note) for layer in self.layers if not layer._forward_hooks]
@@ -99,14 +99,14 @@ class Compressed(Split):
             uses.update(child.variable for child, _ in node.next_functions if hasattr(child, "variable"))
         reached = set(nodes)
         chosen = [
-            (layer, given, edge)
-            for layer, given, edge in calls
+            (layer, inputs, edge)
+            for layer, inputs, edge in calls
             # Not if it was a view that an operation in place has put another node in the place of.
             if edge.node in reached
             and all(uses[param] == 1 for param in layer.parameters())
-            and given.shape[:-1].numel() + len(cotangents) < layer.in_features
+            and inputs.shape[:-1].numel() + len(cotangents) < layer.in_features
         ]
-        factors = [_factor(layer, given) for layer, given, _ in chosen]
+        factors = [_factor(layer, inputs) for layer, inputs, _ in chosen]
         covered = {param for layer, _, _ in chosen for param in layer.parameters()}
         others = [param for param in self.problem.shared_params if param not in covered]
         wanted: list[Tensor | GradientEdge] = [*others, *(edge for _, _, edge in chosen)]
@@ -141,15 +141,15 @@ def _times_lower(factor: Tensor, grad: Tensor | None) -> tuple[Tensor | None, Te
     return factor[:, :half].mT @ flat, factor[half:, half:].mT @ flat[half:]
 
 
-def _factor(layer: nn.Linear, given: Tensor) -> Tensor:
+def _factor(layer: nn.Linear, inputs: Tensor) -> Tensor:
     """Return a square L with ``L L^T = X X^T``, of the layer's inputs X with a column of ones for the bias.
 
     Of rows that depend on each other no factor would exist by rounding alone; what is added to the diagonal is far
     below what float32 can tell.
     """
-    flat = given.reshape(-1, layer.in_features).double()
+    flat = inputs.reshape(-1, layer.in_features).double()
     products = flat @ flat.mT
     if layer.bias is not None:
         products += 1
     products.diagonal().add_(1e-13 * products.diagonal().sum())
-    return torch.linalg.cholesky_ex(products).L.to(given.dtype)
+    return torch.linalg.cholesky_ex(products).L.to(inputs.dtype)

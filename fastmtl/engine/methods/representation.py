@@ -41,8 +41,8 @@ class Representation(Method):
         cuts = [decoded[task] for task in batch.tasks]
         starts = self._starts(batch, reps, losses, decoded)
         with part("VJPs"):
-            found, own = self.own_gradients(batch, losses, starts)
-        grads = [_total(of_task, cut) for of_task, cut in zip(found, cuts, strict=True)]
+            rep_grads, task_grads = self.task_gradients(batch, losses, starts)
+        grads = [_total(of_task, cut) for of_task, cut in zip(rep_grads, cuts, strict=True)]
         if len({grad.shape[1:].numel() for grad in grads}) > 1:
             raise UsageError(
                 "rep_grad needs representations of one size for all tasks, got "
@@ -50,7 +50,7 @@ class Representation(Method):
                 + "."
             )
         rows: Rows = [[grad.reshape(len(grad), -1).sum(0)] for grad in grads]
-        return BatchGradients(*detached(losses, preds), rows, own, Representations(reps, grads))
+        return BatchGradients(*detached(losses, preds), rows, task_grads, Representations(reps, grads))
 
     def _starts(
         self, batch: Batch, reps: Sequence[Tensor], losses: Sequence[Tensor], decoded: Mapping[str, Tensor]
@@ -63,7 +63,7 @@ class Representation(Method):
         if len(reps) > 1:
             raise UsageError(
                 f"rep_grad must be False for {self.problem.model.architecture_name} here: some loss depends on the "
-                "predictions of several tasks, each of which has a representation of its own."
+                "predictions of several tasks, each of which has a representation of its task_grads."
             )
         return [list(decoded.values()) for _ in batch.tasks]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastmtl.engine.comm import Comm
 from fastmtl.engine.context import Batch
 from fastmtl.engine.cut import Structure
-from fastmtl.engine.gradients import OwnGradients
+from fastmtl.engine.gradients import TaskGradients
 from fastmtl.engine.jacobian import BatchGradients, Combine, detached
 from fastmtl.engine.methods.base import Method
 from fastmtl.engine.methods.whole import Whole
@@ -25,7 +25,7 @@ from fastmtl.support.profiling import part
 __all__ = ["Heads", "Split"]
 
 # Features, losses, predictions, the cotangents of the features by task, and gradients of the tasks' own parameters.
-Heads = tuple[list[Tensor], Sequence[Tensor], Mapping[str, object], Rows, OwnGradients]
+Heads = tuple[list[Tensor], Sequence[Tensor], Mapping[str, object], Rows, TaskGradients]
 
 
 class Split(Method):
@@ -52,21 +52,21 @@ class Split(Method):
 
     def split(self, batch: Batch) -> BatchGradients:
         """Run the forward pass and all VJPs of a network that can be cut."""
-        features, losses, preds, cotangents, own = self.heads(self.trunk(batch), batch)
+        features, losses, preds, cotangents, task_grads = self.heads(self.trunk(batch), batch)
         with part("VJPs"):
             rows = self.rows_of(features, cotangents, batch)
-        return BatchGradients(*detached(losses, preds), rows, own, Combine())
+        return BatchGradients(*detached(losses, preds), rows, task_grads, Combine())
 
     def combined(self, batch: Batch, weights: Weights) -> BatchGradients:
         """Send the weighted sum of the tasks' cotangents through the trunk, once."""
         self.prepare(batch)
         if self.structure.against_cut is not None:
             return self.whole.combined(batch, weights)
-        features, losses, preds, cotangents, own = self.heads(self.trunk(batch), batch)
+        features, losses, preds, cotangents, task_grads = self.heads(self.trunk(batch), batch)
         total = weighted(weights.shared, cotangents)
         with part("VJPs"):
             row = vjp(features, total, self.problem.shared_params, retain=False)
-        return self.known(losses, preds, row, own.weighted(weights.heads))
+        return self.known(losses, preds, row, task_grads.weighted(weights.heads))
 
     def rows_of(self, features: Sequence[Tensor], cotangents: Rows, batch: Batch) -> Rows:
         """Return the VJPs through the trunk, one row per cotangent."""
@@ -87,5 +87,5 @@ class Split(Method):
             losses, preds = self.regions.heads(list(aliases.values()), batch.labels, batch.tasks)
         cut = [tensors_of(aliases[task]) for task in batch.tasks]
         with part("VJPs"):
-            cotangents, own = self.own_gradients(batch, losses, cut)
-        return tensors_of(features), losses, preds, cotangents, own
+            cotangents, task_grads = self.task_gradients(batch, losses, cut)
+        return tensors_of(features), losses, preds, cotangents, task_grads

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from torch import Tensor, nn
 
 from fastmtl.engine.context import Batch
-from fastmtl.engine.gradients import OwnGradients
+from fastmtl.engine.gradients import TaskGradients
 from fastmtl.engine.inductor import graph_errors
 from fastmtl.engine.jacobian import BatchGradients, Combine, detached
 from fastmtl.engine.methods.base import Method
@@ -74,12 +74,12 @@ class Traced(Method):
     def _traced(self, batch: Batch) -> BatchGradients:
         with part("traced"):
             losses, preds, rows, parts = self.regions.gradients(batch.inputs, batch.factor, batch.labels, batch.tasks)
-        own = OwnGradients(self.problem.own_params, parts, self.structure.places(batch.tasks))
-        return BatchGradients(*detached(losses, preds), rows, own, Combine())
+        task_grads = TaskGradients(self.problem.task_params, parts, self.structure.places(batch.tasks))
+        return BatchGradients(*detached(losses, preds), rows, task_grads, Combine())
 
     def _gradients(
         self, inputs: object, factor: Tensor | None, labels: Labels, tasks: Tasks
     ) -> tuple[Tensor, object, Rows, Sequence[Sequence[Tensor | None]]]:
         """Return losses, predictions, rows and the gradients of the task-specific parameters."""
         done = self.plain.gradients_of(Batch(inputs=inputs, labels=labels, tasks=tasks, factor=factor))
-        return done.losses, done.preds, done.rows, done.own.parts
+        return done.losses, done.preds, done.rows, done.task_grads.parts

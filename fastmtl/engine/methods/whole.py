@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.engine.context import Batch
-from fastmtl.engine.gradients import OwnGradients, WeightedGradients
+from fastmtl.engine.gradients import TaskGradients, WeightedGradients
 from fastmtl.engine.jacobian import BatchGradients, Combine, detached
 from fastmtl.engine.methods.base import Method, forward
 from fastmtl.engine.weights import Weights
@@ -32,9 +32,9 @@ class Whole(Method):
         losses: list[Tensor] = []
         preds: dict[str, object] = {}
         if not apart:
-            found, scored = forward(self.regions, batch)
-            losses += found
-            preds |= scored
+            batch_losses, batch_preds = forward(self.regions, batch)
+            losses += batch_losses
+            preds |= batch_preds
         rows, parts = [], []
         factors = batch.factors()
         for t, task in enumerate(batch.tasks):
@@ -46,12 +46,12 @@ class Whole(Method):
                 factor = factors[t]
                 seed = None if factor is None else factor.to(losses[t].dtype)
                 retain = not apart and t + 1 < len(batch.tasks)
-                row, own = self.comm.row(
-                    [losses[t]], [seed], problem.own_params, retain, batch.final, self.structure.by_backward
+                row, grads = self.comm.row(
+                    [losses[t]], [seed], problem.task_params, retain, batch.final, self.structure.by_backward
                 )
             rows.append(row)
-            parts.append(own)
-        return BatchGradients(*detached(losses, preds), rows, OwnGradients(problem.own_params, parts), Combine())
+            parts.append(grads)
+        return BatchGradients(*detached(losses, preds), rows, TaskGradients(problem.task_params, parts), Combine())
 
     def combined(self, batch: Batch, weights: Weights) -> BatchGradients:
         """Differentiate one weighted sum of the losses, or two where a parameter serves several tasks, but not all."""
@@ -68,10 +68,10 @@ class Whole(Method):
             greatest = shared.abs().max()
             least = 1e-12 * greatest.where(greatest > 0, 1.0)
             divisors = shared.where(shared.abs() > least, least)
-            everything = [*problem.shared_params, *problem.own_params]
+            everything = [*problem.shared_params, *problem.task_params]
             grads = self.vjp(losses, batch.seeds(losses, divisors), everything, False)
-            own = OwnGradients(problem.own_params, [grads[count:]], structure.places(batch.tasks))
-            return self.known(losses, preds, grads[:count], own.weighted(heads / divisors))
-        row = self.vjp(losses, batch.seeds(losses, shared), problem.shared_params, bool(problem.own_params))
-        rest = self.vjp(losses, batch.seeds(losses, heads), problem.own_params, False)
-        return self.known(losses, preds, row, WeightedGradients(problem.own_params, [rest]))
+            task_grads = TaskGradients(problem.task_params, [grads[count:]], structure.places(batch.tasks))
+            return self.known(losses, preds, grads[:count], task_grads.weighted(heads / divisors))
+        row = self.vjp(losses, batch.seeds(losses, shared), problem.shared_params, bool(problem.task_params))
+        rest = self.vjp(losses, batch.seeds(losses, heads), problem.task_params, False)
+        return self.known(losses, preds, row, WeightedGradients(problem.task_params, [rest]))

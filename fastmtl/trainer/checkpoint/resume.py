@@ -28,7 +28,7 @@ def run_state(trainer: TrainerState) -> Saved:
     model = trainer.storage.whole_state(trainer.model.state_dict())
     optimizer = trainer.storage.whole_optimizer(_optimizer_state(trainer.optimizer))
     return {
-        "model": trainer.step.comm.whole_states(model, trainer.model.row_states),
+        "model": trainer.step.comm.gather_states(model, trainer.model.row_states),
         "step": trainer.step.state_dict(),
         "optimizer": optimizer,
         "optimizer_name": type(trainer.optimizer).__name__,
@@ -66,7 +66,7 @@ def resume_run(trainer: TrainerState, path: Path) -> Saved:
             f"The checkpoint {path} has the parameters in other groups of the optimizer than this run: groups cannot "
             "change when a run goes on."
         )
-    model = trainer.step.comm.part_states(state["model"], trainer.model.row_states)
+    model = trainer.step.comm.local_states(state["model"], trainer.model.row_states)
     model, optimizer = trainer.storage.load_shards(model), trainer.storage.part_optimizer(state["optimizer"])
     load_model_state(trainer.model, model, path)
     trainer.step.load_state_dict(state["step"])

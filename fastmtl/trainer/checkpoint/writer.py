@@ -28,10 +28,10 @@ class Checkpoints:
     def agree(self, peers: Peers) -> None:
         """Find out whether all processes take part; the leading one alone writes."""
         trainer = self._trainer
-        in_pieces = trainer.step.comm.cuts_rows and bool(trainer.model.row_states)
-        saves = peers.gather(trainer.save_path is not None)[0]
+        in_pieces = trainer.step.comm.shards_rows and bool(trainer.model.row_states)
+        saves = peers.all_gather_object(trainer.save_path is not None)[0]
         self.gathers = saves and (in_pieces or trainer.storage.is_sharded)
-        if not peers.leads:
+        if not peers.is_main_process:
             trainer.save_path = None
 
     def last_one(self) -> str | None:

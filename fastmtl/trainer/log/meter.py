@@ -135,8 +135,8 @@ class PerformanceMeter:
 
         They are NaN for a task that no batch had labels of, which is in ``unlabelled``.
         """
-        self._seen.update(*self.peers.gather(self._seen))
-        self._scored.update(*self.peers.gather(self._scored))
+        self._seen.update(*self.peers.all_gather_object(self._seen))
+        self._scored.update(*self.peers.all_gather_object(self._scored))
         for task in self.task_name:
             self.peers.sync([self.losses[task], self.metrics[task]])
         # A pass without any batch is an error, which the losses and metrics report.

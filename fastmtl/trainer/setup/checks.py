@@ -67,7 +67,7 @@ def find_device(device: str | torch.device | None, peers: Peers | None = None) -
     if device is None:
         if not torch.cuda.is_available():
             return torch.device("cpu")
-        return torch.device("cuda", peers.own_gpu(torch.device("cuda")).index or 0)
+        return torch.device("cuda", peers.local_device(torch.device("cuda")).index or 0)
     try:
         found = torch.device(device)
     except RuntimeError:
@@ -80,7 +80,7 @@ def find_device(device: str | torch.device | None, peers: Peers | None = None) -
             raise BackendError(absent.format("CUDA GPU"))
         if found.index is not None and found.index >= torch.cuda.device_count():
             raise BackendError(f"device is {device}, but there are only {torch.cuda.device_count()} CUDA GPUs.")
-        found = peers.own_gpu(found)
+        found = peers.local_device(found)
     if found.type == "mps" and not torch.backends.mps.is_available():
         raise BackendError(absent.format("MPS device"))
     return found
