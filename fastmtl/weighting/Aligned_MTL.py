@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl.weighting.base import AbsWeighting, Weights
+from fastmtl.weighting.abstract_weighting import AbsWeighting, Weights
 
 __all__ = ["Aligned_MTL"]
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.engine.lookahead import LookAhead
-from fastmtl.weighting.base import AbsWeighting, Hyper, Weights
+from fastmtl.weighting.abstract_weighting import AbsWeighting, Hyper, Weights
 from fastmtl.weighting.rules import Adam
 
 __all__ = ["INNER_LR", "INNER_STEP", "OUTER_LR", "AutoLambda", "Bilevel"]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.linalg import QuadprogProjector
-from fastmtl.weighting.base import AbsWeighting, Weights
+from fastmtl.weighting.abstract_weighting import AbsWeighting, Weights
 from fastmtl.weighting.UPGrad import NORM_EPS, REG_EPS
 
 __all__ = ["DualProj"]

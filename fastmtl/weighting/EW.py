@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastmtl.errors import UsageError
 from fastmtl.support.names import resolve_name
-from fastmtl.weighting.base import AbsWeighting, Hyper, Weights
+from fastmtl.weighting.abstract_weighting import AbsWeighting, Hyper, Weights
 
 __all__ = ["EW"]
 

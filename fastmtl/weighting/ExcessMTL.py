@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl.weighting.base import AbsWeighting, Hyper, Rows, Weights
+from fastmtl.weighting.abstract_weighting import AbsWeighting, Hyper, Rows, Weights
 from fastmtl.weighting.row_state import RowState
 from fastmtl.weighting.rules import raised
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.support.dtypes import falls_below
-from fastmtl.weighting.base import AbsWeighting, Hyper, Weights
+from fastmtl.weighting.abstract_weighting import AbsWeighting, Hyper, Weights
 from fastmtl.weighting.rules import Adam, counted, even_fall, even_fall_slope
 
 __all__ = ["FAMO"]

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from fastmtl import ops
 from fastmtl.engine.lookahead import LookAhead
+from fastmtl.weighting.abstract_weighting import Hyper, Weights
 from fastmtl.weighting.AutoLambda import INNER_LR, OUTER_LR, Bilevel
-from fastmtl.weighting.base import Hyper, Weights
 
 __all__ = ["FORUM", "forum_weights"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmtl.weighting.base import AbsWeighting, Weights
+from fastmtl.weighting.abstract_weighting import AbsWeighting, Weights
 from fastmtl.weighting.rules import counted
 
 __all__ = ["GLS"]

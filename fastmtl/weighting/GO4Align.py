@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.errors import UsageError
-from fastmtl.weighting.base import AbsWeighting, Hyper, Weights
+from fastmtl.weighting.abstract_weighting import AbsWeighting, Hyper, Weights
 from fastmtl.weighting.rules import counted
 
 __all__ = ["GO4Align", "cluster_means"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl.weighting.base import AbsWeighting, Hyper
+from fastmtl.weighting.abstract_weighting import AbsWeighting, Hyper
 
 __all__ = ["GradDrop"]
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl.weighting.base import Hyper, Weights
+from fastmtl.weighting.abstract_weighting import Hyper, Weights
 from fastmtl.weighting.PCGrad import RandomOrders
 
 __all__ = ["GradVac"]

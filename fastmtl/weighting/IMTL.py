@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl import ops
-from fastmtl.weighting.base import AbsWeighting, Weights
+from fastmtl.weighting.abstract_weighting import AbsWeighting, Weights
 
 __all__ = ["IMTL"]
 

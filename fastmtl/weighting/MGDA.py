@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl.weighting.base import AbsWeighting, Hyper, LossNeeds, Weights
+from fastmtl.weighting.abstract_weighting import AbsWeighting, Hyper, LossNeeds, Weights
 from fastmtl.weighting.rules import counted
 
 __all__ = ["MGDA"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from fastmtl import ops
 from fastmtl.engine.lookahead import LookAhead
+from fastmtl.weighting.abstract_weighting import Weights
 from fastmtl.weighting.AutoLambda import INNER_LR, INNER_STEP, OUTER_LR, Bilevel
-from fastmtl.weighting.base import Weights
 
 __all__ = ["MOML"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl.weighting.base import Hyper, Weights
+from fastmtl.weighting.abstract_weighting import Hyper, Weights
 from fastmtl.weighting.FairGrad import Fair
 
 __all__ = ["Nash_MTL"]

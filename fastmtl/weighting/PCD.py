@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastmtl import ops
 from fastmtl.errors import UsageError
-from fastmtl.weighting.base import AbsWeighting, Hyper, Weights
+from fastmtl.weighting.abstract_weighting import AbsWeighting, Hyper, Weights
 
 __all__ = ["PCD", "constrained_descent", "priority_weights"]
 

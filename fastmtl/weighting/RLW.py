@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastmtl.weighting.base import AbsWeighting, Weights
+from fastmtl.weighting.abstract_weighting import AbsWeighting, Weights
 from fastmtl.weighting.rules import random_weights
 
 __all__ = ["RLW"]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from fastmtl.weighting.abstract_weighting import AbsWeighting, Hyper, Rows, Weights
 from fastmtl.weighting.Aligned_MTL import Aligned_MTL
 from fastmtl.weighting.AutoLambda import AutoLambda
-from fastmtl.weighting.base import AbsWeighting, Hyper, Rows, Weights
 from fastmtl.weighting.CAGrad import CAGrad
 from fastmtl.weighting.ConFIG import ConFIG
 from fastmtl.weighting.DB_MTL import DB_MTL

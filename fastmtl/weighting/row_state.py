@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmtl.weighting.base import AbsWeighting
+from fastmtl.weighting.abstract_weighting import AbsWeighting
 
 __all__ = ["RowState"]
 

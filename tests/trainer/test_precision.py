@@ -18,8 +18,7 @@ from fastmtl.trainer.log.jsonl import JsonlLogger, read_jsonl
 from fastmtl.trainer.log.records import StepBuffer
 from fastmtl.trainer.optim.masking import MaskedOptimizer
 from fastmtl.trainer.precision import PRECISIONS, LossScaler, set_tf32
-from fastmtl.weighting import WEIGHTINGS
-from fastmtl.weighting.base import AbsWeighting, Weights
+from fastmtl.weighting import WEIGHTINGS, AbsWeighting, Weights
 from tests.host_reads import NoHostRead
 from tests.trainer.toy import flat, loaders, make_trainer
 

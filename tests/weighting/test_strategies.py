@@ -344,3 +344,22 @@ def test_does_not_wait_for_the_gpu(name: str) -> None:
         trainer.step(batches, buffer)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", ["Nash_MTL", "PCD", "GradVac", "MoCo", "ExcessMTL", "GO4Align"])
+def test_a_loop_of_ones_own_goes_on_after_a_step_with_nan(name: str) -> None:
+    x, labels = next(iter(loaders(3)))
+
+    def run(factors: tuple[float, ...]) -> torch.Tensor:
+        trainer = _trainer(name)
+        for factor in factors:
+            preds = trainer.model(x)
+            losses = torch.stack(
+                [factor * trainer.meter.losses[task].compute_loss(preds[task], labels[task]) for task in preds]
+            )
+            trainer.model.zero_grad()
+            torch.manual_seed(1)
+            trainer.model.backward(losses, **trainer.step.hyper)
+        return flat([*(param.grad for param in trainer.model.get_share_params()), *trainer.model.buffers()])
+
+    assert torch.equal(run((1.0, torch.nan, 1.0)), run((1.0, 1.0)))
