@@ -1,6 +1,6 @@
 """The table of what works together, in docs/support.md: every cell is what the code did when it was tried.
 
-``python -m tests.architecture.support`` writes it anew.
+``python -m tests.architecture.support`` updates it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "support.md"
 _TOP = """# What works together
 
 Each cell is the outcome of three training steps on a small problem with three tasks: ✓ they ran and the parameters
-changed; a letter, they were refused with the sentence below. Strategies that work on representations run with
-`rep_grad=True`. A test keeps this page true; `python -m tests.architecture.support` writes it anew.
+changed; a letter: they were refused with the message below. Strategies that work on representations run with
+`rep_grad=True`. A test checks this page; `python -m tests.architecture.support` updates it.
 
 ## Every architecture with every strategy
 """
@@ -57,7 +57,7 @@ def page() -> str:
             *_table(["", *ARCHITECTURES], combined),
             "\n## Every architecture with every kind of input and gradient\n",
             *_table(["", *heads], options),
-            "\n## The sentences\n",
+            "\n## The messages\n",
             *notes,
             "",
         ]
