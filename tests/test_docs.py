@@ -81,7 +81,7 @@ def test_readme(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
 
     def few_rows(name: str, batch_size: int) -> data.DataBundle:
         whole = load(name, batch_size=batch_size, n_train=batch_size)
-        rows = DataLoader([whole.train.dataset[row] for row in range(8)], batch_size=4)  # type: ignore[union-attr]
+        rows: DataLoader[Any] = DataLoader([whole.train.dataset[row] for row in range(8)], batch_size=4)
         return replace(whole, train=rows, test=rows)
 
     monkeypatch.setattr(data, "load", few_rows)
@@ -122,3 +122,13 @@ def test_files_that_are_named_exist(page: str) -> None:
     files += [f"/{file.name}" for file in ROOT.iterdir()]
     for name in re.findall(r"`([\w.]+(?:/[\w.]+)*(?:\.(?:py|cpp|cu|h|csv|sh|md)|/))`", _prose(ROOT / page)):
         assert any(file.endswith(f"/{name.rstrip('/')}") for file in files), name
+
+
+def test_names_beside_a_file_are_in_it() -> None:
+    text = _prose(DOCS / "design.md")
+    pairs = re.findall(r"`([\w/]+\.py)` `([\w.]+)`", text)
+    pairs += [(file, name) for name, file in re.findall(r"`(\w[\w.]*)`\s+\(`([\w/]+\.py)`\)", text)]
+    assert len(pairs) > 12
+    for file, name in pairs:
+        source = (ROOT / "fastmtl" / file).read_text()
+        assert re.search(rf"(class|def) {name.rpartition('.')[2]}\b", source), f"{name} in {file}"
