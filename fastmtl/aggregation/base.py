@@ -14,7 +14,7 @@ from fastmtl.aggregation.rows import add_combined, as_matrix, gram_of, put
 from fastmtl.errors import UsageError
 from fastmtl.linalg import Matrix, PSDMatrix
 from fastmtl.support.dtypes import wide_dtype
-from fastmtl.support.settings import Described, weighting_of
+from fastmtl.support.settings import Declared, Described, weighting_of
 from fastmtl.support.stateful import Stateful
 
 __all__ = [
@@ -68,13 +68,17 @@ class _Composition(Weighting[Tensor]):
         return self.weighting(self.fn(stat)).to(stat.dtype)
 
 
-class MatrixWeighting(Weighting[Matrix]):
-    """A weighting that looks at the (T, P) Jacobian; if it ``needs_rows_only``, at their number, dtype and device."""
+class MatrixWeighting(Declared, Weighting[Matrix]):
+    """A weighting that looks at the (T, P) Jacobian.
+
+    Attributes:
+        needs_rows_only: Whether the number of rows, their dtype and their device are all it looks at.
+    """
 
     needs_rows_only: ClassVar[bool] = True
 
 
-class GramWeighting(Weighting[PSDMatrix]):
+class GramWeighting(Declared, Weighting[PSDMatrix]):
     """A weighting from the Gram matrix by one of the ops: solved in float64, without a graph."""
 
     @torch.no_grad()
@@ -87,7 +91,7 @@ class GramWeighting(Weighting[PSDMatrix]):
 
     @abstractmethod
     def weigh(self, gram: Tensor) -> Tensor:
-        """Return the (T,) weights of a float64 Gram matrix."""
+        """Return the (T,) weights of the rows of a float64 Gram matrix."""
 
 
 def _is_watched(module: nn.Module) -> bool:
@@ -96,7 +100,7 @@ def _is_watched(module: nn.Module) -> bool:
 
 
 def _is_derived(module: nn.Module) -> bool:
-    """Return whether a class derived from one of this package has a ``forward`` of its own, which must be called."""
+    """Return whether a class outside this package overrides ``forward``, which must then be called."""
     return not type(module).forward.__module__.startswith("fastmtl.")
 
 
@@ -133,7 +137,7 @@ class Aggregator(Described, nn.Module, ABC):
 
         There is a (T, ...) Jacobian for each tensor. Returned are the (T,) weights, None if there are none.
         """
-        vector = self(torch.cat([as_matrix(each) for each in jacobians], dim=1))
+        vector = self(torch.cat([as_matrix(jacobian) for jacobian in jacobians], dim=1))
         parts = vector.split([tensor.numel() for tensor in tensors])
         put([part.reshape(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)], tensors)
         return None
@@ -152,12 +156,31 @@ class ColumnAggregator(Aggregator):
 
 
 class Buffered(nn.Module, Stateful):
-    """A weighting that remembers tensors, in the buffers ``kept``; it calls :meth:`reset` once it is made."""
+    """A weighting that remembers tensors from call to call, in buffers declared with ``state``.
+
+    A call whose gradients are NaN or infinite gives such weights and changes nothing that is remembered.
+    """
 
     kept: ClassVar[tuple[str, ...]]
 
+    def begin(self, **start: Tensor) -> list[Tensor]:
+        """Return what is remembered; these tensors where nothing is, or something of another shape."""
+        kept = {name: getattr(self, name) for name in start}
+        if any(old is None or old.shape != start[name].shape for name, old in kept.items()):
+            self.reset()
+            kept = start
+        for name, old in kept.items():
+            setattr(self, name, old.to(start[name]))
+        return [getattr(self, name) for name in start]
+
+    def learn(self, **new: Tensor) -> None:
+        """Remember these tensors, or keep all as they are where one of the new ones is NaN or infinite."""
+        finite = torch.stack([value.isfinite().all() for value in new.values()]).all()
+        for name, value in new.items():
+            setattr(self, name, torch.where(finite, value, getattr(self, name)))
+
     def reset(self) -> None:
-        """Forget them: the next call starts anew."""
+        """Forget all: the next call starts anew."""
         for name in self.kept:
             self.register_buffer(name, None)
 
@@ -167,9 +190,7 @@ class Remembering(Stateful):
 
     def reset(self) -> None:
         """Forget what the weighting remembers."""
-        weighting = weighting_of(self)
-        assert isinstance(weighting, Stateful)
-        weighting.reset()
+        weighting_of(self).reset()
 
 
 class WeightedAggregator(Aggregator, Generic[_Weighting]):
@@ -209,7 +230,7 @@ class WeightedAggregator(Aggregator, Generic[_Weighting]):
         weighting = self.weighting
         if isinstance(weighting, MatrixWeighting) and weighting.needs_rows_only and not _is_derived(weighting):
             return weighting(jacobians[0].new_empty(len(jacobians[0]), 0))
-        return weighting(torch.cat([as_matrix(each) for each in jacobians], dim=1))
+        return weighting(torch.cat([as_matrix(jacobian) for jacobian in jacobians], dim=1))
 
     def _write_watched(self, jacobians: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor | None:
         seen: list[Tensor] = []

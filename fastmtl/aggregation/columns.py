@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastmtl.aggregation.base import ColumnAggregator
 from fastmtl.errors import UsageError
-from fastmtl.support.settings import at_least, optional_vector, vector_string
+from fastmtl.support.settings import Declared, setting, vector, vector_string
 
 __all__ = ["GradDrop", "TrimmedMean"]
 
@@ -18,7 +18,7 @@ def _identity(purity: Tensor) -> Tensor:
     return purity
 
 
-class GradDrop(ColumnAggregator):
+class GradDrop(Declared, ColumnAggregator):
     """The sum of each column's numbers of one sign, which is drawn with the probability given by their purity.
 
     With the purity ``P = f((1 + sum_t v_t / sum_t |v_t|) / 2)`` and U uniform, positive numbers v stay where ``P > U``,
@@ -35,17 +35,12 @@ class GradDrop(ColumnAggregator):
     Algorithm 1, lines 10 to 15.
     """
 
-    settings = ("f", "leak")
-    leak = optional_vector()
-
-    def __init__(self, f: Callable[[Tensor], Tensor] = _identity, leak: Tensor | None = None) -> None:
-        super().__init__()
-        self.f = f
-        self.leak = leak
+    f: Callable[[Tensor], Tensor] = setting(default=_identity)
+    leak: Tensor | None = vector(default=None)
 
     @torch.no_grad()
     def forward(self, matrix: Tensor, /) -> Tensor:
-        """Return the sums."""
+        """Return the (P,) sums of the numbers that stay."""
         if self.leak is not None and len(self.leak) != len(matrix):
             raise UsageError(f"matrix must have {len(self.leak)} rows, one per leak, got {len(matrix)}.")
         size = matrix.abs().sum(0)
@@ -61,7 +56,7 @@ class GradDrop(ColumnAggregator):
         return "GradDrop" if self.leak is None else f"GradDrop([{vector_string(self.leak)}])"
 
 
-class TrimmedMean(ColumnAggregator):
+class TrimmedMean(Declared, ColumnAggregator):
     """The mean of each column without its greatest and smallest numbers.
 
     Args:
@@ -73,14 +68,10 @@ class TrimmedMean(ColumnAggregator):
     Source: Yin et al., "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates", ICML 2018.
     """
 
-    trim_number = at_least(0)
-
-    def __init__(self, trim_number: int) -> None:
-        super().__init__()
-        self.trim_number = trim_number
+    trim_number: int = setting(least=0)
 
     def forward(self, matrix: Tensor, /) -> Tensor:
-        """Return the trimmed means."""
+        """Return the (P,) trimmed means."""
         kept = len(matrix) - 2 * self.trim_number
         if kept < 1:
             raise UsageError(f"matrix must have at least {2 * self.trim_number + 1} rows, got {len(matrix)}.")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastmtl.aggregation.base import MatrixWeighting, WeightedAggregator
 from fastmtl.errors import UsageError
-from fastmtl.support.settings import vector_string
+from fastmtl.support.settings import Declared, vector_string
 from fastmtl.weighting.rules import random_weights
 
 __all__ = [
@@ -19,7 +19,6 @@ __all__ = [
     "RandomWeighting",
     "Sum",
     "SumWeighting",
-    "equal_weights",
 ]
 
 
@@ -38,6 +37,8 @@ class ConstantWeighting(MatrixWeighting):
         UsageError: ``weights`` is not one-dimensional, or a matrix has another number of rows.
     """
 
+    settings = ("weights",)
+
     def __init__(self, weights: Tensor) -> None:
         if weights.dim() != 1:
             raise UsageError(f"weights must have the shape (T,), got {tuple(weights.shape)}.")
@@ -45,7 +46,7 @@ class ConstantWeighting(MatrixWeighting):
         self.weights = weights
 
     def forward(self, matrix: Tensor, /) -> Tensor:
-        """Return the weights."""
+        """Return the given weights."""
         if len(matrix) != len(self.weights):
             raise UsageError(f"matrix must have {len(self.weights)} rows, one per weight, got {len(matrix)}.")
         return self.weights
@@ -55,7 +56,7 @@ class MeanWeighting(MatrixWeighting):
     """Weights 1 / T."""
 
     def forward(self, matrix: Tensor, /) -> Tensor:
-        """Return the weights."""
+        """Return T weights 1 / T."""
         return equal_weights(matrix)
 
 
@@ -63,7 +64,7 @@ class SumWeighting(MatrixWeighting):
     """Weights 1."""
 
     def forward(self, matrix: Tensor, /) -> Tensor:
-        """Return the weights."""
+        """Return T ones."""
         return torch.ones_like(matrix[:, :0].sum(1))
 
 
@@ -75,46 +76,38 @@ class RandomWeighting(MatrixWeighting):
     """
 
     def forward(self, matrix: Tensor, /) -> Tensor:
-        """Return the weights."""
+        """Return new random weights."""
         return random_weights(matrix[:, :0].sum(1))
 
 
-class Constant(WeightedAggregator[ConstantWeighting]):
+class Constant(Declared, WeightedAggregator[ConstantWeighting], of=ConstantWeighting):
     """A linear combination with given weights.
 
     Args:
         weights: (T,).
     """
 
-    settings = ("weights",)
-
-    def __init__(self, weights: Tensor) -> None:
-        super().__init__(ConstantWeighting(weights))
-
-    @property
-    def weights(self) -> Tensor:
-        """The weights."""
-        return self.weighting.weights
+    weights: Tensor
 
     def __str__(self) -> str:
         return f"Constant([{vector_string(self.weights)}])"
 
 
-class Mean(WeightedAggregator):
+class Mean(WeightedAggregator[MeanWeighting]):
     """The mean of the gradients."""
 
     def __init__(self) -> None:
         super().__init__(MeanWeighting())
 
 
-class Sum(WeightedAggregator):
+class Sum(WeightedAggregator[SumWeighting]):
     """The sum of the gradients."""
 
     def __init__(self) -> None:
         super().__init__(SumWeighting())
 
 
-class Random(WeightedAggregator):
+class Random(WeightedAggregator[RandomWeighting]):
     """A random convex combination of the gradients; see :class:`RandomWeighting`."""
 
     def __init__(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Self, overload
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from fastmtl.aggregation.rows import add_combined, gram_of
 from fastmtl.errors import UsageError
 from fastmtl.linalg import DualConeProjector, QuadprogProjector
 from fastmtl.ops._eigh import Scale
-from fastmtl.support.settings import Attribute, Through, vector_string
+from fastmtl.support.settings import Declared, Setting, setting, vector_string
 
 __all__ = [
     "AlignedMTL",
@@ -27,21 +28,32 @@ __all__ = [
 ]
 
 
-class Preference(Attribute[Tensor | None]):
-    """The attribute ``pref_vector``: a (T,) tensor or None for equal preference.
+class Preference(Setting):
+    """The setting ``pref_vector``: a (T,) tensor or None for equal preference.
 
     Setting it also sets ``weighting`` of its owner, whose forward hooks see the preferences that are used; one of the
-    ``default`` class stands for None.
+    ``equal`` class stands for None.
     """
 
-    def __init__(self, default: type[MatrixWeighting]) -> None:
-        self.default = default
+    def __init__(self, equal: type[MatrixWeighting]) -> None:
+        super().__init__(default=None)
+        self.equal = equal
 
-    def __set__(self, instance: object, value: Tensor | None) -> None:
+    def __set__(self, instance: Any, value: Tensor | None) -> None:
         if value is not None and value.dim() != 1:
             raise UsageError(f"pref_vector must have the shape (T,), got {tuple(value.shape)}.")
-        setattr(instance, "weighting", self.default() if value is None else ConstantWeighting(value))  # noqa: B010
+        instance.weighting = self.equal() if value is None else ConstantWeighting(value)
         super().__set__(instance, value)
+
+
+def _preference(equal: type[MatrixWeighting]) -> Any:
+    """Declare a preference, so that the attribute has the type of what it holds."""
+    return Preference(equal)
+
+
+def _preferences(owner: Any, gram: Tensor) -> Tensor:
+    """Return the (T,) preferences of an owner of one, as forward hooks on its ``weighting`` let them be."""
+    return owner.weighting(gram).to(gram)
 
 
 def _suffix(preference: Tensor | None) -> str:
@@ -60,38 +72,29 @@ class AlignedMTLWeighting(GramWeighting):
     Source: Senushkin et al., "Independent Component Alignment for Multi-Task Learning", CVPR 2023.
     """
 
-    settings = ("pref_vector", "scale_mode")
-    pref_vector = Preference(MeanWeighting)
-    weighting: MatrixWeighting
-
-    def __init__(self, pref_vector: Tensor | None = None, scale_mode: Scale = "min") -> None:
-        super().__init__()
-        self.pref_vector = pref_vector
-        self.scale_mode = scale_mode
+    pref_vector: Tensor | None = _preference(MeanWeighting)
+    scale_mode: Scale = setting(default="min")
 
     def weigh(self, gram: Tensor) -> Tensor:
-        """Return the weights."""
+        """Return the weights of the gradients for the weighted sum of the aligned ones."""
         if self.scale_mode not in ("min", "median", "rmse"):
             raise UsageError(f"Invalid scale_mode={self.scale_mode!r}. Expected 'min', 'median' or 'rmse'.")
         if self.pref_vector is None:
             return ops.aligned(gram, scale=self.scale_mode) / len(gram)
-        return ops.aligned(gram, self.weighting(gram).to(gram), self.scale_mode)
+        return ops.aligned(gram, _preferences(self, gram), self.scale_mode)
 
 
-class AlignedMTL(GramianWeightedAggregator[AlignedMTLWeighting]):
+class AlignedMTL(Declared, GramianWeightedAggregator[AlignedMTLWeighting], of=AlignedMTLWeighting):
     """The mean of the aligned gradients; see :class:`AlignedMTLWeighting`."""
 
-    pref_vector: Through[Tensor | None] = Through()
-    scale_mode: Through[Scale] = Through()
-
-    def __init__(self, pref_vector: Tensor | None = None, scale_mode: Scale = "min") -> None:
-        super().__init__(AlignedMTLWeighting(pref_vector, scale_mode))
+    pref_vector: Tensor | None = AlignedMTLWeighting.pref_vector
+    scale_mode: Scale = AlignedMTLWeighting.scale_mode
 
     def __str__(self) -> str:
         return f"AlignedMTL{_suffix(self.pref_vector)}"
 
 
-class ConFIG(Aggregator):
+class ConFIG(Declared, Aggregator):
     """The update with the same cosine to all gradients; see :func:`fastmtl.ops.config`.
 
     Args:
@@ -101,12 +104,7 @@ class ConFIG(Aggregator):
     ICLR 2025.
     """
 
-    pref_vector = Preference(SumWeighting)
-    weighting: MatrixWeighting
-
-    def __init__(self, pref_vector: Tensor | None = None) -> None:
-        super().__init__()
-        self.pref_vector = pref_vector
+    pref_vector: Tensor | None = _preference(SumWeighting)
 
     @torch.no_grad()
     def forward(self, matrix: Tensor, /) -> Tensor:
@@ -122,28 +120,29 @@ class ConFIG(Aggregator):
 
     def _weights(self, jacobians: Sequence[Tensor]) -> Tensor:
         gram = gram_of(jacobians)
-        return ops.config(gram, None if self.pref_vector is None else self.weighting(gram).to(gram))
+        return ops.config(gram, None if self.pref_vector is None else _preferences(self, gram))
 
     def __str__(self) -> str:
         return f"ConFIG{_suffix(self.pref_vector)}"
 
 
-class _Projector(Attribute[DualConeProjector]):
+class _Projector(Setting):
     """What projects onto the dual cone."""
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> Self: ...
+    @overload
+    def __get__(self, instance: object, owner: type) -> DualConeProjector: ...
+    def __get__(self, instance: object, owner: type) -> Any:
+        return super().__get__(instance, owner)
 
     def __set__(self, instance: object, value: DualConeProjector | None) -> None:
         super().__set__(instance, QuadprogProjector() if value is None else value)
 
 
 class _ConeWeighting(GramWeighting):
-    pref_vector = Preference(MeanWeighting)
-    projector = _Projector()
-    weighting: MatrixWeighting
-
-    def __init__(self, pref_vector: Tensor | None = None, projector: DualConeProjector | None = None) -> None:
-        super().__init__()
-        self.pref_vector = pref_vector
-        self.projector = projector
+    pref_vector: Tensor | None = _preference(MeanWeighting)
+    projector: _Projector = _Projector(default=None)
 
 
 class UPGradWeighting(_ConeWeighting):
@@ -157,11 +156,11 @@ class UPGradWeighting(_ConeWeighting):
     """
 
     def weigh(self, gram: Tensor) -> Tensor:
-        """Return the weights."""
+        """Return the weighted sum of the projections' weights."""
         project = self.projector
         if self.pref_vector is None and type(project) is QuadprogProjector:
             return ops.upgrad(gram, project.norm_eps, project.reg_eps)
-        return project(torch.diag(self.weighting(gram).to(gram)), gram).sum(0)
+        return project(torch.diag(_preferences(self, gram)), gram).sum(0)
 
 
 class DualProjWeighting(_ConeWeighting):
@@ -175,27 +174,21 @@ class DualProjWeighting(_ConeWeighting):
     """
 
     def weigh(self, gram: Tensor) -> Tensor:
-        """Return the weights."""
-        return self.projector(self.weighting(gram).to(gram), gram)
+        """Return the projection's weights."""
+        return self.projector(_preferences(self, gram), gram)
 
 
-class _ConeAggregator(GramianWeightedAggregator[_ConeWeighting]):
-    pref_vector: Through[Tensor | None] = Through()
-    projector: Through[DualConeProjector | None] = Through()
+class _ConeAggregator(Declared, GramianWeightedAggregator[_ConeWeighting], of=_ConeWeighting):
+    pref_vector: Tensor | None = _ConeWeighting.pref_vector
+    projector: _Projector = _ConeWeighting.projector
 
     def __str__(self) -> str:
         return f"{type(self).__name__}{_suffix(self.pref_vector)}"
 
 
-class UPGrad(_ConeAggregator):
+class UPGrad(_ConeAggregator, of=UPGradWeighting):
     """The mean of the gradients, each projected onto the dual cone of all; see :class:`UPGradWeighting`."""
 
-    def __init__(self, pref_vector: Tensor | None = None, projector: DualConeProjector | None = None) -> None:
-        super().__init__(UPGradWeighting(pref_vector, projector))
 
-
-class DualProj(_ConeAggregator):
+class DualProj(_ConeAggregator, of=DualProjWeighting):
     """The mean gradient, projected onto the dual cone of all; see :class:`DualProjWeighting`."""
-
-    def __init__(self, pref_vector: Tensor | None = None, projector: DualConeProjector | None = None) -> None:
-        super().__init__(DualProjWeighting(pref_vector, projector))

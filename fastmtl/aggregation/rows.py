@@ -17,7 +17,7 @@ __all__ = ["add_combined", "as_matrix", "gram_of", "put"]
 
 def _as_rows(jacobians: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
     """Return the T rows, each a view into every Jacobian."""
-    return list(zip(*(each.unbind(0) for each in jacobians), strict=True))
+    return list(zip(*(jacobian.unbind(0) for jacobian in jacobians), strict=True))
 
 
 def as_matrix(jacobian: Tensor) -> Tensor:
@@ -35,9 +35,9 @@ def gram_of(jacobians: Sequence[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def add_combined(tensors: Sequence[Tensor], jacobians: Sequence[Tensor], weights: Tensor) -> None:
-    """Add ``sum_t w_t row_t`` to ``.grad``, each in one pass over its rows."""
+    """Add ``sum_t w_t row_t`` to ``.grad`` of each tensor, in one pass over its rows."""
     if not len(weights) or weights.device != jacobians[0].device:
-        sums = [torch.tensordot(weights.to(each), each, dims=1) for each in jacobians]
+        sums = [torch.tensordot(weights.to(jacobian), jacobian, dims=1) for jacobian in jacobians]
         put(sums, tensors)
         return
     # Those with a gradient come first, as the others will have one too.
@@ -45,14 +45,14 @@ def add_combined(tensors: Sequence[Tensor], jacobians: Sequence[Tensor], weights
         some = [k for k, tensor in enumerate(tensors) if (tensor.grad is None) == fresh]
         if not some:
             continue
-        out = [torch.empty_like(tensors[k]) if fresh else _own(tensors[k]) for k in some]
+        out = [torch.empty_like(tensors[k]) if fresh else _dense_grad(tensors[k]) for k in some]
         ops.combine_(out, _as_rows([jacobians[k] for k in some]), weights, accumulate=not fresh)
         for k, grad in zip(some, out, strict=True):
             tensors[k].grad = grad
 
 
-def _own(tensor: Tensor) -> Tensor:
-    """Return the gradient in memory that can be added to."""
+def _dense_grad(tensor: Tensor) -> Tensor:
+    """Return the gradient in dense memory, which can be added to."""
     grad = tensor.grad
     assert grad is not None
     return grad if is_dense(grad) else grad.clone(memory_format=torch.contiguous_format)

@@ -9,7 +9,7 @@ from fastmtl import ops
 from fastmtl.aggregation.base import GramianWeightedAggregator, GramWeighting
 from fastmtl.errors import UsageError
 from fastmtl.linalg import normalized
-from fastmtl.support.settings import Through, at_least, positive
+from fastmtl.support.settings import Declared, setting
 
 __all__ = [
     "IMTLG",
@@ -37,30 +37,22 @@ class CAGradWeighting(GramWeighting):
     Source: Liu et al., "Conflict-Averse Gradient Descent for Multi-task Learning", NeurIPS 2021.
     """
 
-    c = at_least(0.0)
-    norm_eps = at_least(0.0)
-
-    def __init__(self, c: float, norm_eps: float = 0.0001) -> None:
-        super().__init__()
-        self.c = c
-        self.norm_eps = norm_eps
+    c: float = setting(least=0)
+    norm_eps: float = setting(default=0.0001, least=0)
 
     def weigh(self, gram: Tensor) -> Tensor:
-        """Return the weights."""
+        """Return the weights of CAGrad's update."""
         matrix = normalized(gram, self.norm_eps)
         weights, update = ops.cagrad_update(matrix, self.c).unbind()
         length = (weights @ matrix @ weights).clamp(min=0).sqrt()
         return torch.where(length < self.norm_eps, 0.0, update)
 
 
-class CAGrad(GramianWeightedAggregator[CAGradWeighting]):
+class CAGrad(Declared, GramianWeightedAggregator[CAGradWeighting], of=CAGradWeighting):
     """The direction near the mean gradient that is best for the worst task; see :class:`CAGradWeighting`."""
 
-    c: Through[float] = Through()
-    norm_eps: Through[float] = Through()
-
-    def __init__(self, c: float, norm_eps: float = 0.0001) -> None:
-        super().__init__(CAGradWeighting(c, norm_eps))
+    c: float
+    norm_eps: float = CAGradWeighting.norm_eps
 
     def __str__(self) -> str:
         return f"CAGrad{str(self.c).removesuffix('.0')}"
@@ -76,29 +68,21 @@ class FairGradWeighting(GramWeighting):
     Source: Ban and Ji, "Fair Resource Allocation in Multi-Task Learning", ICML 2024.
     """
 
-    settings = ("alpha", "max_iters")
-    alpha = at_least(0.0)
-
-    def __init__(self, alpha: float, max_iters: int | None = None) -> None:
-        super().__init__()
-        self.alpha = alpha
-        self.max_iters = max_iters
+    alpha: float = setting(least=0)
+    max_iters: int | None = setting(default=None)
 
     def weigh(self, gram: Tensor) -> Tensor:
-        """Return the weights."""
+        """Return the alpha-fair weights."""
         if self.alpha == 0:
             return torch.full_like(gram[0], 1 / len(gram))
         return ops.fairgrad(gram, self.alpha)
 
 
-class FairGrad(GramianWeightedAggregator[FairGradWeighting]):
+class FairGrad(Declared, GramianWeightedAggregator[FairGradWeighting], of=FairGradWeighting):
     """The alpha-fair update; see :class:`FairGradWeighting`."""
 
-    alpha: Through[float] = Through()
-    max_iters: Through[int | None] = Through()
-
-    def __init__(self, alpha: float, max_iters: int | None = None) -> None:
-        super().__init__(FairGradWeighting(alpha, max_iters))
+    alpha: float
+    max_iters: int | None = FairGradWeighting.max_iters
 
     def __str__(self) -> str:
         return f"{self.alpha}-FairGrad"
@@ -111,11 +95,11 @@ class IMTLGWeighting(GramWeighting):
     """
 
     def weigh(self, gram: Tensor) -> Tensor:
-        """Return the weights."""
+        """Return the weights of equal projections."""
         return ops.imtl(gram)
 
 
-class IMTLG(GramianWeightedAggregator):
+class IMTLG(GramianWeightedAggregator[IMTLGWeighting]):
     """The update that projects equally onto all gradients; see :class:`IMTLGWeighting`."""
 
     def __init__(self) -> None:
@@ -138,21 +122,16 @@ class KrumWeighting(GramWeighting):
     Source: Blanchard et al., "Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent", NeurIPS 2017.
     """
 
-    n_byzantine = at_least(0)
-    n_selected = at_least(1)
-
-    def __init__(self, n_byzantine: int, n_selected: int = 1) -> None:
-        super().__init__()
-        self.n_byzantine = n_byzantine
-        self.n_selected = n_selected
+    n_byzantine: int = setting(least=0)
+    n_selected: int = setting(default=1, least=1)
 
     def weigh(self, gram: Tensor) -> Tensor:
-        """Return the weights."""
-        size = len(gram)
-        if size < max(self.n_byzantine + 3, self.n_selected):
+        """Return equal weights of the selected gradients, 0 of the others."""
+        size, least = len(gram), max(self.n_byzantine + 3, self.n_selected)
+        if size < least:
             raise UsageError(
-                f"Krum needs at least {max(self.n_byzantine + 3, self.n_selected)} rows with "
-                f"n_byzantine={self.n_byzantine} and n_selected={self.n_selected}, got {size}."
+                f"Krum needs at least {least} rows with n_byzantine={self.n_byzantine} and "
+                f"n_selected={self.n_selected}, got {size}."
             )
         square = gram.diagonal()
         distance = (square[:, None] + square - 2 * gram).clamp(min=0).sqrt()
@@ -163,14 +142,11 @@ class KrumWeighting(GramWeighting):
         return torch.zeros_like(scores).index_fill(0, chosen, 1 / self.n_selected)
 
 
-class Krum(GramianWeightedAggregator[KrumWeighting]):
+class Krum(Declared, GramianWeightedAggregator[KrumWeighting], of=KrumWeighting):
     """The mean of the gradients that are closest to their neighbours; see :class:`KrumWeighting`."""
 
-    n_byzantine: Through[int] = Through()
-    n_selected: Through[int] = Through()
-
-    def __init__(self, n_byzantine: int, n_selected: int = 1) -> None:
-        super().__init__(KrumWeighting(n_byzantine, n_selected))
+    n_byzantine: int
+    n_selected: int = KrumWeighting.n_selected
 
     def __str__(self) -> str:
         return f"Krum{self.n_byzantine}-{self.n_selected}"
@@ -188,27 +164,19 @@ class MGDAWeighting(GramWeighting):
     Source: Désidéri, "Multiple-gradient descent algorithm (MGDA) for multiobjective optimization", 2012.
     """
 
-    epsilon = positive(float)
-    max_iters = positive(int)
-
-    def __init__(self, epsilon: float = 0.001, max_iters: int = 100) -> None:
-        super().__init__()
-        self.epsilon = epsilon
-        self.max_iters = max_iters
+    epsilon: float = setting(default=0.001, above=0)
+    max_iters: int = setting(default=100, above=0)
 
     def weigh(self, gram: Tensor) -> Tensor:
-        """Return the weights."""
+        """Return the min-norm weights."""
         return ops.min_norm(gram)
 
 
-class MGDA(GramianWeightedAggregator[MGDAWeighting]):
+class MGDA(Declared, GramianWeightedAggregator[MGDAWeighting], of=MGDAWeighting):
     """The shortest convex combination of the gradients; see :class:`MGDAWeighting`."""
 
-    epsilon: Through[float] = Through()
-    max_iters: Through[int] = Through()
-
-    def __init__(self, epsilon: float = 0.001, max_iters: int = 100) -> None:
-        super().__init__(MGDAWeighting(epsilon, max_iters))
+    epsilon: float = MGDAWeighting.epsilon
+    max_iters: int = MGDAWeighting.max_iters
 
 
 class PCGradWeighting(GramWeighting):
@@ -218,11 +186,11 @@ class PCGradWeighting(GramWeighting):
     """
 
     def weigh(self, gram: Tensor) -> Tensor:
-        """Return the weights."""
+        """Return the sums of the projected gradients' coefficients."""
         return ops.pcgrad(gram, torch.rand_like(gram))
 
 
-class PCGrad(GramianWeightedAggregator):
+class PCGrad(GramianWeightedAggregator[PCGradWeighting]):
     """The sum of the gradients, each projected off those it conflicts with; see :class:`PCGradWeighting`."""
 
     def __init__(self) -> None:

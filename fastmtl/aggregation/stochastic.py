@@ -10,18 +10,11 @@ from torch import Tensor
 from fastmtl.aggregation.base import Buffered, MatrixWeighting, Weighting
 from fastmtl.aggregation.constant import equal_weights
 from fastmtl.errors import UsageError
-from fastmtl.support.settings import Setting, at_least, optional_vector, positive
+from fastmtl.support.settings import Declared, setting, state, vector
 from fastmtl.support.stateful import Stateful
 from fastmtl.weighting.rules import directed_weights, stepped
 
 __all__ = ["CRMOGMWeighting", "MoDoWeighting", "SDMGradWeighting"]
-
-
-def _start(last: Tensor | None, matrix: Tensor) -> Tensor:
-    """Return the last weights, equal ones if there are none for so many tasks and this dtype."""
-    if last is None or (last.shape, last.dtype) != (matrix.shape[:1], matrix.dtype):
-        return equal_weights(matrix)
-    return last
 
 
 class MoDoWeighting(MatrixWeighting, Buffered):
@@ -38,22 +31,17 @@ class MoDoWeighting(MatrixWeighting, Buffered):
     """
 
     needs_rows_only = False
-    kept = ("_lambda",)
-    gamma = positive(float)
-    rho = at_least(0.0)
-    _lambda: Tensor | None
-
-    def __init__(self, gamma: float = 0.1, rho: float = 0.1) -> None:
-        super().__init__()
-        self.gamma = gamma
-        self.rho = rho
-        self.reset()
+    gamma: float = setting(default=0.1, above=0)
+    rho: float = setting(default=0.1, least=0)
+    _lambda: Tensor | None = state()
 
     @torch.no_grad()
     def forward(self, matrix: Tensor, /) -> Tensor:
-        """Return the weights; another number of tasks starts anew."""
-        self._lambda = stepped(_start(self._lambda, matrix), matrix, self.gamma, self.rho)
-        return self._lambda
+        """Return the weights after this call's step; another number of tasks starts anew."""
+        (last,) = self.begin(_lambda=equal_weights(matrix))
+        weights = stepped(last, matrix, self.gamma, self.rho)
+        self.learn(_lambda=weights)
+        return weights
 
 
 class SDMGradWeighting(MatrixWeighting, Buffered):
@@ -77,38 +65,22 @@ class SDMGradWeighting(MatrixWeighting, Buffered):
     """
 
     needs_rows_only = False
-    kept = ("_w",)
-    lr = positive(float)
-    momentum: Setting[float] = Setting(lambda value: 0 <= value < 1, "from 0 to below 1")
-    n_iter = at_least(1)
-    lambda_ = at_least(0.0)
-    pref_vector = optional_vector()
-    _w: Tensor | None
-
-    def __init__(
-        self,
-        lr: float = 10.0,
-        momentum: float = 0.5,
-        n_iter: int = 20,
-        lambda_: float = 0.3,
-        pref_vector: Tensor | None = None,
-    ) -> None:
-        super().__init__()
-        self.lr = lr
-        self.momentum = momentum
-        self.n_iter = n_iter
-        self.lambda_ = lambda_
-        self.pref_vector = pref_vector
-        self.reset()
+    lr: float = setting(default=10.0, above=0)
+    momentum: float = setting(default=0.5, least=0, below=1)
+    n_iter: int = setting(default=20, least=1)
+    lambda_: float = setting(default=0.3, least=0)
+    pref_vector: Tensor | None = vector(default=None)
+    _w: Tensor | None = state()
 
     @torch.no_grad()
     def forward(self, matrix: Tensor, /) -> Tensor:
-        """Return the weights; another number of tasks starts anew."""
+        """Return the solver's weights, pulled towards the preferred ones; another number of tasks starts anew."""
         preference = equal_weights(matrix) if self.pref_vector is None else self.pref_vector.to(matrix)
         if len(preference) != len(matrix):
             raise UsageError(f"pref_vector must have {len(matrix)} entries, one per row, got {len(preference)}.")
-        self._w = directed_weights(
-            _start(self._w, matrix),
+        (last,) = self.begin(_w=equal_weights(matrix))
+        weights = directed_weights(
+            last,
             matrix,
             preference,
             lamda=self.lambda_,
@@ -116,10 +88,11 @@ class SDMGradWeighting(MatrixWeighting, Buffered):
             momentum=self.momentum,
             steps=self.n_iter,
         )
-        return (self._w + self.lambda_ * preference) / (1 + self.lambda_)
+        self.learn(_w=weights)
+        return (weights + self.lambda_ * preference) / (1 + self.lambda_)
 
 
-class CRMOGMWeighting(Weighting[Any], Buffered):
+class CRMOGMWeighting(Declared, Weighting[Any], Buffered):
     """A moving average of another weighting's weights: ``w <- alpha w + (1 - alpha) weighting(...)``.
 
     Args:
@@ -135,9 +108,8 @@ class CRMOGMWeighting(Weighting[Any], Buffered):
     """
 
     settings = ()
-    kept = ("_lambda",)
-    alpha: Setting[float] = Setting(lambda value: 0 <= value <= 1, "from 0 to 1")
-    _lambda: Tensor | None
+    alpha: float = setting(least=0, most=1)
+    _lambda: Tensor | None = state()
 
     def __init__(self, weighting: Weighting[Any], alpha: float = 0.9, initial_weights: Tensor | None = None) -> None:
         super().__init__()
@@ -147,19 +119,24 @@ class CRMOGMWeighting(Weighting[Any], Buffered):
         super().reset()
 
     def forward(self, stat: Tensor, /) -> Tensor:
-        """Return the average."""
+        """Return the moving average of the weights."""
         fresh: Tensor = self.weighting(stat)
         last = self._lambda
         if last is None:
-            last = fresh if self._initial_weights is None else self._initial_weights.to(fresh)
+            last = (
+                torch.full_like(fresh, torch.nan) if self._initial_weights is None else self._initial_weights.to(fresh)
+            )
             if last.shape != fresh.shape:
                 raise UsageError(f"initial_weights must have the shape {tuple(fresh.shape)}, got {tuple(last.shape)}.")
+            self._lambda = last
         elif last.shape != fresh.shape:
             raise UsageError(
                 f"The number of objectives must stay {len(last)} until reset() is called, got {len(fresh)}."
             )
-        self._lambda = self.alpha * last + (1 - self.alpha) * fresh
-        return self._lambda
+        # NaN stands for weights of no call so far.
+        average = self.alpha * torch.where(last.isnan(), fresh, last) + (1 - self.alpha) * fresh
+        self.learn(_lambda=average)
+        return average
 
     def reset(self) -> None:
         """Forget the average, and what the other weighting remembers."""

@@ -6,22 +6,9 @@ derived from ``Stateful`` remember something from call to call; ``reset()`` forg
 
 from __future__ import annotations
 
+from fastmtl.scalarization import fixed, remembering
 from fastmtl.scalarization.base import Scalarizer
-from fastmtl.scalarization.fixed import COSMOS, PBI, STCH, Constant, GeometricMean, Mean, Random, Sum
-from fastmtl.scalarization.remembering import DWA, FAMO, IMTLL, UW
+from fastmtl.scalarization.fixed import *
+from fastmtl.scalarization.remembering import *
 
-__all__ = [
-    "COSMOS",
-    "DWA",
-    "FAMO",
-    "IMTLL",
-    "PBI",
-    "STCH",
-    "UW",
-    "Constant",
-    "GeometricMean",
-    "Mean",
-    "Random",
-    "Scalarizer",
-    "Sum",
-]
+__all__ = ["Scalarizer", *fixed.__all__, *remembering.__all__]

@@ -8,24 +8,20 @@ from torch import Tensor
 from fastmtl.errors import UsageError
 from fastmtl.scalarization.base import Scalarizer, check_same_shape
 from fastmtl.support.dtypes import falls_below
-from fastmtl.support.settings import at_least, positive, vector_string
-from fastmtl.weighting.rules import counted, random_weights
+from fastmtl.support.settings import Declared, setting, vector_string
+from fastmtl.weighting.rules import counted, geometric_mean, random_weights
 
 __all__ = ["COSMOS", "PBI", "STCH", "Constant", "GeometricMean", "Mean", "Random", "Sum"]
 
 
-class Constant(Scalarizer):
+class Constant(Declared, Scalarizer):
     """The weighted sum of the losses.
 
     Args:
         weights: Of the shape of the losses.
     """
 
-    settings = ("weights",)
-
-    def __init__(self, weights: Tensor) -> None:
-        super().__init__()
-        self.weights = weights
+    weights: Tensor = setting()
 
     def forward(self, values: Tensor, /) -> Tensor:
         """Return the weighted sum."""
@@ -49,13 +45,11 @@ class GeometricMean(Scalarizer):
     """
 
     def forward(self, values: Tensor, /) -> Tensor:
-        """Return the mean."""
+        """Return the geometric mean."""
         if bool(falls_below(values.detach(), 0.0).any()):
             raise UsageError("values must be at least 0 for a geometric mean, got a negative one.")
         known = counted(values)
-        # The mean of logarithms: the product of many small losses would underflow.
-        mean = torch.where(known, values, 1.0).log().sum() / known.sum().clamp(min=1)
-        return torch.where(known.any(), mean.exp(), values.sum())
+        return torch.where(known.any(), geometric_mean(values, known), values.sum())
 
 
 class Mean(Scalarizer):
@@ -86,7 +80,7 @@ class Sum(Scalarizer):
         return values.sum()
 
 
-class COSMOS(Scalarizer):
+class COSMOS(Declared, Scalarizer):
     """``sum_i r_i L_i - lambda_ cos(r, L)``: a weighted sum, and a reward for losses along the preferred direction.
 
     Args:
@@ -96,39 +90,24 @@ class COSMOS(Scalarizer):
     Source: Ruchte and Grabocka, "Scalable Pareto Front Approximation for Deep Multi-Objective Learning", ICDM 2021.
     """
 
-    settings = ("lambda_", "weights")
-    lambda_ = at_least(0.0)
-
-    def __init__(self, lambda_: float, weights: Tensor) -> None:
-        super().__init__()
-        self.lambda_ = lambda_
-        self.weights = weights
+    lambda_: float = setting(least=0)
+    weights: Tensor = setting()
 
     def forward(self, values: Tensor, /) -> Tensor:
-        """Return the scalar."""
+        """Return the weighted sum less the reward."""
         check_same_shape("weights", self.weights, values)
         cosine = torch.nn.functional.cosine_similarity(self.weights.flatten(), values.flatten(), dim=0)
         return (self.weights * values).sum() - self.lambda_ * cosine
 
 
-class _Referred(Scalarizer):
-    """Base of scalarizers of the losses' distance from ideal ones."""
-
-    weights: Tensor | None
-
-    def __init__(self, weights: Tensor | None, reference: Tensor | None) -> None:
-        super().__init__()
-        self.weights = weights
-        self.reference = reference
-
-    def _beyond(self, values: Tensor) -> Tensor:
-        """Return how far the losses are from the ideal ones; their shape and that of the weights must be the same."""
-        check_same_shape("weights", self.weights, values)
-        check_same_shape("reference", self.reference, values)
-        return values if self.reference is None else values - self.reference
+def _distance(values: Tensor, weights: Tensor | None, reference: Tensor | None) -> Tensor:
+    """Return how far the losses are above the ideal ones; weights and ideal losses must have their shape."""
+    check_same_shape("weights", weights, values)
+    check_same_shape("reference", reference, values)
+    return values if reference is None else values - reference
 
 
-class PBI(_Referred):
+class PBI(Declared, Scalarizer):
     """``d_1 + theta d_2``: the losses' distance along the preferred direction, and a penalty on that from it.
 
     With ``v = L - reference`` and the unit vector u of ``weights``: ``d_1 = <v, u>`` and ``d_2 = |v - d_1 u|``.
@@ -142,17 +121,13 @@ class PBI(_Referred):
     Evolutionary Computation 2007.
     """
 
-    settings = ("theta", "weights", "reference")
-    theta = at_least(0.0)
-    weights: Tensor
-
-    def __init__(self, theta: float, weights: Tensor, reference: Tensor | None = None) -> None:
-        super().__init__(weights, reference)
-        self.theta = theta
+    theta: float = setting(least=0)
+    weights: Tensor = setting()
+    reference: Tensor | None = setting(default=None)
 
     def forward(self, values: Tensor, /) -> Tensor:
-        """Return the scalar."""
-        vector = self._beyond(values).flatten()
+        """Return the boundary intersection."""
+        vector = _distance(values, self.weights, self.reference).flatten()
         unit = self.weights.flatten() / self.weights.norm()
         along = vector @ unit
         across = vector - along * unit
@@ -160,7 +135,7 @@ class PBI(_Referred):
         return along + self.theta * (across @ across + 1e-12).sqrt()
 
 
-class STCH(_Referred):
+class STCH(Declared, Scalarizer):
     """``mu log sum_i exp(w_i (L_i - reference_i) / mu)``: a smooth form of the greatest weighted loss.
 
     Args:
@@ -171,16 +146,13 @@ class STCH(_Referred):
     Source: Lin et al., "Smooth Tchebycheff Scalarization for Multi-Objective Optimization", ICML 2024.
     """
 
-    settings = ("mu", "weights", "reference")
-    mu = positive(float)
-
-    def __init__(self, mu: float, weights: Tensor | None = None, reference: Tensor | None = None) -> None:
-        super().__init__(weights, reference)
-        self.mu = mu
+    mu: float = setting(above=0)
+    weights: Tensor | None = setting(default=None)
+    reference: Tensor | None = setting(default=None)
 
     def forward(self, values: Tensor, /) -> Tensor:
-        """Return the scalar."""
-        shifted = self._beyond(values)
+        """Return the smooth maximum."""
+        shifted = _distance(values, self.weights, self.reference)
         weighted = shifted / values.numel() if self.weights is None else self.weights * shifted
         # Relative to the greatest one, so that the division by a small mu does not overflow.
         greatest = weighted.max()

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from fastmtl.errors import UsageError
 from fastmtl.scalarization.base import Scalarizer, check_same_shape
 from fastmtl.support.dtypes import falls_below
-from fastmtl.support.settings import at_least, positive
+from fastmtl.support.settings import Declared, setting
 from fastmtl.support.stateful import Stateful
 from fastmtl.weighting.rules import descent_rates, even_fall, even_fall_slope
 
-__all__ = ["DWA", "FAMO", "IMTLL", "UW", "Learned"]
+__all__ = ["DWA", "FAMO", "IMTLL", "UW"]
 
 _TINY = 1e-8
 
@@ -74,9 +74,9 @@ class FAMO(Learned):
     Source: Liu, Feng, Stone and Liu, "FAMO: Fast Adaptive Multitask Optimization", NeurIPS 2023.
     """
 
+    lr: float = setting(least=0)
+    weight_decay: float = setting(least=0)
     settings = ("shape", "lr", "weight_decay")
-    lr = at_least(0.0)
-    weight_decay = at_least(0.0)
     parameter = "_w"
     _w: nn.Parameter
     min_losses: Tensor
@@ -152,7 +152,7 @@ class UW(Learned):
         return 0.5 * (torch.exp(-self.log_var) * values + self.log_var).sum()
 
 
-class DWA(Scalarizer, Stateful):
+class DWA(Declared, Scalarizer, Stateful):
     """A weighted sum in which losses that fall slowly count more.
 
     From the third epoch on the weights are T times the softmax of ``r / temperature``, r_i the ratio of the mean losses
@@ -167,15 +167,13 @@ class DWA(Scalarizer, Stateful):
     Source: Liu, Johns and Davison, "End-to-End Multi-Task Learning with Attention", CVPR 2019.
     """
 
-    temperature = positive(float)
-    _loss_sum: Tensor | None
-    _n_batches: int
-    _previous_averages: list[Tensor]
+    temperature: float = setting(default=2.0, above=0)
 
-    def __init__(self, temperature: float = 2.0) -> None:
-        super().__init__()
-        self.temperature = temperature
-        self.reset()
+    def reset(self) -> None:
+        """Forget all losses."""
+        self._loss_sum: Tensor | None = None
+        self._n_batches = 0
+        self._previous_averages: list[Tensor] = []
 
     def forward(self, values: Tensor, /) -> Tensor:
         """Return the weighted sum and remember the losses."""
@@ -198,7 +196,3 @@ class DWA(Scalarizer, Stateful):
         if self._loss_sum is not None:
             self._previous_averages = [*self._previous_averages, self._loss_sum / self._n_batches][-2:]
         self._loss_sum, self._n_batches = None, 0
-
-    def reset(self) -> None:
-        """Forget all losses."""
-        self._loss_sum, self._n_batches, self._previous_averages = None, 0, []

@@ -1,112 +1,185 @@
-"""Settings of modules: checked whenever they are set, and seen through from an aggregator to its weighting."""
+"""Settings and state of modules, declared once: constructors, checks and ``repr`` follow from the declaration.
+
+class MGDAWeighting(GramWeighting):
+    epsilon: float = setting(default=0.001, above=0)
+    max_iters: int = setting(default=100, above=0)
+
+class MGDA(Declared, GramianWeightedAggregator[MGDAWeighting], of=MGDAWeighting):
+    epsilon: float = MGDAWeighting.epsilon
+    max_iters: int = MGDAWeighting.max_iters
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, Generic, Self, TypeVar, cast, overload
+from inspect import Parameter, Signature, signature
+from typing import Any, ClassVar, Literal, dataclass_transform
 
 from torch import Tensor
 
 from fastmtl.errors import UsageError
+from fastmtl.support.stateful import Stateful
 
-__all__ = [
-    "Attribute",
-    "Described",
-    "Setting",
-    "Through",
-    "at_least",
-    "optional_vector",
-    "positive",
-    "vector_string",
-    "weighting_of",
-]
-
-T = TypeVar("T")
-Number = TypeVar("Number", int, float)
+__all__ = ["Declared", "Described", "Setting", "setting", "state", "vector", "vector_string", "weighting_of"]
 
 
-class Attribute(Generic[T]):
-    """An attribute that a module keeps under its name with ``_`` in front."""
+class Setting:
+    """An argument of the constructor that is an attribute, and checked whenever it is set.
+
+    Args:
+        default: Value used when none is given; ``Parameter.empty`` if one must be.
+        allowed: Whether a value is allowed; any is if None.
+        what: What an allowed value is, for the message.
+    """
+
+    name: str
+
+    def __init__(self, default: Any, allowed: Callable[[Any], bool] | None = None, what: str = "") -> None:
+        self.default = default
+        self.allowed = allowed
+        self.what = what
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
-    @overload
-    def __get__(self, instance: None, owner: type) -> Self: ...
-    @overload
-    def __get__(self, instance: object, owner: type) -> T: ...
-    def __get__(self, instance: object | None, owner: type) -> Self | T:
-        return self if instance is None else self.read(instance)
+    def __get__(self, instance: Any, owner: type) -> Any:
+        if instance is None:
+            return self
+        # Modules keep parameters elsewhere.
+        values = vars(instance)
+        return values[self.name] if self.name in values else instance.__getattr__(self.name)
 
-    def read(self, instance: object) -> T:
-        """Return the value."""
-        return cast(T, instance.__dict__[f"_{self.name}"])
-
-    def __set__(self, instance: object, value: T) -> None:
-        instance.__dict__[f"_{self.name}"] = value
-
-
-class Setting(Attribute[T]):
-    """An attribute whose values must be ``allowed``; ``what`` names them in the message."""
-
-    def __init__(self, allowed: Callable[[T], bool], what: str) -> None:
-        self.allowed = allowed
-        self.what = what
-
-    def __set__(self, instance: object, value: T) -> None:
-        if not self.allowed(value):
+    def __set__(self, instance: object, value: Any) -> None:
+        if self.allowed is not None and not self.allowed(value):
             raise UsageError(f"{self.name} of {type(instance).__name__} must be {self.what}, got {value!r}.")
-        super().__set__(instance, value)
+        vars(instance)[self.name] = value
 
 
-def at_least(least: Number) -> Setting[Number]:
-    """Return a setting of numbers that are not less."""
-    return Setting(lambda value: value >= least, f"at least {least:g}")
+def setting(
+    *,
+    default: Any = Parameter.empty,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """Declare a setting: a number with limits, or any value."""
+
+    def allowed(value: Any) -> bool:
+        high = (most is None or value <= most) and (below is None or value < below)
+        return high and (least is None or value >= least) and (above is None or value > above)
+
+    if most is not None or below is not None:
+        return Setting(default, allowed, f"from {least:g} to {f'below {below:g}' if most is None else f'{most:g}'}")
+    if above is not None or least is not None:
+        return Setting(default, allowed, "positive" if least is None else f"at least {least:g}")
+    return Setting(default)
 
 
-def positive(kind: type[Number]) -> Setting[Number]:
-    """Return a setting of numbers above 0."""
-    return Setting(lambda value: value > 0, "positive")
+def vector(*, default: Any = Parameter.empty) -> Any:
+    """Declare a setting that is one number for each task, or None."""
+    return Setting(default, lambda value: value is None or value.dim() == 1, "None or of shape (T,)")
 
 
-def optional_vector() -> Setting[Tensor | None]:
-    """Return a setting of one number for each task, or None."""
-    return Setting(lambda value: value is None or value.dim() == 1, "None or of shape (T,)")
+class _State:
+    """A tensor that a module remembers."""
 
 
-class Through(Attribute[T]):
+def state(*, init: Literal[False] = False) -> Any:
+    """Declare a buffer that is remembered from call to call, None at first; it is no argument of the constructor."""
+    return _State()
+
+
+class _Through:
     """An attribute of an aggregator that is its weighting's."""
 
-    def read(self, instance: object) -> T:
-        """Return the weighting's value."""
-        return cast(T, getattr(weighting_of(instance), self.name))
+    def __init__(self, name: str) -> None:
+        self.name = name
 
-    def __set__(self, instance: object, value: T) -> None:
+    def __get__(self, instance: object, owner: type) -> Any:
+        return self if instance is None else getattr(weighting_of(instance), self.name)
+
+    def __set__(self, instance: object, value: Any) -> None:
         setattr(weighting_of(instance), self.name, value)
 
 
-def weighting_of(aggregator: object) -> object:
+def weighting_of(aggregator: Any) -> Any:
     """Return the weighting with an aggregator's settings and state."""
-    return getattr(aggregator, "gramian_weighting" if hasattr(aggregator, "gramian_weighting") else "weighting")
+    return aggregator.gramian_weighting if hasattr(aggregator, "gramian_weighting") else aggregator.weighting
 
 
 class Described:
     """A class whose ``repr`` gives its settings.
 
     Attributes:
-        settings: Their names, in order; those of the attributes of this module's kinds unless a class says otherwise.
+        settings: Their names, in order.
     """
 
     settings: ClassVar[tuple[str, ...]] = ()
 
-    def __init_subclass__(cls, **kwargs: object) -> None:
-        super().__init_subclass__(**kwargs)
-        declared = tuple(name for name, value in vars(cls).items() if isinstance(value, Attribute))
-        if declared and "settings" not in vars(cls):
-            cls.settings = declared
-
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in self.settings)})"
+
+
+@dataclass_transform(field_specifiers=(setting, vector, state))
+class Declared(Described):
+    """A module whose constructor takes the settings that its class declares, in their order.
+
+    An aggregator names the weighting that it is made ``of``: its settings, which it shows as attributes of its own, and
+    its constructor are the weighting's.
+
+    Attributes:
+        kept: Names of the buffers declared with :func:`state`.
+        made_of: The class of the weighting.
+    """
+
+    kept: ClassVar[tuple[str, ...]] = ()
+    made_of: ClassVar[type[Declared] | None] = None
+
+    def __init_subclass__(cls, *, of: type[Declared] | None = None, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        declared = dict(vars(cls))
+        settings = [name for name, value in declared.items() if isinstance(value, Setting)]
+        states = [name for name, value in declared.items() if isinstance(value, _State)]
+        for name in states:
+            delattr(cls, name)
+        cls.kept = (*cls.kept, *states)
+        if "settings" not in declared:
+            cls.settings = (*cls.settings, *settings) if of is None else of.settings
+        needs_constructor = bool(settings or states) or (of is not None and cls.made_of is None)
+        if of is not None:
+            cls.made_of = of
+            for name in of.settings:
+                setattr(cls, name, _Through(name))
+        if needs_constructor and "__init__" not in declared:
+            setattr(cls, "__init__", _constructor(cls))  # noqa: B010
+
+
+def _constructor(cls: type[Declared]) -> Callable[..., None]:
+    """Return a constructor that takes the settings."""
+    arguments = [Parameter("self", Parameter.POSITIONAL_OR_KEYWORD)]
+    if cls.made_of is None:
+        defaults = {name: getattr(cls, name).default for name in cls.settings}
+        arguments += [Parameter(name, arguments[0].kind, default=value) for name, value in defaults.items()]
+    else:
+        arguments += signature(cls.made_of).parameters.values()
+    taken = Signature(arguments)
+
+    def __init__(self: Declared, *args: Any, **kwargs: Any) -> None:
+        prepare: Any = super(cls, self).__init__
+        if self.made_of is not None:
+            prepare(self.made_of(*args, **kwargs))
+            return
+        prepare()
+        values = taken.bind(self, *args, **kwargs)
+        values.apply_defaults()
+        for name in cls.settings:
+            setattr(self, name, values.arguments[name])
+        if isinstance(self, Stateful):
+            self.reset()
+
+    setattr(__init__, "__signature__", taken)  # noqa: B010
+    return __init__
 
 
 def vector_string(vector: Tensor) -> str:

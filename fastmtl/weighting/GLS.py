@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.weighting.abstract_weighting import AbsWeighting, Weights
-from fastmtl.weighting.rules import counted
+from fastmtl.weighting.rules import counted, geometric_mean
 
 __all__ = ["GLS"]
 
@@ -25,8 +25,6 @@ class GLS(AbsWeighting):
 
     def weigh(self, losses: Tensor, gram: None, **hyper: object) -> Weights:
         """Return the derivatives of the geometric mean."""
-        # The mean of logarithms: the product of many small losses would underflow.
         known = counted(losses)
-        number = known.sum().clamp(min=1)
-        mean = (torch.where(known, losses.log(), 0.0).sum() / number).exp()
+        mean, number = geometric_mean(losses, known), known.sum().clamp(min=1)
         return Weights(shared=torch.where(known, mean / (number * losses), 0.0), known=known)

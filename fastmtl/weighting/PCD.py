@@ -9,7 +9,7 @@ from fastmtl import ops
 from fastmtl.errors import UsageError
 from fastmtl.weighting.abstract_weighting import AbsWeighting, Hyper, Weights
 
-__all__ = ["PCD", "constrained_descent", "priority_weights"]
+__all__ = ["PCD", "descend_by_priority", "priority_weights"]
 
 
 def priority_weights(gram: Tensor, tau: float | Tensor, primary: int = 0) -> Tensor:
@@ -46,6 +46,28 @@ def constrained_descent(gram: Tensor, scale: Tensor, tau: float | Tensor, primar
     lost = length <= 1e-14 * sizes * sizes
     square = gram[primary, primary].clamp(min=0)
     return scale * (weights * torch.where(lost, 0.0, (square / torch.where(lost, 1.0, length)).sqrt()))
+
+
+def descend_by_priority(
+    gram: Tensor,
+    square_average: Tensor,
+    steps: Tensor,
+    *,
+    tau: float | Tensor,
+    beta: float,
+    eps: float,
+    primary: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return PCD's weights, all NaN if G is not finite, and its state after this step.
+
+    The state is the (T,) moving average of ``|g_i|^2``, which starts at 0, and the number of steps in it, a scalar.
+    """
+    steps = steps + 1
+    square_average = beta * square_average + (1 - beta) * gram.diagonal().clamp(min=0)
+    spread = square_average / (1 - beta ** steps.to(gram)) + eps
+    # A gradient that has always been 0 has no scale without eps.
+    scale = torch.where(spread == 0, 0.0, spread.rsqrt())
+    return constrained_descent(gram, scale, tau, primary), square_average, steps
 
 
 class PCD(AbsWeighting):
@@ -96,11 +118,13 @@ class PCD(AbsWeighting):
         PCD_primary: int = 0,
         **hyper: object,
     ) -> Weights:
-        """Return the weights."""
-        self.steps_seen.add_(1)
-        self.square_average.mul_(PCD_beta).add_((1 - PCD_beta) * gram.diagonal().clamp(min=0))
-        scale = (self.square_average / (1 - PCD_beta**self.steps_seen) + PCD_eps).rsqrt()
+        """Return the constrained descent's weights."""
         # In a step of some tasks without the primary one, the first of them takes its place.
         tasks = list(range(self.task_num)) if self.active is None else self.active
         primary = tasks.index(PCD_primary) if PCD_primary in tasks else 0
-        return Weights(shared=constrained_descent(gram, scale, PCD_tau, primary))
+        weights, average, steps = descend_by_priority(
+            gram, self.square_average, self.steps_seen, tau=PCD_tau, beta=PCD_beta, eps=PCD_eps, primary=primary
+        )
+        self.square_average.copy_(average)
+        self.steps_seen.copy_(steps)
+        return Weights(shared=weights)

@@ -14,6 +14,7 @@ __all__ = [
     "directed_weights",
     "even_fall",
     "even_fall_slope",
+    "geometric_mean",
     "project_simplex",
     "raised",
     "random_weights",
@@ -30,6 +31,12 @@ def counted(losses: Tensor) -> Tensor:
     Neither do numbers too small for a reciprocal, which many devices take for 0, and negative ones.
     """
     return losses >= torch.finfo(losses.dtype).tiny
+
+
+def geometric_mean(losses: Tensor, known: Tensor) -> Tensor:
+    """Return the geometric mean of the losses that are ``known``, 1 if none is."""
+    # The mean of logarithms: the product of many small losses would underflow.
+    return (torch.where(known, losses, 1.0).log().sum() / known.sum().clamp(min=1)).exp()
 
 
 def project_simplex(point: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -116,6 +117,41 @@ def test_reset_forgets(aggregator: Any) -> None:
     else:
         aggregator.reset()
         assert aggregator.gramian_weighting._phi_t is None
+
+
+STATEFUL: dict[str, Callable[[], Any]] = {
+    "CRMOGM": lambda: CRMOGMWeighting(UPGradWeighting()),
+    "ExcessMTL": ExcessMTL,
+    "ExcessMTL-warmup": lambda: ExcessMTL(0.5, n_warmup_steps=1),
+    "GradVac": GradVac,
+    "MoDo": lambda: MoDoWeighting(gamma=0.5),
+    "NashMTL": lambda: NashMTL(3),
+    "PCD": PCD,
+    "SDMGrad": SDMGradWeighting,
+}
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("name", STATEFUL)
+def test_a_call_that_is_not_finite_is_forgotten(name: str, place: int, bad: float) -> None:
+    def run(calls: list[Tensor]) -> list[Tensor]:
+        made, found = STATEFUL[name](), []
+        for matrix in calls:
+            torch.manual_seed(0)
+            found.append(made(matrix if isinstance(made, Aggregator) else matrix @ matrix.T))
+        return found
+
+    good = [rows(seed) for seed in range(3)]
+    wrong = rows(9)
+    wrong[1, 2] = bad
+    found = run([*good[:place], wrong, *good[place:]])
+    assert not found.pop(place).isfinite().all()
+    if name == "ExcessMTL-warmup" and place == 0:
+        # The call counts as one of the warm-up.
+        assert all(result.isfinite().all() for result in found)
+        return
+    torch.testing.assert_close(found, run(good), rtol=1e-6, atol=1e-6)
 
 
 def test_smoothed_weights() -> None:
