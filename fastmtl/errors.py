@@ -1,4 +1,4 @@
-"""Errors a user can act on. Each message is one sentence: the argument, what was got, what is allowed."""
+"""Errors that users can act on; a message names the argument, the value and what is allowed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ __all__ = ["BackendError", "CheckpointError", "FastmtlError", "NonFiniteError", 
 
 
 class FastmtlError(Exception):
-    """Base of all errors raised on purpose; the command line prints them without a traceback."""
+    """Base of all deliberate errors; the command line prints them without a traceback."""
 
 
 class UsageError(FastmtlError, ValueError):
@@ -22,7 +22,7 @@ class CheckpointError(FastmtlError, RuntimeError):
 
 
 class PeerError(FastmtlError, RuntimeError):
-    """Another process that trains with this one is gone or does not answer."""
+    """Another process of the group has ended or does not answer."""
 
 
 class NonFiniteError(FastmtlError, FloatingPointError):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl.errors import UsageError
 from fastmtl.support.dtypes import wide_dtype
+from fastmtl.support.settings import Declared, setting
 
 __all__ = ["DualConeProjector", "Matrix", "PSDMatrix", "QuadprogProjector", "normalized"]
 
@@ -36,7 +36,7 @@ class DualConeProjector(ABC):
         """Return the (..., T) weights v >= u that minimise v^T G v with the (T, T) Gram matrix, for each u in ``U``."""
 
 
-class QuadprogProjector(DualConeProjector):
+class QuadprogProjector(Declared, DualConeProjector):
     """The projection by :func:`fastmtl.ops.dual_cone`; the name is that of the solver TorchJD calls.
 
     G is divided by its trace, or dropped where that is below ``norm_eps``, and ``reg_eps`` is added to its diagonal.
@@ -47,17 +47,8 @@ class QuadprogProjector(DualConeProjector):
     Source: Quinton and Rey, "Jacobian Descent for Multi-Objective Optimization", 2024, Proposition 1.
     """
 
-    def __init__(self, *, norm_eps: float = 0.0001, reg_eps: float = 0.0001) -> None:
-        self.norm_eps = norm_eps
-        self.reg_eps = reg_eps
-
-    def __setattr__(self, name: str, value: float) -> None:
-        if name in ("norm_eps", "reg_eps") and not value >= 0:
-            raise UsageError(f"{name} must be at least 0, got {value}.")
-        super().__setattr__(name, value)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(norm_eps={self.norm_eps}, reg_eps={self.reg_eps})"
+    norm_eps: float = setting(default=0.0001, least=0)
+    reg_eps: float = setting(default=0.0001, least=0)
 
     @torch.no_grad()
     def __call__(self, U: Tensor, G: Tensor) -> Tensor:

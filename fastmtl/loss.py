@@ -38,6 +38,6 @@ _FORMERLY = {"CE_loss_fn": "CELoss", "KL_loss_fn": "KLDivLoss", "L1_loss_fn": "L
 def __getattr__(name: str) -> NoReturn:
     if name in _FORMERLY:
         raise UsageError(
-            f"{name} is now the class {_FORMERLY[name]}: write {{'loss_fn': {_FORMERLY[name]}()}} in place of [{name}]."
+            f"{name} is the class {_FORMERLY[name]}: write {{'loss_fn': {_FORMERLY[name]}()}} in place of [{name}]."
         )
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

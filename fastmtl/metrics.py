@@ -1,4 +1,4 @@
-"""Metrics of tasks, accumulated on the device and read once per epoch.
+"""Metrics of tasks, accumulated on the device.
 
 Example::
 
@@ -43,7 +43,7 @@ _FORMERLY = {
 def __getattr__(name: str) -> NoReturn:
     if name in _FORMERLY:
         raise UsageError(
-            f"{name} is now a method of the class {_FORMERLY[name]}: write {{'metrics_fn': {_FORMERLY[name]}()}} in "
+            f"{name} is a method of the class {_FORMERLY[name]}: write {{'metrics_fn': {_FORMERLY[name]}()}} in "
             f"place of the list of two functions."
         )
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

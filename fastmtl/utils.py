@@ -19,9 +19,9 @@ __all__ = ["count_improvement", "count_parameters", "get_root_dir", "set_device"
 
 
 def get_root_dir() -> str:
-    """Return the project's folder: the one with the ``examples`` that the running script is in, else fastmtl's.
+    """Return the folder that contains the ``examples`` folder of the running script; fastmtl's parent folder otherwise.
 
-    LibMTL's examples look there for files of theirs, such as ``examples/office/data_txt``.
+    LibMTL's examples read files below it, such as ``examples/office/data_txt``.
     """
     script = getattr(sys.modules.get("__main__"), "__file__", None)
     for folder in Path(script).resolve().parents if script else ():
@@ -40,21 +40,21 @@ def set_random_seed(seed: int = 0) -> None:
 
 
 def set_device(gpu_id: str | int = "0") -> None:
-    """Let this process see only the named GPUs (``"0"``, ``"0,1"``); to be called before CUDA is first used.
+    """Make only these GPUs (``"0"``, ``"0,1"``) visible; to be called before CUDA is used.
 
     Raises:
-        UsageError: CUDA is in use already with other GPUs visible, so the choice would have no effect.
+        UsageError: CUDA is already in use with other GPUs visible.
     """
     gpu_id = str(gpu_id)
     if torch.cuda.is_initialized() and os.environ.get("CUDA_VISIBLE_DEVICES") != gpu_id:
         raise UsageError(
-            f"set_device({gpu_id!r}) comes too late: CUDA is in use already; call it before any CUDA work."
+            f"set_device({gpu_id!r}) comes too late: CUDA is already in use; call it before any CUDA work."
         )
     os.environ["CUDA_VISIBLE_DEVICES"] = gpu_id
 
 
 def count_parameters(model: nn.Module) -> None:
-    """Print the number of all, of the trainable and of the other parameters of ``model``."""
+    """Print the numbers of all, trainable and non-trainable parameters of ``model``."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     print("=" * 40)
@@ -64,7 +64,7 @@ def count_parameters(model: nn.Module) -> None:
 
 
 def set_param(curr_mod: nn.Module, name: str, param: Tensor | None = None, mode: str = "update") -> Tensor | None:
-    """Replace a parameter named as by ``named_parameters``, also by a tensor that is none, or return it (``"get"``).
+    """Replace the parameter ``name`` by any tensor, or return it with ``mode="get"``.
 
     Raises:
         UsageError: There is no such parameter, or no such mode.
@@ -79,7 +79,7 @@ def set_param(curr_mod: nn.Module, name: str, param: Tensor | None = None, mode:
         raise UsageError(f"{type(curr_mod).__name__} has no parameter {name!r}.") from None
     if mode == "get":
         return current
-    # A module refuses to let a plain tensor take the place of a parameter.
+    # Modules refuse to replace a parameter by a plain tensor.
     delattr(owner, last)
     setattr(owner, last, param)
     return None
@@ -95,14 +95,13 @@ def count_improvement(
     .. math::
         \Delta_p = \frac1T \sum_t \frac1{M_t} \sum_m (-1)^{w_{tm}} \frac{B_{tm} - N_{tm}}{|B_{tm}|}
 
-    A baseline score of exactly 0 has no relative change: there the plain difference counts (divided by 1 in place of
-    0). With a baseline score of NaN, as of a class that does not occur, nothing can be compared: it is left out, and so
-    is a task without any other; a new score of NaN makes the improvement NaN.
+    Where a baseline score is exactly 0 the difference is divided by 1. Baseline scores of NaN are left out, as are
+    tasks without any other; a new score of NaN makes the improvement NaN.
 
     Args:
-        base_result: Task name to the scores B of the baseline, one per metric.
-        new_result: Task name to the scores N, same structure.
-        weight: Task name to 1 (higher is better) or 0 (lower is better) per metric, same structure.
+        base_result: The baseline's scores B by task, one per metric.
+        new_result: The scores N by task, one per metric.
+        weight: By task, per metric: 1 (higher is better) or 0 (lower is better).
 
     Raises:
         UsageError: The three do not have the same tasks and numbers of metrics.

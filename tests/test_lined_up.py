@@ -48,10 +48,10 @@ def test_points_without_their_coordinates(points: int, keeps: bool) -> None:
 
 def test_points_that_could_be_two_things_are_refused() -> None:
     pred, gt = _points(3)
-    with pytest.raises(UsageError, match=r"shape \(2, 3\), for labels of shape \(2, 3, 3\)"):
+    with pytest.raises(UsageError, match=r"shape \(2, 3\) for labels of shape \(2, 3, 3\)"):
         _Points().compute_loss(pred, gt)
     for metric in (L1Metric(), Seen()):
-        with pytest.raises(UsageError, match=r"shape \(2, 3\), for labels of shape \(2, 3, 3\).*as \(2, 3, 1\)"):
+        with pytest.raises(UsageError, match=r"shape \(2, 3\) for labels of shape \(2, 3, 3\).*such as \(2, 3, 1\)"):
             _scores(_Points(), metric, [(pred, gt)])
 
 
@@ -60,7 +60,7 @@ def test_what_is_labelled_must_go_with_the_labels() -> None:
         def labelled(self, gt: Tensor) -> Tensor:
             return gt[:, :2] > 0
 
-    with pytest.raises(UsageError, match=r"shape \(4, 2\), which does not go with labels of shape \(4, 6\)"):
+    with pytest.raises(UsageError, match=r"shape \(4, 2\), which does not match labels of shape \(4, 6\)"):
         _scores(Halves(), L1Metric(), [(_draw(4, 6), _draw(4, 6))])
 
 

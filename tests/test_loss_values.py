@@ -258,7 +258,7 @@ def test_weights_are_copied_to_a_device_once() -> None:
         (lambda: HuberLoss(delta=0.0), "delta must be a finite number above 0, got 0.0"),
         (lambda: CELoss(weight=WEIGHT).compute_loss(torch.ones(2, 4), torch.tensor([0, 1])), r"3 numbers.*\(2, 4\)"),
         (lambda: BCELoss([1.0, 2.0]).compute_loss(torch.ones(2, 3), torch.ones(2, 3)), r"2 numbers.*\(2, 3\)"),
-        (lambda: FocalLoss(alpha=0.3).compute_loss(torch.ones(2, 3), torch.tensor([0, 1])), r"each class.*\(2, 3\)"),
+        (lambda: FocalLoss(alpha=0.3).compute_loss(torch.ones(2, 3), torch.tensor([0, 1])), r"per class.*\(2, 3\)"),
         (lambda: FocalLoss(alpha=WEIGHT).compute_loss(torch.ones(2, 3), torch.ones(2, 3)), r"one number.*\(2, 3\)"),
     ],
 )
@@ -306,7 +306,7 @@ def test_small_integers_are_the_classes_they_say() -> None:
 
 def test_one_hot_labels_that_are_integers_are_told_what_to_become() -> None:
     pred, gt = _logits(0, 2, 3), torch.tensor([[1, 0, 0], [0, 0, 1]])
-    with pytest.raises(UsageError, match=r"CELoss: labels of shape \(2, 3\).* torch.int64: make them floating point"):
+    with pytest.raises(UsageError, match=r"CELoss: labels of shape \(2, 3\).* torch.int64: pass labels.float"):
         CELoss().compute_loss(pred, gt)
     torch.testing.assert_close(CELoss().compute_loss(pred, gt.double()), CELoss().compute_loss(pred, gt.argmax(1)))
 

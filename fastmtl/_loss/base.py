@@ -1,4 +1,4 @@
-"""What a loss is, and means over the labels that are there."""
+"""The base of all losses, and means over the labelled entries."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ LossState = tuple[list[float], list[int], tuple[Tensor | None, float | Tensor]]
 
 
 class AbsLoss:
-    """Base of all losses: override ``compute_loss`` and nothing else.
+    """Base of all losses: subclasses override ``compute_loss``.
 
-    ``compute_loss`` is pure and may run inside ``torch.compile``. ``accumulate`` is called outside of it, once per
-    batch. The losses of :mod:`fastmtl.loss` average over the labels that are there, :meth:`labelled`; a batch without
-    any gives 0 with zero gradients. A mean over something else, such as one with weights, says so in :meth:`divisor`.
+    ``compute_loss`` is pure and may run inside ``torch.compile``; ``accumulate`` is called outside of it, once per
+    batch. The losses of :mod:`fastmtl.loss` average over the labelled entries (:meth:`labelled`); a batch without any
+    gives 0 with zero gradients. Losses that divide by something else, such as a sum of weights, override
+    :meth:`divisor`.
 
     Attributes:
-        ignore_index: The class label that stands for a missing one; None where integers are values and never missing.
-            Among real numbers it is NaN.
-        record: Empty unless a subclass overrides ``_update_loss`` and appends its losses here, as floats, or
-            ``_average_loss``, which finds the losses of the batches here. Either waits for the device in every batch.
+        ignore_index: The integer that marks a missing label; None where integers are values and never missing. Missing
+            floating-point labels are NaN.
+        record: The losses of the batches, as floats, for subclasses that override LibMTL's ``_update_loss`` or
+            ``_average_loss``, which wait for the device in every batch; empty otherwise.
         bs: The batch sizes that belong to ``record``.
     """
 
@@ -37,7 +38,7 @@ class AbsLoss:
     _running: RunningMean
 
     def __new__(cls, *args: object, **kwargs: object) -> Self:
-        """Give the loss its sums, also where a class written for LibMTL leaves out ``super().__init__()``."""
+        """Create the sums, also for classes written for LibMTL that do not call ``super().__init__()``."""
         loss = super().__new__(cls)
         loss._running = RunningMean()
         loss.record, loss.bs = [], []
@@ -48,26 +49,26 @@ class AbsLoss:
         self.bs: list[int] = []
 
     def compute_loss(self, pred: Any, gt: Any) -> Tensor:
-        """Return the loss of one batch, a scalar averaged over it, of predictions and labels, both ``(batch, ...)``."""
+        """Return the mean loss of one batch, a scalar, from predictions and labels, both ``(batch, ...)``."""
         raise NotImplementedError(f"{type(self).__name__} must define compute_loss(pred, gt)")
 
     def labelled(self, gt: Tensor) -> Tensor:
-        """Return where labels are there, as booleans of their shape, or with one entry for several of them.
+        """Return booleans that say where labels are present.
 
-        Override it where something else than NaN or ``ignore_index`` stands for a missing label. Booleans may lack the
-        channels, dimension 1 or the last one, or be ``(batch,)``. Where both dimensions would fit, as of keypoints
-        ``(batch, 3, 3)``, keep the one that is left out as a 1, which metrics need. An override gets the labels as the
-        loader gives them, lists and dictionaries too.
+        To be overridden where missing labels are marked by anything but NaN or ``ignore_index``. The booleans have the
+        labels' shape, or lack the channels, dimension 1 or the last one, or are ``(batch,)``. If both dimensions could
+        be the missing one, as of keypoints ``(batch, 3, 3)``, keep it as a 1, which metrics need. Overrides get the
+        labels as the loader returns them, lists and dictionaries too.
         """
         if gt.is_floating_point():
             return ~gt.isnan()
         return differs(gt, self.ignore_index)
 
     def divisor(self, gt: Tensor) -> int | Tensor:
-        """Return what ``compute_loss`` divides the sum over a batch by, a scalar: here the number of labelled entries.
+        """Return the scalar by which ``compute_loss`` divides the sum over a batch: the number of labelled entries.
 
-        Losses of batches, of accumulated ones and of those of several processes are averaged by it, so that the result
-        is that of one batch of all rows. A mean with weights returns the sum of the weights.
+        Losses of several batches or processes are averaged with these weights, so that the result is that of one batch
+        of all rows. A weighted mean returns the sum of its weights.
         """
         return self.labelled(gt).sum()
 
@@ -86,7 +87,7 @@ class AbsLoss:
     def _update_loss(self, pred: Any, gt: Any) -> Tensor:
         loss = self.compute_loss(pred, gt)
         if type(self)._average_loss is not AbsLoss._average_loss and type(self)._update_loss is AbsLoss._update_loss:
-            # As in LibMTL, whose losses average what is recorded.
+            # As in LibMTL, whose _average_loss reads the record.
             self.record.append(loss.item())
             self.bs.append(len(pred))
         self.accumulate(loss, self.divisor(gt))
@@ -100,7 +101,7 @@ class AbsLoss:
         return self._running.value()
 
     def is_unlabelled(self) -> bool:
-        """Return whether none of the batches since the last ``_reinit`` had a label; waits for the device."""
+        """Return whether no batch since the last ``_reinit`` had a label; waits for the device."""
         return not self.record and self._running.weightless
 
     def _reinit(self) -> None:
@@ -109,7 +110,7 @@ class AbsLoss:
         self._running.reset()
 
     def _state(self) -> LossState:
-        """Return what has been accumulated, for :meth:`_restore`."""
+        """Return the accumulated losses, for :meth:`_restore`."""
         return list(self.record), list(self.bs), self._running.state()
 
     def _restore(self, state: LossState) -> None:
@@ -117,27 +118,19 @@ class AbsLoss:
         self._running.restore(running)
 
     def sync(self, peers: Group) -> None:
-        """Take in what the other processes have accumulated."""
+        """Add the losses that the other processes have accumulated."""
         self.record = [loss for losses in peers.all_gather_object(self.record) for loss in losses]
         self.bs = [size for sizes in peers.all_gather_object(self.bs) for size in sizes]
         self._running.sync(peers)
 
 
 def updates_itself(loss: AbsLoss) -> bool:
-    """Return whether a loss keeps its batches in a way of its own, by one of the methods that LibMTL has for it."""
+    """Return whether a loss overrides LibMTL's methods that record or average the losses of batches."""
     return type(loss)._update_loss is not AbsLoss._update_loss or type(loss)._average_loss is not AbsLoss._average_loss
 
 
 class PerClass:
-    """One number for each class, kept where it was last used.
-
-    Args:
-        values: ``(classes,)`` numbers.
-        name: The argument they came from, for errors.
-
-    Raises:
-        UsageError: They are not finite numbers of at least 0, one of them above 0.
-    """
+    """Finite numbers of at least 0, one per class, cached on the device of their last use; ``name`` is for errors."""
 
     def __init__(self, values: Any, name: str) -> None:
         self.values = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
@@ -146,14 +139,14 @@ class PerClass:
             raise UsageError(f"{name} must be a vector of finite numbers of at least 0, one per class, got {values!r}.")
         if not (self.values > 0).any():
             raise UsageError(f"{name} must be above 0 for some class, got {values!r}.")
-        # The same numbers where the last predictions were.
-        self._here = self.values
+        # The same numbers on the device of the last predictions.
+        self._cached = self.values
 
     def of(self, pred: Tensor) -> Tensor:
         """Return the numbers on the device of logits ``(batch, classes, ...)``, in their dtype.
 
         Raises:
-            UsageError: There are not as many as classes.
+            UsageError: Their number is not the number of classes.
         """
         if pred.dim() < 2 or pred.shape[1] != len(self.values):
             raise UsageError(
@@ -163,34 +156,34 @@ class PerClass:
         return self.on(pred.device).to(pred.dtype)
 
     def on(self, device: torch.device) -> Tensor:
-        """Return the numbers on a device; the first call copies them there, without waiting."""
-        if self._here.device != device:
-            self._here = self.values.to(wide_dtype(device)).to(device, non_blocking=True)
-        return self._here
+        """Return the numbers on a device; copies them there without waiting, if they are on another."""
+        if self._cached.device != device:
+            self._cached = self.values.to(wide_dtype(device)).to(device, non_blocking=True)
+        return self._cached
 
 
 def over(total: Tensor, divisor: Tensor) -> Tensor:
-    """Return a sum divided by what it is a mean over; 0 where that is 0, as the sum is then too."""
+    """Return a sum over its divisor; 0 where the divisor is 0, as the sum is 0 too."""
     return total / torch.where(divisor == 0, 1, divisor)
 
 
 def differs(gt: Tensor, label: int | None) -> Tensor:
-    """Return where labels are another than this one, which may not fit into their dtype; everywhere for None."""
+    """Return where labels differ from ``label``, which need not fit into their dtype; everywhere for None."""
     dtype = gt.dtype
     if label is not None and not gt.is_floating_point() and dtype != torch.bool:
-        # Torch would wrap it around.
+        # Torch would wrap a label out of range around.
         label = label if torch.iinfo(dtype).min <= label <= torch.iinfo(dtype).max else None
     return torch.ones_like(gt, dtype=torch.bool) if label is None else gt != label
 
 
 def mean_known(values: Tensor, known: Tensor) -> Tensor:
-    """Return the mean of the values that are known, 0 if none is."""
+    """Return the mean of the values where ``known``, 0 if none is."""
     known = known.expand_as(values)
-    # A sum in half precision has no room for more than 65504.
+    # A float16 sum overflows at 65504.
     dtype = torch.float32 if values.dtype in (torch.float16, torch.bfloat16) else values.dtype
     return (torch.where(known, values, 0).sum(dtype=dtype) / known.sum().clamp(min=1)).to(values.dtype)
 
 
 def present(values: Tensor) -> Tensor:
-    """Return which sums over the channels of a map are those of a pixel with a label."""
+    """Return which pixels have a label, from the sums of their channels."""
     return (values != 0) & ~values.isnan()

@@ -20,18 +20,17 @@ __all__ = ["CELoss", "FocalLoss", "SegLoss"]
 class CELoss(AbsLoss):
     r"""Cross-entropy of logits ``(batch, classes, ...)`` and labels, averaged over the labelled entries.
 
-    Labels are class indices ``(batch, ...)``, also as ``(batch, 1, ...)``, or probabilities ``(batch, classes, ...)``.
-    With weights the mean over class indices is :math:`\sum_i w_{y_i} l_i / \sum_i w_{y_i}`, as in torch; with
-    probabilities the weights are factors of the classes' terms, and the mean is over entries.
+    Labels are class indices ``(batch, ...)`` or ``(batch, 1, ...)``, or probabilities ``(batch, classes, ...)``.
+    With class weights the mean is :math:`\sum_i w_{y_i} l_i / \sum_i w_{y_i}` for class indices, as in torch; for
+    probabilities the weights multiply the terms of the classes, and the mean is over entries.
 
     Args:
-        ignore_index: The class index that stands for a missing label.
+        ignore_index: The class index that marks a missing label.
         weight: ``(classes,)`` weight of each class, numbers or a tensor; all 1 if None.
-        label_smoothing: Share, from 0 to 1, of each label that goes to all classes alike.
+        label_smoothing: Share, from 0 to 1, of each label that is spread evenly over all classes.
 
     Raises:
-        UsageError: The weights or the smoothing are not such numbers; with predictions and labels, shapes that do not
-            belong together.
+        UsageError: The weights or the smoothing are out of range; with predictions and labels, shapes do not match.
     """
 
     ignore_index: int
@@ -47,7 +46,7 @@ class CELoss(AbsLoss):
         self.label_smoothing = label_smoothing
 
     def labelled(self, gt: Tensor) -> Tensor:
-        """Return where labels are there, ``(batch, ...)``."""
+        """Return which entries are labelled, ``(batch, ...)``."""
         known = super().labelled(gt)
         return known.all(1) if gt.is_floating_point() and gt.dim() > 1 else known
 
@@ -70,7 +69,7 @@ class CELoss(AbsLoss):
             losses = F.cross_entropy(
                 pred, labels, weight=weight, reduction="none", label_smoothing=self.label_smoothing
             )
-            # Smoothing gives shares to what has none.
+            # Smoothing gives missing labels a loss too.
             total = torch.where(known, losses, 0).sum()
         else:
             labels = torch.where(known, gt.long(), self.ignore_index)
@@ -79,12 +78,12 @@ class CELoss(AbsLoss):
 
 
 def _roomy(pred: Tensor) -> Tensor:
-    """Return predictions in a dtype that has room for sums over a batch."""
+    """Return float16 predictions in float32, in which sums over a batch do not overflow."""
     return pred.float() if pred.dtype == torch.float16 else pred
 
 
 def _summed(loss: CELoss | SegLoss, pred: Tensor, labels: Tensor, **options: Any) -> Tensor:
-    """Return the sum of torch's cross-entropies of the labels that are not missing."""
+    """Return the sum of torch's cross-entropies of the labelled entries."""
     try:
         return F.cross_entropy(pred, labels, ignore_index=loss.ignore_index, reduction="sum", **options)
     except IndexError as cause:
@@ -92,10 +91,10 @@ def _summed(loss: CELoss | SegLoss, pred: Tensor, labels: Tensor, **options: Any
 
 
 def _no_class(loss: AbsLoss, pred: Tensor, cause: Exception) -> UsageError:
-    """Return the error for labels that are no classes of the predictions."""
+    """Return the error for labels out of the range of the classes."""
     return UsageError(
         f"{type(loss).__name__}: labels must be from 0 to {pred.shape[1] - 1} for predictions of shape "
-        f"{tuple(pred.shape)}, or ignore_index, {loss.ignore_index}, where one is missing: {cause}"
+        f"{tuple(pred.shape)}, or ignore_index, {loss.ignore_index}, for missing ones: {cause}"
     )
 
 
@@ -105,10 +104,10 @@ class SegLoss(AbsLoss):
     A batch without any labelled pixel gives 0.
 
     Args:
-        ignore_index: Label of pixels that do not count. Labels may be floating point, as LibMTL's data sets hold them.
+        ignore_index: Label of pixels to ignore. Labels may be floating point, as in LibMTL's data sets.
 
     Raises:
-        UsageError: Predictions and labels do not have such shapes.
+        UsageError: Shapes of predictions and labels do not match.
     """
 
     ignore_index: int
@@ -132,19 +131,22 @@ class SegLoss(AbsLoss):
 class FocalLoss(AbsLoss):
     r"""Focal loss of logits, averaged over the labelled entries: :math:`-\alpha_t (1 - p_t)^\gamma \log p_t`.
 
-    :math:`p_t` is the probability of the true class; examples that are classified well count less. With logits of the
-    labels' shape each is a binary label of its own (sigmoid); with logits ``(batch, classes, ...)`` and class indices
-    ``(batch, ...)`` there is one class of several (softmax). The mean is over entries, whatever their weights;
-    ``gamma=0`` without ``alpha`` is the cross-entropy. Lin et al., Focal Loss for Dense Object Detection, ICCV 2017
-    (https://arxiv.org/abs/1708.02002), who take ``gamma=2`` and ``alpha=0.25``.
+    :math:`p_t` is the probability of the true class; well-classified examples count less. Logits of the labels' shape
+    are those of binary labels (sigmoid); logits ``(batch, classes, ...)`` with class indices ``(batch, ...)`` are those
+    of several classes (softmax). The mean is over entries, not over weights; ``gamma=0`` without ``alpha`` is the
+    cross-entropy.
+
+    Source: Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017 (https://arxiv.org/abs/1708.02002), who use
+    ``gamma=2`` and ``alpha=0.25``.
 
     Args:
-        gamma: How much less well classified examples count.
-        alpha: Weight of class 1 of binary labels, class 0 having ``1 - alpha``; of several classes the weight of each.
-        ignore_index: The integer label that stands for a missing one; among real numbers it is NaN.
+        gamma: Exponent that reduces the weight of well-classified examples.
+        alpha: For binary labels the weight of class 1, that of class 0 being ``1 - alpha``; for several classes the
+            weight of each.
+        ignore_index: The integer that marks a missing label; missing floating-point labels are NaN.
 
     Raises:
-        UsageError: The arguments are not such numbers; with predictions and labels, shapes that do not belong together.
+        UsageError: The arguments are out of range; with predictions and labels, shapes do not match.
     """
 
     ignore_index: int
@@ -159,7 +161,7 @@ class FocalLoss(AbsLoss):
         self.ignore_index = ignore_index
         self.alpha = alpha if alpha is None or isinstance(alpha, int | float) else PerClass(alpha, "alpha")
         if isinstance(self.alpha, int | float) and not 0 <= self.alpha <= 1:
-            raise UsageError(f"alpha must be from 0 to 1, or a weight for each class, got {alpha!r}.")
+            raise UsageError(f"alpha must be from 0 to 1, or one weight per class, got {alpha!r}.")
 
     def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
         """Return the mean focal loss."""
@@ -171,7 +173,7 @@ class FocalLoss(AbsLoss):
     def _binary(self, pred: Tensor, gt: Tensor) -> Tensor:
         if isinstance(self.alpha, PerClass):
             raise UsageError(
-                f"alpha must be one number for binary labels, which labels of shape {tuple(gt.shape)} are for "
+                f"alpha must be one number for binary labels, got a vector for labels of shape {tuple(gt.shape)} and "
                 f"predictions of shape {tuple(pred.shape)}."
             )
         pred, gt = as_entries(pred, gt, type(self).__name__)
@@ -185,8 +187,8 @@ class FocalLoss(AbsLoss):
     def _multi_class(self, pred: Tensor, gt: Tensor) -> Tensor:
         if isinstance(self.alpha, int | float):
             raise UsageError(
-                f"alpha must be a weight for each class, or None, of several classes, got {self.alpha!r} for "
-                f"predictions of shape {tuple(pred.shape)}."
+                f"alpha must be None or one weight per class for several classes, got {self.alpha!r} for predictions "
+                f"of shape {tuple(pred.shape)}."
             )
         if isinstance(pred, Tensor) and isinstance(gt, Tensor) and gt.is_floating_point():
             refuse_real(pred, gt, type(self).__name__, "binary labels")
@@ -206,5 +208,5 @@ class FocalLoss(AbsLoss):
         return mean_known(losses.squeeze(1), known)
 
     def _focal(self, log_true: Tensor, log_false: Tensor) -> Tensor:
-        # By its logarithm the power has a finite gradient at 0 for every gamma.
+        # Computed by its logarithm, the power has a finite gradient at 0 for every gamma.
         return -(self.gamma * log_false).exp() * log_true if self.gamma else -log_true

@@ -1,4 +1,4 @@
-"""Losses of each entry of the labels, averaged over those that are there."""
+"""Elementwise losses, averaged over the labelled entries."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class _EntryLoss(AbsLoss):
     """The mean of one of torch's losses over all labelled entries.
 
     Predictions and labels have the same shape, but for dimensions of 1 that only one of them has, as ``(batch, 1)`` and
-    ``(batch,)``; others, which torch would broadcast, are refused with a ``UsageError``. Integer labels are values.
+    ``(batch,)``; other shapes raise a ``UsageError``. Integer labels are values.
     """
 
     ignore_index: int | None = None
@@ -31,7 +31,7 @@ class _EntryLoss(AbsLoss):
         """Return the mean over the labelled entries."""
         pred, gt = as_entries(pred, gt, type(self).__name__)
         known = lined_up(self.labelled(gt), gt)
-        # A NaN would pass through a gradient of zero.
+        # A NaN label would make its zero gradient NaN.
         true = torch.where(known, gt, 0)
         true = true if true.is_floating_point() else true.to(pred.dtype)
         return mean_known(self._entries(pred, true, reduction="none"), known)
@@ -40,8 +40,7 @@ class _EntryLoss(AbsLoss):
 class KLDivLoss(_EntryLoss):
     """Kullback-Leibler divergence of log-probabilities and probabilities, averaged over all labelled entries.
 
-    This is ``torch.nn.KLDivLoss()`` as LibMTL uses it, the mean of ``gt * (log gt - pred)`` over entries, not over the
-    batch.
+    As in LibMTL this is ``torch.nn.KLDivLoss()``: the mean of ``gt * (log gt - pred)`` over entries, not over rows.
     """
 
     _entries = staticmethod(F.kl_div)
@@ -63,7 +62,7 @@ class HuberLoss(_EntryLoss):
     r"""Huber loss of the labelled entries: :math:`e^2 / 2` up to ``delta``, :math:`\delta (|e| - \delta / 2)` beyond.
 
     Args:
-        delta: The error from which on the loss is linear.
+        delta: The error above which the loss is linear.
 
     Raises:
         UsageError: ``delta`` is not above 0.
@@ -82,15 +81,15 @@ class HuberLoss(_EntryLoss):
 class BCELoss(_EntryLoss):
     r"""Binary cross-entropy of logits, averaged over the labelled entries.
 
-    Each entry is a label of its own: :math:`-w y \log \sigma(x) - (1 - y) \log (1 - \sigma(x))`, from 0 to 1. Missing
-    ones are NaN, or ``ignore_index`` where labels are integers.
+    An entry with label y from 0 to 1 has the loss :math:`-w y \log \sigma(x) - (1 - y) \log (1 - \sigma(x))`. Missing
+    labels are NaN, or ``ignore_index`` among integers.
 
     Args:
-        pos_weight: Weight w of the label 1: a number, or one for each column of ``(batch, columns, ...)``; 1 if None.
-        ignore_index: The integer label that stands for a missing one.
+        pos_weight: Weight w of the label 1: a number, or one per column of ``(batch, columns, ...)``; 1 if None.
+        ignore_index: The integer that marks a missing label.
 
     Raises:
-        UsageError: The weights are not such numbers; with predictions and labels, shapes that do not belong together.
+        UsageError: The weights are out of range; with predictions and labels, shapes do not match.
     """
 
     def __init__(self, pos_weight: float | Sequence[float] | Tensor | None = None, ignore_index: int = -100) -> None:

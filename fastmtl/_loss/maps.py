@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmtl._loss.base import AbsLoss, mean_known, present
-from fastmtl.support.shapes import as_entries, as_normals
+from fastmtl.support.shapes import as_entries, check_normals
 
 __all__ = ["DepthLoss", "NormalLoss", "known_depth"]
 
@@ -15,14 +15,11 @@ __all__ = ["DepthLoss", "NormalLoss", "known_depth"]
 class DepthLoss(AbsLoss):
     """Mean absolute error of depths ``(batch, 1, h, w)`` over the pixels whose true depth is neither 0 nor NaN.
 
-    Either may come as ``(batch, h, w)``. A batch without any such pixel gives 0.
-
-    Raises:
-        UsageError: Predictions and labels do not have such shapes.
+    Both may also be ``(batch, h, w)``. A batch without any such pixel gives 0.
     """
 
     def labelled(self, gt: Tensor) -> Tensor:
-        """Return which pixels have a depth, ``(batch, 1, h, w)`` or as they come."""
+        """Return which pixels have a depth, in the labels' shape with one channel."""
         return known_depth(gt)
 
     def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
@@ -34,11 +31,8 @@ class DepthLoss(AbsLoss):
 class NormalLoss(AbsLoss):
     """One minus the cosine of the angle to true unit normals ``(batch, 3, h, w)``, averaged; 0 without any normal.
 
-    Pixels whose true components sum to 0 do not count, as in LibMTL: that is how a missing normal is stored; nor do
-    those with a NaN. The prediction needs no unit length.
-
-    Raises:
-        UsageError: Predictions and labels do not have such shapes.
+    Pixels whose true components sum to 0, which marks a missing normal in LibMTL, or to NaN are left out. Predictions
+    need not have unit length.
     """
 
     def labelled(self, gt: Tensor) -> Tensor:
@@ -47,12 +41,12 @@ class NormalLoss(AbsLoss):
 
     def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
         """Return the mean of ``1 - <pred, gt> / |pred|`` over the pixels with a normal."""
-        as_normals(pred, gt, type(self).__name__)
+        check_normals(pred, gt, type(self).__name__)
         valid = self.labelled(gt)
         cosine = (F.normalize(pred, dim=1) * torch.where(valid.unsqueeze(1), gt, 0)).sum(1)
         return mean_known(1 - cosine, valid)
 
 
 def known_depth(gt: Tensor) -> Tensor:
-    """Return which pixels have a depth: of ``(batch, channels, h, w)`` as ``(batch, 1, h, w)``."""
+    """Return which pixels have a depth; ``(batch, 1, h, w)`` for ``(batch, channels, h, w)``."""
     return present(gt.sum(1, keepdim=True) if gt.dim() == 4 else gt)

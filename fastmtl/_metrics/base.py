@@ -1,4 +1,4 @@
-"""What a metric is, and sums kept on the device."""
+"""The base of all metrics, and of those that keep sums on the device."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ __all__ = ["AbsMetric", "Sums", "ratio", "totals"]
 class AbsMetric:
     """Base of all metrics: override ``update_fun`` and ``score_fun``, and ``reinit`` if there is further state.
 
-    The trainer shows ``update_fun`` labelled entries only. What the task's loss calls missing is taken out first: whole
-    rows, or, where a row has some of its labels only, everything but the labelled entries, as ``(n,)`` labels. A batch
-    without any label is left out. Labels in lists and dictionaries come as they are.
+    The trainer passes only labelled entries to ``update_fun``: it removes the rows that the task's loss calls missing
+    or, where a row has only some of its labels, selects the labelled entries, as ``(n,)`` labels. Batches without any
+    label are left out. Labels in lists and dictionaries are passed unchanged.
 
     Attributes:
-        record: For subclasses: whatever they keep of each batch.
+        record: For subclasses: data of each batch.
         bs: For subclasses: the batch sizes.
-        missing: The label that ``update_fun`` skips, set in the class that defines it. Missing labels are then replaced
-            by it, which saves the time to take them out; None if it skips none.
+        missing: A label that ``update_fun`` skips, set in the class that defines it. Missing labels are then replaced
+            by it, which is faster than removing them; None if there is no such label.
     """
 
     missing: float | None = None
@@ -38,17 +38,17 @@ class AbsMetric:
         self.bs: list[Any] = []
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Forget what the ``update_fun`` of a base class skips where there is a new one."""
+        """Reset ``missing`` of a base class where ``update_fun`` is overridden."""
         super().__init_subclass__(**options)
         if "update_fun" in vars(cls) and "missing" not in vars(cls):
             cls.missing = None
 
     def update_fun(self, pred: Tree, gt: Tree) -> None:
-        """Take in one batch of predictions and labels, both ``(batch, ...)``; called without gradient."""
+        """Add one batch of predictions and labels, both ``(batch, ...)``; called without gradient."""
         raise NotImplementedError(f"{type(self).__name__} must define update_fun(pred, gt)")
 
     def update_known(self, pred: Tree, gt: Tensor, known: Tensor) -> None:
-        """Take in what is labelled of a batch that lacks some labels, as the booleans ``known`` tell."""
+        """Add the labelled part, where ``known``, of a batch in which some labels are missing."""
         self.update_fun(*labelled_part(pred, gt, known))
 
     def score_fun(self) -> list[float]:
@@ -61,9 +61,9 @@ class AbsMetric:
         self.bs = []
 
     def sync(self, peers: Group) -> None:
-        """Take in what the other processes know, before a score; override it if there is further state.
+        """Merge the state of all processes before a score; override it if there is further state.
 
-        ``record`` and ``bs`` become the lists of all processes, one after the other, on the CPU.
+        ``record`` and ``bs`` become the concatenated lists of all processes, on the CPU.
         """
         for name in ("record", "bs"):
             values = [value.cpu() if isinstance(value, Tensor) else value for value in getattr(self, name)]
@@ -71,7 +71,7 @@ class AbsMetric:
 
 
 class Sums(AbsMetric):
-    """Keeps sums, by name, where the predictions are; a sum of scores and a count, unless a metric has others."""
+    """Keeps named sums on the device of the predictions: by default a sum of scores and a count."""
 
     kept: ClassVar[tuple[str, ...]] = ("sums",)
 
@@ -104,16 +104,16 @@ class Sums(AbsMetric):
         self._kept = dict.fromkeys(self.kept)
 
     def sync(self, peers: Group) -> None:
-        """Take in what the other processes know."""
+        """Add the sums of the other processes."""
         super().sync(peers)
         self._kept = {name: peers.all_reduce_optional(value) for name, value in self._kept.items()}
 
 
 def totals(*values: Tensor) -> Tensor:
-    """Return the sum of each of several tensors, as a vector."""
+    """Return a vector of the sums of several tensors."""
     return torch.stack([value.detach().to(wide_dtype(value.device)).sum() for value in values])
 
 
 def ratio(part: float, whole: float) -> float:
-    """Return a ratio, NaN of nothing."""
+    """Return ``part / whole``, NaN if ``whole`` is 0."""
     return part / whole if whole else math.nan

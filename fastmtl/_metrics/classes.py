@@ -18,11 +18,11 @@ __all__ = ["AccMetric", "F1Metric", "SegMetric"]
 class AccMetric(Sums):
     """Accuracy: the share of labels ``gt`` (any shape) equal to the arg max of ``pred`` ``(*gt.shape, classes)``.
 
-    Labels may also come as ``(*shape, 1)``, and logits as the losses take them, ``(batch, classes, ...)``, which is how
-    they are read where both would do, as ``(batch, 5, 5)``.
+    Labels may also be ``(*shape, 1)``, and predictions ``(batch, classes, ...)``, as for the losses; where both layouts
+    fit, as for ``(batch, 5, 5)``, dimension 1 are the classes.
 
     Args:
-        ignore_index: Label of entries that do not count; NaN never counts.
+        ignore_index: Label of entries to ignore, as NaN is.
     """
 
     missing = -100
@@ -34,20 +34,16 @@ class AccMetric(Sums):
             self.missing = ignore_index
 
     def update_fun(self, pred: Tensor, gt: Tensor) -> None:
-        """Count the right predictions of one batch.
-
-        Raises:
-            UsageError: The shapes do not belong together.
-        """
+        """Count the right predictions of one batch. A UsageError if shapes do not match."""
         chosen, gt = _chosen(pred, gt, type(self).__name__)
         if gt.numel():
-            # The mean of a batch times its count is not exact in float32, the count of right ones is.
+            # Counts are exact, a mean in float32 times a count is not.
             known = differs(gt, self.ignore_index) & ~gt.isnan()
             self._add(totals((chosen.eq(gt) & known).sum(), known.sum()))
 
 
 def _chosen(pred: Tensor, gt: Tensor, who: str) -> tuple[Tensor, Tensor]:
-    """Return the likeliest classes and the labels, in one shape."""
+    """Return the most probable classes and the labels, in one shape."""
     both = isinstance(pred, Tensor) and isinstance(gt, Tensor) and pred.dim() > 1 and pred.shape[-1] > 1
     if both and gt.shape in (pred.shape[:-1], (*pred.shape[:-1], 1)) and pred.shape[:-1] != _without_classes(pred):
         return pred.argmax(-1), gt.reshape(pred.shape[:-1])
@@ -72,7 +68,7 @@ class _Confusion(Sums):
         """Count logits ``(batch, classes, ...)`` against labels ``(batch, ...)``; labels outside 0 .. C-1 are skipped.
 
         Raises:
-            UsageError: ``pred`` does not have ``num_classes`` channels, or the shapes do not belong together.
+            UsageError: ``pred`` does not have ``num_classes`` channels, or the shapes do not match.
         """
         count = self.num_classes
         if isinstance(pred, Tensor) and (pred.dim() < 2 or pred.shape[1] != count):
@@ -83,16 +79,16 @@ class _Confusion(Sums):
         pred, gt = as_classes(pred, gt, type(self).__name__)
         labels, chosen = torch.where(gt.isnan(), -1, gt).long().flatten(), pred.argmax(1).flatten()
         known = (labels >= 0) & (labels < count)
-        # One bin more for what is skipped: selecting the known labels would wait for their number.
+        # An extra bin for skipped labels: selecting the others would wait for their number.
         bins = torch.where(known, count * labels + chosen, count * count)
         self._add(bins.new_zeros(count * count + 1).scatter_add_(0, bins, torch.ones_like(bins)))
 
     def confusion(self) -> Tensor:
-        """Return how often class i (row) was taken for class j, ``(C, C)`` float64; waits for the device."""
+        """Return the counts of class i (row) predicted as class j, ``(C, C)`` float64; waits for the device."""
         return self._read()[:-1].reshape(self.num_classes, self.num_classes).double()
 
     def accuracy(self) -> float:
-        """Return the share of labels that were predicted, NaN without labels; waits for the device."""
+        """Return the share of correct predictions, NaN without labels; waits for the device."""
         counts = self.confusion()
         return ratio(counts.trace().item(), counts.sum().item())
 

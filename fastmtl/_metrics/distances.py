@@ -1,4 +1,4 @@
-"""Metrics of how far real numbers, depths and normals are from the true ones."""
+"""Errors of real numbers, depths and surface normals."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from fastmtl._loss.base import present
 from fastmtl._loss.maps import known_depth
 from fastmtl._metrics.base import Sums, ratio, totals
-from fastmtl.support.shapes import as_entries, as_normals
+from fastmtl.support.shapes import as_entries, check_normals
 
 __all__ = ["DepthMetric", "L1Metric", "NormalMetric"]
 
@@ -25,11 +25,7 @@ class L1Metric(Sums):
     missing = math.nan
 
     def update_fun(self, pred: Tensor, gt: Tensor) -> None:
-        """Take in the absolute errors of one batch.
-
-        Raises:
-            UsageError: The shapes do not belong together.
-        """
+        """Add the absolute errors of one batch. A UsageError if shapes do not match."""
         pred, gt = as_entries(pred, gt, type(self).__name__)
         known = ~gt.isnan()
         self._add(totals(torch.where(known, (pred - gt).abs(), 0), known))
@@ -38,18 +34,14 @@ class L1Metric(Sums):
 class DepthMetric(Sums):
     """Absolute and relative error of depths ``(batch, 1, h, w)``, ``[abs_err, rel_err]``.
 
-    Means of ``|pred - gt|`` and ``|pred - gt| / gt`` over all pixels whose true depth is neither 0 nor NaN. Either may
-    come as ``(batch, h, w)``.
+    Means of ``|pred - gt|`` and ``|pred - gt| / gt`` over all pixels whose true depth is neither 0 nor NaN. Both may
+    also be ``(batch, h, w)``.
     """
 
     missing = math.nan
 
     def update_fun(self, pred: Tensor, gt: Tensor) -> None:
-        """Take in one batch.
-
-        Raises:
-            UsageError: The shapes do not belong together.
-        """
+        """Add one batch. A UsageError if shapes do not match."""
         pred, gt = as_entries(pred, gt, type(self).__name__)
         valid = known_depth(gt)
         error = torch.where(valid, (pred - gt).abs(), 0)
@@ -76,12 +68,8 @@ class NormalMetric(Sums):
     missing = math.nan
 
     def update_fun(self, pred: Tensor, gt: Tensor) -> None:
-        """Take in one batch; the true normals have unit length.
-
-        Raises:
-            UsageError: The shapes do not belong together.
-        """
-        as_normals(pred, gt, type(self).__name__)
+        """Add one batch, whose true normals have unit length. A UsageError if shapes do not match."""
+        check_normals(pred, gt, type(self).__name__)
         known = present(gt.sum(1))
         valid = known.flatten()
         cosine = (F.normalize(pred, dim=1) * torch.where(known.unsqueeze(1), gt, 0)).sum(1).clamp(-1, 1).flatten()

@@ -16,7 +16,7 @@ from fastmtl._metrics.missing import has_partial_rows, labelled_part, labelled_r
 from fastmtl.errors import UsageError
 from fastmtl.support.kinds import Tree
 from fastmtl.support.running import Group
-from fastmtl.support.shapes import lined_up, same_but_ones
+from fastmtl.support.shapes import lined_up, without_extra_ones
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -24,28 +24,26 @@ if TYPE_CHECKING:
 __all__ = ["TorchMetric"]
 
 
-# Predictions are held back up to so many numbers while they may be logits or probabilities.
-_HELD = 2**24
+# Predictions are buffered up to this number of entries while they may be logits or probabilities.
+_BUFFERED = 2**24
 
 
 class TorchMetric(AbsMetric):
     """Any metric of torchmetrics as a metric of a task.
 
-    A metric sees labelled entries only: a trainer takes out what the task's loss calls missing, and without one NaN is
-    taken out. Where rows have some of their labels only, a metric with an ``ignore_index`` gets that for the missing
-    ones; others get the labelled entries as one dimension, but for those with a score for each column, which would no
-    longer know the columns and are refused. Dimensions of 1 that only predictions or labels have are left out.
+    The metric gets labelled entries only: the trainer removes those that the task's loss calls missing; outside of a
+    trainer NaN is removed. Where a row has only some of its labels, a metric with an ``ignore_index`` gets it for the
+    missing ones; other metrics get the labelled entries as one dimension, which is refused for those with a score per
+    column. Dimensions of 1 that only predictions or labels have are removed.
 
-    Metrics of ``torchmetrics.classification`` get whole numbers in floating point as integers. They take a batch for
-    logits if one of the predictions is not between 0 and 1; here one such batch tells it of all, so that scores do not
-    depend on the batch size.
-
-    Most of them wait for a GPU in every update (they count with ``torch.bincount``), which the metrics of this module
-    do not. With several processes torchmetrics itself brings their counts together.
+    Metrics of ``torchmetrics.classification`` get integers in floating point as integers. They take a batch for logits
+    if one prediction is not between 0 and 1; here one such batch decides for all, so that scores do not depend on the
+    batch size. Most of them wait for a GPU in every update, as they count with ``torch.bincount``; the metrics of this
+    package do not. With several processes torchmetrics itself reduces the counts.
 
     Args:
-        *metrics: Metrics of torchmetrics, together with one score for each metric name of the task: those of several
-            outputs, as of ``MeanSquaredError(num_outputs=2)`` and a ``MetricCollection``, have several.
+        *metrics: Metrics of torchmetrics, which in all give one score per metric name of the task: those with several
+            outputs, such as ``MeanSquaredError(num_outputs=2)`` or a ``MetricCollection``, give several.
 
     Example::
 
@@ -60,11 +58,7 @@ class TorchMetric(AbsMetric):
         self._fed = [_Fed(metric) for metric in metrics]
 
     def update_fun(self, pred: Tree, gt: Tree) -> None:
-        """Hand one batch to every metric, without the labels that are NaN.
-
-        Raises:
-            UsageError: A metric does not take predictions or labels like these.
-        """
+        """Update every metric with one batch, without labels that are NaN. A UsageError if a metric refuses it."""
         if isinstance(gt, Tensor) and gt.is_floating_point() and gt.dim():
             known = ~gt.isnan()
             if not known.all():
@@ -76,11 +70,7 @@ class TorchMetric(AbsMetric):
             fed.update(pred, gt)
 
     def update_known(self, pred: Tree, gt: Tensor, known: Tensor) -> None:
-        """Hand every metric what is labelled of a batch.
-
-        Raises:
-            UsageError: A metric does not take predictions or labels like these.
-        """
+        """Update every metric with the labelled part of a batch. A UsageError if a metric refuses it."""
         pred, gt = _alike(pred, gt)
         if gt.numel() == known.numel():
             known = known.reshape(gt.shape)
@@ -91,7 +81,7 @@ class TorchMetric(AbsMetric):
         """Return the scores of all metrics: one, or one for each output or name, in order.
 
         Raises:
-            UsageError: A metric cannot be computed of what it has seen.
+            UsageError: A metric cannot be computed from the labels it got.
         """
         return [score for fed in self._fed for score in fed.scores()]
 
@@ -102,7 +92,7 @@ class TorchMetric(AbsMetric):
             fed.reset()
 
     def sync(self, peers: Group) -> None:
-        """Agree with the other processes on whether predictions are logits, and let scores be of all of them."""
+        """Agree on whether predictions are logits, and compute scores over all processes."""
         super().sync(peers)
         for fed in self._fed:
             fed.are_logits = any(peers.all_gather_object(fed.are_logits))
@@ -110,14 +100,14 @@ class TorchMetric(AbsMetric):
 
 
 class _Fed:
-    """A metric, and what is held back from it until it is known whether predictions are logits."""
+    """A metric and the batches buffered until it is known whether predictions are logits."""
 
     def __init__(self, metric: Metric) -> None:
         self.metric = metric
         self.peers: Group | None = None
         self.are_logits = False
         self._are_probabilities = False
-        self._held: list[tuple[Tensor, Tree]] = []
+        self._buffer: list[tuple[Tensor, Tree]] = []
         self._numbers = 0
 
     def update(self, pred: Tree, gt: Tree) -> None:
@@ -127,55 +117,55 @@ class _Fed:
         if not self.are_logits and bool(((pred < 0) | (pred > 1)).any()):
             if self._are_probabilities:
                 raise UsageError(
-                    f"{type(self.metric).__name__} got probabilities, all predictions being between 0 and 1, but now "
-                    "others: let process_preds return probabilities always."
+                    f"{type(self.metric).__name__} got predictions from 0 to 1, which are probabilities, and now "
+                    "others: let process_preds always return probabilities."
                 )
             self.are_logits = True
-        self._held.append((pred.detach(), gt))
+        self._buffer.append((pred.detach(), gt))
         self._numbers += pred.numel()
-        self._are_probabilities = not self.are_logits and self._numbers > _HELD
+        self._are_probabilities = not self.are_logits and self._numbers > _BUFFERED
         if self.are_logits or self._are_probabilities:
-            self._let_go()
+            self._flush()
 
     def scores(self) -> list[float]:
-        self._let_go()
+        self._flush()
         peers, self.peers = self.peers, None
         with (
             warnings.catch_warnings(),
-            _in_a_sentence(self.metric, "cannot be computed of the labels that there were"),
+            _usage_errors(self.metric, "cannot be computed from the labels it got"),
             _gathered_by(self.metric, peers),
         ):
-            # With several processes, where this one had no labels.
+            # This process may have had no labels.
             warnings.filterwarnings("ignore", message=r".*was called before the ``update``")
             return _numbers(self.metric.compute())
 
     def reset(self) -> None:
-        self._held.clear()
+        self._buffer.clear()
         self._numbers, self._are_probabilities = 0, False
         self.metric.reset()
 
-    def _let_go(self) -> None:
-        for pred, gt in self._held:
+    def _flush(self) -> None:
+        for pred, gt in self._buffer:
             self._feed(_probabilities(self.metric, pred, gt) if self.are_logits else pred, gt)
-        self._held.clear()
+        self._buffer.clear()
 
     def _feed(self, pred: Tree, gt: Tree) -> None:
         if isinstance(gt, Tensor) and gt.is_floating_point() and _any_of(self.metric, _is_of_classes):
-            # Labels that may be missing come as real numbers.
-            whole = gt.long()
-            gt = whole if bool((whole == gt).all()) else gt
+            # Labels of which some may be missing are floating point.
+            integers = gt.long()
+            gt = integers if bool((integers == gt).all()) else gt
         elif isinstance(gt, Tensor) and gt.dtype == torch.bool and not _any_of(self.metric, _is_of_classes):
-            # Torch has no difference of booleans.
+            # Torch cannot subtract booleans.
             gt = gt.to(pred.dtype) if isinstance(pred, Tensor) and pred.is_floating_point() else gt.long()
         tensors = [values for values in (pred, gt) if isinstance(values, Tensor)]
         shapes = " and ".join(str(tuple(values.shape)) for values in tensors)
-        with _in_a_sentence(self.metric, f"does not take predictions and labels of shapes {shapes}"):
+        with _usage_errors(self.metric, f"does not take predictions and labels of shapes {shapes}"):
             metric = self.metric.to(tensors[0].device) if tensors else self.metric
             metric.update(pred, gt)
 
 
 def _numbers(score: Any) -> list[float]:
-    """Return what a metric computes as numbers, those of a container one after the other."""
+    """Return the results of a metric as a flat list of numbers."""
     if isinstance(score, Mapping):
         score = list(score.values())
     if isinstance(score, list | tuple):
@@ -184,7 +174,7 @@ def _numbers(score: Any) -> list[float]:
 
 
 def _probabilities(metric: Metric, pred: Tensor, gt: Tree) -> Tensor:
-    """Return the probabilities that a metric of torchmetrics makes of logits."""
+    """Return the probabilities that a metric of torchmetrics computes from logits."""
     names = {type(part).__name__ for part in metric.modules()}
     if any(name.startswith("Multiclass") for name in names):
         return pred.softmax(1) if isinstance(gt, Tensor) and pred.dim() == gt.dim() + 1 else pred
@@ -192,7 +182,7 @@ def _probabilities(metric: Metric, pred: Tensor, gt: Tree) -> Tensor:
 
 
 def _part(metric: Metric, pred: Tree, gt: Tensor, known: Tensor) -> tuple[Tree, Tensor]:
-    """Return what is labelled of a batch in a form that suits a metric."""
+    """Return the labelled part of a batch in the form that a metric needs."""
     if not has_partial_rows(known):
         return labelled_part(pred, gt, known)
     rows = labelled_rows(pred, known), labelled_rows(gt, known)
@@ -205,13 +195,13 @@ def _part(metric: Metric, pred: Tree, gt: Tensor, known: Tensor) -> tuple[Tree, 
         return rows[0], torch.where(here, rows[1], ignored[0])
     if _any_of(metric, _is_of_rows):
         raise UsageError(
-            f"{type(metric).__name__} scores each row as a whole, but rows of labels of shape {tuple(gt.shape)} have "
-            "some of their labels only: give it an ignore_index, if it has one, or write a metric, an AbsMetric."
+            f"{type(metric).__name__} scores whole rows, but some rows of the labels of shape {tuple(gt.shape)} have "
+            "only some of their labels: give it an ignore_index, if it has one, or write an AbsMetric."
         )
     if _any_of(metric, _has_columns):
         raise UsageError(
-            f"{type(metric).__name__} scores each column by itself, but rows of labels of shape {tuple(gt.shape)} have "
-            "some of their labels only: give it an ignore_index, or use a MultioutputWrapper, which leaves out NaN."
+            f"{type(metric).__name__} scores each column, but some rows of the labels of shape {tuple(gt.shape)} have "
+            "only some of their labels: give it an ignore_index, or use a MultioutputWrapper, which leaves out NaN."
         )
     return labelled_part(pred, gt, known)
 
@@ -220,11 +210,9 @@ def _alike(pred: Tree, gt: Tree) -> tuple[Tree, Tree]:
     """Return predictions and labels without dimensions of 1 that only one of them has."""
     if not (isinstance(pred, Tensor) and isinstance(gt, Tensor)) or pred.shape == gt.shape:
         return pred, gt
-    if same_but_ones(pred, gt):
-        return (pred.reshape(gt.shape), gt) if pred.dim() > gt.dim() else (pred, gt.reshape(pred.shape))
     if pred.dim() == gt.dim() > 1 and gt.shape[1] == 1 and gt.shape[2:] == pred.shape[2:] and len(gt) == len(pred):
         return pred, gt.squeeze(1)
-    return pred, gt
+    return without_extra_ones(pred, gt)
 
 
 def _any_of(metric: Metric, has: Any) -> bool:
@@ -237,7 +225,7 @@ def _is_of_classes(metric: Any) -> bool:
 
 
 def _is_of_rows(metric: Any) -> bool:
-    """Return whether a metric needs whole rows, be it of labels, pixels, samples in time or points."""
+    """Return whether a metric scores whole rows, such as images, signals or point clouds."""
     name, module = type(metric).__name__, type(metric).__module__
     return name.endswith(("ExactMatch", "CosineSimilarity")) or module.startswith(
         ("torchmetrics.segmentation", "torchmetrics.audio", "torchmetrics.shape")
@@ -251,9 +239,9 @@ def _has_columns(metric: Any) -> bool:
 
 @contextmanager
 def _gathered_by(metric: Metric, peers: Group | None) -> Iterator[None]:
-    """Let the states of several processes be gathered by their group.
+    """Gather the states of several processes by their group in the block.
 
-    Torchmetrics takes states for tensors of one dtype, which those of a process without any label are not.
+    Torchmetrics would require equal dtypes, but the states of a process without labels may have others.
     """
 
     def gather(state: Tensor, group: object = None) -> list[Tensor]:
@@ -273,8 +261,8 @@ def _gathered_by(metric: Metric, peers: Group | None) -> Iterator[None]:
 
 
 @contextmanager
-def _in_a_sentence(metric: Metric, what: str) -> Iterator[None]:
-    """Say what torchmetrics refuses in a sentence."""
+def _usage_errors(metric: Metric, what: str) -> Iterator[None]:
+    """Raise a UsageError of one sentence in place of torchmetrics' errors."""
     try:
         yield
     except torch.OutOfMemoryError:

@@ -13,9 +13,11 @@ __all__ = ["CGC"]
 
 
 class CGC(MMoE):
-    """Customized Gate Control: MMoE with further experts of each task's own, which only its gate mixes in.
+    """Customized Gate Control: MMoE with further experts per task, which only the task's gate mixes in.
 
-    Its gates read what those of ``MMoE`` do. Source: Tang et al., "Progressive Layered Extraction (PLE): A Novel
+    The gates read the same as those of ``MMoE``.
+
+    Source: Tang et al., "Progressive Layered Extraction (PLE): A Novel
     Multi-Task Learning (MTL) Model for Personalized Recommendations", RecSys 2020.
 
     Raises:
@@ -43,7 +45,7 @@ class CGC(MMoE):
         return self.experts_shared(inputs), inputs
 
     def branch(self, features: tuple[Tensor, ...], task: str) -> Tensor:
-        """Return the mixture of shared and own experts of ``task``."""
+        """Return the mixture of the shared experts and those of ``task``."""
         shared, inputs = features
         selector = cast(nn.ModuleDict, self.gate_specific)[task](self._gate_input(features))
         specific = self.experts_specific[task](inputs)

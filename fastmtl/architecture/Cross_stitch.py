@@ -15,10 +15,10 @@ __all__ = ["Cross_stitch"]
 
 
 class Cross_stitch(AbsArchitecture):
-    """Cross-stitch Networks: an encoder per task, whose features are mixed linearly between the stages.
+    """Cross-stitch Networks: an encoder per task, with features mixed linearly between the stages.
 
-    What stage i + 1 of task t reads is ``sum_j unit_itj rep_ij`` over the outputs of stage i of all tasks; the units
-    start at 1. The encoder is a ResNet of ``fastmtl.model`` or a ``fastmtl.model.StagedEncoder``. All encoders and
+    Stage i + 1 of task t reads ``sum_j unit_itj rep_ij`` over the outputs of stage i of all tasks; units start at 1.
+    The encoder is a ResNet of ``fastmtl.model`` or a ``fastmtl.model.StagedEncoder``. All encoders and
     units count as shared parameters, as in LibMTL.
 
     Source: Misra et al., "Cross-stitch Networks for Multi-task Learning", CVPR 2016.
@@ -38,9 +38,9 @@ class Cross_stitch(AbsArchitecture):
 class _CrossStitched(Columns):
     def __init__(self, encoders: Sequence[nn.Module], task_name: list[str]) -> None:
         super().__init__(encoders, task_name, "Cross_stitch")
-        # One for every stage, as in LibMTL's checkpoints; nothing follows the last.
+        # One per stage, as in LibMTL's checkpoints; the last is unused.
         self.cross_unit = nn.Parameter(torch.ones(len(self.resnet_layer), len(task_name), len(task_name)))
 
     def mixtures(self) -> list[Tensor | None]:
-        """Return no units for the first stage, and for each further one its own."""
+        """Return None for the first stage, and the units of all further ones."""
         return [None, *(self.cross_unit[i] for i in range(len(self.resnet_layer) - 1))]

@@ -18,11 +18,11 @@ __all__ = ["LTB"]
 
 
 class LTB(AbsArchitecture):
-    """Learning To Branch: an encoder per task, and for each stage of each a learned choice of whose output it reads.
+    """Learning To Branch: an encoder per task, each stage of which learns to choose the task whose output it reads.
 
     The choice is a hard sample of a Gumbel-softmax with temperature ``E / (20 sqrt(e + 1))`` in epoch e of E; in the
     first hundredth of the epochs every stage reads the sum of all tasks' outputs. Evaluation between epochs samples
-    too, as in LibMTL; a network whose ``epoch`` was never set, one loaded from a checkpoint say, takes the likeliest
+    too, as in LibMTL; a network whose ``epoch`` was never set, as after loading a checkpoint, takes the likeliest
     choices. The encoder is a ResNet of ``fastmtl.model`` or a ``fastmtl.model.StagedEncoder``. All parameters but the
     decoders' are shared, as in LibMTL.
 
@@ -55,9 +55,9 @@ class _Branched(Columns):
 
     def __init__(self, encoders: Sequence[nn.Module], task_name: list[str]) -> None:
         super().__init__(encoders, task_name, "LTB")
-        # Two more than stages, as in LibMTL's checkpoints; the first and the last one are not used.
+        # Two more than stages, as in LibMTL's checkpoints; the first and the last are unused.
         self.alpha = nn.Parameter(torch.ones(len(self.resnet_layer) + 2, len(task_name), len(task_name)))
-        # A tensor, so that compiled code need not be compiled anew in each epoch.
+        # A tensor, so that compiled code is not recompiled in each epoch.
         self.register_buffer("tau", torch.ones(()), persistent=False)
         self.choice: Literal["likeliest", "all", "sample"] = "likeliest"
 

@@ -17,11 +17,11 @@ __all__ = ["MMoE"]
 
 
 class MMoE(AbsArchitecture):
-    """Multi-gate Mixture-of-Experts: E shared encoders, the experts, of which every task takes its own mixture.
+    """Multi-gate Mixture-of-Experts: E shared encoders, the experts, and one gate per task that mixes their outputs.
 
-    ``rep_t(x) = sum_e gate_t(z)_e expert_e(x)``, ``gate_t(z) = softmax(W_t z + b_t)``, where z is the flattened input
-    if ``img_size`` tells its size, as in LibMTL, else the mean of all experts' features over experts and positions,
-    for inputs of any size such as text. The experts are the shared parameters; gates belong to their tasks.
+    ``rep_t(x) = sum_e gate_t(z)_e expert_e(x)``, ``gate_t(z) = softmax(W_t z + b_t)``. With ``img_size`` z is the
+    flattened input, as in LibMTL; without, for inputs of any size such as text, the mean features over experts and
+    positions. The experts are the shared parameters; gates belong to their tasks.
 
     Source: Ma et al., "Modeling Task Relationships in Multi-task Learning with Multi-gate Mixture-of-Experts", KDD
     2018.

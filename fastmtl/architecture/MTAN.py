@@ -17,7 +17,7 @@ __all__ = ["MTAN"]
 
 
 class MTAN(AbsArchitecture):
-    """Multi-Task Attention Network: a shared encoder of stages, and soft attention over its features for each task.
+    """Multi-Task Attention Network: a shared encoder of stages, and soft attention of each task over its features.
 
     The encoder is a ResNet of ``fastmtl.model``, any ``fastmtl.model.StagedEncoder``, or a module that holds a ResNet
     as ``resnet_network``, which then runs once for each task. Module names and ``state_dict`` keys are LibMTL's.
@@ -49,14 +49,14 @@ class MTAN(AbsArchitecture):
 
     @property
     def splits(self) -> bool:
-        """Whether the encoder is the attention network itself; the layers of a wrapper are shared, but come after."""
+        """Whether the encoder is the attention network itself: a wrapper's shared layers follow the attention."""
         return self.encoder is self.attention
 
     def trunk(self, inputs: Tensor, task_name: str | None = None) -> tuple[Tensor, ...]:
-        """Return the shared features of every stage; with a wrapped ResNet, what the wrapper makes of each task's."""
+        """Return the shared features of every stage; with a wrapped ResNet, the wrapper's output for each task."""
         if self.splits:
             return self.attention.trunk(inputs)
-        # The wrapper's own layers read the features of one task.
+        # The wrapper's layers read the attended features of one task.
         reps = []
         for task in self.task_name if task_name is None else [task_name]:
             self.attention.forward_task = task
@@ -76,14 +76,14 @@ class MTAN(AbsArchitecture):
 
 
 def _halve(stage: nn.Module) -> tuple[nn.Module, nn.Module]:
-    # A last part that works in place would overwrite the features between the halves.
+    # An in-place last part would overwrite the features between the halves.
     if isinstance(stage, nn.Sequential) and len(stage) > 1 and not getattr(stage[-1], "inplace", False):
         return stage[:-1], stage[-1]
     return stage, nn.Identity()
 
 
 class _VectorBlock(nn.Module):
-    """What a residual block is for feature maps, for feature vectors."""
+    """A residual block for feature vectors."""
 
     def __init__(self, dim_in: int, dim_out: int) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class _VectorBlock(nn.Module):
 
 
 def _lift(dim_in: int, dim_out: int, expansion: int, maps: bool) -> nn.Module:
-    """Carry attended features to the next stage's width."""
+    """Return the module from attended features to the next stage's width."""
     if not maps:
         return _VectorBlock(dim_in, dim_out)
     from fastmtl.model.resnet import BasicBlock, Bottleneck
@@ -161,13 +161,13 @@ class AttentionEncoder(nn.Module):
         return attended
 
     def _by_rows(self, module: nn.Module, x: Tensor) -> Tensor:
-        """Apply a module for maps or for vectors; the vectors of sequences are so many rows."""
+        """Apply a module for maps or for vectors; vectors of sequences become rows."""
         if self.maps or x.dim() == 2:
             return module(x)
         return module(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
 
     def _fit(self, attended: Tensor, like: Tensor) -> Tensor:
-        """Pool maps down to the next stage's size; equal to a 2 x 2 max pooling where the sizes halve."""
+        """Max-pool maps to the size of ``like``; 2 x 2 pooling where the size halves."""
         if not self.maps or attended.shape[-2:] == like.shape[-2:]:
             return attended
         return F.adaptive_max_pool2d(attended, like.shape[-2:])

@@ -20,13 +20,13 @@ __all__ = ["PLE"]
 class PLE(AbsArchitecture):
     """Progressive Layered Extraction: CGC at every stage of the encoder.
 
-    At level i every task mixes, by its gate, the outputs of the level's shared experts and of its own on its mixture of
-    level i - 1. With ``shared_gate=True``, the paper's form, there is a shared path besides: the shared experts read it
-    in place of the tasks' mixtures, and a gate of its own mixes the experts of all tasks at every level but the last.
-    The levels are a ResNet's stem and layers, or the stages of a ``fastmtl.model.StagedEncoder``.
+    At level i each task's gate mixes the outputs of the shared experts and of its own experts for the task's mixture of
+    level i - 1. With ``shared_gate=True``, as in the paper, the shared experts read a shared mixture instead, which at
+    every level but the last a further gate makes of the outputs of all experts. The levels are a ResNet's stem and
+    layers, or the stages of a ``fastmtl.model.StagedEncoder``.
 
-    A gate reads the flattened mixture of level i - 1 if ``img_size`` tells the input's size, as in LibMTL, else the
-    mean features of the level's shared experts. Shared parameters are those of the shared experts.
+    With ``img_size``, the size of an input, a gate reads the flattened mixture of level i - 1, as in LibMTL; without,
+    the mean features of the level's shared experts. The shared parameters are those of the shared experts.
 
     Source: Tang et al., "Progressive Layered Extraction (PLE): A Novel Multi-Task Learning (MTL) Model for Personalized
     Recommendations", RecSys 2020.
@@ -96,9 +96,9 @@ class _Extraction(nn.Module):
 
     @torch.no_grad()
     def _level_sizes(self) -> list[list[int]]:
-        """Return the size of what each level reads, found by a pass of one random input."""
+        """Return the input size of each level, from a pass of one random input."""
         modes = [(module, module.training) for module in self.modules()]
-        # In evaluation mode the input leaves no trace in batch norm's statistics.
+        # Evaluation mode does not update batch norm's statistics.
         self.eval()
         x = torch.rand(self.img_size).unsqueeze(0)
         sizes = [list(x.shape[1:])]
@@ -117,7 +117,7 @@ class _Extraction(nn.Module):
         for task in tasks:
             reps[task] = inputs
             for i, experts in enumerate(self.shared_layer.values()):
-                reps[task] = self._level(i, task, reps[task], experts(reps[task]), self._own(i, task, reps[task]))
+                reps[task] = self._level(i, task, reps[task], experts(reps[task]), self._specific(i, task, reps[task]))
         return reps
 
     def _with_shared_path(self, inputs: Tensor, tasks: Sequence[str]) -> dict[str, Tensor]:
@@ -126,14 +126,14 @@ class _Extraction(nn.Module):
         for i, experts in enumerate(self.shared_layer.values()):
             last = i == len(self.gate_shared)
             shared = experts(common)
-            specific = {task: self._own(i, task, rep) for task, rep in reps.items() if task in tasks or not last}
+            specific = {task: self._specific(i, task, rep) for task, rep in reps.items() if task in tasks or not last}
             if not last:
                 selector = self.gate_shared[i](self._read(i, common, shared))
                 common = mix(torch.cat([shared, *specific.values()]), selector)
             reps = {task: self._level(i, task, reps[task], shared, outputs) for task, outputs in specific.items()}
         return {task: reps[task] for task in tasks}
 
-    def _own(self, level: int, task: str, rep: Tensor) -> Tensor:
+    def _specific(self, level: int, task: str, rep: Tensor) -> Tensor:
         return cast(nn.ModuleDict, self.specific_layer[str(level)])[task](rep)
 
     def _level(self, level: int, task: str, rep: Tensor, shared: Tensor, specific: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What every multi-task architecture is: a shared trunk, a branch per task, a decoder per task."""
+"""The base of all architectures: a shared trunk, a branch per task, a decoder per task."""
 
 from __future__ import annotations
 
@@ -14,26 +14,25 @@ __all__ = ["AbsArchitecture"]
 
 
 class AbsArchitecture(nn.Module):
-    """Base of all architectures; the same contract as LibMTL's class of that name.
+    """Base of all architectures, compatible with LibMTL's class.
 
-    A prediction is ``decoders[task](branch(trunk(inputs), task))``. ``trunk`` holds shared parameters only and runs
-    once for all tasks; ``branch`` and the decoder are what one task adds. Splitting the network there is what lets
-    the trainer differentiate the heads once and pull one cotangent per task through the trunk. A subclass gives
-    ``trunk`` and ``branch``, or, as in LibMTL, overrides ``forward`` as a whole, which is then differentiated as a
+    A prediction is ``decoders[task](branch(trunk(inputs), task))``. ``trunk`` has shared parameters only and runs once
+    for all tasks, so that the trainer can differentiate all heads at once and run one VJP per task through the trunk.
+    Subclasses define ``trunk`` and ``branch``, or override ``forward``, as in LibMTL, which is then differentiated as a
     whole.
 
     Args:
         task_name: The T task names, in order.
-        encoder_class: Called without arguments, returns the encoder.
+        encoder_class: Creates an encoder, called without arguments.
         decoders: One module per task.
         rep_grad: Balance gradients of the representation instead of the shared parameters.
         multi_input: Every task has its own inputs.
-        device: Where the model will live.
+        device: The device of the model.
         kwargs: Hyper-parameters of the architecture, see ``hyper``.
 
     Attributes:
-        by_place: Patterns of names in ``state_dict`` that go by the places of tasks, not by their names: a group in one
-            is a task's place; without a group the tensor has an entry for each. Weights of other tasks are taken by it.
+        by_place: Patterns of ``state_dict`` names that identify tasks by index, not by name: the group of a pattern is
+            a task's index; without a group the tensor has one entry per task. Used to load weights of other tasks.
     """
 
     hyper: ClassVar[Mapping[str, Hyper]] = {}
@@ -66,13 +65,13 @@ class AbsArchitecture(nn.Module):
         self._make_network()
 
     def _make_network(self) -> None:
-        """Make the encoder and whatever else lies between inputs and decoders; for subclasses."""
+        """Create all modules between inputs and decoders; to be overridden."""
 
     def trunk(self, inputs: Tensor, task_name: str | None = None) -> tuple[Tensor, ...]:
-        """Return the shared features all branches start from, of inputs (B, ...) of one task (multi-input) or of all.
+        """Return the shared features that all branches read, of inputs (B, ...) of one task (multi-input) or of all.
 
-        An encoder may return a list with one representation per task. A representation may be a dictionary or a list of
-        tensors, and what is no tensor is handed on as it is.
+        An encoder may return a list with one representation per task. Representations may be containers of tensors and
+        other objects.
         """
         features = self.encoder(inputs)
         return tuple(features) if isinstance(features, list | tuple) else (features,)
@@ -82,10 +81,7 @@ class AbsArchitecture(nn.Module):
         return features[0] if len(features) == 1 else features[self.task_name.index(task)]
 
     def forward(self, inputs: Tensor, task_name: str | None = None) -> dict[str, Tensor]:
-        """Return the predictions by task name for inputs (B, ...), of ``task_name`` alone if it is given.
-
-        With ``multi_input`` that is the task the inputs belong to.
-        """
+        """Return the predictions by task for inputs (B, ...), of ``task_name`` alone if it is given."""
         features = self.trunk(inputs, task_name)
         tasks = self.task_name if task_name is None else [task_name]
         reps = {task: self.branch(features, task) for task in tasks}
@@ -93,7 +89,7 @@ class AbsArchitecture(nn.Module):
         return {task: self.decoders[task](self._prepare_rep(rep, task, same_rep)) for task, rep in reps.items()}
 
     def get_share_params(self) -> Iterable[nn.Parameter]:
-        """Return the shared parameters, the ones whose task gradients are balanced."""
+        """Return the shared parameters, whose task gradients are balanced."""
         return self.encoder.parameters()
 
     def zero_grad_share_params(self) -> None:
@@ -103,7 +99,7 @@ class AbsArchitecture(nn.Module):
                 param.grad.zero_()
 
     def _prepare_rep(self, rep: Tensor, task: str, same_rep: bool | None = None) -> Tensor:
-        """Cut the graph at the representation if ``rep_grad``, keeping both ends in ``rep`` and ``rep_tasks``."""
+        """Cut the graph at the representation if ``rep_grad``, and store both sides in ``rep`` and ``rep_tasks``."""
         if not self.rep_grad:
             return rep
         if same_rep:

@@ -1,4 +1,4 @@
-"""Experts, encoders of one kind that read the same inputs, and the gates that mix them."""
+"""Experts, equal encoders of the same inputs, and the gates that mix their outputs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = [
     "read",
 ]
 
-# Hyper-parameters that are integers: one, several, or text as on LibMTL's command line.
+# Hyper-parameters that are one or several integers, possibly as text from LibMTL's command line.
 Integers = int | str | Iterable[int | str]
 
 IMG_SIZE = Hyper(
@@ -58,21 +58,20 @@ _ROW_BY_ROW = (
 class Experts(nn.ModuleList):
     """A list of experts; the call returns all their outputs.
 
-    On a GPU experts of equal shape made of linear layers and activations run as one network whose parameters carry a
-    dimension more: a layer is one batched matrix product in place of E small ones, which would each be launched. On a
-    CPU, where nothing is launched, that was seen to be slower for all sizes. All other experts run in turn: batch norm
-    keeps running statistics and dropout draws random numbers, which a joint pass would do differently, and libraries
-    compute the convolutions of one expert at least as well as a grouped convolution of all.
+    On a GPU experts of equal shape made of linear layers and activations are vectorised: each layer is one batched
+    matrix product in place of E kernel launches. On a CPU this is slower for all sizes. All other experts run in turn:
+    running statistics of batch norm and random numbers of dropout would differ, and grouped convolutions are not faster
+    than separate ones.
 
     Attributes:
-        together: Whether they can run as one, unless a hook wants to see each of them.
+        together: Whether the experts can be vectorised, if no module has hooks.
     """
 
     def __init__(self, experts: Iterable[nn.Module]) -> None:
         super().__init__(experts)
         first = _anatomy(self[0])
         alike = first is not None and all(_anatomy(expert) == first for expert in self)
-        # Without parameters there is nothing to batch over.
+        # vmap needs parameters to batch over.
         self.together = len(self) > 1 and alike and any(True for _ in self[0].parameters())
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -83,7 +82,7 @@ class Experts(nn.ModuleList):
         return self.jointly(inputs)
 
     def jointly(self, inputs: Tensor) -> Tensor:
-        """Return the outputs of experts that can run as one, from one pass."""
+        """Return the outputs of experts that can be vectorised, from one pass."""
         names = [name for name, _ in self[0].named_parameters()]
         stacked = {name: torch.stack([expert.get_parameter(name) for expert in self]) for name in names}
 
@@ -94,7 +93,7 @@ class Experts(nn.ModuleList):
 
 
 def _anatomy(expert: nn.Module) -> list[object] | None:
-    """Return what must be equal for experts to run as one, or None for one that cannot."""
+    """Return what must be equal for experts to be vectorised; None if an expert cannot be."""
     parts: list[object] = []
     for name, module in expert.named_modules():
         container = type(module) in (nn.Sequential, nn.ModuleList) or (
@@ -122,12 +121,12 @@ def mix(reps: Tensor, selector: Tensor) -> Tensor:
 
 
 def read(inputs: Tensor, reps: Tensor, img_size: Sequence[int]) -> Tensor:
-    """Return what a gate reads of each row, (B, F): the flattened inputs if they have a size, else the mean features.
+    """Return the input of a gate, (B, F): the flattened inputs if ``img_size`` is given, else the mean features.
 
     Args:
         inputs: (B, ...).
         reps: Features of all experts, (E, B, C), (E, B, L, C) or (E, B, C, H, W).
-        img_size: Size of one input, or nothing.
+        img_size: Size of one input, or empty.
 
     Raises:
         UsageError: The inputs have another size, or are not floating-point numbers.
@@ -152,7 +151,7 @@ def feature_dim(encoder: nn.Module) -> int:
     """Return the channels of an encoder's output.
 
     Raises:
-        UsageError: It does not tell.
+        UsageError: The encoder has no integer ``feature_dim``.
     """
     dim = getattr(encoder, "feature_dim", None)
     if not isinstance(dim, int):
@@ -167,7 +166,7 @@ def integers(value: Integers, name: str) -> list[int]:
     """Return the integers of the hyper-parameter ``name``.
 
     Raises:
-        UsageError: It holds something else.
+        UsageError: The value holds anything else.
     """
     values = value if isinstance(value, Iterable) and not isinstance(value, str) else [value]
     try:
@@ -177,10 +176,10 @@ def integers(value: Integers, name: str) -> list[int]:
 
 
 def image_size(value: Integers) -> list[int]:
-    """Return ``img_size`` as a list, empty where none is given.
+    """Return ``img_size`` as a list, which may be empty.
 
     Raises:
-        UsageError: No integers, or one below 1.
+        UsageError: It has other values than integers of at least 1.
     """
     size = integers(value, "img_size")
     if not all(length >= 1 for length in size):
@@ -189,10 +188,10 @@ def image_size(value: Integers) -> list[int]:
 
 
 def count_experts(value: Integers, tasks: int, owner: str) -> list[int]:
-    """Return the number of shared experts and of every task's own, given as that, or as [shared, own of each task].
+    """Return the numbers of shared experts and of each task's, given in full or as [shared, of each task].
 
     Raises:
-        UsageError: Another number of them, or one below 1.
+        UsageError: Another number of values, or one below 1.
     """
     counts = integers(value, "num_experts")
     counts = [counts[0], *counts[1:] * tasks] if len(counts) == 2 else counts

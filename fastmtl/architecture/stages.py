@@ -1,4 +1,4 @@
-"""Where an encoder can be cut into stages, and the stages of several encoders side by side."""
+"""The stages of an encoder, and of one encoder per task."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Stages:
     """The parts of a ResNet, of ``fastmtl.model`` or torchvision's, or of a ``fastmtl.model.StagedEncoder``.
 
     Attributes:
-        stem: What comes before the first stage.
+        stem: The module before the first stage.
         stages: The stages.
         dims: Channels of each stage's output.
         expansion: Bottleneck factor: attention modules are ``dims // expansion`` wide inside.
@@ -34,10 +34,10 @@ class Stages:
 
     @classmethod
     def of(cls, encoder: nn.Module, owner: str, also: str = "") -> Stages:
-        """Return the stages of an encoder; the message names the ``owner``, and what it takes ``also``.
+        """Return the stages of an encoder; ``owner``, and what it accepts ``also``, are for errors.
 
         Raises:
-            UsageError: It has none, or none of known width.
+            UsageError: The encoder has no stages, or none of known width.
         """
         if all(hasattr(encoder, name) for name in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer4")):
             stem = nn.Sequential(*(getattr(encoder, name) for name in ("conv1", "bn1", "relu", "maxpool")))
@@ -48,8 +48,8 @@ class Stages:
                 stem_dim, *dims = [convs_of_layer[0].in_channels for convs_of_layer in convs]
                 if 0 in (stem_dim, *dims):
                     raise UsageError(
-                        f"{owner} needs to know the channels between the stages of {type(encoder).__name__} before the "
-                        "first inputs: its first convolution in each layer cannot be lazy."
+                        f"{owner} needs the channels between the stages of {type(encoder).__name__} before the first "
+                        "inputs: the first convolution of each layer cannot be lazy."
                     )
                 return cls(stem, layers, [*dims, last], 4 if last == 2048 else 1, stem_dim)
         if all(hasattr(encoder, name) for name in ("stem", "stages", "stage_dims")):
@@ -74,9 +74,9 @@ class Stages:
 
 
 class Columns(nn.Module):
-    """One staged encoder per task, side by side: what Cross_stitch and LTB mix between the stages.
+    """One staged encoder per task, whose features Cross_stitch and LTB mix between the stages.
 
-    Stems and stages have LibMTL's names for those of its ResNets.
+    Module names are those of LibMTL's ResNets.
     """
 
     def __init__(self, encoders: Sequence[nn.Module], task_name: list[str], owner: str) -> None:
@@ -88,7 +88,7 @@ class Columns(nn.Module):
         )
 
     def mixtures(self) -> Sequence[Tensor | None]:
-        """Return for each stage the (T, T) units that mix what it reads, None where every task reads its own."""
+        """Return for each stage the (T, T) units that mix its inputs, None for no mixing."""
         raise NotImplementedError
 
     def forward(self, inputs: Tensor) -> list[Tensor]:

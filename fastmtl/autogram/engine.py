@@ -1,4 +1,4 @@
-"""The engine: which layers have a shortcut, and rows of the Jacobian for the other parameters."""
+"""The engine: Gram matrices layer by layer where possible, rows of the Jacobian for the other parameters."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _KEEPS_STATISTICS = (nn.modules.instancenorm._InstanceNorm,)
 
 
 def _remember(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """Note the layer and its input on the graph, which owns the note: it is gone when the graph is."""
+    """Store the layer and its input in the graph node, so that they are freed with the graph."""
     if isinstance(output, Tensor) and output.grad_fn is not None and len(args) == 1 and isinstance(args[0], Tensor):
         notes: Any = output.grad_fn.metadata
         notes[_KEY] = (module, args[0].detach(), output.output_nr)
@@ -34,10 +34,10 @@ def _remember(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
 class Engine:
     """Computes the Gram matrix of a tensor's Jacobian with respect to the parameters of some modules.
 
-    Where samples do not depend on each other (``batch_dim``), the per-sample gradients of linear and convolutional
-    layers are never built, or only layer by layer, whichever is cheaper: their products follow from the layers' inputs
-    and the gradients of their outputs, which one backward pass gives for all samples. For all other parameters, and
-    for layers whose parameters are also used elsewhere, the rows of the Jacobian are computed.
+    With independent samples (``batch_dim``) the Gram matrices of linear and convolutional layers follow from their
+    inputs and the gradients of their outputs, which one backward pass computes for all samples; per-sample gradients
+    are built layer by layer where that is cheaper. All other parameters, and layers whose parameters are used elsewhere
+    too, need the rows of the Jacobian.
 
     Typical use, with one loss per sample::
 
@@ -46,9 +46,9 @@ class Engine:
         losses.backward(weighting(engine.compute_gramian(losses)))
 
     Args:
-        modules: Their parameters that require grad count; submodules included.
-        batch_dim: The dimension of samples in what is differentiated, in which the modules treat the samples one by
-            one, with samples first in every layer's input; None makes no assumption.
+        modules: Modules whose parameters that require grad are differentiated, submodules included.
+        batch_dim: The dimension of samples in the differentiated tensor. Samples must be independent of each other, and
+            the first dimension of every layer's input. None makes no assumption.
 
     Raises:
         UsageError: With ``batch_dim``, a module mixes samples: batch norm, a recurrent network, running statistics.
@@ -73,14 +73,14 @@ class Engine:
         if isinstance(layer, _MIXES_SAMPLES) or keeps:
             raise UsageError(
                 f"batch_dim must be None with a {type(layer).__name__} in the modules, as it mixes the samples of a "
-                "batch or remembers them."
+                "batch or keeps statistics of them."
             )
 
     def compute_gramian(self, output: Tensor, /) -> Tensor:
-        """Return the Gram matrix of the gradients of all entries of ``output``; its graph stays for a backward pass.
+        """Return the Gram matrix of the gradients of all entries of ``output``; keeps the graph.
 
         Args:
-            output: Of any shape, with m entries.
+            output: A tensor of m entries.
 
         Returns:
             (m, m), in the order of ``output.flatten()`` and its dtype.
@@ -93,8 +93,8 @@ class Engine:
         )
         if output.grad_fn is None or not params:
             raise UsageError("output must depend on parameters of the engine's modules that require grad.")
-        gram, done = self._by_layers(output)
-        others = [param for param in params if param not in done]
+        gram, covered = self._by_layers(output)
+        others = [param for param in params if param not in covered]
         if others:
             rows = gram_of(jac(output, others, retain_graph=True))
             gram = rows if gram is None else gram + rows
@@ -102,7 +102,7 @@ class Engine:
         return gram.to(output.dtype)
 
     def _by_layers(self, output: Tensor) -> tuple[Tensor | None, set[Tensor]]:
-        """Return the shortcuts' part of the Gram matrix, and the parameters it covers."""
+        """Return the Gram matrix of the layers with a shortcut, and their parameters."""
         if self._batch_dim is None or not output.dim():
             return None, set()
         ordered = output.movedim(self._batch_dim, -1)
@@ -132,20 +132,20 @@ class Engine:
         return gram[order][:, order], covered
 
     def _calls(self, output: Tensor) -> tuple[dict[nn.Module, list[tuple[GradientEdge, Tensor]]], Counter[Tensor]]:
-        """Return each layer's calls that the output depends on, and how often each parameter was used."""
+        """Return the calls of each layer that the output depends on, and the number of uses of each parameter."""
         layers = {layer for module in self._modules for layer in module.modules()}
         calls: dict[nn.Module, list[tuple[GradientEdge, Tensor]]] = {}
         uses: Counter[Tensor] = Counter()
         for node in graph_nodes([output.grad_fn]):
             uses.update(child.variable for child, _ in node.next_functions if hasattr(child, "variable"))
-            note = node.metadata.get(_KEY)
-            if note is not None and note[0] in layers and any(p.requires_grad for p in note[0].parameters()):
-                calls.setdefault(note[0], []).append((GradientEdge(node, note[2]), note[1]))
+            layer, inputs, output_nr = node.metadata.get(_KEY, (None, None, 0))
+            if layer in layers and any(param.requires_grad for param in layer.parameters()):
+                calls.setdefault(layer, []).append((GradientEdge(node, output_nr), inputs))
         return calls, uses
 
 
 def _slopes(rows: Tensor, edges: Sequence[GradientEdge]) -> list[list[Tensor]]:
-    """Return for each edge the gradients of the (D, B) rows' sums, in which each sample's part stands in its place."""
+    """Return for each edge the gradients of the sums of the D rows (D, B), which hold each sample's gradient."""
     grads = [
         torch.autograd.grad(row, edges, torch.ones_like(row), retain_graph=True, allow_unused=True) for row in rows
     ]

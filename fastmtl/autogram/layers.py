@@ -32,7 +32,7 @@ def _conv(module: nn.Conv1d | nn.Conv2d, inputs: Tensor) -> Tensor:
     return functional.unfold(images, kernel, dilation=dilation, padding=padding, stride=stride).mT
 
 
-# For each layer: what makes (B, S, in) positions of its inputs.
+# For each kind of layer: the function from its inputs to (B, S, in) positions.
 SHORTCUTS: dict[type[nn.Module], Callable[[Any, Tensor], Tensor]]
 SHORTCUTS = {nn.Linear: _linear, nn.Conv1d: _conv, nn.Conv2d: _conv}
 
@@ -55,7 +55,7 @@ def positions(module: nn.Module, inputs: Tensor, grads: list[Tensor]) -> tuple[T
 
 
 def weight_gram(inputs: Tensor, slopes: Tensor) -> Tensor:
-    """Return the (D B, D B) float64 Gram matrix of the weight's gradients, the cheaper way, from :func:`positions`."""
+    """Return the (D B, D B) float64 Gram matrix of the weight's gradients, from the tensors of :func:`positions`."""
     count, batch, places, width = slopes.shape
     rows, size = count * batch, inputs.shape[-1] * width
     by_places = (batch * places) ** 2 * (inputs.shape[-1] + count * count * (width + 1))

@@ -1,4 +1,4 @@
-"""Jacobians into the ``.jac`` fields of what the losses depend on."""
+"""Jacobians for the ``.jac`` fields of the tensors that the losses depend on."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def backward(
         inputs: What to differentiate with respect to: leaves that require grad, or tensors that retain their grad. All
             leaves the tensors depend on if None.
         retain_graph: Keep the graph for another backward pass.
-        parallel_chunk_size: Rows that one backward pass computes together; see :func:`fastmtl.autojac.jac`.
-        jac_tensors: For each tensor its cotangents (m, ...), of which the Jacobian has the m rows; the identity if
-            None: one row per entry of the tensors.
+        parallel_chunk_size: Rows per backward pass; see :func:`fastmtl.autojac.jac`.
+        jac_tensors: For each tensor its cotangents (m, ...), for m rows; the identity if None: one row per entry of
+            the tensors.
 
     Raises:
         UsageError: No tensors, a repeated one, one without a graph, cotangents that do not fit, or a reentrant

@@ -1,4 +1,4 @@
-"""Checks of what the functions of autojac are given, which raise a UsageError."""
+"""Checks of the arguments of autojac's functions, which raise a UsageError."""
 
 from __future__ import annotations
 
@@ -8,7 +8,16 @@ from torch import Tensor
 
 from fastmtl.errors import UsageError
 
-__all__ = ["as_list", "check_chunk", "check_lengths", "check_outputs", "check_rows", "check_shapes", "unique"]
+__all__ = [
+    "as_list",
+    "check_chunk",
+    "check_distinct",
+    "check_lengths",
+    "check_outputs",
+    "check_rows",
+    "check_shapes",
+    "unique",
+]
 
 
 def as_list(tensors: Iterable[Tensor] | Tensor) -> list[Tensor]:
@@ -21,12 +30,17 @@ def unique(tensors: Iterable[Tensor]) -> list[Tensor]:
     return list(dict.fromkeys(tensors))
 
 
-def check_outputs(tensors: Sequence[Tensor], name: str) -> None:
-    """Refuse an empty list, repetitions and what does not require grad."""
+def check_distinct(tensors: Sequence[Tensor], name: str) -> None:
+    """Refuse an empty list and repetitions."""
     if not tensors:
         raise UsageError(f"{name} must hold at least one tensor, got none.")
     if len(unique(tensors)) < len(tensors):
         raise UsageError(f"{name} must hold each tensor once, got one of them repeatedly.")
+
+
+def check_outputs(tensors: Sequence[Tensor], name: str) -> None:
+    """Refuse an empty list, repetitions and tensors that do not require grad."""
+    check_distinct(tensors, name)
     for index, tensor in enumerate(tensors):
         if not tensor.requires_grad:
             raise UsageError(f"{name}[{index}] must depend on tensors that require grad, got one that does not.")
@@ -39,7 +53,7 @@ def check_chunk(parallel_chunk_size: int | None) -> None:
 
 
 def check_lengths(values: Sequence[object], tensors: Sequence[Tensor], name: str, tensors_name: str) -> None:
-    """Refuse a list that is not as long as that of the tensors."""
+    """Refuse a list whose length differs from that of the tensors."""
     if len(values) != len(tensors):
         raise UsageError(
             f"`{name}` should have the same length as `{tensors_name}`. (got {len(values)} and {len(tensors)})"
@@ -49,11 +63,11 @@ def check_lengths(values: Sequence[object], tensors: Sequence[Tensor], name: str
 def check_shapes(
     cotangents: Sequence[Tensor], tensors: Sequence[Tensor], name: str, tensors_name: str, rows: bool
 ) -> None:
-    """Refuse cotangents that do not have the tensors' shapes, behind a dimension of rows if ``rows``."""
+    """Refuse cotangents without the tensors' shapes, after a first dimension of rows if ``rows``."""
     check_lengths(cotangents, tensors, name, tensors_name)
     for index, (cotangent, tensor) in enumerate(zip(cotangents, tensors, strict=True)):
         if cotangent.shape[int(rows) :] != tensor.shape or (rows and not cotangent.dim()):
-            behind = ", the first dimension apart" if rows else ""
+            behind = ", except for the first dimension" if rows else ""
             raise UsageError(
                 f"Shape mismatch: `{name}[{index}]` has shape {tuple(cotangent.shape)} but `{tensors_name}[{index}]` "
                 f"has shape {tuple(tensor.shape)}. They must be the same{behind}."

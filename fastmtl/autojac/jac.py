@@ -15,8 +15,8 @@ from fastmtl.errors import UsageError
 
 __all__ = ["chunk_for", "jac", "jacobians_of"]
 
-# With fewer rows than this the batching rules cost more than separate backward passes; with more numbers in a row, the
-# products take so long that the calls saved no longer matter.
+# With fewer rows batching costs more than separate backward passes; with longer rows the arithmetic dominates, and the
+# number of calls does not matter.
 _MANY_ROWS = 8
 _LONG_ROW = 2**18
 
@@ -34,11 +34,10 @@ def jac(
     Args:
         outputs: What to differentiate, at least one tensor.
         inputs: What to differentiate with respect to; they require grad.
-        jac_outputs: For each output its cotangents (m, ...); as the identity if None: one row per entry of the outputs.
+        jac_outputs: For each output its cotangents (m, ...); the identity if None: one row per entry of the outputs.
         retain_graph: Keep the graph for another backward pass.
-        parallel_chunk_size: Rows that one backward pass computes together, which needs batching rules of all operators
-            on the way; 1 for one after the other. None takes one after the other unless there are many short rows
-            of operators that are known to gain.
+        parallel_chunk_size: Rows per backward pass; above 1 all operators need batching rules. If None, all rows at
+            once where there are many short rows and all operators gain from it, otherwise 1.
 
     Returns:
         One (m, ...) tensor per input; zeros where no output depends on it.
@@ -73,9 +72,9 @@ def jacobians_of(
     retain: bool,
     chunk: int | None,
 ) -> list[Tensor]:
-    """Return one Jacobian for each of the distinct inputs; what :func:`jac` and ``backward`` have in common.
+    """Return one Jacobian per distinct input, for :func:`jac` and ``backward``.
 
-    ``name`` is the caller's of ``outputs``, for messages; with ``jac_`` in front that of ``cotangents``.
+    For messages, ``name`` is the caller's name of ``outputs``, and ``jac_<name>`` that of ``cotangents``.
     """
     check_chunk(chunk)
     check_outputs(outputs, name)
@@ -96,13 +95,13 @@ def jacobians_of(
 
 
 def chunk_for(outputs: Sequence[Tensor], inputs: Sequence[Tensor], count: int) -> int:
-    """Return how many of ``count`` rows one backward pass best computes together."""
+    """Return how many of ``count`` rows one backward pass should compute."""
     gains = count >= _MANY_ROWS and sum(tensor.numel() for tensor in inputs) <= _LONG_ROW and batches_well(outputs)
     return count if gains else 1
 
 
 def _identity(outputs: Sequence[Tensor], count: int) -> list[Tensor]:
-    """Return for each output its cotangents (count, ...) that select the entries of all outputs one by one."""
+    """Return for each output the cotangents (count, ...) of which each row selects one entry of the outputs."""
     cotangents, start = [], 0
     for output in outputs:
         rows = torch.zeros(count, output.numel(), dtype=output.dtype, device=output.device)

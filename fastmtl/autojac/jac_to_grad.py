@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastmtl.autojac.checks import check_rows, unique
+from fastmtl.autojac.checks import check_distinct, check_rows
 from fastmtl.autojac.fields import check_writable
 from fastmtl.errors import UsageError
 
@@ -30,22 +30,21 @@ def jac_to_grad(
     """Aggregate the ``.jac`` fields of ``tensors`` and add the result to their ``.grad`` fields.
 
     The Jacobians are not concatenated: an aggregator with weights from the Gram matrix reads them once for the matrix
-    and once for the weighted sum, which is written where the gradients are. A forward hook on the aggregator or on its
-    ``weighting`` wants the whole (T, P) matrix, which is then built for it; so does a derived class with a ``forward``
-    of its own.
+    and once for the weighted sum. The whole (T, P) matrix is built only for aggregators that need it, those with a
+    forward hook on them or their ``weighting``, and derived classes that override ``forward``.
 
     Args:
         tensors: Tensors with a ``.jac`` field (T, ...), all with the same T.
-        aggregator: What makes one gradient of T.
+        aggregator: Combines T gradients into one.
         retain_jac: Keep the ``.jac`` fields.
-        optimize_gramian_computation: Refuse an aggregator that would need the (T, P) matrix. Others never build it.
+        optimize_gramian_computation: Refuse an aggregator that needs the (T, P) matrix.
 
     Returns:
-        The (T,) weights, None from an aggregator that has none.
+        The (T,) weights, None if the aggregator has none.
 
     Raises:
-        UsageError: No tensors, a repeated one, one without ``.jac``, different T, or an aggregator that needs the
-            matrix although ``optimize_gramian_computation`` is on.
+        UsageError: No tensors, a repeated one, one without ``.jac``, different T, or ``optimize_gramian_computation``
+            with an aggregator that needs the matrix.
 
     Example:
         >>> from fastmtl.aggregation import UPGrad
@@ -57,7 +56,12 @@ def jac_to_grad(
         tensor([0.5000, 2.5000])
     """
     wanted = list(tensors)
-    jacobians = _known_jacobians(wanted)
+    check_distinct(wanted, "tensors")
+    if any(getattr(tensor, "jac", None) is None for tensor in wanted):
+        raise UsageError("tensors must all have a .jac field: call backward or mtl_backward of fastmtl.autojac first.")
+    jacobians: list[Tensor] = [tensor.jac for tensor in wanted]  # type: ignore[attr-defined]
+    check_rows(jacobians, "tensors.jac")
+    check_writable(wanted, ".grad")
     if optimize_gramian_computation and not aggregator.works_on_gram():
         raise UsageError(
             "optimize_gramian_computation needs an aggregator with weights from the Gram matrix and without "
@@ -67,16 +71,3 @@ def jac_to_grad(
         for tensor in wanted:
             del tensor.jac  # type: ignore[attr-defined]
     return aggregator.write(jacobians, wanted)
-
-
-def _known_jacobians(tensors: list[Tensor]) -> list[Tensor]:
-    if not tensors:
-        raise UsageError("tensors must hold at least one tensor, got none.")
-    if len(unique(tensors)) < len(tensors):
-        raise UsageError("tensors must hold each tensor once, got one of them repeatedly.")
-    if any(getattr(tensor, "jac", None) is None for tensor in tensors):
-        raise UsageError("tensors must all have a .jac field: call backward or mtl_backward of fastmtl.autojac first.")
-    jacobians: list[Tensor] = [tensor.jac for tensor in tensors]  # type: ignore[attr-defined]
-    check_rows(jacobians, "tensors.jac")
-    check_writable(tensors, ".grad")
-    return jacobians

@@ -1,4 +1,4 @@
-"""Task heads get gradients, the shared network behind them a Jacobian."""
+"""Gradients for the task heads, a Jacobian for the shared network."""
 
 from __future__ import annotations
 
@@ -39,23 +39,24 @@ def mtl_backward(
 ) -> None:
     """Add each task's gradient to ``.grad`` of its own parameters, and all tasks' to ``.jac`` of the shared ones.
 
-    Each loss is differentiated down to its own parameters and the features, from where one VJP goes on per task.
+    Each loss is differentiated down to its own parameters and the features; then follows one VJP per task through the
+    shared network.
 
     Args:
         tensors: The T losses.
-        features: What the heads start from: one tensor or several, each computed by the shared network.
+        features: The output of the shared network that the heads read, one tensor or several.
         aggregator: Turns the shared Jacobians into ``.grad`` at once, as TorchJD's ``mtl_backward`` did before 0.9.
-        tasks_params: For each task its own parameters, the leaves its loss reaches without passing the features if
-            None. Tasks may have parameters in common; their gradients are added up.
+        tasks_params: For each task its own parameters; if None, the leaves its loss depends on other than through the
+            features. Gradients of parameters of several tasks are added.
         shared_params: The parameters of the shared network; the leaves the features depend on if None.
         retain_graph: Keep the graph for another backward pass.
         parallel_chunk_size: Tasks per backward pass through the shared network; see :func:`fastmtl.autojac.jac`.
         grad_tensors: The cotangent of each tensor, for ``tensors`` that are no scalars.
-        losses: Another name of ``tensors``, that of releases of TorchJD before 0.9.
+        losses: The name of ``tensors`` in TorchJD before 0.9.
 
     Raises:
         UsageError: No losses or features, one repeated or without a graph, ``tasks_params`` or ``grad_tensors`` of
-            another number, a parameter both shared and task-specific, or a reentrant checkpoint.
+            another length than the losses, a parameter both shared and task-specific, or a reentrant checkpoint.
 
     Example:
         >>> shared = torch.tensor([1.0, 2.0], requires_grad=True)
@@ -86,7 +87,7 @@ def _outputs(
     """Return losses and features."""
     outputs = losses if tensors is None else tensors
     if outputs is None or (tensors is not None and losses is not None):
-        raise UsageError("losses must be given once, as the first argument or as losses=.")
+        raise UsageError("losses must be passed either as the first argument or as losses=.")
     if features is None:
         raise UsageError("features must be the output of the shared network, got None.")
     tasks, cuts = as_list(outputs), as_list(features)
@@ -95,7 +96,7 @@ def _outputs(
     if grad_tensors is not None:
         check_shapes(grad_tensors, tasks, "grad_tensors", "tensors", rows=False)
     elif any(task.dim() for task in tasks):
-        raise UsageError("grad_tensors must be given for tensors that are no scalars.")
+        raise UsageError("grad_tensors must be given for tensors that are not scalars.")
     return tasks, cuts
 
 
@@ -150,7 +151,7 @@ def _through(
     if chunk is None:
         chunk = chunk_for(features, shared, count)
     if chunk == 1:
-        # A scalar without a cotangent would count as a loss.
+        # Without a cotangent a scalar counts as a loss.
         rows = [
             [f.new_zeros(()) if c is None and not f.dim() else c for f, c in zip(features, row, strict=True)]
             for row in cotangents

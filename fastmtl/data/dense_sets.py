@@ -35,7 +35,7 @@ def dense_task(task: str) -> Task:
 
 
 class DenseHead(nn.Module):
-    """A decoder whose map ``(batch, outputs, h', w')`` is brought to the height and width of the image."""
+    """A decoder whose map ``(batch, outputs, h', w')`` is interpolated to the size of the image."""
 
     def __init__(self, head: nn.Module, size: tuple[int, int]) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ def _splits(folder: Path, options: LoaderOptions, counts: dict[str, int | None])
     for split, count in counts.items():
         whole = NYUv2(folder, split, augmentation=options.augment and split == "train")
         if count is not None and count > len(whole):
-            raise UsageError(f"{str(folder)!r} has {len(whole)} rows to {split} on, fewer than the {count} asked for.")
+            raise UsageError(f"{str(folder)!r} has {len(whole)} rows of {split}, fewer than the {count} asked for.")
         rows[split] = count or len(whole)
         loaders[split] = options.loader(whole if count is None else Subset(whole, range(count)), split)
         height, width = whole[0][0].shape[-2:]

@@ -1,4 +1,4 @@
-"""Handwritten digits: 5,000 of MNIST inside the package, or a whole MNIST-like set from a folder."""
+"""Handwritten digits: 5,000 of MNIST in the package, or a whole MNIST-like data set from a folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The encoders that data sets may use, by name."""
+"""The encoders for the data sets, by name."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import nn
 
 __all__ = ["ENCODERS", "IMAGE_ENCODERS", "VOCABULARY", "EncoderInfo"]
 
-# The words an encoder of texts tells apart.
+# Number of words that text encoders distinguish.
 VOCABULARY = 8192
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class EncoderInfo:
-    """An encoder a data set may use: ``build()`` makes it, ``feature_dim`` are the channels of what it gives out.
+    """An encoder: ``build()`` creates it, its output has ``feature_dim`` channels.
 
-    Where it ``has_weights``, ``build(pretrained=True)`` loads them.
+    If it ``has_weights``, ``build(pretrained=True)`` loads them.
     """
 
     build: Callable[..., nn.Module]
@@ -27,7 +27,7 @@ class EncoderInfo:
 
 
 def _make(name: str, *args: object, **options: object) -> nn.Module:
-    # What torchvision is needed for is only imported when it is asked for.
+    # So that torchvision is imported only for encoders that need it.
     from fastmtl import model
 
     return getattr(model, name)(*args, **options)

@@ -1,11 +1,10 @@
 """MultiMNIST: two overlaid digits per image, tasks ``left`` and ``right``.
 
 The recipe of Sener and Koltun, `Multi-Task Learning as Multi-Objective Optimization <https://arxiv.org/abs/1810.04650>`_
-(after Sabour et al.): on a canvas of 36 x 36 the left digit lies at rows and columns 0 .. 27, the right one at 6 .. 33,
-the brighter pixel wins, and the canvas is scaled to 28 x 28. Two black pixels around make it 32 x 32, which a ResNet
-halves five times without a remainder. The digits are split into train, val and test before any are paired, so no digit
-of one split is seen in another. Built from 5,000 digits, its accuracies cannot be compared with the published ones,
-which use 60,000.
+(after Sabour et al.): on a canvas of 36 x 36 the left digit is at rows and columns 0 .. 27, the right one at 6 .. 33,
+with the maximum where they overlap; the canvas is scaled to 28 x 28. A border of two black pixels makes it 32 x 32,
+which a ResNet halves five times. The digits are split into train, val and test before they are paired, so that no digit
+occurs in two splits. Accuracies with the package's 5,000 digits cannot be compared with published ones, with 60,000.
 """
 
 from __future__ import annotations
@@ -49,8 +48,8 @@ def multimnist(
     Args:
         digits: The source digits of each split.
         counts: How many images to make of each split.
-        seed: Draws the pairs; the splits draw independently of each other and of each other's count.
-        stream: Tells apart sets of pairs drawn from the same seed.
+        seed: Seed of the pairs, which are independent of the other splits and their counts.
+        stream: Selects one of several independent sets of pairs per seed.
         max_shift: Random shift of the training images in pixels.
     """
     datasets = {}

@@ -27,7 +27,7 @@ def classification_task(name: str) -> Task:
 
 
 def classification_head(feature_dim: int, outputs: int) -> nn.Module:
-    """Return a decoder of feature maps: their mean, and a linear layer."""
+    """Return a decoder of feature maps: mean over positions and a linear layer."""
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(feature_dim, outputs))
 
 

@@ -22,7 +22,7 @@ _CLASSES = 13
 
 
 class RandomScaleCrop:
-    """Cut out a part and enlarge it to the whole: the camera comes nearer, so depths are divided by the scale.
+    """Crop a random part and enlarge it to the full size; depths are divided by the scale.
 
     The source is the augmentation of PAD-Net (Xu et al., CVPR 2018), in the form LibMTL uses.
 
@@ -34,10 +34,10 @@ class RandomScaleCrop:
         self.scale = tuple(scale)
 
     def __call__(self, image: Tensor, label: Tensor, depth: Tensor, normal: Tensor) -> Maps:
-        """Return the four maps, of the sizes they had.
+        """Return the four maps in their original sizes.
 
-        ``image`` and ``normal`` ``(3, h, w)`` are interpolated linearly, normals neither turned nor brought back to
-        unit length; ``label`` ``(h, w)``, floating point, and ``depth`` ``(1, h, w)`` are from the nearest pixel.
+        ``image`` and ``normal`` ``(3, h, w)`` are interpolated bilinearly, normals neither rotated nor normalised;
+        ``label`` ``(h, w)``, floating point, and ``depth`` ``(1, h, w)`` take the nearest pixel.
         """
         height, width = image.shape[-2:]
         scale = self.scale[_below(len(self.scale))]
@@ -62,7 +62,7 @@ def _below(count: int) -> int:
 
 
 def _flip(image: Tensor, label: Tensor, depth: Tensor, normal: Tensor) -> Maps:
-    """Mirror left and right; in the mirror a normal's first component has the other sign."""
+    """Flip horizontally, with the sign of the normals' first component."""
     mirrored = normal.flip(-1) * torch.tensor([-1.0, 1.0, 1.0])[:, None, None]
     return image.flip(-1), label.flip(-1), depth.flip(-1), mirrored
 
@@ -97,7 +97,7 @@ class NYUv2(Dataset[tuple[Tensor, dict[str, Tensor]]]):
 
         Raises:
             IndexError: There is no such row.
-            UsageError: A file cannot be read, has another size than the image, or classes that NYUv2 has not.
+            UsageError: A file cannot be read, has another size than the image, or invalid classes.
         """
         if not 0 <= index < self._count:
             raise IndexError(index)

@@ -21,7 +21,7 @@ DOMAINS = {
     "office-home": ("Art", "Clipart", "Product", "Real_World"),
 }
 _SIZE = 224
-# Of ImageNet's pixels, which the pretrained encoders are used to.
+# Of ImageNet's pixels, as for the pretrained encoders.
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -31,8 +31,8 @@ class OfficeDataset(Dataset[tuple[Tensor, int]]):
     Args:
         root: Folder of the images.
         listing: File with one image per line, its path below ``root`` and its class, as LibMTL's ``data_txt``.
-        augmentation: Cut a random part of 8 to 100 % of each image's area in place of the whole, and mirror half of
-            them, as is usual in training on ImageNet (Szegedy et al., CVPR 2015).
+        augmentation: Crop a random 8 to 100 % of each image's area and mirror half of the images, as is usual for
+            ImageNet (Szegedy et al., CVPR 2015).
 
     Raises:
         UsageError: The listing is missing, empty or has a line of another form.

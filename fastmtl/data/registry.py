@@ -1,4 +1,4 @@
-"""The data sets by name, each with everything a run needs: loaders, tasks, encoder and decoders."""
+"""The data sets by name, each with the loaders, tasks, encoder and decoders of a run."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Task(TypedDict):
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class LoaderOptions:
-    """How a data set is to be loaded: the arguments of `load`, with the data set's own batch sizes and workers."""
+    """The arguments of `load`, with the data set's defaults in place of None."""
 
     batch_size: int
     test_batch_size: int
@@ -66,8 +66,7 @@ class LoaderOptions:
     ) -> DataLoader[Row]:
         """Return the loader of ``"train"``, shuffled, or of ``"val"`` or ``"test"``, in order.
 
-        ``number`` tells apart the orders of several loaders, as those of the tasks; ``in_batches`` says that the data
-        set hands out whole batches.
+        Loaders with another ``number`` shuffle differently; with ``in_batches`` the data set returns whole batches.
         """
         train = split == "train"
         return row_loader(
@@ -83,10 +82,10 @@ class LoaderOptions:
 
 @dataclass(kw_only=True, slots=True)
 class Splits:
-    """The loaders of a data set, one per split or one per split and task.
+    """The loaders of a data set, one per split, or per split and task.
 
-    ``rows`` are the number of rows of each split, for multi-input data those of the task with the most; ``image_size``
-    is height and width of the images, where the decoders must know.
+    ``rows`` are the numbers of rows of the splits, with multi-input data those of the largest task; ``image_size`` is
+    (height, width) where the decoders need it.
     """
 
     train: Loaders
@@ -98,25 +97,22 @@ class Splits:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class DatasetInfo:
-    """What there is to know of a data set without loading it.
+    """The description of a data set, and the functions that load it.
 
     Attributes:
-        name: The name users write.
-        description: One line.
-        source: Where the data come from, one line.
-        licence: The licence of the data, one line.
+        name: Its name.
+        description, source, licence: One line each.
         multi_input: Each task has inputs of its own.
         outputs: Task name to the number of outputs of its decoder.
         rows: Split to its number of rows by default.
         encoders: Names in ``ENCODERS`` that fit; the first is the default.
-        load_splits: Makes the loaders.
-        make_task: Makes the entry of one task in ``task_dict``, with metrics and losses of its own.
-        make_head: Makes a decoder from the encoder's channels and the number of outputs, and the ``size`` of the image
-            where the splits have one.
+        load_splits: Creates the loaders.
+        make_task: Creates the entry of one task in ``task_dict``, with new metrics and losses.
+        make_head: Creates a decoder from the encoder's channels and the number of outputs, and from ``size`` if the
+            splits have an ``image_size``.
         needs_path: The data must be given as a folder.
-        batch_size: Rows of a training batch by default.
-        test_batch_size: Rows of a batch of validation and test by default.
-        in_memory: Loading a batch is a copy in memory, which worker processes would only slow down.
+        batch_size, test_batch_size: Default rows of a batch of training, and of validation and test.
+        in_memory: The data are in memory, so that worker processes would only slow loading down.
     """
 
     name: str
@@ -141,17 +137,14 @@ class DataBundle:
     """A loaded data set, in the form ``Trainer`` takes.
 
     Attributes:
-        name, description, source, licence, outputs: As of `DatasetInfo`.
-        multi_input: Each task has inputs of its own; the loaders are then dicts by task.
+        name, description, source, licence, outputs, batch_size, test_batch_size: As of `DatasetInfo`.
+        multi_input: Each task has its own inputs; the loaders are then dictionaries by task.
         task_dict: LibMTL's ``task_dict``: per task ``metrics``, ``metrics_fn``, ``loss_fn``, ``weight``.
         train: Batches of ``(inputs, {task: labels})``, or of ``(inputs, labels)`` per task if ``multi_input``.
-        val: As ``train``, in order; None if the data set has no such split.
-        test: As ``train``, in order.
+        val, test: The same, in order; ``val`` is None if the data set has no such split.
         rows: Split to its number of rows (per task, if ``multi_input``).
-        batch_size: Rows of a training batch.
-        test_batch_size: Rows of a batch of validation and test.
         encoder: Name of the encoder.
-        encoder_class: Builds a new encoder at each call.
+        encoder_class: Creates a new encoder at each call.
         feature_dim: Channels of the encoder's output.
     """
 
@@ -204,52 +197,42 @@ def load(
 
     Args:
         name: A name of ``DATASETS``.
-        batch_size: Rows of a training batch (of each task, for multi-input data), the data set's own number if None; a
-            last incomplete one is dropped.
-        test_batch_size: Rows of a batch of validation and test, the data set's own number if None.
-        seed: Draws the order of the training rows; the rows are the same for every seed.
+        batch_size: Rows of a training batch (of each task, for multi-input data); the data set's default if None. The
+            last incomplete batch is dropped.
+        test_batch_size: Rows of a batch of validation and test; the data set's default if None.
+        seed: Seed of the order of the training rows; the rows do not depend on it.
         path: A folder to read the data from, where the data set allows one.
-        n_train: Number of training rows; the data set's own number if None.
-        num_workers: Worker processes of each loader; if None, none for data in memory or without ``pin_memory``, which
-            says that there is a GPU; else up to 4, the loaders of all tasks sharing all cores but one.
+        n_train: Number of training rows; the data set's default if None.
+        num_workers: Worker processes of each loader. If None: none for data in memory or without ``pin_memory``,
+            otherwise up to 4, where the loaders of all tasks share all cores but one.
         pin_memory: Page-lock the batches, for copies to a GPU.
-        augment: Change the training rows at random each time, where the data set knows how.
+        augment: Use the random augmentation of the training rows, where the data set has one.
         encoder: A name of ``ENCODERS`` that fits the data set; its default if None.
-        pretrained: Let the encoder start from ImageNet's weights.
+        pretrained: Initialise the encoder with ImageNet's weights.
 
     Raises:
-        UsageError: An unknown name, a missing folder, an encoder without weights, or a number of rows that gives no
-            batch.
+        UsageError: An unknown name, a missing folder, an encoder without weights, or too few rows for a batch.
     """
     info = resolve_name(name, DATASETS, "data set")
     chosen = resolve_name(encoder or info.encoders[0], {e: e for e in info.encoders}, f"encoder of {info.name}")
     if pretrained and not ENCODERS[chosen].has_weights:
-        raise UsageError(f"pretrained must be off for the encoder {chosen}: there are no weights of it.")
-    options = LoaderOptions(
-        batch_size=info.batch_size if batch_size is None else batch_size,
-        test_batch_size=info.test_batch_size if test_batch_size is None else test_batch_size,
-        seed=seed,
-        path=_folder(info, path),
-        n_train=n_train,
-        num_workers=_default_workers(info, pin_memory) if num_workers is None else num_workers,
-        pin_memory=pin_memory,
-        augment=augment,
-    )
-    return _bundle(info, options, chosen, pretrained)
-
-
-def _folder(info: DatasetInfo, path: str | Path | None) -> Path | None:
-    """Return the folder to read the data from, None for the data set's own place."""
+        raise UsageError(f"pretrained must be off for the encoder {chosen}: it has no pretrained weights.")
     if path is None and info.needs_path:
         raise UsageError(f"The data set {info.name} is not in the package: give its folder as dataset_path.")
     folder = None if path is None else Path(path).expanduser()
     if folder is not None and not folder.is_dir():
         raise UsageError(f"The data folder {str(path)!r} does not exist.")
-    return folder
-
-
-def _bundle(info: DatasetInfo, options: LoaderOptions, encoder: str, pretrained: bool) -> DataBundle:
-    splits, about, folder = info.load_splits(options), ENCODERS[encoder], options.path
+    options = LoaderOptions(
+        batch_size=info.batch_size if batch_size is None else batch_size,
+        test_batch_size=info.test_batch_size if test_batch_size is None else test_batch_size,
+        seed=seed,
+        path=folder,
+        n_train=n_train,
+        num_workers=_default_workers(info, pin_memory) if num_workers is None else num_workers,
+        pin_memory=pin_memory,
+        augment=augment,
+    )
+    splits, about = info.load_splits(options), ENCODERS[chosen]
     return DataBundle(
         name=info.name,
         description=info.description,
@@ -263,7 +246,7 @@ def _bundle(info: DatasetInfo, options: LoaderOptions, encoder: str, pretrained:
         rows=splits.rows,
         batch_size=options.batch_size,
         test_batch_size=options.test_batch_size,
-        encoder=encoder,
+        encoder=chosen,
         encoder_class=partial(about.build, pretrained=True) if pretrained else about.build,
         feature_dim=about.feature_dim,
         outputs=dict(info.outputs),
@@ -272,7 +255,7 @@ def _bundle(info: DatasetInfo, options: LoaderOptions, encoder: str, pretrained:
 
 
 def _default_workers(info: DatasetInfo, pin_memory: bool) -> int:
-    # Without a GPU the step keeps all cores busy; with one, a core is left to the process that drives it.
+    # Without a GPU the step keeps all cores busy; with one, the main process needs a core.
     if info.in_memory or not pin_memory:
         return 0
     loaders = len(info.outputs) if info.multi_input else 1

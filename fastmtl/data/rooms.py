@@ -1,7 +1,7 @@
 """Rooms: rendered indoor scenes in the folders of LibMTL's NYUv2, made on request.
 
-They are drawn, not photographed: boxes and balls in an empty room, with exact segmentation (NYUv2's 13 classes), depth
-and surface normals. They serve to try out dense multi-task learning; results on them say nothing of real images.
+The scenes are synthetic: boxes and balls in an empty room, with exact segmentation (NYUv2's 13 classes), depth and
+surface normals. They serve to try out dense multi-task learning; results do not carry over to real images.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from fastmtl.support import env
 __all__ = ["SIZE", "default_folder", "make_rooms"]
 
 SIZE = (72, 96)
-# What the folder says of itself, so that scenes of two kinds are never mixed.
+# Records the size and seed of a folder's scenes, so that different ones are never mixed.
 _ABOUT = "rooms.json"
 _SPLITS = ("train", "val")
-# In the order they are written: a scene is there when its image is.
+# In the order they are written: a scene is complete once its image exists.
 _KINDS = ("label", "depth", "normal", "image")
 
 
@@ -43,19 +43,19 @@ def make_rooms(
 ) -> int:
     """Write scenes to ``folder/{train,val}/{image,label,depth,normal}/<number>.npy`` and return how many were missing.
 
-    A scene depends on the seed, the split and its number alone, so a folder can be extended, and an interrupted call
-    be repeated.
+    A scene depends on the seed, the split and its number alone, so that folders can be extended and interrupted calls
+    repeated.
 
     Args:
-        folder: Where to; made if it is not there.
+        folder: The folder, created if it does not exist.
         train: Scenes in ``train``.
         test: Scenes in ``val``, which is what LibMTL tests on.
         size: Height and width in pixels, at least 8 each.
-        seed: Draws the scenes.
-        progress: Called after each scene with the number of those written and of all to write.
+        seed: Seed of the scenes.
+        progress: Called after each scene with the numbers of scenes written and to write.
 
     Raises:
-        UsageError: A number is out of range, or the folder holds something else.
+        UsageError: A number is out of range, or the folder has other contents.
     """
     folder = Path(folder).expanduser()
     for name, value, least in (("train", train, 1), ("test", test, 1), ("seed", seed, 0), ("size", min(size), 8)):
@@ -77,7 +77,7 @@ def make_rooms(
 
 
 def _claim(folder: Path, size: tuple[int, int], seed: int) -> None:
-    """Mark the folder as one of such scenes."""
+    """Write the folder's record, or check it."""
     about = {"height": size[0], "width": size[1], "seed": seed}
     path = folder / _ABOUT
     if path.is_file():
@@ -98,7 +98,7 @@ def _claim(folder: Path, size: tuple[int, int], seed: int) -> None:
 
 
 def _save(path: Path, view: View, kind: str) -> None:
-    # Another process may be making the same scene, or read it: whole or not at all.
+    # Atomic, as another process may write or read the same scene.
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     with partial.open("wb") as file:
         np.save(file, getattr(view, kind))

@@ -1,4 +1,4 @@
-"""Data sets of tensors in memory that hand out whole batches."""
+"""Data sets of tensors in memory that return whole batches."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ Labels = Tensor | dict[str, Tensor]
 class Tensors(Dataset[tuple[Tensor, Labels]]):
     """Rows in memory; a batch is one vectorised fetch.
 
-    ``__getitems__`` returns ``(inputs, labels)`` already batched, so the loader must not collate (``batch_loader`` sees
-    to that). Inputs are ``(n, ...)``, labels ``(n,)`` or one such tensor per task.
+    ``__getitems__`` returns batched ``(inputs, labels)``, so the loader must not collate: see ``batch_loader``. Inputs
+    are ``(n, ...)``, labels ``(n,)`` or one such tensor per task.
     """
 
     def __init__(self, inputs: Tensor, labels: Labels) -> None:
@@ -48,13 +48,13 @@ class Tensors(Dataset[tuple[Tensor, Labels]]):
 
 
 class GreyImages(Tensors):
-    """Grey images kept as ``(n, h, w)`` uint8, given out as float32, normalised and repeated to three channels.
+    """Grey images stored as ``(n, h, w)`` uint8, returned as float32, normalised and expanded to three channels.
 
     Args:
         images, labels: As of `Tensors`.
-        mean: Mean of the pixels, of 0 .. 1.
+        mean: Mean of the pixels, from 0 to 1.
         std: Standard deviation of the pixels.
-        max_shift: Move each image by up to so many pixels in both directions, anew each time; 0 for not at all.
+        max_shift: Shift each image at random by up to this number of pixels in both directions.
     """
 
     def __init__(self, images: Tensor, labels: Labels, *, mean: float, std: float, max_shift: int = 0) -> None:
@@ -73,7 +73,7 @@ class GreyImages(Tensors):
 
 
 def _shift(images: Tensor, most: int) -> Tensor:
-    """Move each of ``(b, h, w)`` images by its own random offset, black coming in at the edges."""
+    """Shift each of the ``(b, h, w)`` images by a random offset, with black at the edges."""
     batch, height, width = images.shape
     padded = F.pad(images, (most, most, most, most))
     down, right = torch.randint(0, 2 * most + 1, (2, batch, 1))
@@ -83,7 +83,7 @@ def _shift(images: Tensor, most: int) -> Tensor:
 
 
 def as_is(batch: list[Row]) -> list[Row]:
-    """Collate nothing: the batches of a data set whose ``__getitems__`` returns whole ones."""
+    """Return a batch unchanged: ``collate_fn`` for data sets whose ``__getitems__`` returns whole batches."""
     return batch
 
 
@@ -97,13 +97,12 @@ def row_loader(
     pin_memory: bool = False,
     collate_fn: Callable[[list[Row]], object] | None = None,
 ) -> DataLoader[Row]:
-    """Return a loader over a data set of rows, collated as torch does unless ``collate_fn`` says otherwise.
+    """Return a loader over a data set of rows, with torch's collation if ``collate_fn`` is None.
 
-    With ``shuffle`` the order is drawn from ``seed`` and a last incomplete batch is dropped; without, all rows come in
-    order.
+    With ``shuffle`` the order is drawn from ``seed`` and the last incomplete batch is dropped.
 
     Raises:
-        UsageError: ``batch_size`` is below 1, or no whole batch can be had.
+        UsageError: ``batch_size`` is below 1, or greater than the number of rows with ``shuffle``.
     """
     rows = len(dataset)  # type: ignore[arg-type]
     if batch_size < 1 or rows == 0 or (shuffle and batch_size > rows):

@@ -1,4 +1,4 @@
-"""Batch norm whose statistics are those of the whole batch, on any device."""
+"""Batch norm with the statistics of the whole batch, on any device."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ _KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch norm over the parts of a batch that several processes have; ``torch.nn.SyncBatchNorm`` needs a GPU.
 
-    In training, means and variances, and in the backward pass the two sums that they add to the gradient, are those of
-    all processes. The gradients of weight and bias are this process's terms of a sum, as those of other parameters are.
-    In evaluation it is the batch norm that it came from, see :func:`synchronize`.
+    In training, means, variances and the two sums in the gradient are reduced over the processes. The gradients of
+    weight and bias are this process's terms of a sum, as for other parameters. Evaluation is torch's.
 
     Attributes:
-        peers: The processes; all must run it equally often, in the same order.
+        peers: The processes; all must call it equally often, in the same order.
     """
 
     peers: Peers
@@ -59,7 +58,7 @@ class _Normalize(torch.autograd.Function):
         exact = x.to(torch.promote_types(x.dtype, torch.float32))
         var, mean = (moment.double() for moment in torch.var_mean(exact, _others(x), correction=0))
         count = torch.full((1,), x.numel() // x.shape[1], dtype=torch.float64, device=x.device)
-        # Sums of squares cancel; in float64 they can.
+        # The difference of sums of squares loses digits, hence float64.
         sums = peers.all_reduce(torch.cat([mean * count, (var + mean * mean) * count, count]))
         total, squares, count = sums.split([len(mean), len(mean), 1])
         mean = total / count
@@ -95,14 +94,14 @@ def _others(x: Tensor) -> list[int]:
 
 
 def _wide(values: Tensor, like: Tensor) -> Tensor:
-    """Return (C,) values in the dtype of (rows, C, ...) ones, so that they can be multiplied."""
+    """Return (C,) values in the dtype of ``like`` (rows, C, ...), in a shape that broadcasts with it."""
     return values.to(like.dtype).view(-1, *[1] * (like.dim() - 2))
 
 
 def synchronize(model: nn.Module, peers: Peers) -> None:
-    """Make a :class:`SyncBatchNorm` of each of a model's batch norms; names and tensors stay.
+    """Turn a model's batch norms into :class:`SyncBatchNorm`, in place.
 
-    Classes derived from torch's batch norms keep what they do.
+    Classes derived from torch's batch norms are left as they are.
     """
     for module in model.modules() if peers.size > 1 else ():
         if module is not model and type(module) in _KINDS:

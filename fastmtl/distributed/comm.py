@@ -1,4 +1,4 @@
-"""Several processes as the engine sees them, each with a part of every batch; of parameters with all or a shard."""
+"""The engine's interface to several processes, each with a part of every batch, and all parameters or a shard."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing_extensions import override
 from fastmtl import ops
 from fastmtl.distributed.gradient_shards import GradientShards
 from fastmtl.distributed.peers import Peers
-from fastmtl.distributed.shards import Agreement, Pieces, Shards
+from fastmtl.distributed.shards import Pieces, Shards, UsedParams
 from fastmtl.engine.comm import Comm, CutsRows, MaskReps
 from fastmtl.engine.hidden import VJP
 from fastmtl.engine.model import Tasks
@@ -28,9 +28,9 @@ __all__ = ["DataParallel", "ExactDataParallel", "ShardedDataParallel"]
 
 
 class DataParallel(Comm):
-    """No row leaves its process: a Gram matrix is the mean of those of the processes' own parts of the batch.
+    """Rows stay in their process: the Gram matrix is the mean of those of the processes' parts of the batch.
 
-    The gradients of ``strategy_params``, the strategy's parameters, are the same in all processes.
+    The gradients of ``strategy_params``, the strategy's parameters, are equal in all processes.
     """
 
     shares_batches = True
@@ -46,7 +46,7 @@ class DataParallel(Comm):
         self.peers = peers
         self.size = peers.size
         self.task_params = task_params
-        self._agreement = Agreement(peers)
+        self._used_params = UsedParams(peers)
 
     @override
     def agree_on_tasks(self, present: Sequence[int] | None, drawn: Sequence[int] | None, count: int) -> list[int]:
@@ -82,7 +82,7 @@ class DataParallel(Comm):
     def gram(self, rows: Rows, groups: Sequence[int] | None, shares: Tensor | None) -> Tensor:
         assert shares is not None
         gram = ops.gram(rows, groups)
-        # The rows carry their share, of which a mean of Gram matrices takes one in place of two.
+        # The rows are scaled by their share; the mean of Gram matrices is linear in it.
         scale = shares.where(shares > 0, torch.inf).rsqrt().to(gram.dtype)
         return self.peers.all_reduce(gram * scale[:, None] * scale)
 
@@ -94,7 +94,7 @@ class DataParallel(Comm):
     def mask(
         self, mask_reps: MaskReps, losses: Tensor, reps: Sequence[Tensor], grads: Sequence[Tensor]
     ) -> Sequence[Tensor]:
-        # One row more, of representation 1, holds what the sums of the other parts add to this one's.
+        # An extra row, with representation 1, holds the sums over the other processes' parts.
         signed = torch.stack([(grad * rep.sign()).sum(0) for rep, grad in zip(reps, grads, strict=True)])
         rest = self.peers.all_reduce(signed.clone()) - signed
         longer = {id(rep): torch.cat([rep, torch.ones_like(rep[:1])]) for rep in reps}
@@ -112,10 +112,10 @@ class DataParallel(Comm):
 
     @torch.no_grad()
     def _reduce(self, params: Sequence[Tensor], tasks: Tasks) -> None:
-        """Sum ``.grad`` of those of some parameters that have one in any process."""
+        """All-reduce ``.grad`` of those parameters that have one in any process."""
         if not params:
             return
-        are_used = self._agreement(params, [param.grad is not None for param in params], (len(params), tasks))
+        are_used = self._used_params(params, [param.grad is not None for param in params], (len(params), tasks))
         used = [param for param, is_used in zip(params, are_used, strict=True) if is_used]
         sums = self.peers.all_reduce_coalesced(
             [torch.zeros_like(param) if param.grad is None else param.grad for param in used]
@@ -125,13 +125,13 @@ class DataParallel(Comm):
 
 
 class ExactDataParallel(DataParallel):
-    """Each process has 1/W of the sum of every row: Gram matrix and update are those of the whole batch."""
+    """Each process has 1/W of the sum of every row: Gram matrix and update are exact for the whole batch."""
 
     shards_rows = True
 
     @cached_property
     def shards(self) -> Pieces:
-        """What cuts the rows into pieces, made when there is a row."""
+        """The communicator of rows, created with the first row."""
         return Shards(self.shared, self.peers)
 
     @override
@@ -140,7 +140,7 @@ class ExactDataParallel(DataParallel):
 
     @override
     def collect(self, rows: Rows, final: bool) -> Rows:
-        # Rows that were added up are sent now.
+        # Accumulated rows are sent now.
         rows = rows if final else [self.send(row) for row in rows]
         self.shards.wait()
         return rows
@@ -179,7 +179,7 @@ class ExactDataParallel(DataParallel):
 
 
 class ShardedDataParallel(ExactDataParallel):
-    """Each process has a shard of the parameters (FSDP2), where gradients end; it has those of the strategy whole."""
+    """Each process has a shard of the parameters and gradients (FSDP2), but the strategy's parameters whole."""
 
     shards: GradientShards
 
@@ -190,7 +190,7 @@ class ShardedDataParallel(ExactDataParallel):
         task_params: Sequence[nn.Parameter],
         strategy_params: Sequence[nn.Parameter] = (),
     ) -> None:
-        # What is left to all-reduce are parameters that every process has whole.
+        # Only parameters that every process has whole are all-reduced.
         super().__init__(
             model.peers, [], [param for param in task_params if param not in model.shard_of], strategy_params
         )
@@ -220,7 +220,7 @@ class ShardedDataParallel(ExactDataParallel):
                 "shard must be 'none' for a network with functions that run backward passes of their own, such as "
                 "checkpoint(use_reentrant=True)."
             )
-        # The pieces arrive with the backward pass.
+        # Hooks send the pieces during the backward pass.
         return self.shards.stream(outputs, cotangents, task_params, retain)
 
     @override
@@ -232,7 +232,7 @@ class ShardedDataParallel(ExactDataParallel):
     def set_grads(self, params: Sequence[Tensor], grads: Row) -> None:
         for param, grad in zip(params, grads, strict=True):
             shard = self.model.shard_of.get(param, param)
-            shard.grad = grad if grad is None or shard is param else self.model.part(grad, shard.shape)
+            shard.grad = grad if grad is None or shard is param else self.model.local_part(grad, shard.shape)
 
     @override
     def clip_grad_norm(self, max_norm: float | Tensor, shared_only: bool) -> None:

@@ -1,4 +1,4 @@
-"""What is left of a run when ``torchrun`` starts its processes again."""
+"""Restarts of a run by ``torchrun``."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ _MARK = "launch"
 
 
 def _launch() -> str | None:
-    """Return what names this launch in all its restarts, None without ``torchrun``."""
+    """Return an identifier of this launch, equal in all its restarts; None without ``torchrun``."""
     run_id = os.environ.get("TORCHELASTIC_RUN_ID")
-    # Without a name from a rendezvous, the agent that starts the processes is known by its number.
+    # Without a rendezvous id the agent's process id identifies the launch.
     return f"agent {os.getppid()}" if run_id == "none" else run_id
 
 
 def mark(run: Path) -> None:
-    """Leave the name of this launch in a run directory."""
+    """Write the identifier of this launch to a run directory."""
     launch = _launch()
     if launch is not None:
         (run / _MARK).write_text(launch, encoding="utf-8")
 
 
 def began_here(run: Path) -> bool:
-    """Return whether this process was started again and an earlier start of the same launch made a run directory."""
+    """Return whether this process was restarted, and the same launch made the run directory before."""
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and (run / _MARK).exists()
     return restarted and (run / _MARK).read_text(encoding="utf-8") == _launch()

@@ -1,4 +1,4 @@
-"""Gradients that arrive as shards while a backward pass finds them."""
+"""Gradients that are reduce-scattered while the backward pass computes them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from fastmtl.distributed.shards import BUCKET_BYTES, Pieces, cut_buckets
 from fastmtl.engine.model import Tasks
-from fastmtl.engine.vjp import Cotangents
+from fastmtl.engine.vjp import Cotangents, seeded
 from fastmtl.engine.weights import Row
 from fastmtl.errors import UsageError
 
@@ -25,13 +25,13 @@ __all__ = ["GradientShards"]
 
 @dataclass(slots=True)
 class _Incoming:
-    """Parameters whose gradients travel together.
+    """Parameters whose gradients are sent together.
 
     Attributes:
-        begins: Where the piece of each parameter begins in a process's part.
+        begins: Offset of each parameter's piece in a process's part.
         size: Length of a part.
         flat: (W, size) gradients that wait for the others of the bucket; None before the first.
-        arrived: Which are there.
+        arrived: Parameters whose gradients are in ``flat``.
     """
 
     begins: dict[int, int] = field(default_factory=dict)
@@ -41,10 +41,10 @@ class _Incoming:
 
 
 class GradientShards(Pieces):
-    """Sums gradients over the processes while a backward pass finds them; each process keeps its shard of every sum.
+    """Reduce-scatters gradients during the backward pass; each process keeps its shard of every sum.
 
-    A gradient is copied into its bucket and freed as soon as it is known; a full bucket is reduce-scattered while the
-    backward pass goes on, one at a time. All processes must run the same graph, as it decides the order of buckets.
+    A gradient is copied into its bucket and freed at once; a full bucket is reduce-scattered while the backward pass
+    goes on, one at a time. All processes must run the same graph, which decides the order of the buckets.
 
     Raises:
         UsageError: A shared parameter is a scalar.
@@ -54,7 +54,7 @@ class GradientShards(Pieces):
         self, shared: Sequence[nn.Parameter], task_params: Sequence[nn.Parameter], model: ShardedModel
     ) -> None:
         if any(param not in model.shard_of for param in shared):
-            raise UsageError("shard='fsdp' cannot cut shared parameters that are scalars.")
+            raise UsageError("shard='fsdp' cannot shard shared parameters that are scalars.")
         self.model = model
         cut = [param for param in task_params if param in model.shard_of]
         self._all = [*shared, *cut]
@@ -70,7 +70,7 @@ class GradientShards(Pieces):
                     self._bucket_of[k] = bucket
                     bucket.begins[k] = bucket.size
                     bucket.size += self._pads[k]
-        # What was sent for, this process's pieces: several if a parameter was reached several times.
+        # This process's pieces of the sums; several if a parameter was reached several times.
         self._sums: list[list[Tensor]] = [[] for _ in self._all]
         self._takes_task_params = True
         for k, param in enumerate(self._all):
@@ -87,7 +87,7 @@ class GradientShards(Pieces):
 
     @torch.no_grad()
     def _take(self, k: int, grad: Tensor) -> None:
-        """Put a gradient in its bucket, and send the bucket if it is full."""
+        """Copy a gradient into its bucket, and send the bucket if it is full."""
         bucket, pad = self._bucket_of[k], self._pads[k]
         if bucket.flat is None:
             bucket.flat = grad.new_zeros(self.peers.size, bucket.size)
@@ -109,10 +109,10 @@ class GradientShards(Pieces):
         for k in bucket.arrived:
             self._sums[k].append(part[bucket.begins[k] :][: self._pads[k]])
         bucket.arrived.clear()
-        self.on_the_way.append((self.peers.reduce_scatter(part, flat.view(-1)), flat))
+        self.pending.append((self.peers.reduce_scatter(part, flat.view(-1)), flat))
 
     def _collect(self) -> Row:
-        """Send what is left, and return this process's pieces of what has arrived, flat; None where nothing has."""
+        """Send the remaining buckets and return this process's flat pieces of all sums, None without a gradient."""
         for bucket in self._buckets:
             if bucket.flat is not None:
                 self._send(bucket)
@@ -125,11 +125,7 @@ class GradientShards(Pieces):
         self, outputs: Sequence[Tensor], cotangents: Cotangents, task_params: Sequence[Tensor], retain: bool
     ) -> tuple[Row, Row]:
         """Differentiate; return pieces of the shared parameters' gradients, and whole ones of ``task_params``."""
-        pairs = [
-            (o, torch.ones_like(o) if c is None else c)
-            for o, c in zip(outputs, cotangents, strict=True)
-            if o.requires_grad and (c is not None or not o.dim())
-        ]
+        pairs = seeded(outputs, cotangents)
         wanted = [param for param in (*self.params, *task_params) if param.requires_grad]
         if not pairs or not wanted:
             return [None] * self._count, [None] * len(task_params)
@@ -155,7 +151,7 @@ class GradientShards(Pieces):
 
     @torch.no_grad()
     def reduce(self) -> None:
-        """Sum over the processes what lies in ``.grad`` of gathered parameters, and add it to that of their shards."""
+        """Reduce-scatter ``.grad`` of the gathered parameters, and add it to ``.grad`` of their shards."""
         for k, param in enumerate(self._all):
             self._arrive(k, param)
         self._add(self._collect())
@@ -169,7 +165,7 @@ class GradientShards(Pieces):
 
     @torch.no_grad()
     def clip_grad_norm(self, max_norm: float | Tensor, shared_only: bool, kept: Sequence[Tensor]) -> None:
-        """Bring the norm of the gradients together down to ``max_norm``; ``kept`` are whole in every process."""
+        """Clip the total norm of the gradients at ``max_norm``; ``kept`` are whole in every process."""
         params = self.params if shared_only else self._all
         grads = [grad for param in params if (grad := self.model.shard_of[param].grad) is not None]
         whole = [param.grad for param in kept if param.grad is not None]

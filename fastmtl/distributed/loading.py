@@ -15,31 +15,31 @@ __all__ = ["shard"]
 
 
 def shard(loaders: Any, peers: Peers, *, whole: bool = False) -> Any:
-    """Return loaders that draw the same batches as the given ones, and of each batch this process's rows only.
+    """Return loaders of this process's rows of each batch of the given loaders.
 
-    All processes draw the same order, so their generators must have the same seed. The parts of a batch differ in
+    The generators of all processes must have the same seed, as they draw the same order. The parts of a batch differ in
     size by one row at most.
 
     Args:
         loaders: A loader with a batch size, or one for each task.
         peers: The processes.
-        whole: Leave out no row: a process may then get one batch less than another, so this is for evaluation.
-            Otherwise batches of fewer rows than processes are left out.
+        whole: Keep all rows, for evaluation: a process may then get one batch fewer than another. Otherwise batches
+            with fewer rows than processes are left out.
 
     Raises:
-        UsageError: A loader without batches of indices, or one whose batches have fewer rows than there are processes.
+        UsageError: A loader has no batch sampler, or its batches have fewer rows than there are processes.
     """
     if isinstance(loaders, Mapping):
         return {task: shard(loader, peers, whole=whole) for task, loader in loaders.items()}
     batches = getattr(loaders, "batch_sampler", None)
     if not isinstance(loaders, DataLoader) or batches is None:
-        raise UsageError(f"A loader to be shared must be a DataLoader with a batch size, got {loaders!r}.")
+        raise UsageError(f"A loader to shard must be a DataLoader with a batch size, got {loaders!r}.")
     if not whole and batches.batch_size < peers.size:
         raise UsageError(
             f"batch_size must be at least {peers.size}, the number of processes, got {batches.batch_size}."
         )
-    kept = ("collate_fn", "generator", "num_workers", "persistent_workers", "pin_memory")
-    options: dict[str, Any] = {name: getattr(loaders, name) for name in kept}
+    names = ("collate_fn", "generator", "num_workers", "persistent_workers", "pin_memory")
+    options: dict[str, Any] = {name: getattr(loaders, name) for name in names}
     return DataLoader(loaders.dataset, batch_sampler=_Parts(batches, peers, whole), **options)
 
 
@@ -54,7 +54,7 @@ class _Parts:
     def __len__(self) -> int:
         rows, batch = len(self.batches.sampler), self.batches.batch_size
         left = 0 if self.batches.drop_last else rows % batch
-        # Evaluation may stop a batch earlier here than elsewhere, training must not.
+        # Evaluation may end one batch earlier here than in another process, training must not.
         return int(rows // batch + (left >= (self.peers.rank + 1 if self.whole else self.peers.size)))
 
     def __iter__(self) -> Iterator[list[int]]:

@@ -1,4 +1,4 @@
-"""The processes that train together, and what they say to each other."""
+"""The processes that train together, and their collectives."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ __all__ = ["Alone", "Peers", "find_peers", "join", "leave", "together"]
 
 T = TypeVar("T")
 
-# How long whoever is done waits for the others to be done too, in seconds.
-_PARTING = 30.0
+# Seconds that a finished process waits for the others.
+_LEAVE_TIMEOUT = 30.0
 
-# The names that torch is moving to; torch 2.11 has the old ones only.
+# The new names; torch 2.11 has the old ones only.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def join(timeout: float | None = None) -> Peers | None:
-    """Meet the other processes that ``torchrun`` started; each then has a GPU of its own as its current device.
+    """Join the process group of ``torchrun``; each process gets one GPU as its current device.
 
-    Tensors on GPUs travel through NCCL, those on the CPU through gloo. :func:`leave` parts again, at the latest when
-    the program ends.
+    Tensors on GPUs are sent by NCCL, those on the CPU by gloo. :func:`leave` ends the group, at program exit at the
+    latest.
 
     Args:
-        timeout: Seconds a process waits for another before it ends with an error; torch's default if None. It counts
-            for the call that meets the others.
+        timeout: Seconds a process waits for another before it raises an error; torch's default if None. Only the call
+            that creates the group uses it.
 
     Returns:
-        The processes, None if this one was started alone.
+        The processes; None if there is only one.
 
     Raises:
         UsageError: ``timeout`` is not above 0.
@@ -53,12 +53,12 @@ def join(timeout: float | None = None) -> Peers | None:
     if launched and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-        # Its functions keep the default group there is when it is imported, by torch's compiler at some time or other.
-        # A group that is kept outlives leave(), and its threads may abort the process when the interpreter ends.
+        # Default arguments of its functions keep the default group that exists when torch's compiler imports it. Such a
+        # group would outlive leave(), and its threads may abort the process at exit; so it is imported before.
         importlib.import_module("torch.distributed.nn.functional")
-        patience: dict[str, Any] = {} if timeout is None else {"timeout": timedelta(seconds=timeout)}
-        store, rank, size = next(iter(dist.rendezvous("env://", **patience)))  # type: ignore[attr-defined]
-        # torchrun's store outlives a restart, and with it the addresses of the processes that are gone.
+        options: dict[str, Any] = {} if timeout is None else {"timeout": timedelta(seconds=timeout)}
+        store, rank, size = next(iter(dist.rendezvous("env://", **options)))  # type: ignore[attr-defined]
+        # torchrun's store survives a restart, with the addresses of the earlier processes.
         start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"start {start}", store)  # type: ignore[attr-defined]
         dist.init_process_group(
@@ -66,69 +66,69 @@ def join(timeout: float | None = None) -> Peers | None:
             store=store,
             rank=rank,
             world_size=size,
-            **patience,
+            **options,
         )
         atexit.register(leave, wait=False)
     return find_peers()
 
 
 def leave(*, wait: bool = True) -> None:
-    """Part from the other processes, if this one has met any.
+    """Leave the process group, if there is one.
 
     Args:
-        wait: Wait until all of them leave, half a minute at most: a connection must not close while another process
-            still uses it. Not after an error, when the others may be in the middle of something else.
+        wait: Wait until all processes leave, half a minute at most, as a connection must not close while another
+            process uses it. To be False after an error, when the others may never leave.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return
     try:
         if wait:
             with contextlib.suppress(RuntimeError):
-                dist.all_reduce(torch.zeros(1), async_op=True).wait(timedelta(seconds=_PARTING))
+                dist.all_reduce(torch.zeros(1), async_op=True).wait(timedelta(seconds=_LEAVE_TIMEOUT))
     finally:
         dist.destroy_process_group()
 
 
 @contextlib.contextmanager
 def together(timeout: float | None = None) -> Iterator[Peers | None]:
-    """Train with the other processes for the length of a ``with`` block; see :func:`join` and :func:`leave`.
+    """Join the process group for a ``with`` block; see :func:`join` and :func:`leave`.
 
-    A group that was there before stays.
+    A group that existed before is kept.
     """
     met_before = dist.is_available() and dist.is_initialized()
-    done = False
+    succeeded = False
     try:
         yield join(timeout)
-        done = True
+        succeeded = True
     finally:
         if not met_before:
-            leave(wait=done)
+            leave(wait=succeeded)
 
 
 def find_peers() -> Peers | None:
-    """Return the processes of torch's default group, None if there is no group or it has one process."""
+    """Return the processes of torch's default group; None without a group, or with a single process."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return None
     return Peers()
 
 
 class Synced(Protocol):
-    """What keeps sums that can become those of all processes."""
+    """State with sums that can be reduced over the processes."""
 
     def sync(self, peers: Peers) -> None:
-        """Become the sums of all processes."""
+        """Replace the sums by those of all processes."""
 
 
 @contextlib.contextmanager
-def _heard() -> Iterator[None]:
-    """Say in a sentence that another process no longer answers."""
+def _peer_errors() -> Iterator[None]:
+    """Raise a PeerError in place of the errors of collectives."""
     try:
         yield
     except RuntimeError as cause:
         first = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
         raise PeerError(
-            f"Another process is gone, or did not answer in time; go on from last.pt, or let torchrun --max-restarts "
-            f"do so: {first}"
+            f"Another process has ended, or did not answer in time; resume from last.pt, or let torchrun "
+            f"--max-restarts do so: {first}"
         ) from cause
 
 
@@ -148,7 +148,7 @@ class Peers:
         is_main_process: Whether this is the process that logs and saves.
 
     Raises:
-        PeerError: Another process is gone, or did not answer in time.
+        PeerError: Another process has ended, or did not answer in time.
     """
 
     def __init__(self, group: Any = None) -> None:
@@ -159,20 +159,20 @@ class Peers:
         self._host = "cpu" if "cpu:" in dist.get_backend_config(group) else "cuda"
 
     def __reduce__(self) -> tuple[type[Peers], tuple[()]]:
-        """Return that whoever reads a pickle is alone: the other processes are not in it."""
+        """Pickle as `Alone`: the other processes are not in the pickle."""
         return Alone, ()
 
     def __deepcopy__(self, memo: object) -> Peers:
         """Return the same processes."""
         return self
 
-    @_heard()
+    @_peer_errors()
     def _send(self, collective: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        """Call a collective of ``torch.distributed``; one process alone sends nothing."""
+        """Call a collective of ``torch.distributed``; do nothing for a single process."""
         return collective(*args, group=self.group, **options) if self.size > 1 else None
 
     def local_device(self, device: torch.device) -> torch.device:
-        """Return this process's GPU for a GPU without number; one process alone does not choose."""
+        """Return the current GPU for a device ``cuda`` without index, with several processes."""
         unnumbered = self.size > 1 and str(device) == "cuda"
         return torch.device("cuda", torch.cuda.current_device()) if unnumbered else device
 
@@ -182,7 +182,7 @@ class Peers:
         return tensor
 
     def all_reduce_coalesced(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return the sums of tensors over all processes, by one message for each dtype in a row."""
+        """Return the sums of tensors over all processes, with one message per run of equal dtypes."""
         sums: list[Tensor] = []
         for _, same in groupby(tensors, key=lambda tensor: tensor.dtype):
             group = list(same)
@@ -198,15 +198,15 @@ class Peers:
         return [bool(count) for count in counts.tolist()]
 
     def reduce_scatter(self, out: Tensor, flat: Tensor) -> Callable[[], Any]:
-        """Begin to fill (n / W,) ``out`` with this process's part of the sum of (n,) ``flat``; return how to wait.
+        """Start to fill ``out`` (n / W,) with this process's part of the sum of ``flat`` (n,); return a waiter.
 
-        Both must stay as they are until the wait is over.
+        Neither may be changed before.
         """
-        return _heard()(self._send(_reduce_scatter, out, flat, async_op=True).wait)
+        return _peer_errors()(self._send(_reduce_scatter, out, flat, async_op=True).wait)
 
     def all_gather(self, out: Tensor, part: Tensor) -> Callable[[], Any]:
-        """Begin to fill (n,) ``out`` with the (n / W,) parts of all processes; return how to wait."""
-        return _heard()(self._send(_all_gather, out, part, async_op=True).wait)
+        """Start to fill ``out`` (n,) with the parts (n / W,) of all processes; return a waiter."""
+        return _peer_errors()(self._send(_all_gather, out, part, async_op=True).wait)
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite tensors with those of the main process."""
@@ -214,7 +214,7 @@ class Peers:
             self._send(dist.broadcast, tensor.detach(), group_src=0)
 
     def gather_to_main(self, tensor: Tensor) -> list[Tensor] | None:
-        """Return the tensors of all processes, of one shape, in the main one; None elsewhere."""
+        """Return all processes' tensors, of one shape, in the main process; None elsewhere."""
         tensors = [tensor.clone() for _ in range(self.size)] if self.is_main_process else None
         self._send(dist.gather, tensor, tensors, group_dst=0)
         return tensors
@@ -226,12 +226,12 @@ class Peers:
         return values
 
     def sync(self, parts: Iterable[Synced]) -> None:
-        """Let sums become those of all processes."""
+        """Reduce the sums of several objects over the processes."""
         for part in parts if self.size > 1 else ():
             part.sync(self)
 
     def all_reduce_optional(self, tensor: Tensor | None) -> Tensor | None:
-        """Return the sum of a tensor that some processes may not have, None if none of them has it."""
+        """Return the sum of a tensor that may be None in some processes; None if it is in all."""
         shapes = self.all_gather_object(None if tensor is None else (tensor.shape, tensor.dtype, tensor.device.type))
         known = next((shape for shape in shapes if shape is not None), None)
         if known is None:
@@ -243,7 +243,7 @@ class Peers:
 
     @contextlib.contextmanager
     def printing_on_main_process(self) -> Iterator[None]:
-        """Let only the main process print."""
+        """Suppress printing in the block, but in the main process."""
         if self.is_main_process:
             yield
             return
@@ -252,7 +252,7 @@ class Peers:
 
 
 class Alone(Peers):
-    """One process, which has nobody to talk to."""
+    """A single process."""
 
     def __init__(self) -> None:
         self.group = None

@@ -1,4 +1,4 @@
-"""Parameters of which each process has a shard (FSDP2)."""
+"""Parameters sharded over the processes (FSDP2)."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ __all__ = ["ShardedModel"]
 class ShardedModel:
     """A model whose parameters are cut along their first dimension by ``fully_shard``.
 
-    They are gathered by :meth:`unshard` and freed by :meth:`reshard`; FSDP's own gradient reduction is off, as it knows
-    one backward pass per step. The optimizer works on the shards, plain tensors in the memory of FSDP's DTensors.
+    :meth:`unshard` gathers them and :meth:`reshard` frees them. FSDP's gradient reduction is off, as it supports one
+    backward pass per step only. The optimizer updates the shards, plain tensors in the memory of FSDP's DTensors.
 
     Args:
-        model: With the same parameters in every process.
+        model: The model, with equal parameters in all processes.
         peers: The processes.
-        kept: Parameters that every process keeps whole, such as the strategy's own.
+        kept: Parameters that every process keeps whole, such as the strategy's.
 
     Attributes:
-        trained: What the optimizer works on, in the order of the model's parameters.
+        trained: The tensors that the optimizer updates, in the order of the model's parameters.
         kept: Parameters that every process keeps whole.
-        shard_of: The shard of each parameter that is cut, by the gathered parameter.
+        shard_of: The shard of each sharded parameter, by the gathered parameter.
 
     Raises:
         UsageError: A parameter is not contiguous.
@@ -46,7 +46,7 @@ class ShardedModel:
                 raise UsageError(f"shard='fsdp' needs contiguous parameters, and {name} is not: is channels_last on?")
         self.peers = peers
         device = next(model.parameters()).device.type
-        # Scalars cannot be cut.
+        # Scalars cannot be sharded.
         whole = {*kept, *(param for param in model.parameters() if not param.dim())}
         self._model: Any = fully_shard(
             model, mesh=init_device_mesh(device, (peers.size,)), reshard_after_forward=False, ignored_params=whole
@@ -63,16 +63,16 @@ class ShardedModel:
         self.unshard()
         gathered = dict(model.named_parameters())
         self.shard_of: dict[Tensor, nn.Parameter] = {gathered[name]: shard for name, shard in shards.items()}
-        # Of what the optimizer works on and is cut: its shape and that of the whole parameter.
+        # The shape of the whole parameter of each shard.
         self._whole_shapes = {shard: param.shape for param, shard in self.shard_of.items()}
         self._shapes = self._in_order(self.trained)
 
     def updated(self, params: Sequence[nn.Parameter]) -> Sequence[nn.Parameter]:
-        """Return what the optimizer updates in the place of parameters of the model, as they are gathered."""
+        """Return the tensors that the optimizer updates for some gathered parameters."""
         return [self.shard_of.get(param, param) for param in params]
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
-        """Learn in what order an optimizer has the parameters."""
+        """Adopt the order in which an optimizer holds the parameters."""
         self._shapes = self._in_order([param for group in optimizer.param_groups for param in group["params"]])
 
     def _in_order(self, params: Sequence[nn.Parameter]) -> dict[int, tuple[torch.Size, torch.Size]]:
@@ -80,15 +80,15 @@ class ShardedModel:
         return {index: (param.shape, whole[param]) for index, param in enumerate(params) if param in whole}
 
     def unshard(self) -> None:
-        """Put whole parameters in the model, if they are not there."""
+        """Gather the parameters, unless they are gathered."""
         self._model.unshard()
 
     def reshard(self) -> None:
-        """Free the whole parameters."""
+        """Free the gathered parameters."""
         self._model.reshard()
 
     def whole_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return a ``state_dict`` with whole parameters, for the main process."""
+        """Return a ``state_dict`` with whole parameters, in the main process."""
         changed = dict(state)
         for name, value in state.items():
             if isinstance(value, DTensor) and (whole := self._whole(value.to_local(), value.shape)) is not None:
@@ -97,25 +97,25 @@ class ShardedModel:
 
     @torch.no_grad()
     def load_shards(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copy this process's part of whole parameters to its shards; return a ``state_dict`` that fits the model."""
+        """Copy this process's parts of whole parameters to its shards; return a ``state_dict`` for the model."""
         changed = dict(state)
         for name, param in self._model.state_dict().items():
             if isinstance(param, DTensor) and name in state and param.shape == state[name].shape:
-                part = self.part(state[name], param.to_local().shape)
+                part = self.local_part(state[name], param.to_local().shape)
                 param.to_local().copy_(part)
                 changed[name] = param
         return changed
 
     def whole_optimizer(self, state: State) -> State:
-        """Return the optimizer's ``state_dict`` with whole tensors, for the main process."""
+        """Return the optimizer's ``state_dict`` with whole tensors, in the main process."""
         return self._change(state, 0, self._whole)
 
     def part_optimizer(self, state: State) -> State:
-        """Return an optimizer's ``state_dict`` with this process's parts of whole tensors."""
-        return self._change(state, 1, self.part)
+        """Return the optimizer's ``state_dict`` with this process's parts of whole tensors."""
+        return self._change(state, 1, self.local_part)
 
     def _change(self, state: State, kind: int, change: Callable[[Tensor, torch.Size], Any]) -> State:
-        """Bring what has the shape of a shard, or of a whole parameter, to the other shape; all in the same order."""
+        """Convert tensors with the shape of a shard (``kind`` 0) or a parameter (1) to the other shape, in order."""
         by_index = {index: dict(values) for index, values in sorted(state["state"].items())}
         for index, values in by_index.items():
             shapes = self._shapes.get(index)
@@ -125,15 +125,15 @@ class ShardedModel:
         return state | {"state": by_index}
 
     def _whole(self, part: Tensor, shape: torch.Size) -> Tensor | None:
-        """Return the tensor of which each process has a part, in the main process; None elsewhere."""
+        """Return the whole tensor from all processes' parts, in the main process; None elsewhere."""
         longest = -(-shape[0] // self.peers.size)
         padded = part.new_zeros(longest, *shape[1:])
         padded[: len(part)] = part
         parts = self.peers.gather_to_main(padded)
         return None if parts is None else torch.cat([shard.cpu() for shard in parts])[: shape[0]].clone()
 
-    def part(self, whole: Tensor, shape: torch.Size) -> Tensor:
-        """Return a copy of this process's part, of a shape, of a whole tensor."""
+    def local_part(self, whole: Tensor, shape: torch.Size) -> Tensor:
+        """Return a copy of this process's part, of the given shape, of a whole tensor."""
         longest = -(-len(whole) // self.peers.size)
         start = min(self.peers.rank * longest, len(whole))
         return whole[start : start + shape[0]].clone()

@@ -1,4 +1,4 @@
-"""The task gradients, each process with a part of every one."""
+"""Task gradients of which each process has a part."""
 
 from __future__ import annotations
 
@@ -12,48 +12,49 @@ from typing_extensions import override
 
 from fastmtl import ops
 from fastmtl.distributed.peers import Peers
+from fastmtl.engine.comm import combine_into
 from fastmtl.engine.model import Tasks
 from fastmtl.engine.weights import Row
 from fastmtl.errors import UsageError
 
-__all__ = ["BUCKET_BYTES", "Agreement", "Pieces", "Shards", "cut_buckets"]
+__all__ = ["BUCKET_BYTES", "Pieces", "Shards", "UsedParams", "cut_buckets"]
 
-# A greater parameter has a bucket of its own.
+# Larger parameters get a bucket each.
 BUCKET_BYTES = 25 * 2**20
 
 
 class Pieces:
-    """Rows of which each process has pieces, one after the other.
+    """Rows of which each process has pieces.
 
-    :func:`fastmtl.ops.gram` and :func:`fastmtl.ops.combine_` take lists of pieces as they take rows.
+    A row's pieces are a list of tensors, as :func:`fastmtl.ops.gram` and :func:`fastmtl.ops.combine_` take rows.
     """
 
     def __init__(self, params: Sequence[Tensor], peers: Peers) -> None:
         self.params = params
         self.peers = peers
         self.mine = self.pieces(peers.rank)
-        # How to wait for a message, and what must stay until it has arrived.
-        self.on_the_way: list[tuple[Callable[[], Any], Tensor]] = []
+        # Pending messages: a function that waits, and the buffer that must stay alive until then.
+        self.pending: list[tuple[Callable[[], Any], Tensor]] = []
 
     def pieces(self, rank: int) -> list[tuple[int, int, int]]:
-        """Return the pieces of a process: the place of the parameter, its first element there and how many follow.
+        """Return the pieces of a process as (index of the parameter, first element, number of elements).
 
-        Elements behind a parameter's last are padding, always zero.
+        Elements beyond the end of a parameter are padding, always zero.
         """
         raise NotImplementedError
 
     def send(self, row: Row) -> Row:
-        """Return this process's pieces, valid after :meth:`wait`; here they arrive with the backward pass."""
+        """Return this process's pieces of the reduced row, valid after :meth:`wait`."""
         return row
 
     def wait(self) -> None:
-        """Wait until all that was sent has arrived; on a GPU the stream waits, not the host."""
-        for arrive, _ in self.on_the_way:
-            arrive()
-        self.on_the_way.clear()
+        """Wait for all pending messages; on a GPU the stream waits, not the host."""
+        for wait, _ in self.pending:
+            wait()
+        self.pending.clear()
 
     def write(self, rows: Sequence[Row], weights: Tensor, groups: Sequence[int] | None, tasks: Tasks = ()) -> None:
-        """Fill ``.grad`` of what is trained with ``sum_t w_t row_t``; see :meth:`Comm.write_shared`."""
+        """Fill ``.grad`` with ``sum_t w_t row_t``; see :meth:`Comm.write_shared`."""
         raise NotImplementedError
 
     @property
@@ -62,13 +63,13 @@ class Pieces:
         return [torch.Size([size]) for _, _, size in self.mine]
 
     def part_of(self, row: Tensor) -> Tensor:
-        """Return this process's pieces of a row (P,) over all parameters, one after the other."""
+        """Return this process's pieces of a row (P,) over all parameters, concatenated."""
         whole = row.split([param.numel() for param in self.params])
         parts = [(whole[k][begin : begin + size], size) for k, begin, size in self.mine]
         return torch.cat([nn.functional.pad(part, (0, size - len(part))) for part, size in parts])
 
     def whole_of(self, part: Tensor) -> Tensor | None:
-        """Return a row (P,), on the CPU, in the main process from all processes' pieces of it; None elsewhere."""
+        """Return a row (P,) on the CPU from all processes' pieces, in the main process; None elsewhere."""
         parts = self.peers.gather_to_main(part.contiguous())
         if parts is None:
             return None
@@ -92,22 +93,17 @@ class Pieces:
         return self.peers.all_reduce(gram.contiguous())
 
     def combine(self, out: Row, rows: Sequence[Row], weights: Tensor, groups: Sequence[int] | None) -> None:
-        """Fill pieces with ``sum_t w_t row_t``; those where no row has any are None."""
-        used = [j for j, piece in enumerate(out) if piece is not None]
-        some = None if groups is None else [groups[self.mine[j][0]] for j in used]
-        if some is not None:
-            weights = weights[: max(some, default=-1) + 1]
-        filled = [piece for piece in out if piece is not None]
-        ops.combine_(filled, [[row[j] for j in used] for row in rows], weights, some)
+        """Fill the pieces ``out`` with ``sum_t w_t row_t``; None where no row has a piece."""
+        combine_into(out, rows, weights, None if groups is None else [groups[k] for k, _, _ in self.mine])
 
 
 class _Bucket:
-    """Neighbouring parameters of one dtype, flat one after the other, for ``size`` processes.
+    """Consecutive parameters of one dtype in a flat buffer, for ``size`` processes.
 
     Attributes:
-        places: Their places among the shared parameters.
+        places: Their indices among the shared parameters.
         part: Length of a process's part of ``flat``.
-        flat: (W part,) gradients on their way out, then the update.
+        flat: (W part,) gradients to be sent, later the update.
         views: The part of ``flat`` of each parameter, in its shape.
     """
 
@@ -124,7 +120,7 @@ class _Bucket:
         """Return the pieces of a process, see :meth:`Pieces.pieces`."""
         first, begin, pieces = rank * self.part, 0, []
         for k, view in zip(self.places, self.views, strict=True):
-            # The padding counts as the last parameter's, so that every process has some piece.
+            # The padding belongs to the last parameter, so that every process has some piece.
             end = len(self.flat) if k == self.places[-1] else begin + view.numel()
             a, b = max(begin, first), min(end, first + self.part)
             if a < b:
@@ -134,9 +130,9 @@ class _Bucket:
 
 
 class Shards(Pieces):
-    """Sums gradients of the shared parameters over all processes, each of which keeps 1/W of every sum.
+    """Reduce-scatters gradients of the shared parameters; each process keeps 1/W of every sum.
 
-    Gradients are copied into flat buckets and reduce-scattered while the caller goes on.
+    Gradients are copied into flat buckets, which are sent asynchronously.
     """
 
     def __init__(self, params: Sequence[Tensor], peers: Peers) -> None:
@@ -144,40 +140,40 @@ class Shards(Pieces):
         super().__init__(params, peers)
         self._sizes = [[size for _, _, size in bucket.pieces(peers.rank)] for bucket in self._buckets]
         self._seen = [False] * len(params)
-        self._agreement = Agreement(peers)
+        self._used_params = UsedParams(peers)
 
     @override
     def pieces(self, rank: int) -> list[tuple[int, int, int]]:
         return [piece for bucket in self._buckets for piece in bucket.pieces(rank)]
 
-    def _room(self) -> tuple[list[Tensor], Row]:
-        """Return new memory for this process's part of each bucket, and the pieces in it."""
+    def _allocate(self) -> tuple[list[Tensor], Row]:
+        """Return new memory for this process's part of each bucket, and its pieces."""
         parts = [bucket.flat.new_empty(bucket.part) for bucket in self._buckets]
         sizes = zip(parts, self._sizes, strict=True)
-        return parts, [piece for part, some in sizes for piece in part.split(some)]
+        return parts, [piece for part, lengths in sizes for piece in part.split(lengths)]
 
     @override
     @torch.no_grad()
     def send(self, row: Row) -> Row:
-        # The buckets hold one row at a time; the one before had a whole VJP to leave them.
+        # The buckets hold one row at a time; the previous one had a whole VJP to be sent.
         self.wait()
         self._seen = [seen or grad is not None for seen, grad in zip(self._seen, row, strict=True)]
-        parts, pieces = self._room()
+        parts, pieces = self._allocate()
         for bucket, part in zip(self._buckets, parts, strict=True):
             grads = [(row[k], view) for k, view in zip(bucket.places, bucket.views, strict=True)]
             torch._foreach_copy_(bucket.views, [torch.zeros_like(to) if grad is None else grad for grad, to in grads])
-            self.on_the_way.append((self.peers.reduce_scatter(part, bucket.flat), bucket.flat))
+            self.pending.append((self.peers.reduce_scatter(part, bucket.flat), bucket.flat))
         return pieces
 
     @override
     @torch.no_grad()
     def write(self, rows: Sequence[Row], weights: Tensor, groups: Sequence[int] | None, tasks: Tasks = ()) -> None:
-        used = self._agreement(self.params, self._seen, tasks)
+        used = self._used_params(self.params, self._seen, tasks)
         self._seen = [False] * len(self.params)
-        parts, pieces = self._room()
+        parts, pieces = self._allocate()
         self.combine(pieces, rows, weights, groups)
         for bucket, part in zip(self._buckets, parts, strict=True):
-            self.on_the_way.append((self.peers.all_gather(bucket.flat, part), part))
+            self.pending.append((self.peers.all_gather(bucket.flat, part), part))
         self.wait()
         for bucket in self._buckets:
             for k, view in zip(bucket.places, bucket.views, strict=True):
@@ -185,18 +181,18 @@ class Shards(Pieces):
                     self.params[k].grad = view
 
 
-class Agreement:
-    """Which parameters have a gradient in some process, learned in the first step of the same tasks."""
+class UsedParams:
+    """Which parameters have a gradient in some process, found in the first step of each set of tasks."""
 
     def __init__(self, peers: Peers) -> None:
         self.peers = peers
         self._used: dict[Hashable, list[bool]] = {}
 
     def __call__(self, params: Sequence[Tensor], has_grad: list[bool], key: Hashable) -> list[bool]:
-        """Return which parameters are used, with ``has_grad`` of this process, in a step that ``key`` names.
+        """Return which parameters are used in the steps named by ``key``, from ``has_grad`` of this process.
 
         Raises:
-            UsageError: A parameter has a gradient, but had none in any process in the first such step.
+            UsageError: A parameter has a gradient, but had none in any process in the first of these steps.
         """
         if key not in self._used:
             self._used[key] = self.peers.all_reduce_any(has_grad)
@@ -204,13 +200,13 @@ class Agreement:
             if has and not used:
                 raise UsageError(
                     f"A parameter of shape {tuple(param.shape)} has a gradient, but had none in the first step of "
-                    "these tasks: with several processes, what a step uses must be in use from the first one on."
+                    "these tasks: with several processes every step must use the same parameters as the first."
                 )
         return self._used[key]
 
 
 def cut_buckets(params: Sequence[Tensor], most: int) -> list[list[int]]:
-    """Return the places of the parameters of each bucket, neighbours of one dtype and ``most`` bytes or one alone."""
+    """Return the indices of each bucket's parameters: consecutive, of one dtype, ``most`` bytes or a single one."""
     buckets: list[list[int]] = []
     for _, same in groupby(range(len(params)), key=lambda k: params[k].dtype):
         size = most + 1

@@ -1,4 +1,4 @@
-"""Where the parameters are: whole in every process, or in shards; and how the processes then exchange gradients."""
+"""Where the parameters are stored, whole or sharded, and the communicator that goes with it."""
 
 from __future__ import annotations
 
@@ -23,15 +23,7 @@ Storage: TypeAlias = "Whole | ShardedModel"
 
 
 class Whole:
-    """Every process has all parameters.
-
-    Args:
-        model: The model.
-
-    Attributes:
-        trained: What the optimizer works on, in the order of the model's parameters.
-        kept: Parameters that every process keeps whole.
-    """
+    """Every process has all parameters; the interface is that of ``ShardedModel``."""
 
     is_sharded = False
 
@@ -40,27 +32,23 @@ class Whole:
         self.kept = self.trained
 
     def whole_state(self, state: State) -> State:
-        """Return a ``state_dict`` as it is: that of a process is whole, and fits the model or the optimizer."""
+        """Return a ``state_dict``, of model or optimizer, unchanged."""
         return state
 
     def updated(self, params: Sequence[nn.Parameter]) -> Sequence[nn.Parameter]:
-        """Return what the optimizer updates in the place of parameters of the model."""
+        """Return the tensors that the optimizer updates for some parameters: the parameters."""
         return params
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
-        """Learn in what order an optimizer has the parameters."""
+        """Do nothing: no state depends on the optimizer's order."""
 
     load_shards = whole_optimizer = part_optimizer = whole_state
 
 
 def make_storage(model: nn.Module, peers: Peers, strategy_params: Sequence[nn.Parameter], shard: str) -> Storage:
-    """Return where the parameters are; with ``shard="fsdp"`` and several processes they are cut now.
+    """Return the storage of a model whose parameters are equal in all processes.
 
-    Args:
-        model: With the same parameters in every process.
-        peers: The processes.
-        strategy_params: Parameters of the strategy, which every process keeps whole.
-        shard: ``"none"`` or ``"fsdp"``.
+    With ``shard="fsdp"`` and several processes it shards them now, but for those of the strategy.
     """
     if shard == "none" or peers.size == 1:
         return Whole(model)
@@ -71,9 +59,9 @@ def make_storage(model: nn.Module, peers: Peers, strategy_params: Sequence[nn.Pa
 
 @torch.no_grad()
 def broadcast_model(model: nn.Module, peers: Peers) -> None:
-    """Let the parameters and buffers of all processes be the main one's, each in memory of its own.
+    """Broadcast the main process's parameters and buffers, and move them out of shared memory.
 
-    What a process is started with, as by ``torch.multiprocessing.spawn``, is memory that all would write to.
+    Tensors passed to processes by ``torch.multiprocessing.spawn`` are shared: all processes would write to them.
     """
     tensors = [*model.parameters(), *model.buffers()]
     for tensor in tensors if peers.size > 1 else ():
@@ -83,14 +71,7 @@ def broadcast_model(model: nn.Module, peers: Peers) -> None:
 
 
 def make_comm(peers: Peers, problem: Problem, storage: Storage, exact: bool) -> Comm:
-    """Return what the engine asks of the other processes.
-
-    Args:
-        peers: The processes.
-        problem: The model and its losses.
-        storage: Where the parameters are.
-        exact: Whether rows are summed over the processes.
-    """
+    """Return the engine's communicator; ``exact`` sums rows over the processes where parameters are not sharded."""
     shared, task_params = problem.shared_params, problem.task_params
     if peers.size == 1:
         return Local(shared, list(problem.model.parameters()))
@@ -101,6 +82,6 @@ def make_comm(peers: Peers, problem: Problem, storage: Storage, exact: bool) -> 
 
 
 def comm_of_loop(shared: Sequence[Tensor]) -> Comm:
-    """Return what a loop of the user's own asks of the processes of torch's default group."""
+    """Return the communicator of a user's training loop, for the processes of torch's default group."""
     peers = find_peers()
     return Local(shared, shared) if peers is None else ExactDataParallel(peers, shared, [])

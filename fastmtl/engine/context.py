@@ -1,4 +1,4 @@
-"""The facts of one step, frozen: which batches, which tasks, and what their losses are multiplied by."""
+"""The immutable facts of one step: its batches, its tasks, and the factors of their losses."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Batch:
         inputs: The inputs; by task if multi-input.
         labels: The labels by task.
         tasks: The tasks of the step.
-        share: (T,) share of this batch, and this process, in the losses of the step; None for 1.
-        factor: What the losses are multiplied by before they are differentiated, a scalar or (T,); None for 1.
-        final: Whether its rows are those of the step: no other batch's are added to them.
+        share: (T,) weight of this batch, in this process, in the mean losses of the step; None for 1.
+        factor: What the losses are multiplied by before differentiation, a scalar or (T,); None for 1.
+        final: Whether its rows are final: no other batch's rows are added to them.
     """
 
     inputs: object
@@ -43,19 +43,19 @@ class Batch:
     final: bool = True
 
     def of(self, task: str) -> object:
-        """Return the inputs of a task that has its own."""
+        """Return the inputs of one task of a multi-input batch."""
         assert isinstance(self.inputs, Mapping)
         return self.inputs[task]
 
     def factors(self) -> Sequence[Tensor | None]:
-        """Return what the loss of each task is multiplied by, None for 1; what is returned may be written into."""
+        """Return the factor of each task's loss, None for 1, as tensors that may be modified."""
         if self.factor is None:
             return [None] * len(self.tasks)
-        # A gradient may be the seed itself.
+        # Autograd may return the cotangent itself as a gradient.
         return self.factor.expand(len(self.tasks)).clone().unbind()
 
     def seeds(self, losses: Sequence[Tensor], weights: Tensor | None = None) -> list[Tensor | None]:
-        """Return the cotangents of the losses: their weights (T,), ones if None, times the factor on all losses."""
+        """Return the cotangents of the losses: their weights (T,), ones if None, times the batch's factor."""
         if weights is None:
             seeds = self.factors()
         else:
@@ -68,11 +68,11 @@ class StepContext:
     """One step.
 
     Attributes:
-        batches: As many as the strategy takes samples, or as are accumulated.
+        batches: The samples of the strategy, or the batches to accumulate.
         tasks: The tasks of the step, by name.
         scaling: What float16 multiplies the losses by.
-        rates: Returns the learning rates that the model's optimizer has for parameters.
-        row_shares: With several processes: this process's share in the labels behind each row, (T,) or (samples T,).
+        rates: Returns the optimizer's learning rates of given parameters.
+        row_shares: With several processes: this process's share of the labels behind each row, (T,) or (samples T,).
     """
 
     batches: tuple[Batch, ...]
@@ -92,36 +92,29 @@ class StepContext:
         scaling: LossScale,
         rates: LearningRates,
     ) -> StepContext:
-        """Return the context of a step.
+        """Return the context of a step with these inputs and labels.
 
-        Args:
-            batches: Inputs and labels.
-            tasks: The tasks of the step.
-            problem: The model and its losses.
-            comm: The other processes.
-            samples: Batches that the strategy takes each for itself; if 1, several are accumulated.
-            scaling: What float16 multiplies the losses by.
-            rates: Returns the learning rates that the model's optimizer has for parameters.
+        With ``samples`` above 1 each batch is one sample of the strategy; otherwise several batches are accumulated.
         """
         labels = [{**dict.fromkeys(tasks), **known} for _, known in batches]
         shares: Sequence[Tensor | None] = [None] * len(batches)
         row_shares = None
         if comm.shares_batches or (len(batches) > 1 and samples == 1):
-            # Each sample has rows of its own; accumulated batches make one together.
+            # Each sample has its own rows; accumulated batches share theirs.
             of_rows = [[of_sample] for of_sample in labels] if samples > 1 else [labels]
             shares_of_rows = [batch_shares(problem, tasks, part, comm) for part in of_rows]
             shares = list(torch.cat(shares_of_rows))
             row_shares = torch.cat([part.sum(0) for part in shares_of_rows]) if comm.shares_batches else None
         final = samples > 1 or len(batches) == 1
-        made = [
+        of_step = [
             Batch(inputs, of_batch, tasks, share=share, factor=scaling.factor(share), final=final)
             for (inputs, _), of_batch, share in zip(batches, labels, shares, strict=True)
         ]
-        return cls(batches=tuple(made), tasks=tasks, scaling=scaling, rates=rates, row_shares=row_shares)
+        return cls(batches=tuple(of_step), tasks=tasks, scaling=scaling, rates=rates, row_shares=row_shares)
 
 
 def step_losses(problem: Problem, ctx: StepContext, losses: Tensor, comm: Comm) -> Tensor:
-    """Return the losses (T,) of a step from those of its batches (n, T): samples' mean; accumulated ones add up."""
+    """Return the losses (T,) of a step from those of its batches (n, T): samples' mean, or accumulated batches' sum."""
     if len(ctx.batches) > 1 and ctx.batches[0].final:
         return mean_losses(problem, ctx.tasks, losses, [batch.labels for batch in ctx.batches], comm)
     return losses.sum(0)
@@ -130,8 +123,8 @@ def step_losses(problem: Problem, ctx: StepContext, losses: Tensor, comm: Comm) 
 def batch_shares(problem: Problem, tasks: Tasks, labels: Sequence[Labels], comm: Comm) -> Tensor:
     """Return the share (n, T) of each of n batches in the labels of all of them, in all processes.
 
-    Losses are means over the labels that are there, or weighted ones (:meth:`AbsLoss.divisor`); multiplied by these
-    shares they add up to the mean over all.
+    Losses are means over the labels that are present, or weighted means (:meth:`AbsLoss.divisor`); multiplied by these
+    shares they add up to the mean over all labels.
     """
     device = problem.model.device
     dtype = wide_dtype(device)
@@ -147,11 +140,11 @@ def batch_shares(problem: Problem, tasks: Tasks, labels: Sequence[Labels], comm:
 
 
 def mean_losses(problem: Problem, tasks: Tasks, losses: Tensor, labels: Sequence[Labels], comm: Comm) -> Tensor:
-    """Return the mean (T,) of batches' losses (n, T), those of all processes, by how many labels each has."""
+    """Return the mean (T,) of the losses (n, T) of batches, in all processes, weighted by their numbers of labels."""
     shares = comm.all_reduce(batch_shares(problem, tasks, labels, comm))
     return (losses * shares).sum(0).to(losses.dtype)
 
 
 def _scalar(count: int | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a number as a tensor; it is filled in on the device, as a copy from the host would wait."""
+    """Return a number as a scalar tensor, filled on the device: a copy from the host would wait."""
     return count.to(device, dtype) if isinstance(count, Tensor) else torch.full((), count, dtype=dtype, device=device)

@@ -1,4 +1,4 @@
-"""What passes over the network tell of it: whose each parameter is, what joins trunk, heads and losses."""
+"""What passes over the network show: which task owns a parameter, and whether trunk and heads are separable."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from fastmtl.engine.comm import Comm
 from fastmtl.engine.context import Batch
-from fastmtl.engine.gradients import agree, are_finite
+from fastmtl.engine.gradients import agree, are_finite, sum_present
 from fastmtl.engine.graph import inner_nodes, number_now, reached_leaves
 from fastmtl.engine.hidden import VJP, may_hide, vjp_that_reaches_all
-from fastmtl.engine.looking import in_one_piece, leaving_no_trace
 from fastmtl.engine.losses import Problem, cut_features
 from fastmtl.engine.model import Features, Tasks
+from fastmtl.engine.side_effects import in_one_piece, without_side_effects
 from fastmtl.engine.trees import tensors_of
 from fastmtl.engine.vjp import vjp
 from fastmtl.engine.weights import Row
@@ -36,18 +36,16 @@ class _Pass(NamedTuple):
 
 
 class Structure:
-    """What is known of a network, once for all methods. Finding out leaves no trace in it.
+    """What is known of a network, once for all methods. The passes that find it out have no side effects.
 
-    Args:
-        problem: The network and its losses.
-        comm: The other processes; all come to the same conclusions.
+    All processes come to the same conclusions.
 
     Attributes:
         owners: The task of each task-specific parameter; None if that is not known, or some parameter serves several.
-        against_cut: Why trunk and heads cannot be differentiated apart, in a few words; None if nothing is known.
-        leaves_out: Whether that is so for parameters of the shared network which are not among the shared ones.
+        against_cut: Why trunk and heads cannot be differentiated separately, in a few words; None if nothing is known.
+        leaves_out: Whether the reason is that ``get_share_params`` leaves out parameters of the trunk.
         coupled: Whether some loss depends on the predictions of several tasks.
-        by_backward: What computes VJPs where ``vjp`` misses parameters whose use the graph does not show.
+        by_backward: Computes VJPs where ``vjp`` misses parameters whose use the graph does not show.
     """
 
     def __init__(self, problem: Problem, comm: Comm) -> None:
@@ -59,49 +57,46 @@ class Structure:
         self.coupled = False
         self.by_backward: VJP | None = None
         self._owners_known = False
-        # The tasks whose losses have been looked at, and the epoch in which that was last.
+        # The tasks whose losses have been examined, and the epoch in which that was last.
         self._seen: set[str] = set()
         self._decoders_for: set[str] = set()
         self._epoch: object = None
 
     def learn_owners(self, batch: Batch) -> None:
-        """Find out once, at the first batch with labels of all tasks, whose each task-specific parameter is.
+        """Find out once, at the first batch with labels of all tasks, which task owns each parameter.
 
-        A parameter that no task reaches may be one that this batch's random numbers left out, so that it may serve
-        several.
+        A parameter that no loss reaches, as by chance in this batch, may belong to several tasks.
         """
         problem = self.problem
         if self._owners_known or any(batch.labels.get(task) is None for task in problem.tasks):
             return
         self._owners_known = True
-        with leaving_no_trace(problem):
+        with without_side_effects(problem):
             reached = [reached_leaves([loss]) for loss in problem.whole(batch.inputs, batch.labels)[0]]
         owners = [[t for t, params in enumerate(reached) if param in params] for param in problem.task_params]
         if all(len(tasks) == 1 for tasks in owners):
             self.owners = [task for (task,) in owners]
 
     def learn(self, batch: Batch, cuts: bool) -> bool:
-        """Find out, at the first labels of each task, what may be done to the network; look again in every epoch.
+        """Examine the network at the first labels of each task, and again in every epoch.
 
-        Args:
-            batch: The batch.
-            cuts: Whether trunk and heads are to be differentiated apart.
-
-        Returns:
-            Whether something has come to light that stands against that.
+        ``cuts`` says whether trunk and heads are to be differentiated separately; returns whether this batch has shown
+        that they cannot.
 
         Raises:
             UsageError: A decoder changes the features in place, a function of the network hides its parameters and
-                cannot run backward for each task, or a loss depends on what is gone.
+                cannot run backward for each task, or a loss depends on a graph that is freed.
         """
         epoch, before = getattr(self.problem.model, "epoch", None), self.against_cut
         known, is_new = self._seen.issuperset(batch.tasks), epoch != self._epoch
         self._epoch = epoch
         if known:
             if is_new and cuts:
-                self._look_again(batch)
+                self._recheck(batch)
             return self.against_cut is not None and before is None
-        finite = self._learn_apart(batch) if self.problem.model.multi_input else self._learn_together(batch, cuts)
+        finite = (
+            self._learn_multi_input(batch) if self.problem.model.multi_input else self._learn_shared_input(batch, cuts)
+        )
         (proven,) = self._any([finite])
         self._seen.update(self._labelled(batch) if proven else ())
         return self.against_cut is not None and before is None
@@ -113,24 +108,21 @@ class Structure:
             return
         if not self._decoders_for.issuperset(batch.tasks):
             self._decoders_for.update(self._labelled(batch))
-            with leaving_no_trace(problem):
+            with without_side_effects(problem):
                 self._heads(problem.trunk(batch.inputs), batch)
             self._note_coupling(*self._any([self.coupled]))
 
     def learn_coupling(self, tasks: Tasks, losses: Sequence[Tensor], starts: Mapping[str, Sequence[Tensor]]) -> None:
-        """Find out whether some loss depends on what the decoder of another task starts from.
+        """Find out whether one of the T losses depends on the input of another task's decoder.
 
-        Args:
-            tasks: The tasks of the losses.
-            losses: T losses.
-            starts: The cut features, or representation, that the decoder of each task starts from.
+        ``starts`` holds the cut features, or representation, that the decoder of each task reads.
         """
         reached = {task: reached_leaves([loss]) for task, loss in zip(tasks, losses, strict=True)}
         pairs = ((reached[task], start) for task in tasks for other, start in starts.items() if other != task)
         self._note_coupling(any(not leaves_of.isdisjoint(start) for leaves_of, start in pairs))
 
     def places(self, tasks: Tasks) -> list[int] | None:
-        """Return for each task-specific parameter the place of its task among some tasks, if owners are known."""
+        """Return for each task-specific parameter the index of its task in ``tasks``, None if owners are unknown."""
         if self.owners is None:
             return None
         places = {self.problem.tasks.index(task): place for place, task in enumerate(tasks)}
@@ -157,11 +149,11 @@ class Structure:
 
     def _note_coupling(self, coupled: bool) -> None:
         self.coupled = self.coupled or coupled
-        # What a loss reads of a task must be of this step.
+        # A loss must read predictions of this step.
         self.problem.decodes_all = self.problem.decodes_all or self.coupled
 
-    def _learn_together(self, batch: Batch, cuts: bool) -> bool:
-        """Look at a batch that all tasks share; return whether its gradients were finite."""
+    def _learn_shared_input(self, batch: Batch, cuts: bool) -> bool:
+        """Examine a batch that all tasks share; return whether its gradients were finite."""
         parts, whole = (self._parts(batch, True) if cuts else None), self._whole(batch, True, cuts)
         (hides,) = self._any([whole is None])
         if hides:
@@ -172,48 +164,48 @@ class Structure:
             self._compare(batch, whole, parts)
         return whole is None or are_finite(whole.grads)
 
-    def _look_again(self, batch: Batch) -> None:
-        """See whether what has come to light at the first batches still holds."""
-        with leaving_no_trace(self.problem):
+    def _recheck(self, batch: Batch) -> None:
+        """Examine the heads again, as a loss may have changed."""
+        with without_side_effects(self.problem):
             self._look_at_heads(self.problem.trunk(batch.inputs), batch)
         self._agree(self.against_cut is not None)
 
     def _agree(self, stands: bool) -> bool:
-        """Come to the same conclusions in all processes; return whether something stands against cutting."""
+        """Come to the same conclusions in all processes; return whether the network cannot be cut in one of them."""
         coupled, stands = self._any([self.coupled, stands])
         self._note_coupling(coupled)
         if stands:
-            self.against_cut = self.against_cut or "another process has found what stands against it"
+            self.against_cut = self.against_cut or "another process has found that they cannot be separated"
         return stands
 
     def _compare(self, batch: Batch, whole: _Pass | None, parts: _Pass | None) -> None:
-        """Hold trunk and heads apart against the whole network."""
+        """Compare the gradients of trunk and heads, differentiated separately, with those of the whole network."""
         if not self._agree(parts is None):
             assert whole is not None
             assert parts is not None
             (differs,) = self._any([not self._same(whole, parts)])
-            # A network, or a loss, that gives other numbers each time proves nothing.
+            # A network or loss whose numbers differ from pass to pass proves nothing.
             again = self._whole(batch, False, True) if differs else None
             (proven,) = self._any([again is not None and self._same(whole, again)])
             if proven:
                 self.against_cut = _MORE
 
-    def _learn_apart(self, batch: Batch) -> bool:
-        """Look at batches that each task has for itself, one graph at a time."""
+    def _learn_multi_input(self, batch: Batch) -> bool:
+        """Examine inputs per task, one graph at a time."""
         problem, first = self.problem, number_now()
         coupled = hides = False
         for task in batch.tasks:
             start = number_now()
-            with leaving_no_trace(problem):
+            with without_side_effects(problem):
                 loss = problem.single(batch.of(task), batch.labels[task], task)[0]
                 oldest = min((node._sequence_nr() for node in inner_nodes([loss])), default=start)
-                _refuse_gone(task, oldest < first)
+                _refuse_freed_graph(task, oldest < first)
                 coupled, hides = coupled or oldest < start, hides or may_hide([loss])
                 del loss
         coupled, hides = self._any([coupled, hides])
         self._note_coupling(coupled)
         if self.coupled and len(batch.tasks) < len(problem.tasks):
-            _refuse_gone(batch.tasks[0], True)
+            _refuse_freed_graph(batch.tasks[0], True)
         if hides:
             self._learn_hidden([replace(batch, tasks=(task,)) for task in batch.tasks])
         return True
@@ -223,7 +215,7 @@ class Structure:
         problem = self.problem
         params = [*problem.shared_params, *problem.task_params]
         for batch in batches:
-            with leaving_no_trace(problem):
+            with without_side_effects(problem):
                 if problem.model.multi_input:
                     (task,) = batch.tasks
                     losses = [problem.single(batch.of(task), batch.labels[task], task)[0]]
@@ -234,41 +226,45 @@ class Structure:
                 self.by_backward = by_backward
                 self.against_cut = self.against_cut or "a function of the network runs backward passes of its own"
 
-    def _whole(self, batch: Batch, wary: bool, differentiates: bool) -> _Pass | None:
-        """Run the network in one piece; return None if one is ``wary`` and its graph may hide the use of parameters."""
+    def _whole(self, batch: Batch, stops_if_hidden: bool, differentiates: bool) -> _Pass | None:
+        """Differentiate the network as a whole; None if it ``stops_if_hidden`` and the graph may hide parameters."""
         problem, start = self.problem, number_now()
-        with leaving_no_trace(problem), in_one_piece(problem.model):
+        with without_side_effects(problem), in_one_piece(problem.model):
             losses = problem.whole(batch.inputs, batch.labels, batch.tasks)[0]
             for task, loss in zip(batch.tasks, losses, strict=True):
-                _refuse_gone(task, any(node._sequence_nr() < start for node in inner_nodes([loss])))
-            if wary and may_hide(losses):
+                _refuse_freed_graph(task, any(node._sequence_nr() < start for node in inner_nodes([loss])))
+            if stops_if_hidden and may_hide(losses):
                 return None
             if not differentiates:
                 return _Pass(_stacked(losses), [])
             seeds = [loss.new_tensor(weight) for loss, weight in zip(losses, _weights(losses), strict=True)]
             return _Pass(_stacked(losses), vjp(losses, seeds, problem.shared_params, False))
 
-    def _parts(self, batch: Batch, wary: bool) -> _Pass | None:
-        """Run trunk and heads apart; return None if something stands against that, or as `_whole` does."""
+    def _parts(self, batch: Batch, stops_if_hidden: bool) -> _Pass | None:
+        """Differentiate trunk and heads separately; None if they cannot be, or as `_whole` does."""
         problem, tasks = self.problem, batch.tasks
-        with leaving_no_trace(problem):
+        with without_side_effects(problem):
             features = problem.trunk(batch.inputs)
             passed = self._look_at_heads(features, batch)
             if passed is None or self.against_cut is not None:
                 return None
             aliases, losses = passed
-            if wary and may_hide([*tensors_of(features), *losses]):
+            if stops_if_hidden and may_hide([*tensors_of(features), *losses]):
                 return None
             rows = []
             for task, loss in zip(tasks, losses, strict=True):
                 starts = aliases.values() if self.coupled else [aliases[task]]
                 grads = [vjp([loss], [None], tensors_of(start), True) for start in starts]
-                rows.append([_sum(column, [1.0] * len(column)) for column in zip(*grads, strict=True)])
-            total = [_sum(column, _weights(losses)) for column in zip(*rows, strict=True)]
+                rows.append([sum_present(column) for column in zip(*grads, strict=True)])
+            weights = _weights(losses)
+            total = [
+                sum_present([None if grad is None else grad * w for grad, w in zip(column, weights, strict=True)])
+                for column in zip(*rows, strict=True)
+            ]
             return _Pass(_stacked(losses), vjp(tensors_of(features), total, problem.shared_params, False))
 
     def _look_at_heads(self, features: Features, batch: Batch) -> tuple[dict[str, Features], tuple[Tensor, ...]] | None:
-        """Run the heads; see what their graphs, and that of the trunk, reach."""
+        """Run the heads; find the parameters that their graphs, and that of the trunk, reach."""
         problem = self.problem
         passed = self._heads(features, batch)
         if passed is None:
@@ -292,7 +288,7 @@ class Structure:
         return passed
 
     def _heads(self, features: Features, batch: Batch) -> tuple[dict[str, Features], tuple[Tensor, ...]] | None:
-        """Run all decoders, each on features of its own; None if the losses cannot be had so."""
+        """Run all decoders, each on its own aliases of the features; None if the losses cannot be computed so."""
         problem = self.problem
         before, problem.decodes_all = problem.decodes_all, True
         aliases = {task: cut_features(features, always=True) for task in problem.tasks}
@@ -306,7 +302,7 @@ class Structure:
                     "A decoder changes the shared features in place, which those of other tasks read too: let it make "
                     "a new tensor of them, as with inplace=False."
                 ) from cause
-            # If the network in one piece cannot be run either, it says so.
+            # If the whole network cannot run either, it raises the error.
             return None
         finally:
             problem.decodes_all = before
@@ -323,23 +319,18 @@ class Structure:
         return bool((near | ~known).all()) and agree(other.grads, one.grads, halved)
 
 
-def _refuse_gone(task: str, gone: bool) -> None:
+def _refuse_freed_graph(task: str, gone: bool) -> None:
     if gone:
         raise UsageError(
-            f"The loss of {task} depends on what an earlier pass over the network has made, whose graph is gone: with "
-            "inputs for each task, every batch must have all tasks for that (tasks_per_step=None)."
+            f"The loss of {task} depends on tensors of an earlier pass over the network, whose graph is freed: with "
+            "inputs per task this needs all tasks in every step (tasks_per_step=None)."
         )
 
 
 def _weights(losses: Sequence[Tensor]) -> list[float]:
-    """Return other weights than ones: each row has to be that of its own task."""
+    """Return weights that differ, so that rows of the wrong tasks are noticed."""
     return [1 + t / len(losses) for t in range(len(losses))]
 
 
 def _stacked(losses: Sequence[Tensor]) -> Tensor:
     return torch.stack([loss.detach().double() for loss in losses]) if losses else torch.zeros(0)
-
-
-def _sum(grads: Sequence[Tensor | None], weights: Sequence[float]) -> Tensor | None:
-    present = [grad * weight for grad, weight in zip(grads, weights, strict=True) if grad is not None]
-    return torch.stack(present).sum(0) if present else None

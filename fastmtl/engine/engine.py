@@ -1,4 +1,4 @@
-"""The engines for strategies that balance gradients, for those that read losses only, and for those of LibMTL."""
+"""The engines: for strategies that balance gradients, that read losses only, or that are written for LibMTL."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastmtl.engine.cut import Structure
 from fastmtl.engine.jacobian import BatchGradients, Differentiated, Jacobian, detached
 from fastmtl.engine.losses import Problem
 from fastmtl.engine.methods.base import Method, forward, mean_of_forwards
-from fastmtl.engine.model import keeping_buffers
+from fastmtl.engine.model import preserving_buffers
 from fastmtl.engine.pullback import Sum
 from fastmtl.engine.regions import Regions
 from fastmtl.engine.weights import Weights
@@ -36,19 +36,19 @@ class Engine(Protocol):
 
     @property
     def possible(self) -> bool:
-        """Return False once it has turned out that this engine does what a plainer one does."""
+        """Return False once this engine is known to do the same as a simpler one."""
 
     def differentiate(self, ctx: StepContext, known: Weights | None) -> Differentiated:
-        """Run the forward passes of a step, and what can be differentiated before the weights are decided.
+        """Run the forward passes of a step, and the VJPs that do not need the weights.
 
         Args:
             ctx: The step.
-            known: The weights, if they are known beforehand.
+            known: The weights, if they are decided beforehand.
         """
 
 
 class GradientEngine:
-    """One VJP for every task, or one for all where the weights are known beforehand, by a method for a batch."""
+    """One VJP per task, or a single one where the weights are known beforehand; a `Method` handles each batch."""
 
     keeps_grads = False
 
@@ -60,7 +60,7 @@ class GradientEngine:
 
     @property
     def possible(self) -> bool:
-        """Return False once the method does what a plainer one does."""
+        """Return False once the method is known to do the same as a simpler one."""
         return self.method.possible
 
     def differentiate(self, ctx: StepContext, known: Weights | None) -> Jacobian:
@@ -72,7 +72,7 @@ class GradientEngine:
             batch_grads = self.method(batch) if known is None else self.method.combined(batch, known)
             losses.append(self.comm.mean(batch_grads.losses, batch.share))
             preds.append(batch_grads.preds)
-            # Samples of the strategy stay apart, accumulated batches are added up.
+            # Samples of the strategy stay separate, accumulated batches are added.
             if not batches or batch.final:
                 batches.append(batch_grads)
             else:
@@ -81,14 +81,14 @@ class GradientEngine:
 
 
 class LossSum:
-    """The losses of a step, whose weighted sum is still to be differentiated.
+    """The losses of a step, whose weighted sum is yet to be differentiated.
 
-    Batches are accumulated so that no more than one batch's graph is kept. Where the weights depend on the mean losses,
-    a forward pass of all batches has come first.
+    One batch's graph at most is alive at a time. Where the weights depend on the mean losses of accumulated batches, a
+    forward pass of all batches comes first.
 
     Attributes:
-        losses: (T,) losses of the step, before the gradients are written of what the weights depend on.
-        shown: What the strategy is shown: the same as before the gradients are written.
+        losses: (T,) losses of the step; before :meth:`write_grads` those the weights depend on.
+        strategy_losses: The losses that the strategy reads: ``losses`` before :meth:`write_grads`.
         preds: Predictions by task of each batch.
     """
 
@@ -100,12 +100,12 @@ class LossSum:
         self.preds: list[Mapping[str, object]] = []
         self._first: Sum | None = None
         if len(ctx.batches) > 1 and reads_losses:
-            with keeping_buffers(regions.problem.model):
+            with preserving_buffers(regions.problem.model):
                 self.losses = self._of_step(mean_of_forwards(regions, ctx.batches, comm))
         else:
             self._first = self._forward(ctx.batches[0])
             self.losses = self._losses[0]
-        self.shown = self.losses
+        self.strategy_losses = self.losses
 
     def _forward(self, batch: Batch) -> Sum:
         self._comm.unshard()
@@ -116,7 +116,7 @@ class LossSum:
         return Sum(attached, batch)
 
     def write_grads(self, weights: Weights) -> None:
-        """Run the backward passes, and the forward passes that have not been."""
+        """Run the backward passes, and the forward passes that are still missing."""
         for batch in self._ctx.batches:
             pending, self._first = self._first or self._forward(batch), None
             pending.backward(weights.shared)
@@ -148,11 +148,11 @@ class LossEngine:
 
 
 class ForeignLosses:
-    """The losses of a step, of which the strategy fills ``.grad`` by itself.
+    """The losses of a step whose strategy fills ``.grad`` itself.
 
     Attributes:
         attached: (T,) losses with their graph.
-        losses: The same without.
+        losses: The same, detached.
         preds: Predictions by task, in a list of one.
     """
 
@@ -163,16 +163,16 @@ class ForeignLosses:
         self._problem = problem
 
     def write_grads(self, weights: Weights) -> None:
-        """Check that the strategy has written them.
+        """Check that the strategy has written the gradients.
 
         Raises:
-            UsageError: With ``rep_grad`` no shared parameter has got a gradient.
+            UsageError: With ``rep_grad`` no shared parameter has a gradient.
         """
         problem = self._problem
         if problem.model.rep_grad and all(param.grad is None for param in problem.shared_params):
             raise UsageError(
                 f"{problem.model.strategy_name} leaves the shared parameters without gradients if rep_grad is True: "
-                "its backward must send those of the representation on, as _backward_new_grads does."
+                "its backward must propagate the gradient of the representation, as _backward_new_grads does."
             )
 
 

@@ -1,4 +1,4 @@
-"""Gradients as autograd returns them: added up, and written into ``.grad``."""
+"""Gradients as autograd returns them: added, compared, and written into ``.grad``."""
 
 from __future__ import annotations
 
@@ -10,14 +10,23 @@ from torch import Tensor
 from fastmtl.engine.weights import Row
 from fastmtl.ops._rows import is_dense
 
-__all__ = ["TaskGradients", "WeightedGradients", "add_grads", "agree", "are_finite", "set_grads", "summed"]
+__all__ = [
+    "TaskGradients",
+    "WeightedGradients",
+    "add_grads",
+    "agree",
+    "are_finite",
+    "set_grads",
+    "sum_present",
+    "summed",
+]
 
 Grads = Sequence[Tensor | None]
 
-# Gradients that two ways have found differ by less, of a tensor's largest entry or of the largest of all.
+# Gradients computed by two methods differ by less, relative to the tensor's largest entry or the largest of all.
 _ROUNDING = 5e-3
 _SMALL = 5e-5
-# The same of all entries together, where they were rounded to 16 bits: the small ones may be nothing but rounding.
+# Relative bound on the norm of the difference after rounding to 16 bits, where small entries may be rounding alone.
 _HALVED = 5e-2
 
 
@@ -27,7 +36,7 @@ class TaskGradients:
     Args:
         params: The task-specific parameters.
         parts: One gradient list per task, or a single one that holds the sum over the tasks.
-        owners: For a single part: the task of each parameter, where every parameter belongs to one.
+        owners: With a single part: the task that owns each parameter, if each has one owner.
     """
 
     def __init__(self, params: Sequence[Tensor], parts: Sequence[Grads], owners: Sequence[int] | None = None) -> None:
@@ -41,7 +50,7 @@ class TaskGradients:
         self.parts = summed(self._by_task(count), other._by_task(count))
 
     def _by_task(self, count: int) -> Sequence[Grads]:
-        """Return so many parts: one for all tasks is taken apart by the owners, or becomes the first."""
+        """Return ``count`` parts: a sum over tasks is split by the owners, or becomes the first part."""
         if len(self.parts) == count:
             return self.parts
         (part,) = self.parts
@@ -49,11 +58,11 @@ class TaskGradients:
         return [[grad if owner == t else None for grad, owner in zip(part, owners, strict=True)] for t in range(count)]
 
     def weighted(self, weights: Tensor | None) -> WeightedGradients:
-        """Return the sum over the tasks, each weighted by ``weights`` (T,) if given."""
+        """Return the sum over the tasks, weighted by ``weights`` (T,) unless None."""
         return WeightedGradients(self.params, [self._added_to([None] * len(self.params), weights)])
 
     def write(self, weights: Tensor | None) -> None:
-        """Add the gradients, each task's weighted by ``weights`` (T,) if given, to ``.grad``; they are gone then."""
+        """Add the sum over the tasks, weighted by ``weights`` (T,) unless None, to ``.grad``; frees the gradients."""
         set_grads(self.params, self._added_to([param.grad for param in self.params], weights))
         self.parts = ()
 
@@ -73,7 +82,7 @@ class TaskGradients:
 
 
 class WeightedGradients(TaskGradients):
-    """The sum over the tasks, which were weighted already."""
+    """The sum over the tasks, already weighted."""
 
     def _scaled(self, weights: Tensor | None) -> Sequence[Grads]:
         return self.parts
@@ -84,18 +93,18 @@ def _scaled(grads: Grads, weights: Sequence[Tensor]) -> Row:
 
 
 def set_grads(params: Sequence[Tensor], grads: Grads) -> None:
-    """Let ``.grad`` be these gradients, copied where autograd did not make them for one tensor alone.
+    """Set ``.grad``, to copies where gradients share memory; None leaves ``.grad`` as it is.
 
-    What a sum is made of gets one gradient, what is summed up gets an expanded scalar, and pieces get views of a whole.
-    Clipping, unscaling and optimizers write into ``.grad``. None leaves what is there.
+    Autograd gives all terms of a sum the same tensor, the argument of a sum an expanded scalar, and pieces views of a
+    whole, whereas clipping, unscaling and optimizers write into ``.grad``.
     """
     taken: set[int] = set()
     for param, grad in zip(params, grads, strict=True):
         if grad is None or grad is param.grad:
             continue
         storage = grad.untyped_storage()
-        alone = storage.data_ptr() not in taken and storage.nbytes() == grad.nbytes
-        if not alone or not (grad.is_contiguous() or is_dense(grad)):
+        is_unshared = storage.data_ptr() not in taken and storage.nbytes() == grad.nbytes
+        if not is_unshared or not (grad.is_contiguous() or is_dense(grad)):
             grad = grad.clone()
             storage = grad.untyped_storage()
         taken.add(storage.data_ptr())
@@ -122,9 +131,15 @@ def summed(rows: Sequence[Grads], others: Sequence[Grads]) -> list[Row]:
     ]
 
 
-def agree(some: Grads, others: Grads, halved: bool = False) -> bool:
-    """Return whether gradients are the same but for rounding; None counts as zeros, and NaN as anything."""
-    pairs = [(_dense(one, other), _dense(other, one)) for one, other in zip(some, others, strict=True)]
+def sum_present(grads: Grads) -> Tensor | None:
+    """Return the sum of the gradients that are not None; None if all are."""
+    present = [grad for grad in grads if grad is not None]
+    return torch.stack(present).sum(0) if len(present) > 1 else next(iter(present), None)
+
+
+def agree(grads: Grads, reference: Grads, halved: bool = False) -> bool:
+    """Return whether gradients are equal up to rounding; None counts as zeros, and NaN equals anything."""
+    pairs = [(_dense(one, other), _dense(other, one)) for one, other in zip(grads, reference, strict=True)]
     known = [(one, other) for one, other in pairs if one is not None and other is not None and one.numel()]
     if halved:
         pairs_32 = [(one.float(), other.float()) for one, other in known]

@@ -1,4 +1,4 @@
-"""What the autograd graph of some tensors tells: its leaves, and whether its operators can be batched."""
+"""The autograd graph of some tensors: its nodes and leaves, and whether its operators can be batched."""
 
 from __future__ import annotations
 
@@ -11,14 +11,23 @@ from torch.autograd.function import BackwardCFunction
 
 from fastmtl.errors import UsageError
 
-__all__ = ["Node", "batches_well", "graph_nodes", "inner_nodes", "leaf_tensors", "number_now", "reached_leaves"]
+__all__ = [
+    "Node",
+    "batches_well",
+    "graph_nodes",
+    "inner_nodes",
+    "leaf_tensors",
+    "number_now",
+    "reached_leaves",
+    "root_nodes",
+]
 
 # A node of an autograd graph.
 Node: TypeAlias = Any
 
 
 def graph_nodes(roots: Iterable[Node], excluded: Iterable[Node] = ()) -> Iterator[Node]:
-    """Yield the nodes reachable from ``roots``, breadth first, without ``excluded`` and what lies behind them only."""
+    """Yield the nodes reachable from ``roots``, breadth first, without ``excluded`` and what only they reach."""
     seen = set(excluded)
     level = [node for node in dict.fromkeys(roots) if node not in seen]
     while level:
@@ -38,23 +47,23 @@ def _edges(tensors: Sequence[Tensor], name: str) -> list[Node]:
 def leaf_tensors(
     tensors: Sequence[Tensor], name: str, excluded: Sequence[Tensor] = (), excluded_name: str = ""
 ) -> list[Tensor]:
-    """Return the leaves that ``tensors`` were computed from, without those reached through ``excluded`` only.
+    """Return the leaves that ``tensors`` depend on, without those reached only through ``excluded``.
 
     Raises:
         UsageError: One of the tensors has no graph.
     """
     nodes = graph_nodes(_edges(tensors, name), _edges(excluded, excluded_name))
-    # Only the node that accumulates into a leaf knows a variable.
+    # Only the nodes that accumulate into leaves have a variable.
     return list(dict.fromkeys(node.variable for node in nodes if hasattr(node, "variable")))
 
 
 def batches_well(tensors: Sequence[Tensor]) -> bool:
-    """Return whether several VJPs through the tensors' graph are one batched one with gain.
+    """Return whether batching several VJPs through the tensors' graph saves time.
 
-    Compiled functions and functions written in Python have no batching rules, nor has a recurrent network's; a
-    convolution's makes a grouped one of it, which is slower than one after the other.
+    Compiled functions, functions written in Python and recurrent networks have no batching rules; the rule of
+    convolutions makes a grouped convolution, which is slower than one VJP after the other.
     """
-    for node in graph_nodes(tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None):
+    for node in graph_nodes(root_nodes(tensors)):
         if isinstance(node, BackwardCFunction) or any(word in type(node).__name__ for word in ("Conv", "Rnn", "RNN")):
             return False
     return True
@@ -62,20 +71,21 @@ def batches_well(tensors: Sequence[Tensor]) -> bool:
 
 def reached_leaves(outputs: Sequence[Tensor]) -> set[Tensor]:
     """Return the leaves of the graphs of those outputs that have one."""
-    return {node.variable for node in graph_nodes(_roots(outputs)) if hasattr(node, "variable")}
+    return {node.variable for node in graph_nodes(root_nodes(outputs)) if hasattr(node, "variable")}
 
 
 def inner_nodes(outputs: Sequence[Tensor]) -> list[Node]:
-    """Return the nodes of the graphs of outputs that are no leaves."""
-    return [node for node in graph_nodes(_roots(outputs)) if not hasattr(node, "variable")]
+    """Return the nodes of the outputs' graphs that are not leaves."""
+    return [node for node in graph_nodes(root_nodes(outputs)) if not hasattr(node, "variable")]
 
 
 def number_now() -> int:
-    """Return the number of an autograd node made now; those made earlier, in this thread, have lower ones."""
+    """Return the sequence number of a new autograd node; earlier ones of this thread are lower."""
     node: Node = torch.zeros((), requires_grad=True).clone().grad_fn
     number: int = node._sequence_nr()
     return number
 
 
-def _roots(outputs: Sequence[Tensor]) -> list[Node]:
+def root_nodes(outputs: Sequence[Tensor]) -> list[Node]:
+    """Return the nodes of those outputs that have a graph."""
     return [output.grad_fn for output in outputs if output.grad_fn is not None]

@@ -1,4 +1,4 @@
-"""Batches cut in two, for strategies that look ahead."""
+"""Batches cut into halves, for strategies that look ahead."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastmtl.engine.trees import leaves, mapping_like
 from fastmtl.errors import UsageError
 from fastmtl.support.kinds import Tree
 
-__all__ = ["Halving", "Pair", "are_by_row", "check_split_batch", "checked_halves", "halves"]
+__all__ = ["Halving", "Pair", "are_by_row", "check_split_batch", "checked_halves"]
 
 # Inputs and labels.
 Pair: TypeAlias = tuple[Tree, Tree]
@@ -25,31 +25,25 @@ _PLAIN = (str, bytes, bool, int, float, complex, np.generic, torch.device, torch
 
 
 class Halving:
-    """Cuts batches into their first and second rows; what has too few rows for two halves is both.
+    """Cuts batches into a first and a second half of their rows; with too few rows both halves are the whole batch.
 
-    Cut are tensors and arrays whose first dimension is the batch's, packed sequences, and lists and tuples with an
-    entry for each row, in any containers; scalars and plain values belong to both halves. Everything else is refused:
-    a tensor of another length may be time-major, or be of no row. How many rows there are, the labels say.
+    Tensors and arrays whose first dimension is the batch, packed sequences, and lists and tuples with one entry per row
+    are cut, in any containers; scalars and plain values belong to both halves. Everything else is refused, as a tensor
+    of another length may be time-major. The labels determine the number of rows.
 
-    A list of as many parts as there are rows, of as many rows each, is told from a list with an entry for each row by
-    the batches before.
+    A list of n parts with n rows each could also be a list with one entry per row; earlier batches decide.
 
     Attributes:
-        least: The rows that a half must have: two where the network normalises over the batch.
+        least: Rows that a half needs: two where the network normalises over the batch.
     """
 
     def __init__(self, least: int = 1) -> None:
         self.least = least
-        # Whether the list at a place has an entry for each row.
+        # Whether the list at a place has one entry per row.
         self._by_row: dict[str, bool] = {}
 
     def __call__(self, inputs: Tree, labels: Tree, multi_input: bool = False) -> tuple[Pair, Pair]:
-        """Return two pairs of inputs and labels.
-
-        Args:
-            inputs: The inputs; by task, with a number of rows for each, if multi-input.
-            labels: The labels by task.
-            multi_input: Every task has its own inputs.
+        """Return two pairs of inputs and labels; with ``multi_input`` both are by task and cut task by task.
 
         Raises:
             UsageError: A part cannot be cut, or parts have different numbers of rows.
@@ -77,7 +71,7 @@ class Halving:
         return (both[0][0], both[1][0]), (both[0][1], both[1][1])
 
     def _cut(self, tree: Tree, rows: int, place: str) -> Pair:
-        """Return the two halves of a part of a batch, of which ``_lengths`` says that it can have these rows."""
+        """Return the two halves of a part of a batch that can have this number of rows by ``_lengths``."""
         if isinstance(tree, PackedSequence):
             return _cut_packed(tree, rows)
         if isinstance(tree, Tensor | np.ndarray):
@@ -102,14 +96,14 @@ class Halving:
             may_be_whole = not _is_of_targets(items, place) and all(_may_have_rows(item, rows) for item in items)
             if may_be_whole or (inside is not None and rows in inside):
                 raise _refusal(
-                    f"{place} is a list of {rows} parts that have {rows} rows, as the labels do: it may have an entry "
-                    "for each row, or not"
+                    f"{place} is a list of {rows} parts with {rows} rows each, the number of rows of the labels: it is "
+                    "unclear whether each part is one row"
                 )
             self._by_row[place] = True
         return self._by_row[place] and len(items) == rows
 
     def _count_rows(self, inputs: Tree, labels: Tree, place: str) -> int:
-        """Return the number of rows: that of the labels, which the inputs must have too."""
+        """Return the number of rows of the labels, which the inputs must have too."""
         by_labels, first = None, ""
         for name, part in _parts(labels, f"labels{place}"):
             lengths = self._known_lengths(part, name)
@@ -119,7 +113,7 @@ class Halving:
                 continue
             before, by_labels = by_labels, lengths if by_labels is None else by_labels & lengths
             if not by_labels:
-                raise _refusal(f"{name} has {_told(lengths)} rows and {first} has {_told(before or ())}")
+                raise _refusal(f"{name} has {_listed(lengths)} rows and {first} has {_listed(before or ())}")
             first = first or name
         if by_labels == {1}:
             return 1
@@ -130,22 +124,17 @@ class Halving:
                 continue
             rows = lengths if rows is None else rows & lengths
             if not rows:
-                told = f"the labels have {_told(by_labels)} rows" if by_labels else "other inputs have another"
-                raise _refusal(f"{name} has the length {_told(lengths)} where {told}")
+                expected = f"the labels have {_listed(by_labels)} rows" if by_labels else "other inputs have another"
+                raise _refusal(f"{name} has the length {_listed(lengths)} where {expected}")
         if rows is None or len(rows) > 1:
-            raise _refusal(f"it has {_told(rows or ())} rows" if rows else "nothing in it has rows")
+            raise _refusal(f"it has {_listed(rows or ())} rows" if rows else "nothing in it has rows")
         return rows.pop()
 
     def _known_lengths(self, part: Tree, name: str) -> set[int] | None:
         try:
             return _lengths(part, name, self._by_row)
         except _OpaqueError as opaque:
-            raise _refusal(f"{name} is or has a {opaque}, whose rows nobody knows") from None
-
-
-def halves(batch: Pair) -> tuple[Pair, Pair]:
-    """Return the first and the second half of a batch that all tasks share, of inputs and labels; see `Halving`."""
-    return Halving()(*batch)
+            raise _refusal(f"{name} is or contains a {opaque}, which has no known rows") from None
 
 
 def check_split_batch(hook: object) -> None:
@@ -157,58 +146,53 @@ def check_split_batch(hook: object) -> None:
     except TypeError as cause:
         raise UsageError(f"split_batch must take two arguments, inputs and labels: {cause}.") from None
     except ValueError:
-        # Functions in C need not tell.
+        # Functions in C may have no signature.
         return
 
 
-def checked_halves(made: Tree, labels: Mapping[str, Tree], multi_input: bool = False) -> tuple[Pair, Pair]:
-    """Return what a ``split_batch`` of the user's has returned.
-
-    Args:
-        made: What it has returned.
-        labels: The labels of the batch, by task.
-        multi_input: Every task has its own inputs.
+def checked_halves(result: Tree, labels: Mapping[str, Tree], multi_input: bool = False) -> tuple[Pair, Pair]:
+    """Return the result of a user's ``split_batch`` for a batch with these labels by task.
 
     Raises:
-        UsageError: It is no two pairs, or a half has not the batch's tasks, or no rows.
+        UsageError: It is not two pairs, or a half lacks a task of the batch, or has no rows.
     """
 
     def is_pair(value: object) -> bool:
         return isinstance(value, list | tuple) and len(value) == 2
 
-    if not (is_pair(made) and all(is_pair(half) and isinstance(half[1], Mapping) for half in made)):
+    if not (is_pair(result) and all(is_pair(half) and isinstance(half[1], Mapping) for half in result)):
         raise UsageError(
             "split_batch must return two pairs of inputs and labels by task, ((inputs, labels), (inputs, labels))."
         )
-    parts: list[Mapping[str, Tree]] = [half[1] for half in made]
+    parts: list[Mapping[str, Tree]] = [half[1] for half in result]
     for task in labels:
         if any(task not in part for part in parts) or all(part[task] is None for part in parts):
             raise UsageError(
                 f"split_batch must return the labels of every task in both halves, got none of {task!r}, which the "
-                "batch has. None as a half's label stands for a half without labels of the task."
+                "batch has. A half without labels of a task must have None for it."
             )
-    strange = [name for part in parts for name, label in part.items() if label is not None and name not in labels]
-    if strange:
+    unknown = [name for part in parts for name, label in part.items() if label is not None and name not in labels]
+    if unknown:
         raise UsageError(
-            f"split_batch returned labels of {strange[0]!r}, of which the batch has none, only of "
+            f"split_batch returned labels of {unknown[0]!r}, of which the batch has none: it has "
             f"{', '.join(map(repr, labels))}."
         )
-    for half in made:
+    for half in result:
         _check_rows(half, labels, multi_input)
-    return tuple(made[0]), tuple(made[1])
+    return tuple(result[0]), tuple(result[1])
 
 
 def _check_rows(half: Pair, labels: Mapping[str, Tree], multi_input: bool) -> None:
-    """Refuse a half that a hook has returned without rows, where that can be told."""
+    """Refuse a half without rows, where the number of rows is known."""
     inputs, parts = half
     of_batch = {task: _rows_of(label) for task, label in labels.items()}
-    # Boxes of all images in one tensor may be none in one half.
+    # A tensor of the boxes of all images may be empty in one half.
     by_row = multi_input or bool(_common(of_batch.values()))
     empty = [f"labels[{task!r}]" for task, rows in of_batch.items() if rows != {0} and _rows_of(parts[task]) == {0}]
     named = {f"inputs[{task!r}]": inputs.get(task) for task in labels} if multi_input else {"inputs": inputs}
-    told = [*(name for name, part in named.items() if _rows_of(part) == {0}), *(empty if by_row else ())]
-    if told:
-        raise UsageError(f"split_batch returned a half without rows: {told[0]} has none. Both halves need some.")
+    without_rows = [*(name for name, part in named.items() if _rows_of(part) == {0}), *(empty if by_row else ())]
+    if without_rows:
+        raise UsageError(f"split_batch returned a half without rows in {without_rows[0]}: both halves need some.")
 
 
 def _rows_of(part: Tree) -> set[int] | None:
@@ -220,7 +204,7 @@ def _rows_of(part: Tree) -> set[int] | None:
 
 
 def are_by_row(preds: Mapping[str, Tree], labels: Mapping[str, Tree]) -> bool:
-    """Return whether predictions by task are tensors with the rows of the labels in their first dimension."""
+    """Return whether all predictions are tensors whose first dimension are the rows of the labels."""
     for task, pred in preds.items():
         try:
             rows = _lengths(labels.get(task), "labels", {})
@@ -233,7 +217,7 @@ def are_by_row(preds: Mapping[str, Tree], labels: Mapping[str, Tree]) -> bool:
 
 
 def _parts(tree: Tree, name: str) -> Iterable[tuple[str, Tree]]:
-    """Return the parts of a batch that a message can name."""
+    """Yield the parts of a batch with their names, for messages."""
     if isinstance(tree, Mapping):
         for key, value in tree.items():
             yield from _parts(value, f"{name}[{key!r}]")
@@ -242,7 +226,7 @@ def _parts(tree: Tree, name: str) -> Iterable[tuple[str, Tree]]:
 
 
 def _lengths(tree: Tree, place: str, by_row: Mapping[str, bool]) -> set[int] | None:
-    """Return the numbers of rows that a part of a batch may have; None where it may have any."""
+    """Return the possible numbers of rows of a part of a batch; None where any is possible."""
     if isinstance(tree, PackedSequence):
         return {int(tree.batch_sizes[0])}
     if isinstance(tree, Tensor | np.ndarray):
@@ -262,7 +246,7 @@ def _lengths(tree: Tree, place: str, by_row: Mapping[str, bool]) -> set[int] | N
 
 
 def _inside(items: Items, place: str, by_row: Mapping[str, bool]) -> set[int] | None:
-    """Return the numbers of rows that all items may have; none where there is one for each row."""
+    """Return the numbers of rows possible for all items; the empty set where each item must be one row."""
     if _is_of_targets(items, place):
         return set()
     try:
@@ -272,18 +256,18 @@ def _inside(items: Items, place: str, by_row: Mapping[str, bool]) -> set[int] | 
 
 
 def _is_of_targets(items: Items, place: str) -> bool:
-    """Return whether items are targets of detection, which may be as many in each row as there are rows."""
+    """Return whether items are detection targets, dictionaries per row whose lengths may equal the number of rows."""
     return place.startswith("labels") and all(isinstance(item, Mapping) for item in items)
 
 
 def _plain_lengths(items: Items) -> set[int]:
-    """Return the numbers of rows of words or numbers: an entry for each row, or lists of them beside each other."""
+    """Return the possible numbers of rows of words or numbers: one entry per row, or several lists of columns."""
     inner = {len(item) if isinstance(item, list | tuple) else 0 for item in items}
     return {len(items)} | (inner if len(inner) == 1 else set()) - {0}
 
 
 def _may_have_rows(item: Tree, rows: int) -> bool:
-    """Return whether an item has words or numbers for so many rows, as a collated one has; tensors aside."""
+    """Return whether an item, tensors aside, may be collated words or numbers of ``rows`` rows."""
     if isinstance(item, Mapping):
         return any(_may_have_rows(part, rows) for part in item.values())
     if not isinstance(item, list | tuple):
@@ -295,7 +279,7 @@ def _may_have_rows(item: Tree, rows: int) -> bool:
 
 
 def _common(lengths: Iterable[set[int] | None]) -> set[int] | None:
-    known = [some for some in lengths if some is not None]
+    known = [possible for possible in lengths if possible is not None]
     return set.intersection(*known) if known else None
 
 
@@ -335,7 +319,7 @@ def _cut_packed(packed: PackedSequence, rows: int) -> Pair:
     return first, second
 
 
-def _told(lengths: Iterable[int]) -> str:
+def _listed(lengths: Iterable[int]) -> str:
     return " or ".join(map(str, sorted(lengths))) or "no number of"
 
 
@@ -347,4 +331,4 @@ def _refusal(why: str) -> UsageError:
 
 
 class _OpaqueError(Exception):
-    """A part of a batch that is no tensor, container or plain value."""
+    """A part of a batch that is not a tensor, container or plain value."""

@@ -1,7 +1,7 @@
 """Parameters whose use the autograd graph does not show, as inside ``checkpoint(use_reentrant=True)``.
 
-A function written in Python may run a backward pass of its own inside its backward. The gradients of the parameters it
-uses go to ``.grad`` then, and ``torch.autograd.grad``, which follows the graph to what it is asked for, finds none.
+An autograd function may run an inner backward pass in its backward. The gradients of the parameters it uses are then
+accumulated in ``.grad``, and ``torch.autograd.grad``, which follows the outer graph, does not return them.
 """
 
 from __future__ import annotations
@@ -19,36 +19,33 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge
 
 from fastmtl.engine.gradients import agree
-from fastmtl.engine.graph import Node, graph_nodes
-from fastmtl.engine.looking import keeping_random_numbers
-from fastmtl.engine.vjp import Cotangents, vjp
+from fastmtl.engine.graph import Node, graph_nodes, root_nodes
+from fastmtl.engine.side_effects import preserving_rng_state
+from fastmtl.engine.vjp import Cotangents, seeded, vjp
 from fastmtl.errors import UsageError
 
 __all__ = ["VJP", "may_hide", "refuse_hidden", "refusing_inner_backward", "vjp_that_reaches_all"]
 
 VJP: TypeAlias = Callable[[Sequence[Tensor], Cotangents, Sequence[Tensor | GradientEdge], bool], list[Tensor | None]]
 
-# As it is without those who watch it.
+# The original, as the watchers below replace it.
 _BACKWARD = torch.autograd.backward
-# Functions of these packages take all that they use as inputs.
+# Functions of these packages have all that they use among their inputs.
 _OPEN = ("torch.distributed", "torch._functorch", "torch._dynamo", "torch.nn", "fastmtl")
 
 
 def may_hide(tensors: Sequence[Tensor]) -> bool:
-    """Return whether the graph of some tensors has functions that may use parameters unseen."""
+    """Return whether the graph has functions that may use parameters it does not show."""
     return any(_is_closed(node) for node in _nodes(tensors))
 
 
 def vjp_that_reaches_all(losses: Sequence[Tensor], params: Sequence[Tensor], device: torch.device) -> tuple[bool, VJP]:
-    """Return whether ``vjp`` misses gradients, and a VJP by ``backward`` that misses none. The graph is gone then.
+    """Return whether ``vjp`` misses gradients, and a VJP by ``backward`` that misses none; frees the graph.
 
-    Args:
-        losses: Scalars.
-        params: All trainable parameters; their ``.grad`` stays as it is.
-        device: Where the network is.
+    ``losses`` are scalars; ``params`` are all trainable parameters, whose ``.grad`` is unchanged.
 
     Raises:
-        UsageError: ``backward`` is needed, and cannot run more than once.
+        UsageError: ``backward`` is needed, but cannot run more than once.
     """
     by_backward = partial(_backward_vjp, params)
     seeds: list[Tensor | None] = [None] * len(losses)
@@ -56,11 +53,11 @@ def vjp_that_reaches_all(losses: Sequence[Tensor], params: Sequence[Tensor], dev
     calls: list[None] = []
 
     def complete(retain: bool) -> list[Tensor | None]:
-        # Functions that run the network again may draw anew.
-        with keeping_random_numbers(device):
+        # Functions that run the network again may draw random numbers.
+        with preserving_rng_state(device):
             return by_backward(losses, seeds, params, retain)
 
-    with _aside(params):
+    with _grads_set_aside(params):
         with _watching_backward(lambda: calls.append(None)):
             grads = complete(True)
         unseen = any(grad is not None and param not in reached for param, grad in zip(params, grads, strict=True))
@@ -76,23 +73,19 @@ def vjp_that_reaches_all(losses: Sequence[Tensor], params: Sequence[Tensor], dev
 
 
 _ONCE = (
-    "A function of the network runs backward passes of its own, and only once for each forward pass, so that it has no "
-    "gradient for each task: use one that takes its parameters as inputs (checkpoint with use_reentrant=False), or a "
-    "weighting with one backward pass, such as EW."
+    "A function of the network runs backward passes of its own, and only once per forward pass, so that the "
+    "tasks' gradients cannot be computed one by one: use a function that takes its parameters as inputs (checkpoint "
+    "with use_reentrant=False), or a weighting with one backward pass, such as EW."
 )
 _INNER = (
-    "A function of the graph runs a backward pass of its own, whose gradients torch.autograd.grad does not see: let it "
-    "take what it uses as inputs (checkpoint with use_reentrant=False)."
+    "A function of the graph runs a backward pass of its own, whose gradients torch.autograd.grad does not return: "
+    "pass it the parameters it uses as inputs (checkpoint with use_reentrant=False)."
 )
 
 
 @contextmanager
 def refusing_inner_backward(outputs: Sequence[Tensor]) -> Iterator[None]:
-    """Refuse, in the block, functions of the graph that run backward passes of their own, before they do.
-
-    Raises:
-        UsageError: There is one.
-    """
+    """Raise a UsageError when a function of the graph starts a backward pass of its own in the block."""
 
     def refuse() -> None:
         raise UsageError(_INNER)
@@ -106,12 +99,12 @@ def refusing_inner_backward(outputs: Sequence[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def _watching_backward(on_call: Callable[[], None]) -> Iterator[None]:
-    """Call ``on_call`` before each ``backward`` that is run in the block, by this thread or those of autograd."""
+    """Call ``on_call`` before each ``backward`` in the block, by this thread or those of autograd."""
     caller = threading.current_thread()
 
     def watched(*args: Any, **kwargs: Any) -> None:
         thread = threading.current_thread()
-        # Threads that Python has not made are autograd's.
+        # Threads not created in Python are autograd's.
         if thread is caller or type(thread) is not threading.Thread:
             on_call()
         _BACKWARD(*args, **kwargs)
@@ -125,8 +118,8 @@ def _watching_backward(on_call: Callable[[], None]) -> Iterator[None]:
 
 
 @contextmanager
-def _aside(leaves: Sequence[Tensor]) -> Iterator[None]:
-    """Let ``.grad`` be None in the block, and afterwards what it was."""
+def _grads_set_aside(leaves: Sequence[Tensor]) -> Iterator[None]:
+    """Set ``.grad`` to None in the block, and restore it afterwards."""
     before = [leaf.grad for leaf in leaves]
     for leaf in leaves:
         leaf.grad = None
@@ -140,16 +133,13 @@ def _aside(leaves: Sequence[Tensor]) -> Iterator[None]:
 def refuse_hidden(
     outputs: Sequence[Tensor], params: Sequence[Tensor] | None, name: str, excluded: Sequence[Tensor] = ()
 ) -> None:
-    """Refuse a reentrant checkpoint that ``torch.autograd.grad`` cannot see through; warn of what else may hide.
+    """Refuse reentrant checkpoints that hide parameters; warn of other functions that may.
 
-    Args:
-        outputs: What will be differentiated.
-        params: What with respect to; the leaves of the graph if None.
-        name: What the parameters are called.
-        excluded: Tensors at which the way down ends.
+    ``outputs`` will be differentiated with respect to ``params``, the argument ``name``, or to all leaves if None, down
+    to the tensors ``excluded``.
 
     Raises:
-        UsageError: A checkpoint uses parameters that are differentiated with respect to, or may do so.
+        UsageError: A checkpoint uses some of the parameters, or may.
     """
     nodes = _nodes(outputs, excluded)
     closed = [node for node in nodes if _is_closed(node)]
@@ -162,23 +152,19 @@ def refuse_hidden(
     if checkpoints and (params is None or missing or not _variables(graph_nodes(checkpoints)).isdisjoint(wanted)):
         raise UsageError(
             "checkpoint(use_reentrant=True) hides the parameters it uses from torch.autograd.grad, so that they would "
-            "have no gradient: use_reentrant must be False."
+            "get no gradient: use_reentrant must be False."
         )
     if missing and not checkpoints:
         functions = ", ".join(sorted({type(node)._forward_cls.__name__ for node in closed}))
         warnings.warn(
             f"The graph does not reach a tensor of {name}, of shape {tuple(missing[0].shape)}, which gets no gradient; "
-            f"if {functions} uses it, let it be one of its inputs.",
+            f"if {functions} uses it, pass it as one of its inputs.",
             stacklevel=3,
         )
 
 
 def _nodes(tensors: Sequence[Tensor], excluded: Sequence[Tensor] = ()) -> list[Node]:
-    roots, ends = (
-        [tensor.grad_fn for tensor in tensors_of_side if tensor.grad_fn is not None]
-        for tensors_of_side in (tensors, excluded)
-    )
-    return list(graph_nodes(roots, ends))
+    return list(graph_nodes(root_nodes(tensors), root_nodes(excluded)))
 
 
 def _variables(nodes: Iterable[Node]) -> set[Tensor]:
@@ -203,15 +189,11 @@ def _backward_vjp(
     inputs: Sequence[Tensor | GradientEdge],
     retain: bool,
 ) -> list[Tensor | None]:
-    """Do what ``vjp`` does by ``backward``; ``.grad`` of ``params`` and of the inputs, leaves, stays as it is."""
-    pairs = [
-        (output, seed)
-        for output, seed in zip(outputs, cotangents, strict=True)
-        if output.requires_grad and (seed is not None or not output.dim())
-    ]
+    """Compute ``vjp`` by ``backward``; ``.grad`` of ``params`` and of the inputs, which are leaves, is unchanged."""
+    pairs = seeded(outputs, cotangents)
     if not pairs:
         return [None] * len(inputs)
     tensors = [leaf for leaf in inputs if isinstance(leaf, Tensor)]
-    with _aside(list(dict.fromkeys([*params, *tensors]))):
+    with _grads_set_aside(list(dict.fromkeys([*params, *tensors]))):
         _BACKWARD([output for output, _ in pairs], [seed for _, seed in pairs], retain_graph=retain)
         return [leaf.grad for leaf in tensors]

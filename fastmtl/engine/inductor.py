@@ -1,4 +1,4 @@
-"""What torch's compiler is told and asked: inductor's settings for regions, and what it can do here."""
+"""Settings of torch's compiler for regions, and what it can do on this machine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 _POOLING = (torch.ops.aten.max_pool2d_with_indices.default, torch.ops.aten.max_pool2d_with_indices_backward.default)
-# Part of the key of torch's caches: to be renewed with what this module changes about inductor.
+# Part of the key of torch's caches; to be changed whenever this module changes inductor's output.
 _CACHE_KEY = "fastmtl.regions.1"
 
 
@@ -33,23 +33,18 @@ def compile_graph(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
     """Return a graph compiled by inductor."""
     from torch._inductor.compile_fx import compile_fx
 
-    if not all(map(_on_cpu, inputs)):
+    if any(isinstance(value, torch.Tensor) and value.device.type != "cpu" for value in inputs):
         return compile_fx(graph, inputs)
-    # Inductor would turn convolutions to channels-last, and copy every weight and gradient to and fro in each pass.
+    # Inductor would convert convolutions to channels-last, copying every weight and gradient in each pass.
     patches = {"layout_optimization": False, "joint_custom_pre_pass": _masks_anew()}
     with _library_kernels():
         return compile_fx(graph, inputs, config_patches=patches)
 
 
-def _on_cpu(value: object) -> bool:
-    return not isinstance(value, torch.Tensor) or value.device.type == "cpu"
-
-
 def _masks_anew() -> Any:
-    """Return a pass over joint graphs that has backward passes compare anew instead of reading a mask of booleans.
+    """Return a pass over joint graphs that makes backward passes repeat comparisons instead of loading a boolean mask.
 
-    What was compared is kept anyway, for the output of a region or for a product, and nothing in inductor's C++ is as
-    slow as reading and writing booleans.
+    The compared tensor is saved anyway, as an output or for a product, and inductor's C++ is slowest with booleans.
     """
     from torch._inductor.custom_graph_pass import CustomGraphPass
     from torch.utils.checkpoint import CheckpointPolicy
@@ -68,10 +63,10 @@ def _masks_anew() -> Any:
 
 @contextlib.contextmanager
 def _library_kernels() -> Iterator[None]:
-    """Have inductor call the library for batch norm and max pooling; told in its tables, as it knows no setting.
+    """Make inductor call the library for batch norm and max pooling, by changing its tables: there is no setting.
 
     Inductor's own batch norm saves little time per step and nearly doubles the time the C++ compiler takes; its max
-    pooling takes three times as long as the library's. A table of our own as an argument would keep it from its cache.
+    pooling takes three times as long as the library's. Passing a table as an argument would disable its cache.
     """
     from torch._inductor.decomposition import select_decomp_table
     from torch._inductor.lowering import fallback_handler, lowerings
@@ -98,13 +93,13 @@ def configure_backwards() -> None:
     import torch._functorch.config as functorch_config
 
     allow_repeated_backwards()
-    # Backward graphs are compiled with the forward ones, so that progress is told where time is spent.
+    # So that the time of both is reported together.
     if hasattr(functorch_config, "force_non_lazy_backward_lowering"):
         functorch_config.force_non_lazy_backward_lowering = True
 
 
 def graph_errors() -> tuple[type[Exception], ...]:
-    """Return what torch raises where something cannot be one graph, or not in as many versions as are needed."""
+    """Return the errors torch raises where a function cannot be one graph, or needs too many versions of it."""
     from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
     return TorchDynamoException, FailOnRecompileLimitHit
@@ -118,7 +113,7 @@ def traces_gradients() -> bool:
 
 
 def cpp_compiler() -> tuple[str | None, str]:
-    """Return the compiler torch.compile would call on the CPU, and why there is none."""
+    """Return the compiler that torch.compile calls on the CPU, or None and the reason."""
     try:
         compiler = importlib.import_module("torch._inductor.cpp_builder").get_cpp_compiler()
     except Exception as error:
@@ -142,7 +137,7 @@ def is_compiled(model: HasModules) -> bool:
 
 
 def allow_graphs(count: int) -> None:
-    """Keep torch from going on eagerly, with a warning only, when one function needs many."""
+    """Raise torch's limit of graphs per function, beyond which it falls back to eager with only a warning."""
     import torch._dynamo.config as dynamo_config
 
     dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, count)

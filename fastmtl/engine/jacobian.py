@@ -15,7 +15,7 @@ from fastmtl.engine.context import StepContext, step_losses
 from fastmtl.engine.gradients import TaskGradients, set_grads, summed
 from fastmtl.engine.losses import Problem
 from fastmtl.engine.model import Tasks
-from fastmtl.engine.trees import map_tree
+from fastmtl.engine.trees import detached_tree
 from fastmtl.engine.weights import Rows, Weights
 from fastmtl.support.profiling import part
 
@@ -23,11 +23,11 @@ __all__ = ["BatchGradients", "Combine", "Differentiated", "HasRows", "Jacobian",
 
 
 class Differentiated(Protocol):
-    """Losses of a step whose gradients wait for weights: what an engine returns.
+    """The result of an engine: losses of a step whose gradients are written once the weights are known.
 
     Attributes:
-        losses: (T,) losses of the step; of accumulated batches known in full only after :meth:`write_grads`.
-        preds: Predictions by task, of the last sample or of each accumulated batch; likewise.
+        losses: (T,) losses of the step; with accumulated batches complete only after :meth:`write_grads`.
+        preds: Predictions by task, of the last sample or of each accumulated batch; complete as the losses are.
     """
 
     losses: Tensor
@@ -38,22 +38,21 @@ class Differentiated(Protocol):
 
 
 class HasRows(Protocol):
-    """What has collected rows, or collects them when it is asked for them."""
+    """An object with collected rows, which may be collected on first access."""
 
     @property
     def rows(self) -> Rows:
-        """Return the rows of all processes, or this one's pieces of them."""
+        """Return the rows summed over the processes, or this process's pieces of them."""
 
 
 class Pullback:
-    """What the rows of a batch are, and how the weights pull them back to the shared parameters.
+    """How weighted rows become gradients of the shared parameters.
 
-    Rows are gradients, or stand for them in the Gram matrix; what has that matrix without rows overrides :meth:`gram`.
-    :meth:`write` is what every kind has of its own.
+    Rows are gradients, or tensors with the same Gram matrix. Subclasses define :meth:`write`.
     """
 
     def collect(self, rows: Rows, comm: Comm, final: bool) -> Rows:
-        """Return the rows of all processes, or this one's pieces of them."""
+        """Return the rows summed over the processes, or this process's pieces of them."""
         return comm.collect(rows, final)
 
     def gram(self, rows: Rows, groups: Sequence[int] | None, comm: Comm, shares: Tensor | None) -> Tensor:
@@ -61,22 +60,22 @@ class Pullback:
         return comm.gram(rows, groups, shares)
 
     def absorb(self, other: Pullback) -> None:
-        """Take in another batch, which together with this one makes one step; its rows are added to this one's."""
+        """Add another batch of the same step, whose rows are added to this one's."""
         raise NotImplementedError
 
     def write(self, weights: Weights, source: HasRows, comm: Comm, tasks: Tasks) -> None:
-        """Fill ``.grad`` of the shared parameters, and sum that of all others over the processes."""
+        """Fill ``.grad`` of the shared parameters, and all-reduce that of all others."""
         raise NotImplementedError
 
 
 class Combine(Pullback):
-    """The rows are gradients of the shared parameters, and nothing else is needed of a batch."""
+    """The rows are gradients of the shared parameters; the update is their weighted sum."""
 
     def absorb(self, other: Pullback) -> None:
-        """Have nothing to take in beside the rows."""
+        """Do nothing: the batch has rows only."""
 
     def write(self, weights: Weights, source: HasRows, comm: Comm, tasks: Tasks) -> None:
-        """Combine them."""
+        """Write the weighted sum of the rows."""
         comm.write_shared(source.rows if weights.rows is None else weights.rows, weights.shared, weights.groups, tasks)
 
 
@@ -91,7 +90,7 @@ class Known(Pullback):
         return rows
 
     def absorb(self, other: Pullback) -> None:
-        """Have nothing to take in beside the row."""
+        """Do nothing: the batch has a row only."""
 
     def write(self, weights: Weights, source: HasRows, comm: Comm, tasks: Tasks) -> None:
         """Write the update."""
@@ -101,11 +100,11 @@ class Known(Pullback):
 
 @dataclass(slots=True)
 class BatchGradients:
-    """One forward pass and what came of it.
+    """The results of one forward pass and its VJPs.
 
     Attributes:
         losses: (T,) detached.
-        preds: Predictions by task, detached: whoever keeps them keeps no activations.
+        preds: Predictions by task, detached, so that they keep no activations alive.
         rows: T gradients, each a list over tensors.
         task_grads: The gradients of the task-specific parameters.
         pullback: How weights become gradients of the shared parameters.
@@ -118,7 +117,7 @@ class BatchGradients:
     pullback: Pullback
 
     def absorb(self, other: BatchGradients) -> None:
-        """Take in the gradients of another batch, which together with this one makes one step."""
+        """Add the gradients of another batch of the same step."""
         self.rows = summed(self.rows, other.rows)
         self.task_grads.absorb(other.task_grads)
         self.pullback.absorb(other.pullback)
@@ -128,23 +127,18 @@ def detached(losses: Tensor | Sequence[Tensor], preds: Mapping[str, object]) -> 
     """Return the losses (T,) and the predictions without their graph."""
     if not isinstance(losses, Tensor):
         losses = torch.stack([loss.detach() for loss in losses])
-    return losses, map_tree(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, preds)
+    return losses, detached_tree(preds)
 
 
 class Jacobian:
-    """The gradients of T losses: T rows over the shared parameters, and those of each task's own.
+    """The gradients of T losses: T rows over the shared parameters, and those of the task-specific parameters.
 
-    Args:
-        batches: Of each sample of the strategy; one where batches were accumulated.
-        losses: (n, T) losses of all n batches.
-        preds: Predictions of all batches.
-        ctx: The step.
-        problem: The model and its losses.
-        comm: The other processes.
+    ``batches`` has one entry per sample of the strategy, or a single one where batches were accumulated; ``losses``
+    (n, T) and ``preds`` are those of all n batches.
 
     Attributes:
-        losses: (T,), their mean over the batches.
-        shown: What the strategy is shown of them: (T,), or (samples, T).
+        losses: (T,) losses of the step.
+        strategy_losses: The losses that the strategy reads: (T,), or (samples, T).
         preds: Predictions by task, of the last sample or of each accumulated batch.
     """
 
@@ -159,7 +153,7 @@ class Jacobian:
     ) -> None:
         several = len(batches) > 1
         self.losses = step_losses(problem, ctx, losses, comm)
-        self.shown = losses if several else self.losses
+        self.strategy_losses = losses if several else self.losses
         self.preds = preds[-1:] if several else preds
         self.pullback = batches[-1].pullback
         self._batches = batches
@@ -169,7 +163,7 @@ class Jacobian:
 
     @cached_property
     def rows(self) -> Rows:
-        """Return the rows of all processes, or this one's pieces of them; the first call may wait for messages."""
+        """Return the rows summed over the processes, or this process's pieces; the first access may wait for them."""
         rows = [row for batch in self._batches for row in batch.rows]
         return self.pullback.collect(rows, self._comm, self._ctx.batches[0].final) if rows else rows
 
@@ -184,16 +178,16 @@ class Jacobian:
         return self._ctx.scaling.rows(self.rows)
 
     def mean_gram(self, gram: Tensor) -> Tensor:
-        """Return the (T, T) matrix of what :meth:`gram` returned: the groups' sum, or the mean of the samples' own."""
+        """Return a (T, T) matrix from the result of :meth:`gram`: the sum over groups, or the mean over samples."""
         if gram.dim() == 3:
             return gram.sum(0)
         size = len(self.losses)
         return torch.stack([gram[a : a + size, a : a + size] for a in range(0, len(gram), size)]).mean(0)
 
     def write_grads(self, weights: Weights) -> None:
-        """Fill ``.grad``: of the shared parameters with the weighted rows, of the others with their sum.
+        """Fill ``.grad``, of the shared parameters with the weighted sum of the rows.
 
-        Those of the others come first: writing the shared ones also sums them over the processes.
+        The task-specific gradients come first, as ``Pullback.write`` also all-reduces them.
         """
         heads = [None] * len(self._batches) if weights.heads is None else weights.heads.chunk(len(self._batches))
         with part("combine"):
@@ -203,7 +197,7 @@ class Jacobian:
         if weights.max_norm is not None and weights.gram is not None:
             weights = _capped(weights, weights.gram, weights.max_norm)
         if weights.rows is not None:
-            # They were shown, or made, without the loss scale that all other gradients carry.
+            # The strategy made them without the loss scale that all other gradients carry.
             weights = replace(weights, shared=self._ctx.scaling.up(weights.shared))
         self.pullback.write(weights, self, self._comm, self._ctx.tasks)
         if weights.max_norm is not None and self._known:
@@ -211,6 +205,6 @@ class Jacobian:
 
 
 def _capped(weights: Weights, gram: Tensor, max_norm: float) -> Weights:
-    """Return weights with the norm of ``sum_t w_t g_t`` brought down to ``max_norm``."""
+    """Return weights scaled so that ``sum_t w_t g_t`` has a norm of at most ``max_norm``."""
     norm = (weights.shared @ gram @ weights.shared).clamp(min=0).sqrt()
     return replace(weights, shared=weights.shared * (max_norm / (norm + 1e-6)).clamp(max=1))

@@ -1,4 +1,4 @@
-"""What bilevel strategies see: losses and gradients of two halves of a batch, here and where a step would lead."""
+"""Losses and gradients of two halves of a batch, before and after a trial step, for bilevel strategies."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastmtl.engine.halving import are_by_row
 from fastmtl.engine.hidden import VJP
 from fastmtl.engine.jacobian import detached
 from fastmtl.engine.methods.base import forward
-from fastmtl.engine.model import Labels, keeping_buffers
+from fastmtl.engine.model import Labels, preserving_buffers
 from fastmtl.engine.pullback import Sum
 from fastmtl.engine.regions import Regions
 from fastmtl.engine.trees import joined, leaves
@@ -32,16 +32,12 @@ __all__ = ["LookAhead", "LookaheadEngine", "LookedAhead"]
 
 
 class LookAhead:
-    """A batch cut in two, and the network's losses and gradients on its halves, at parameters of choice.
+    """A batch cut in two, and the network's losses and gradients on its halves, at parameters the strategy chooses.
 
     Gradients are lists over all trainable parameters, None where a parameter has none.
 
-    Args:
-        batch: The batch.
-        rates: Learning rate of the model's optimizer: one for all parameters, or one for each.
-        regions: The network's functions, compiled or not.
-        comm: The other processes; losses and gradients are those of all of them.
-        differentiate: What computes VJPs.
+    ``rates`` are the learning rates of the optimizer, one for all parameters or one for each. Losses and gradients are
+    those of all processes.
 
     Attributes:
         lr: The greatest learning rate.
@@ -97,16 +93,16 @@ class LookAhead:
 
     @contextmanager
     def moved(self) -> Iterator[None]:
-        """Let :meth:`move` change the parameters; at the end they, and the buffers, are what they were."""
-        kept = [param.detach().clone() for param in self.params]
+        """Let :meth:`move` change the parameters in the block; then restore parameters and buffers."""
+        saved = [param.detach().clone() for param in self.params]
         self._moved = True
         try:
-            with keeping_buffers(self.problem.model):
+            with preserving_buffers(self.problem.model):
                 yield
         finally:
             self._moved = False
             with torch.no_grad():
-                for param, value in zip(self.params, kept, strict=True):
+                for param, value in zip(self.params, saved, strict=True):
                     param.copy_(value)
 
     def weighted(self, rows: Sequence[Row], weights: Tensor) -> Row:
@@ -114,7 +110,7 @@ class LookAhead:
         return cast(Row, ops.combine(rows, weights))
 
     def by_rates(self, row: Row) -> Row:
-        """Return a gradient times each parameter's learning rate, as a share of :attr:`lr`."""
+        """Return a gradient times each parameter's learning rate, divided by :attr:`lr`."""
         shares = zip(row, self._shares, strict=True)
         return [grad if grad is None or share == 1 else grad * share for grad, share in shares]
 
@@ -133,15 +129,15 @@ class LookAhead:
         return mean, self._whole(*preds)
 
     def _whole(self, first: Mapping[str, object], second: Mapping[str, object]) -> Mapping[str, object]:
-        """Return the predictions of the whole batch: those of the halves together where they are rows."""
+        """Return the predictions of the whole batch: those of the halves concatenated where they have rows."""
         inner, outer = self.inner.labels, self.outer.labels
         if are_by_row(first, inner) and are_by_row(second, outer) and _are_alike(first, second):
-            # A single row is both halves.
+            # Both halves may be the same batch of a single row.
             return {
                 task: pred if inner.get(task) is outer.get(task) else joined([pred, second[task]])
                 for task, pred in first.items()
             }
-        with keeping_buffers(self.problem.model):
+        with preserving_buffers(self.problem.model):
             return self.problem.without_graph(partial(forward, self.regions, self._batch))[1]
 
     def _forward(self, batch: Batch) -> tuple[Sequence[Tensor], Tensor]:
@@ -155,7 +151,7 @@ class LookAhead:
 
 @contextmanager
 def _naming_halves() -> Iterator[None]:
-    """Say of batch normalisation's refusal of a single row that the row is half a batch."""
+    """Explain batch normalisation's error for a single row: the row is half a batch."""
     try:
         yield
     except ValueError as cause:
@@ -168,13 +164,13 @@ def _naming_halves() -> Iterator[None]:
 
 
 def _are_alike(first: object, second: object) -> bool:
-    """Return whether predictions have the same sizes but for the number of rows; sequences may be padded apart."""
+    """Return whether predictions have the same shapes but for the rows; sequences may be padded differently."""
     pairs = zip(leaves(first), leaves(second), strict=True)
     return all(a.shape[1:] == b.shape[1:] for a, b in pairs if isinstance(a, Tensor) and isinstance(b, Tensor))
 
 
 class LookedAhead:
-    """A step whose update, or the weights of its last batch, a bilevel strategy decides by looking ahead.
+    """A step in which a bilevel strategy decides the update, or the weights of the last batch.
 
     Attributes:
         losses: (T,) losses of the step, once the gradients are written.
@@ -205,7 +201,7 @@ class LookedAhead:
 
 
 class LookaheadEngine:
-    """Lets a bilevel strategy look ahead on the first batch; it decides the update, or weights for the last batch."""
+    """For bilevel strategies: they look ahead on the first batch and decide the update, or the last batch's weights."""
 
     keeps_grads = False
     possible = True
@@ -216,7 +212,7 @@ class LookaheadEngine:
         self.comm = comm
 
     def differentiate(self, ctx: StepContext, known: Weights | None) -> LookedAhead:
-        """Return the halves of the first batch; nothing is run yet."""
+        """Return the step with the halves of the first batch; no pass runs yet."""
         self.comm.unshard()
         self.structure.learn_decoders(ctx.batches[0])
         self.structure.learn(ctx.batches[0], cuts=False)

@@ -1,4 +1,4 @@
-"""The computations of a training step, as functions of inputs and labels that can be compiled one by one."""
+"""The forward computations of a training step, as functions that can be compiled one by one."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from fastmtl.engine.halving import Halving, Pair, checked_halves
 from fastmtl.engine.model import Features, Labels, MTLModel, Tasks
-from fastmtl.engine.trees import leaves, map_tree
+from fastmtl.engine.trees import detached_tree, leaves, map_tree
 from fastmtl.errors import UsageError
 from fastmtl.loss import AbsLoss
 
@@ -24,23 +24,23 @@ Scored: TypeAlias = tuple[tuple[Tensor, ...], Mapping[str, object]]
 
 
 class Problem:
-    """A model, its losses and what is done to its predictions.
+    """A model, its losses, and the hooks on predictions and batches.
 
-    Losses come as a tuple of T scalars, so that the backward pass of one does not walk through the heads of the others.
+    Losses are a tuple of T scalars, so that the backward pass of one does not run through the heads of the others.
 
     Args:
         model: The architecture.
         losses: The loss of each task.
         process_preds: The trainer's hook, called with all predictions, or with one and its task if multi-input.
-        low_precision: The dtype the network computes in where that is safe (autocast); losses are always float32 then.
-        strategy_params: The parameters of the model that are the strategy's.
-        decodes_all: Run all decoders in steps of some tasks too, as ``process_preds`` needs all predictions.
-        split_batch: The trainer's hook, which cuts the inputs and labels of a batch in two; row by row if None.
+        low_precision: The dtype of autocast, None without; losses are float32 either way.
+        strategy_params: The parameters that belong to the strategy.
+        decodes_all: Run all decoders in steps of some of the tasks too, as ``process_preds`` needs all predictions.
+        split_batch: The trainer's hook that cuts inputs and labels of a batch in two halves; by rows if None.
 
     Attributes:
         tasks: All tasks.
         shared_params: The trainable parameters whose task gradients are balanced.
-        task_params: The other trainable ones of the network.
+        task_params: The other trainable parameters of the network, those of single tasks.
         needs_graph: Whether some loss takes derivatives of predictions.
     """
 
@@ -68,10 +68,10 @@ class Problem:
         self.task_params = [param for param in model.parameters() if param.requires_grad and param not in known]
 
     def halves(self, inputs: object, labels: Labels) -> tuple[Pair, Pair]:
-        """Return two halves of a batch, for strategies that look ahead.
+        """Return two halves of a batch, each with its labels, for strategies that look ahead.
 
         Raises:
-            UsageError: It cannot be cut, or the trainer's hook returns something else.
+            UsageError: The batch cannot be cut, or ``split_batch`` returns no two halves.
         """
         known = {task: label for task, label in labels.items() if label is not None}
         first, second = checked_halves(self._split_batch(inputs, known), known, self.model.multi_input)
@@ -82,11 +82,11 @@ class Problem:
         return [*self.shared_params, *self.task_params]
 
     def decoded(self, tasks: Tasks) -> Tasks:
-        """Return the tasks whose decoders run in a step of some tasks."""
+        """Return the tasks whose decoders run in a step of these tasks."""
         return self.tasks if self.decodes_all else tasks
 
     def without_graph(self, run: Callable[[], Result]) -> Result:
-        """Return what a pass that will not be differentiated gives; losses that take derivatives have a graph."""
+        """Run a pass that will not be differentiated, without graph unless a loss takes derivatives."""
         if not self.needs_graph:
             try:
                 with torch.no_grad():
@@ -96,8 +96,7 @@ class Problem:
                     raise
                 self.needs_graph = True
         with torch.enable_grad():
-            result: Any = run()
-        return map_tree(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, result)
+            return cast(Result, detached_tree(run()))
 
     def trunk(self, inputs: object) -> Features:
         """Return the shared features."""
@@ -105,13 +104,13 @@ class Problem:
             return self.model.trunk(inputs)
 
     def heads(self, features: Sequence[Features], labels: Labels, tasks: Tasks) -> Scored:
-        """Return losses and predictions from aliases of the shared features, one for each of ``decoded(tasks)``."""
+        """Return losses and predictions from aliases of the shared features, one per task of ``decoded(tasks)``."""
         with self._autocast():
             reps = [self.model.branch(alias, task) for alias, task in zip(features, self.decoded(tasks), strict=True)]
         return self.decode(reps, labels, tasks)
 
     def reps(self, inputs: object, tasks: Tasks) -> Features:
-        """Return the representation of each of ``decoded(tasks)``, or a single one if they share it."""
+        """Return one representation per task of ``decoded(tasks)``, or a single one if they share it."""
         with self._autocast():
             features = self.model.trunk(inputs)
             reps = tuple(self.model.branch(features, task) for task in self.decoded(tasks))
@@ -124,14 +123,14 @@ class Problem:
         return self._score(preds, labels, tasks)
 
     def whole(self, inputs: object, labels: Labels, tasks: Tasks | None = None) -> Scored:
-        """Return losses and predictions of one batch that all tasks share, of all tasks if none are named."""
+        """Return losses and predictions of a batch that all tasks share; of all tasks if ``tasks`` is None."""
         tasks = self.tasks if tasks is None else tasks
         with self._autocast():
             decoded = self.decoded(tasks)
             if len(decoded) == len(self.tasks) or not self.model.splits:
                 preds = self.model(inputs)
             else:
-                # The decoders of absent tasks do not run: they may have statistics of their own.
+                # The decoders of absent tasks do not run: they may keep statistics.
                 features = self.model.trunk(inputs)
                 preds = {task: self.model.decoders[task](self.model.branch(features, task)) for task in decoded}
         return self._score(preds, labels, tasks)
@@ -163,7 +162,7 @@ class Problem:
         return self._loss(pred, labels, task), pred
 
     def _full(self, pred: object) -> object:
-        """Return predictions in float32 where the network's are not."""
+        """Return 16-bit predictions in float32."""
 
         def full(leaf: object) -> object:
             return leaf.float() if isinstance(leaf, Tensor) and leaf.dtype in (torch.bfloat16, torch.float16) else leaf
@@ -176,7 +175,7 @@ class Problem:
         missing = [task for task in labelled if not isinstance(preds, Mapping) or task not in preds]
         if missing:
             raise UsageError(
-                f"process_preds must return a dictionary with a prediction of every task, got none of {missing[0]}."
+                f"process_preds must return a dictionary with a prediction for every task, got none for {missing[0]}."
             )
         return tuple(self._loss(preds[task], labels[task], task) for task in labelled), preds
 
@@ -190,8 +189,8 @@ class Problem:
             if label is None:
                 raise
             raise UsageError(
-                f"A label of {task} is {label[1]}, which is none of the classes it has predictions for. Classes count "
-                "from 0; the label that stands for a missing one is its loss's ignore_index."
+                f"A label of {task} is {label[1]}, but its predictions have no such class: classes count from 0, and a "
+                "missing label is marked by the ignore_index of the loss."
             ) from cause
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -200,13 +199,13 @@ class Problem:
                 f"got {got}."
             )
         if loss.dtype == torch.float64 and all(leaf.dtype != torch.float64 for leaf in _floats(pred)):
-            # The labels were.
+            # Because the labels are float64.
             loss = loss.float()
         return loss.reshape(())
 
 
 def cut_features(features: Features, always: bool = False) -> Features:
-    """Return aliases of the features that start a graph of their own, at those that depend on parameters, or always."""
+    """Return detached aliases of the features; those that depend on parameters, or ``always`` all, require grad."""
 
     def cut(leaf: object) -> object:
         if not isinstance(leaf, Tensor):
@@ -217,7 +216,7 @@ def cut_features(features: Features, always: bool = False) -> Features:
 
 
 def _nothing(pred: object) -> Tensor:
-    """Return a loss of zero for labels that only other processes or batches have, with a graph like theirs."""
+    """Return a zero loss, with a graph, for a task whose labels only other processes or batches have."""
     # Not a multiple of the predictions, which may be infinite.
     return torch.stack([tensor.reshape(-1)[:0].sum() for tensor in _floats(pred)]).sum()
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ["Features", "HasModules", "Labels", "MTLModel", "Tasks", "keeping_buffers"]
+__all__ = ["Features", "HasModules", "Labels", "MTLModel", "Tasks", "preserving_buffers"]
 
 # Tensors, or containers of them.
 Features: TypeAlias = tuple[Any, ...]
-# The labels of a batch by task; None stands for those that only other batches or processes of the step have.
+# The labels of a batch by task; None for a task that has labels in other batches or processes of the step only.
 Labels: TypeAlias = Mapping[str, object]
 Tasks: TypeAlias = tuple[str, ...]
 
@@ -38,8 +38,8 @@ class MTLModel(HasModules, Protocol):
         rep_grad: Whether the gradients of the representations are balanced.
         multi_input: Whether each task has inputs of its own.
         decoders: The decoder of each task.
-        rep: After a forward pass in one piece with ``rep_grad``: the representation, or one for each task.
-        rep_tasks: The same, cut off, for each task.
+        rep: With ``rep_grad``, after ``forward``: the representation, or one for each task.
+        rep_tasks: The same for each task, detached.
     """
 
     task_name: list[str]
@@ -76,9 +76,9 @@ class MTLModel(HasModules, Protocol):
 
 
 @contextmanager
-def keeping_buffers(model: HasModules) -> Iterator[None]:
-    """Let the buffers of a network, such as statistics of batch norms, be at the end what they were."""
-    kept = [
+def preserving_buffers(model: HasModules) -> Iterator[None]:
+    """Restore the buffers of a network, such as statistics of batch norms, at the end."""
+    saved = [
         (module, name, buffer, buffer.clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
@@ -89,7 +89,7 @@ def keeping_buffers(model: HasModules) -> Iterator[None]:
         yield
     finally:
         with torch.no_grad():
-            for module, name, buffer, value in kept:
+            for module, name, buffer, value in saved:
                 buffer.copy_(value)
-                # A module may have put another tensor in its place.
+                # The module may have replaced the tensor.
                 module._buffers[name] = buffer

@@ -1,4 +1,4 @@
-"""How weights become gradients of the shared parameters where rows are not simply combined: by one more VJP."""
+"""Pullbacks that compute the gradients of the shared parameters by one more VJP."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastmtl.engine.vjp import vjp
 from fastmtl.engine.weights import Row, Rows, Weights
 from fastmtl.support.profiling import part
 
-__all__ = ["Representations", "Sum", "Through", "weighted"]
+__all__ = ["Representations", "Sum", "TrunkVJP", "weighted"]
 
 
 def weighted(weights: Tensor, cotangents: Rows) -> Row:
@@ -27,8 +27,8 @@ def weighted(weights: Tensor, cotangents: Rows) -> Row:
         return cast(Row, ops.combine(cotangents, weights))
 
 
-class Through(Pullback):
-    """The rows have the Jacobian's Gram matrix and are no gradients; the update is one more VJP through the trunk."""
+class TrunkVJP(Pullback):
+    """The rows only share the Jacobian's Gram matrix; the update is one more VJP through the trunk."""
 
     def __init__(self, features: Sequence[Tensor], cotangents: Rows, params: Sequence[nn.Parameter]) -> None:
         self.features = features
@@ -44,10 +44,10 @@ class Through(Pullback):
 
 
 class Representations(Pullback):
-    """The rows are gradients of the representations; one VJP carries what they become to the parameters.
+    """The rows are gradients of the representations; one VJP of their weighted sum gives those of the parameters.
 
     Args:
-        attached: T representations, or one that the tasks share.
+        attached: T representations with their graph, or one that the tasks share.
         grads: T gradients of them.
     """
 
@@ -58,12 +58,12 @@ class Representations(Pullback):
 
     @property
     def reps(self) -> list[Tensor]:
-        """Return T representations, detached: the same tensor T times where the tasks share it."""
+        """Return T detached representations, T times the same tensor where the tasks share it."""
         reps = [rep.detach() for rep in self.attached]
         return reps if len(reps) == len(self.grads) else reps * len(self.grads)
 
     def collect(self, rows: Rows, comm: Comm, final: bool) -> Rows:
-        """Return the sums over the processes, which are small."""
+        """Return the sums of the rows over the processes."""
         return comm.collect_reps(rows)
 
     def gram(self, rows: Rows, groups: Sequence[int] | None, comm: Comm, shares: Tensor | None) -> Tensor:
@@ -76,28 +76,23 @@ class Representations(Pullback):
         self.others.append(other)
 
     def write(self, weights: Weights, source: HasRows, comm: Comm, tasks: Tasks) -> None:
-        """Send the weighted gradients of the representations down to the shared parameters."""
+        """Run the VJP of the weighted gradients of the representations."""
         if weights.reps is not None:
-            self._send(weights.reps)
+            self._backward(weights.reps)
         else:
             for batch in (self, *self.others):
-                batch._send([w.to(grad.dtype) * grad for w, grad in zip(weights.shared, batch.grads, strict=True)])
+                batch._backward([w.to(grad.dtype) * grad for w, grad in zip(weights.shared, batch.grads, strict=True)])
         comm.all_reduce_grads(tasks)
 
-    def _send(self, grads: Sequence[Tensor]) -> None:
-        """Send down T gradients of the representations, or their sum where they share one."""
+    def _backward(self, grads: Sequence[Tensor]) -> None:
+        """Backpropagate T gradients of the representations, or their sum where the tasks share one."""
         fits = len(grads) == len(self.attached)
         with part("VJPs"):
             torch.autograd.backward(self.attached, list(grads) if fits else [torch.stack(list(grads)).sum(0)])
 
 
 class Sum(Pullback):
-    """The losses are still to be differentiated, as one weighted sum that reaches all parameters.
-
-    Args:
-        losses: T losses with their graph.
-        batch: What they are of.
-    """
+    """The T losses are yet to be differentiated: one backward pass of their weighted sum, to all parameters."""
 
     def __init__(self, losses: Sequence[Tensor], batch: Batch) -> None:
         self.losses = losses
@@ -109,7 +104,7 @@ class Sum(Pullback):
         comm.all_reduce_grads(tasks)
 
     def backward(self, weights: Tensor) -> None:
-        """Run the backward pass in this process; a loss that depends on no parameter takes no part."""
+        """Run the backward pass in this process, without losses that depend on no parameter."""
         seeds = self.batch.seeds(self.losses, weights)
         pairs = [(loss, seed) for loss, seed in zip(self.losses, seeds, strict=True) if loss.requires_grad]
         if pairs:

@@ -1,4 +1,4 @@
-"""What a compiled function needs to be differentiated several times."""
+"""Settings for compiled functions that are differentiated several times."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ _TAG = "fastmtl.repeated-backwards"
 
 
 def allow_repeated_backwards() -> None:
-    """Let compiled backward passes run several times: forbid them to write into the saved activations.
+    """Turn donated buffers off, so that compiled backward passes can run several times.
 
-    A shared network's backward pass runs once per task over the same activations; with donated buffers the second
-    task's gradient would be computed from overwritten memory, or torch would refuse. What was compiled before stays as
-    it is. Torch's caches on disk do not tell backward passes with donated buffers from others, so that those of other
-    programs, of which the second gradient would be silently wrong, are kept apart by a tag.
+    A shared network's backward pass runs once per task over the same activations. With donated buffers it may overwrite
+    them, so that the second task's gradient would be wrong. Functions compiled earlier are not affected. Torch's caches
+    on disk do not distinguish backward passes by this setting; a tag in their keys does.
     """
     import torch._functorch.config as functorch_config
     import torch.compiler.config as compiler_config
@@ -30,7 +29,7 @@ def allow_repeated_backwards() -> None:
 
 def _set(config: Any, name: str, value: Any) -> None:
     setattr(config, name, value)
-    # From torch 2.12 on a setting belongs to the thread that made it, and the backward pass has threads of its own.
+    # From torch 2.12 on settings are per thread, and backward passes run in other threads.
     entry: Any = getattr(config, "_config", {}).get(name)
     if hasattr(entry, "default"):
         entry.default = value

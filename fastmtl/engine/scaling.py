@@ -1,4 +1,4 @@
-"""What float16 multiplies the losses by."""
+"""The loss scale of float16, and its absence."""
 
 from __future__ import annotations
 
@@ -16,39 +16,35 @@ T = TypeVar("T")
 
 
 class Undoable(Protocol[T]):
-    """What learns in a step that may be taken back."""
+    """State that changes in a step that may be undone."""
 
     def learned(self) -> T:
-        """Return what `take_back` goes back to."""
+        """Return the state that `take_back` restores."""
 
     def take_back(self, before: T, bad: Tensor) -> None:
-        """Forget what was learned since ``before`` if the scalar ``bad`` is true."""
+        """Restore the state ``before`` where the scalar ``bad`` is true."""
 
 
 class LossScale:
-    """The number that all losses are multiplied by; here 1: gradients are what they are.
-
-    Args:
-        masked: Scalar, 1 if the optimizer must not change anything.
-    """
+    """The number that all losses are multiplied by, here 1; the scalar ``masked`` is 1 if a step must be skipped."""
 
     def __init__(self, masked: Tensor) -> None:
         self.masked = masked
 
     def factor(self, share: Tensor | None) -> Tensor | None:
-        """Return what the losses of a batch are multiplied by, its share in the step included; None for 1."""
+        """Return the factor of a batch's losses, its share in the step included; None for 1."""
         return share
 
     def up(self, value: Tensor) -> Tensor:
-        """Return a number that belongs to unscaled gradients as one of those that are there."""
+        """Return a number for unscaled gradients as the one for scaled gradients."""
         return value
 
     def limit(self, max_norm: float) -> float | Tensor:
-        """Return the greatest norm of the gradients that are there from that of unscaled ones."""
+        """Return the limit on the norm of scaled gradients from the limit for unscaled ones."""
         return max_norm
 
     def gram(self, gram: Tensor) -> Tensor:
-        """Return the Gram matrix of unscaled gradients from that of those that are there."""
+        """Return the Gram matrix of unscaled gradients from that of scaled ones."""
         return gram
 
     def rows(self, rows: Rows) -> Rows:
@@ -56,7 +52,7 @@ class LossScale:
         return rows
 
     def watched(self, gram: Tensor | None, weights: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """Return what of a step's Gram matrix and weights is an error if it is not finite."""
+        """Return those of a step's Gram matrix and weights that must be finite."""
         return gram, weights
 
     def unscale(self, params: Iterable[nn.Parameter]) -> None:
@@ -64,13 +60,13 @@ class LossScale:
 
     @contextmanager
     def undoing(self, state: Undoable[T]) -> Iterator[None]:
-        """Take back what a strategy learns in the block if the gradients of this step overflow."""
+        """Undo the state changes of the block if the gradients of this step overflow."""
         yield
 
     def settle(self, found_inf: Tensor) -> None:
-        """Decide whether the optimizer may change anything, from the guard's flag, and adapt the scale."""
+        """Set ``masked`` from the guard's flag, and adapt the scale."""
 
-    def shown(self) -> list[Tensor]:
+    def logged(self) -> list[Tensor]:
         """Return scalars for the log: the scale and the steps skipped so far."""
         return []
 
@@ -79,4 +75,4 @@ class LossScale:
         return {}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Go on where `state_dict` was taken."""
+        """Restore a ``state_dict``."""

@@ -1,4 +1,4 @@
-"""Containers of tensors, as batches and predictions come: mappings, lists and tuples, one in the other."""
+"""Trees of tensors, such as batches and predictions: nested mappings, lists and tuples."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastmtl.support.kinds import Tree
 
-__all__ = ["joined", "leaves", "map_tree", "mapping_like", "tensors_of"]
+__all__ = ["detached_tree", "joined", "leaves", "map_tree", "mapping_like", "tensors_of"]
 
 
 def map_tree(
@@ -20,8 +20,8 @@ def map_tree(
 ) -> Tree:
     """Return ``function`` of all leaves, in containers like those of ``tree``.
 
-    Leaves are what is no mapping, list or tuple, and what ``is_leaf`` says is one. Mappings become what
-    :func:`mapping_like` makes of them. ``others`` have the containers of ``tree``; ``function`` takes a leaf of each.
+    Leaves are all objects but mappings, lists and tuples, and those that satisfy ``is_leaf``. Mappings are rebuilt by
+    :func:`mapping_like`. ``others`` are trees of the same structure; ``function`` takes one leaf of each tree.
     """
 
     def mapped(entry: Any, *rest: Tree) -> Tree:
@@ -40,9 +40,9 @@ def map_tree(
 
 
 def mapping_like(tree: Any, parts: dict[Any, Any]) -> Tree:
-    """Return a mapping of the class of ``tree`` with other entries of the same keys; a dictionary for plain ones.
+    """Return a mapping of the class of ``tree`` with other values for its keys; a dictionary for plain classes.
 
-    Further attributes stay, and entries that are attributes too are so in what is returned.
+    Further attributes are kept; attributes that are the same objects as values of ``tree`` are replaced too.
     """
     if is_dataclass(tree):
         kind: Any = type(tree)
@@ -62,7 +62,7 @@ def _copied(tree: MutableMapping[Any, Any]) -> MutableMapping[Any, Any]:
     except (AttributeError, KeyError, TypeError):
         if not isinstance(tree, dict):
             raise
-    # It answers to every name as if it were an entry, also to those that copies ask for.
+    # Its __getattr__ takes every name for a key, also those that copy looks up.
     like: dict[Any, Any] = type(tree).__new__(type(tree))
     vars(like).update(vars(tree))
     return like
@@ -78,12 +78,17 @@ def leaves(tree: Tree) -> list[Any]:
 
 
 def joined(parts: Sequence[Any]) -> Tree:
-    """Return the predictions for several parts of a batch as those for the whole."""
+    """Concatenate the predictions for several parts of a batch."""
     if len(parts) == 1:
         return parts[0]
     return map_tree(lambda *entry: torch.cat([part.detach() for part in entry]), *parts)
 
 
+def detached_tree(tree: Tree) -> Tree:
+    """Return a tree with its tensors detached."""
+    return map_tree(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
+
+
 def tensors_of(tree: Tree) -> list[Tensor]:
-    """Return the leaves that are tensors, in order; a trunk may hand on others, such as inputs in a dictionary."""
+    """Return the leaves that are tensors, in order."""
     return [leaf for leaf in leaves(tree) if isinstance(leaf, Tensor)]

@@ -11,7 +11,7 @@ from torch.autograd.graph import GradientEdge
 
 from fastmtl.ops._rows import is_dense
 
-__all__ = ["Cotangents", "batched_jacobians", "batched_vjps", "identity_rows", "jacobians", "vjp"]
+__all__ = ["Cotangents", "batched_jacobians", "batched_vjps", "identity_rows", "jacobians", "seeded", "vjp"]
 
 Cotangents = Sequence[Tensor | None]
 
@@ -21,26 +21,25 @@ def vjp(
 ) -> list[Tensor | None]:
     """Return the gradients of ``sum <output, cotangent>``; None as the cotangent of a scalar loss is 1.
 
-    An output that is no loss and has no cotangent takes no part; an input that requires no gradient has none.
+    Other outputs without a cotangent are left out; inputs that require no gradient get None.
     """
-    wanted = [source for source in inputs if _has_gradient(source)]
-    pairs = [
-        (o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad and (c is not None or not o.dim())
-    ]
+    # Torch's annotation allows no mixture of tensors and edges.
+    wanted: Any = [source for source in inputs if _has_gradient(source)]
+    pairs = seeded(outputs, cotangents)
     if not pairs or not wanted:
         return [None] * len(inputs)
-    # Torch's annotation allows no mixture of the two.
-    sources: Any = wanted
-    grads = iter(
-        torch.autograd.grad(
-            [o for o, _ in pairs],
-            sources,
-            [torch.ones_like(o) if c is None else c for o, c in pairs],
-            retain_graph=retain,
-            allow_unused=True,
-        )
-    )
+    roots, seeds = zip(*pairs, strict=True)
+    grads = iter(torch.autograd.grad(roots, wanted, seeds, retain_graph=retain, allow_unused=True))
     return [next(grads) if _has_gradient(source) else None for source in inputs]
+
+
+def seeded(outputs: Sequence[Tensor], cotangents: Cotangents) -> list[tuple[Tensor, Tensor]]:
+    """Return the outputs that take part in a VJP with their cotangents, 1 for None of a scalar."""
+    return [
+        (output, torch.ones_like(output) if cotangent is None else cotangent)
+        for output, cotangent in zip(outputs, cotangents, strict=True)
+        if output.requires_grad and (cotangent is not None or not output.dim())
+    ]
 
 
 def _has_gradient(source: Tensor | GradientEdge) -> bool:
@@ -50,10 +49,7 @@ def _has_gradient(source: Tensor | GradientEdge) -> bool:
 def batched_vjps(
     outputs: Sequence[Tensor], cotangents: Sequence[Cotangents], inputs: Sequence[Tensor | GradientEdge]
 ) -> list[list[Tensor | None]]:
-    """Return `vjp` of each of the T cotangents, from one backward pass; the graph stays.
-
-    Returns:
-        T lists of views of (T, ...) gradients.
+    """Return `vjp` of each of the T cotangents, as views of (T, ...) gradients of one backward pass; keeps the graph.
 
     Raises:
         RuntimeError: An operator of the graph has no batching rule.
@@ -66,16 +62,8 @@ def batched_vjps(
     wanted: Any = [source for source in inputs if _has_gradient(source)]
     if not pairs or not wanted:
         return [[None] * len(inputs) for _ in cotangents]
-    grads = iter(
-        torch.autograd.grad(
-            [output for output, _ in pairs],
-            wanted,
-            [stacked for _, stacked in pairs],
-            retain_graph=True,
-            allow_unused=True,
-            is_grads_batched=True,
-        )
-    )
+    roots, seeds = zip(*pairs, strict=True)
+    grads = iter(torch.autograd.grad(roots, wanted, seeds, retain_graph=True, allow_unused=True, is_grads_batched=True))
     columns: list[Sequence[Tensor | None]] = []
     for source in inputs:
         grad = next(grads) if _has_gradient(source) else None
@@ -87,7 +75,7 @@ def batched_vjps(
 
 
 def identity_rows(outputs: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Yield, for each entry of the outputs, the output it is in and the cotangent that selects it."""
+    """Yield for each entry of the outputs the output and the cotangent that selects the entry."""
     for output in outputs:
         for entry in range(output.numel()):
             cotangent = torch.zeros_like(output, memory_format=torch.contiguous_format)
@@ -109,33 +97,33 @@ def jacobians(
     num_rows: int,
     inputs: Sequence[Tensor],
     retain: bool,
-    beside: Sequence[Tensor] = (),
-    take: Callable[[list[Tensor | None]], None] | None = None,
+    extra: Sequence[Tensor] = (),
+    on_extra: Callable[[list[Tensor | None]], None] | None = None,
 ) -> list[Tensor]:
-    """Return one (m, ...) Jacobian per input, each row from a VJP of its own.
+    """Return one (m, ...) Jacobian per input, with one VJP per row.
 
-    A row is copied to its place before the next one is computed, so that nothing of the Jacobian's size is held twice.
+    Each row is copied to its place before the next one is computed, so that no second copy of the Jacobian exists.
 
     Args:
         rows: The outputs and cotangents of each row.
         num_rows: Their number m.
         inputs: What to differentiate with respect to; zeros where a row does not depend on an input.
         retain: Keep the graph after the last row.
-        beside: Further tensors to differentiate with respect to, in the same backward passes.
-        take: Given their gradients, row by row.
+        extra: Further tensors to differentiate with respect to, in the same backward passes.
+        on_extra: Called with their gradients for each row.
     """
     jacs = [_empty(source, num_rows) for source in inputs]
     slots = zip(*(source.unbind(0) for source in jacs), strict=True)
     for number, ((outputs, cotangents), slot) in enumerate(zip(rows, slots, strict=True)):
-        grads = vjp(outputs, cotangents, [*inputs, *beside], retain=retain or number + 1 < num_rows)
-        if take is not None:
-            take(grads[len(inputs) :])
+        grads = vjp(outputs, cotangents, [*inputs, *extra], retain=retain or number + 1 < num_rows)
+        if on_extra is not None:
+            on_extra(grads[len(inputs) :])
         for place, grad in zip(slot, grads[: len(inputs)], strict=True):
             if grad is None:
                 place.zero_()
             else:
                 place.copy_(grad)
-        # The next row's gradients take this one's memory.
+        # So that the next row's gradients can reuse the memory.
         del grads, grad
     return jacs
 
@@ -143,14 +131,9 @@ def jacobians(
 def batched_jacobians(
     outputs: Sequence[Tensor], cotangents: Sequence[Tensor], inputs: Sequence[Tensor], chunk: int, retain: bool
 ) -> list[Tensor]:
-    """Return one (m, ...) Jacobian per input, from VJPs of ``chunk`` rows at once.
+    """Return one (m, ...) Jacobian per input, by batched VJPs of ``chunk`` rows; ``chunk`` 1 needs no batching rules.
 
-    Args:
-        outputs: What to differentiate.
-        cotangents: For each output the m rows (m, ...) of its cotangents.
-        inputs: What to differentiate with respect to.
-        chunk: Rows per backward pass; 1 needs no batching rules of the operators.
-        retain: Keep the graph after the last row.
+    ``cotangents`` holds m rows (m, ...) per output; ``retain`` keeps the graph after the last row.
     """
     num_rows = len(cotangents[0])
     if chunk == 1 or num_rows == 1:

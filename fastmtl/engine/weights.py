@@ -1,4 +1,4 @@
-"""What a strategy decides in one step."""
+"""The decision of a strategy in one step."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ Rows = list[Row]
 
 @dataclass(kw_only=True, slots=True)
 class Weights:
-    """What a strategy decides in one step; all tensors stay on the device.
+    """The decision of a strategy in one step; all tensors stay on the device.
 
     Attributes:
         shared: (T,). The update of the shared parameters is ``sum_t shared_t g_t``, g_t the gradient of task t's loss;
             with several groups of parameters (L, T), with k samples (k T,).
         heads: (T,), or (k T,), weights of the task-specific parameters' gradients. A strategy that ``weighs_heads``
             gives them; for the others they are ones. With ``needs = "losses"`` everything has the weights ``shared``.
-        logged: (T,). What is reported as the task weights; ``shared`` unless given, of groups its mean.
-        rows: What ``shared`` combines in place of the task gradients.
-        groups: The group of each shared parameter, if groups are weighed apart.
-        reps: What flows back into the representations in place of their weighted gradients.
+        logged: (T,). The task weights for the log; ``shared`` if None, its mean over groups.
+        rows: The rows that ``shared`` combines in place of the task gradients.
+        groups: The group of each shared parameter, if groups have separate weights.
+        reps: Gradients of the representations, in place of their weighted ones.
         reports: Whether there are weights to report.
         gram: (T, T) Gram matrix of the rows, where one was computed, for ``max_norm`` and the log.
         max_norm: Greatest 2-norm of the shared update.
-        known: (T,) booleans, False for tasks whose loss of 0 takes no part in this step: averages of weights leave them
-            out. All take part if None.
+        known: (T,) booleans, False for tasks without labels in this step, which averages of weights leave out; None for
+            all True.
         own_grads: Gradients of the strategy's own parameters, by name; the model's optimizer trains them.
     """
 

@@ -1,4 +1,4 @@
-"""Encoders and decoders. What comes from torchvision imports it when it is first asked for."""
+"""Encoders and decoders; torchvision is imported on the first use of those that need it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Import torchvision, or say how to get it."""
+"""Import torchvision, or raise an error with the install command."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["import_torchvision"]
 
 
 def import_torchvision() -> ModuleType:
-    """Return the torchvision module, importable also where its operators cannot be loaded (`fastmtl.support.vision`).
+    """Return the torchvision module, also where its operators cannot be loaded (`fastmtl.support.vision`).
 
     Raises:
         BackendError: torchvision is not installed.

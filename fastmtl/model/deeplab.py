@@ -1,4 +1,4 @@
-"""DeepLab's head for dense predictions: atrous spatial pyramid pooling, and a classifier of each position."""
+"""DeepLab's head for dense predictions: atrous spatial pyramid pooling and a classifier."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class DeepLabHead(_deeplab.DeepLabHead):  # type: ignore[name-defined]
     """A decoder from ``(batch, in_channels, h, w)`` to ``(batch, num_classes, h, w)``; torchvision's.
 
     Its state_dict keys are those of the decoder in LibMTL's examples. In training mode a batch needs two images, as
-    one of its branches normalises over the batch alone.
+    one branch has one value per image and channel, which batch norm normalises.
 
     Source: Chen et al., `Rethinking Atrous Convolution <https://arxiv.org/abs/1706.05587>`_.
 

@@ -38,7 +38,7 @@ __all__ = [
 
 
 class ResNetOptions(TypedDict, total=False):
-    """What torchvision's ``ResNet`` may be told."""
+    """Keyword arguments of torchvision's ``ResNet``."""
 
     num_classes: int
     zero_init_residual: bool
@@ -66,7 +66,7 @@ class ResNet(_resnet.ResNet):  # type: ignore[name-defined]
     def __init__(self, block: type[nn.Module], layers: list[int], **kwargs: Unpack[ResNetOptions]) -> None:
         kwargs["num_classes"] = 0
         with warnings.catch_warnings():
-            # A classifier of no classes draws no random numbers, so the seed's stream stays as without one.
+            # A classifier without classes draws no random numbers, so a seed gives LibMTL's weights.
             warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
             super().__init__(block, layers, **kwargs)
         self.feature_dim: int = self.fc.in_features
@@ -96,24 +96,24 @@ class _Network(Protocol):
 
 
 _NETWORKS: dict[str, _Network] = {}
-# Dilation of the layers that no longer halve the image, by the factor by which the network shrinks it in all.
+# Dilation of the layers without stride, by the total downscaling factor.
 _DILATIONS = {8: {"layer3": 2, "layer4": 4}, 16: {"layer4": 2}}
 _ARGUMENTS = """
 
     Args:
-        pretrained: Load torchvision's ImageNet weights, from the network or torch.hub's cache.
+        pretrained: Load torchvision's ImageNet weights, downloaded or from torch.hub's cache.
         progress: Show the download's progress.
         **kwargs: As of torchvision's ``ResNet``.
 
     Raises:
-        FastmtlError: The weights cannot be had.
+        FastmtlError: The weights cannot be downloaded.
     """
 
 
 def _network(
     name: str, about: str, block: type[nn.Module], layers: list[int], **defaults: Unpack[ResNetOptions]
 ) -> _Network:
-    """Return torchvision's constructor ``name``, for encoders."""
+    """Return torchvision's constructor ``name`` for encoders."""
 
     def build(pretrained: bool = False, progress: bool = True, **kwargs: Unpack[ResNetOptions]) -> ResNet:
         model = ResNet(block, layers, **(kwargs | defaults))
@@ -159,12 +159,12 @@ def resnet_dilated(basenet: str, pretrained: bool = True, dilate_scale: int = 8)
 
     Args:
         basenet: Name of a ResNet of ``fastmtl.model``, as ``"resnet50"``.
-        pretrained: Load torchvision's ImageNet weights, from the network or torch.hub's cache.
-        dilate_scale: 8 or 16, by how much the network shrinks an image.
+        pretrained: Load torchvision's ImageNet weights, downloaded or from torch.hub's cache.
+        dilate_scale: The total downscaling factor, 8 or 16.
 
     Raises:
         UsageError: An unknown ResNet or scale.
-        FastmtlError: The weights cannot be had.
+        FastmtlError: The weights cannot be downloaded.
     """
     if dilate_scale not in _DILATIONS:
         raise UsageError(f"dilate_scale must be 8 or 16, got {dilate_scale}.")
@@ -177,7 +177,7 @@ def resnet_dilated(basenet: str, pretrained: bool = True, dilate_scale: int = 8)
 
 
 def _dilate(conv: nn.Conv2d, dilation: int) -> None:
-    # What enters a layer's strided convolution is still as dense as the layer before gave it.
+    # The input of a layer's strided convolution has the density of the layer before.
     reach = dilation // 2 if conv.stride == (2, 2) else dilation
     conv.stride = (1, 1)
     if conv.kernel_size == (3, 3):

@@ -1,4 +1,4 @@
-"""SegNet, and SegNet with MTAN's attention: encoders that give out maps of the image's own size."""
+"""SegNet, and SegNet with MTAN's attention: encoders whose output has the size of the image."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def _convs(channels: int, count: int) -> nn.Sequential:
 
 
 class _Level(NamedTuple):
-    """What the shared network computes at one resolution.
+    """The shared features at one resolution.
 
-    The encoder's features after its first and its last convolution, what the decoder unpools from the level below, and
-    the decoder's features.
+    The encoder's features after its first and its last convolution, the features that the decoder unpools from the
+    level below, and the decoder's features.
     """
 
     down: tuple[Tensor, Tensor]
@@ -42,8 +42,8 @@ class _Level(NamedTuple):
 class SegNet(nn.Module):
     """SegNet without its classifier: ``(batch, inputs, h, w)`` to ``(batch, channels[0], h, w)``.
 
-    A VGG-like encoder, and a decoder that puts each value back where the encoder's pooling took it from. h and w are at
-    least ``2 ** len(channels)``. The state_dict keys are those of the shared part of LibMTL's SegNet.
+    A VGG-like encoder, and a decoder that unpools with the indices of the encoder's pooling. h and w must be at least
+    ``2 ** len(channels)``. The state_dict keys are those of the shared part of LibMTL's SegNet.
 
     Source: Badrinarayanan, Kendall and Cipolla, `SegNet <https://arxiv.org/abs/1511.00561>`_.
 
@@ -81,8 +81,8 @@ class SegNet(nn.Module):
         """Return the features of every level, from the image's size downwards."""
         down, places = [], []
         for first, rest in zip(self.encoder_block, self.conv_block_enc, strict=True):
-            begun = first(x)
-            down.append((begun, rest(begun)))
+            features = first(x)
+            down.append((features, rest(features)))
             x, place = F.max_pool2d(down[-1][1], 2, return_indices=True)
             places.append(place)
         levels: list[_Level] = []

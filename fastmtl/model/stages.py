@@ -1,7 +1,6 @@
-"""Encoders made of stages, so that an architecture can attach something to each stage.
+"""Encoders made of stages, for architectures that use the features of each stage, such as MTAN.
 
-MTAN and its kind need to know where an encoder can be cut. A ResNet says so with its layers; any other encoder says so
-by being a :class:`StagedEncoder`::
+The stages of a ResNet are its layers; any other encoder can be a :class:`StagedEncoder`::
 
     stem    = nn.Linear(20, 64)
     stages  = [nn.Sequential(nn.Linear(64, 64), nn.ReLU()), nn.Sequential(nn.Linear(64, 32), nn.ReLU())]
@@ -23,13 +22,13 @@ __all__ = ["ConvEncoder", "MLPEncoder", "StagedEncoder", "mask", "norm", "pointw
 class StagedEncoder(nn.Module):
     """An encoder that runs ``stem`` and then its ``stages`` in turn.
 
-    Images flow as ``(batch, channels, h, w)``, vectors as ``(batch, channels)``: the number of dimensions must stay the
-    same from the stem's output to the end. A stage may shrink h and w.
+    Images are ``(batch, channels, h, w)``, vectors ``(batch, channels)``; the outputs of stem and stages must all have
+    the same number of dimensions. A stage may reduce h and w.
 
     Args:
-        stem: What comes before the first stage; ``nn.Identity()`` if nothing does.
-        stages: The stages, at least one. Where a stage is an ``nn.Sequential``, MTAN takes features from just before
-            its last part, which must therefore not work in place.
+        stem: The module before the first stage, or ``nn.Identity()``.
+        stages: The stages, at least one. If a stage is an ``nn.Sequential``, MTAN reads the input of its last part,
+            which must then not be in place.
         stage_dims: Channels of each stage's output.
 
     Attributes:
@@ -86,17 +85,17 @@ class MLPEncoder(StagedEncoder):
 
 
 def pointwise(dim_in: int, dim_out: int, maps: bool, bias: bool = True) -> nn.Module:
-    """Return a linear layer of each position of maps, or of vectors."""
+    """Return a linear layer for each position of maps, or for vectors."""
     return nn.Conv2d(dim_in, dim_out, 1, bias=bias) if maps else nn.Linear(dim_in, dim_out, bias=bias)
 
 
 def norm(dim: int, maps: bool) -> nn.Module:
-    """Return the batch norm of maps, or of vectors."""
+    """Return a batch norm for maps, or for vectors."""
     return nn.BatchNorm2d(dim) if maps else nn.BatchNorm1d(dim)
 
 
 def mask(dim_in: int, dim_mid: int, dim_out: int, maps: bool = True) -> nn.Sequential:
-    """Return the network of MTAN's soft attention: values in 0 .. 1 that features are multiplied with."""
+    """Return MTAN's attention module, whose output in 0 .. 1 multiplies features."""
     return nn.Sequential(
         pointwise(dim_in, dim_mid, maps),
         norm(dim_mid, maps),

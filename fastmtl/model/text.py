@@ -1,4 +1,4 @@
-"""An encoder of texts given as numbers of words."""
+"""An encoder of texts."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ __all__ = ["LSTMEncoder"]
 
 
 class LSTMEncoder(nn.Module):
-    """A word embedding and an LSTM that reads both ways; the mean and the maximum of its states stand for the text.
+    """A word embedding and a bidirectional LSTM; the features are the mean and the maximum of its states.
 
     Args:
-        vocabulary: Number of words; 0 stands for no word and only pads.
+        vocabulary: Number of words; word 0 is padding.
         embedding_dim: Size of a word's vector.
         hidden_dim: Size of the state of each direction.
-        dropout: Share of the words' vectors and of the features that training sets to zero.
+        dropout: Dropout probability of the embeddings and of the features.
 
     Attributes:
-        feature_dim: Size of what it gives out, ``4 * hidden_dim``.
+        feature_dim: Number of features, ``4 * hidden_dim``.
     """
 
     def __init__(self, vocabulary: int, embedding_dim: int = 128, hidden_dim: int = 64, dropout: float = 0.4) -> None:
@@ -35,6 +35,6 @@ class LSTMEncoder(nn.Module):
         vectors = F.dropout(self.embedding(words), self.dropout, self.training)
         states, _ = self.lstm(vectors)
         mean = (states * is_word).sum(1) / is_word.sum(1).clamp(min=1)
-        # States lie in -1 .. 1; a text without words has the lowest everywhere.
+        # States lie in -1 .. 1; an empty text has -1 everywhere.
         most = states.masked_fill(~is_word, -1).amax(1)
         return F.dropout(torch.cat([mean, most], 1), self.dropout, self.training)

@@ -1,4 +1,4 @@
-"""The dtype sums and solvers work in, and what rounding does to a loss."""
+"""The dtype of sums and solvers, and the rounding errors of losses."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _ROUNDING = 1e-5
 
 
 def falls_below(losses: Tensor, bound: Tensor | float) -> Tensor:
-    """Return which losses are below a bound by more than rounding.
+    """Return which losses are below a bound by more than rounding errors.
 
-    A divergence near its optimum, or one minus a cosine, rounds to numbers such as -1e-7 that stand for 0.
+    A divergence near its optimum, or one minus a cosine, may round to -1e-7 in place of 0.
     """
     return losses < bound - max(_ROUNDING, torch.finfo(losses.dtype).eps)
 

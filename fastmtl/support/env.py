@@ -1,4 +1,4 @@
-"""The environment variables fastmtl reads while it runs: one table, one way to read them.
+"""The environment variables that fastmtl reads at run time.
 
 A switch is ``0`` or ``1``. An unset or empty variable means its default.
 """
@@ -16,7 +16,7 @@ __all__ = ["VARIABLES", "Variable", "read"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variable:
-    """One environment variable; without ``options`` any text is allowed, ``meaning`` is for ``fastmtl doctor``."""
+    """An environment variable; any text is allowed without ``options``; ``fastmtl doctor`` prints the ``meaning``."""
 
     default: str
     options: tuple[str, ...] = ()
@@ -27,7 +27,7 @@ VARIABLES: Mapping[str, Variable] = {
     "FASTMTL_BACKEND": Variable(
         default="auto",
         options=("auto", "reference", "cpp", "triton", "cuda"),
-        meaning="Backend of all ops; auto takes the fastest one there is, any other choice raises if it cannot be met.",
+        meaning="Backend of all ops; auto takes the fastest available one, any other raises an error if unavailable.",
     ),
     "FASTMTL_CACHE": Variable(
         default="~/.cache/fastmtl",

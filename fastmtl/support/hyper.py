@@ -1,4 +1,4 @@
-"""Hyper-parameters declared once, beside the class they belong to.
+"""Hyper-parameters, declared in the class they belong to.
 
 A strategy or architecture lists its hyper-parameters as ``hyper = {"mgda_gn": Hyper(...)}``; the command line, the
 configuration file, ``fastmtl.config`` and the trainer all read that table.
@@ -24,12 +24,12 @@ class Hyper:
 
     Attributes:
         type: ``int``, ``float``, ``str`` or ``bool``.
-        default: Value used when none is given.
+        default: The default value.
         help: One line for ``--help``.
-        choices: The allowed values, if they are few.
-        many: Whether it takes a list of values.
-        least: The least value allowed.
-        above: What the value must be greater than.
+        choices: The allowed values, None for any.
+        many: Whether the value is a list.
+        least: Inclusive lower bound.
+        above: Exclusive lower bound.
     """
 
     type: type
@@ -41,13 +41,13 @@ class Hyper:
     above: float | None = None
 
     def spelled(self, value: Any) -> Any:
-        """Return the choice that a word in any case names; any other value as it is."""
+        """Return the choice with this name in any case; other values unchanged."""
         if self.choices is None or not isinstance(value, str):
             return value
         return next((choice for choice in self.choices if str(choice).lower() == value.lower()), value)
 
     def problem(self, value: Any) -> str | None:
-        """Return what a value would have to be, None if it is that."""
+        """Return what a value must be, as in "at least 1"; None if it is valid."""
         if self.choices is not None:
             return None if value in self.choices else f"one of {', '.join(map(str, self.choices))}"
         if self.many:

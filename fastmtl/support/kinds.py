@@ -1,4 +1,4 @@
-"""Names for what users hand over, of which no more is known."""
+"""Type aliases for users' objects of any type."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the C library does with memory that is freed."""
+"""The C library's treatment of freed memory."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ _SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES
 
 @functools.cache
 def keep_freed_memory() -> bool:
-    """Let the process keep memory a training step on the CPU frees, so that the next step finds it.
+    """Make glibc keep freed memory of up to 32 MiB per block, so that the next training step on the CPU reuses it.
 
-    A step frees the gradients of all tasks at its end. glibc hands that much back to the system, which then gives the
-    next step pages of zeros, one fault for every 4 KiB: for three tasks and a ResNet-18 20,000 a step. Blocks of up
-    to 32 MiB are kept from now on. Returns whether it was arranged: not where the C library is another one, nor where
-    the environment says what to do.
+    A step frees the gradients of all tasks at its end. glibc would return that memory to the system, and each step
+    would have a page fault per 4 KiB: 20,000 for three tasks and a ResNet-18. Returns whether this took effect: not
+    with other C libraries, nor where environment variables configure malloc.
     """
     if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in _SETTINGS):
         return False

@@ -18,19 +18,19 @@ def _key(name: str) -> str:
 
 
 def resolve_name(name: str, choices: Mapping[str, T], what: str) -> T:
-    """Return ``choices[name]``, ignoring case and ``-`` against ``_``; ``what`` (``"weighting"``) is for the message.
+    """Return ``choices[name]``, ignoring case and treating ``-`` as ``_``; ``what``, as ``"weighting"``, is for errors.
 
     Raises:
-        UsageError: No name, or an unknown one; the message gives the nearest valid name and all of them.
+        UsageError: Not a string, or an unknown name; the message has the nearest valid name and all of them.
     """
     if not isinstance(name, str):
         raise UsageError(f"{what} must be one of {', '.join(choices)}, got {name!r}.")
     by_key = {_key(choice): value for choice, value in choices.items()}
     if _key(name) in by_key:
         return by_key[_key(name)]
-    # A beginning is nearer than any other name, however much is missing.
-    begun = [key for key in by_key if len(_key(name).strip("_")) > 1 and key.startswith(_key(name))]
-    near = begun or difflib.get_close_matches(_key(name), list(by_key), n=1, cutoff=0.5)
+    # A prefix is nearer than any other name, however much is missing.
+    with_prefix = [key for key in by_key if len(_key(name).strip("_")) > 1 and key.startswith(_key(name))]
+    near = with_prefix or difflib.get_close_matches(_key(name), list(by_key), n=1, cutoff=0.5)
     spelled = {_key(choice): choice for choice in choices}
     hint = f" Did you mean {spelled[near[0]]!r}?" if near else ""
     raise UsageError(f"Unknown {what} {name!r}.{hint} Known: {', '.join(choices)}.")

@@ -1,4 +1,4 @@
-"""Where a training step goes: named parts of it, a Chrome trace of some warm steps and a table."""
+"""The time of the named parts of a training step: a Chrome trace of some warm steps, and a table."""
 
 from __future__ import annotations
 
@@ -14,34 +14,32 @@ from torch.profiler import ProfilerActivity, profile, record_function
 __all__ = ["PARTS", "StepProfiler", "part"]
 
 PARTS = ("loader", "forward", "VJPs", "traced", "gram", "solver", "combine", "optimizer")
-# Unlike the names of operators, of which there is a fastmtl::gram.
+# Distinguishes the parts from operators such as fastmtl::gram.
 _PREFIX = "fastmtl "
 _NOTHING = nullcontext()
 _running: StepProfiler | None = None
 
 
 def part(name: str) -> AbstractContextManager[Any]:
-    """Return a range of this name for the profiler; without one it does nothing.
+    """Return a context that records a part of the step if a profiler runs.
 
-    Args:
-        name: One of ``PARTS``, or ``"step"`` around them. Parts do not lie within each other; forward pass and VJPs
-            are ``"traced"`` where they are one graph.
+    ``name`` is one of ``PARTS``, which do not overlap, or ``"step"`` around them. Forward pass and VJPs together are
+    ``"traced"`` where they are one graph.
     """
-    # A graph has no parts, and is the same with a profiler and without.
+    # Compiled graphs have no parts.
     return _NOTHING if torch.compiler.is_compiling() or _running is None else _running.range(name)
 
 
 class StepProfiler:
     """Profiles a few steps once training is warm, writes the trace and prints the table.
 
-    On a GPU the end of each part waits for it, so that its work counts where it was asked for; steps are slower
-    meanwhile.
+    On a GPU each part ends with a synchronisation, so that its kernels count for it; steps are slower meanwhile.
 
     Args:
         path: The Chrome trace to write.
-        device: Where the step runs.
-        steps: Steps to profile.
-        warm: Steps to run before, with the engine that stays.
+        device: The device of the step.
+        steps: Number of steps to profile.
+        warm: Number of steps to run before, with the engine that is kept.
     """
 
     def __init__(self, path: Path, device: torch.device, steps: int = 5, warm: int = 3) -> None:
@@ -58,7 +56,7 @@ class StepProfiler:
         global _running
         if self.done or self._profiler is not None or warmth < self.warm:
             return
-        # The profiler announces itself on stderr at any lower level.
+        # At lower levels the profiler writes to stderr.
         os.environ.setdefault("KINETO_LOG_LEVEL", "9")
         activities = [ProfilerActivity.CPU]
         if self.device.type == "cuda":
@@ -86,7 +84,7 @@ class StepProfiler:
         print(f"Chrome trace: {self.path}")
 
     def stop(self) -> profile | None:
-        """Stop profiling without a word; return what was running."""
+        """Stop profiling without output; return the profiler that ran."""
         global _running
         profiler, self._profiler, _running = self._profiler, None, None
         if profiler is not None:
@@ -94,7 +92,7 @@ class StepProfiler:
         return profiler
 
     def table(self, profiler: profile) -> str:
-        """Return the milliseconds and the share of each part of the mean step, as lines."""
+        """Return a table of the mean milliseconds, and the share of the step, of each part."""
         spent = dict.fromkeys((*PARTS, "step"), 0.0)
         for event in profiler.events() or []:
             name = event.name.removeprefix(_PREFIX)

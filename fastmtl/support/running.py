@@ -1,4 +1,4 @@
-"""A weighted mean kept on the device and read once."""
+"""A weighted mean kept on the device."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ T = TypeVar("T")
 
 
 class Group(Protocol):
-    """The processes that each have a part of some sums, see :class:`fastmtl.distributed.Peers`."""
+    """The processes with parts of a sum, see :class:`fastmtl.distributed.Peers`."""
 
     def all_gather_object(self, value: T) -> list[T]:
         """Return the value of each process."""
 
     def all_reduce_optional(self, tensor: Tensor | None) -> Tensor | None:
-        """Return the sum of a tensor that some processes may not have, None if none of them has it."""
+        """Return the sum of a tensor that may be None in some processes; None if it is in all."""
 
 
 class RunningMean:
-    """Weighted mean of scalars, ``sum_i w_i v_i / sum_i w_i``, accumulated where the values are.
+    """Weighted mean of scalars, ``sum_i w_i v_i / sum_i w_i``, accumulated on their device.
 
     ``add`` never waits for the device; only ``value`` does. Sums are float64, or float32 where the device has no
     float64. The first value decides the device.
@@ -37,24 +37,24 @@ class RunningMean:
         self._weight: float | Tensor = 0.0
 
     def add(self, value: Tensor, weight: float | Tensor) -> None:
-        """Add one value, a tensor with one element, of this weight, a number or a scalar tensor."""
+        """Add a tensor with one element, with a weight that is a number or a scalar tensor."""
         value = value.detach().reshape(())
         if self._total is None:
             self._total = torch.zeros((), dtype=wide_dtype(value.device), device=value.device)
         product = value.to(self._total.dtype) * weight
-        # A loss may be NaN where it is the mean of nothing.
+        # The mean of nothing may be NaN.
         if isinstance(weight, Tensor):
             product = torch.where(weight.to(product.device, non_blocking=True) == 0, 0, product)
         elif weight == 0:
             product = torch.zeros_like(product)
         self._total = self._total + product
-        # In float32, which torch makes of a number and integers, a count would end at 2**24.
+        # A number plus an integer tensor would be float32, which is exact only up to 2**24.
         self._weight = self._weight + (
             weight.detach().to(wide_dtype(weight.device)) if isinstance(weight, Tensor) else weight
         )
 
     def sync(self, peers: Group) -> None:
-        """Become the mean of what all processes have; waits for them."""
+        """Reduce the sums over all processes; waits for them."""
         self._total = peers.all_reduce_optional(self._total)
         self._weight = sum(peers.all_gather_object(self._weight))
 
@@ -80,10 +80,10 @@ class RunningMean:
         return self._total, self._weight
 
     def restore(self, state: tuple[Tensor | None, float | Tensor]) -> None:
-        """Go on from the sums of a :meth:`state`."""
+        """Restore the sums of a :meth:`state`."""
         self._total, self._weight = state
 
     def reset(self) -> None:
-        """Forget everything, the device included."""
+        """Reset sums and device."""
         self._total = None
         self._weight = 0.0

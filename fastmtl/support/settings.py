@@ -27,9 +27,9 @@ class Setting:
     """An argument of the constructor that is an attribute, and checked whenever it is set.
 
     Args:
-        default: Value used when none is given; ``Parameter.empty`` if one must be.
-        allowed: Whether a value is allowed; any is if None.
-        what: What an allowed value is, for the message.
+        default: The default, ``Parameter.empty`` for none.
+        allowed: Returns whether a value is allowed; None allows any.
+        what: Describes the allowed values, for errors.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Setting:
     def __get__(self, instance: Any, owner: type) -> Any:
         if instance is None:
             return self
-        # Modules keep parameters elsewhere.
+        # Modules store parameters and buffers elsewhere.
         values = vars(instance)
         return values[self.name] if self.name in values else instance.__getattr__(self.name)
 
@@ -77,21 +77,21 @@ def setting(
 
 
 def vector(*, default: Any = Parameter.empty) -> Any:
-    """Declare a setting that is one number for each task, or None."""
+    """Declare a setting that is a vector (T,) or None."""
     return Setting(default, lambda value: value is None or value.dim() == 1, "None or of shape (T,)")
 
 
 class _State:
-    """A tensor that a module remembers."""
+    """A tensor in a module's state."""
 
 
 def state(*, init: Literal[False] = False) -> Any:
-    """Declare a buffer that is remembered from call to call, None at first; it is no argument of the constructor."""
+    """Declare a buffer that keeps its value between calls, None at first; not an argument of the constructor."""
     return _State()
 
 
 class _Through:
-    """An attribute of an aggregator that is its weighting's."""
+    """An attribute of an aggregator that is stored in its weighting."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -125,8 +125,7 @@ class Described:
 class Declared(Described):
     """A module whose constructor takes the settings that its class declares, in their order.
 
-    An aggregator names the weighting that it is made ``of``: its settings, which it shows as attributes of its own, and
-    its constructor are the weighting's.
+    An aggregator made ``of`` a weighting has the constructor and the settings of the weighting, which stores them.
 
     Attributes:
         kept: Names of the buffers declared with :func:`state`.

@@ -1,4 +1,4 @@
-"""What remembers something from call to call."""
+"""Objects with state between calls."""
 
 from __future__ import annotations
 
@@ -12,4 +12,4 @@ class Stateful(ABC):
 
     @abstractmethod
     def reset(self) -> None:
-        """Forget everything seen so far."""
+        """Reset the state."""

@@ -1,8 +1,7 @@
-"""Let torchvision be imported beside a torch that cannot load its compiled operators.
+"""Make torchvision importable with a torch that cannot load its compiled operators.
 
-The wheel on PyPI is linked against CUDA; beside a CPU torch its operators stay unknown and its import fails, and with
-it that of torchmetrics and of whatever else imports torchvision. The models and transforms are plain Python and work
-all the same, once the schemas that its import asks for exist.
+The wheel on PyPI is linked against CUDA. With a CPU build of torch its operators are missing, so that importing it, or
+torchmetrics, fails. Models and transforms are plain Python and work once the schemas exist that the import needs.
 """
 
 from __future__ import annotations
@@ -17,39 +16,26 @@ from typing import Any
 
 __all__ = ["repair_at_import", "supply_operators"]
 
-# torchvision's Python code registers fake implementations for these two at import and fails where they are unknown.
+# torchvision's Python code registers fake implementations for these two at import, which fails without schemas.
 _SCHEMAS = {
     "nms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 }
-# A library's definitions live as long as the object.
+# Definitions are removed with their library object.
 _library: Any = None
 
 
 def supply_operators(folder: Path) -> None:
-    """Load the operators of the torchvision in a folder, and define the schemas of those that its import needs.
-
-    Where the operators do load, nothing is defined here.
-    """
-    _load_operators(folder)
-    _define_missing_schemas()
-
-
-def _load_operators(folder: Path) -> None:
+    """Load the operators of the torchvision in a folder, and define missing schemas that its import needs."""
     import torch
 
+    global _library
     for path in folder.glob("_C*"):
         try:
             torch.ops.load_library(str(path))
         except OSError:
-            # Built for another torch (CUDA operators beside a CPU torch): the models need none of its operators.
+            # Built for another torch; the models need none of its operators.
             continue
-
-
-def _define_missing_schemas() -> None:
-    import torch
-
-    global _library
     missing = [name for name in _SCHEMAS if not hasattr(torch.ops.torchvision, name)]
     if missing:
         _library = _library or torch.library.Library("torchvision", "FRAGMENT")
@@ -58,7 +44,7 @@ def _define_missing_schemas() -> None:
 
 
 class _Repair(MetaPathFinder):
-    """Finds torchvision where Python does, and has its operators supplied before its code runs."""
+    """Finds torchvision as Python does, and supplies its operators before its code runs."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -79,6 +65,6 @@ class _Repair(MetaPathFinder):
 
 
 def repair_at_import() -> None:
-    """Have torchvision's operators supplied whenever it is imported, by whomever; nothing is imported now."""
+    """Supply torchvision's operators at its next import, from anywhere; imports nothing."""
     if not any(isinstance(finder, _Repair) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Repair())

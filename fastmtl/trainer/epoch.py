@@ -174,7 +174,7 @@ class TrainingEpoch:
         """Read the records of the steps since the last call, ``done`` of the epoch being done."""
         trainer, index = self._trainer, self._index
         next_step = index * self._steps + done
-        records = self._buffer.flush(index, next_step, trainer.step.scaler.shown())
+        records = self._buffer.flush(index, next_step, trainer.step.scaler.logged())
         if records.weights is not None:
             first = records.first_step - index * self._steps
             trainer.batch_weight[:, index, first : first + records.count] = records.weights.T

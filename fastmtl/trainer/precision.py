@@ -111,7 +111,7 @@ class LossScaler(LossScale):
         torch._amp_update_scale_(self.scale, self._good_steps, self.found_inf, 2.0, 0.5, 2000)
 
     @override
-    def shown(self) -> list[Tensor]:
+    def logged(self) -> list[Tensor]:
         return [self.scale, self.skipped]
 
     @override

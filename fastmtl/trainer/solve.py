@@ -46,21 +46,21 @@ def make_solver(strategy: AbsWeighting, hyper: Hypers, comm: Comm) -> Solver:
 
 def _from_losses(strategy: AbsWeighting, hyper: Hypers, found: LossSum) -> Weights:
     with part("solver"):
-        return strategy.weigh(found.shown, None, **hyper)
+        return strategy.weigh(found.strategy_losses, None, **hyper)
 
 
 def _from_gram(strategy: AbsWeighting, hyper: Hypers, found: Jacobian) -> Weights:
     groups = strategy.groups(**hyper)
     gram = found.gram(groups)
     with part("solver"):
-        weights = strategy.weigh(found.shown, gram, **hyper)
+        weights = strategy.weigh(found.strategy_losses, gram, **hyper)
     return replace(weights, groups=groups, gram=found.mean_gram(gram))
 
 
 def _from_rows(strategy: AbsWeighting, hyper: Hypers, found: Jacobian) -> Weights:
     rows = found.unscaled_rows()
     with part("solver"):
-        weights = strategy.weigh_rows(found.shown, rows, **hyper)
+        weights = strategy.weigh_rows(found.strategy_losses, rows, **hyper)
     return replace(weights, rows=weights.rows or rows)
 
 
@@ -70,7 +70,7 @@ def _from_reps(strategy: AbsWeighting, hyper: Hypers, comm: Comm, found: Jacobia
     # Masks depend on signs and shares only: the scale of the gradients does not matter.
     mask = partial(strategy.mask_reps, **hyper)
     with part("solver"):
-        masked = comm.mask(mask, found.shown, pullback.reps, pullback.grads)
+        masked = comm.mask(mask, found.strategy_losses, pullback.reps, pullback.grads)
     return Weights(shared=torch.ones_like(found.losses), reps=masked, reports=False)
 
 

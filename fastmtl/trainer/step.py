@@ -13,7 +13,7 @@ from fastmtl.engine.comm import Comm
 from fastmtl.engine.context import LearningRates, StepContext, step_losses
 from fastmtl.engine.losses import Problem
 from fastmtl.engine.methods.base import mean_of_forwards
-from fastmtl.engine.model import Labels, keeping_buffers
+from fastmtl.engine.model import Labels, preserving_buffers
 from fastmtl.errors import UsageError
 from fastmtl.support.kinds import Settings, State
 from fastmtl.support.profiling import part
@@ -196,7 +196,7 @@ class TrainingStep:
 
     def _losses_after(self, ctx: StepContext) -> Tensor:
         """Return the losses (T,) of a forward pass of each batch, averaged; it leaves no trace in the buffers."""
-        with keeping_buffers(self.strategy):
+        with preserving_buffers(self.strategy):
             losses = mean_of_forwards(self.engine.regions, ctx.batches, self.comm)
         return step_losses(self.problem, ctx, losses, self.comm)
 

@@ -166,7 +166,7 @@ def test_damaged_files_and_too_few_rows_are_named(folder: Path, tmp_path: Path) 
     (tmp_path / "copy/train/depth/2.npy").write_bytes(b"nothing")
     with pytest.raises(UsageError, match=r"depth/2.npy' cannot be read"):
         _ = NYUv2(tmp_path / "copy")[2]
-    with pytest.raises(UsageError, match="6 rows to train on, fewer than the 9 asked for"):
+    with pytest.raises(UsageError, match="6 rows of train, fewer than the 9 asked for"):
         load("nyuv2", path=folder, batch_size=2, n_train=9, encoder="conv")
     for file in (tmp_path / "copy/val/image").iterdir():
         file.unlink()

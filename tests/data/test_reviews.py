@@ -130,7 +130,7 @@ def test_what_is_no_archive_is_named(archive: Path, tmp_path: Path) -> None:
             prepare_reviews(tmp_path / "made", path)
     prepare_reviews(tmp_path / "made", archive)
     (tmp_path / "made" / "reviews.tsv").write_text("changed\n")
-    with pytest.raises(UsageError, match="damaged: make it anew"):
+    with pytest.raises(UsageError, match="damaged: recreate it"):
         read_reviews(tmp_path / "made")
     with pytest.raises(UsageError, match="aug must be off"):
         load("reviews", path=tmp_path / "made", augment=True)

@@ -87,7 +87,7 @@ def test_a_lost_process_ends_the_other_with_a_sentence(tmp_path: Path, doom: str
     command = [sys.executable, SCRIPT, *OPTIONS.format(timeout=15).split(), str(tmp_path / "run")]
     code, said = _lead(command, DOOM=f"{doom}:3")
     assert code == 2, said
-    assert "error: Another process is gone, or did not answer in time" in said
+    assert "error: Another process has ended, or did not answer in time" in said
 
 
 LEAVES = """

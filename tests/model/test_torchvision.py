@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,14 +68,14 @@ def test_importing_the_package_leaves_torchvision_alone() -> None:
     assert _run("import sys, fastmtl.model, fastmtl.data; print('torchvision' in sys.modules)") == "False"
 
 
-def test_schemas_that_exist_are_not_defined_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_schemas_that_exist_are_not_defined_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     _torchvision.import_torchvision()
 
     def refuse(*args: object) -> None:
         raise AssertionError("defined a schema that exists")
 
     monkeypatch.setattr(torch.library.Library, "define", refuse)
-    vision._define_missing_schemas()
+    vision.supply_operators(tmp_path)
 
 
 def test_without_torchvision_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

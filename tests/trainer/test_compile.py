@@ -122,7 +122,7 @@ def test_forward_and_gradients_run_in_compiled_code(options: dict[str, Any]) -> 
     trainer = _conv_trainer("MTAN", True, **options)
     for region in vars(trainer.step.engine.regions).values():
         if hasattr(region, "tell"):
-            region.tell = messages.append
+            region.report = messages.append
     images, labels = _images()
     buffer = StepBuffer()
     trainer.step([(images, labels)], buffer)

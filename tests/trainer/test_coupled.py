@@ -167,7 +167,7 @@ def test_a_hook_that_leaves_out_a_task_is_told() -> None:
 
     trainer: Any = coupled_trainer("MGDA", "none", trainer_class=Leaves)
     trainer.model.epoch = 0
-    with pytest.raises(UsageError, match="process_preds must return a dictionary with a prediction of every task"):
+    with pytest.raises(UsageError, match="process_preds must return a dictionary with a prediction for every task"):
         trainer.step([coupled_batch()], StepBuffer())
 
 
@@ -197,5 +197,5 @@ def test_inputs_of_their_own_without_the_other_task_are_refused() -> None:
     trainer.model.epoch = 0
     x, labels = coupled_batch()
     trainer.step([({"ctr": x}, {"ctr": labels["ctr"]})], StepBuffer(), [0])
-    with pytest.raises(UsageError, match="The loss of ctcvr depends on what an earlier pass"):
+    with pytest.raises(UsageError, match="The loss of ctcvr depends on tensors of an earlier pass"):
         trainer.step([({"ctcvr": x}, {"ctcvr": labels["ctcvr"]})], StepBuffer(), [1])

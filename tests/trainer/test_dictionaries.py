@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastmtl.engine.halving import halves
-from tests.trainer.toy import encoder, flat, loaders, make_trainer
+from tests.trainer.toy import encoder, flat, halves, loaders, make_trainer
 
 LABELS = {"task": torch.arange(4)}
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
 
 from fastmtl import Trainer
-from fastmtl.engine.halving import Halving, halves
+from fastmtl.engine.halving import Halving
 from fastmtl.errors import UsageError
 from fastmtl.trainer.log.records import StepBuffer
-from tests.trainer.toy import encoder, flat, loaders, make_trainer, task_dict
+from tests.trainer.toy import encoder, flat, halves, loaders, make_trainer, task_dict
 
 LABELS = {"task": torch.arange(4)}
 BILEVEL = ["MOML", "AutoLambda", "FORUM"]
@@ -86,14 +86,14 @@ def test_tensors_of_other_layouts() -> None:
     [
         (torch.ones(7, 4, 6), LABELS, r"inputs has the length 7 where the labels have 4 rows"),
         ({"x": torch.ones(4, 2), "classes": torch.ones(9)}, LABELS, r"inputs\['classes'\] has the length 9"),
-        (Graph(torch.ones(9), torch.ones(9)), LABELS, r"inputs is or has a Graph, whose rows nobody knows"),
+        (Graph(torch.ones(9), torch.ones(9)), LABELS, r"inputs is or contains a Graph, which has no known rows"),
         ({"g": [{"a": Graph(torch.ones(2), torch.ones(2))}]}, LABELS, r"inputs\['g'\] has the length 1"),
         (
             torch.ones(4, 2),
             {"a": torch.ones(4), "b": torch.ones(9)},
             r"labels\['b'\] has 9 rows and labels\['a'\] has 4",
         ),
-        ([torch.ones(4, 2)] * 4, LABELS, r"inputs is a list of 4 parts that have 4 rows"),
+        ([torch.ones(4, 2)] * 4, LABELS, r"inputs is a list of 4 parts with 4 rows each"),
         (3, {"task": None}, "nothing in it has rows"),
     ],
 )
@@ -283,10 +283,10 @@ def test_words_collated_beside_each_other() -> None:
     few = {"task": torch.arange(2)}
     assert halve({"x": x[:2], "words": _collated(2)}, few)[0][0]["words"] == [("a0",), ("b0",)]
     for words in (_collated(2), list(_collated(2)), [{"w": part} for part in _collated(2)], [_collated(2)] * 2):
-        with pytest.raises(UsageError, match=r"inputs\['words'\] is a list of 2 parts that have 2 rows"):
+        with pytest.raises(UsageError, match=r"inputs\['words'\] is a list of 2 parts with 2 rows each"):
             Halving()({"x": x[:2], "words": words}, few)
     assert halves(({"x": x}, {"task": _collated(4)}))[0][1] == {"task": [("a0", "a1"), ("b0", "b1")]}
-    with pytest.raises(UsageError, match=r"labels\['task'\] is a list of 2 parts that have 2 rows"):
+    with pytest.raises(UsageError, match=r"labels\['task'\] is a list of 2 parts with 2 rows each"):
         halves(({"x": x[:2]}, {"task": _collated(2)}))
 
 

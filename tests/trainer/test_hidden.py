@@ -193,7 +193,8 @@ def test_it_is_told() -> None:
     listener = Listener()
     _run(_trainer("MGDA", "checkpoint", logger=listener))
     assert listener.messages == [
-        "each task's backward pass is of all the network, as a function of the network runs backward passes of its own"
+        "each task's backward pass runs through the whole network, as a function of the network runs backward passes "
+        "of its own"
     ]
 
 
@@ -201,7 +202,7 @@ def test_it_is_told() -> None:
 def test_gradients_that_are_there_once_are_refused(frozen: bool) -> None:
     trainer = _trainer("MGDA", "once", frozen)
     before = [param.detach().clone() for param in trainer.model.parameters()]
-    with pytest.raises(UsageError, match="only once for each forward pass"):
+    with pytest.raises(UsageError, match="only once per forward pass"):
         _run(trainer)
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
     _run(_trainer("EW", "once"))

@@ -287,7 +287,7 @@ def test_stages_of_unknown_width_are_refused() -> None:
         network.layer2[0].conv1 = nn.LazyConv2d(128, 3, stride=2, padding=1, bias=False)
         return network
 
-    with pytest.raises(UsageError, match="PLE needs to know the channels between the stages of ResNet"):
+    with pytest.raises(UsageError, match="PLE needs the channels between the stages of ResNet"):
         make_trainer("EW", "PLE", encoder_class=resnet, example_inputs=torch.randn(2, 3, 32, 32))
 
 

@@ -10,12 +10,11 @@ from torch import Tensor
 from torch.func import functional_call
 
 from fastmtl.engine.context import Batch
-from fastmtl.engine.halving import halves
 from fastmtl.engine.lookahead import LookAhead
 from fastmtl.errors import UsageError
 from fastmtl.trainer.log.records import StepBuffer
 from fastmtl.weighting.FORUM import forum_weights
-from tests.trainer.toy import batch_of, flat, loaders, make_trainer
+from tests.trainer.toy import batch_of, flat, halves, loaders, make_trainer
 
 
 def _ahead(trainer: Any, lr: float = 0.05) -> LookAhead:

@@ -97,7 +97,8 @@ def test_what_cannot_be_cut_is_differentiated_as_a_whole(
         for name, want in _expected(trainer, batch).items():
             torch.testing.assert_close(trainer.model.get_parameter(name).grad, want, msg=name)
     assert [message for message in listener.messages if "backward pass" in message] == [
-        f"each task's backward pass is of all the network, as {trainer.step.engine.method.structure.against_cut}"
+        "each task's backward pass runs through the whole network, as "
+        f"{trainer.step.engine.method.structure.against_cut}"
     ]
     assert reason in listener.messages[0]
 

@@ -29,7 +29,7 @@ TORCH_LOSSES = [nn.MSELoss(), nn.SmoothL1Loss(), nn.BCEWithLogitsLoss(), F.l1_lo
 def test_losses_of_torch_do_not_broadcast(given: Any) -> None:
     loss, pred, gt = as_loss(given, "loss_fn"), _draw(4, 1, seed=0), _draw(4, seed=1).sigmoid()
     torch.testing.assert_close(loss.compute_loss(pred, gt), given(pred[:, 0], gt), rtol=1e-14, atol=0)
-    with pytest.raises(UsageError, match=r"\(4, 1\) do not go with labels of shape \(4, 2\)"):
+    with pytest.raises(UsageError, match=r"\(4, 1\) do not match labels of shape \(4, 2\)"):
         loss.compute_loss(pred, gt[:, None].expand(-1, 2))
 
 

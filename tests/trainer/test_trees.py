@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastmtl.engine.halving import halves
 from fastmtl.engine.trees import joined, leaves, map_tree
 from fastmtl.trainer.setup.loaders import to_channels_last, to_device
-from tests.trainer.toy import encoder, flat, loaders, make_trainer
+from tests.trainer.toy import encoder, flat, halves, loaders, make_trainer
 
 
 class Pair(NamedTuple):

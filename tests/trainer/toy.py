@@ -14,6 +14,7 @@ from fastmtl import Trainer
 from fastmtl.engine import comm, pullback
 from fastmtl.engine.context import Batch
 from fastmtl.engine.engine import LossEngine
+from fastmtl.engine.halving import Halving, Pair
 from fastmtl.engine.methods import base, split
 from fastmtl.engine.methods.base import Method
 from fastmtl.engine.vjp import vjp
@@ -121,6 +122,11 @@ def make_trainer(
     }
     given.update(options)
     return trainer_class(weighting=weighting, architecture=architecture, **given)
+
+
+def halves(batch: Pair) -> tuple[Pair, Pair]:
+    """Return the halves of the inputs and labels that all tasks share."""
+    return Halving()(*batch)
 
 
 def batch_of(trainer: Trainer, inputs: Any, labels: Any) -> Batch:

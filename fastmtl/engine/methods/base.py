@@ -1,4 +1,4 @@
-"""What all methods of computing the gradients of a batch have in common."""
+"""The base of all methods of computing the gradients of a batch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["Method", "forward", "mean_of_forwards"]
 
 
 def forward(regions: Regions, batch: Batch) -> tuple[Sequence[Tensor], Mapping[str, object]]:
-    """Run the network with the graph in one piece, task by task if each has its own batch."""
+    """Run the whole network, task by task if multi-input; return T losses and the predictions."""
     with part("forward"):
         if not regions.problem.model.multi_input:
             return regions.whole(batch.inputs, batch.labels, batch.tasks)
@@ -36,7 +36,7 @@ def forward(regions: Regions, batch: Batch) -> tuple[Sequence[Tensor], Mapping[s
 
 
 def mean_of_forwards(regions: Regions, batches: Sequence[Batch], comm: Comm) -> Tensor:
-    """Return the losses (n, T) of a forward pass of each batch, those of all processes, times the batch's share."""
+    """Return the losses (n, T) of a forward pass of each batch, over all processes, times the batch's share."""
     comm.unshard()
     passes = (regions.problem.without_graph(partial(forward, regions, batch))[0] for batch in batches)
     return torch.stack(
@@ -47,16 +47,11 @@ def mean_of_forwards(regions: Regions, batches: Sequence[Batch], comm: Comm) -> 
 class Method:
     """One forward pass and the vector-Jacobian products (VJPs) of a batch.
 
-    Args:
-        structure: The problem to differentiate, and what is known of its network.
-        regions: The problem's functions, compiled or not.
-        comm: The other processes.
-        weighs_heads: Whether the task-specific parameters' gradients will be weighted.
+    ``weighs_heads`` says whether the gradients of the task-specific parameters will be weighted.
 
     Attributes:
-        problem: What to differentiate.
-        possible: False once it has turned out that the method does what a plainer one does, and need not be timed.
-        only_if_cut: Whether that is so for a network whose trunk and heads cannot be cut apart.
+        possible: False once the method is known to do the same as a simpler one, so that it need not be timed.
+        only_if_cut: Whether that is so where trunk and heads cannot be differentiated separately.
     """
 
     only_if_cut: ClassVar[bool] = False
@@ -71,7 +66,7 @@ class Method:
 
     @property
     def vjp(self) -> VJP:
-        """Return what computes a VJP, see `fastmtl.engine.vjp.vjp`, of this network."""
+        """Return the function that computes VJPs of this network; see `fastmtl.engine.vjp.vjp`."""
         return self.structure.by_backward or vjp
 
     def __call__(self, batch: Batch) -> BatchGradients:
@@ -80,20 +75,20 @@ class Method:
         return self.gradients_of(batch)
 
     def prepare(self, batch: Batch) -> None:
-        """Find out what must be known of the network before it is differentiated; called for every batch."""
+        """Examine the network before it is differentiated; called for every batch."""
 
     def gradients_of(self, batch: Batch) -> BatchGradients:
-        """Do what a call does, once the network is prepared."""
+        """Run the forward pass and the VJPs of all tasks, after :meth:`prepare`."""
         raise NotImplementedError
 
     def combined(self, batch: Batch, weights: Weights) -> BatchGradients:
-        """Do what a call does, or, as the weights are known, run one VJP in place of T and return :meth:`known`."""
+        """Run one VJP of the weighted losses and return :meth:`known`; by default T VJPs, as a call does."""
         return self(batch)
 
     def known(
         self, losses: Sequence[Tensor], preds: Mapping[str, object], shared: Row, task_grads: WeightedGradients
     ) -> BatchGradients:
-        """Return what :meth:`combined` has found: the update of the shared parameters and of the others."""
+        """Return the result of :meth:`combined`, from the gradients of the shared and the other parameters."""
         return BatchGradients(*detached(losses, preds), [shared], task_grads, Known(self.problem.shared_params))
 
     def task_gradients(
@@ -101,13 +96,8 @@ class Method:
     ) -> tuple[Rows, TaskGradients]:
         """Differentiate the losses down to the cut features and the task-specific parameters.
 
-        Args:
-            batch: What the losses are of.
-            losses: T losses.
-            leaves: For each task the cut features its loss starts from.
-
-        Returns:
-            The gradients of each task's leaves, and of the parameters.
+        ``leaves`` holds for each of the T losses the cut features it depends on. Returns the gradients of each task's
+        leaves, and of the parameters.
         """
         task_params: Sequence[nn.Parameter] = self.problem.task_params
         flat = [leaf for of_task in leaves for leaf in of_task]

@@ -19,10 +19,10 @@ __all__ = ["Batched"]
 
 
 class Batched(Split):
-    """The T cotangents go through the trunk together; one after the other where that is not possible.
+    """One batched VJP of all T cotangents through the trunk, or T VJPs where it cannot be batched.
 
-    The trunk must not be compiled: compiled backward passes have no batching rules. ``tell`` is told why, if it is not
-    possible; ``forced`` batches operators too that are known not to gain, such as convolutions and recurrent networks.
+    The trunk must not be compiled, as compiled backward passes have no batching rules. ``report`` is called with the
+    reason for falling back; ``forced`` batches operators too that do not gain, such as convolutions.
     """
 
     only_if_cut = True
@@ -33,11 +33,11 @@ class Batched(Split):
         regions: Regions,
         comm: Comm,
         weighs_heads: bool,
-        tell: Callable[[str], None],
+        report: Callable[[str], None],
         forced: bool = False,
     ) -> None:
         super().__init__(structure, regions, comm, weighs_heads)
-        self.tell = tell
+        self.report = report
         self.forced = forced
 
     def rows_of(self, features: Sequence[Tensor], cotangents: Rows, batch: Batch) -> Rows:
@@ -53,4 +53,4 @@ class Batched(Split):
 
     def _give_up(self, reason: str) -> None:
         self.possible = False
-        self.tell(f"vjps: one after the other, as they cannot be batched: {reason}")
+        self.report(f"vjps: one after the other, as they cannot be batched: {reason}")

@@ -1,4 +1,4 @@
-"""Gram matrices without the Jacobian: of linear layers, a short stand-in for each row, and one more VJP at the end.
+"""Gram matrices without the Jacobian: short rows for linear layers, and one more VJP for the update.
 
 With the inputs X (n, in) and the gradient D_t (n, out) of the outputs, the gradient of a linear layer's weight and bias
 is ``[X, 1]^T D_t``. For any L with ``L L^T = [X, 1] [X, 1]^T``, the products of the tasks' gradients are those of
@@ -23,7 +23,7 @@ from fastmtl.engine.graph import batches_well, graph_nodes
 from fastmtl.engine.jacobian import BatchGradients, detached
 from fastmtl.engine.losses import Problem
 from fastmtl.engine.methods.split import Split
-from fastmtl.engine.pullback import Through
+from fastmtl.engine.pullback import TrunkVJP
 from fastmtl.engine.regions import Regions
 from fastmtl.engine.vjp import batched_vjps, vjp
 from fastmtl.engine.weights import Rows
@@ -31,7 +31,7 @@ from fastmtl.support.profiling import part
 
 __all__ = ["Compressed", "linear_layers"]
 
-# Cotangents that go through the trunk together: more hold more gradients of the layers' outputs at a time.
+# Cotangents per backward pass; more need more memory for the gradients of the layers' outputs.
 _AT_ONCE = 4
 
 
@@ -48,8 +48,8 @@ def linear_layers(problem: Problem) -> list[nn.Linear]:
 class Compressed(Split):
     """For strategies that need the gradients for one Gram matrix only.
 
-    A linear layer counts if its parameters are used once, on fewer examples than it has inputs. Of all other parameters
-    the rows are gradients as ever.
+    A linear layer is compressed if its parameters are used once, on fewer examples than it has inputs. For all other
+    parameters the rows hold the gradients.
     """
 
     only_if_cut = True
@@ -60,29 +60,29 @@ class Compressed(Split):
         self.layers = linear_layers(self.problem)
 
     def split(self, batch: Batch) -> BatchGradients:
-        """Run the forward pass and the VJPs down to the outputs of the layers that count."""
+        """Run the forward pass and the VJPs down to the outputs of the compressed layers."""
         with self._calls() as calls:
             outputs = self.trunk(batch)
         features, losses, preds, cotangents, task_grads = self.heads(outputs, batch)
         with part("VJPs"):
             rows = self._compressed(features, cotangents, calls)
-        pullback = Through(features, cotangents, self.problem.shared_params)
+        pullback = TrunkVJP(features, cotangents, self.problem.shared_params)
         return BatchGradients(*detached(losses, preds), rows, task_grads, pullback)
 
     @contextmanager
     def _calls(self) -> Iterator[list[tuple[nn.Linear, Tensor, GradientEdge]]]:
-        """Note each call of a layer: its input and where its output's gradient passes."""
+        """Record each call of a layer: its input and the graph edge of its output."""
         calls: list[tuple[nn.Linear, Tensor, GradientEdge]] = []
 
         def note(layer: nn.Module, args: tuple[object, ...], output: object) -> None:
             assert isinstance(layer, nn.Linear)
-            # In low precision, which a network may ask for by itself, products would be rounded twice.
+            # In low precision, as under the network's own autocast, products would be rounded twice.
             if len(args) != 1 or not isinstance(output, Tensor) or not isinstance(inputs := args[0], Tensor):
                 return
             if output.dtype == inputs.dtype == layer.weight.dtype and output.grad_fn is not None:
                 calls.append((layer, inputs.detach(), GradientEdge(output.grad_fn, output.output_nr)))
 
-        # A hook of the user's may return something else than the layer does.
+        # A hook of the user's may replace the output.
         handles = [layer.register_forward_hook(note) for layer in self.layers if not layer._forward_hooks]
         try:
             yield calls
@@ -101,7 +101,7 @@ class Compressed(Split):
         chosen = [
             (layer, inputs, edge)
             for layer, inputs, edge in calls
-            # Not if it was a view that an operation in place has put another node in the place of.
+            # An in-place operation on a view replaces its node.
             if edge.node in reached
             and all(uses[param] == 1 for param in layer.parameters())
             and inputs.shape[:-1].numel() + len(cotangents) < layer.in_features
@@ -122,7 +122,7 @@ class Compressed(Split):
         return rows
 
     def _vjps(self, features: Sequence[Tensor], cotangents: Rows, wanted: Sequence[Tensor | GradientEdge]) -> Rows:
-        """Return VJPs, batched where that is possible; the graph, which the update needs, stays."""
+        """Return VJPs, batched where possible; the graph is kept for the update."""
         if self._batches is None:
             self._batches = batches_well(features)
         if self._batches:
@@ -142,10 +142,10 @@ def _times_lower(factor: Tensor, grad: Tensor | None) -> tuple[Tensor | None, Te
 
 
 def _factor(layer: nn.Linear, inputs: Tensor) -> Tensor:
-    """Return a square L with ``L L^T = X X^T``, of the layer's inputs X with a column of ones for the bias.
+    """Return a square L with ``L L^T = X X^T``, X the layer's inputs with a column of ones for the bias.
 
-    Of rows that depend on each other no factor would exist by rounding alone; what is added to the diagonal is far
-    below what float32 can tell.
+    With linearly dependent rows rounding could make the factorisation fail; the term added to the diagonal is far below
+    the precision of float32.
     """
     flat = inputs.reshape(-1, layer.in_features).double()
     products = flat @ flat.mT

@@ -1,4 +1,4 @@
-"""``rep_grad``: the rows are gradients of the representations, not of the parameters."""
+"""``rep_grad``: the rows are gradients of the representations."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.engine.context import Batch
+from fastmtl.engine.gradients import sum_present
 from fastmtl.engine.jacobian import BatchGradients, detached
 from fastmtl.engine.losses import cut_features
 from fastmtl.engine.methods.base import Method, forward
@@ -18,15 +19,15 @@ from fastmtl.support.profiling import part
 
 __all__ = ["ForwardRepresentation", "Representation"]
 
-# Representations, one or one for each task, losses, predictions, and the cut representations that decoders start from.
+# Representations (a single one or T), losses, predictions, and the cut representations that decoders read.
 Represented = tuple[Sequence[Tensor], Sequence[Tensor], Mapping[str, object], Mapping[str, Tensor]]
 
 
 class Representation(Method):
-    """The heads are differentiated once; one VJP of the weighted gradients of the representations is left."""
+    """All heads are differentiated at once; one VJP of the weighted gradients of the representations follows."""
 
     def prepare(self, batch: Batch) -> None:
-        """Refuse decoders that use shared parameters; find out whose parameters are if their gradients are weighted."""
+        """Refuse decoders that use shared parameters; find the owners of parameters if their gradients are weighted."""
         model = self.problem.model
         cuts = model.splits and not model.multi_input
         structure = self.structure
@@ -42,7 +43,8 @@ class Representation(Method):
         starts = self._starts(batch, reps, losses, decoded)
         with part("VJPs"):
             rep_grads, task_grads = self.task_gradients(batch, losses, starts)
-        grads = [_total(of_task, cut) for of_task, cut in zip(rep_grads, cuts, strict=True)]
+        sums = [sum_present(of_task) for of_task in rep_grads]
+        grads = [torch.zeros_like(cut) if grad is None else grad for grad, cut in zip(sums, cuts, strict=True)]
         if len({grad.shape[1:].numel() for grad in grads}) > 1:
             raise UsageError(
                 "rep_grad needs representations of one size for all tasks, got "
@@ -107,11 +109,3 @@ def _cut(rep: Tensor) -> Tensor:
     if not isinstance(alias, Tensor):
         raise UsageError(f"rep_grad needs a representation that is a tensor, got a {type(rep).__name__}.")
     return alias
-
-
-def _total(grads: Sequence[Tensor | None], like: Tensor) -> Tensor:
-    """Return the sum of the gradients that are there, zeros if none is."""
-    present = [grad for grad in grads if grad is not None]
-    if not present:
-        return torch.zeros_like(like)
-    return present[0] if len(present) == 1 else torch.stack(present).sum(0)

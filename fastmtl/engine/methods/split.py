@@ -1,4 +1,4 @@
-"""A network that splits: the heads of all tasks at once, then one VJP per task through the trunk."""
+"""Trunk and heads differentiated separately: all heads at once, then one VJP per task through the trunk."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from fastmtl.support.profiling import part
 
 __all__ = ["Heads", "Split"]
 
-# Features, losses, predictions, the cotangents of the features by task, and gradients of the tasks' own parameters.
+# Features, losses, predictions, cotangents of the features by task, and gradients of the task-specific parameters.
 Heads = tuple[list[Tensor], Sequence[Tensor], Mapping[str, object], Rows, TaskGradients]
 
 
 class Split(Method):
-    """One batch for all tasks: the VJPs through the trunk come one after the other.
+    """One batch for all tasks: the VJPs through the trunk run one after the other.
 
-    Where trunk and heads turn out to be joined by more than features the network is differentiated as a whole.
+    A network whose trunk and heads are not separable is differentiated as a whole.
     """
 
     def __init__(self, structure: Structure, regions: Regions, comm: Comm, weighs_heads: bool) -> None:
@@ -39,9 +39,11 @@ class Split(Method):
         self.whole = Whole(structure, regions, comm, weighs_heads)
 
     def prepare(self, batch: Batch) -> None:
-        """Find out whether the network can be cut, and whose its parameters are if their gradients are weighted."""
+        """Find out whether the network can be cut, and the owners of parameters if their gradients are weighted."""
         if self.structure.learn(batch, cuts=True):
-            self.regions.tell(f"each task's backward pass is of all the network, as {self.structure.against_cut}")
+            self.regions.report(
+                f"each task's backward pass runs through the whole network, as {self.structure.against_cut}"
+            )
         self.possible = self.possible and not (self.only_if_cut and self.structure.against_cut is not None)
         if self.weighs_heads:
             self.structure.learn_owners(batch)
@@ -58,7 +60,7 @@ class Split(Method):
         return BatchGradients(*detached(losses, preds), rows, task_grads, Combine())
 
     def combined(self, batch: Batch, weights: Weights) -> BatchGradients:
-        """Send the weighted sum of the tasks' cotangents through the trunk, once."""
+        """Run one VJP through the trunk, of the weighted sum of the tasks' cotangents."""
         self.prepare(batch)
         if self.structure.against_cut is not None:
             return self.whole.combined(batch, weights)
@@ -81,7 +83,7 @@ class Split(Method):
             return cast(Features, self.regions.trunk(batch.inputs))
 
     def heads(self, features: Features, batch: Batch) -> Heads:
-        """Run the heads and differentiate them; of the features only the tensors are returned."""
+        """Run the heads and differentiate them; returns the tensors among the features."""
         with part("forward"):
             aliases = self.structure.aliases(features, batch.tasks)
             losses, preds = self.regions.heads(list(aliases.values()), batch.labels, batch.tasks)

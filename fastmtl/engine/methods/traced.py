@@ -19,7 +19,7 @@ __all__ = ["Traced", "has_gradient_hooks"]
 
 
 def has_gradient_hooks(model: MTLModel) -> bool:
-    """Return whether something of the user's is called with gradients of parameters or modules."""
+    """Return whether parameters or modules have gradient hooks of the user's."""
     modules: Iterable[nn.Module] = model.modules()
     return any(param._backward_hooks for param in model.parameters()) or any(
         module._backward_hooks or module._backward_pre_hooks for module in modules
@@ -27,27 +27,25 @@ def has_gradient_hooks(model: MTLModel) -> bool:
 
 
 class Traced(Method):
-    """A method traced with its backward passes, so that nothing is left to autograd, and each task's VJP is compiled.
+    """A method traced with its backward passes: one compiled graph from the inputs to all gradients.
 
-    Args:
-        plain: The method to trace, of functions that are not compiled: one whose rows are gradients.
-        regional: The same of compiled regions: for steps with weights known beforehand, and where tracing fails.
-        tell: Told why, if it does.
+    ``plain`` is the method to trace, without compiled functions, whose rows are gradients; ``regional`` the same with
+    compiled regions, for steps with weights known beforehand and where tracing fails, which is reported.
 
     Attributes:
         traces: Whether tracing has not failed yet.
     """
 
-    def __init__(self, plain: Method, regional: Method, tell: Callable[[str], None]) -> None:
+    def __init__(self, plain: Method, regional: Method, report: Callable[[str], None]) -> None:
         regions = regional.regions.with_gradients(self._gradients)
         super().__init__(plain.structure, regions, plain.comm, plain.weighs_heads)
         self.plain = plain
         self.regional = regional
-        self.tell = tell
+        self.report = report
         self.traces = True
 
     def prepare(self, batch: Batch) -> None:
-        """Find out what the traced method must know."""
+        """Examine the network as the traced method does."""
         self.plain.prepare(batch)
         if self.traces and self.structure.by_backward is not None:
             self._give_up(self.structure.against_cut or "")
@@ -69,7 +67,7 @@ class Traced(Method):
 
     def _give_up(self, reason: str) -> None:
         self.traces = False
-        self.tell(f"compile: in regions, as the gradients cannot be in one graph with the rest: {reason}")
+        self.report(f"compile: in regions, as the gradients cannot be in one graph with the rest: {reason}")
 
     def _traced(self, batch: Batch) -> BatchGradients:
         with part("traced"):
@@ -81,5 +79,5 @@ class Traced(Method):
         self, inputs: object, factor: Tensor | None, labels: Labels, tasks: Tasks
     ) -> tuple[Tensor, object, Rows, Sequence[Sequence[Tensor | None]]]:
         """Return losses, predictions, rows and the gradients of the task-specific parameters."""
-        done = self.plain.gradients_of(Batch(inputs=inputs, labels=labels, tasks=tasks, factor=factor))
-        return done.losses, done.preds, done.rows, done.task_grads.parts
+        result = self.plain.gradients_of(Batch(inputs=inputs, labels=labels, tasks=tasks, factor=factor))
+        return result.losses, result.preds, result.rows, result.task_grads.parts

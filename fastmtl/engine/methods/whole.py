@@ -1,4 +1,4 @@
-"""A network that is one piece: each loss is differentiated down to all parameters."""
+"""The whole network differentiated at once: one VJP per task, from the loss to all parameters."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ __all__ = ["Whole"]
 class Whole(Method):
     """One VJP per task from the loss to all parameters.
 
-    Inputs for each task are a graph for each, which is gone before the next one's forward pass.
+    With inputs per task each task's graph is freed before the next one's forward pass.
     """
 
     def prepare(self, batch: Batch) -> None:
-        """Find out whether the graph shows the use of all parameters, and whether graphs of tasks are joined."""
+        """Find out whether the graph shows the use of all parameters, and whether losses of tasks are coupled."""
         if self.structure.learn(batch, cuts=False):
-            self.regions.tell(f"gradients come from backward(), as {self.structure.against_cut}")
+            self.regions.report(f"gradients come from backward(), as {self.structure.against_cut}")
 
     def gradients_of(self, batch: Batch) -> BatchGradients:
         """Run the forward pass and all VJPs."""
@@ -54,7 +54,7 @@ class Whole(Method):
         return BatchGradients(*detached(losses, preds), rows, TaskGradients(problem.task_params, parts), Combine())
 
     def combined(self, batch: Batch, weights: Weights) -> BatchGradients:
-        """Differentiate one weighted sum of the losses, or two where a parameter serves several tasks, but not all."""
+        """Differentiate one weighted sum of the losses, or two where a parameter belongs to some of the tasks."""
         problem, structure, shared = self.problem, self.structure, weights.shared
         self.prepare(batch)
         if not problem.model.multi_input:
@@ -63,8 +63,8 @@ class Whole(Method):
         heads = torch.ones_like(shared) if weights.heads is None else weights.heads
         count = len(problem.shared_params)
         if structure.owners is not None and problem.low_precision != torch.float16:
-            # Each task's own gradients come out scaled by its shared weight, which is taken back; for that it must not
-            # be zero, and 1e-12 of the greatest is as good.
+            # Task-specific gradients come out multiplied by the shared weight, which is divided out again; for that it
+            # must not be zero: 1e-12 of the greatest weight replaces it.
             greatest = shared.abs().max()
             least = 1e-12 * greatest.where(greatest > 0, 1.0)
             divisors = shared.where(shared.abs() > least, least)

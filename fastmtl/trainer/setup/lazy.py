@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader
 
 from fastmtl.architecture import AbsArchitecture
-from fastmtl.engine.model import keeping_buffers
+from fastmtl.engine.model import preserving_buffers
 from fastmtl.errors import UsageError
 from fastmtl.trainer.setup.loaders import to_device
 
@@ -133,7 +133,7 @@ def _without_trace(model: AbsArchitecture) -> Iterator[None]:
     of_python, of_numpy = random.getstate(), np.random.get_state()
     devices = [model.device] if model.device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices), keeping_buffers(model):
+        with torch.random.fork_rng(devices), preserving_buffers(model):
             yield
     finally:
         random.setstate(of_python)
