@@ -120,46 +120,42 @@ class _Balance:
         from fastmtl.distributed.storage import comm_of_loop
         from fastmtl.engine.hidden import refusing_inner_backward
 
-        shared, own = self.parameters()
-        check_writable([*shared, *own], ".grad")
+        shared, task_params = self.parameters()
+        params = [*shared, *task_params]
+        check_writable(params, ".grad")
         comm = comm_of_loop(shared)
-        with refusing_inner_backward(self.losses):
-            return self._write(scale, shared, own, comm)
-
-    def _write(self, scale: Tensor | None, shared: list[Tensor], own: list[Tensor], comm: Comm) -> Tensor | None:
-        """Add the gradients to ``.grad``."""
-        params = [*shared, *own]
-        if not comm.shares_batches:
-            return self._by_rows(scale, shared, own, comm)
-        before = [param.grad for param in params]
-        for param in params:
-            param.grad = None
-        aggregate = self._by_gram if self.aggregator.works_on_gram() else self._by_rows
-        try:
-            weights = aggregate(scale, shared, own, comm)
-            comm.set_grads(own, comm.all_reduce_row([param.grad for param in own]))
-        finally:
-            for param, grad in zip(params, before, strict=True):
-                if grad is not None:
-                    param.grad = grad if param.grad is None else grad + param.grad
-        return weights
-
-    def _seeds(self, scale: Tensor | None, comm: Comm) -> list[Tensor | None]:
-        """Return the cotangents of the losses, whose means over the processes count."""
         ones = [torch.ones_like(loss) if scale is None else scale.to(loss) for loss in self.losses]
-        return [seed / comm.size for seed in ones]
+        # The means of the losses over the processes count.
+        seeds = [seed / comm.size for seed in ones]
+        with refusing_inner_backward(self.losses):
+            if not comm.shares_batches:
+                return self._by_rows(seeds, shared, task_params, comm)
+            before = [param.grad for param in params]
+            for param in params:
+                param.grad = None
+            aggregate = self._by_gram if self.aggregator.works_on_gram() else self._by_rows
+            try:
+                weights = aggregate(seeds, shared, task_params, comm)
+                comm.set_grads(task_params, comm.all_reduce_row([param.grad for param in task_params]))
+            finally:
+                for param, grad in zip(params, before, strict=True):
+                    if grad is not None:
+                        param.grad = grad if param.grad is None else grad + param.grad
+            return weights
 
-    def _by_gram(self, scale: Tensor | None, shared: list[Tensor], own: list[Tensor], comm: Comm) -> Tensor:
+    def _by_gram(
+        self, seeds: Sequence[Tensor], shared: Sequence[Tensor], task_params: Sequence[Tensor], comm: Comm
+    ) -> Tensor:
         """Let each process have a part of every row; the Gram matrix is all that the aggregator needs."""
         from fastmtl.aggregation.base import GramianWeightedAggregator
         from fastmtl.engine.gradients import add_grads
 
         assert isinstance(self.aggregator, GramianWeightedAggregator)
         rows, last = [], len(self.losses) - 1
-        for t, (loss, seed) in enumerate(zip(self.losses, self._seeds(scale, comm), strict=True)):
-            row, rest = comm.row([loss], [seed], own, t < last, final=True)
+        for t, (loss, seed) in enumerate(zip(self.losses, seeds, strict=True)):
+            row, task_grads = comm.row([loss], [seed], task_params, t < last, final=True)
             rows.append(row)
-            add_grads(own, rest)
+            add_grads(task_params, task_grads)
         rows = comm.collect(rows, final=True)
         with torch.no_grad():
             weights = self.aggregator.weights_of_gram(comm.gram(rows, None, None), shared[0].dtype)
@@ -167,15 +163,17 @@ class _Balance:
         comm.write_shared(rows, weights, None, ())
         return weights
 
-    def _by_rows(self, scale: Tensor | None, shared: list[Tensor], own: list[Tensor], comm: Comm) -> Tensor | None:
+    def _by_rows(
+        self, seeds: Sequence[Tensor], shared: Sequence[Tensor], task_params: Sequence[Tensor], comm: Comm
+    ) -> Tensor | None:
         """Let each process have the whole Jacobian."""
         from fastmtl.engine.gradients import add_grads
         from fastmtl.engine.vjp import jacobians
 
-        rows = [([loss], [seed]) for loss, seed in zip(self.losses, self._seeds(scale, comm), strict=True)]
-        found = jacobians(rows, len(rows), shared, False, own, lambda grads: add_grads(own, grads))
+        rows = [([loss], [seed]) for loss, seed in zip(self.losses, seeds, strict=True)]
+        matrices = jacobians(rows, len(rows), shared, False, task_params, lambda grads: add_grads(task_params, grads))
         with torch.no_grad():
-            weights = self.aggregator.write(comm.all_reduce_coalesced(found), shared)
+            weights = self.aggregator.write(comm.all_reduce_coalesced(matrices), shared)
         comm.broadcast([weights])
         if comm.shares_batches:
             comm.broadcast([param.grad for param in shared])
@@ -202,19 +200,17 @@ class _Balance:
 
 def _named(name: str, hyper: Mapping[str, Any]) -> Aggregator:
     from fastmtl import aggregation
-    from fastmtl.support import stateful
+    from fastmtl.support.stateful import Stateful
 
-    classes: dict[str, Callable[..., Any]] = {
-        each: found
-        for each in aggregation.__all__
-        if isinstance(found := getattr(aggregation, each), type)
-        and issubclass(found, aggregation.Aggregator)
-        and each not in ("Aggregator", "WeightedAggregator", "GramianWeightedAggregator")
-        and not issubclass(found, stateful.Stateful)
+    bases = (aggregation.Aggregator, aggregation.WeightedAggregator, aggregation.GramianWeightedAggregator)
+    public = [getattr(aggregation, public_name) for public_name in aggregation.__all__]
+    classes: dict[str, Callable[..., Aggregator]] = {
+        cls.__name__: cls
+        for cls in public
+        if issubclass(cls, aggregation.Aggregator) and cls not in bases and not issubclass(cls, Stateful)
     }
-    chosen = resolve_name(name, {**classes, "Aligned_MTL": classes["AlignedMTL"]}, "weighting")
+    make = resolve_name(name, {**classes, "Aligned_MTL": classes["AlignedMTL"]}, "weighting")
     try:
-        made: Aggregator = chosen(**hyper)
+        return make(**hyper)
     except TypeError as error:
         raise UsageError(f"weighting {name!r} cannot be made of {dict(hyper)}: {error}.") from None
-    return made

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import TypeVar
 
-from fastmtl.aggregation.rows import add_combined, as_matrix, gram_of, put
+from fastmtl.aggregation.rows import add_combined, as_matrix, gram_of
+from fastmtl.engine.gradients import add_grads
 from fastmtl.errors import UsageError
 from fastmtl.linalg import Matrix, PSDMatrix
 from fastmtl.support.dtypes import wide_dtype
@@ -139,7 +140,7 @@ class Aggregator(Described, nn.Module, ABC):
         """
         vector = self(torch.cat([as_matrix(jacobian) for jacobian in jacobians], dim=1))
         parts = vector.split([tensor.numel() for tensor in tensors])
-        put([part.reshape(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)], tensors)
+        add_grads(tensors, [part.reshape(tensor.shape).to(tensor) for part, tensor in zip(parts, tensors, strict=True)])
         return None
 
 
@@ -151,7 +152,7 @@ class ColumnAggregator(Aggregator):
         if not self.is_plain():
             return super().write(jacobians, tensors)
         for jacobian, tensor in zip(jacobians, tensors, strict=True):
-            put([self(as_matrix(jacobian)).reshape(tensor.shape)], [tensor])
+            add_grads([tensor], [self(as_matrix(jacobian)).reshape(tensor.shape)])
         return None
 
 

@@ -99,7 +99,7 @@ class GradVacWeighting(GramWeighting, Buffered):
 
     Args:
         beta: Weight of a new cosine in the moving average, 0 to 1.
-        eps: At least 0. What TorchJD adds to what it divides by; nothing is added here.
+        eps: At least 0. Has no effect; TorchJD adds it to divisors.
 
     Source: Wang et al., "Gradient Vaccine: Investigating and Improving Multi-task Optimization in Massively
     Multilingual Models", ICLR 2021.
@@ -131,7 +131,7 @@ class NashMTLWeighting(MatrixWeighting, Stateful):
         n_tasks: T.
         max_norm: Greatest length of the update; 0 for none.
         update_weights_every: Calls between two bargains; the weights are kept in between.
-        optim_niter: Taken for TorchJD's sake; the solution is exact.
+        optim_niter: Has no effect, as the solution is exact; TorchJD has it.
 
     Raises:
         UsageError: The matrix has another number of rows.

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
+from fastmtl.engine.gradients import add_grads
 from fastmtl.ops._rows import is_dense
 from fastmtl.support.dtypes import wide_dtype
 
-__all__ = ["add_combined", "as_matrix", "gram_of", "put"]
+__all__ = ["add_combined", "as_matrix", "gram_of"]
 
 
 def _as_rows(jacobians: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
@@ -38,7 +39,7 @@ def add_combined(tensors: Sequence[Tensor], jacobians: Sequence[Tensor], weights
     """Add ``sum_t w_t row_t`` to ``.grad`` of each tensor, in one pass over its rows."""
     if not len(weights) or weights.device != jacobians[0].device:
         sums = [torch.tensordot(weights.to(jacobian), jacobian, dims=1) for jacobian in jacobians]
-        put(sums, tensors)
+        add_grads(tensors, [total.to(tensor.dtype) for total, tensor in zip(sums, tensors, strict=True)])
         return
     # Those with a gradient come first, as the others will have one too.
     for fresh in (False, True):
@@ -56,13 +57,3 @@ def _dense_grad(tensor: Tensor) -> Tensor:
     grad = tensor.grad
     assert grad is not None
     return grad if is_dense(grad) else grad.clone(memory_format=torch.contiguous_format)
-
-
-@torch.no_grad()
-def put(grads: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
-    """Add gradients to ``.grad``, in the dtype of the tensors."""
-    for grad, tensor in zip(grads, tensors, strict=True):
-        if tensor.grad is None:
-            tensor.grad = grad.to(tensor.dtype).clone(memory_format=torch.contiguous_format)
-        else:
-            tensor.grad = tensor.grad + grad

@@ -63,7 +63,7 @@ class FairGradWeighting(GramWeighting):
 
     Args:
         alpha: Fairness, at least 0: 0 is the mean, 1 proportional, towards infinity max-min.
-        max_iters: Taken for TorchJD's sake; the solution is exact.
+        max_iters: Has no effect, as the solution is exact; TorchJD has it.
 
     Source: Ban and Ji, "Fair Resource Allocation in Multi-Task Learning", ICML 2024.
     """
@@ -155,7 +155,7 @@ class Krum(Declared, GramianWeightedAggregator[KrumWeighting], of=KrumWeighting)
 class MGDAWeighting(GramWeighting):
     """Weights of the shortest convex combination of the gradients; see :func:`fastmtl.ops.min_norm`.
 
-    The solution is exact, so that the arguments, which stop TorchJD's approximation, change nothing.
+    The solution is exact, so the arguments, which stop TorchJD's approximation, have no effect.
 
     Args:
         epsilon: Positive.

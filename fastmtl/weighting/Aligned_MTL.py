@@ -19,5 +19,5 @@ class Aligned_MTL(AbsWeighting):
     needs = "gram"
 
     def weigh(self, losses: Tensor, gram: Tensor, **hyper: object) -> Weights:
-        """Return the weights."""
+        """Return the weights of the gradients for the sum of the aligned ones."""
         return Weights(shared=ops.aligned(gram))

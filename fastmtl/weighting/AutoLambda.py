@@ -63,11 +63,11 @@ class AutoLambda(Bilevel):
             direction = ahead.by_rates(direction)
         length = torch.stack([part.norm() for part in direction if part is not None]).norm()
         reach = 0.01 / length.where(length > 0, 1.0)
-        found = []
+        losses = []
         for sign in (1, -1):
             with ahead.moved():
                 ahead.move(direction, sign * reach)
-                found.append(ahead.losses(ahead.inner))
-        slope = self.through_softmax((found[0] - found[1]) / (2 * reach))
+                losses.append(ahead.losses(ahead.inner))
+        slope = self.through_softmax((losses[0] - losses[1]) / (2 * reach))
         self.logits.step(-ahead.lr * slope, lr=outer_lr)
         return Weights(shared=self.task_weights())

@@ -22,5 +22,5 @@ class ConFIG(AbsWeighting):
     needs = "gram"
 
     def weigh(self, losses: Tensor, gram: Tensor, **hyper: object) -> Weights:
-        """Return the weights."""
+        """Return the weights of the conflict-free update."""
         return Weights(shared=ops.config(gram))

@@ -31,6 +31,6 @@ class DualProj(AbsWeighting):
         DualProj_reg_eps: float = 1e-4,
         **hyper: object,
     ) -> Weights:
-        """Return the weights."""
+        """Return the projection's weights."""
         project = QuadprogProjector(norm_eps=DualProj_norm_eps, reg_eps=DualProj_reg_eps)
         return Weights(shared=project(torch.full_like(gram[0], 1 / len(gram)), gram))

@@ -34,13 +34,14 @@ class EW(AbsWeighting):
         constants = self._constants if self.active is None else [self._constants[task] for task in self.active]
         return Weights(shared=torch.stack([torch.full_like(losses[0], value) for value in constants]))
 
-    def _read(self, given: Sequence[str]) -> list[float]:
+    def _read(self, loss_weights: Sequence[str]) -> list[float]:
+        """Return the constants of all tasks."""
         constants = dict.fromkeys(self.task_name, 1.0)
-        for each in given:
-            name, _, value = each.partition("=")
+        for assignment in loss_weights:
+            name, _, value = assignment.partition("=")
             task = resolve_name(name, {known: known for known in constants}, "task in loss_weights")
             try:
                 constants[task] = float(value)
             except ValueError:
-                raise UsageError(f"loss_weights must be given as task=number, got {each!r}.") from None
+                raise UsageError(f"loss_weights must be given as task=number, got {assignment!r}.") from None
         return list(constants.values())

@@ -40,7 +40,7 @@ class ExcessMTL(AbsWeighting):
         self.remember("initial_w", torch.zeros(self.task_num))
 
     def weigh_rows(self, losses: Tensor, rows: Rows, *, robust_step_size: float = 1e-2, **hyper: object) -> Weights:
-        """Return the weights, of decoders too."""
+        """Return the grown weights, of decoders too."""
         risk = self.whole(ops.excess_risk_(self.squares.rows, rows)).to(losses.dtype)
         known = self.initial_w != 0
         relative = torch.where(known, risk / torch.where(known, self.initial_w, 1.0), 0.0)

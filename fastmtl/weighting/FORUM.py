@@ -110,8 +110,8 @@ class FORUM(Bilevel):
         length = gram.diagonal()[:size].clamp(min=0).sqrt()
         inverse = torch.where(length > 0, 1 / length, 0.0)
         products = inverse * gram[:size, size]
-        found = forum_weights(gram[:size, :size] * inverse * inverse[:, None], products, square, FORUM_phi)
-        self.multipliers.lerp_(found, 1 / (self.epoch + 1) ** 0.75)
+        minimiser = forum_weights(gram[:size, :size] * inverse * inverse[:, None], products, square, FORUM_phi)
+        self.multipliers.lerp_(minimiser, 1 / (self.epoch + 1) ** 0.75)
         slack = FORUM_phi - products / square.where(square > 0, 1.0)
         pull = (self.multipliers @ slack).clamp(min=0)
         self.logits.step((pull * gap).to(weights.dtype), lr=outer_lr)

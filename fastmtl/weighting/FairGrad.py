@@ -26,8 +26,8 @@ class Fair(AbsWeighting):
     def settled(self, weights: Tensor, max_norm: float | None = None) -> Weights:
         """Return a solution as the weights, of decoders too, and remember it.
 
-        A decoder has weight 1 where its task has no shared gradient, so 0: otherwise one beside a frozen encoder, or
-        one whose weights are zero at first, would learn nothing.
+        A task without a shared gradient has weight 0; its decoder gets weight 1, since beside a frozen encoder, or with
+        weights that start at zero, it would otherwise learn nothing.
         """
         self.last_weights.copy_(weights)
         heads = torch.where(weights == 0, torch.ones_like(weights), weights)
@@ -47,5 +47,5 @@ class FairGrad(Fair):
     }
 
     def weigh(self, losses: Tensor, gram: Tensor, *, FairGrad_alpha: float = 1.0, **hyper: object) -> Weights:
-        """Return the weights, of decoders too."""
+        """Return the alpha-fair weights, of decoders too."""
         return self.settled(ops.fairgrad(gram, FairGrad_alpha, self.last_weights))

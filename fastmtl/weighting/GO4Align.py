@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmtl.errors import UsageError
 from fastmtl.weighting.abstract_weighting import AbsWeighting, Hyper, Weights
 from fastmtl.weighting.rules import counted
 
@@ -69,7 +68,7 @@ class GO4Align(AbsWeighting):
     needs_losses = "positive"
     use_of_losses = "it divides by them"
     hyper = {  # noqa: RUF012
-        "GO4Align_groups": Hyper(type=int, default=2, help="Number of groups."),
+        "GO4Align_groups": Hyper(type=int, default=2, least=1, help="Number of groups."),
         "GO4Align_step_size": Hyper(
             type=float, default=1e-4, least=0.0, help="How fast the probabilities follow the losses."
         ),
@@ -80,11 +79,6 @@ class GO4Align(AbsWeighting):
     def init_param(self) -> None:
         """Create the probabilities."""
         self.remember("probabilities", torch.full((self.task_num,), 1 / self.task_num))
-
-    def start_epoch(self, *, GO4Align_groups: int = 2, **hyper: object) -> None:
-        """Raise a UsageError for a number of groups below one."""
-        if GO4Align_groups < 1:
-            raise UsageError(f"GO4Align_groups must be at least 1, got {GO4Align_groups}.")
 
     def weigh(
         self, losses: Tensor, gram: None, *, GO4Align_groups: int = 2, GO4Align_step_size: float = 1e-4, **hyper: object

@@ -38,12 +38,12 @@ class GradNorm(AbsWeighting):
         self.remember("first_losses", torch.ones(self.task_num))
 
     def start_epoch(self, **hyper: object) -> None:
-        """Learn the losses of the first epoch once it is over."""
+        """Store the losses of the first epoch once it is over."""
         if self.epoch >= 1:
             self.first_losses.copy_(torch.from_numpy(self.train_loss_buffer[:, 0]))
 
     def weigh(self, losses: Tensor, gram: Tensor, *, alpha: float = 1.5, **hyper: object) -> Weights:
-        """Return the weights and the gradient of ``loss_scale``."""
+        """Return the weights of the norms' balance and the gradient of ``loss_scale``."""
         if self.epoch < 1:
             return Weights(shared=torch.ones_like(losses))
         share = torch.softmax(self.loss_scale.detach(), dim=-1)

@@ -47,12 +47,12 @@ class GradVac(RandomOrders):
         if kind == 2:
             return list(range(len(params)))
         owner = {id(param): id(module) for module in self.modules() for param in module._parameters.values()}
-        found: dict[int, int] = {}
-        return [found.setdefault(owner[id(param)], len(found)) for param in params]
+        groups: dict[int, int] = {}
+        return [groups.setdefault(owner[id(param)], len(groups)) for param in params]
 
     def weigh(self, losses: Tensor, gram: Tensor, *, GradVac_beta: float = 0.5, **hyper: object) -> Weights:
-        """Return (T,) weights, with groups (L, T)."""
-        each = gram if gram.dim() == 3 else gram[None]
-        weights, rho = ops.gradvac(each, self.draw_orders(each[0]), self.rho[: len(each)], GradVac_beta)
-        self.rho[: len(each)] = rho
+        """Return the sums of the raised gradients' coefficients (T,), with groups (L, T)."""
+        grams = gram if gram.dim() == 3 else gram[None]
+        weights, rho = ops.gradvac(grams, self.draw_orders(grams[0]), self.rho[: len(grams)], GradVac_beta)
+        self.rho[: len(grams)] = rho
         return Weights(shared=weights if gram.dim() == 3 else weights[0])

@@ -30,7 +30,7 @@ class IMTL(AbsWeighting):
         self.loss_scale = nn.Parameter(torch.zeros(self.task_num))
 
     def weigh(self, losses: Tensor, gram: Tensor, **hyper: object) -> Weights:
-        """Return the weights and the gradient of ``loss_scale``."""
+        """Return the weights of equal projections, of decoders the scales, and the gradient of ``loss_scale``."""
         scale = self.loss_scale.detach().exp()
         wide = scale.to(gram.dtype)
         alpha = ops.imtl(wide[:, None] * gram * wide)

@@ -38,12 +38,12 @@ class MGDA(AbsWeighting):
         if mgda_gn == "none":
             return Weights(shared=ops.min_norm(gram))
         known = counted(losses) if "loss" in mgda_gn else torch.ones_like(losses, dtype=torch.bool)
-        # A task that takes no part stands as a copy of one that does; what the copies get is that task's.
+        # A task that takes no part is replaced by a copy of one that does, which gets the weights of its copies.
         place = torch.arange(len(losses), device=losses.device)
         place = torch.where(known, place, known.to(torch.uint8).argmax())
         scale = self._scale(losses.to(gram.dtype), gram.diagonal(), mgda_gn)[place]
-        found = ops.min_norm(scale[:, None] * gram[place][:, place] * scale)
-        weights = torch.where(known, torch.zeros_like(found).index_add(0, place, found), 0.0)
+        solution = ops.min_norm(scale[:, None] * gram[place][:, place] * scale)
+        weights = torch.where(known, torch.zeros_like(solution).index_add(0, place, solution), 0.0)
         return Weights(shared=weights if self.rep_grad else weights * scale, logged=weights, known=known)
 
     def loss_needs(self, *, mgda_gn: str = "none", **hyper: object) -> LossNeeds:

@@ -48,7 +48,7 @@ class STCH(AbsWeighting):
                 self.loss_sum.add_(torch.where(known, losses, 0.0))
                 self.loss_count.add_(known)
             return Weights(shared=torch.where(known, 1 / (losses + tiny), 0.0), known=known)
-        # A task without labels in the warm-up epoch is measured in its first loss after it.
+        # A task without labels in the warm-up epoch is measured in units of its first loss after it.
         missing = known & (self.loss_count == 0)
         self.loss_sum.copy_(torch.where(missing, losses, self.loss_sum))
         self.loss_count.add_(missing)

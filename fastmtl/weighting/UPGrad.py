@@ -35,5 +35,5 @@ class UPGrad(AbsWeighting):
         UPGrad_reg_eps: float = 1e-4,
         **hyper: object,
     ) -> Weights:
-        """Return the weights."""
+        """Return the mean of the projections' weights."""
         return Weights(shared=ops.upgrad(gram, UPGrad_norm_eps, UPGrad_reg_eps))

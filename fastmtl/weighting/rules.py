@@ -1,4 +1,4 @@
-"""Formulas that several strategies, or one and an aggregator or scalarizer of TorchJD's names, have in common."""
+"""Formulas that several strategies use, or a strategy and an aggregator or scalarizer with TorchJD's name."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _TINY = 1e-8
 
 
 def counted(losses: Tensor) -> Tensor:
-    """Return which of the losses take part in a step where one of 0 takes none; its gradient is zero anyway.
+    """Return which losses take part in a step of a rule for positive losses; the gradient of one of 0 is 0 anyway.
 
-    Neither do numbers too small for a reciprocal, which many devices take for 0, and negative ones.
+    Those that do not are 0, negative, or too small for a reciprocal, which many devices round to 0.
     """
     return losses >= torch.finfo(losses.dtype).tiny
 
@@ -97,7 +97,7 @@ def directed_weights(
 def descent_rates(newer: Tensor, older: Tensor, temperature: float) -> Tensor:
     """Return DWA's weights: T times the softmax of the losses' ratios over two epochs, divided by the temperature.
 
-    A task without such a ratio, as its older loss is 0, has weight 1, and the others' weights are those without it.
+    A task whose older loss is 0 has no ratio: its weight is 1, and the others' weights are those without it.
     """
     known = counted(older) & newer.isfinite()
     ratio = (newer / older / temperature).clamp(max=torch.finfo(older.dtype).max)
@@ -108,7 +108,7 @@ def descent_rates(newer: Tensor, older: Tensor, temperature: float) -> Tensor:
 def even_fall(logits: Tensor, excess: Tensor) -> Tensor:
     """Return FAMO's weights, ``z_t / D_t`` divided by their sum, ``z = softmax(logits)`` and ``D_t = excess_t + 1e-8``.
 
-    The excess is what a loss is above its bound; a task where it is 0 has weight 0, and no part in the sum.
+    The excess is the loss minus its lower bound; a task where it is 0 has weight 0 and no part in the sum.
     """
     share = torch.where(counted(excess), torch.softmax(logits, dim=-1) / (excess + _TINY), 0.0)
     total = share.sum()
@@ -116,9 +116,9 @@ def even_fall(logits: Tensor, excess: Tensor) -> Tensor:
 
 
 def even_fall_slope(logits: Tensor, before: Tensor, after: Tensor) -> Tensor:
-    """Return the gradient that moves FAMO's logits, from the excess losses of one batch before and after the update.
+    """Return the gradient of FAMO's logits, from the excess losses of one batch before and after the update.
 
-    It is 0 for tasks whose excess was 0 before, which have no part in z either.
+    It is 0 for tasks whose excess was 0 before; z leaves them out.
     """
     known = counted(before)
     fall = torch.where(known, (before + _TINY).log() - (after.clamp(min=0) + _TINY).log(), 0.0)
@@ -127,9 +127,9 @@ def even_fall_slope(logits: Tensor, before: Tensor, after: Tensor) -> Tensor:
 
 
 class Adam:
-    """A vector that a strategy learns by Adam, and remembers as ``<name>_value``.
+    """A vector that a strategy learns with Adam, in the buffer ``<name>_value``.
 
-    The moments of its gradients are ``<name>_first`` and ``<name>_second``, of ``<name>_steps`` steps.
+    Its moments are in ``<name>_first`` and ``<name>_second``, the number of steps in ``<name>_steps``.
 
     Source: Kingma and Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015.
     """
@@ -153,7 +153,7 @@ class Adam:
 
         Entries that are not ``known``, and their moments, stay as they are.
         """
-        first, second, steps = (getattr(self._owner, f"{self._name}_{each}") for each in ("first", "second", "steps"))
+        first, second, steps = (getattr(self._owner, f"{self._name}_{part}") for part in ("first", "second", "steps"))
         value = self.value
         before = value.clone(), first.clone(), second.clone()
         grad = grad + weight_decay * value
