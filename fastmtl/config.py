@@ -18,9 +18,10 @@ import torch
 
 from fastmtl.architecture import ARCHITECTURES, AbsArchitecture
 from fastmtl.errors import UsageError
-from fastmtl.support.hyper import fill_hyper
+from fastmtl.support.hyper import declared, fill_hyper
 from fastmtl.trainer.optim.optimizer import OPTIMIZERS
-from fastmtl.trainer.optim.recipe import PERIODS, SCHEDULERS
+from fastmtl.trainer.optim.recipe import SCHEDULERS
+from fastmtl.trainer.run.config import TrainConfig
 from fastmtl.trainer.run.settings import (
     Arguments,
     HyperOption,
@@ -33,6 +34,12 @@ from fastmtl.trainer.run.settings import (
 from fastmtl.weighting import WEIGHTINGS, AbsWeighting
 
 __all__ = ["LibMTL_args", "prepare_args"]
+
+# Arguments of optimizer and scheduler that mean what the options of ``fastmtl train`` of these names do.
+_AS_IN_THE_COMMAND = (
+    "optim", "lr", "momentum", "weight_decay", "scheduler", "step_size", "gamma", "eta_min", "power", "warmup",
+    "schedule_per", "patience",
+)  # fmt: skip
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -47,21 +54,14 @@ def _make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--multi_input", action="store_true", help="each task has its own input data")
     parser.add_argument("--save_path", type=str, default=None, help="folder to save the best model in")
     parser.add_argument("--load_path", type=str, default=None, help="checkpoint, or its folder, to start from")
-    parser.add_argument("--optim", type=str, default="adam", help=f"optimizer: {', '.join(OPTIMIZERS)}")
-    parser.add_argument("--lr", type=float, default=1e-4, help="learning rate")
-    parser.add_argument("--momentum", type=float, default=0.9, help="momentum, for sgd")
-    parser.add_argument("--weight_decay", type=float, default=1e-5, help="weight decay")
-    parser.add_argument("--scheduler", type=str, default=None, help=f"scheduler: {', '.join(SCHEDULERS)}")
-    parser.add_argument("--step_size", type=int, default=100, help="epochs between two decays, for step")
-    parser.add_argument("--gamma", type=float, default=0.5, help="factor of a decay, for step, exp and reduce")
+    for name, spec in declared(TrainConfig).items():
+        if name in _AS_IN_THE_COMMAND:
+            choices = f" One of {', '.join(spec.choices)}." if spec.choices else ""
+            parser.add_argument(f"--{name}", type=spec.type, default=spec.default, help=spec.help + choices)
+    parser.set_defaults(lr=1e-4)
     parser.add_argument("--T_max", type=int, default=None, help="epochs to anneal over, for cos; --epochs if not given")
-    parser.add_argument("--eta_min", type=float, default=0.0, help="last learning rate, for cos")
-    parser.add_argument("--power", type=float, default=1.0, help="power of the decay, for poly")
-    parser.add_argument("--warmup", type=int, default=0, help="epochs (or steps) of a linear warm-up")
-    parser.add_argument("--schedule_per", type=str, default=None, help=f"when to step it: {', '.join(PERIODS)}")
-    parser.add_argument("--patience", type=int, default=10, help="epochs without improvement, for reduce")
-    for each in hyper_options().values():
-        _add_hyper(parser, each)
+    for hyper in hyper_options().values():
+        _add_hyper(parser, hyper)
     return parser
 
 
@@ -128,9 +128,9 @@ def _hyper_of(
 ) -> tuple[str, Arguments]:
     """Return the name in its own spelling and all hyper-parameters of the class."""
     owner = spelled_as(name, classes, what)
-    declared = classes[owner].hyper
-    given = {each: getattr(params, each, None) for each in declared}
-    return owner, fill_hyper(owner, declared, {each: value for each, value in given.items() if value is not None})
+    specs = classes[owner].hyper
+    values = {hyper: getattr(params, hyper, None) for hyper in specs}
+    return owner, fill_hyper(owner, specs, {hyper: value for hyper, value in values.items() if value is not None})
 
 
 def _scheduler_param(params: argparse.Namespace) -> Arguments | None:

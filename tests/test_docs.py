@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from fastmtl import data
+from fastmtl.cli.options import page
 from fastmtl.data import DATASETS
 
 ROOT = Path(__file__).parent.parent
@@ -132,3 +133,7 @@ def test_names_beside_a_file_are_in_it() -> None:
     for file, name in pairs:
         source = (ROOT / "fastmtl" / file).read_text()
         assert re.search(rf"(class|def) {name.rpartition('.')[2]}\b", source), f"{name} in {file}"
+
+
+def test_options_page_is_up_to_date() -> None:
+    assert (DOCS / "options.md").read_text() == page(), "python -m fastmtl.cli.options > docs/options.md"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from fastmtl.trainer.checkpoint.files import rng_state, set_rng_state
 from fastmtl.trainer.log.logger import Logger
 from fastmtl.trainer.run.config import TrainConfig
 from fastmtl.trainer.setup.loaders import generators
+from fastmtl.trainer.setup.options import TrainerOptions
 from fastmtl.utils import set_random_seed
 
 __all__ = ["build_trainer", "load_data"]
@@ -77,23 +77,28 @@ def build_trainer(
         BackendError: The device is not there.
         CheckpointError: The checkpoint is missing or of another model.
     """
-    # The trainer's arguments have the names of the settings, but for those written out.
-    same = {name: getattr(config, name) for name in inspect.signature(Trainer).parameters if hasattr(config, name)}
+    options = {field.name: getattr(config, field.name) for field in fields(TrainerOptions)}
     # The state of a run to go on with holds the parameters too.
     load_path = None if resume is not None else config.load_path
     return Trainer(
-        # The setting of that name is in scheduler_param.
-        **{**same, "load_path": load_path, "profile": profile, "scheduler": None},
-        example_inputs=partial(_first_inputs, bundle),
         task_dict=bundle.task_dict,
+        weighting=config.weighting,
         architecture=config.arch,
         encoder_class=bundle.encoder_class,
         decoders=bundle.decoders(),
+        rep_grad=config.rep_grad,
+        multi_input=bundle.multi_input,
+        optim_param=config.optim_param,
+        scheduler_param=config.scheduler_param,
+        load_path=load_path,
         save_path=None if save_path is None else str(save_path),
+        example_inputs=partial(_first_inputs, bundle),
         logger=logger,
+        profile=profile,
         resume=None if resume is None else str(resume),
         weight_args=config.weight_args,
         arch_args=config.arch_args,
+        **options,
     )
 
 

@@ -1,26 +1,29 @@
-"""The options of `fastmtl train`, made from `TrainConfig` and the hyper-parameter tables of the strategies."""
+"""The options of `fastmtl train`, made from `TrainConfig` and the hyper-parameter tables of the strategies.
+
+``python -m fastmtl.cli.options > docs/options.md`` writes them down.
+"""
 
 from __future__ import annotations
 
 import inspect
-import types
-import typing
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from fastmtl.architecture import ARCHITECTURES
+from fastmtl.support.hyper import Hyper, Option, declared
 from fastmtl.trainer.run.config import TrainConfig
 from fastmtl.trainer.run.settings import Arguments, HyperOption, hyper_options
+from fastmtl.trainer.setup.options import TrainerOptions
 from fastmtl.weighting import WEIGHTINGS
 
-__all__ = ["own_hyper_options", "split_values", "train_parameters"]
+__all__ = ["own_hyper_options", "page", "split_values", "train_parameters"]
 
 _PREFIX = "hyper_"
 _NAMES: dict[str, Collection[str]] = {"arch": ARCHITECTURES, "weighting": WEIGHTINGS}
+_PANELS = ("Data", "Model", "Optimisation", "Machine", "Logging")
 _PATHS = {
     "config": ("YAML file with any of the settings below.", "FILE"),
     "run_dir": (r"Run directory to make. [dim]\[runs/<data set>-<arch>-<weighting>-<time>][/dim]", "DIR"),
@@ -30,31 +33,24 @@ _PATHS = {
 
 def own_hyper_options() -> list[HyperOption]:
     """Return the hyper-parameters of all architectures and weightings, without those that are settings too."""
-    settings = {each.name for each in fields(TrainConfig)}
-    return [each for each in hyper_options().values() if each.name not in settings]
+    return [hyper for name, hyper in hyper_options().items() if name not in declared(TrainConfig)]
 
 
 def train_parameters() -> Iterator[inspect.Parameter]:
-    """Yield the parameters of the command: its paths, one per setting of `TrainConfig`, then one per hyper-parameter.
+    """Yield the parameters of the command: its paths, one per option of `TrainConfig`, then one per hyper-parameter.
 
     All default to None, which means that neither the flag nor its negation was given.
     """
     for name, (about, kept) in _PATHS.items():
-        yield _parameter(name, "--" + name.replace("_", "-"), Path, about, "Run", kept)
-    kinds = typing.get_type_hints(TrainConfig)
-    for each in fields(TrainConfig):
-        if each.name in ("weight_args", "arch_args", "group_args"):
-            continue
-        option = "--" + each.name.replace("_", "-")
-        kind = kinds[each.name]
-        text, metavar = each.metadata["help"], "|".join(each.metadata["choices"]) or None
-        if each.name in _NAMES:
-            text, metavar = f"{text} {', '.join(_NAMES[each.name])}.", "NAME"
-        if each.name == "compile":
-            kind, metavar = str, "[on|auto|off]"
-        yield _parameter(each.name, option, kind, f"{text}{_default(each.default)}", each.metadata["panel"], metavar)
+        yield _parameter(name, _flag(name), Path, about, "Run", kept)
+    for name, spec in _ordered().items():
+        if spec.flag:
+            text = f"{spec.help} One of {', '.join(_NAMES[name])}." if name in _NAMES else spec.help
+            yield _declared(name, _flag(name), spec, text, spec.panel, "NAME" if name in _NAMES else None)
     for hyper in own_hyper_options():
-        yield _hyper_parameter(hyper)
+        text, (first, *others) = hyper.spec.help, hyper.owners
+        text += f" Also of {', '.join(others)}." if others else ""
+        yield _declared(_PREFIX + hyper.name, hyper.option, hyper.spec, text, f"Hyper-parameters of {first}")
 
 
 def split_values(values: Mapping[str, object]) -> tuple[Arguments, Arguments]:
@@ -64,24 +60,63 @@ def split_values(values: Mapping[str, object]) -> tuple[Arguments, Arguments]:
     return {name: value for name, value in given.items() if not name.startswith(_PREFIX)}, hyper
 
 
-def _hyper_parameter(hyper: HyperOption) -> inspect.Parameter:
-    spec, text = hyper.spec, hyper.spec.help
-    kind = str if spec.many else spec.type
-    metavar = "|".join(map(str, spec.choices or ())) or None
+def page() -> str:
+    """Return the page of the documentation with all options."""
+    lines = [
+        "# Options",
+        "",
+        "Every option of a run: flags of `fastmtl train` (`--weight-momentum 0.9`), keys of its YAML file",
+        "(`weight_momentum: 0.9`) and, where the first column says so, arguments of `Trainer`. `fastmtl train --help` also",
+        "lists the hyper-parameters of strategies and architectures.",
+    ]
+    of_trainer = declared(TrainerOptions)
+    for panel in _PANELS:
+        lines += [
+            "",
+            f"## {panel}",
+            "",
+            "| Option | `Trainer` | Default | Allowed | What it does |",
+            "|---|---|---|---|---|",
+        ]
+        for name, spec in _ordered().items():
+            if spec.panel == panel:
+                default = spec.default if spec.otherwise is None else spec.otherwise
+                shown = "" if default in (None, {}) else f"`{default}`"
+                cells = (f"`{name}`", "yes" if name in of_trainer else "", shown, spec.allowed(), spec.help)
+                lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _ordered() -> dict[str, Option]:
+    """Return all options by panel, those that only the command has first."""
+    specs, of_trainer = declared(TrainConfig), declared(TrainerOptions)
+    names = sorted(specs, key=lambda name: (_PANELS.index(specs[name].panel), name in of_trainer))
+    return {name: specs[name] for name in names}
+
+
+def _declared(
+    name: str, option: str, spec: Hyper, text: str, panel: str, metavar: str | None = None
+) -> inspect.Parameter:
+    kind = spec.type
     if spec.many:
-        metavar = f"{spec.type.__name__.upper()}..."
-    if len(hyper.owners) > 1:
-        text += f" Also of {', '.join(hyper.owners[1:])}."
-    panel = f"Hyper-parameters of {hyper.owners[0]}"
-    return _parameter(_PREFIX + hyper.name, hyper.option, kind, f"{text}{_default(spec.default)}", panel, metavar)
+        kind, metavar = str, f"{spec.type.__name__.upper()}..."
+    elif spec.words:
+        kind, metavar = str, f"[on|{'|'.join(spec.words)}|off]"
+    elif spec.choices:
+        metavar = "|".join(map(str, spec.choices))
+    default = spec.otherwise if isinstance(spec, Option) and spec.default is None else spec.default
+    return _parameter(name, option, kind, f"{text}{_default(default)}", panel, metavar)
 
 
-def _parameter(name: str, option: str, kind: object, text: str, panel: str, metavar: str | None) -> inspect.Parameter:
-    members = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    declared = f"{option}/--no-{option[2:]}" if bool in members else option
-    about = typer.Option(declared, help=text, rich_help_panel=panel, show_default=False, metavar=metavar)
-    annotation = Annotated[members[0] | None, about]  # type: ignore[valid-type]
+def _parameter(name: str, option: str, kind: type, text: str, panel: str, metavar: str | None) -> inspect.Parameter:
+    flags = f"{option}/--no-{option[2:]}" if kind is bool else option
+    about = typer.Option(flags, help=text, rich_help_panel=panel, show_default=False, metavar=metavar)
+    annotation = Annotated[kind | None, about]  # type: ignore[valid-type]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _default(value: object) -> str:
@@ -89,3 +124,7 @@ def _default(value: object) -> str:
         return ""
     shown = "on" if value is True else " ".join(map(str, value)) if isinstance(value, tuple) else value
     return f" [dim]\\[{shown}][/dim]"
+
+
+if __name__ == "__main__":
+    print(page(), end="")

@@ -6,7 +6,6 @@ import contextlib
 import sys
 import traceback
 from collections.abc import Mapping
-from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from fastmtl.cli.options import split_values
 from fastmtl.data import DataBundle
 from fastmtl.distributed import elastic, shard, together
 from fastmtl.errors import CheckpointError, FastmtlError, UsageError
+from fastmtl.support.hyper import declared
 from fastmtl.trainer import Trainer
 from fastmtl.trainer.log.jsonl import JsonlLogger
 from fastmtl.trainer.log.logger import Logger
@@ -28,35 +28,6 @@ from fastmtl.trainer.run.directory import RunDirectory, Tee, write_atomically
 from fastmtl.trainer.run.settings import print_settings
 
 __all__ = ["train"]
-
-# What may differ when a run goes on; everything else decides what has been learned so far.
-_CHANGEABLE = (
-    "epochs",
-    "lr",
-    "weight_decay",
-    "momentum",
-    "group_args",
-    "scheduler",
-    "schedule_per",
-    "warmup",
-    "step_size",
-    "gamma",
-    "eta_min",
-    "power",
-    "patience",
-    "resume_schedule",
-    "device",
-    "compile",
-    "cuda_graph",
-    "threads",
-    "workers",
-    "log_every",
-    "checkpoint_every",
-    "peer_timeout",
-    "tensorboard",
-    "plot",
-    "profile",
-)
 
 
 def train(*, config: Path | None, run_dir: Path | None, resume: Path | None, **values: object) -> None:
@@ -115,11 +86,13 @@ def _config_to_resume(run: RunDirectory, settings: Mapping[str, object], hyper: 
     run.check_writable()
     before = read_config(run.config).resolved()
     after = read_config(run.config, **settings).with_hyper(hyper)
-    for each in fields(TrainConfig):
-        if each.name not in _CHANGEABLE and getattr(before, each.name) != getattr(after, each.name):
+    specs = declared(TrainConfig)
+    for name, spec in specs.items():
+        if not spec.resumable and getattr(before, name) != getattr(after, name):
+            may_change = ", ".join(each for each in specs if specs[each].resumable)
             raise UsageError(
-                f"{each.name} cannot change when a run goes on, only {', '.join(_CHANGEABLE)} can: for a new run like "
-                f"this one give --config {run.config} in place of --resume."
+                f"{name} cannot change when a run goes on, only {may_change} can: for a new run like this one give "
+                f"--config {run.config} in place of --resume."
             )
     return after
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from fastmtl.errors import UsageError
+from fastmtl.support.hyper import check_value, declared
 from fastmtl.trainer.checkpoint.files import set_rng_state
 from fastmtl.trainer.checkpoint.resume import BEGINNING
 from fastmtl.trainer.checkpoint.writer import Checkpoints
@@ -14,8 +15,8 @@ from fastmtl.trainer.epoch import TrainingEpoch
 from fastmtl.trainer.evaluation import evaluate
 from fastmtl.trainer.log.logger import RunInfo
 from fastmtl.trainer.optim.schedule import Place
+from fastmtl.trainer.run.config import TrainConfig
 from fastmtl.trainer.run.interrupt import DeferredInterrupt
-from fastmtl.trainer.setup.checks import check_counts
 from fastmtl.trainer.setup.loaders import check_loaders, count_batches, generators
 from fastmtl.trainer.state import TrainerState
 
@@ -31,7 +32,7 @@ def run_epochs(
     val_dataloaders: Any,
 ) -> None:
     """Train and evaluate epoch by epoch; the arguments are those of :meth:`Trainer.train`."""
-    check_counts(epochs=epochs)
+    check_value("epochs", epochs, declared(TrainConfig)["epochs"])
     batches = _checked_batches(trainer, train_dataloaders, test_dataloaders, val_dataloaders)
     trainer.meter.has_val = val_dataloaders is not None
     steps = -(-batches // trainer.step.options.accumulate)

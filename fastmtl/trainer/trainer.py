@@ -2,51 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
-from fastmtl.architecture import AbsArchitecture
 from fastmtl.distributed import Alone, join
 from fastmtl.distributed.batch_norm import synchronize
 from fastmtl.distributed.storage import broadcast_model, make_storage
 from fastmtl.engine.halving import Halving, check_split_batch
 from fastmtl.errors import UsageError
+from fastmtl.support.kinds import State
 from fastmtl.support.memory import keep_freed_memory
 from fastmtl.support.profiling import StepProfiler
+from fastmtl.trainer.arguments import TrainerArguments, takes
 from fastmtl.trainer.checkpoint.resume import BEGINNING, resume_run
 from fastmtl.trainer.checkpoint.start import start_from
 from fastmtl.trainer.checkpoint.writer import Checkpoints
 from fastmtl.trainer.evaluation import evaluate
 from fastmtl.trainer.guard import FiniteGuard
-from fastmtl.trainer.log.logger import Logger, as_logger
+from fastmtl.trainer.log.logger import as_logger
 from fastmtl.trainer.log.meter import PerformanceMeter
 from fastmtl.trainer.log.records import StepSignals
 from fastmtl.trainer.loop import run_epochs
-from fastmtl.trainer.optim.optimizer import MakesOptimizer
 from fastmtl.trainer.precision import set_tf32
 from fastmtl.trainer.setup.checks import (
     check_arguments,
-    check_counts,
     check_methods,
     check_tasks,
     check_weighting,
     find_device,
     make_folder,
 )
+from fastmtl.trainer.setup.combinations import check_distributed, check_options
 from fastmtl.trainer.setup.loaders import check_loaders
 from fastmtl.trainer.setup.model import make_model
-from fastmtl.trainer.setup.options import StepOptions, check_distributed, check_options
+from fastmtl.trainer.setup.options import StepOptions
 from fastmtl.trainer.setup.tasks import check_reductions, hold_losses, loss_params
 from fastmtl.trainer.state import TrainerState
 from fastmtl.trainer.update import prepare_update
 from fastmtl.utils import count_parameters
-from fastmtl.weighting import AbsWeighting
 
 __all__ = ["Trainer"]
 
@@ -75,10 +72,6 @@ class Trainer(TrainerState):
         save_path: Folder for ``best.pt`` (the ``state_dict`` of the best epoch) and ``last.pt`` (everything, to go on
             from).
         load_path: A ``best.pt``, or the folder it is in, to start from; any ``state_dict`` of tensors that fits.
-        load_strict: Refuse a ``load_path`` with other names or shapes than the model's. If False, what fits is taken,
-            and a line says what was taken, is new and was left: for another set of tasks, another strategy, or a
-            backbone, whose names may lack those of the modules it is in. A strategy's own parameters are only taken
-            from a checkpoint of the same strategy and tasks.
         example_inputs: The inputs of a batch, by task if multi-input, or a function that returns them: needed where
             layers are lazy (``nn.LazyLinear``, ...), whose shapes the first inputs decide.
         split_batch: For strategies that look ahead on halves of a batch (MOML, FORUM, AutoLambda), where batches cannot
@@ -88,49 +81,13 @@ class Trainer(TrainerState):
             that returns the optimizer.
         scheduler: In place of ``scheduler_param``: a function of the optimizer that returns the scheduler; an argument
             named ``total_steps`` gets the length of the run.
-        resume_schedule: Where ``resume`` goes on with other epochs, learning rates or settings of the optimizer:
-            ``"new"`` follows this run's schedule from the place in the run on, as if it had from the beginning;
-            ``"stored"`` keeps the checkpoint's. A line tells what differs.
-        device: Where to train; the first GPU if there is one, else the CPU.
-        compile: Compile the forward and backward passes with ``torch.compile``. ``"auto"`` trains the first steps
-            both ways, keeps the faster and says which.
-        cuda_graph: Capture the step as a CUDA graph and replay it; where that cannot be, it runs eagerly and says why.
-        vjps: How the tasks' gradients go through the shared network: ``"sequential"``, one after the other;
-            ``"batched"``, together, by torch's batching rules; ``"compressed"``, for linear layers only as far as the
-            Gram matrix needs them; ``"traced"``, compiled in one graph with the forward pass. Where a way cannot be
-            gone, they come one after the other. ``"auto"`` trains the first steps each way from 8 tasks on, keeps the
-            fastest and says which; below, it is sequential, or traced if the step is compiled, the network not too
-            large and without convolutions. Batched and compressed ones leave the trunk eager if ``compile`` is on.
         logger: A `Logger`, or several.
         resume: A ``last.pt``, or the folder it is in, to go on from.
-        precision: ``"fp32"``; ``"bf16"`` or ``"fp16"`` compute the network in that dtype where it is safe (autocast),
-            with losses, Gram matrix and update in float32; fp16 scales the losses and skips steps that overflow.
-        tf32: On CUDA, let float32 products and convolutions round to TF32, or forbid it; torch's settings if None.
-        channels_last: Keep images and convolutions in channels-last memory format, which GPUs prefer.
-        accumulate: Batches of a step: their gradients, task by task, are averaged over the labels of all of them before
-            the strategy sees them. Losses must be means over the entries that `AbsLoss.labelled` tells, and finite
-            where there are none.
-        clip_grad_norm: Greatest norm of the update's gradients together; applied last.
-        update_weights_every: Steps between two solves of a strategy that balances gradients; in between its last
-            weights hold, and a step costs one backward pass in place of one per task. Where weights are those of groups
-            of parameters or of several batches (GradVac, MoDo, SDMGrad), only the solve is saved.
-        weight_momentum: Decay of a moving average of the task weights, which then takes their place (CR-MOGM: Zhou et
-            al., "On the Convergence of Stochastic Multi-Objective Gradient Manipulation and Beyond", NeurIPS 2022).
-        tasks_per_step: Train this many tasks in a step, dealt out so that all come up equally often; the parameters and
-            the state of the others stay as they are. All if None.
-        gram: With several processes, ``"exact"``: the Gram matrix of the whole batch's gradients, which makes training
-            what it is in one process; ``"local"``: the mean of the Gram matrices of the processes' parts, which is less
-            traffic and another matrix.
-        sync_batch_norm: With several processes, let batch norms take the statistics of the whole batch.
-        checkpoint_every: Write ``last.pt`` after this many steps of an epoch too, not only at its end.
-        peer_timeout: With several processes, seconds one waits for another before it ends with an error; torch's
-            default if None, or what the processes met with if they already have.
-        shard: With several processes, ``"fsdp"``: each has a shard of the parameters, gradients and optimizer's state
-            (``torch.distributed.fsdp.fully_shard``); ``"none"``: all have all of them.
-        log_every: Steps between two reads of the device for the loggers.
-        limit_batches: Steps per pass at most.
         profile: File for a Chrome trace of a few warm steps; where they went is printed too.
-        kwargs: ``weight_args`` and ``arch_args``, the hyper-parameters of strategy and architecture.
+        weight_args: Hyper-parameters of the strategy.
+        arch_args: Hyper-parameters of the architecture.
+        options: What :class:`fastmtl.trainer.setup.options.TrainerOptions` lists: ``compile``, ``precision``,
+            ``accumulate``, ...; ``help(Trainer.__init__)`` and ``docs/options.md`` say what each does.
 
     Raises:
         UsageError: An argument cannot be used as given.
@@ -144,67 +101,22 @@ class Trainer(TrainerState):
         trainer.train(train_loader, test_loader, epochs=10)
     """
 
-    def __init__(
-        self,
-        task_dict: dict[str, dict[str, Any]],
-        weighting: str | type[AbsWeighting],
-        architecture: str | type[AbsArchitecture],
-        encoder_class: Callable[[], nn.Module],
-        decoders: nn.ModuleDict | Mapping[str, nn.Module],
-        rep_grad: bool,
-        multi_input: bool,
-        optim_param: Mapping[str, Any] | None,
-        scheduler_param: Mapping[str, Any] | None,
-        save_path: str | None = None,
-        load_path: str | None = None,
-        *,
-        load_strict: bool = True,
-        example_inputs: Any = None,
-        split_batch: Callable[[Any, Any], Any] | None = None,
-        optimizer: MakesOptimizer | None = None,
-        scheduler: Callable[..., Any] | None = None,
-        resume_schedule: str = "new",
-        device: str | torch.device | None = None,
-        compile: bool | Literal["auto"] = False,
-        cuda_graph: bool = False,
-        vjps: str = "auto",
-        logger: Logger | Sequence[Logger] | None = None,
-        resume: str | None = None,
-        precision: str = "fp32",
-        tf32: bool | None = None,
-        channels_last: bool = False,
-        accumulate: int = 1,
-        clip_grad_norm: float | None = None,
-        update_weights_every: int = 1,
-        weight_momentum: float = 0.0,
-        tasks_per_step: int | None = None,
-        gram: str = "exact",
-        sync_batch_norm: bool = False,
-        checkpoint_every: int | None = None,
-        peer_timeout: float | None = None,
-        shard: str = "none",
-        log_every: int = 50,
-        limit_batches: int | None = None,
-        profile: str | Path | None = None,
-        **kwargs: Any,
-    ) -> None:
-        given = SimpleNamespace(**{name: value for name, value in locals().items() if name != "__class__"})
+    @takes(TrainerArguments)
+    def __init__(self, given: TrainerArguments, further: State) -> None:
         super().__init__()
-        self.kwargs = {"weight_args": {}, "arch_args": {}} | kwargs
+        self.kwargs: State = {"weight_args": given.weight_args, "arch_args": given.arch_args, **further}
         self._meet(given)
         with self.peers.printing_on_main_process():
             self._prepare_model(given)
         self._prepare_step(given)
         self._begin(given)
 
-    def _meet(self, given: SimpleNamespace) -> None:
+    def _meet(self, given: TrainerArguments) -> None:
         """Check the arguments, meet the other processes, and keep what the run needs."""
         check_methods(self)
         if type(self).__init__ is Trainer.__init__:
             # A subclass may read further ones from ``self.kwargs``.
-            check_arguments(given.kwargs, Trainer.__init__)
-        check_counts(log_every=given.log_every)
-        check_counts(optional=True, checkpoint_every=given.checkpoint_every, limit_batches=given.limit_batches)
+            check_arguments(self.kwargs, Trainer.__init__)
         self.peers = join(given.peer_timeout) or Alone()
         self.device = find_device(given.device, self.peers)
         if self.device.type == "cpu":
@@ -218,19 +130,19 @@ class Trainer(TrainerState):
         self.multi_input = given.multi_input
         self.scheduler_param = given.scheduler_param
         self.save_path = None if given.save_path is None else make_folder(given.save_path)
-        self.load_path: str | None = given.load_path
+        self.load_path = given.load_path
         self.channels_last = given.channels_last
         self.checkpoint_every = given.checkpoint_every
         self.log_every = given.log_every
         self.limit_batches = given.limit_batches
         self._halving = Halving()
         if given.split_batch is not None:
-            self.split_batch = given.split_batch  # type: ignore[method-assign]
+            self.split_batch = given.split_batch  # type: ignore[method-assign, assignment]
         check_split_batch(self.split_batch)
         self.logger = as_logger(given.logger if self.peers.is_main_process else None)
         self.batch_weight = np.zeros((self.task_num, 0, 0))
 
-    def _prepare_model(self, given: SimpleNamespace) -> None:
+    def _prepare_model(self, given: TrainerArguments) -> None:
         made = make_model(
             given.weighting,
             given.architecture,
@@ -265,9 +177,9 @@ class Trainer(TrainerState):
         count_parameters(self.model)
         self.meter.display_format()
 
-    def _prepare_step(self, given: SimpleNamespace) -> None:
+    def _prepare_step(self, given: TrainerArguments) -> None:
         self.guard = FiniteGuard(self.device, self.task_name)
-        options = StepOptions(**{name: getattr(given, name) for name in StepOptions.__slots__})
+        options = StepOptions(**{field.name: getattr(given, field.name) for field in fields(StepOptions)})
         options = check_options(self.model, self.weighting, self.kwargs["weight_args"], options)
         if self.peers.size > 1:
             check_distributed(self.model, self.weighting, options)
@@ -278,11 +190,9 @@ class Trainer(TrainerState):
         self.storage = make_storage(
             self.model, self.peers, [*self.strategy_params, *loss_params(self.model)], options.shard
         )
-        names = ("optim_param", "optimizer", "scheduler_param", "scheduler", "resume_schedule")
-        options = prepare_update(self, options, **{name: getattr(given, name) for name in names})
-        self.step = self.make_step(options)
+        self.step = self.make_step(prepare_update(self, options, given))
 
-    def _begin(self, given: SimpleNamespace) -> None:
+    def _begin(self, given: TrainerArguments) -> None:
         """Go on from a checkpoint, if there is one, and let all processes begin with the same."""
         self.compile_report = None
         self.skipped = 0

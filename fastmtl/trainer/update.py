@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
-from fastmtl.support.kinds import Settings
-from fastmtl.trainer.optim.optimizer import MakesOptimizer, group_names, make_optimizer
+from fastmtl.trainer.arguments import TrainerArguments
+from fastmtl.trainer.optim.optimizer import group_names, make_optimizer
 from fastmtl.trainer.optim.schedule import make_schedule
 from fastmtl.trainer.setup.options import StepOptions
 from fastmtl.trainer.state import TrainerState
@@ -15,16 +13,7 @@ from fastmtl.trainer.state import TrainerState
 __all__ = ["prepare_update"]
 
 
-def prepare_update(
-    trainer: TrainerState,
-    options: StepOptions,
-    *,
-    optim_param: Settings | None,
-    optimizer: MakesOptimizer | None,
-    scheduler_param: Settings | None,
-    scheduler: Callable[..., Any] | None,
-    resume_schedule: str,
-) -> StepOptions:
+def prepare_update(trainer: TrainerState, options: StepOptions, given: TrainerArguments) -> StepOptions:
     """Give a trainer with a model its optimizer and schedule; return the options of the step that go with them.
 
     Raises:
@@ -35,16 +24,18 @@ def prepare_update(
     trainer.known_names = set(names)
     trainer.optimizer = make_optimizer(
         named,
-        optim_param,
+        given.optim_param,
         trainer.device,
-        make=optimizer,
+        make=given.optimizer,
         sparse=any(getattr(module, "sparse", False) for module in trainer.model.modules()),
         sharded=trainer.storage.is_sharded,
     )
     trainer.optimizer_groups = group_names(trainer.optimizer, named)
     trainer.storage.follow(trainer.optimizer)
     tell = print if trainer.peers.is_main_process else _say_nothing
-    trainer.schedule = make_schedule(trainer.optimizer, scheduler_param, scheduler, resume_schedule, tell)
+    trainer.schedule = make_schedule(
+        trainer.optimizer, given.scheduler_param, given.scheduler, given.resume_schedule, tell
+    )
     if options.cuda_graph and trainer.schedule.per == "step":
         trainer.logger.on_compile("cuda_graph: the step runs eagerly, as the learning rate changes with every step")
         return replace(options, cuda_graph=False)

@@ -104,22 +104,20 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_of_train_groups_every_setting_and_hyper_parameter(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from dataclasses import fields
-
     from fastmtl.cli.options import own_hyper_options
+    from fastmtl.support.hyper import declared
     from fastmtl.trainer.run.config import TrainConfig
 
     monkeypatch.setenv("COLUMNS", "140")
     assert main(["train", "--help"]) == 0
     text = capsys.readouterr().out
-    for each in fields(TrainConfig):
-        if not each.name.endswith("_args"):
-            assert f"--{each.name.replace('_', '-')} " in text
-            assert f"─ {each.metadata['panel']} ─" in text
+    for name, spec in declared(TrainConfig).items():
+        assert (f"--{name.replace('_', '-')} " in text) == (not name.endswith("_args"))
+        assert f"─ {spec.panel} ─" in text
     assert "--mgda-gn" in text
     assert "─ Hyper-parameters of MGDA ─" in text
     assert "HPS, MTAN" in text
-    settings = {f"--{each.name.replace('_', '-')}" for each in fields(TrainConfig)}
+    settings = {f"--{name.replace('_', '-')}" for name in declared(TrainConfig)}
     assert settings.isdisjoint(each.option for each in own_hyper_options())
 
 

@@ -11,6 +11,7 @@ import yaml
 
 from fastmtl.errors import UsageError
 from fastmtl.trainer.run.config import TrainConfig, read_config
+from fastmtl.trainer.setup.options import StepOptions
 
 
 def _file(tmp_path: Path, text: str) -> Path:
@@ -54,7 +55,7 @@ def test_values_come_out_in_the_type_of_their_setting(name: str, given: Any, wan
         ("epochs", float("inf"), "epochs must be a whole number"),
         ("epochs", 0, "epochs must be at least 1, got 0"),
         ("lr", 0, "lr must be above 0, got 0.0"),
-        ("lr", float("nan"), "lr must be above 0, got nan"),
+        ("lr", float("nan"), "lr must be a number, got nan"),
         ("lr", [1], "lr must be a number"),
         ("lr", float("inf"), "lr must be a finite number, got inf"),
         ("gamma", "inf", "gamma must be a finite number, got inf"),
@@ -71,6 +72,35 @@ def test_bad_values_are_refused_by_name(name: str, given: Any, message: str) -> 
     with pytest.raises(UsageError) as caught:
         TrainConfig(**{name: given})
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"accumulate": 2, "gradient_accumulation_steps": 4}, "accumulate is 2 and gradient_accumulation_steps, its"),
+        ({"accumulate": 1, "gradient_accumulation_steps": 4}, "give one of them"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1, got 0"),
+    ],
+)
+def test_two_names_of_an_option_may_not_differ(options: dict[str, Any], message: str) -> None:
+    for owner in (TrainConfig, StepOptions):
+        with pytest.raises(UsageError, match=message):
+            owner(**options)
+
+
+def test_an_option_has_either_name(tmp_path: Path) -> None:
+    for owner in (TrainConfig, StepOptions):
+        assert [owner(**given).accumulate for given in ({}, {"accumulate": 3}, {"gradient_accumulation_steps": 3})] == [
+            1,
+            3,
+            3,
+        ]
+        assert owner(accumulate=3, gradient_accumulation_steps=3) == owner(accumulate=3)
+    path = _file(tmp_path, "accumulate: 3\n")
+    assert read_config(path, gradient_accumulation_steps=5).accumulate == 5
+    path = _file(tmp_path, "gradient_accumulation_steps: 3\n")
+    assert read_config(path).accumulate == 3
+    assert read_config(path, accumulate=5).accumulate == 5
 
 
 def test_resolved_spells_names_and_fills_hyper_parameters() -> None:

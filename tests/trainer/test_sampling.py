@@ -94,8 +94,8 @@ def test_a_step_of_two_tasks_is_that_of_a_trainer_of_two() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tasks_per_step": 5}, "must be a whole number from 1 to 4"),
-        ({"tasks_per_step": 0}, "must be a whole number from 1 to 4"),
+        ({"tasks_per_step": 5}, "must be at most 4, the number of tasks"),
+        ({"tasks_per_step": 0}, "must be at least 1"),
         ({"compile": True}, "compile"),
         ({"weight_momentum": 0.5}, "weight_momentum"),
         ({"update_weights_every": 2}, "update_weights_every"),

@@ -156,29 +156,35 @@ def test_names_in_any_case_and_classes() -> None:
         ({"scheduler_param": {"scheduler": "cos", "T_max": 0}}, "T_max of scheduler_param must be at least 1"),
         ({"device": "gpu"}, "device must be cpu, cuda"),
         ({"device": "meta"}, "device must be cpu, cuda"),
-        ({"compile": "maybe"}, "compile must be True, False or 'auto', got 'maybe'"),
-        ({"log_every": 0}, "log_every must be a whole number of at least 1, got 0"),
-        ({"limit_batches": 0}, "limit_batches must be a whole number of at least 1, got 0"),
+        ({"compile": "maybe"}, "compile must be true, false or auto, got 'maybe'"),
+        ({"log_every": 0}, "log_every must be at least 1, got 0"),
+        ({"limit_batches": 0}, "limit_batches must be at least 1, got 0"),
         *(
-            ({name: count}, f"{name} must be a whole number of at least 1, got ")
+            ({name: count}, f"{name} must be a whole number, got ")
             for name in ("accumulate", "update_weights_every", "log_every")
-            for count in (0, 2.5, "2", True, None)
+            for count in (2.5, "2", True)
         ),
-        ({"checkpoint_every": 1.5}, "checkpoint_every must be a whole number of at least 1, got 1.5"),
+        ({"update_weights_every": 0}, "update_weights_every must be at least 1, got 0"),
+        ({"accumulate": 0}, "accumulate must be at least 1, got 0"),
+        ({"log_every": None}, "log_every must be a whole number, got None"),
+        ({"checkpoint_every": 1.5}, "checkpoint_every must be a whole number, got 1.5"),
+        ({"tasks_per_step": 0}, "tasks_per_step must be at least 1, got 0"),
+        ({"tasks_per_step": 3}, "tasks_per_step must be at most 2, the number of tasks, got 3"),
         *(
-            ({"tasks_per_step": count}, "tasks_per_step must be a whole number from 1 to 2, the number of tasks, got")
-            for count in (0, 1.5, 2.0, "2", True)
+            ({"tasks_per_step": count}, "tasks_per_step must be a whole number, got")
+            for count in (1.5, 2.0, "2", True)
         ),
         *(
-            ({"weight_momentum": decay}, "weight_momentum must be at least 0 and below 1, got")
-            for decay in (1.0, math.nan, "0.5", None)
+            ({"weight_momentum": decay}, "weight_momentum must be a number, got")
+            for decay in (math.nan, "0.5", None)
         ),
+        ({"weight_momentum": 1.0}, "weight_momentum must be below 1, got 1.0"),
         ({"vjps": None}, "vjps must be one of auto, sequential, batched, compressed, traced, got None"),
         ({"precision": None}, "precision must be one of fp32, bf16, fp16, got None"),
         ({"precision": torch.bfloat16}, "precision must be one of fp32, bf16, fp16, got torch.bfloat16"),
         ({"gram": 1}, "gram must be one of exact, local, got 1"),
-        ({"cuda_graph": "no"}, "cuda_graph must be True or False, got 'no'"),
-        ({"cuda_graph": 1}, "cuda_graph must be True or False, got 1"),
+        ({"cuda_graph": "no"}, "cuda_graph must be true or false, got 'no'"),
+        ({"cuda_graph": 1}, "cuda_graph must be true or false, got 1"),
         ({"save_path": "/dev/null/folder"}, "save_path '/dev/null/folder' cannot be made: Not a directory"),
     ],
 )
@@ -200,7 +206,7 @@ def test_mtan_needs_stages() -> None:
 
 @pytest.mark.parametrize("epochs", [0, -1, 1.5, "2", True])
 def test_epochs_that_cannot_be(epochs: Any) -> None:
-    with pytest.raises(UsageError, match="epochs must be a whole number of at least 1"):
+    with pytest.raises(UsageError, match="epochs must be"):
         make_trainer().train(loaders(), loaders(), epochs)
 
 

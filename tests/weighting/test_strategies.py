@@ -282,7 +282,7 @@ def test_the_simplex_keeps_its_sum_at_any_scale(scale: float) -> None:
         ("DWA", {"T": 0}, "T of DWA must be above 0, got 0"),
         ("CAGrad", {"calpha": "0.5"}, "calpha of CAGrad must be a number, got '0.5'"),
         ("Nash_MTL", {"update_weights_every": 0}, "update_weights_every of Nash_MTL must be at least 1"),
-        ("Nash_MTL", {"update_weights_every": 1.5}, "update_weights_every of Nash_MTL must be an integer"),
+        ("Nash_MTL", {"update_weights_every": 1.5}, "update_weights_every of Nash_MTL must be a whole number"),
         ("MGDA", {"mgda_gn": "l3"}, "mgda_gn of MGDA must be one of"),
     ],
     ids=str,
@@ -294,7 +294,7 @@ def test_hyper_parameters_outside_their_range_are_refused(name: str, args: dict[
 
 @pytest.mark.parametrize("momentum", [-0.1, 1.0])
 def test_momentum_outside_its_range_is_refused(momentum: float) -> None:
-    with pytest.raises(UsageError, match="weight_momentum must be at least 0 and below 1"):
+    with pytest.raises(UsageError, match="weight_momentum must be (at least 0|below 1)"):
         _trainer("EW", weight_momentum=momentum)
 
 

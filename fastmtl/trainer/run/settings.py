@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import types
-import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, SupportsFloat, SupportsInt
 
@@ -16,11 +14,9 @@ from fastmtl.trainer.optim.optimizer import OPTIMIZERS
 from fastmtl.weighting import WEIGHTINGS, AbsWeighting
 
 __all__ = [
-    "WORDS",
     "Arguments",
     "HyperOption",
-    "coerce",
-    "coerce_hyper",
+    "converted",
     "hyper_options",
     "optimizer_param",
     "print_settings",
@@ -110,25 +106,27 @@ def print_settings(parts: Iterable[tuple[str, Mapping[str, object] | None]]) -> 
                 print(f"\t{name}: {value}")
 
 
-def coerce(name: str, value: object, kind: object) -> object:
-    """Return `value` in the type `kind`, the annotation of the setting `name`, or refuse it."""
-    members = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    members = tuple(typing.get_origin(member) or member for member in members)
-    if (value is None and type(None) in members) or (len(members) > 1 and type(value) in members):
+def converted(name: str, value: object, spec: Hyper) -> object:
+    """Return what YAML or the command line gives for an option or hyper-parameter in its type; None as it is.
+
+    A list may be text, ``"3,1"``.
+
+    Raises:
+        UsageError: It is not of the type.
+    """
+    if value is None and (spec.optional or spec.default is None or spec.many):
         return value
-    convert, wanted = _CONVERTERS[members[0]]
+    if spec.many:
+        parts = value.replace(",", " ").split() if isinstance(value, str) else value
+        kind = Hyper(type=spec.type, default=0, help="")
+        return [converted(name, part, kind) for part in (parts if isinstance(parts, list | tuple) else [parts])]
+    word = WORDS.get(str(value).lower())
+    if spec.words and word is not None:
+        return word
     try:
-        return convert(value)
+        return _CONVERTERS[spec.type](value)
     except (TypeError, ValueError):
-        raise UsageError(f"{name} must be {wanted}, got {value!r}.") from None
-
-
-def coerce_hyper(name: str, value: object, spec: Hyper) -> object:
-    """Return `value` (from YAML or the command line, where a list may be ``"3,1"``) in the type `spec` asks for."""
-    if not spec.many:
-        return value if value is None else coerce(name, value, spec.type)
-    parts = value.replace(",", " ").split() if isinstance(value, str) else value
-    return [coerce(name, part, spec.type) for part in (parts if isinstance(parts, list | tuple) else [parts])]
+        raise UsageError(f"{name} must be {spec.wanted()}, got {value!r}.") from None
 
 
 def _to_bool(value: object) -> bool:
@@ -165,10 +163,10 @@ def _to_dict(value: object) -> dict[str, object]:
     return {str(key): each for key, each in value.items()}
 
 
-_CONVERTERS: dict[type, tuple[Callable[[object], object], str]] = {
-    bool: (_to_bool, "true or false"),
-    int: (_to_int, "a whole number"),
-    float: (_to_float, "a number"),
-    str: (_to_str, "text"),
-    dict: (_to_dict, "`key: value` pairs"),
+_CONVERTERS: dict[type, Callable[[object], object]] = {
+    bool: _to_bool,
+    int: _to_int,
+    float: _to_float,
+    str: _to_str,
+    dict: _to_dict,
 }

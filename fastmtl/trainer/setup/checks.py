@@ -6,9 +6,7 @@ import difflib
 import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping
-from numbers import Integral, Real
 from pathlib import Path
-from typing import TypeGuard
 
 import torch
 from torch import nn
@@ -21,13 +19,10 @@ from fastmtl.weighting import AbsWeighting
 
 __all__ = [
     "check_arguments",
-    "check_counts",
     "check_methods",
     "check_tasks",
     "check_weighting",
     "find_device",
-    "is_real",
-    "is_whole",
     "make_folder",
 ]
 
@@ -41,12 +36,15 @@ _NOT_CALLED = {
 
 
 def check_arguments(kwargs: Iterable[str], init: Callable[..., None]) -> None:
-    """Refuse further arguments of a constructor, which nobody would read, but ``weight_args`` and ``arch_args``."""
-    own = [name for name in inspect.signature(init).parameters if name not in ("self", "kwargs")]
-    for name in set(kwargs) - {"weight_args", "arch_args"}:
-        near = difflib.get_close_matches(name, [*own, "weight_args", "arch_args"], n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise UsageError(f"Trainer has no argument {name!r}.{hint} Hyper-parameters go into weight_args and arch_args.")
+    """Refuse arguments that a constructor does not have, as nobody would read them."""
+    names = [name for name in inspect.signature(init).parameters if name not in ("self", "kwargs")]
+    for name in kwargs:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise UsageError(
+                f"Trainer has no argument {name!r}.{hint} Hyper-parameters go into weight_args and arch_args."
+            )
 
 
 def check_methods(trainer: object) -> None:
@@ -84,23 +82,6 @@ def find_device(device: str | torch.device | None, peers: Peers | None = None) -
     if found.type == "mps" and not torch.backends.mps.is_available():
         raise BackendError(absent.format("MPS device"))
     return found
-
-
-def check_counts(*, optional: bool = False, **counts: object) -> None:
-    """Refuse numbers, by the name of their argument, that are below 1 or not whole; None is one if ``optional``."""
-    for name, count in counts.items():
-        if (count is not None or not optional) and (not is_whole(count) or count < 1):
-            raise UsageError(f"{name} must be a whole number of at least 1, got {count!r}.")
-
-
-def is_whole(value: object) -> TypeGuard[int]:
-    """Return whether a value is a whole number; True and False are none."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def is_real(value: object) -> TypeGuard[float]:
-    """Return whether a value is a number; True and False are none."""
-    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def make_folder(save_path: str | Path) -> Path:

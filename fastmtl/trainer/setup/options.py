@@ -1,138 +1,154 @@
-"""What a training step may be told beside model and strategy, and which of it goes together."""
+"""The options of a run, each in one place: name, type, default, limits, what it does.
+
+The trainer's signature, the flags of ``fastmtl train``, ``config.yaml``, the checks and ``docs/options.md`` come from
+here. `StepOptions` are those a step takes, `TrainerOptions` also those of its trainer; what only the command has is in
+`fastmtl.trainer.run.config.TrainConfig`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
-from fastmtl.errors import UsageError
-from fastmtl.support.kinds import Settings, State
-from fastmtl.support.names import resolve_name
+import torch
+
+from fastmtl.support.hyper import check, option
+from fastmtl.trainer.optim.schedule import RESUMED
 from fastmtl.trainer.precision import PRECISIONS
-from fastmtl.trainer.setup.checks import check_counts, is_real, is_whole
-from fastmtl.weighting import AbsWeighting
 
-__all__ = ["GRAMS", "SHARDS", "VJPS", "StepOptions", "check_distributed", "check_options"]
+__all__ = ["StepOptions", "TrainerOptions"]
 
-GRAMS = ("exact", "local")
-SHARDS = ("none", "fsdp")
-VJPS = ("auto", "sequential", "batched", "compressed", "traced")
+_model, _training = partial(option, panel="Model"), partial(option, panel="Optimisation")
+_machine, _logging = partial(option, panel="Machine"), partial(option, panel="Logging")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class StepOptions:
-    """Options of the training step: the arguments of `fastmtl.trainer.trainer.Trainer` of the same names."""
-
-    compile: bool | Literal["auto"] = False
-    cuda_graph: bool = False
-    vjps: str = "auto"
-    precision: str = "fp32"
-    accumulate: int = 1
-    clip_grad_norm: float | None = None
-    update_weights_every: int = 1
-    weight_momentum: float = 0.0
-    tasks_per_step: int | None = None
-    gram: str = "exact"
-    shard: str = "none"
-
-
-def check_options(model: Any, weighting: str, hyper: Settings, options: StepOptions) -> StepOptions:
-    """Return the options as the step takes them, for a model, and a strategy's name and hyper-parameters.
+    """Options of the training step.
 
     Raises:
-        UsageError: A value outside its range, or options that do not go together.
+        UsageError: A value has the wrong type, lies outside its range or is none of the allowed ones.
     """
-    if not isinstance(options.compile, bool) and options.compile != "auto":
-        raise UsageError(f"compile must be True, False or 'auto', got {options.compile!r}.")
-    if not isinstance(options.cuda_graph, bool):
-        raise UsageError(f"cuda_graph must be True or False, got {options.cuda_graph!r}.")
-    check_counts(accumulate=options.accumulate, update_weights_every=options.update_weights_every)
-    if not is_real(options.weight_momentum) or not 0 <= options.weight_momentum < 1:
-        raise UsageError(f"weight_momentum must be at least 0 and below 1, got {options.weight_momentum!r}.")
-    legacy = _is_legacy(model)
-    if options.weight_momentum and (legacy or model.samples > 1 or model.needs in ("reps", "lookahead")):
-        raise UsageError(f"weight_momentum must be 0 for {weighting}, which has no weights of one step to average.")
-    limit = options.clip_grad_norm
-    if limit is not None and (not is_real(limit) or not limit > 0):
-        raise UsageError(f"clip_grad_norm must be a number above 0, or None for no limit, got {limit!r}.")
-    options = _spelled(options, "precision", tuple(PRECISIONS))
-    if options.precision == "fp16" and (legacy or model.needs == "lookahead"):
-        raise UsageError(f"{weighting} runs backward passes of its own, so precision must be fp32 or bf16, got fp16.")
-    # A strategy may have an option of its own of this name.
-    interval = max(options.update_weights_every, hyper.get("update_weights_every", 1))
-    if interval > 1 and model.needs != "gram":
-        raise UsageError(f"update_weights_every must be 1 for {weighting}: its weights do not come from a Gram matrix.")
-    options = replace(options, update_weights_every=interval)
-    if options.accumulate > 1:
-        reasons = {
-            "runs backward passes of its own": legacy or model.needs == "lookahead",
-            "takes several batches per step by itself": model.samples > 1,
-            "looks at every example of a step at once": model.needs == "reps",
-        }
-        _refuse(f"accumulate must be 1 for {weighting}, which {{}}.", reasons)
-    for name, known in (("gram", GRAMS), ("shard", SHARDS), ("vjps", VJPS)):
-        options = _spelled(options, name, known)
-    if options.vjps == "traced" and not options.compile:
-        raise UsageError("vjps='traced' is a way to compile a step: it needs compile=True or 'auto'.")
-    return replace(options, tasks_per_step=_sampled(model, weighting, options))
+
+    accumulate: int = _training(
+        None,
+        "Batches whose gradients are averaged for a step: task by task, over the labels of all of them, before the "
+        "strategy sees them. Losses must be means over the entries that have labels, and finite where there are none.",
+        otherwise=1,
+        least=1,
+    )
+    gradient_accumulation_steps: int | None = _training(
+        None, "Another name of accumulate.", least=1, same_as="accumulate"
+    )
+    clip_grad_norm: float | None = _training(
+        None, "Greatest norm of all gradients of the update together; no limit if not given.", above=0
+    )
+    update_weights_every: int = _training(
+        1,
+        "Steps between two solves of a gradient-balancing strategy. In between its last weights hold, and a step costs "
+        "one backward pass in place of one for each task; where weights are those of groups of parameters or of "
+        "several batches (GradVac, MoDo, SDMGrad), only the solve is saved.",
+        least=1,
+    )
+    weight_momentum: float = _training(
+        0.0,
+        "Decay of a moving average of the task weights, which then takes their place (CR-MOGM: Zhou et al., NeurIPS "
+        "2022); 0 for none.",
+        least=0,
+        below=1,
+    )
+    tasks_per_step: int | None = _training(
+        None,
+        "Tasks trained in a step, in turn, so that all come up equally often; the parameters and the state of the "
+        "others stay as they are. All if not given.",
+        least=1,
+    )
+    gram: str = _training(
+        "exact",
+        "With several processes: exact for the Gram matrix of the whole batch's gradients, which makes training what "
+        "it is in one process; local for the mean of the processes' own, which sends less and is another matrix.",
+        choices=("exact", "local"),
+    )
+    shard: str = _training(
+        "none",
+        "With several processes: fsdp for a shard of parameters, gradients and optimizer state in each "
+        "(torch.distributed.fsdp.fully_shard); none for all of them in each.",
+        choices=("none", "fsdp"),
+    )
+    precision: str = _machine(
+        "fp32",
+        "What the network computes in: bf16 and fp16 by autocast, with losses, Gram matrix and update in float32; fp16 "
+        "scales the losses and skips steps that overflow.",
+        choices=PRECISIONS,
+    )
+    compile: bool | Literal["auto"] = _machine(
+        False,
+        "Compile the forward and backward passes; auto trains the first steps both ways, keeps the faster and says "
+        "which.",
+        resumable=True,
+    )
+    cuda_graph: bool = _machine(
+        False,
+        "Capture the step as a CUDA graph and replay it; where that is impossible, it runs eagerly and says why.",
+        resumable=True,
+    )
+    vjps: str = _machine(
+        "auto",
+        "How the tasks' gradients are computed in the shared network: sequential, one task after the other; batched, "
+        "together, by torch's batching rules; compressed, in linear layers only as far as the Gram matrix needs them; "
+        "traced, compiled in one graph with the forward pass. Where a method is not supported, sequential takes its "
+        "place. auto tries the methods from 8 tasks on, keeps the fastest and says which; below, it is sequential, or "
+        "traced if compile is on and the network small and without convolutions. batched and compressed leave the "
+        "shared network eager if compile is on.",
+        choices=("auto", "sequential", "batched", "compressed", "traced"),
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
-def check_distributed(model: Any, weighting: str, options: StepOptions) -> None:
-    """Refuse a strategy or an option that works in one process only."""
-    from torch.distributed.tensor import DTensor
+@dataclass(frozen=True, kw_only=True)
+class TrainerOptions(StepOptions):
+    """Options of the trainer that are settings of a run of ``fastmtl train`` too."""
 
-    on_mesh = [name for name, param in model.named_parameters() if isinstance(param, DTensor)]
-    reasons = {
-        f"parameters on a mesh, such as those of tensor parallelism ({', '.join(on_mesh[:2])})": bool(on_mesh),
-        f"{weighting}, which runs backward passes of its own": _is_legacy(model),
-        f"gram='local' and {weighting}, which remembers gradients": model.needs == "rows" and options.gram == "local",
-        "cuda_graph": options.cuda_graph,
-    }
-    _refuse("Several processes cannot train with {}: start one.", reasons)
-    if options.shard == "fsdp":
-        unsharded = {
-            "compile": bool(options.compile),
-            "precision='fp16'": options.precision == "fp16",
-            "gram='local'": options.gram == "local",
-        }
-        _refuse("shard='fsdp' cannot be combined with {}.", unsharded)
-
-
-def _is_legacy(model: Any) -> bool:
-    """Whether the strategy is written for LibMTL, with a ``backward`` of its own."""
-    return model.backward.__func__ is not AbsWeighting.backward
-
-
-def _spelled(options: StepOptions, name: str, known: tuple[str, ...]) -> StepOptions:
-    """Return the options with the word of one of them as it is known, where it may be in any case."""
-    words: State = {name: resolve_name(getattr(options, name), {each: each for each in known}, name)}
-    return replace(options, **words)
-
-
-def _refuse(sentence: str, reasons: Mapping[str, bool]) -> None:
-    """Raise the sentence with the first reason that holds."""
-    for reason, holds in reasons.items():
-        if holds:
-            raise UsageError(sentence.format(reason))
-
-
-def _sampled(model: Any, weighting: str, options: StepOptions) -> int | None:
-    """Return the tasks of a step if they are not all."""
-    given = options.tasks_per_step
-    if given is None:
-        return None
-    if not is_whole(given) or not 1 <= given <= model.task_num:
-        raise UsageError(
-            f"tasks_per_step must be a whole number from 1 to {model.task_num}, the number of tasks, got {given!r}."
-        )
-    if given == model.task_num:
-        return None
-    reasons = {
-        "compile=True, which would compile every choice of tasks": bool(options.compile),
-        "weight_momentum": options.weight_momentum > 0,
-        "update_weights_every": options.update_weights_every > 1,
-        f"{weighting}, which is written for all tasks": _is_legacy(model),
-    }
-    _refuse("tasks_per_step cannot be combined with {}.", reasons)
-    return given
+    load_strict: bool = _model(
+        True,
+        "Refuse a load_path with other names or shapes than the model's. If not, what fits is taken, and a line says "
+        "what was taken, is new and was left: for other tasks, another strategy, or a backbone, whose names may lack "
+        "those of the modules it is in. A strategy's own parameters are only taken from the same strategy and tasks.",
+    )
+    resume_schedule: str = _training(
+        "new",
+        "Where a resumed run has other epochs, learning rates or settings of the optimizer: new follows this run's "
+        "schedule from that place on, as if it had from the beginning; stored keeps the checkpoint's. A line tells "
+        "what differs.",
+        choices=RESUMED,
+        resumable=True,
+    )
+    checkpoint_every: int | None = _training(
+        None, "Steps after which last.pt is written; only at the end of an epoch if not given.", least=1, resumable=True
+    )
+    sync_batch_norm: bool = _training(
+        False, "With several processes, batch norms take the statistics of the whole batch."
+    )
+    device: str | torch.device | None = _machine(
+        None, "cpu, cuda, cuda:1, mps; the first GPU, or else the CPU, if not given.", resumable=True
+    )
+    tf32: bool | None = _machine(
+        None, "On CUDA, round float32 products and convolutions to TF32, or not; torch's settings if not given."
+    )
+    channels_last: bool = _machine(
+        False, "Keep images and convolutions in channels-last memory format, which GPUs prefer."
+    )
+    peer_timeout: float | None = _machine(
+        None,
+        "With several processes, seconds that one waits for another before it ends with an error; torch's default if "
+        "not given.",
+        above=0,
+        resumable=True,
+    )
+    log_every: int = _logging(
+        20, "Steps between two reads of losses and weights from the device.", least=1, resumable=True
+    )
+    limit_batches: int | None = option(None, "Steps of each pass at most, for a quick try.", least=1, panel="Data")

@@ -1,0 +1,72 @@
+"""What the trainer is made from."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from torch import nn
+
+from fastmtl.architecture import AbsArchitecture
+from fastmtl.support.hyper import declared
+from fastmtl.support.kinds import State
+from fastmtl.trainer.log.logger import Logger
+from fastmtl.trainer.optim.optimizer import MakesOptimizer
+from fastmtl.trainer.setup.options import TrainerOptions
+from fastmtl.weighting import AbsWeighting
+
+__all__ = ["TrainerArguments", "takes"]
+
+P = ParamSpec("P")
+A = TypeVar("A")
+S = TypeVar("S")
+
+
+@dataclass(frozen=True)
+class TrainerArguments(TrainerOptions):
+    """All arguments of the trainer, which describes those that are no options."""
+
+    task_dict: dict[str, dict[str, Any]]
+    weighting: str | type[AbsWeighting]
+    architecture: str | type[AbsArchitecture]
+    encoder_class: Callable[[], nn.Module]
+    decoders: nn.ModuleDict | Mapping[str, nn.Module]
+    rep_grad: bool
+    multi_input: bool
+    optim_param: Mapping[str, Any] | None
+    scheduler_param: Mapping[str, Any] | None
+    save_path: str | Path | None = None
+    load_path: str | Path | None = None
+    example_inputs: Any = field(default=None, kw_only=True)
+    split_batch: Callable[[Any, Any], Any] | None = field(default=None, kw_only=True)
+    optimizer: MakesOptimizer | None = field(default=None, kw_only=True)
+    scheduler: Callable[..., Any] | None = field(default=None, kw_only=True)
+    logger: Logger | Sequence[Logger] | None = field(default=None, kw_only=True)
+    resume: str | Path | None = field(default=None, kw_only=True)
+    profile: str | Path | None = field(default=None, kw_only=True)
+    weight_args: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+    arch_args: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+
+
+def takes(arguments: Callable[P, A]) -> Callable[[Callable[[S, A, State], None]], Callable[Concatenate[S, P], None]]:
+    """Give a constructor the signature of a dataclass: it gets an object of that, and all other keyword arguments."""
+    names = inspect.signature(arguments).parameters
+    first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    keyword = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD, annotation=Any)
+
+    def decorate(init: Callable[[S, A, State], None]) -> Callable[Concatenate[S, P], None]:
+        def construct(self: S, /, *args: P.args, **kwargs: P.kwargs) -> None:
+            values: State = dict(kwargs)
+            further = {name: values.pop(name) for name in kwargs if name not in names}
+            init(self, arguments(*args, **values), further)
+
+        described = (f"{name}: {spec.help}" for name, spec in declared(arguments).items())
+        construct.__doc__ = "Options:\n\n" + "\n".join(described)
+        construct.__signature__ = inspect.Signature([first, *names.values(), keyword])  # type: ignore[attr-defined]
+        construct.__name__, construct.__qualname__ = init.__name__, init.__qualname__
+        return construct
+
+    return decorate

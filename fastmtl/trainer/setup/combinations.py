@@ -1,0 +1,92 @@
+"""Which options go together, and with which strategies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from fastmtl.errors import UsageError
+from fastmtl.support.kinds import Settings
+from fastmtl.trainer.setup.options import StepOptions
+from fastmtl.weighting import AbsWeighting
+
+__all__ = ["check_distributed", "check_options"]
+
+
+def check_options(model: Any, weighting: str, hyper: Settings, options: StepOptions) -> StepOptions:
+    """Return the options as the step takes them, for a model, and a strategy's name and hyper-parameters.
+
+    Raises:
+        UsageError: Options that do not go together.
+    """
+    legacy = _is_legacy(model)
+    if options.weight_momentum and (legacy or model.samples > 1 or model.needs in ("reps", "lookahead")):
+        raise UsageError(f"weight_momentum must be 0 for {weighting}, which has no weights of one step to average.")
+    if options.precision == "fp16" and (legacy or model.needs == "lookahead"):
+        raise UsageError(f"{weighting} runs backward passes of its own, so precision must be fp32 or bf16, got fp16.")
+    # A strategy may have an option of its own of this name.
+    interval = max(options.update_weights_every, hyper.get("update_weights_every", 1))
+    if interval > 1 and model.needs != "gram":
+        raise UsageError(f"update_weights_every must be 1 for {weighting}: its weights do not come from a Gram matrix.")
+    options = replace(options, update_weights_every=interval)
+    if options.accumulate > 1:
+        reasons = {
+            "runs backward passes of its own": legacy or model.needs == "lookahead",
+            "takes several batches per step by itself": model.samples > 1,
+            "looks at every example of a step at once": model.needs == "reps",
+        }
+        _refuse(f"accumulate must be 1 for {weighting}, which {{}}.", reasons)
+    if options.vjps == "traced" and not options.compile:
+        raise UsageError("vjps='traced' is a way to compile a step: it needs compile=True or 'auto'.")
+    return replace(options, tasks_per_step=_sampled(model, weighting, options))
+
+
+def check_distributed(model: Any, weighting: str, options: StepOptions) -> None:
+    """Refuse a strategy or an option that works in one process only."""
+    from torch.distributed.tensor import DTensor
+
+    on_mesh = [name for name, param in model.named_parameters() if isinstance(param, DTensor)]
+    reasons = {
+        f"parameters on a mesh, such as those of tensor parallelism ({', '.join(on_mesh[:2])})": bool(on_mesh),
+        f"{weighting}, which runs backward passes of its own": _is_legacy(model),
+        f"gram='local' and {weighting}, which remembers gradients": model.needs == "rows" and options.gram == "local",
+        "cuda_graph": options.cuda_graph,
+    }
+    _refuse("Several processes cannot train with {}: start one.", reasons)
+    if options.shard == "fsdp":
+        unsharded = {
+            "compile": bool(options.compile),
+            "precision='fp16'": options.precision == "fp16",
+            "gram='local'": options.gram == "local",
+        }
+        _refuse("shard='fsdp' cannot be combined with {}.", unsharded)
+
+
+def _is_legacy(model: Any) -> bool:
+    """Whether the strategy is written for LibMTL, with a ``backward`` of its own."""
+    return model.backward.__func__ is not AbsWeighting.backward
+
+
+def _refuse(sentence: str, reasons: Mapping[str, bool]) -> None:
+    """Raise the sentence with the first reason that holds."""
+    for reason, holds in reasons.items():
+        if holds:
+            raise UsageError(sentence.format(reason))
+
+
+def _sampled(model: Any, weighting: str, options: StepOptions) -> int | None:
+    """Return the tasks of a step if they are not all."""
+    count = options.tasks_per_step
+    if count is None or count == model.task_num:
+        return None
+    if count > model.task_num:
+        raise UsageError(f"tasks_per_step must be at most {model.task_num}, the number of tasks, got {count}.")
+    reasons = {
+        "compile=True, which would compile every choice of tasks": bool(options.compile),
+        "weight_momentum": options.weight_momentum > 0,
+        "update_weights_every": options.update_weights_every > 1,
+        f"{weighting}, which is written for all tasks": _is_legacy(model),
+    }
+    _refuse("tasks_per_step cannot be combined with {}.", reasons)
+    return count
