@@ -65,9 +65,9 @@ def page() -> str:
     lines = [
         "# Options",
         "",
-        "Every option of a run: flags of `fastmtl train` (`--weight-momentum 0.9`), keys of its YAML file",
-        "(`weight_momentum: 0.9`) and, where the first column says so, arguments of `Trainer`. `fastmtl train --help` also",
-        "lists the hyper-parameters of strategies and architectures.",
+        "Every option of a run: a flag of `fastmtl train` (`--weight-momentum 0.9`), a key of its YAML file",
+        "(`weight_momentum: 0.9`) and, where the second column says so, an argument of `Trainer`.",
+        "`fastmtl train --help` also lists the hyper-parameters of strategies and architectures.",
     ]
     of_trainer = declared(TrainerOptions)
     for panel in _PANELS:

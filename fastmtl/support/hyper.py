@@ -7,7 +7,6 @@ dataclasses, made by :func:`option`; :func:`declared` gives them in the same for
 
 from __future__ import annotations
 
-import functools
 import operator
 import types
 import typing
@@ -134,8 +133,7 @@ def option(default: Any, help: str, *, choices: Iterable[str] | None = None, **a
     return field(default=default, metadata=metadata)
 
 
-@functools.cache
-def declared(owner: type[Any]) -> dict[str, Option]:
+def declared(owner: Any) -> dict[str, Option]:
     """Return the options among the fields of a dataclass, by name; their types are those of the annotations."""
     annotations = typing.get_type_hints(owner)
     return {

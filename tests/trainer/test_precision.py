@@ -307,7 +307,7 @@ def test_a_strategys_limit_holds_in_steps_without_a_solve(precision: str) -> Non
 
 @pytest.mark.parametrize("limit", [0.0, -1.0, math.nan, "1", True])
 def test_a_limit_that_stops_training_is_refused(limit: Any) -> None:
-    with pytest.raises(UsageError, match="clip_grad_norm must be (a number|above 0), got"):
+    with pytest.raises(UsageError, match=r"clip_grad_norm must be (a number|above 0), got"):
         make_trainer("EW", clip_grad_norm=limit)
 
 

@@ -170,14 +170,8 @@ def test_names_in_any_case_and_classes() -> None:
         ({"checkpoint_every": 1.5}, "checkpoint_every must be a whole number, got 1.5"),
         ({"tasks_per_step": 0}, "tasks_per_step must be at least 1, got 0"),
         ({"tasks_per_step": 3}, "tasks_per_step must be at most 2, the number of tasks, got 3"),
-        *(
-            ({"tasks_per_step": count}, "tasks_per_step must be a whole number, got")
-            for count in (1.5, 2.0, "2", True)
-        ),
-        *(
-            ({"weight_momentum": decay}, "weight_momentum must be a number, got")
-            for decay in (math.nan, "0.5", None)
-        ),
+        *(({"tasks_per_step": count}, "tasks_per_step must be a whole number, got") for count in (1.5, 2.0, "2", True)),
+        *(({"weight_momentum": decay}, "weight_momentum must be a number, got") for decay in (math.nan, "0.5", None)),
         ({"weight_momentum": 1.0}, "weight_momentum must be below 1, got 1.0"),
         ({"vjps": None}, "vjps must be one of auto, sequential, batched, compressed, traced, got None"),
         ({"precision": None}, "precision must be one of fp32, bf16, fp16, got None"),

@@ -294,7 +294,7 @@ def test_hyper_parameters_outside_their_range_are_refused(name: str, args: dict[
 
 @pytest.mark.parametrize("momentum", [-0.1, 1.0])
 def test_momentum_outside_its_range_is_refused(momentum: float) -> None:
-    with pytest.raises(UsageError, match="weight_momentum must be (at least 0|below 1)"):
+    with pytest.raises(UsageError, match=r"weight_momentum must be (at least 0|below 1)"):
         _trainer("EW", weight_momentum=momentum)
 
 
