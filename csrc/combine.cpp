@@ -37,11 +37,11 @@ struct CombineJob {
   bool converts = false;  // Whether some piece needs memory beside its rows and results.
   bool streams = false;   // Whether results go past the caches.
 
-  const double* weights_of(int64_t m, int64_t k) const {
+  double const* weights_of(int64_t m, int64_t k) const {
     return weights.data() + (num_results > 1 ? m : group[k]) * rows.num_rows();
   }
   Target& target(int64_t m, int64_t k) { return targets[m * rows.width() + k]; }
-  const Target& target(int64_t m, int64_t k) const { return targets[m * rows.width() + k]; }
+  Target const& target(int64_t m, int64_t k) const { return targets[m * rows.width() + k]; }
   bool reads(int64_t t, int64_t k) const {
     if (rows.row(t, k).tensor == nullptr) return false;
     for (int64_t m = 0; m < num_results; ++m) {
@@ -60,25 +60,25 @@ struct CombineJob {
 namespace fastmtl {
 namespace {
 
-CombineJob make_job(const TensorList& flat, int64_t num_rows, const Tensor& weights,
-                    const std::optional<std::vector<int64_t>>& groups) {
+CombineJob make_job(TensorList const& flat, int64_t num_rows, Tensor const& weights,
+                    std::optional<std::vector<int64_t>> const& groups) {
   RowTable rows(flat, num_rows);
   int64_t num_groups = 0;
   std::vector<int64_t> group = group_of_each(groups, rows.width(), &num_groups);
-  const Shape shape(weights);
-  const bool fits = shape.dim >= 1 && shape.dim <= 2 && shape.sizes[shape.dim - 1] == num_rows;
+  Shape const shape(weights);
+  bool const fits = shape.dim >= 1 && shape.dim <= 2 && shape.sizes[shape.dim - 1] == num_rows;
   STD_TORCH_CHECK(fits && (!groups.has_value() || (shape.dim == 2 && shape.sizes[0] == num_groups)),
                   "weights must have the shape (T,), (M, T) or, with groups, (L, T)");
-  const int64_t num_results = groups.has_value() || shape.dim == 1 ? 1 : shape.sizes[0];
+  int64_t const num_results = groups.has_value() || shape.dim == 1 ? 1 : shape.sizes[0];
   return {std::move(rows), std::move(group), read_numbers(weights), num_results};
 }
 
-// Fills all targets, whose memory has the layout of their parameter.
+/// Fills all targets, whose memory has the layout of their parameter.
 void run(CombineJob& job) {
   constexpr int64_t cache_floats = 65536;
   constexpr int64_t min_slice_elements = 32768;
   constexpr int64_t streamed_bytes = int64_t{8} << 20;
-  const int64_t num_rows = job.rows.num_rows();
+  int64_t const num_rows = job.rows.num_rows();
   int64_t bytes = 0;
   for (int64_t k = 0; k < job.rows.width(); ++k) {
     DType widest = job.target(0, k).dtype;
@@ -90,7 +90,7 @@ void run(CombineJob& job) {
       widest = promote(widest, job.rows.row(t, k).dtype);
     }
     job.sums_in_double.push_back(widest == DType::f64);
-    const bool halves = widest == DType::bf16 || widest == DType::f16;
+    bool const halves = widest == DType::bf16 || widest == DType::f16;
     // Without instructions that convert them, vectors of 16-bit numbers gain nothing.
     job.in_16_bits.push_back(halves && !mixed && isa() != Isa::portable);
     job.converts |= mixed || (halves && (job.accumulate || !job.in_16_bits[k]));
@@ -99,19 +99,19 @@ void run(CombineJob& job) {
   }
   job.chunk = std::clamp<int64_t>(cache_floats / num_rows / 64 * 64, 512, kMaxChunk);
   job.streams = bytes >= streamed_bytes;
-  const std::vector<Slice> slices = cut(job.segments, min_slice_elements / num_rows);
+  std::vector<Slice> const slices = cut(job.segments, min_slice_elements / num_rows);
   run_parallel(static_cast<int64_t>(slices.size()),
                [&](int64_t s) { FASTMTL_DISPATCH(combine_slice, job, slices[s]); });
 }
 
-std::vector<Tensor> combine(const TensorList& flat, int64_t num_rows, const Tensor& weights,
-                            const std::optional<std::vector<int64_t>>& groups) {
+std::vector<Tensor> combine(TensorList const& flat, int64_t num_rows, Tensor const& weights,
+                            std::optional<std::vector<int64_t>> const& groups) {
   CombineJob job = make_job(flat, num_rows, weights, groups);
   std::vector<Tensor> results;
   job.targets.resize(job.num_results * job.rows.width());
   for (int64_t m = 0; m < job.num_results; ++m) {
     for (int64_t k = 0; k < job.rows.width(); ++k) {
-      const Parameter& parameter = job.rows.parameter(k);
+      Parameter const& parameter = job.rows.parameter(k);
       if (!parameter.present) continue;
       results.push_back(empty_strided(parameter.sizes, parameter.strides, parameter.dtype));
       job.target(m, k) = {results.back().mutable_data_ptr(), parameter.dtype};
@@ -121,8 +121,8 @@ std::vector<Tensor> combine(const TensorList& flat, int64_t num_rows, const Tens
   return results;
 }
 
-void combine_(const std::vector<Tensor>& out, const TensorList& flat, int64_t num_rows, const Tensor& weights,
-              const std::optional<std::vector<int64_t>>& groups, bool accumulate) {
+void combine_(std::vector<Tensor> const& out, TensorList const& flat, int64_t num_rows, Tensor const& weights,
+              std::optional<std::vector<int64_t>> const& groups, bool accumulate) {
   CombineJob job = make_job(flat, num_rows, weights, groups);
   STD_TORCH_CHECK(static_cast<int64_t>(out.size()) == job.rows.width(), "out must hold one tensor for each of a row's");
   STD_TORCH_CHECK((Shape(weights).dim == 2) == groups.has_value(), "weights must be (T,) or, with groups, (L, T)");

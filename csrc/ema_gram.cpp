@@ -40,13 +40,13 @@ struct EmaJob {
 namespace fastmtl {
 namespace {
 
-Tensor ema_gram(const std::vector<Tensor>& state, const TensorList& flat, int64_t num_rows, const Tensor& keep,
-                const Tensor& gains) {
-  const TensorList averages = as_rows(state);
+Tensor ema_gram(std::vector<Tensor> const& state, TensorList const& flat, int64_t num_rows, Tensor const& keep,
+                Tensor const& gains) {
+  TensorList const averages = as_rows(state);
   EmaJob job{{averages, flat, num_rows}, read_vector(keep, num_rows, "keep"), read_vector(gains, num_rows, "gains")};
   job.chunk = chunk_length(num_rows, job.both.converts);
-  const std::vector<Slice> slices = job.both.slices();
-  const int64_t pairs = num_rows * (num_rows + 1) / 2;
+  std::vector<Slice> const slices = job.both.slices();
+  int64_t const pairs = num_rows * (num_rows + 1) / 2;
   std::vector<double> upper(slices.size() * pairs);
   run_parallel(static_cast<int64_t>(slices.size()),
                [&](int64_t s) { FASTMTL_DISPATCH(ema_gram_slice, job, slices[s], upper.data() + s * pairs); });

@@ -37,11 +37,11 @@ struct RiskJob {
 namespace fastmtl {
 namespace {
 
-Tensor excess_risk(const std::vector<Tensor>& sums, const TensorList& flat, int64_t num_rows, double epsilon) {
+Tensor excess_risk(std::vector<Tensor> const& sums, TensorList const& flat, int64_t num_rows, double epsilon) {
   STD_TORCH_CHECK(epsilon > 0, "epsilon must be above 0");
-  const TensorList state = as_rows(sums);
-  const RiskJob job{{state, flat, num_rows}, epsilon};
-  const std::vector<Slice> slices = job.both.slices();
+  TensorList const state = as_rows(sums);
+  RiskJob const job{{state, flat, num_rows}, epsilon};
+  std::vector<Slice> const slices = job.both.slices();
   std::vector<double> risks(slices.size() * num_rows, 0.0);
   run_parallel(static_cast<int64_t>(slices.size()),
                [&](int64_t s) { FASTMTL_DISPATCH(risk_slice, job, slices[s], risks.data() + s * num_rows); });

@@ -26,28 +26,28 @@ namespace {
 using c10::BFloat16;
 using c10::Half;
 
-// Where one result goes.
+/// Where one result goes.
 struct Target {
   void* data = nullptr;
   DType dtype = DType::f32;
 };
 
-// Uniform numbers: a stream, or given ones.
+/// Uniform numbers: a stream, or given ones.
 struct Noise {
   uint64_t seed = 0;
   uint64_t offset = 0;
-  const double* given = nullptr;
+  double const* given = nullptr;
 
   Noise at(int64_t begin) const { return {seed, offset, given == nullptr ? nullptr : given + begin}; }
 };
 
-// A representation, its gradient or a result: `size` rows of all features, one behind the other.
+/// A representation, its gradient or a result: `size` rows of all features, one behind the other.
 struct Batch {
-  const void* data = nullptr;
+  void const* data = nullptr;
   int64_t size = 0;
 };
 
-// All of one dtype.
+/// All of one dtype.
 struct BatchJob {
   std::vector<Batch> reps;
   std::vector<Batch> grads;
@@ -56,10 +56,10 @@ struct BatchJob {
   int64_t features = 0;
   double leak = 0;
   Noise noise{};
-  int64_t chunk = 0;         // Features taken at a time,
-  int64_t num_chunks = 0;    // so often; the last time also what is left, if that is little.
-  bool calls_ahead = false;  // Whether the next chunk is called into the caches.
-  bool streams = false;      // Whether results go past the caches.
+  int64_t chunk = 0;        // Features taken at a time,
+  int64_t num_chunks = 0;   // so often; the last time also what is left, if that is little.
+  bool prefetches = false;  // Whether the next chunk is prefetched.
+  bool streams = false;     // Whether results go past the caches.
 
   int64_t begin_of(int64_t number) const { return number < num_chunks ? number * chunk : features; }
 };
@@ -85,64 +85,64 @@ namespace fastmtl {
 namespace {
 
 constexpr int64_t kMinSliceElements = 32768;
-// Results of so many elements are written past the caches.
+/// Results of so many elements are written past the caches.
 constexpr int64_t kStreamedElements = int64_t{2} << 20;
 constexpr int64_t kLineFeatures = 64;
 constexpr int64_t kMostLanes = 16;
-// So many elements of all tensors, taken at a time, stay in the second-level cache with most of those that come next.
+/// So many elements of all tensors, taken at a time, stay in the second-level cache with most of those that come next.
 constexpr int64_t kBatchFloats = 147456;
 constexpr int64_t kRowsFloats = 98304;
 
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
-Noise read_stream(const Tensor& random) {
-  const Shape shape(random);
+Noise read_stream(Tensor const& random) {
+  Shape const shape(random);
   STD_TORCH_CHECK(random.is_cpu() && random.scalar_type() == torch::headeronly::ScalarType::Long && shape.dim == 1 &&
                       shape.sizes[0] == 2,
                   "random must be (2,) int64");
-  const auto* values = static_cast<const int64_t*>(random.const_data_ptr());
+  auto const* values = static_cast<int64_t const*>(random.const_data_ptr());
   return {static_cast<uint64_t>(values[0]), static_cast<uint64_t>(values[shape.strides[0]])};
 }
 
-// The batch where it lies, or a copy that is kept where its layout or dtype is another one.
-Batch batch_of(const Tensor& tensor, const std::vector<int64_t>& strides, DType dtype, std::vector<Tensor>& kept) {
-  const Shape shape(tensor);
-  const bool matches = shape.same_strides(strides.data()) && dtype_of(tensor) == dtype;
+/// The batch where it lies, or a copy that is kept where its layout or dtype is another one.
+Batch batch_of(Tensor const& tensor, std::vector<int64_t> const& strides, DType dtype, std::vector<Tensor>& kept) {
+  Shape const shape(tensor);
+  bool const matches = shape.same_strides(strides.data()) && dtype_of(tensor) == dtype;
   if (!matches) kept.push_back(twin_of(tensor, strides, dtype));
   return {(matches ? tensor : kept.back()).const_data_ptr(), shape.sizes[0]};
 }
 
-// Features taken at a time: a chunk of all tensors stays in the second-level cache, and every thread gets some.
+/// Features taken at a time: a chunk of all tensors stays in the second-level cache, and every thread gets some.
 int64_t features_at_a_time(int64_t features, int64_t height) {
-  const int64_t even = features / (4 * std::max<int64_t>(torch::stable::get_num_threads(), 1));
-  const int64_t wanted = std::min(kBatchFloats / height, std::max(even, kMinSliceElements / height));
+  int64_t const even = features / (4 * std::max<int64_t>(torch::stable::get_num_threads(), 1));
+  int64_t const wanted = std::min(kBatchFloats / height, std::max(even, kMinSliceElements / height));
   return round_up(std::max<int64_t>(wanted - kLineFeatures / 2, 1), kLineFeatures);
 }
 
-std::vector<Tensor> graddrop(const std::vector<Tensor>& reps, const std::vector<Tensor>& grads, double leak,
-                             const Tensor& random, const std::optional<Tensor>& noise) {
-  const size_t tasks = grads.size();
+std::vector<Tensor> graddrop(std::vector<Tensor> const& reps, std::vector<Tensor> const& grads, double leak,
+                             Tensor const& random, std::optional<Tensor> const& noise) {
+  size_t const tasks = grads.size();
   STD_TORCH_CHECK(tasks >= 1 && (reps.size() == 1 || reps.size() == tasks), "there must be one rep or one per task");
   std::vector<Shape> shapes;
   DType dtype = dtype_of(grads.front());
-  for (const auto* list : {&reps, &grads}) {
-    for (const Tensor& tensor : *list) {
+  for (auto const* list : {&reps, &grads}) {
+    for (Tensor const& tensor : *list) {
       shapes.emplace_back(tensor);
       STD_TORCH_CHECK(tensor.is_cpu() && shapes.back().dim >= 1, "reps and grads must have a batch dimension");
       dtype = promote(dtype, dtype_of(tensor));
     }
   }
-  const Shape& first = shapes.front();
-  const int64_t features = std::accumulate(first.sizes + 1, first.sizes + first.dim, int64_t{1}, std::multiplies<>());
+  Shape const& first = shapes.front();
+  int64_t const features = std::accumulate(first.sizes + 1, first.sizes + first.dim, int64_t{1}, std::multiplies<>());
   std::vector<int64_t> strides = feature_strides(shapes, features);
-  const std::vector<int64_t> inner = strides;
+  std::vector<int64_t> const inner = strides;
   strides.insert(strides.begin(), std::max<int64_t>(features, 1));
 
   BatchJob job{{}, {}, {}, dtype, features, leak, read_stream(random)};
   std::vector<Tensor> kept;
   kept.reserve(shapes.size() + 1);
   int64_t height = 0;
-  for (const Tensor& rep : reps) {
+  for (Tensor const& rep : reps) {
     job.reps.push_back(batch_of(rep, strides, dtype, kept));
     height += job.reps.back().size;
   }
@@ -159,17 +159,17 @@ std::vector<Tensor> graddrop(const std::vector<Tensor>& reps, const std::vector<
     aligned &= reinterpret_cast<uintptr_t>(job.results.back().data) % kLineBytes == 0;
   }
   if (noise.has_value()) {
-    const Shape shape(*noise);
+    Shape const shape(*noise);
     STD_TORCH_CHECK(shape.dim == first.dim - 1 && std::equal(shape.sizes, shape.sizes + shape.dim, first.sizes + 1),
                     "noise must have the shape of the features");
     kept.push_back(twin_of(*noise, inner, DType::f64));
-    job.noise.given = static_cast<const double*>(kept.back().const_data_ptr());
+    job.noise.given = static_cast<double const*>(kept.back().const_data_ptr());
   }
 
   job.chunk = features_at_a_time(features, std::max<int64_t>(height, 1));
   job.num_chunks = (features + job.chunk - 1) / job.chunk;
   if (job.num_chunks > 1 && features - (job.num_chunks - 1) * job.chunk < kMostLanes) --job.num_chunks;
-  job.calls_ahead = height * job.chunk <= kBatchFloats;
+  job.prefetches = height * job.chunk <= kBatchFloats;
   job.streams = aligned && height * features >= kStreamedElements;
   run_parallel_ahead(job.num_chunks,
                      [&](int64_t chunk, int64_t next) { FASTMTL_DISPATCH(graddrop_chunk, job, chunk, next); });
@@ -181,18 +181,18 @@ std::vector<Tensor> graddrop(const std::vector<Tensor>& reps, const std::vector<
   return results;
 }
 
-std::vector<Tensor> graddrop_rows(const TensorList& flat, int64_t num_rows, const Tensor& leak, const Tensor& random,
-                                  const std::vector<Tensor>& noise) {
+std::vector<Tensor> graddrop_rows(TensorList const& flat, int64_t num_rows, Tensor const& leak, Tensor const& random,
+                                  std::vector<Tensor> const& noise) {
   RowTable table(flat, num_rows);
   RowsJob job{std::move(table), read_vector(leak, num_rows, "leak")};
   STD_TORCH_CHECK(noise.empty() || static_cast<int64_t>(noise.size()) == job.rows.width(),
                   "noise must hold one tensor for each tensor of a row");
-  const Noise stream = read_stream(random);
+  Noise const stream = read_stream(random);
   std::vector<Tensor> results;
   std::vector<Tensor> kept;
   int64_t next = 0;
   for (int64_t k = 0; k < job.rows.width(); ++k) {
-    const Parameter& parameter = job.rows.parameter(k);
+    Parameter const& parameter = job.rows.parameter(k);
     job.firsts.push_back(next);
     job.noises.push_back(stream);
     job.targets.emplace_back();
@@ -205,11 +205,11 @@ std::vector<Tensor> graddrop_rows(const TensorList& flat, int64_t num_rows, cons
     if (noise.empty()) continue;
     STD_TORCH_CHECK(Shape(noise[k]).same_sizes(parameter.shape), "noise must have the shapes of the rows");
     kept.push_back(twin_of(noise[k], parameter.strides, DType::f64));
-    job.noises.back().given = static_cast<const double*>(kept.back().const_data_ptr());
+    job.noises.back().given = static_cast<double const*>(kept.back().const_data_ptr());
   }
   job.chunk = std::clamp<int64_t>(kRowsFloats / num_rows / 512 * 512, 512, 4096);
   job.streams = next >= kStreamedElements;
-  const std::vector<Slice> slices = cut(job.segments, kMinSliceElements / num_rows);
+  std::vector<Slice> const slices = cut(job.segments, kMinSliceElements / num_rows);
   run_parallel(static_cast<int64_t>(slices.size()),
                [&](int64_t s) { FASTMTL_DISPATCH(graddrop_rows_slice, job, slices[s]); });
   return results;

@@ -13,7 +13,7 @@ namespace fastmtl {
 namespace {
 
 /// Work, about one per nanosecond, below which waking threads costs more than it saves.
-constexpr int64_t parallel_work = 200000;
+constexpr int64_t kParallelWork = 200000;
 
 std::tuple<Tensor, Tensor> gradvac_cpu(Tensor gram, Tensor orders, Tensor rho, double beta) {
   int64_t const dims = gram.dim();
@@ -44,7 +44,7 @@ std::tuple<Tensor, Tensor> gradvac_cpu(Tensor gram, Tensor orders, Tensor rho, d
     gradvac(HostTeam{}, n, steps, gram_data + group * entries, index, beta, rho_data + group * entries,
             weight_data + group * n, memory + group * doubles);
   };
-  if (groups * n * steps * (20 + n / 2) < parallel_work) {
+  if (groups * n * steps * (20 + n / 2) < kParallelWork) {
     for (int64_t group = 0; group < groups; ++group) solve(group);
   } else {
     run_parallel(groups, solve);

@@ -22,7 +22,7 @@ using c10::BFloat16;
 using c10::Half;
 
 struct GramJob {
-  const RowTable& rows;
+  RowTable const& rows;
   std::vector<Segment> segments;
   int64_t chunk;  // Elements of each row taken at a time.
   bool converts;  // Whether some row is not of the type its sums are taken in.
@@ -37,15 +37,15 @@ struct GramJob {
 namespace fastmtl {
 namespace {
 
-Tensor gram(const TensorList& flat, int64_t num_rows, const std::optional<std::vector<int64_t>>& groups) {
+Tensor gram(TensorList const& flat, int64_t num_rows, std::optional<std::vector<int64_t>> const& groups) {
   RowTable rows(flat, num_rows);
   int64_t num_groups = 0;
-  const std::vector<int64_t> group = group_of_each(groups, rows.width(), &num_groups);
+  std::vector<int64_t> const group = group_of_each(groups, rows.width(), &num_groups);
 
   GramJob job{rows, {}, 0, false};
   for (int64_t k = 0; k < rows.width(); ++k) {
     if (!rows.parameter(k).present) continue;
-    const DType sum_dtype = rows.parameter(k).dtype == DType::f64 ? DType::f64 : DType::f32;
+    DType const sum_dtype = rows.parameter(k).dtype == DType::f64 ? DType::f64 : DType::f32;
     for (int64_t t = 0; t < num_rows; ++t) {
       rows.match(t, k);
       job.converts |= rows.row(t, k).tensor != nullptr && rows.row(t, k).dtype != sum_dtype;
@@ -54,11 +54,11 @@ Tensor gram(const TensorList& flat, int64_t num_rows, const std::optional<std::v
   }
   job.chunk = chunk_length(num_rows, job.converts);
   std::stable_sort(job.segments.begin(), job.segments.end(),
-                   [](const Segment& a, const Segment& b) { return a.group < b.group; });
+                   [](Segment const& a, Segment const& b) { return a.group < b.group; });
 
   constexpr int64_t min_slice_elements = 32768;
-  const std::vector<Slice> slices = cut(job.segments, min_slice_elements / num_rows);
-  const int64_t pairs = num_rows * (num_rows + 1) / 2;
+  std::vector<Slice> const slices = cut(job.segments, min_slice_elements / num_rows);
+  int64_t const pairs = num_rows * (num_rows + 1) / 2;
   std::vector<double> upper(slices.size() * pairs);
   run_parallel(static_cast<int64_t>(slices.size()),
                [&](int64_t s) { FASTMTL_DISPATCH(gram_slice, job, slices[s], upper.data() + s * pairs); });

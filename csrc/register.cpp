@@ -8,12 +8,12 @@ namespace {
 
 using torch::stable::detail::StableLibrary;
 
-std::vector<std::pair<const char*, BoxedKernel>>& kernels() {
-  static std::vector<std::pair<const char*, BoxedKernel>> all;
+std::vector<std::pair<char const*, BoxedKernel>>& kernels() {
+  static std::vector<std::pair<char const*, BoxedKernel>> all;
   return all;
 }
 
-void implement(const char* space, const char* op, BoxedKernel boxed) {
+void implement(char const* space, char const* op, BoxedKernel boxed) {
   // Never deleted: taking kernels out of the dispatcher while the process ends is a race with torch's own end.
   auto* library = new StableLibrary(StableLibrary::Kind::IMPL, space, "CPU", __FILE__, __LINE__);
   library->impl(op, boxed);
@@ -21,14 +21,14 @@ void implement(const char* space, const char* op, BoxedKernel boxed) {
 
 }  // namespace
 
-CpuKernel::CpuKernel(const char* op, BoxedKernel boxed) {
+CpuKernel::CpuKernel(char const* op, BoxedKernel boxed) {
   kernels().emplace_back(op, boxed);
   implement("fastmtl_cpp", op, boxed);
 }
 
 }  // namespace fastmtl
 
-// Makes these kernels the ones of the namespace `fastmtl` on the CPU; called at most once.
+/// Makes these kernels the ones of the namespace `fastmtl` on the CPU; called at most once.
 extern "C" __attribute__((visibility("default"))) void fastmtl_register_default() {
-  for (const auto& [op, boxed] : fastmtl::kernels()) fastmtl::implement("fastmtl", op, boxed);
+  for (auto const& [op, boxed] : fastmtl::kernels()) fastmtl::implement("fastmtl", op, boxed);
 }

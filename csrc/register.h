@@ -7,9 +7,9 @@ namespace fastmtl {
 
 using BoxedKernel = void (*)(StableIValue*, uint64_t, uint64_t);
 
-// Registers a kernel as `fastmtl_cpp::<op>` when the library is loaded, and keeps it for `fastmtl_register_default`.
+/// Registers a kernel as `fastmtl_cpp::<op>` when the library is loaded, and keeps it for `fastmtl_register_default`.
 struct CpuKernel {
-  CpuKernel(const char* op, BoxedKernel boxed);
+  CpuKernel(char const* op, BoxedKernel boxed);
 };
 
 }  // namespace fastmtl

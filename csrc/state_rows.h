@@ -10,8 +10,8 @@
 
 namespace fastmtl {
 
-// The state as the dispatcher's other lists of rows are.
-inline TensorList as_rows(const std::vector<Tensor>& state) { return {state.begin(), state.end()}; }
+/// The state as the dispatcher's other lists of rows are.
+inline TensorList as_rows(std::vector<Tensor> const& state) { return {state.begin(), state.end()}; }
 
 struct StateRows {
   RowTable state;  // No gaps; all rows of a parameter lie in its layout, so that they are written in place.
@@ -19,16 +19,16 @@ struct StateRows {
   std::vector<Segment> segments{};
   bool converts = false;  // Whether some tensor is not of the type it is updated in.
 
-  // Both lists must outlive this.
-  StateRows(const TensorList& state_list, const TensorList& row_list, int64_t num_rows)
+  /// Both lists must outlive this.
+  StateRows(TensorList const& state_list, TensorList const& row_list, int64_t num_rows)
       : state(state_list, num_rows), rows(row_list, num_rows) {
     STD_TORCH_CHECK(state.width() == rows.width(), "state must hold one tensor for each tensor of rows");
     for (int64_t k = 0; k < rows.width(); ++k) {
-      const Parameter& parameter = state.parameter(k);
+      Parameter const& parameter = state.parameter(k);
       rows.set_shape(k, parameter.shape);
       rows.set_layout(k, parameter.strides.data());
       for (int64_t t = 0; t < num_rows; ++t) {
-        const bool dense = parameter.numel == 0 || Shape(*state.row(t, k).tensor).dense();
+        bool const dense = parameter.numel == 0 || Shape(*state.row(t, k).tensor).dense();
         STD_TORCH_CHECK(state.row(t, k).matches && dense, "the state of a parameter must have one dense layout");
         if (rows.row(t, k).tensor != nullptr) rows.match(t, k);
         converts |= state.row(t, k).dtype != type(k) || (rows.row(t, k).tensor && rows.row(t, k).dtype != type(k));
@@ -37,9 +37,9 @@ struct StateRows {
     }
   }
 
-  // The type in which a parameter is updated.
+  /// The type in which a parameter is updated.
   DType type(int64_t k) const {
-    const bool wide = state.parameter(k).dtype == DType::f64 || rows.parameter(k).dtype == DType::f64;
+    bool const wide = state.parameter(k).dtype == DType::f64 || rows.parameter(k).dtype == DType::f64;
     return wide ? DType::f64 : DType::f32;
   }
 

@@ -83,8 +83,8 @@ void run(CombineJob& job) {
     plans[static_cast<int>(in)][static_cast<int>(out)].push_back(
         {std::move(pointers), job.rows.parameter(k).numel, static_cast<int32_t>(job.by_group ? job.group[k] : 0)});
   }
-  for (DType const in : all_dtypes) {
-    for (DType const out : all_dtypes) {
+  for (DType const in : kAllDTypes) {
+    for (DType const out : kAllDTypes) {
       std::vector<StripPlan> const& some = plans[static_cast<int>(in)][static_cast<int>(out)];
       if (some.empty()) continue;
       with_storage(in, [&](auto storage) {

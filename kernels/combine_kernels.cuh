@@ -59,8 +59,8 @@ struct Terms {
 /// sums += the terms at `vectors` vectors, a block's width apart; `depth` rows are loaded at a time.
 template <bool whole, int depth, int vectors, class Storage, class Acc>
 __device__ inline void add_terms(Terms<Storage, Acc> const& terms, int64_t at, int64_t length,
-                                 Acc (&sums)[vectors][lanes_of<Storage>]) {
-  constexpr int lanes = lanes_of<Storage>;
+                                 Acc (&sums)[vectors][kLanesOf<Storage>]) {
+  constexpr int lanes = kLanesOf<Storage>;
   FASTMTL_NO_UNROLL
   for (int t = 0; t < terms.count; t += depth) {
     Vector<Storage> loaded[depth][vectors];
@@ -90,16 +90,16 @@ __device__ inline void add_terms(Terms<Storage, Acc> const& terms, int64_t at, i
 /// Writes into a tensor of the rows' own type.
 template <bool whole, class Storage, class Acc>
 __device__ inline void write_same(void* out, int64_t at, int64_t length, bool accumulate,
-                                  Acc (&sums)[lanes_of<Storage>]) {
+                                  Acc (&sums)[kLanesOf<Storage>]) {
   auto* const target = static_cast<Storage*>(out);
   if (accumulate) {
     Vector<Storage> const before = load_vector<whole>(target, at, length);
     FASTMTL_UNROLL
-    for (int i = 0; i < lanes_of<Storage>; ++i) sums[i] += widen<Acc>(before.value[i]);
+    for (int i = 0; i < kLanesOf<Storage>; ++i) sums[i] += widen<Acc>(before.value[i]);
   }
   Vector<Storage> result;
   FASTMTL_UNROLL
-  for (int i = 0; i < lanes_of<Storage>; ++i) narrow(result.value[i], sums[i]);
+  for (int i = 0; i < kLanesOf<Storage>; ++i) narrow(result.value[i], sums[i]);
   store_vector<whole>(target, at, length, result);
 }
 
@@ -117,7 +117,7 @@ __device__ inline void write_elements(void* out, int64_t at, int64_t length, boo
 
 template <bool same, bool whole, class Storage, class Acc>
 __device__ inline void write_sums(void* out, CombineArguments const& given, int64_t at, int64_t length,
-                                  Acc (&sums)[lanes_of<Storage>]) {
+                                  Acc (&sums)[kLanesOf<Storage>]) {
   if constexpr (same) {
     write_same<whole, Storage>(out, at, length, given.accumulate, sums);
   } else {
@@ -138,7 +138,7 @@ __device__ inline void write_sums(void* out, CombineArguments const& given, int6
 template <bool same, bool whole, int depth, int vectors, class Storage, class Acc>
 __device__ inline void combine_vectors(Terms<Storage, Acc> const& terms, void* out, CombineArguments const& given,
                                        int64_t at, int64_t length) {
-  constexpr int lanes = lanes_of<Storage>;
+  constexpr int lanes = kLanesOf<Storage>;
   Acc sums[vectors][lanes] = {};
   add_terms<whole, depth>(terms, at, length, sums);
   FASTMTL_UNROLL
@@ -151,7 +151,7 @@ __device__ inline void combine_vectors(Terms<Storage, Acc> const& terms, void* o
 template <bool same, int depth, int vectors, class Storage, class Acc>
 __device__ inline void combine_range(Terms<Storage, Acc> const& terms, void* out, CombineArguments const& given,
                                      Strip const& strip, int64_t first, int64_t last) {
-  constexpr int lanes = lanes_of<Storage>;
+  constexpr int lanes = kLanesOf<Storage>;
   constexpr int64_t step = int64_t{kCombineThreads} * lanes;
   constexpr int64_t reach = (vectors - 1) * step + lanes;
   int64_t at = first + int64_t{threadIdx.x} * lanes;

@@ -15,7 +15,7 @@ namespace fastmtl {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int warp_size = 32;
+constexpr int kWarpSize = 32;
 
 /// Makes a tensor's device the current one for as long as it lives.
 class OnDevice {

@@ -24,11 +24,11 @@ __device__ inline void blend_vector(LaunchTable const& table, int s, float* cons
     own[t] = load_vector<whole>(static_cast<float const*>(state[t]), at, length);
     auto const* const row = static_cast<float const*>(table.pointer(s, table.pointers / 2 + t));
     float const keep = factors[0][t];
-    // A row that is not there adds nothing, whatever its gain is.
+    // A missing row adds nothing, whatever its gain is.
     float const gain = row != nullptr ? factors[1][t] : 0.0f;
     Vector<float> const grad = row != nullptr ? load_vector<whole>(row, at, length) : Vector<float>{};
     FASTMTL_UNROLL
-    for (int e = 0; e < lanes_of<float>; ++e) own[t].value[e] = keep * own[t].value[e] + gain * grad.value[e];
+    for (int e = 0; e < kLanesOf<float>; ++e) own[t].value[e] = keep * own[t].value[e] + gain * grad.value[e];
     store_vector<whole>(state[t], at, length, own[t]);
   }
   multiply_loaded(own, sum);

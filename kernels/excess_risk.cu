@@ -8,10 +8,10 @@
 namespace fastmtl {
 namespace {
 
-constexpr int risk_reduce_threads = 256;
+constexpr int kRiskReduceThreads = 256;
 
 /// risks += the sums of each row's blocks, which are Gram matrices of one row to it.
-__global__ void __launch_bounds__(risk_reduce_threads)
+__global__ void __launch_bounds__(kRiskReduceThreads)
     risk_reduce_kernel(__grid_constant__ GroupRuns const runs, int64_t blocks, double const* partial, double* risks) {
   gram_reduce(runs, 1, blocks, partial, true, risks);
 }
@@ -37,10 +37,10 @@ Tensor excess_risk(std::vector<Tensor> const& sums, TensorList const& flat, int6
       excess_risk_kernel<State, Storage>
           <<<static_cast<unsigned>(blocks), kStateThreads, 0, on.stream()>>>(table, epsilon, of_blocks);
       STD_CUDA_KERNEL_LAUNCH_CHECK();
-      constexpr int warps_per_block = risk_reduce_threads / warp_size;
+      constexpr int warps_per_block = kRiskReduceThreads / kWarpSize;
       risk_reduce_kernel<<<static_cast<unsigned>((runs.count + warps_per_block - 1) / warps_per_block),
-                           risk_reduce_threads, 0, on.stream()>>>(runs, blocks, of_blocks,
-                                                                  static_cast<double*>(risks.mutable_data_ptr()));
+                           kRiskReduceThreads, 0, on.stream()>>>(runs, blocks, of_blocks,
+                                                                 static_cast<double*>(risks.mutable_data_ptr()));
       STD_CUDA_KERNEL_LAUNCH_CHECK();
     });
   });

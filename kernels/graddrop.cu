@@ -32,7 +32,7 @@ Tensor const& brought_to(std::vector<int64_t> const& strides, DType dtype, Tenso
 
 template <class Storage>
 void launch(OnDevice const& on, DropArguments const& given) {
-  constexpr int features = drop_features_of<Storage>;
+  constexpr int features = kDropFeaturesOf<Storage>;
   auto const shared = static_cast<size_t>(given.tasks + kDropWarps) * features * sizeof(DropAcc<Storage>);
   STD_TORCH_CHECK(on.grant_shared(graddrop_kernel<Storage>, shared), "this GPU has too little shared memory");
   int64_t const blocks = (given.features + features - 1) / features;
@@ -148,7 +148,7 @@ std::vector<Tensor> graddrop_rows(TensorList const& flat, int64_t num_rows, Tens
   }
   constexpr int64_t waves = 8;
   Cut const cut{kDropPiece, waves * on.attribute(cudaDevAttrMultiProcessorCount), false};
-  for (DType const dtype : all_dtypes) {
+  for (DType const dtype : kAllDTypes) {
     with_storage(dtype, [&](auto storage) {
       using Storage = decltype(storage);
       plan_launches(plans[static_cast<int>(dtype)], num_rows + 1, sizeof(Storage), cut,

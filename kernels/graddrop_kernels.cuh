@@ -16,7 +16,7 @@ constexpr int kDropLanes = kDropThreads / kDropVectors;
 constexpr int kDropWarps = kDropThreads / 32;
 
 template <class Storage>
-constexpr int drop_features_of = kDropVectors * lanes_of<Storage>;
+constexpr int kDropFeaturesOf = kDropVectors * kLanesOf<Storage>;
 
 template <class Storage>
 using DropAcc = std::conditional_t<std::is_same_v<Storage, double>, double, float>;
@@ -48,8 +48,8 @@ __device__ inline Vector<Storage> load_features(DropArguments const& given, void
 /// signed_sums[feature] = sum over the batch of grad sign(rep), for one task.
 template <class Storage, class Acc>
 __device__ inline void sum_batch(DropArguments const& given, int t, int64_t at, Acc* of_warp, Acc* signed_sums) {
-  constexpr int lanes = lanes_of<Storage>;
-  constexpr int features = drop_features_of<Storage>;
+  constexpr int lanes = kLanesOf<Storage>;
+  constexpr int features = kDropFeaturesOf<Storage>;
   auto const vector = static_cast<int>(threadIdx.x % kDropVectors);
   auto const warp = static_cast<int>(threadIdx.x / 32);
   int const r = given.rep_of(t);
@@ -88,8 +88,8 @@ __device__ inline void sum_batch(DropArguments const& given, int t, int64_t at, 
 template <class Storage>
 __global__ void __launch_bounds__(kDropThreads) graddrop_kernel(__grid_constant__ DropArguments const given) {
   using Acc = DropAcc<Storage>;
-  constexpr int lanes = lanes_of<Storage>;
-  constexpr int features = drop_features_of<Storage>;
+  constexpr int lanes = kLanesOf<Storage>;
+  constexpr int features = kDropFeaturesOf<Storage>;
   FASTMTL_DYNAMIC_SHARED(double, memory);
   // (tasks, features) signed sums, of which factors are made, then what the warps have summed.
   auto* const factors = reinterpret_cast<Acc*>(memory);
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(kDropThreads) graddrop_kernel(__grid_constant_
 constexpr int64_t kDropPiece = 4096;
 /// Rows that are kept in registers between the sums and the pass that drops; more are read again, from the caches.
 template <class Storage>
-constexpr int drop_rows_of = sizeof(Storage) == 2 ? 4 : 8;
+constexpr int kDropRowsOf = sizeof(Storage) == 2 ? 4 : 8;
 
 struct DropRowsArguments {
   double const* leaks;  // (T,)
@@ -167,9 +167,9 @@ template <bool whole, class Storage>
 __device__ inline void drop_vector(LaunchTable const& table, int s, DropRowsArguments const& given,
                                    Stream const& stream, int64_t at, int64_t length) {
   using Acc = DropAcc<Storage>;
-  constexpr int lanes = lanes_of<Storage>;
+  constexpr int lanes = kLanesOf<Storage>;
   // Guarded loads of several rows would take more registers than there are.
-  constexpr int depth = whole ? drop_rows_of<Storage> : 1;
+  constexpr int depth = whole ? kDropRowsOf<Storage> : 1;
   Acc sum[lanes] = {};
   Acc size[lanes] = {};
   Vector<Storage> loaded[depth];
@@ -237,7 +237,7 @@ __device__ inline void drop_vector(LaunchTable const& table, int s, DropRowsArgu
 template <class Storage>
 __global__ void __launch_bounds__(kDropThreads, 2)
     graddrop_rows_kernel(__grid_constant__ LaunchTable const table, DropRowsArguments const given) {
-  constexpr int lanes = lanes_of<Storage>;
+  constexpr int lanes = kLanesOf<Storage>;
   Stream const stream(given.random, given.random_stride);
   for_each_range(table, blockIdx.x, [&](int s, int64_t first, int64_t last) {
     Strip const strip = table.strip(s);

@@ -12,9 +12,9 @@
 namespace fastmtl {
 namespace {
 
-constexpr int reduce_threads = 256;
+constexpr int kReduceThreads = 256;
 
-__global__ void __launch_bounds__(reduce_threads)
+__global__ void __launch_bounds__(kReduceThreads)
     gram_reduce_kernel(__grid_constant__ GroupRuns const runs, int rows, int64_t blocks, double const* partial,
                        bool add, double* result) {
   gram_reduce(runs, rows, blocks, partial, add, result);
@@ -87,8 +87,8 @@ bool one_launch_fills(std::vector<StripPlan> const& plans, int64_t all_plans, in
 void reduce_gram(OnDevice const& on, GroupRuns const& runs, int rows, int64_t blocks, double const* partial, bool add,
                  Tensor& result) {
   int64_t const warps = runs.count * (int64_t{rows} * (rows + 1) / 2);
-  constexpr int64_t warps_per_block = reduce_threads / warp_size;
-  gram_reduce_kernel<<<static_cast<unsigned>((warps + warps_per_block - 1) / warps_per_block), reduce_threads, 0,
+  constexpr int64_t warps_per_block = kReduceThreads / kWarpSize;
+  gram_reduce_kernel<<<static_cast<unsigned>((warps + warps_per_block - 1) / warps_per_block), kReduceThreads, 0,
                        on.stream()>>>(runs, rows, blocks, partial, add,
                                       static_cast<double*>(result.mutable_data_ptr()));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
@@ -119,7 +119,7 @@ Tensor gram_of_rows(TensorList const& flat, int64_t num_rows, std::optional<std:
     return one_launch_fills(some, all_plans, num_rows, num_groups);
   });
   if (!filled) torch::stable::zero_(result);
-  for (DType const dtype : all_dtypes) {
+  for (DType const dtype : kAllDTypes) {
     std::vector<StripPlan> const& some = plans[static_cast<int>(dtype)];
     if (some.empty()) continue;
     with_storage(

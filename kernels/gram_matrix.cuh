@@ -40,17 +40,17 @@ __device__ inline void multiply_wide(LaunchTable const& table, int s, int rows, 
 template <class Storage, int left_blocks, int right_blocks, bool diagonal>
 struct PairsOfRows {
   using Unit = MatrixUnit<Storage>;
-  static constexpr int tiles_down = left_blocks / Unit::height;
-  static constexpr int loaded_blocks = diagonal ? left_blocks : left_blocks + right_blocks;
-  static constexpr int lanes = lanes_of<Storage>;
-  static constexpr int columns = 4 * lanes;  // That a warp takes at a time.
+  static constexpr int kTilesDown = left_blocks / Unit::kHeight;
+  static constexpr int kLoadedBlocks = diagonal ? left_blocks : left_blocks + right_blocks;
+  static constexpr int kLanes = kLanesOf<Storage>;
+  static constexpr int kColumns = 4 * kLanes;  // That a warp takes at a time.
 
   Storage const** row;  // All of a strip's, in shared memory: as registers they would be missing elsewhere.
-  typename Unit::Sum sum[tiles_down][right_blocks][Unit::entries];
+  typename Unit::Sum sum[kTilesDown][right_blocks][Unit::kEntries];
   int left_block;
   int right_block;
 
-  __device__ static constexpr bool has(int i, int j) { return !diagonal || j >= i * Unit::height; }
+  __device__ static constexpr bool has(int i, int j) { return !diagonal || j >= i * Unit::kHeight; }
   __device__ static int group() { return static_cast<int>(threadIdx.x % 32 / 4); }
   __device__ static int place() { return static_cast<int>(threadIdx.x % 4); }
 
@@ -63,21 +63,21 @@ struct PairsOfRows {
 
   __device__ void clear() {
     FASTMTL_UNROLL
-    for (int i = 0; i < tiles_down; ++i) {
+    for (int i = 0; i < kTilesDown; ++i) {
       FASTMTL_UNROLL
       for (int j = 0; j < right_blocks; ++j) {
         FASTMTL_UNROLL
-        for (int c = 0; c < Unit::entries; ++c) sum[i][j][c] = 0;
+        for (int c = 0; c < Unit::kEntries; ++c) sum[i][j][c] = 0;
       }
     }
   }
 
   /// Loads the lane's elements of the columns from `at` on, all of which are whole vectors.
-  __device__ void load(int64_t at, Vector<Storage> (&loaded)[loaded_blocks]) const {
+  __device__ void load(int64_t at, Vector<Storage> (&loaded)[kLoadedBlocks]) const {
     FASTMTL_UNROLL
-    for (int b = 0; b < loaded_blocks; ++b) {
+    for (int b = 0; b < kLoadedBlocks; ++b) {
       Storage const* const own = row_of(b);
-      loaded[b] = own != nullptr ? load_whole(own + at + place() * lanes) : Vector<Storage>{};
+      loaded[b] = own != nullptr ? load_whole(own + at + place() * kLanes) : Vector<Storage>{};
     }
     __syncwarp();
   }
@@ -85,48 +85,48 @@ struct PairsOfRows {
   /// Loads them where they need not be whole, by way of the lane's own `slots`: registers for so many single elements
   /// would be missing elsewhere.
   __device__ void load_guarded(Strip const& strip, int64_t at, Vector<Storage>* slots,
-                               Vector<Storage> (&loaded)[loaded_blocks]) const {
+                               Vector<Storage> (&loaded)[kLoadedBlocks]) const {
     FASTMTL_UNROLL_BY_2
-    for (int b = 0; b < loaded_blocks; ++b) {
+    for (int b = 0; b < kLoadedBlocks; ++b) {
       Storage const* const own = row_of(b);
       int64_t const length = own != nullptr ? strip.length : 0;
-      slots[b * kMatrixThreads] = load_vector_guarded(own, at + place() * lanes, length);
+      slots[b * kMatrixThreads] = load_vector_guarded(own, at + place() * kLanes, length);
     }
     FASTMTL_UNROLL
-    for (int b = 0; b < loaded_blocks; ++b) loaded[b] = slots[b * kMatrixThreads];
+    for (int b = 0; b < kLoadedBlocks; ++b) loaded[b] = slots[b * kMatrixThreads];
     __syncwarp();
   }
 
   /// sum += the products of one step's elements, from `e` on.
-  __device__ void multiply_step(Vector<Storage> const (&loaded)[loaded_blocks], int e) {
-    typename Unit::Operand operand[loaded_blocks];
+  __device__ void multiply_step(Vector<Storage> const (&loaded)[kLoadedBlocks], int e) {
+    typename Unit::Operand operand[kLoadedBlocks];
     FASTMTL_UNROLL
-    for (int b = 0; b < loaded_blocks; ++b) operand[b] = Unit::prepare(loaded[b].value + e);
+    for (int b = 0; b < kLoadedBlocks; ++b) operand[b] = Unit::prepare(loaded[b].value + e);
     FASTMTL_UNROLL
-    for (int i = 0; i < tiles_down; ++i) {
+    for (int i = 0; i < kTilesDown; ++i) {
       FASTMTL_UNROLL
       for (int j = 0; j < right_blocks; ++j) {
-        if (has(i, j)) Unit::multiply(sum[i][j], operand + i * Unit::height, operand[diagonal ? j : left_blocks + j]);
+        if (has(i, j)) Unit::multiply(sum[i][j], operand + i * Unit::kHeight, operand[diagonal ? j : left_blocks + j]);
       }
     }
   }
 
   /// sum += the products of what was loaded, which is used up.
-  __device__ void multiply(Vector<Storage> (&loaded)[loaded_blocks]) {
-    if constexpr (loaded_blocks > 6 && std::is_same_v<Storage, float>) {
-      // Unrolled, the operands of both steps would be prepared at once, in registers that are not there.
+  __device__ void multiply(Vector<Storage> (&loaded)[kLoadedBlocks]) {
+    if constexpr (kLoadedBlocks > 6 && std::is_same_v<Storage, float>) {
+      // Unrolled, the operands of both steps would be prepared at once, and spill.
       FASTMTL_NO_UNROLL
-      for (int e = 0; e < lanes; e += Unit::elements) {
+      for (int e = 0; e < kLanes; e += Unit::kElements) {
         multiply_step(loaded, 0);
         FASTMTL_UNROLL
-        for (int b = 0; b < loaded_blocks; ++b) {
+        for (int b = 0; b < kLoadedBlocks; ++b) {
           FASTMTL_UNROLL
-          for (int i = Unit::elements; i < lanes; ++i) loaded[b].value[i - Unit::elements] = loaded[b].value[i];
+          for (int i = Unit::kElements; i < kLanes; ++i) loaded[b].value[i - Unit::kElements] = loaded[b].value[i];
         }
       }
     } else {
       FASTMTL_UNROLL
-      for (int e = 0; e < lanes; e += Unit::elements) multiply_step(loaded, e);
+      for (int e = 0; e < kLanes; e += Unit::kElements) multiply_step(loaded, e);
     }
   }
 
@@ -134,11 +134,11 @@ struct PairsOfRows {
   __device__ void run(Strip const& strip, int64_t at, int64_t last, int64_t stride, Vector<Storage>* slots) {
     FASTMTL_NO_UNROLL
     while (at < last) {
-      if (is_whole(strip, at, columns)) {
+      if (is_whole(strip, at, kColumns)) {
         at = run_whole(strip, at, last, stride);
       } else {
         // A strip's ends, and strips whose rows do not lie alike.
-        Vector<Storage> loaded[loaded_blocks];
+        Vector<Storage> loaded[kLoadedBlocks];
         load_guarded(strip, at, slots, loaded);
         multiply(loaded);
         at += stride;
@@ -149,20 +149,20 @@ struct PairsOfRows {
   /// The same as far as vectors are whole; returns how far. Where registers allow, columns are loaded while the ones
   /// before are multiplied.
   __device__ int64_t run_whole(Strip const& strip, int64_t at, int64_t last, int64_t stride) {
-    constexpr bool ahead = loaded_blocks <= 6 && !std::is_same_v<Storage, double>;
-    Vector<Storage> now[loaded_blocks];
+    constexpr bool ahead = kLoadedBlocks <= 6 && !std::is_same_v<Storage, double>;
+    Vector<Storage> now[kLoadedBlocks];
     if constexpr (ahead) load(at, now);
     bool more = true;
     FASTMTL_NO_UNROLL
     while (more) {
       int64_t const after = at + stride;
-      more = after < last && is_whole(strip, after, columns);
+      more = after < last && is_whole(strip, after, kColumns);
       if constexpr (ahead) {
-        Vector<Storage> next[loaded_blocks];
+        Vector<Storage> next[kLoadedBlocks];
         load(more ? after : at, next);
         multiply(now);
         FASTMTL_UNROLL
-        for (int b = 0; b < loaded_blocks; ++b) now[b] = next[b];
+        for (int b = 0; b < kLoadedBlocks; ++b) now[b] = next[b];
       } else {
         load(at, now);
         multiply(now);
@@ -193,7 +193,7 @@ struct PairsOfRows {
       FASTMTL_NO_UNROLL
       for (int b = 0; zeros >> b != 0 && !found; ++b) {
         if ((zeros >> b & 1) == 0) continue;
-        found = any_nonzero<Storage>(row_of(b), first + place() * lanes, last, stride, lanes, strip.length);
+        found = any_nonzero<Storage>(row_of(b), first + place() * kLanes, last, stride, kLanes, strip.length);
       }
       __syncwarp();
       return found;
@@ -209,13 +209,13 @@ struct PairsOfRows {
     FASTMTL_OPAQUE(group);
     FASTMTL_OPAQUE(place);
     FASTMTL_UNROLL
-    for (int i = 0; i < tiles_down; ++i) {
+    for (int i = 0; i < kTilesDown; ++i) {
       FASTMTL_UNROLL
       for (int j = 0; j < right_blocks; ++j) {
         if (has(i, j)) {
           FASTMTL_UNROLL
-          for (int c = 0; c < Unit::entries; ++c) {
-            int const r = 8 * (left_block + i * Unit::height + c / 2) + group;
+          for (int c = 0; c < Unit::kEntries; ++c) {
+            int const r = 8 * (left_block + i * Unit::kHeight + c / 2) + group;
             int const t = 8 * (right_block + j) + 2 * place + c % 2;
             if (r <= t && t < rows) sums[pair_of(rows, r, t)] += static_cast<double>(sum[i][j][c]);
           }
@@ -230,7 +230,7 @@ struct PairsOfRows {
 template <class Storage, class Pairs>
 __device__ inline void multiply_pieces(LaunchTable const& table, int rows, Pairs pairs, int number, int sharers,
                                        Vector<Storage>* slots, double* sums) {
-  int64_t const stride = int64_t{sharers} * Pairs::columns;
+  int64_t const stride = int64_t{sharers} * Pairs::kColumns;
   for_each_range(table, blockIdx.x, [&](int s, int64_t first, int64_t last) {
     Strip const strip = table.strip(s);
     auto const t = static_cast<int>(threadIdx.x);
@@ -239,7 +239,7 @@ __device__ inline void multiply_pieces(LaunchTable const& table, int rows, Pairs
     FASTMTL_NO_UNROLL
     for (int64_t piece = first; piece < last; piece += table.piece) {
       int64_t const end = piece + table.piece < last ? piece + table.piece : last;
-      int64_t const own = piece + int64_t{number} * Pairs::columns;
+      int64_t const own = piece + int64_t{number} * Pairs::kColumns;
       pairs.clear();
       pairs.run(strip, own, end, stride, slots);
       if (__syncthreads_or(pairs.exceeds(strip, own, end, stride))) {

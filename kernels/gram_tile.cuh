@@ -47,7 +47,7 @@ __device__ inline bool any_nonzero(void const* row, int64_t at, int64_t last, in
 template <class Storage, class Acc, int rows, int pairs>
 __device__ inline void multiply_loaded(Vector<Storage> const (&loaded)[rows], Acc (&sum)[pairs]) {
   FASTMTL_UNROLL
-  for (int e = 0; e < lanes_of<Storage>; ++e) {
+  for (int e = 0; e < kLanesOf<Storage>; ++e) {
     Acc value[rows];
     FASTMTL_UNROLL
     for (int t = 0; t < rows; ++t) value[t] = widen<Acc>(loaded[t].value[e]);
@@ -73,7 +73,7 @@ __device__ inline void multiply_vector(Storage const* const (&row)[rows], int64_
 /// Calls visit(whole, at) for a lane's vectors of [first, last), with a constant for whether they are whole.
 template <class Storage, class Visit>
 __device__ inline void for_each_vector(Strip const& strip, int64_t first, int64_t last, Visit const& visit) {
-  constexpr int lanes = lanes_of<Storage>;
+  constexpr int lanes = kLanesOf<Storage>;
   constexpr int64_t stride = int64_t{kGramThreads} * lanes;
   int64_t at = first + int64_t{threadIdx.x} * lanes;
   FASTMTL_NO_UNROLL
@@ -110,7 +110,7 @@ __device__ inline void add_sums(LaunchTable const& table, int s, Storage const* 
       zeros |= 1u << t;
     }
   }
-  constexpr int lanes = lanes_of<Storage>;
+  constexpr int lanes = kLanesOf<Storage>;
   FASTMTL_NO_UNROLL
   for (int t = 0; zeros >> t != 0 && !exceeds; ++t) {
     if ((zeros >> t & 1) == 0) continue;

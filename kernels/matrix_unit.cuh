@@ -57,34 +57,34 @@ __device__ inline void multiply_f64(double (&d)[2], double a, double b) {
 /// step of eight columns; the steps are added to float32 sums by rounding to nearest.
 struct F32 {
   using Sum = float;
-  static constexpr int height = 2;    // Blocks of eight rows of the left operand.
-  static constexpr int elements = 2;  // Of a lane in one step.
-  static constexpr int entries = 4;   // Of a lane in one tile.
+  static constexpr int kHeight = 2;    // Blocks of eight rows of the left operand.
+  static constexpr int kElements = 2;  // Of a lane in one step.
+  static constexpr int kEntries = 4;   // Of a lane in one tile.
 
   struct Operand {
-    uint32_t high[elements];
-    uint32_t low[elements];
+    uint32_t high[kElements];
+    uint32_t low[kElements];
   };
 
   __device__ static Operand prepare(float const* value) {
     Operand operand;
     FASTMTL_UNROLL
-    for (int e = 0; e < elements; ++e) {
+    for (int e = 0; e < kElements; ++e) {
       operand.high[e] = to_tf32(value[e]);
       operand.low[e] = to_tf32(value[e] - __uint_as_float(operand.high[e]));
     }
     return operand;
   }
 
-  __device__ static void multiply(Sum (&sum)[entries], Operand const* left, Operand const& right) {
+  __device__ static void multiply(Sum (&sum)[kEntries], Operand const* left, Operand const& right) {
     uint32_t const high[4] = {left[0].high[0], left[1].high[0], left[0].high[1], left[1].high[1]};
     uint32_t const low[4] = {left[0].low[0], left[1].low[0], left[0].low[1], left[1].low[1]};
-    float step[entries] = {};
+    float step[kEntries] = {};
     multiply_tf32(step, low, right.high);
     multiply_tf32(step, high, right.low);
     multiply_tf32(step, high, right.high);
     FASTMTL_UNROLL
-    for (int c = 0; c < entries; ++c) sum[c] += step[c];
+    for (int c = 0; c < kEntries; ++c) sum[c] += step[c];
   }
 };
 
@@ -92,34 +92,34 @@ struct F32 {
 template <class Storage>
 struct F32OfWords {
   using Sum = float;
-  static constexpr int height = 2;
-  static constexpr int elements = 2;
-  static constexpr int entries = 4;
+  static constexpr int kHeight = 2;
+  static constexpr int kElements = 2;
+  static constexpr int kEntries = 4;
   using Operand = uint32_t;
 
   __device__ static Operand prepare(Storage const* value) {
     return value[0].bits | static_cast<uint32_t>(value[1].bits) << 16;
   }
 
-  __device__ static void multiply(Sum (&sum)[entries], Operand const* left, Operand const& right) {
+  __device__ static void multiply(Sum (&sum)[kEntries], Operand const* left, Operand const& right) {
     uint32_t const words[2] = {left[0], left[1]};
-    float step[entries] = {};
+    float step[kEntries] = {};
     multiply_words<Storage>(step, words, right);
     FASTMTL_UNROLL
-    for (int c = 0; c < entries; ++c) sum[c] += step[c];
+    for (int c = 0; c < kEntries; ++c) sum[c] += step[c];
   }
 };
 
 /// Products of float64 rows.
 struct F64 {
   using Sum = double;
-  static constexpr int height = 1;
-  static constexpr int elements = 1;
-  static constexpr int entries = 2;
+  static constexpr int kHeight = 1;
+  static constexpr int kElements = 1;
+  static constexpr int kEntries = 2;
   using Operand = double;
 
   __device__ static Operand prepare(double const* value) { return *value; }
-  __device__ static void multiply(Sum (&sum)[entries], Operand const* left, Operand const& right) {
+  __device__ static void multiply(Sum (&sum)[kEntries], Operand const* left, Operand const& right) {
     multiply_f64(sum, *left, right);
   }
 };

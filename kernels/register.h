@@ -7,9 +7,9 @@ namespace fastmtl {
 
 using BoxedKernel = void (*)(StableIValue*, uint64_t, uint64_t);
 
-// Registers a kernel as `fastmtl_cuda::<op>` when the library is loaded, and keeps it for `fastmtl_register_default`.
+/// Registers a kernel as `fastmtl_cuda::<op>` when the library is loaded, and keeps it for `fastmtl_register_default`.
 struct CudaKernel {
-  CudaKernel(const char* op, BoxedKernel boxed);
+  CudaKernel(char const* op, BoxedKernel boxed);
 };
 
 }  // namespace fastmtl

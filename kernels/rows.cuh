@@ -50,6 +50,6 @@ void with_storage(DType dtype, Body const& body) {
   }
 }
 
-constexpr DType all_dtypes[] = {DType::f32, DType::f64, DType::bf16, DType::f16};
+constexpr DType kAllDTypes[] = {DType::f32, DType::f64, DType::bf16, DType::f16};
 
 }  // namespace fastmtl

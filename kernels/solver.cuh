@@ -11,12 +11,12 @@
 namespace fastmtl {
 
 /// Lanes of the largest team; more would leave too few registers to a lane for all but the simplest solvers.
-constexpr int block_size = 256;
-constexpr int surgery_block_size = 1024;
+constexpr int kBlockSize = 256;
+constexpr int kSurgeryBlockSize = 1024;
 
 /// Solves in shared memory, or in `spill` where the workspaces of `doubles` numbers do not fit.
 template <class Problem>
-__global__ void __launch_bounds__(warp_size, 1) solve_by_warp(Problem const problem, int64_t doubles, double* spill) {
+__global__ void __launch_bounds__(kWarpSize, 1) solve_by_warp(Problem const problem, int64_t doubles, double* spill) {
   extern __shared__ double shared[];
   auto const index = static_cast<int>(blockIdx.x);
   problem.solve(WarpTeam{}, index, spill != nullptr ? spill + index * doubles : shared);
@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(warp_size, 1) solve_by_warp(Problem const prob
 template <class Problem, int threads>
 __global__ void __launch_bounds__(threads, 1) solve_by_block(Problem const problem, int64_t doubles, double* spill) {
   extern __shared__ double shared[];
-  __shared__ Choice scratch[threads / warp_size];
+  __shared__ Choice scratch[threads / kWarpSize];
   auto const index = static_cast<int>(blockIdx.x);
   problem.solve(BlockTeam{scratch}, index, spill != nullptr ? spill + index * doubles : shared);
 }
@@ -48,20 +48,20 @@ void launch_team(OnDevice const& on, void (*kernel)(Problem, int64_t, double*), 
 /// Solves `count` problems of n tasks, each by a warp, or by a block where n is larger than a warp.
 template <class Problem>
 void launch_solver(OnDevice const& on, Problem const& problem, int n, int64_t doubles, int64_t count = 1) {
-  if (n <= warp_size) {
-    launch_team(on, solve_by_warp<Problem>, problem, warp_size, count, doubles);
+  if (n <= kWarpSize) {
+    launch_team(on, solve_by_warp<Problem>, problem, kWarpSize, count, doubles);
   } else {
-    launch_team(on, solve_by_block<Problem, block_size>, problem, block_size, count, doubles);
+    launch_team(on, solve_by_block<Problem, kBlockSize>, problem, kBlockSize, count, doubles);
   }
 }
 
 /// Groups of lanes for surgery: a warp per task, as far as a block reaches.
-inline int surgery_groups(int n) { return n < surgery_block_size / warp_size ? n : surgery_block_size / warp_size; }
+inline int surgery_groups(int n) { return n < kSurgeryBlockSize / kWarpSize ? n : kSurgeryBlockSize / kWarpSize; }
 
 /// Solves `count` problems of gradient surgery, each by a block with a warp per task.
 template <class Problem>
 void launch_surgery(OnDevice const& on, Problem const& problem, int n, int64_t doubles, int64_t count = 1) {
-  launch_team(on, solve_by_block<Problem, surgery_block_size>, problem, warp_size * surgery_groups(n), count, doubles);
+  launch_team(on, solve_by_block<Problem, kSurgeryBlockSize>, problem, kWarpSize * surgery_groups(n), count, doubles);
 }
 
 /// A checked (T,) vector as dense float64; nothing stays nothing.

@@ -41,8 +41,8 @@ inline StatePlans plan_state(OnDevice const& on, StateRows& both, TensorList con
 /// Calls body(state element, row element, plans) for each pair of dtypes there is.
 template <class Body>
 void for_each_pair(StatePlans const& plans, Body const& body) {
-  for (DType const own : all_dtypes) {
-    for (DType const row : all_dtypes) {
+  for (DType const own : kAllDTypes) {
+    for (DType const row : kAllDTypes) {
       std::vector<StripPlan> const& some = plans.of[static_cast<int>(own)][static_cast<int>(row)];
       if (some.empty()) continue;
       with_storage(own, [&](auto state) {

@@ -21,7 +21,7 @@ template <class State, class Storage, class Update>
 __device__ inline void update_range(LaunchTable const& table, int s, int64_t first, int64_t last,
                                     Update const& update) {
   using Acc = StateAcc<State, Storage>;
-  constexpr int lanes = lanes_of<State>;
+  constexpr int lanes = kLanesOf<State>;
   Strip const strip = table.strip(s);
   auto* const state = static_cast<State*>(const_cast<void*>(table.pointer(s, 0)));
   auto const* const row = static_cast<Storage const*>(table.pointer(s, 1));
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kStateThreads)
   for_each_range(table, blockIdx.x, [&](int s, int64_t first, int64_t last) {
     int32_t const t = table.strip(s).group;
     auto const kept = static_cast<Acc>(keep[t]);
-    // A row that is not there adds nothing, whatever its gain is.
+    // A missing row adds nothing, whatever its gain is.
     auto const gain = table.pointer(s, 1) != nullptr ? static_cast<Acc>(gains[t]) : Acc(0);
     update_range<State, Storage>(table, s, first, last,
                                  [&](State& own, Acc grad) { narrow(own, kept * widen<Acc>(own) + gain * grad); });

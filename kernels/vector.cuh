@@ -33,11 +33,11 @@ struct F16 {
 };
 
 template <class Storage>
-constexpr int lanes_of = static_cast<int>(kLoadBytes / sizeof(Storage));
+constexpr int kLanesOf = static_cast<int>(kLoadBytes / sizeof(Storage));
 
 template <class Storage>
 struct alignas(kLoadBytes) Vector {
-  Storage value[lanes_of<Storage>];
+  Storage value[kLanesOf<Storage>];
 };
 
 template <class To>
@@ -94,7 +94,7 @@ template <class Storage>
 __device__ inline Vector<Storage> load_vector_guarded(Storage const* row, int64_t at, int64_t length) {
   Vector<Storage> vector;
   FASTMTL_UNROLL
-  for (int i = 0; i < lanes_of<Storage>; ++i) {
+  for (int i = 0; i < kLanesOf<Storage>; ++i) {
     vector.value[i] = Storage{};
     if (at + i >= 0 && at + i < length) {
       FASTMTL_GLOBAL(row);
@@ -123,7 +123,7 @@ __device__ inline void store_vector(Storage* row, int64_t at, int64_t length, Ve
   } else {
     FASTMTL_GLOBAL(row);
     FASTMTL_UNROLL
-    for (int i = 0; i < lanes_of<Storage>; ++i) {
+    for (int i = 0; i < kLanesOf<Storage>; ++i) {
       if (at + i >= 0 && at + i < length) row[at + i] = vector.value[i];
     }
   }

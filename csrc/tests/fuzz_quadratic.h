@@ -214,12 +214,12 @@ inline void fuzz_upgrad(Trial& trial) {
     Vector weights = trial.solve(shape, fastmtl::upgrad_workspace(n), [&](auto const& team, double* w, double* memory) {
       fastmtl::upgrad(team, n, norm_eps, reg_eps, gram.entries.data(), w, memory);
     });
-    std::int64_t const doubles = std::int64_t{n} * n + fastmtl::upgrad_project_workspace(n);
+    int64_t const doubles = int64_t{n} * n + fastmtl::upgrad_project_workspace(n);
     Vector sum(n);
     for (int task = 0; task < n; ++task) {
       Vector const v = trial.solve(shape, doubles, [&](auto const& team, double* projected, double* memory) {
         fastmtl::upgrad_matrix(team, n, norm_eps, reg_eps, gram.entries.data(), memory);
-        fastmtl::upgrad_project(team, n, task, memory, projected, memory + std::int64_t{n} * n);
+        fastmtl::upgrad_project(team, n, task, memory, projected, memory + int64_t{n} * n);
       });
       Vector target(n);
       target[task] = 1.0 / n;

@@ -15,11 +15,11 @@
 
 namespace {
 
-constexpr std::int64_t default_cases = 1500;
+constexpr int64_t kDefaultCases = 1500;
 /// One case in so many is solved by a team of threads as well.
-constexpr std::int64_t team_every = 16;
+constexpr int64_t kTeamEvery = 16;
 /// Teams wait at thousands of barriers: large matrices are left to few of them.
-constexpr int most_on_teams = 34;
+constexpr int kMostOnTeams = 34;
 
 struct Solver {
   char const* name;
@@ -27,7 +27,7 @@ struct Solver {
   int most_on_team;  // Tasks, on a team.
 };
 
-constexpr std::array solvers{
+constexpr std::array kSolvers{
     Solver{"min_norm", fuzz::fuzz_min_norm, 128},
     Solver{"dual_cone", fuzz::fuzz_dual_cone, 128},
     Solver{"nonneg_qp", fuzz::fuzz_nonneg_qp, 128},
@@ -42,12 +42,12 @@ constexpr std::array solvers{
     Solver{"imtl", fuzz::fuzz_imtl, 64},
 };
 
-constexpr std::array<fuzz::Shape, 9> shapes{{{1, 2}, {1, 3}, {1, 8}, {2, 1}, {2, 2}, {3, 2}, {2, 4}, {8, 1}, {1, 32}}};
+constexpr std::array<fuzz::Shape, 9> kShapes{{{1, 2}, {1, 3}, {1, 8}, {2, 1}, {2, 2}, {3, 2}, {2, 4}, {8, 1}, {1, 32}}};
 
 /// Well mixed bits of three numbers.
-std::uint64_t mix(std::uint64_t seed, std::uint64_t index, std::uint64_t part) {
-  std::uint64_t bits = seed;
-  for (std::uint64_t next : {index, part}) {
+uint64_t mix(uint64_t seed, uint64_t index, uint64_t part) {
+  uint64_t bits = seed;
+  for (uint64_t next : {index, part}) {
     bits = (bits ^ (next + 0x9e3779b97f4a7c15)) * 0xbf58476d1ce4e5b9;
     bits = (bits ^ (bits >> 29)) * 0x94d049bb133111eb;
     bits ^= bits >> 32;
@@ -58,23 +58,23 @@ std::uint64_t mix(std::uint64_t seed, std::uint64_t index, std::uint64_t part) {
 }  // namespace
 
 int main(int count, char** arguments) {
-  std::int64_t const cases = count > 1 ? std::atoll(arguments[1]) : default_cases;
-  std::uint64_t const seed = count > 2 ? std::strtoull(arguments[2], nullptr, 10) : 1;
-  std::int64_t const first = count > 3 ? std::atoll(arguments[3]) : 0;
-  std::int64_t failures = 0;
-  std::array<std::int64_t, solvers.size()> runs{};
-  std::array<std::int64_t, solvers.size()> on_teams{};
-  for (std::int64_t index = first; index < first + cases && failures < 20; ++index) {
-    fuzz::Draw draw(mix(seed, index, solvers.size()));
-    bool const team = index % team_every == 0;
-    int const n = fuzz::draw_size(draw, team && index % (16 * team_every) != 0 ? most_on_teams : 128);
-    fuzz::Shape const shape = draw.among(shapes);
+  int64_t const cases = count > 1 ? std::atoll(arguments[1]) : kDefaultCases;
+  uint64_t const seed = count > 2 ? std::strtoull(arguments[2], nullptr, 10) : 1;
+  int64_t const first = count > 3 ? std::atoll(arguments[3]) : 0;
+  int64_t failures = 0;
+  std::array<int64_t, kSolvers.size()> runs{};
+  std::array<int64_t, kSolvers.size()> on_teams{};
+  for (int64_t index = first; index < first + cases && failures < 20; ++index) {
+    fuzz::Draw draw(mix(seed, index, kSolvers.size()));
+    bool const team = index % kTeamEvery == 0;
+    int const n = fuzz::draw_size(draw, team && index % (16 * kTeamEvery) != 0 ? kMostOnTeams : 128);
+    fuzz::Shape const shape = draw.among(kShapes);
     fuzz::Gram const gram = fuzz::draw_gram(draw, n);
-    for (std::size_t s = 0; s < solvers.size(); ++s) {
-      bool const together = team && n <= solvers[s].most_on_team;
-      fuzz::Trial trial{seed,           index, gram, together ? shape : fuzz::Shape{}, fuzz::Draw(mix(seed, index, s)),
-                        solvers[s].name};
-      solvers[s].run(trial);
+    for (size_t s = 0; s < kSolvers.size(); ++s) {
+      bool const together = team && n <= kSolvers[s].most_on_team;
+      fuzz::Trial trial{
+          seed, index, gram, together ? shape : fuzz::Shape{}, fuzz::Draw(mix(seed, index, s)), kSolvers[s].name};
+      kSolvers[s].run(trial);
       failures += trial.failures;
       ++runs[s];
       on_teams[s] += together;
@@ -82,8 +82,8 @@ int main(int count, char** arguments) {
   }
   if (failures > 0) return 1;
   std::printf("solvers: seed %llu,", static_cast<unsigned long long>(seed));
-  for (std::size_t s = 0; s < solvers.size(); ++s) {
-    std::printf(" %s %lld (%lld on teams)", solvers[s].name, static_cast<long long>(runs[s]),
+  for (size_t s = 0; s < kSolvers.size(); ++s) {
+    std::printf(" %s %lld (%lld on teams)", kSolvers[s].name, static_cast<long long>(runs[s]),
                 static_cast<long long>(on_teams[s]));
   }
   std::puts(": all checks passed");

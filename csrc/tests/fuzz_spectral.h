@@ -19,7 +19,7 @@ struct Spectrum {
   std::vector<Wide> value;
   std::vector<Wide> vectors;
 
-  Wide const* vector(int k) const { return &vectors[static_cast<std::size_t>(k) * n]; }
+  Wide const* vector(int k) const { return &vectors[static_cast<size_t>(k) * n]; }
   Wide sum(int k) const {
     Wide total = 0;
     for (int i = 0; i < n; ++i) total += vector(k)[i];
@@ -35,7 +35,7 @@ struct Spectrum {
 /// Cyclic Jacobi rotations of diag(scale) G diag(scale) until nothing but rounding is off the diagonal.
 inline Spectrum spectrum_of(Gram const& gram, std::vector<Wide> const& scale) {
   int const n = gram.n;
-  std::vector<Wide> a(static_cast<std::size_t>(n) * n);
+  std::vector<Wide> a(static_cast<size_t>(n) * n);
   Spectrum found{n, std::vector<Wide>(n), std::vector<Wide>(a.size())};
   std::vector<Wide>& v = found.vectors;
   for (int i = 0; i < n; ++i) {
@@ -72,10 +72,10 @@ inline Spectrum spectrum_of(Gram const& gram, std::vector<Wide> const& scale) {
 }
 
 /// Above it, the reference takes too long for every case.
-inline constexpr int most_spectral = 66;
+inline constexpr int kMostSpectral = 66;
 
 inline bool has_spectrum(Trial& trial) {
-  return trial.exact() && (trial.gram.n <= most_spectral || trial.draw.chance(0.2));
+  return trial.exact() && (trial.gram.n <= kMostSpectral || trial.draw.chance(0.2));
 }
 
 inline void fuzz_eigh(Trial& trial) {
@@ -91,17 +91,17 @@ inline void fuzz_eigh(Trial& trial) {
     auto body = [&](auto const& team, double* result, double* memory) {
       fastmtl::Eigh const eigh = fastmtl::solve_eigh(team, n, gram.entries.data(), scale.data(), memory);
       if (team.rank() != 0) return;
-      std::fill_n(result, std::int64_t{n} * n + n + 1, 0.0);
-      std::copy_n(eigh.rows, std::int64_t{n} * eigh.rank, result);
-      std::copy_n(eigh.value, eigh.rank, result + std::int64_t{n} * n);
-      result[std::int64_t{n} * n + n] = eigh.rank;
+      std::fill_n(result, int64_t{n} * n + n + 1, 0.0);
+      std::copy_n(eigh.rows, int64_t{n} * eigh.rank, result);
+      std::copy_n(eigh.value, eigh.rank, result + int64_t{n} * n);
+      result[int64_t{n} * n + n] = eigh.rank;
     };
-    return trial.solve(shape, fastmtl::Eigh::storage(n), body, std::int64_t{n} * n + n + 1);
+    return trial.solve(shape, fastmtl::Eigh::storage(n), body, int64_t{n} * n + n + 1);
   };
   auto check = [&](Vector const& result, std::string const& where) {
     if (!trial.sane(result, false) || gram.kind == "indefinite") return;
     int const rank = static_cast<int>(result.back());
-    double const* const value = &result[static_cast<std::size_t>(n) * n];
+    double const* const value = &result[static_cast<size_t>(n) * n];
     Wide trace = 0;
     for (int i = 0; i < n; ++i) trace += static_cast<Wide>(scale[i]) * gram(i, i) * scale[i];
     Wide skew = 0;
@@ -231,7 +231,7 @@ inline Wide distance_to(Gram const& gram, Vector const& weights, std::vector<Wid
 }
 
 /// How far float64 may take a pseudo-inverse's direction where eigenvalues as small as float32's rounding count.
-inline constexpr Wide pinv_accuracy = 1e-7L;
+inline constexpr Wide kPinvAccuracy = 1e-7L;
 
 inline void fuzz_config(Trial& trial) {
   Gram const& gram = trial.gram;
@@ -264,7 +264,7 @@ inline void fuzz_config(Trial& trial) {
       if (!gram.zero(i)) expected[i] = wanted.weight[i] / gram.length(i) * projected / square;
     }
     // The projections, of which the update's length is the sum, can cancel.
-    Wide const granted = pinv_accuracy * magnitude / std::sqrt(square);
+    Wide const granted = kPinvAccuracy * magnitude / std::sqrt(square);
     trial.within(distance_to(gram, weights, expected) / granted, "update, " + where);
     if (wanted.well_posed) trial.within(projection_excess(gram, weights), "projections, " + where);
   };
@@ -320,7 +320,7 @@ inline void fuzz_imtl(Trial& trial) {
     } else if (clear) {
       Wide mass = 0;
       for (int i = 0; i < n; ++i) mass += std::fabs(expected[i]) * gram.length(i);
-      trial.within(distance_to(gram, weights, expected) / (pinv_accuracy * mass), "update, " + where);
+      trial.within(distance_to(gram, weights, expected) / (kPinvAccuracy * mass), "update, " + where);
     }
     if (wanted.well_posed && !cancels) trial.within(projection_excess(gram, weights), "projections, " + where);
   };

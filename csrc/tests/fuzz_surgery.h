@@ -14,8 +14,8 @@
 namespace fuzz {
 
 struct Orders {
-  std::int64_t steps;
-  std::vector<std::int64_t> tasks;
+  int64_t steps;
+  std::vector<int64_t> tasks;
 };
 
 /// Permutations, or a few tasks of any kind and what is no task.
@@ -24,12 +24,11 @@ inline Orders draw_orders(Trial& trial) {
   int const n = trial.gram.n;
   bool const permuted = draw.chance(0.7);
   Orders orders{permuted ? n : draw.below(12), {}};
-  std::array<std::int64_t, 4> const no_task{-1, n, INT64_MIN, INT64_MAX};
+  std::array<int64_t, 4> const no_task{-1, n, INT64_MIN, INT64_MAX};
   for (int i = 0; i < n; ++i) {
-    for (std::int64_t s = 0; s < orders.steps; ++s) {
+    for (int64_t s = 0; s < orders.steps; ++s) {
       orders.tasks.push_back(permuted ? s : draw.chance(0.1) ? draw.among(no_task) : draw.below(n));
-      if (permuted)
-        std::swap(orders.tasks.back(), orders.tasks[i * std::int64_t{n} + draw.below(static_cast<int>(s) + 1)]);
+      if (permuted) std::swap(orders.tasks.back(), orders.tasks[i * int64_t{n} + draw.below(static_cast<int>(s) + 1)]);
     }
   }
   trial.parameters << (permuted ? " permutations" : " any orders of ") << (permuted ? 0 : orders.steps);
@@ -47,7 +46,7 @@ inline std::vector<Wide> wide_rows(Gram const& gram) { return {gram.rows.begin()
 /// The length of `update` less sum_i w_i g_i.
 inline Wide distance(Gram const& gram, std::vector<Wide> const& rows, Vector const& weights, std::vector<Wide> update) {
   for (int i = 0; i < gram.n; ++i) {
-    for (int k = 0; k < gram.width; ++k) update[k] -= weights[i] * rows[static_cast<std::size_t>(i) * gram.width + k];
+    for (int k = 0; k < gram.width; ++k) update[k] -= weights[i] * rows[static_cast<size_t>(i) * gram.width + k];
   }
   return std::sqrt(dot(gram.width, update.data(), update.data()));
 }
@@ -62,12 +61,12 @@ inline void fuzz_pcgrad(Trial& trial) {
   std::vector<Wide> p(width);
   Wide lengths = 0;
   for (int i = 0; i < n; ++i) {
-    std::copy_n(&rows[static_cast<std::size_t>(i) * width], width, p.begin());
+    std::copy_n(&rows[static_cast<size_t>(i) * width], width, p.begin());
     lengths += gram.length(i);
-    for (std::int64_t s = 0; s < orders.steps; ++s) {
-      std::int64_t const j = orders.tasks[i * orders.steps + s];
+    for (int64_t s = 0; s < orders.steps; ++s) {
+      int64_t const j = orders.tasks[i * orders.steps + s];
       if (j < 0 || j >= n) continue;
-      Wide const* const other = &rows[static_cast<std::size_t>(j) * width];
+      Wide const* const other = &rows[static_cast<size_t>(j) * width];
       Wide const product = dot(width, p.data(), other);
       Wide const square = dot(width, other, other);
       if (!(product < 0 && square > 0)) continue;
@@ -114,16 +113,16 @@ inline Vaccinated vaccinate(Gram const& gram, Orders const& orders, Vector const
   Vaccinated found{std::vector<Wide>(width), 0, {rho.begin(), rho.end()}, std::vector<Wide>(rho.size(), 1e-15L)};
   std::vector<Wide> p(width);
   for (int i = 0; i < n; ++i) {
-    std::copy_n(&rows[static_cast<std::size_t>(i) * width], width, p.begin());
+    std::copy_n(&rows[static_cast<size_t>(i) * width], width, p.begin());
     Wide path = std::sqrt(dot(width, p.data(), p.data()));
-    for (std::int64_t s = 0; s < orders.steps; ++s) {
-      std::int64_t const j = orders.tasks[i * orders.steps + s];
+    for (int64_t s = 0; s < orders.steps; ++s) {
+      int64_t const j = orders.tasks[i * orders.steps + s];
       if (j < 0 || j >= n || j == i) continue;
-      Wide const* const other = &rows[static_cast<std::size_t>(j) * width];
+      Wide const* const other = &rows[static_cast<size_t>(j) * width];
       Wide const length = std::sqrt(dot(width, other, other));
       Wide const norm = std::sqrt(dot(width, p.data(), p.data()));
-      Wide& average = found.rho[static_cast<std::size_t>(i) * n + j];
-      Wide& doubt = found.doubt[static_cast<std::size_t>(i) * n + j];
+      Wide& average = found.rho[static_cast<size_t>(i) * n + j];
+      Wide& doubt = found.doubt[static_cast<size_t>(i) * n + j];
       Wide cosine = 0;
       Wide unsure = 0;
       if (length > 0 && norm > 0x1p-22L * path) {

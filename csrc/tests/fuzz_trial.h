@@ -24,38 +24,38 @@ struct Shape {
 /// Memory full of NaN between two rows of guards that nobody may write to.
 class Guarded {
  public:
-  explicit Guarded(std::int64_t size) : memory_(static_cast<std::size_t>(size) + 2 * margin, NAN) {
-    for (std::size_t k = 0; k < margin; ++k) memory_[k] = memory_[memory_.size() - 1 - k] = guard();
+  explicit Guarded(int64_t size) : memory_(static_cast<size_t>(size) + 2 * kMargin, NAN) {
+    for (size_t k = 0; k < kMargin; ++k) memory_[k] = memory_[memory_.size() - 1 - k] = guard();
   }
 
-  double* data() { return memory_.data() + margin; }
-  Vector values() const { return {memory_.begin() + margin, memory_.end() - margin}; }
+  double* data() { return memory_.data() + kMargin; }
+  Vector values() const { return {memory_.begin() + kMargin, memory_.end() - kMargin}; }
 
   bool intact() const {
-    for (std::size_t k = 0; k < margin; ++k) {
+    for (size_t k = 0; k < kMargin; ++k) {
       if (!same(memory_[k]) || !same(memory_[memory_.size() - 1 - k])) return false;
     }
     return true;
   }
 
  private:
-  static constexpr std::size_t margin = 16;
-  static constexpr std::uint64_t mark = 0x7ff85afec0ded00d;
-  static double guard() { return std::bit_cast<double>(mark); }
-  static bool same(double value) { return std::bit_cast<std::uint64_t>(value) == mark; }
+  static constexpr size_t kMargin = 16;
+  static constexpr uint64_t kMark = 0x7ff85afec0ded00d;
+  static double guard() { return std::bit_cast<double>(kMark); }
+  static bool same(double value) { return std::bit_cast<uint64_t>(value) == kMark; }
 
   std::vector<double> memory_;
 };
 
 struct Trial {
-  std::uint64_t seed;
-  std::int64_t index;
+  uint64_t seed;
+  int64_t index;
   Gram gram;
   Shape shape;  // of the team that solves it after one lane did; 1 x 1 for none
   Draw draw;
   std::string_view solver;
   std::ostringstream parameters{};
-  std::int64_t failures = 0;
+  int64_t failures = 0;
 
   void check(bool holds, std::string const& what) {
     if (holds) return;
@@ -72,7 +72,7 @@ struct Trial {
 
   /// The n numbers that body(team, result, workspace) writes on a team of `shape`, its memory poisoned and guarded.
   template <class Body>
-  Vector solve(Shape on, std::int64_t workspace, Body const& body, std::int64_t count = 0) {
+  Vector solve(Shape on, int64_t workspace, Body const& body, int64_t count = 0) {
     Guarded result(count == 0 ? gram.n : count);
     Guarded memory(workspace);
     auto run = [&](auto const& team) { body(team, result.data(), memory.data()); };

@@ -17,19 +17,19 @@ using Wide = long double;
 /// Random numbers of one case. The distributions are our own, so that a seed means the same with every library.
 class Draw {
  public:
-  explicit Draw(std::uint64_t seed) : engine_(seed) {}
+  explicit Draw(uint64_t seed) : engine_(seed) {}
 
   double uniform(double low, double high) {
     return low + (high - low) * 0x1p-53 * static_cast<double>(engine_() >> 11);
   }
-  int below(int count) { return static_cast<int>(engine_() % static_cast<std::uint64_t>(count)); }
+  int below(int count) { return static_cast<int>(engine_() % static_cast<uint64_t>(count)); }
   bool chance(double share) { return uniform(0, 1) < share; }
   double power(double low, double high) { return std::pow(10.0, uniform(low, high)); }
   double sign() { return chance(0.5) ? 1.0 : -1.0; }
   double normal() {
     return std::sqrt(-2 * std::log(uniform(0x1p-53, 1))) * std::cos(2 * 3.141592653589793 * uniform(0, 1));
   }
-  template <class T, std::size_t count>
+  template <class T, size_t count>
   T among(std::array<T, count> const& choices) {
     return choices[below(count)];
   }
@@ -50,23 +50,23 @@ struct Gram {
   Vector rows;
   Vector entries;
 
-  double const* row(int i) const { return &rows[static_cast<std::size_t>(i) * width]; }
-  double operator()(int i, int j) const { return entries[static_cast<std::size_t>(i) * n + j]; }
+  double const* row(int i) const { return &rows[static_cast<size_t>(i) * width]; }
+  double operator()(int i, int j) const { return entries[static_cast<size_t>(i) * n + j]; }
   Wide length(int i) const { return std::sqrt(std::fmax(static_cast<Wide>((*this)(i, i)), 0.0L)); }
   bool zero(int i) const { return (*this)(i, i) <= 0; }
   void set(int i, int j, double value) {
-    entries[static_cast<std::size_t>(i) * n + j] = entries[static_cast<std::size_t>(j) * n + i] = value;
+    entries[static_cast<size_t>(i) * n + j] = entries[static_cast<size_t>(j) * n + i] = value;
   }
 };
 
-inline constexpr std::array<std::string_view, 22> kinds{
+inline constexpr std::array<std::string_view, 22> kKinds{
     "full rank",    "rank deficient",  "rank one",    "duplicates",      "opposite pairs", "zero rows",
     "all zero",     "one long row",    "far apart",   "near parallel",   "near opposite",  "stationary",
     "part at rest", "near stationary", "conflicting", "ill-conditioned", "integers",       "orthogonal",
     "float32",      "coarse",          "indefinite",  "not finite"};
 
 /// The kinds from here on promise less than the bounds.
-inline constexpr int first_inexact = 18;
+inline constexpr int kFirstInexact = 18;
 
 namespace detail {
 
@@ -74,7 +74,7 @@ inline void fill_rows(Gram& gram, int kind, Draw& draw) {
   int const n = gram.n;
   int const width = gram.width;
   Vector& rows = gram.rows;
-  auto at = [&](int i, int k) -> double& { return rows[static_cast<std::size_t>(i) * width + k]; };
+  auto at = [&](int i, int k) -> double& { return rows[static_cast<size_t>(i) * width + k]; };
   auto each = [&](auto const& change) {
     // From the last row to the first: what a row becomes may depend on the ones before it.
     for (int i = n - 1; i >= 0; --i) {
@@ -91,45 +91,45 @@ inline void fill_rows(Gram& gram, int kind, Draw& draw) {
   for (double& x : rows) x = draw.normal();
   double const small = draw.power(-9, -1);
   Vector factor(n);
-  if (kinds[kind] == "rank one") {
+  if (kKinds[kind] == "rank one") {
     for (double& f : factor) f = draw.normal();
     each([&](int i, int k) { return factor[i] * at(0, k); });
-  } else if (kinds[kind] == "duplicates" || kinds[kind] == "opposite pairs") {
-    double const other = kinds[kind] == "duplicates" ? 1 : draw.chance(0.5) ? -1 : -draw.power(-3, 3);
+  } else if (kKinds[kind] == "duplicates" || kKinds[kind] == "opposite pairs") {
+    double const other = kKinds[kind] == "duplicates" ? 1 : draw.chance(0.5) ? -1 : -draw.power(-3, 3);
     each([&](int i, int k) { return i % 2 ? other * at(i - 1, k) : at(i, k); });
-  } else if (kinds[kind] == "zero rows") {
+  } else if (kKinds[kind] == "zero rows") {
     for (double& f : factor) f = draw.chance(0.6);
     each([&](int i, int k) { return factor[i] * at(i, k); });
-  } else if (kinds[kind] == "all zero") {
+  } else if (kKinds[kind] == "all zero") {
     each([](int, int) { return 0.0; });
-  } else if (kinds[kind] == "one long row") {
+  } else if (kKinds[kind] == "one long row") {
     int const chosen = draw.below(n);
     double const ratio = draw.power(3, 12) * (draw.chance(0.3) ? 1e-13 : 1);
     each([&](int i, int k) { return (i == chosen ? ratio : 1) * at(i, k); });
-  } else if (kinds[kind] == "far apart") {
+  } else if (kKinds[kind] == "far apart") {
     bool const all_scales = draw.chance(0.5);
     for (double& f : factor) f = all_scales ? draw.power(-15, 15) : draw.chance(0.5) ? 1e12 : 1;
     each([&](int i, int k) { return factor[i] * at(i, k); });
-  } else if (kinds[kind] == "near parallel" || kinds[kind] == "near opposite") {
-    double const other = kinds[kind] == "near parallel" ? 1 : -1;
+  } else if (kKinds[kind] == "near parallel" || kKinds[kind] == "near opposite") {
+    double const other = kKinds[kind] == "near parallel" ? 1 : -1;
     each([&](int i, int k) { return (i % 2 ? other : 1) * at(0, k) + small * at(i, k); });
-  } else if (kinds[kind] == "stationary") {
+  } else if (kKinds[kind] == "stationary") {
     take_off_mean(n, 1);
-  } else if (kinds[kind] == "part at rest") {
+  } else if (kKinds[kind] == "part at rest") {
     take_off_mean(1 + draw.below(n), 1);
-  } else if (kinds[kind] == "near stationary") {
+  } else if (kKinds[kind] == "near stationary") {
     take_off_mean(n, 1 - small);
-  } else if (kinds[kind] == "conflicting") {
+  } else if (kKinds[kind] == "conflicting") {
     each([&](int i, int k) { return (i % 2 ? -1 : 1) * at(0, k) + 0.05 * at(i, k); });
-  } else if (kinds[kind] == "ill-conditioned") {
+  } else if (kKinds[kind] == "ill-conditioned") {
     each([&](int i, int k) { return at(i, k) * std::pow(10.0, -12.0 * k / width); });
-  } else if (kinds[kind] == "integers") {
+  } else if (kKinds[kind] == "integers") {
     each([&](int, int) { return static_cast<double>(draw.below(3) - 1); });
-  } else if (kinds[kind] == "orthogonal") {
+  } else if (kKinds[kind] == "orthogonal") {
     each([&](int i, int k) { return i == k ? draw.power(-6, 6) : 0.0; });
   }
   double const one_scale = draw.chance(0.25) ? draw.power(-15, 15) : 1;
-  bool const own_scales = kinds[kind] != "far apart" && draw.chance(0.25);
+  bool const own_scales = kKinds[kind] != "far apart" && draw.chance(0.25);
   double const spread = draw.uniform(0, 6);
   for (double& f : factor) f = own_scales ? draw.power(-spread, spread) : one_scale;
   each([&](int i, int k) { return factor[i] * at(i, k); });
@@ -142,7 +142,7 @@ inline void spoil(Gram& gram, Draw& draw) {
     double const bad = draw.among(std::array<double, 3>{NAN, INFINITY, -INFINITY});
     int const i = draw.below(n);
     int const j = draw.below(n);
-    gram.entries[static_cast<std::size_t>(i) * n + j] = bad;
+    gram.entries[static_cast<size_t>(i) * n + j] = bad;
     if (draw.chance(0.8)) gram.set(i, j, bad);
     return;
   }
@@ -177,16 +177,16 @@ inline int draw_size(Draw& draw, int most) {
 }
 
 inline Gram draw_gram(Draw& draw, int n) {
-  int const kind = draw.below(static_cast<int>(kinds.size()));
+  int const kind = draw.below(static_cast<int>(kKinds.size()));
   Gram gram;
-  gram.kind = kinds[kind];
+  gram.kind = kKinds[kind];
   gram.n = n;
   gram.width = gram.kind == "integers" ? 4 : gram.kind == "orthogonal" ? n : n + 3;
   // Matrices that are spoilt later are of lesser rank half of the time, so that they become indefinite.
-  bool const narrow = gram.kind == "rank deficient" || (kind >= first_inexact && draw.chance(0.5));
+  bool const narrow = gram.kind == "rank deficient" || (kind >= kFirstInexact && draw.chance(0.5));
   if (narrow) gram.width = n / (1 + draw.below(4)) + 1;
-  gram.rows.resize(static_cast<std::size_t>(n) * gram.width);
-  gram.entries.resize(static_cast<std::size_t>(n) * n);
+  gram.rows.resize(static_cast<size_t>(n) * gram.width);
+  gram.entries.resize(static_cast<size_t>(n) * n);
   detail::fill_rows(gram, kind, draw);
   for (int i = 0; i < n; ++i) {
     for (int j = 0; j <= i; ++j) {
@@ -195,7 +195,7 @@ inline Gram draw_gram(Draw& draw, int n) {
       gram.set(i, j, product);
     }
   }
-  if (kind >= first_inexact) detail::spoil(gram, draw);
+  if (kind >= kFirstInexact) detail::spoil(gram, draw);
   return gram;
 }
 

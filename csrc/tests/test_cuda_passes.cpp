@@ -24,11 +24,11 @@ using rows_test::check;
 using rows_test::Rows;
 using rows_test::value_of;
 
-constexpr int64_t random_words[] = {0x0123456789abcdef, -1, (int64_t{1} << 40) + 3};
+constexpr int64_t kRandomWords[] = {0x0123456789abcdef, -1, (int64_t{1} << 40) + 3};
 
 double uniform_number(int64_t index) {
   uint32_t words[4];
-  fastmtl::philox_block(static_cast<uint64_t>(random_words[0]), static_cast<uint64_t>(random_words[2]),
+  fastmtl::philox_block(static_cast<uint64_t>(kRandomWords[0]), static_cast<uint64_t>(kRandomWords[2]),
                         static_cast<uint64_t>(index / 4), words);
   return fastmtl::uniform(words[index % 4]);
 }
@@ -91,7 +91,7 @@ void test_graddrop(int tasks, int64_t batch, int64_t features, bool shares, bool
   for (int64_t f = 0; f < features; ++f) noise[f] = given_noise ? static_cast<double>(f % 8) / 8 : uniform_number(f);
   fastmtl::DropArguments given{};
   given.features = features;
-  given.random = random_words;
+  given.random = kRandomWords;
   given.random_stride = 2;
   given.noise = given_noise ? noise.data() : nullptr;
   given.leak = 0.25;
@@ -104,7 +104,7 @@ void test_graddrop(int tasks, int64_t batch, int64_t features, bool shares, bool
     given.out[r] = out.at(r, 0);
   }
   for (int t = 0; t < tasks; ++t) given.grad[t] = grad.at(t, 0);
-  constexpr int per_block = fastmtl::drop_features_of<Storage>;
+  constexpr int per_block = fastmtl::kDropFeaturesOf<Storage>;
   emulation::launch((features + per_block - 1) / per_block, fastmtl::kDropThreads,
                     (tasks + fastmtl::kDropWarps) * per_block, [&] { fastmtl::graddrop_kernel<Storage>(given); });
   bool near = true;
@@ -161,7 +161,7 @@ void test_graddrop_rows(int n, int64_t offset, bool alike, bool given_noise) {
     plans.push_back({pointers, lengths[k], 0});
     number += static_cast<uintptr_t>((lengths[k] + 3) / 4 * 4);
   }
-  fastmtl::DropRowsArguments const given{leaks.data(), random_words, 2, n};
+  fastmtl::DropRowsArguments const given{leaks.data(), kRandomWords, 2, n};
   fastmtl::plan_launches(plans, n + 1, sizeof(Storage), {fastmtl::kDropPiece, 2, false},
                          [&](LaunchTable const& table, GroupRuns const&, int64_t blocks) {
                            emulation::launch(blocks, fastmtl::kDropThreads, 0,

@@ -88,7 +88,7 @@ void test_gram(Rows<Storage> const& rows, std::vector<int32_t> const& group, int
   check(worst <= allowed, what + ": error " + std::to_string(worst / allowed) + " of what is allowed");
 }
 
-constexpr double float_error = 4 * 0x1p-23;
+constexpr double kFloatError = 4 * 0x1p-23;
 
 template <class Storage>
 void test_gram_of(std::string const& name, double allowed) {
@@ -114,7 +114,7 @@ void test_ranges() {
         double const own = t % 4 == 0 ? scale : t % 4 == 1 ? 1 : t % 4 == 2 ? 1 / scale : 0;
         for (int64_t e = 0; e < 603; ++e) rows.at(t, 0)[e] = static_cast<float>(rows.at(t, 0)[e] * own);
       }
-      test_gram(rows, {}, 1, 2, float_error, "range " + std::to_string(scale) + " of " + std::to_string(n));
+      test_gram(rows, {}, 1, 2, kFloatError, "range " + std::to_string(scale) + " of " + std::to_string(n));
     }
     Rows<float> rows(n, {303}, 0, true, n);
     rows.at(1, 0)[77] = std::numeric_limits<float>::infinity();
@@ -135,7 +135,7 @@ void test_equal_entries() {
     int64_t const length = n < 70 ? 4099 : 515;
     Rows<float> rows(n, {length}, 0, true, 1);
     for (int t = 0; t < n; ++t) std::fill_n(rows.at(t, 0), length, 0.1f + t);
-    test_gram(rows, {}, 1, 1, 2 * float_error, "equal entries of " + std::to_string(n));
+    test_gram(rows, {}, 1, 1, 2 * kFloatError, "equal entries of " + std::to_string(n));
   }
 }
 
@@ -308,10 +308,10 @@ int main() {
   test_plans();
   test_rounding();
   test_combines();
-  test_gram_of<float>("float32", float_error);
+  test_gram_of<float>("float32", kFloatError);
   test_gram_of<double>("float64", 64 * 0x1p-52);
-  test_gram_of<Bf16>("bfloat16", float_error);
-  test_gram_of<F16>("float16", float_error);
+  test_gram_of<Bf16>("bfloat16", kFloatError);
+  test_gram_of<F16>("float16", kFloatError);
   test_ranges();
   test_equal_entries();
   test_many_launches();

@@ -8,13 +8,13 @@ namespace {
 
 int failures = 0;
 
-void check(bool holds, const char* what) {
+void check(bool holds, char const* what) {
   if (holds) return;
   ++failures;
   std::fprintf(stderr, "FAILED: %s\n", what);
 }
 
-void check_words(uint64_t seed, uint64_t offset, uint64_t block, const uint32_t (&want)[4], const char* what) {
+void check_words(uint64_t seed, uint64_t offset, uint64_t block, uint32_t const (&want)[4], char const* what) {
   uint32_t got[4];
   fastmtl::philox_block(seed, offset, block, got);
   for (int word = 0; word < 4; ++word) check(got[word] == want[word], what);

@@ -12,28 +12,28 @@ using fastmtl::Slice;
 
 int failures = 0;
 
-void check(bool holds, const char* what) {
+void check(bool holds, char const* what) {
   if (holds) return;
   ++failures;
   std::fprintf(stderr, "FAILED: %s\n", what);
 }
 
-// Walks all slices in chunks and checks that they run through the segments without a gap.
-void check_cover(const std::vector<Segment>& segments, int64_t min_length, int64_t chunk) {
-  const std::vector<Slice> slices = fastmtl::cut(segments, min_length);
+/// Walks all slices in chunks and checks that they run through the segments without a gap.
+void check_cover(std::vector<Segment> const& segments, int64_t min_length, int64_t chunk) {
+  std::vector<Slice> const slices = fastmtl::cut(segments, min_length);
   size_t segment = 0;
   int64_t offset = 0;
-  const auto skip_finished = [&] {
+  auto const skip_finished = [&] {
     while (segment < segments.size() && segments[segment].length == offset) {
       ++segment;
       offset = 0;
     }
   };
-  for (const Slice& slice : slices) {
+  for (Slice const& slice : slices) {
     check(slice.length > 0, "no slice is empty");
     int64_t walked = 0;
-    fastmtl::for_each_chunk(segments, slice, chunk, [&](const fastmtl::Piece& piece) {
-      const auto [index, begin, length] = piece;
+    fastmtl::for_each_chunk(segments, slice, chunk, [&](fastmtl::Piece const& piece) {
+      auto const [index, begin, length] = piece;
       skip_finished();
       check(segment < segments.size() && segments[segment].index == index, "chunks follow the order of the segments");
       check(begin == offset, "chunks leave no gap");
@@ -59,7 +59,7 @@ void test_small() {
 void test_beyond_32_bits() {
   constexpr int64_t huge = (int64_t{1} << 40) + 12345;
   check_cover({{0, huge, 0}, {1, 3, 0}, {2, huge - 7, 0}, {3, huge, 1}}, 1, int64_t{1} << 35);
-  const std::vector<Slice> slices = fastmtl::cut({{0, huge, 0}}, 1);
+  std::vector<Slice> const slices = fastmtl::cut({{0, huge, 0}}, 1);
   check(slices.size() <= fastmtl::kMaxSlices, "the number of slices is bounded");
   check(slices.back().offset > int64_t{1} << 39, "offsets exceed 32 bits");
 }
@@ -67,8 +67,8 @@ void test_beyond_32_bits() {
 void test_counts() {
   check(fastmtl::cut({{0, 2000, 0}}, 4096).size() == 1, "short input is one slice");
   check(fastmtl::cut({{0, 10, 0}, {1, 10, 1}, {2, 10, 2}}, 4096).size() == 3, "each group has a slice");
-  const std::vector<Slice> slices = fastmtl::cut({{0, 11'000'000, 0}}, 1);
-  for (const Slice& slice : slices) check(slice.offset % fastmtl::kSliceAlignment == 0, "slices are aligned");
+  std::vector<Slice> const slices = fastmtl::cut({{0, 11'000'000, 0}}, 1);
+  for (Slice const& slice : slices) check(slice.offset % fastmtl::kSliceAlignment == 0, "slices are aligned");
 }
 
 }  // namespace

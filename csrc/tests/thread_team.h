@@ -66,20 +66,20 @@ class ThreadTeam {
   // A warp's shuffles order no memory. Under the thread sanitizer the collectives therefore must not either, or
   // they would hide a missing barrier; elsewhere they need an order to be right.
 #if defined(__SANITIZE_THREAD__)
-  static constexpr auto order = std::memory_order_relaxed;
+  static constexpr auto kOrder = std::memory_order_relaxed;
 #else
-  static constexpr auto order = std::memory_order_seq_cst;
+  static constexpr auto kOrder = std::memory_order_seq_cst;
 #endif
 
   ThreadTeam(Shared* shared, int rank, int lanes) : shared_(shared), rank_(rank), lanes_(lanes) {}
 
   void meet() const {
-    int const epoch = shared_->epoch.load(order);
-    if (shared_->arrived.fetch_add(1, order) + 1 == size()) {
-      shared_->arrived.store(0, order);
-      shared_->epoch.fetch_add(1, order);
+    int const epoch = shared_->epoch.load(kOrder);
+    if (shared_->arrived.fetch_add(1, kOrder) + 1 == size()) {
+      shared_->arrived.store(0, kOrder);
+      shared_->epoch.fetch_add(1, kOrder);
     } else {
-      while (shared_->epoch.load(order) == epoch) std::this_thread::yield();
+      while (shared_->epoch.load(kOrder) == epoch) std::this_thread::yield();
     }
   }
 

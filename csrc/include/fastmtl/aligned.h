@@ -12,7 +12,7 @@
 namespace fastmtl {
 
 /// An eigenvalue below this times T is not known from float32 gradients.
-constexpr double aligned_tolerance = 0x1p-23;
+constexpr double kAlignedTolerance = 0x1p-23;
 
 /// Doubles of workspace that aligned needs for n tasks.
 FASTMTL_HD inline int64_t aligned_workspace(int n) { return Eigh::storage(n) + 2 * int64_t{n}; }
@@ -32,7 +32,7 @@ FASTMTL_TEAM_TEMPLATE FASTMTL_HD void aligned(Team const& team, int n, double co
 
   double largest = 0;
   for (int k = 0; k < eigh.rank; ++k) largest = fmax(largest, eigh.value[k]);
-  double const floor = n * aligned_tolerance * largest;
+  double const floor = n * kAlignedTolerance * largest;
   double smallest = largest;
   for (int k = 0; k < eigh.rank; ++k) {
     if (eigh.value[k] > floor) smallest = fmin(smallest, eigh.value[k]);

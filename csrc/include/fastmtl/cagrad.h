@@ -29,10 +29,10 @@ struct CagradWork {
   double* border;     // by position in the support
   double* direction;  // by position in the support
 
-  static constexpr int vectors = 8;
+  static constexpr int kVectors = 8;
 
   FASTMTL_HD static int64_t storage(int size) {
-    return NonnegQpWork::storage(size) + int64_t{size} * size + int64_t{vectors} * size;
+    return NonnegQpWork::storage(size) + int64_t{size} * size + int64_t{kVectors} * size;
   }
 
   FASTMTL_HD CagradWork(double* memory, int size) : qp(memory, size) {
@@ -86,7 +86,7 @@ FASTMTL_TEAM_TEMPLATE FASTMTL_HD int solve_at(Team const& team, int n, double co
       }
     }
     team.barrier();
-    NonnegQp const qp{n, work.shifted, work.scale, work.linear, rank_one, min_norm_ridge};
+    NonnegQp const qp{n, work.shifted, work.scale, work.linear, rank_one, kMinNormRidge};
     bool const solved = solve_nonneg_qp(team, qp, work.qp, static_cast<int>(kept));
     if (solved || rank_one > 1e12) break;
     team.barrier();

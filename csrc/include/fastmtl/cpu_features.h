@@ -17,7 +17,7 @@ namespace fastmtl {
 
 enum class Isa { portable = 0, avx2 = 1, avx512 = 2 };
 
-inline const char* isa_name(Isa isa) {
+inline char const* isa_name(Isa isa) {
   switch (isa) {
     case Isa::avx512:
       return "avx512";
@@ -28,11 +28,11 @@ inline const char* isa_name(Isa isa) {
   }
 }
 
-// What this CPU and its operating system support.
+/// What this CPU and its operating system support.
 inline Isa supported_isa() {
 #if FASTMTL_X86
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  bool const avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
     return Isa::avx512;
@@ -42,13 +42,13 @@ inline Isa supported_isa() {
   return Isa::portable;
 }
 
-// The instruction set in use: the best supported one, or less where FASTMTL_ISA names less.
+/// The instruction set in use: the best supported one, or less where FASTMTL_ISA names less.
 inline Isa isa() {
-  static const Isa chosen = [] {
-    const Isa best = supported_isa();
-    const char* wish = std::getenv("FASTMTL_ISA");
+  static Isa const chosen = [] {
+    Isa const best = supported_isa();
+    char const* wish = std::getenv("FASTMTL_ISA");
     if (wish == nullptr) return best;
-    for (const Isa candidate : {Isa::portable, Isa::avx2, Isa::avx512}) {
+    for (Isa const candidate : {Isa::portable, Isa::avx2, Isa::avx512}) {
       if (std::string_view(wish) == isa_name(candidate) && candidate <= best) return candidate;
     }
     return best;

@@ -51,7 +51,7 @@ FASTMTL_TEAM_TEMPLATE FASTMTL_HD void dual_cone(Team const& team, int n, double 
   }
   for (int i = team.rank(); i < n; i += team.size()) {
     double const image = detail::dot(n, gram + int64_t{i} * n, work.scaled);
-    linear[i] = -scale[i] * image / mass - 0.25 * cosine_ridge;
+    linear[i] = -scale[i] * image / mass - 0.25 * kCosineRidge;
   }
   team.barrier();
   solve_cosines(team, n, gram, scale, linear, work);

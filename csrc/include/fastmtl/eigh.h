@@ -24,11 +24,11 @@ struct Eigh {
   double* partial;   // by pair and lane: a part of |p|^2, |q|^2 and p q
 
   /// Groups have at most that many lanes.
-  static constexpr int max_lanes = 32;
+  static constexpr int kMaxLanes = 32;
 
   FASTMTL_HD static int64_t storage(int size) {
     int64_t const pairs = (int64_t{size} + 1) / 2;
-    return int64_t{size} * size + 2 * int64_t{size} + 2 * pairs + 3 * max_lanes * pairs;
+    return int64_t{size} * size + 2 * int64_t{size} + 2 * pairs + 3 * kMaxLanes * pairs;
   }
 
   FASTMTL_HD Eigh(double* memory, int size) : size(size), rank(0), rows(memory) {

@@ -10,7 +10,7 @@
 namespace fastmtl {
 
 /// Float32 gradients leave an entry of C uncertain by this, its eigenvalues by T times as much at most.
-constexpr double cosine_tolerance = 0x1p-23;
+constexpr double kCosineTolerance = 0x1p-23;
 
 /// The direction; all vectors have one entry per gradient, zero where the gradient is.
 struct EqualProjection {
@@ -44,7 +44,7 @@ FASTMTL_TEAM_TEMPLATE FASTMTL_HD void solve_equal_projection(Team const& team, i
   team.barrier();
   Eigh const eigh = solve_eigh(team, n, gram, found.inverse, found.memory);
 
-  double const floor = n * cosine_tolerance;
+  double const floor = n * kCosineTolerance;
   double reached = 0;
   for (int k = team.rank(); k < eigh.rank; k += team.size()) {
     double total = 0;

@@ -18,9 +18,9 @@
 namespace fastmtl {
 
 /// Added to the unit diagonal.
-constexpr double fair_ridge = 1e-10;
+constexpr double kFairRidge = 1e-10;
 /// Warm weights further than that from those of tasks that do not interact are not used.
-constexpr double fair_farthest = 1e50;
+constexpr double kFairFarthest = 1e50;
 
 /// Memory of the solver; all vectors have `size` entries.
 struct FairWork {
@@ -34,10 +34,10 @@ struct FairWork {
   double* step;
   double* step_image;
 
-  static constexpr int vectors = 7;
+  static constexpr int kVectors = 7;
 
   FASTMTL_HD static int64_t storage(int size) {
-    return PackedLower::storage(size) + int64_t{size} * size + int64_t{vectors} * size;
+    return PackedLower::storage(size) + int64_t{size} * size + int64_t{kVectors} * size;
   }
 
   FASTMTL_HD FairWork(double* memory, int size) : factor{memory, size} {
@@ -57,11 +57,11 @@ FASTMTL_HD inline int64_t fair_workspace(int n) { return FairWork::storage(n); }
 
 namespace detail {
 
-constexpr double fair_least = 1e-280;
+constexpr double kFairLeast = 1e-280;
 
 /// x^-p for x > 0, kept away from overflow and underflow, which some p would reach.
 FASTMTL_HD inline double negative_power(double x, double p) {
-  return p == 1 ? 1 / x : fmin(fmax(pow(x, -p), fair_least), 1 / fair_least);
+  return p == 1 ? 1 / x : fmin(fmax(pow(x, -p), kFairLeast), 1 / kFairLeast);
 }
 
 /// x^(1/p) for x > 0.
@@ -108,11 +108,11 @@ FASTMTL_TEAM_TEMPLATE FASTMTL_HD void regularise(Team const& team, int n, double
   for (int i = team.group(); i < n; i += team.groups()) {
     for (int j = team.lane(); j < n; j += team.lanes()) {
       double const cosine = work.inverse[i] * gram[int64_t{i} * n + j] * work.inverse[j];
-      work.cosine[int64_t{i} * n + j] = i == j ? 1 + fair_ridge : fmin(fmax(cosine, -1.0), 1.0);
+      work.cosine[int64_t{i} * n + j] = i == j ? 1 + kFairRidge : fmin(fmax(cosine, -1.0), 1.0);
     }
   }
   team.barrier();
-  for (double ridge = fair_ridge; ridge < 2 * n; ridge *= 10) {
+  for (double ridge = kFairRidge; ridge < 2 * n; ridge *= 10) {
     for (int i = team.rank(); i < n; i += team.size()) work.cosine[int64_t{i} * n + i] = 1 + ridge;
     team.barrier();
     fill(team, n, work, nullptr);
@@ -188,7 +188,7 @@ FASTMTL_TEAM_TEMPLATE FASTMTL_HD double search(Team const& team, int n, double p
       double const value = (work.point[i] + length * work.step[i]) / work.alone[i];
       double const target = work.alone[i] * negative_power(value, p);
       double const slack = work.image[i] + length * work.step_image[i] - target;
-      here += value > fair_least ? slack * work.step[i] : INFINITY;
+      here += value > kFairLeast ? slack * work.step[i] : INFINITY;
     }
     here = team.sum(here);
     if (fabs(here) <= -0.5 * slope) return length;
@@ -226,7 +226,7 @@ FASTMTL_TEAM_TEMPLATE FASTMTL_HD void fair(Team const& team, int n, double p, do
       work.point[i] = warm[i] * sqrt(square);
       // Squares of what is further from the start than that overflow.
       double const ratio = work.point[i] / work.alone[i];
-      unusable += !(ratio >= 1 / fair_farthest && ratio <= fair_farthest);
+      unusable += !(ratio >= 1 / kFairFarthest && ratio <= kFairFarthest);
     }
   }
   unusable = team.sum(unusable);

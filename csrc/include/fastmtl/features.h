@@ -9,23 +9,23 @@
 
 namespace fastmtl {
 
-// A copy with the given dense strides.
-inline Tensor twin_of(const Tensor& tensor, const std::vector<int64_t>& strides, DType dtype) {
-  const Shape shape(tensor);
+/// A copy with the given dense strides.
+inline Tensor twin_of(Tensor const& tensor, std::vector<int64_t> const& strides, DType dtype) {
+  Shape const shape(tensor);
   Tensor twin = empty_strided({shape.sizes, shape.sizes + shape.dim}, strides, dtype, &tensor);
   torch::stable::copy_(twin, tensor);
   return twin;
 }
 
-// The layout of the features in all tensors, behind the batch: the dense one they share, else the contiguous one.
-inline std::vector<int64_t> feature_strides(const std::vector<Shape>& shapes, int64_t features) {
-  const Shape& first = shapes.front();
+/// The layout of the features in all tensors, behind the batch: the dense one they share, else the contiguous one.
+inline std::vector<int64_t> feature_strides(std::vector<Shape> const& shapes, int64_t features) {
+  Shape const& first = shapes.front();
   Shape inner = first;
   inner.dim -= 1;
   inner.sizes += 1;
   inner.strides += 1;
   bool alike = features > 0 && inner.dense();
-  for (const Shape& shape : shapes) {
+  for (Shape const& shape : shapes) {
     STD_TORCH_CHECK(shape.dim == first.dim && std::equal(shape.sizes + 1, shape.sizes + shape.dim, inner.sizes),
                     "reps and grads must have the same features");
     Shape features_of_it = inner;

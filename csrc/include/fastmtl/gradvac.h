@@ -13,14 +13,14 @@
 
 namespace fastmtl {
 
-/// Targets are brought into [-gradvac_target, gradvac_target]: what it takes to reach a cosine of 1 is infinite, and
+/// Targets are brought into [-kGradvacTarget, kGradvacTarget]: what it takes to reach a cosine of 1 is infinite, and
 /// near it, rounding decides.
-constexpr double gradvac_target = 1 - 0x1p-20;
+constexpr double kGradvacTarget = 1 - 0x1p-20;
 /// Most that one step adds to p, in lengths of g_i: no chain of steps is infinite.
-constexpr double gradvac_longest = 0x1p100;
+constexpr double kGradvacLongest = 0x1p100;
 /// Squares of lengths that are zero as far as float64 can tell: of p, in units of its path from 0, and of the part of p
 /// that is normal to g_j, in units of p.
-constexpr double gradvac_resolution = 0x1p-44;
+constexpr double kGradvacResolution = 0x1p-44;
 
 /// Doubles of workspace that gradvac needs for n tasks and a team of `groups` groups.
 FASTMTL_HD inline int64_t gradvac_workspace(int n, int groups) { return n + SurgeryWork::storage(n, groups); }
@@ -31,17 +31,17 @@ struct Vaccinated {
   double path;    // of p from 0
   double square;  // |p|^2
 
-  FASTMTL_HD bool resolved() const { return square > gradvac_resolution * path * path; }
+  FASTMTL_HD bool resolved() const { return square > kGradvacResolution * path * path; }
 
   /// The multiple of a vector of length `other` that brings p, now at `cosine` to it, to the cosine `target`.
   FASTMTL_HD double amount(double cosine, double target, double other) const {
-    target = fmin(fmax(target, -gradvac_target), gradvac_target);
+    target = fmin(fmax(target, -kGradvacTarget), kGradvacTarget);
     if (!(cosine < target)) return 0;
     double const sine = sqrt(1 - target * target);
     double const normal = 1 - cosine * cosine;
-    double const outside = normal > gradvac_resolution ? sqrt(normal) : 0.0;
+    double const outside = normal > kGradvacResolution ? sqrt(normal) : 0.0;
     double const added = sqrt(square) * (target * outside - cosine * sine) / sine;
-    return fmin(fmax(added, 0.0), gradvac_longest * length) / other;
+    return fmin(fmax(added, 0.0), kGradvacLongest * length) / other;
   }
 
   /// Follows p as it gets `amount` of a vector of length `other`, with which its product was `product`.

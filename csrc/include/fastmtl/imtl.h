@@ -35,7 +35,7 @@ FASTMTL_TEAM_TEMPLATE FASTMTL_HD void imtl(Team const& team, int n, double const
   sum = team.sum(sum);
   mass = team.sum(mass);
   even = team.sum(even);
-  bool const solved = fabs(sum) > n * cosine_tolerance * mass;
+  bool const solved = fabs(sum) > n * kCosineTolerance * mass;
   for (int i = team.rank(); i < n; i += team.size()) {
     double const fallback = even > 0 ? found.inverse[i] / even : 1.0 / n;
     weights[i] = solved ? found.weight[i] * found.inverse[i] / sum : fallback;

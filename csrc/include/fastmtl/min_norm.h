@@ -17,7 +17,7 @@
 namespace fastmtl {
 
 /// A quarter of what the specification grants, and a thousand times the rounding of C's entries.
-constexpr double min_norm_ridge = 0x1p-42;
+constexpr double kMinNormRidge = 0x1p-42;
 
 /// Doubles of workspace that min_norm needs for n tasks.
 FASTMTL_HD inline int64_t min_norm_workspace(int n) { return NonnegQpWork::storage(n) + 2 * int64_t{n}; }
@@ -69,7 +69,7 @@ FASTMTL_TEAM_TEMPLATE FASTMTL_HD void min_norm(Team const& team, int n, double c
       }
     }
     team.barrier();
-    NonnegQp const qp{n, gram, scale, linear, rank_one, min_norm_ridge};
+    NonnegQp const qp{n, gram, scale, linear, rank_one, kMinNormRidge};
     // A Gram matrix with coarse rounding can make C + b b' indefinite; a larger multiple of b b' outweighs that.
     if (solve_nonneg_qp(team, qp, work, count) || rank_one > 1e12) break;
     team.barrier();

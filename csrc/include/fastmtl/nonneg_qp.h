@@ -46,9 +46,9 @@ struct NonnegQpWork {
   int* support;      // the variables of the support, in the factor's order
   int* member;       // by variable: 1 in the support, else 0
 
-  static constexpr int vectors = 6;  // two int vectors count as one
+  static constexpr int kVectors = 6;  // two int vectors count as one
 
-  FASTMTL_HD static int64_t storage(int size) { return PackedLower::storage(size) + int64_t{vectors} * size; }
+  FASTMTL_HD static int64_t storage(int size) { return PackedLower::storage(size) + int64_t{kVectors} * size; }
 
   FASTMTL_HD NonnegQpWork(double* memory, int size) : factor{memory, size} {
     point = memory + PackedLower::storage(size);
@@ -249,7 +249,7 @@ FASTMTL_TEAM_TEMPLATE FASTMTL_HD bool solve_nonneg_qp(Team const& team, NonnegQp
 
 /// The ridge of programs over cosines with a right side in [-1, 1]: a quarter of what their specifications grant, and a
 /// thousand times the rounding of the matrix's entries.
-constexpr double cosine_ridge = 0x1p-42;
+constexpr double kCosineRidge = 0x1p-42;
 
 /// Leaves the minimiser for the cosines of G and `linear` in work.point, starting where `linear` is positive.
 FASTMTL_TEAM_TEMPLATE FASTMTL_HD void solve_cosines(Team const& team, int n, double const* gram, double const* scale,
@@ -258,7 +258,7 @@ FASTMTL_TEAM_TEMPLATE FASTMTL_HD void solve_cosines(Team const& team, int n, dou
   for (int i = team.rank(); i < n; i += team.size()) rising += linear[i] > 0;
   int const count = static_cast<int>(team.sum(rising));
   // A Gram matrix with coarse rounding can make the cosines indefinite; a larger ridge outweighs that.
-  for (double ridge = cosine_ridge;; ridge *= 64) {
+  for (double ridge = kCosineRidge;; ridge *= 64) {
     if (team.rank() == 0) {
       for (int i = 0, next = 0; i < n; ++i) {
         if (linear[i] > 0) work.support[next++] = i;

@@ -29,8 +29,8 @@ FASTMTL_PHILOX void philox(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c
   auto k1 = static_cast<uint32_t>(seed >> 32);
   FASTMTL_PHILOX_UNROLL
   for (int round = 0; round < kPhiloxRounds; ++round) {
-    const uint64_t p0 = uint64_t{kPhiloxMultiplier0} * c0;
-    const uint64_t p1 = uint64_t{kPhiloxMultiplier1} * c2;
+    uint64_t const p0 = uint64_t{kPhiloxMultiplier0} * c0;
+    uint64_t const p1 = uint64_t{kPhiloxMultiplier1} * c2;
     c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
     c1 = static_cast<uint32_t>(p1);
     c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;

@@ -12,11 +12,11 @@
 namespace fastmtl {
 
 template <class Scalar>
-std::vector<double> gather(const Tensor& matrix, const Shape& shape) {
-  const auto* values = static_cast<const Scalar*>(matrix.const_data_ptr());
-  const bool many = shape.dim == 2;
-  const int64_t height = many ? shape.sizes[0] : 1;
-  const int64_t down = many ? shape.strides[0] : 0;
+std::vector<double> gather(Tensor const& matrix, Shape const& shape) {
+  auto const* values = static_cast<Scalar const*>(matrix.const_data_ptr());
+  bool const many = shape.dim == 2;
+  int64_t const height = many ? shape.sizes[0] : 1;
+  int64_t const down = many ? shape.strides[0] : 0;
   std::vector<double> gathered;
   gathered.reserve(shape.numel());
   for (int64_t i = 0; i < height; ++i) {
@@ -25,9 +25,9 @@ std::vector<double> gather(const Tensor& matrix, const Shape& shape) {
   return gathered;
 }
 
-// A one- or two-dimensional tensor of any float type in float64, row by row.
-inline std::vector<double> read_numbers(const Tensor& numbers) {
-  const Shape shape(numbers);
+/// A one- or two-dimensional tensor of any float type in float64, row by row.
+inline std::vector<double> read_numbers(Tensor const& numbers) {
+  Shape const shape(numbers);
   switch (dtype_of(numbers)) {
     case DType::f64:
       return gather<double>(numbers, shape);
@@ -40,9 +40,9 @@ inline std::vector<double> read_numbers(const Tensor& numbers) {
   }
 }
 
-// One number for each row.
-inline std::vector<double> read_vector(const Tensor& numbers, int64_t num_rows, const char* name) {
-  const Shape shape(numbers);
+/// One number for each row.
+inline std::vector<double> read_vector(Tensor const& numbers, int64_t num_rows, char const* name) {
+  Shape const shape(numbers);
   STD_TORCH_CHECK(shape.dim == 1 && shape.sizes[0] == num_rows, name, " must hold one number for each row");
   return read_numbers(numbers);
 }

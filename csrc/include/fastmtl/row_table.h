@@ -11,7 +11,7 @@
 #include <optional>
 #include <vector>
 
-#include "fastmtl/ahead.h"
+#include "fastmtl/prefetch.h"
 
 namespace fastmtl {
 
@@ -37,24 +37,24 @@ inline int32_t torch_dtype(DType dtype) {
 
 inline int64_t bytes_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
-inline DType dtype_of(const Tensor& tensor) {
+inline DType dtype_of(Tensor const& tensor) {
   int32_t dtype = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
-  for (const DType known : {DType::f32, DType::f64, DType::bf16, DType::f16}) {
+  for (DType const known : {DType::f32, DType::f64, DType::bf16, DType::f16}) {
     if (dtype == torch_dtype(known)) return known;
   }
   STD_TORCH_CHECK(false, "tensors must be float32, float64, bfloat16 or float16");
 }
 
-// The dtype both can be converted to without loss.
+/// The dtype both can be converted to without loss.
 inline DType promote(DType a, DType b) {
   if (a == b) return a;
   return a == DType::f64 || b == DType::f64 ? DType::f64 : DType::f32;
 }
 
-// An uninitialised tensor on the CPU, or on the device of another one.
-inline Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, DType dtype,
-                            const Tensor* beside = nullptr) {
+/// An uninitialised tensor on the CPU, or on the device of another one.
+inline Tensor empty_strided(std::vector<int64_t> const& sizes, std::vector<int64_t> const& strides, DType dtype,
+                            Tensor const* beside = nullptr) {
   int32_t type = aoti_torch_device_type_cpu();
   int32_t index = 0;
   if (beside != nullptr) {
@@ -67,14 +67,14 @@ inline Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector
   return Tensor(handle);
 }
 
-// Sizes and strides of a tensor; borrowed, valid while the tensor is.
+/// Sizes and strides of a tensor; borrowed, valid while the tensor is.
 struct Shape {
   int64_t dim = 0;
-  const int64_t* sizes = nullptr;
-  const int64_t* strides = nullptr;
+  int64_t const* sizes = nullptr;
+  int64_t const* strides = nullptr;
 
   Shape() = default;
-  explicit Shape(const Tensor& tensor) {
+  explicit Shape(Tensor const& tensor) {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor.get(), &dim));
     int64_t* borrowed = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor.get(), &borrowed));
@@ -85,17 +85,17 @@ struct Shape {
 
   int64_t numel() const { return std::accumulate(sizes, sizes + dim, int64_t{1}, std::multiplies<>()); }
 
-  bool same_sizes(const Shape& other) const { return dim == other.dim && std::equal(sizes, sizes + dim, other.sizes); }
+  bool same_sizes(Shape const& other) const { return dim == other.dim && std::equal(sizes, sizes + dim, other.sizes); }
 
-  // Whether the elements lie in the same order and distance; the stride of a dimension of one element says nothing.
-  bool same_strides(const int64_t* other) const {
+  /// Whether the elements lie in the same order and distance; the stride of a dimension of one element says nothing.
+  bool same_strides(int64_t const* other) const {
     for (int64_t d = 0; d < dim; ++d) {
       if (sizes[d] != 1 && strides[d] != other[d]) return false;
     }
     return true;
   }
 
-  // Whether the elements fill one block of memory, each once, in some order of the dimensions.
+  /// Whether the elements fill one block of memory, each once, in some order of the dimensions.
   bool dense() const {
     int64_t expected = 1;
     std::vector<std::pair<int64_t, int64_t>> moving;
@@ -108,7 +108,7 @@ struct Shape {
       }
     }
     std::sort(moving.begin(), moving.end());
-    for (const auto& [stride, size] : moving) {
+    for (auto const& [stride, size] : moving) {
       if (stride != expected) return false;
       expected *= size;
     }
@@ -116,7 +116,7 @@ struct Shape {
   }
 };
 
-inline std::vector<int64_t> contiguous_strides(const Shape& shape) {
+inline std::vector<int64_t> contiguous_strides(Shape const& shape) {
   std::vector<int64_t> strides(shape.dim);
   int64_t stride = 1;
   for (int64_t d = shape.dim - 1; d >= 0; --d) {
@@ -126,21 +126,21 @@ inline std::vector<int64_t> contiguous_strides(const Shape& shape) {
   return strides;
 }
 
-// One row's tensor of one parameter.
+/// One row's tensor of one parameter.
 struct Row {
-  const Tensor* tensor = nullptr;  // None: a zero gradient.
-  const void* data = nullptr;
+  Tensor const* tensor = nullptr;  // None: a zero gradient.
+  void const* data = nullptr;
   DType dtype = DType::f32;
   bool matches = true;  // Whether the memory has the layout of the parameter.
 };
 
-// Where `length` elements of a row lie, from element `begin` on.
-inline Span span_of(const Row& row, int64_t begin, int64_t length) {
-  const int64_t size = bytes_of(row.dtype);
-  return {static_cast<const char*>(row.data) + begin * size, length * size};
+/// Where `length` elements of a row lie, from element `begin` on.
+inline Span span_of(Row const& row, int64_t begin, int64_t length) {
+  int64_t const size = bytes_of(row.dtype);
+  return {static_cast<char const*>(row.data) + begin * size, length * size};
 }
 
-// What the rows of one parameter have in common.
+/// What the rows of one parameter have in common.
 struct Parameter {
   Shape shape;  // Of the first row there is; strides are those below.
   std::vector<int64_t> sizes;
@@ -152,11 +152,11 @@ struct Parameter {
 
 class RowTable {
  public:
-  // `flat` is task-major and must outlive the table.
-  RowTable(const TensorList& flat, int64_t num_rows) : num_rows_(num_rows) {
+  /// `flat` is task-major and must outlive the table.
+  RowTable(TensorList const& flat, int64_t num_rows) : num_rows_(num_rows) {
     STD_TORCH_CHECK(num_rows >= 1 && num_rows <= kMaxRows, "there must be 1 to 128 rows");
     STD_TORCH_CHECK(flat.size() % num_rows == 0, "rows must have the same number of tensors each");
-    const auto width = static_cast<int64_t>(flat.size()) / num_rows;
+    auto const width = static_cast<int64_t>(flat.size()) / num_rows;
     parameters_.resize(width);
     rows_.resize(flat.size());
     for (int64_t k = 0; k < width; ++k) read(flat, k);
@@ -164,11 +164,11 @@ class RowTable {
 
   int64_t num_rows() const { return num_rows_; }
   int64_t width() const { return static_cast<int64_t>(parameters_.size()); }
-  const Parameter& parameter(int64_t k) const { return parameters_[k]; }
-  const Row& row(int64_t t, int64_t k) const { return rows_[k * num_rows_ + t]; }
+  Parameter const& parameter(int64_t k) const { return parameters_[k]; }
+  Row const& row(int64_t t, int64_t k) const { return rows_[k * num_rows_ + t]; }
 
-  // Sets the sizes of a parameter no row has, and checks those of one that some row has.
-  void set_shape(int64_t k, const Shape& shape) {
+  /// Sets the sizes of a parameter no row has, and checks those of one that some row has.
+  void set_shape(int64_t k, Shape const& shape) {
     Parameter& parameter = parameters_[k];
     STD_TORCH_CHECK(!parameter.present || shape.same_sizes(parameter.shape), "out must have the shapes of the rows");
     parameter.shape = shape;
@@ -176,8 +176,8 @@ class RowTable {
     parameter.numel = shape.numel();
   }
 
-  // Asks for another layout of parameter k: that of a given tensor of the same sizes.
-  void set_layout(int64_t k, const int64_t* strides) {
+  /// Asks for another layout of parameter k: that of a given tensor of the same sizes.
+  void set_layout(int64_t k, int64_t const* strides) {
     Parameter& parameter = parameters_[k];
     parameter.strides.assign(strides, strides + parameter.shape.dim);
     for (int64_t t = 0; t < num_rows_; ++t) {
@@ -186,19 +186,19 @@ class RowTable {
     }
   }
 
-  // Brings one row to the layout of its parameter, by a copy if it has another.
+  /// Brings one row to the layout of its parameter, by a copy if it has another.
   void match(int64_t t, int64_t k) {
     if (!row(t, k).matches) copy(t, k);
   }
 
-  // Brings one row to the layout and the dtype of its parameter.
+  /// Brings one row to the layout and the dtype of its parameter.
   void match_all(int64_t t, int64_t k) {
-    const Row& own = row(t, k);
-    const DType dtype = parameters_[k].dtype;
+    Row const& own = row(t, k);
+    DType const dtype = parameters_[k].dtype;
     if (own.tensor != nullptr && (!own.matches || own.dtype != dtype)) copy(t, k, dtype);
   }
 
-  // Replaces one row by a copy of it, of the same or another dtype.
+  /// Replaces one row by a copy of it, of the same or another dtype.
   void copy(int64_t t, int64_t k) { copy(t, k, row(t, k).dtype); }
   void copy(int64_t t, int64_t k, DType dtype) {
     Row& row = rows_[k * num_rows_ + t];
@@ -211,11 +211,11 @@ class RowTable {
   }
 
  private:
-  void read(const TensorList& flat, int64_t k) {
+  void read(TensorList const& flat, int64_t k) {
     Parameter& parameter = parameters_[k];
     bool alike = true;
     for (int64_t t = 0; t < num_rows_; ++t) {
-      const std::optional<Tensor>& given = flat[t * width() + k];
+      std::optional<Tensor> const& given = flat[t * width() + k];
       if (!given.has_value()) continue;
       int32_t layout = 0;
       TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(given->get(), &layout));
@@ -224,7 +224,7 @@ class RowTable {
       row.tensor = &*given;
       row.data = given->const_data_ptr();
       row.dtype = dtype_of(*given);
-      const Shape shape(*given);
+      Shape const shape(*given);
       if (!parameter.present) {
         parameter.present = true;
         parameter.shape = shape;
@@ -241,7 +241,7 @@ class RowTable {
     if (alike && parameter.numel > 0 && parameter.shape.dense()) {
       parameter.strides.assign(parameter.shape.strides, parameter.shape.strides + parameter.shape.dim);
     } else {
-      const std::vector<int64_t> contiguous = contiguous_strides(parameter.shape);
+      std::vector<int64_t> const contiguous = contiguous_strides(parameter.shape);
       set_layout(k, contiguous.data());
     }
   }
@@ -252,8 +252,8 @@ class RowTable {
   std::vector<Tensor> owned_;
 };
 
-// The group of each of `width` parameters: all 0 where none are given. Sets the number of groups.
-inline std::vector<int64_t> group_of_each(const std::optional<std::vector<int64_t>>& groups, int64_t width,
+/// The group of each of `width` parameters: all 0 where none are given. Sets the number of groups.
+inline std::vector<int64_t> group_of_each(std::optional<std::vector<int64_t>> const& groups, int64_t width,
                                           int64_t* num_groups) {
   if (!groups.has_value()) {
     *num_groups = 1;
@@ -261,7 +261,7 @@ inline std::vector<int64_t> group_of_each(const std::optional<std::vector<int64_
   }
   STD_TORCH_CHECK(static_cast<int64_t>(groups->size()) == width, "groups must name one group for each tensor of a row");
   *num_groups = 0;
-  for (const int64_t group : *groups) {
+  for (int64_t const group : *groups) {
     STD_TORCH_CHECK(group >= 0, "groups must be at least 0");
     *num_groups = std::max(*num_groups, group + 1);
   }

@@ -52,7 +52,7 @@ struct HostTeam {
 
 /// A warp of 32 lanes.
 struct WarpTeam {
-  static constexpr unsigned all = 0xffffffffu;
+  static constexpr unsigned kAll = 0xffffffffu;
 
   __device__ int rank() const { return lane(); }
   __device__ static constexpr int size() { return 32; }
@@ -60,17 +60,17 @@ struct WarpTeam {
   __device__ static constexpr int lanes() { return 32; }
   __device__ static constexpr int group() { return 0; }
   __device__ static constexpr int groups() { return 1; }
-  __device__ void barrier() const { __syncwarp(all); }
+  __device__ void barrier() const { __syncwarp(kAll); }
 
   __device__ double sum(double value) const {
     // A butterfly of commutative additions leaves the same bits in all lanes.
-    for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(all, value, distance);
+    for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(kAll, value, distance);
     return value;
   }
 
   __device__ Choice lowest(Choice choice) const {
     for (int distance = 16; distance > 0; distance /= 2) {
-      Choice const other{__shfl_xor_sync(all, choice.value, distance), __shfl_xor_sync(all, choice.index, distance)};
+      Choice const other{__shfl_xor_sync(kAll, choice.value, distance), __shfl_xor_sync(kAll, choice.index, distance)};
       choice = lower(choice, other);
     }
     return choice;

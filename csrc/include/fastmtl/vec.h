@@ -7,13 +7,13 @@ template <class Scalar>
 struct VecOf;
 template <>
 struct VecOf<float> {
-  typedef float type __attribute__((vector_size(FASTMTL_VECTOR_BYTES)));
-  typedef float loose __attribute__((vector_size(FASTMTL_VECTOR_BYTES), aligned(4), may_alias));
+  using type __attribute__((vector_size(FASTMTL_VECTOR_BYTES))) = float;
+  using Loose __attribute__((vector_size(FASTMTL_VECTOR_BYTES), aligned(4), may_alias)) = float;
 };
 template <>
 struct VecOf<double> {
-  typedef double type __attribute__((vector_size(FASTMTL_VECTOR_BYTES)));
-  typedef double loose __attribute__((vector_size(FASTMTL_VECTOR_BYTES), aligned(8), may_alias));
+  using type __attribute__((vector_size(FASTMTL_VECTOR_BYTES))) = double;
+  using Loose __attribute__((vector_size(FASTMTL_VECTOR_BYTES), aligned(8), may_alias)) = double;
 };
 
 template <class Scalar>
@@ -22,11 +22,11 @@ using Vec = typename VecOf<Scalar>::type;
 template <class Scalar>
 constexpr int64_t kLanes = kVectorBytes / static_cast<int64_t>(sizeof(Scalar));
 
-// 64-bit lanes of unsigned integers.
-typedef uint64_t VecU64 __attribute__((vector_size(FASTMTL_VECTOR_BYTES)));
+/// 64-bit lanes of unsigned integers.
+using VecU64 __attribute__((vector_size(FASTMTL_VECTOR_BYTES))) = uint64_t;
 constexpr int64_t kLanes64 = kVectorBytes / 8;
 
-// The products of the low 32 bits of each lane.
+/// The products of the low 32 bits of each lane.
 inline VecU64 multiply_low(VecU64 a, VecU64 b) {
 #if FASTMTL_ISA_LEVEL == 2
   return (VecU64)_mm512_mul_epu32((__m512i)a, (__m512i)b);
@@ -37,7 +37,7 @@ inline VecU64 multiply_low(VecU64 a, VecU64 b) {
 #endif
 }
 
-// a0, b0, a2, b2, ...
+/// a0, b0, a2, b2, ...
 inline VecU64 interleave_even(VecU64 a, VecU64 b) {
 #if FASTMTL_ISA_LEVEL == 2
   return (VecU64)_mm512_unpacklo_epi64((__m512i)a, (__m512i)b);
@@ -48,7 +48,7 @@ inline VecU64 interleave_even(VecU64 a, VecU64 b) {
 #endif
 }
 
-// a1, b1, a3, b3, ...
+/// a1, b1, a3, b3, ...
 inline VecU64 interleave_odd(VecU64 a, VecU64 b) {
 #if FASTMTL_ISA_LEVEL == 2
   return (VecU64)_mm512_unpackhi_epi64((__m512i)a, (__m512i)b);
@@ -59,13 +59,13 @@ inline VecU64 interleave_odd(VecU64 a, VecU64 b) {
 #endif
 }
 
-// Floats in 16 bits, as many as a vector has floats: half a register.
-typedef uint16_t Halves __attribute__((vector_size(FASTMTL_VECTOR_BYTES / 2)));
-typedef uint16_t LooseHalves __attribute__((vector_size(FASTMTL_VECTOR_BYTES / 2), aligned(2), may_alias));
-typedef uint32_t FloatBits __attribute__((vector_size(FASTMTL_VECTOR_BYTES)));
+/// Floats in 16 bits, as many as a vector has floats: half a register.
+using Halves __attribute__((vector_size(FASTMTL_VECTOR_BYTES / 2))) = uint16_t;
+using LooseHalves __attribute__((vector_size(FASTMTL_VECTOR_BYTES / 2), aligned(2), may_alias)) = uint16_t;
+using FloatBits __attribute__((vector_size(FASTMTL_VECTOR_BYTES))) = uint32_t;
 
-inline Vec<float> load_wide(const BFloat16* from) {
-  const Halves halves = *reinterpret_cast<const LooseHalves*>(from);
+inline Vec<float> load_wide(BFloat16 const* from) {
+  Halves const halves = *reinterpret_cast<LooseHalves const*>(from);
 #if FASTMTL_ISA_LEVEL == 2
   return (Vec<float>)((FloatBits)_mm512_cvtepu16_epi32((__m256i)halves) << 16);
 #elif FASTMTL_ISA_LEVEL == 1
@@ -75,11 +75,11 @@ inline Vec<float> load_wide(const BFloat16* from) {
 #endif
 }
 
-inline Vec<float> load_wide(const Half* from) {
+inline Vec<float> load_wide(Half const* from) {
 #if FASTMTL_ISA_LEVEL == 2
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<__m256i const*>(from)));
 #elif FASTMTL_ISA_LEVEL == 1
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<__m128i const*>(from)));
 #else
   Vec<float> wide;
   for (int64_t lane = 0; lane < kLanes<float>; ++lane) wide[lane] = from[lane];
@@ -87,11 +87,11 @@ inline Vec<float> load_wide(const Half* from) {
 #endif
 }
 
-// Loads kLanes<Acc> elements from any address, widened to Acc.
+/// Loads kLanes<Acc> elements from any address, widened to Acc.
 template <class Acc, class Storage>
-inline Vec<Acc> load(const Storage* from) {
+inline Vec<Acc> load(Storage const* from) {
   if constexpr (std::is_same_v<Acc, Storage>) {
-    return *reinterpret_cast<const typename VecOf<Acc>::loose*>(from);
+    return *reinterpret_cast<typename VecOf<Acc>::Loose const*>(from);
   } else if constexpr (std::is_same_v<Acc, float>) {
     return load_wide(from);
   } else {
@@ -109,14 +109,14 @@ inline Vec<Acc> load(const Storage* from) {
 
 template <class Scalar>
 inline void store(Scalar* to, Vec<Scalar> value) {
-  *reinterpret_cast<typename VecOf<Scalar>::loose*>(to) = value;
+  *reinterpret_cast<typename VecOf<Scalar>::Loose*>(to) = value;
 }
 
-// Rounded to the nearest, to even where two are as near.
+/// Rounded to the nearest, to even where two are as near.
 inline Halves narrow(Vec<float> value, BFloat16) {
-  const FloatBits bits = (FloatBits)value;
-  const FloatBits rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
-  const FloatBits quiet_nan = FloatBits{} + 0x7FC0;
+  FloatBits const bits = (FloatBits)value;
+  FloatBits const rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+  FloatBits const quiet_nan = FloatBits{} + 0x7FC0;
   return __builtin_convertvector(value == value ? rounded : quiet_nan, Halves);
 }
 
@@ -158,7 +158,7 @@ inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
 #endif
 }
 
-// Without the sign; one operation, which compilers do not find in a comparison.
+/// Without the sign; one operation, which compilers do not find in a comparison.
 inline Vec<float> abs(Vec<float> value) { return (Vec<float>)((FloatBits)value & 0x7FFFFFFF); }
 
 inline Vec<double> abs(Vec<double> value) { return (Vec<double>)((VecU64)value & 0x7FFFFFFFFFFFFFFF); }
@@ -185,7 +185,7 @@ inline Vec<double> sqrt(Vec<double> value) {
 #endif
 }
 
-// Stores past the caches; `to` must be aligned to what is stored. Needs stream_fence() before other threads read.
+/// Stores past the caches; `to` must be aligned to what is stored. Needs stream_fence() before other threads read.
 template <class Scalar>
 inline void stream(Scalar* to, Vec<Scalar> value) {
 #if FASTMTL_ISA_LEVEL == 2
