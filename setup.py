@@ -29,6 +29,12 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 11)
 TORCH_TARGET = "0x{:02x}{:02x}000000000000".format(*OLDEST_TORCH)
+# Sources of both extensions: csrc/<stem>.cpp and kernels/<stem>.cu.
+KERNELS = (
+    *("register", "gram", "combine", "ema_gram", "excess_risk", "graddrop"),
+    *("aligned", "cagrad", "config", "dual_cone", "fairgrad", "gradvac", "imtl", "min_norm", "nash", "nonneg_qp"),
+    *("pcgrad", "upgrad"),
+)
 PACKAGE_DIRS = {"fastmtl.kernels": "kernels", "fastmtl.benchmarks": "benchmarks"}
 
 
@@ -124,26 +130,7 @@ def get_build_parameters(torch: Torch | None, pybind11: str | None) -> list[Exte
         ),
         Extension(
             "fastmtl._C",
-            sources=[
-                "csrc/register.cpp",
-                "csrc/gram.cpp",
-                "csrc/combine.cpp",
-                "csrc/aligned.cpp",
-                "csrc/cagrad.cpp",
-                "csrc/config.cpp",
-                "csrc/dual_cone.cpp",
-                "csrc/ema_gram.cpp",
-                "csrc/excess_risk.cpp",
-                "csrc/fairgrad.cpp",
-                "csrc/graddrop.cpp",
-                "csrc/gradvac.cpp",
-                "csrc/imtl.cpp",
-                "csrc/min_norm.cpp",
-                "csrc/nash.cpp",
-                "csrc/nonneg_qp.cpp",
-                "csrc/pcgrad.cpp",
-                "csrc/upgrad.cpp",
-            ],
+            sources=[f"csrc/{stem}.cpp" for stem in KERNELS],
             depends=headers,
             include_dirs=["csrc/include", "csrc", *torch_include],
             define_macros=stable_abi,
@@ -155,26 +142,7 @@ def get_build_parameters(torch: Torch | None, pybind11: str | None) -> list[Exte
         ),
         Extension(
             "fastmtl._CUDA",
-            sources=[
-                "kernels/register.cu",
-                "kernels/gram.cu",
-                "kernels/combine.cu",
-                "kernels/aligned.cu",
-                "kernels/cagrad.cu",
-                "kernels/config.cu",
-                "kernels/dual_cone.cu",
-                "kernels/ema_gram.cu",
-                "kernels/excess_risk.cu",
-                "kernels/fairgrad.cu",
-                "kernels/graddrop.cu",
-                "kernels/gradvac.cu",
-                "kernels/imtl.cu",
-                "kernels/min_norm.cu",
-                "kernels/nash.cu",
-                "kernels/nonneg_qp.cu",
-                "kernels/pcgrad.cu",
-                "kernels/upgrad.cu",
-            ],
+            sources=[f"kernels/{stem}.cu" for stem in KERNELS],
             depends=headers,
             include_dirs=["csrc/include", "csrc", "kernels", *torch_include],
             define_macros=[*stable_abi, ("USE_CUDA", None)],
@@ -269,9 +237,12 @@ class BuildExtensions(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         newest_header = max((os.path.getmtime(ROOT / path) for path in extension.depends), default=0.0)
 
+        def changed(source: str) -> float:
+            return os.path.getmtime(ROOT / source) if (ROOT / source).is_file() else float("inf")
+
         def compile_one(source: str) -> Path:
             result = folder / (Path(source).name + ".o")
-            newest = max(newest_header, os.path.getmtime(ROOT / source)) if (ROOT / source).is_file() else float("inf")
+            newest = max(newest_header, changed(source), changed(f"csrc/{Path(source).stem}.cpp"))
             if not result.is_file() or result.stat().st_mtime <= newest:
                 partial = result.with_suffix(f".{os.getpid()}.part.o")
                 run([*tool, "-c", source, "-o", str(partial), *common])

@@ -1,4 +1,4 @@
-// Aligned-MTL's weights on the CPU: one thread, one call.
+// Aligned-MTL's weights, on every device.
 #include "fastmtl/aligned.h"
 
 #include "register.h"
@@ -7,15 +7,19 @@
 namespace fastmtl {
 namespace {
 
-Tensor aligned_cpu(Tensor gram) {
-  gram = dense_gram(gram);
-  int const n = static_cast<int>(gram.size(0));
-  Tensor weights = empty_double({n});
-  aligned(HostTeam{}, n, data_of(gram), mutable_data_of(weights), workspace(aligned_workspace(n)));
-  return weights;
-}
+struct Aligned {
+  int n;
+  double const* gram;
+  double* weights;
 
-FASTMTL_CPU_KERNEL(aligned, aligned_cpu);
+  FASTMTL_TEAM_TEMPLATE FASTMTL_HD void solve(Team const& team, int, double* memory) const {
+    aligned(team, n, gram, weights, memory);
+  }
+};
+
+Tensor aligned_op(Tensor gram) { return Gram(gram).solve<Aligned>(aligned_workspace); }
+
+FASTMTL_KERNEL(aligned, aligned_op);
 
 }  // namespace
 }  // namespace fastmtl

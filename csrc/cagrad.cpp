@@ -1,4 +1,4 @@
-// CAGrad's weights on the CPU: one thread, one call.
+// CAGrad's weights, and the weights of its update, on every device.
 #include "fastmtl/cagrad.h"
 
 #include <cfloat>
@@ -9,28 +9,34 @@
 namespace fastmtl {
 namespace {
 
-Tensor cagrad_cpu(Tensor gram, double c) {
-  STD_TORCH_CHECK(c >= 0 && c <= DBL_MAX, "c must be finite and at least 0");
-  gram = dense_gram(gram);
-  int const n = static_cast<int>(gram.size(0));
-  Tensor weights = empty_double({n});
-  cagrad(HostTeam{}, n, c, data_of(gram), mutable_data_of(weights), workspace(cagrad_workspace(n)));
-  return weights;
-}
+struct Cagrad {
+  int n;
+  double c;
+  double const* gram;
+  double* weights;
+  double* update;  // Or null.
 
-Tensor cagrad_update_cpu(Tensor gram, double c) {
+  FASTMTL_TEAM_TEMPLATE FASTMTL_HD void solve(Team const& team, int, double* memory) const {
+    cagrad(team, n, c, gram, weights, memory);
+    if (update != nullptr) cagrad_step(team, n, c, gram, weights, update);
+  }
+};
+
+Tensor solve(Gram const& gram, double c, bool updates) {
   STD_TORCH_CHECK(c >= 0 && c <= DBL_MAX, "c must be finite and at least 0");
-  gram = dense_gram(gram);
-  int const n = static_cast<int>(gram.size(0));
-  Tensor result = empty_double({2, n});
+  int const n = gram.n;
+  Tensor result = updates ? gram.on.empty({2, n}) : gram.on.empty({n});
   double* const weights = mutable_data_of(result);
-  cagrad(HostTeam{}, n, c, data_of(gram), weights, workspace(cagrad_workspace(n)));
-  cagrad_step(HostTeam{}, n, c, data_of(gram), weights, weights + n);
+  launch_solver(gram.on, Cagrad{n, c, gram.data(), weights, updates ? weights + n : nullptr}, n, cagrad_workspace(n));
   return result;
 }
 
-FASTMTL_CPU_KERNEL(cagrad, cagrad_cpu);
-FASTMTL_CPU_KERNEL(cagrad_update, cagrad_update_cpu);
+Tensor cagrad_op(Tensor gram, double c) { return solve(Gram(gram), c, false); }
+
+Tensor cagrad_update_op(Tensor gram, double c) { return solve(Gram(gram), c, true); }
+
+FASTMTL_KERNEL(cagrad, cagrad_op);
+FASTMTL_KERNEL(cagrad_update, cagrad_update_op);
 
 }  // namespace
 }  // namespace fastmtl

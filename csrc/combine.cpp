@@ -133,11 +133,11 @@ void combine_(std::vector<Tensor> const& out, TensorList const& flat, int64_t nu
     job.target(0, k) = take_target(job.rows, out[k], k, accumulate, detours);
   part_rows_from_targets(job.rows, job.targets, [&](int64_t t, int64_t k) { return job.reads(t, k); });
   run(job);
-  for (auto& [given, result] : detours) torch::stable::copy_(given, result);
+  for (auto& [target, sum] : detours) torch::stable::copy_(target, sum);
 }
 
-FASTMTL_CPU_KERNEL(combine, combine);
-FASTMTL_CPU_KERNEL(combine_, combine_);
+FASTMTL_KERNEL(combine, combine);
+FASTMTL_KERNEL(combine_, combine_);
 
 }  // namespace
 }  // namespace fastmtl

@@ -72,9 +72,9 @@ void sum_group(Term<Acc, Storage> const* terms, Acc const* start, Out* out, int6
 }
 
 template <class Acc, bool streams, int count = kGroup, class Storage, class Out>
-void sum_any_group(Term<Acc, Storage> const* terms, int64_t given, Acc const* start, Out* out, int64_t length) {
+void sum_any_group(Term<Acc, Storage> const* terms, int64_t num_terms, Acc const* start, Out* out, int64_t length) {
   if constexpr (count > 0) {
-    if (given < count) return sum_any_group<Acc, streams, count - 1>(terms, given, start, out, length);
+    if (num_terms < count) return sum_any_group<Acc, streams, count - 1>(terms, num_terms, start, out, length);
   }
   sum_group<Acc, count, streams>(terms, start, out, length);
 }
@@ -96,8 +96,8 @@ template <class Acc, class Storage>
 void combine_chunk(CombineJob const& job, Piece const& piece, Acc* scratch) {
   auto const [k, begin, length] = piece;
   int64_t const num_rows = job.rows.num_rows();
-  constexpr DType own = std::is_same_v<Acc, double> ? DType::f64 : DType::f32;
-  bool const direct = !std::is_same_v<Storage, Acc> || job.target(0, k).dtype == own;
+  constexpr DType acc_dtype = std::is_same_v<Acc, double> ? DType::f64 : DType::f32;
+  bool const direct = !std::is_same_v<Storage, Acc> || job.target(0, k).dtype == acc_dtype;
   Storage const* rows[kMaxRows] = {};
   Term<Acc, Storage> terms[kMaxRows];
   for (int64_t m = 0; m < job.num_results; ++m) {

@@ -1,4 +1,4 @@
-// ConFIG's weights on the CPU: one thread, one call.
+// ConFIG's weights, on every device.
 #include "fastmtl/config.h"
 
 #include "register.h"
@@ -7,15 +7,19 @@
 namespace fastmtl {
 namespace {
 
-Tensor config_cpu(Tensor gram) {
-  gram = dense_gram(gram);
-  int const n = static_cast<int>(gram.size(0));
-  Tensor weights = empty_double({n});
-  config(HostTeam{}, n, data_of(gram), mutable_data_of(weights), workspace(config_workspace(n)));
-  return weights;
-}
+struct Config {
+  int n;
+  double const* gram;
+  double* weights;
 
-FASTMTL_CPU_KERNEL(config, config_cpu);
+  FASTMTL_TEAM_TEMPLATE FASTMTL_HD void solve(Team const& team, int, double* memory) const {
+    config(team, n, gram, weights, memory);
+  }
+};
+
+Tensor config_op(Tensor gram) { return Gram(gram).solve<Config>(config_workspace); }
+
+FASTMTL_KERNEL(config, config_op);
 
 }  // namespace
 }  // namespace fastmtl

@@ -1,4 +1,4 @@
-// Projections onto the dual cone of the gradients on the CPU: one thread, the targets one after the other.
+// Projections onto the dual cone of the gradients, on every device, all targets in one launch.
 #include "fastmtl/dual_cone.h"
 
 #include "register.h"
@@ -7,23 +7,32 @@
 namespace fastmtl {
 namespace {
 
-Tensor dual_cone_cpu(Tensor gram, Tensor targets) {
-  gram = dense_gram(gram);
-  int const n = static_cast<int>(gram.size(0));
-  int64_t const dims = targets.dim();
-  STD_TORCH_CHECK(is_real_float(targets) && targets.is_cpu() && (dims == 1 || dims == 2) && targets.size(dims - 1) == n,
-                  "targets must hold one float per row of gram");
-  targets = dense_double(targets);
-  Tensor weights = empty_double(targets.sizes());
-  int64_t const count = targets.numel() / n;
-  for (int64_t k = 0; k < count; ++k) {
-    dual_cone(HostTeam{}, n, data_of(gram), data_of(targets) + k * n, mutable_data_of(weights) + k * n,
-              workspace(dual_cone_workspace(n)));
+struct DualCone {
+  int n;
+  double const* gram;
+  double const* targets;
+  double* weights;
+
+  FASTMTL_TEAM_TEMPLATE FASTMTL_HD void solve(Team const& team, int index, double* memory) const {
+    dual_cone(team, n, gram, targets + int64_t{index} * n, weights + int64_t{index} * n, memory);
   }
+};
+
+Tensor dual_cone_op(Tensor matrix, Tensor targets) {
+  Gram const gram(matrix);
+  int const n = gram.n;
+  int64_t const dims = targets.dim();
+  STD_TORCH_CHECK(
+      is_real_float(targets) && gram.on.holds(targets) && (dims == 1 || dims == 2) && targets.size(dims - 1) == n,
+      "targets must hold one float per row of gram, on its device");
+  targets = dense(gram.on, targets);
+  Tensor weights = gram.on.empty(targets.sizes());
+  launch_solver(gram.on, DualCone{n, gram.data(), data_of(targets), mutable_data_of(weights)}, n,
+                dual_cone_workspace(n), targets.numel() / n);
   return weights;
 }
 
-FASTMTL_CPU_KERNEL(dual_cone, dual_cone_cpu);
+FASTMTL_KERNEL(dual_cone, dual_cone_op);
 
 }  // namespace
 }  // namespace fastmtl

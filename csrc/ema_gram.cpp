@@ -53,7 +53,7 @@ Tensor ema_gram(std::vector<Tensor> const& state, TensorList const& flat, int64_
   return gram_of(upper, slices, num_rows, std::nullopt);
 }
 
-FASTMTL_CPU_KERNEL(ema_gram_, ema_gram);
+FASTMTL_KERNEL(ema_gram_, ema_gram);
 
 }  // namespace
 }  // namespace fastmtl

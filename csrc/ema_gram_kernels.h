@@ -24,16 +24,16 @@ void ema_chunk(EmaJob const& job, Piece const& piece, Piece const& next, Acc* sc
   chunk.length = length;
   chunk.count = both.rows.num_rows();
   for (int64_t t = 0; t < chunk.count; ++t) {
-    Row const& own = both.state.row(t, k);
+    Row const& average = both.state.row(t, k);
     Row const& row = both.rows.row(t, k);
-    Acc* const state = borrow(own, begin, length, scratch + (t + 1) * length);
+    Acc* const state = borrow(average, begin, length, scratch + (t + 1) * length);
     auto const keep = static_cast<Acc>(job.keep[t]);
     if (row.tensor != nullptr) {
       blend(state, as(row.data, row.dtype, begin, length, scratch), keep, static_cast<Acc>(job.gains[t]), length);
     } else {
       scale(state, keep, length);
     }
-    give_back(own, begin, length, state);
+    give_back(average, begin, length, state);
     chunk.rows[t] = state;
     chunk.task[t] = t;
     if (next.length == 0) continue;

@@ -52,7 +52,7 @@ Tensor excess_risk(std::vector<Tensor> const& sums, TensorList const& flat, int6
   return result;
 }
 
-FASTMTL_CPU_KERNEL(excess_risk_, excess_risk);
+FASTMTL_KERNEL(excess_risk_, excess_risk);
 
 }  // namespace
 }  // namespace fastmtl

@@ -36,9 +36,9 @@ struct Target {
 struct Noise {
   uint64_t seed = 0;
   uint64_t offset = 0;
-  double const* given = nullptr;
+  double const* numbers = nullptr;
 
-  Noise at(int64_t begin) const { return {seed, offset, given == nullptr ? nullptr : given + begin}; }
+  Noise at(int64_t begin) const { return {seed, offset, numbers == nullptr ? nullptr : numbers + begin}; }
 };
 
 /// A representation, its gradient or a result: `size` rows of all features, one behind the other.
@@ -85,11 +85,11 @@ namespace fastmtl {
 namespace {
 
 constexpr int64_t kMinSliceElements = 32768;
-/// Results of so many elements are written past the caches.
+/// From this many elements on, results are written by non-temporal stores, past the caches.
 constexpr int64_t kStreamedElements = int64_t{2} << 20;
 constexpr int64_t kLineFeatures = 64;
 constexpr int64_t kMostLanes = 16;
-/// So many elements of all tensors, taken at a time, stay in the second-level cache with most of those that come next.
+/// Elements of all tensors taken at a time: they stay in the second-level cache with most of those that come next.
 constexpr int64_t kBatchFloats = 147456;
 constexpr int64_t kRowsFloats = 98304;
 
@@ -163,7 +163,7 @@ std::vector<Tensor> graddrop(std::vector<Tensor> const& reps, std::vector<Tensor
     STD_TORCH_CHECK(shape.dim == first.dim - 1 && std::equal(shape.sizes, shape.sizes + shape.dim, first.sizes + 1),
                     "noise must have the shape of the features");
     kept.push_back(twin_of(*noise, inner, DType::f64));
-    job.noise.given = static_cast<double const*>(kept.back().const_data_ptr());
+    job.noise.numbers = static_cast<double const*>(kept.back().const_data_ptr());
   }
 
   job.chunk = features_at_a_time(features, std::max<int64_t>(height, 1));
@@ -205,7 +205,7 @@ std::vector<Tensor> graddrop_rows(TensorList const& flat, int64_t num_rows, Tens
     if (noise.empty()) continue;
     STD_TORCH_CHECK(Shape(noise[k]).same_sizes(parameter.shape), "noise must have the shapes of the rows");
     kept.push_back(twin_of(noise[k], parameter.strides, DType::f64));
-    job.noises.back().given = static_cast<double const*>(kept.back().const_data_ptr());
+    job.noises.back().numbers = static_cast<double const*>(kept.back().const_data_ptr());
   }
   job.chunk = std::clamp<int64_t>(kRowsFloats / num_rows / 512 * 512, 512, 4096);
   job.streams = next >= kStreamedElements;
@@ -215,8 +215,8 @@ std::vector<Tensor> graddrop_rows(TensorList const& flat, int64_t num_rows, Tens
   return results;
 }
 
-FASTMTL_CPU_KERNEL(graddrop, graddrop);
-FASTMTL_CPU_KERNEL(graddrop_rows, graddrop_rows);
+FASTMTL_KERNEL(graddrop, graddrop);
+FASTMTL_KERNEL(graddrop_rows, graddrop_rows);
 
 }  // namespace
 }  // namespace fastmtl

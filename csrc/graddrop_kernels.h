@@ -65,8 +65,8 @@ inline void draw_blocks(Noise const& noise, uint64_t block, float* centred) {
 /// Writes 2 u - 1 for `length` numbers, at most 4 * kDraws, from `first` on, a multiple of 4.
 template <class Acc>
 inline void draw(Noise const& noise, int64_t first, Acc* __restrict centred, int64_t length = 4 * kDraws) {
-  if (noise.given != nullptr) {
-    for (int64_t i = 0; i < length; ++i) centred[i] = static_cast<Acc>(2 * noise.given[i] - 1);
+  if (noise.numbers != nullptr) {
+    for (int64_t i = 0; i < length; ++i) centred[i] = static_cast<Acc>(2 * noise.numbers[i] - 1);
     return;
   }
   float numbers[4 * kDraws];
@@ -87,7 +87,7 @@ constexpr int64_t kSide = FASTMTL_ISA_LEVEL == 2 ? 4 : 2;
 
 namespace {
 
-/// The features [begin, begin + length) of the whole batch, and memory for what is found out about them.
+/// The features [begin, begin + length) of the whole batch, and memory for their factors.
 template <class Acc, class Storage>
 struct Block {
   BatchJob const& job;
@@ -184,12 +184,12 @@ void choose(Block<Acc, Storage>& block) {
   }
 }
 
-/// Writes the sum of the dropped gradients of `given` tasks from task `first` on, `side` vectors from feature i on;
-/// with `count`, which is then `given`, their factors stay in registers.
+/// Writes the sum of the dropped gradients of `num_tasks` tasks from task `first` on, `side` vectors from feature i on;
+/// with `count`, which is then `num_tasks`, their factors stay in registers.
 template <int count, int64_t side, bool streams, class Acc, class Storage>
-void drop_vectors(Block<Acc, Storage>& block, Batch const& out, int64_t first, int64_t given, int64_t i) {
+void drop_vectors(Block<Acc, Storage>& block, Batch const& out, int64_t first, int64_t num_tasks, int64_t i) {
   constexpr int64_t lanes = kLanes<Acc>;
-  int64_t const tasks = count == 0 ? given : count;
+  int64_t const tasks = count == 0 ? num_tasks : count;
   int64_t const stride = block.job.features;
   Acc const* const of_first = block.factors + first * block.length + i;
   Batch const* const grads = block.job.grads.data() + first;
@@ -263,7 +263,7 @@ void for_each_feature(int64_t length, Visit visit, Rest rest) {
   }
   for (; i + kLanes<Acc> <= length; i += kLanes<Acc>) visit(std::integral_constant<int64_t, 1>{}, i);
   if (i == length) return;
-  // What is left, with features before it that are then worked out twice alike.
+  // The last vector overlaps the one before it: features in both are computed twice, with the same result.
   if (length >= kLanes<Acc>) return visit(std::integral_constant<int64_t, 1>{}, length - kLanes<Acc>);
   rest(i, length - i);
 }

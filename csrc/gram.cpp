@@ -66,7 +66,7 @@ Tensor gram(TensorList const& flat, int64_t num_rows, std::optional<std::vector<
   return gram_of(upper, slices, num_rows, groups.has_value() ? std::optional(num_groups) : std::nullopt);
 }
 
-FASTMTL_CPU_KERNEL(gram, gram);
+FASTMTL_KERNEL(gram, gram);
 
 }  // namespace
 }  // namespace fastmtl

@@ -55,7 +55,7 @@ Prefetch prefetch_of(Chunk<Storage> const& chunk) {
 /// is prefetched in the meantime.
 template <class Acc, int R, int C, bool diagonal, class Storage>
 void multiply(Storage const* const* rows_a, Storage const* const* rows_b, int64_t begin, int64_t end, Tile<Acc>& tile,
-              Prefetch& given) {
+              Prefetch& caller_prefetch) {
   constexpr int64_t width = kLanes<Acc>;
   Storage const* a[R];
   Storage const* b[C];
@@ -63,7 +63,7 @@ void multiply(Storage const* const* rows_a, Storage const* const* rows_b, int64_
   for (int r = 0; r < R; ++r) a[r] = rows_a[r];
 #pragma GCC unroll 4
   for (int c = 0; c < C; ++c) b[c] = rows_b[c];
-  Prefetch prefetch = given;  // Of its own, for compilers to keep in registers.
+  Prefetch prefetch = caller_prefetch;  // Of its own, for compilers to keep in registers.
 
   Vec<Acc> sum[R][C];
   auto const step = [&](int64_t at) {
@@ -109,7 +109,7 @@ void multiply(Storage const* const* rows_a, Storage const* const* rows_b, int64_
     for (int64_t left = run % kVectorsPerPrefetch; left > 0; --left, at += width) step(at);
     put_aside();
   }
-  given = prefetch;
+  caller_prefetch = prefetch;
   int64_t const left = end - at;
   if (left == 0) return;
   Storage padded_a[R][width];

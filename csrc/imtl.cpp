@@ -1,4 +1,4 @@
-// IMTL-G's weights on the CPU: one thread, one call.
+// IMTL-G's weights, on every device.
 #include "fastmtl/imtl.h"
 
 #include "register.h"
@@ -7,15 +7,19 @@
 namespace fastmtl {
 namespace {
 
-Tensor imtl_cpu(Tensor gram) {
-  gram = dense_gram(gram);
-  int const n = static_cast<int>(gram.size(0));
-  Tensor weights = empty_double({n});
-  imtl(HostTeam{}, n, data_of(gram), mutable_data_of(weights), workspace(imtl_workspace(n)));
-  return weights;
-}
+struct Imtl {
+  int n;
+  double const* gram;
+  double* weights;
 
-FASTMTL_CPU_KERNEL(imtl, imtl_cpu);
+  FASTMTL_TEAM_TEMPLATE FASTMTL_HD void solve(Team const& team, int, double* memory) const {
+    imtl(team, n, gram, weights, memory);
+  }
+};
+
+Tensor imtl_op(Tensor gram) { return Gram(gram).solve<Imtl>(imtl_workspace); }
+
+FASTMTL_KERNEL(imtl, imtl_op);
 
 }  // namespace
 }  // namespace fastmtl

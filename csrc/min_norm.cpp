@@ -1,4 +1,4 @@
-// The min-norm solver on the CPU: one thread, one call.
+// The min-norm solver, on every device.
 #include "fastmtl/min_norm.h"
 
 #include <optional>
@@ -9,17 +9,24 @@
 namespace fastmtl {
 namespace {
 
-Tensor min_norm_cpu(Tensor gram, std::optional<Tensor> warm_start) {
-  gram = dense_gram(gram);
-  int const n = static_cast<int>(gram.size(0));
-  warm_start = dense_vector(warm_start, n, "warm_start");
-  Tensor weights = empty_double({n});
-  min_norm(HostTeam{}, n, data_of(gram), data_of(warm_start), mutable_data_of(weights),
-           workspace(min_norm_workspace(n)));
-  return weights;
+struct MinNorm {
+  int n;
+  double const* gram;
+  double* weights;
+  double const* warm;
+
+  FASTMTL_TEAM_TEMPLATE FASTMTL_HD void solve(Team const& team, int, double* memory) const {
+    min_norm(team, n, gram, warm, weights, memory);
+  }
+};
+
+Tensor min_norm_op(Tensor matrix, std::optional<Tensor> warm_start) {
+  Gram const gram(matrix);
+  std::optional<Tensor> const warm = dense_vector(gram.on, warm_start, gram.n, "warm_start");
+  return gram.solve<MinNorm>(min_norm_workspace, data_of(warm));
 }
 
-FASTMTL_CPU_KERNEL(min_norm, min_norm_cpu);
+FASTMTL_KERNEL(min_norm, min_norm_op);
 
 }  // namespace
 }  // namespace fastmtl

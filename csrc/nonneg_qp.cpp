@@ -1,4 +1,4 @@
-// Nonnegative quadratic programs on the CPU: one thread, one call.
+// Nonnegative quadratic programs, on every device.
 #include "fastmtl/nonneg_qp.h"
 
 #include "register.h"
@@ -7,17 +7,24 @@
 namespace fastmtl {
 namespace {
 
-Tensor nonneg_qp_cpu(Tensor gram, Tensor linear) {
-  gram = dense_gram(gram);
-  int const n = static_cast<int>(gram.size(0));
-  linear = *dense_vector(linear, n, "linear");
-  Tensor solution = empty_double({n});
-  nonneg_qp(HostTeam{}, n, data_of(gram), data_of(linear), mutable_data_of(solution),
-            workspace(nonneg_qp_workspace(n)));
-  return solution;
+struct Program {
+  int n;
+  double const* gram;
+  double* solution;
+  double const* linear;
+
+  FASTMTL_TEAM_TEMPLATE FASTMTL_HD void solve(Team const& team, int, double* memory) const {
+    nonneg_qp(team, n, gram, linear, solution, memory);
+  }
+};
+
+Tensor nonneg_qp_op(Tensor matrix, Tensor linear) {
+  Gram const gram(matrix);
+  std::optional<Tensor> const right = dense_vector(gram.on, linear, gram.n, "linear");
+  return gram.solve<Program>(nonneg_qp_workspace, data_of(right));
 }
 
-FASTMTL_CPU_KERNEL(nonneg_qp, nonneg_qp_cpu);
+FASTMTL_KERNEL(nonneg_qp, nonneg_qp_op);
 
 }  // namespace
 }  // namespace fastmtl

@@ -1,4 +1,4 @@
-// PCGrad's weights on the CPU: one thread, one call.
+// PCGrad's weights, on every device.
 #include "fastmtl/pcgrad.h"
 
 #include "orders.h"
@@ -8,17 +8,29 @@
 namespace fastmtl {
 namespace {
 
-Tensor pcgrad_cpu(Tensor gram, Tensor orders) {
-  gram = dense_gram(gram);
-  int const n = static_cast<int>(gram.size(0));
-  Orders const visits = dense_orders(orders, n);
-  Tensor weights = empty_double({n});
-  pcgrad(HostTeam{}, n, visits.steps, data_of(gram), visits.data, mutable_data_of(weights),
-         workspace(pcgrad_workspace(n, HostTeam::groups())));
+struct Pcgrad {
+  int n;
+  int64_t steps;
+  double const* gram;
+  int64_t const* orders;
+  double* weights;
+
+  FASTMTL_TEAM_TEMPLATE FASTMTL_HD void solve(Team const& team, int, double* memory) const {
+    pcgrad(team, n, steps, gram, orders, weights, memory);
+  }
+};
+
+Tensor pcgrad_op(Tensor matrix, Tensor orders) {
+  Gram const gram(matrix);
+  int const n = gram.n;
+  Orders const visits = dense_orders(gram.on, orders, n);
+  Tensor weights = gram.on.empty({n});
+  launch_surgery(gram.on, Pcgrad{n, visits.steps, gram.data(), visits.data, mutable_data_of(weights)}, n,
+                 pcgrad_workspace(n, surgery_groups(gram.on, n)));
   return weights;
 }
 
-FASTMTL_CPU_KERNEL(pcgrad, pcgrad_cpu);
+FASTMTL_KERNEL(pcgrad, pcgrad_op);
 
 }  // namespace
 }  // namespace fastmtl

@@ -6,6 +6,14 @@
 namespace fastmtl {
 namespace {
 
+#if defined(__CUDACC__)
+constexpr char const* kDevice = "CUDA";
+constexpr char const* kNamespace = "fastmtl_cuda";
+#else
+constexpr char const* kDevice = "CPU";
+constexpr char const* kNamespace = "fastmtl_cpp";
+#endif
+
 using torch::stable::detail::StableLibrary;
 
 std::vector<std::pair<char const*, BoxedKernel>>& kernels() {
@@ -15,20 +23,20 @@ std::vector<std::pair<char const*, BoxedKernel>>& kernels() {
 
 void implement(char const* space, char const* op, BoxedKernel boxed) {
   // Never deleted: taking kernels out of the dispatcher while the process ends is a race with torch's own end.
-  auto* library = new StableLibrary(StableLibrary::Kind::IMPL, space, "CPU", __FILE__, __LINE__);
+  auto* library = new StableLibrary(StableLibrary::Kind::IMPL, space, kDevice, __FILE__, __LINE__);
   library->impl(op, boxed);
 }
 
 }  // namespace
 
-CpuKernel::CpuKernel(char const* op, BoxedKernel boxed) {
+Kernel::Kernel(char const* op, BoxedKernel boxed) {
   kernels().emplace_back(op, boxed);
-  implement("fastmtl_cpp", op, boxed);
+  implement(kNamespace, op, boxed);
 }
 
 }  // namespace fastmtl
 
-/// Makes these kernels the ones of the namespace `fastmtl` on the CPU; called at most once.
+/// Makes these kernels the ones of the namespace `fastmtl` on their device; called at most once.
 extern "C" __attribute__((visibility("default"))) void fastmtl_register_default() {
   for (auto const& [op, boxed] : fastmtl::kernels()) fastmtl::implement("fastmtl", op, boxed);
 }

@@ -1,4 +1,4 @@
-// UPGrad's weights on the CPU: one thread, one call.
+// UPGrad's weights on the CPU; on a GPU every gradient is projected by a team of its own.
 #include "fastmtl/upgrad.h"
 
 #include "register.h"
@@ -7,16 +7,24 @@
 namespace fastmtl {
 namespace {
 
-Tensor upgrad_cpu(Tensor gram, double norm_eps, double reg_eps) {
+struct Upgrad {
+  int n;
+  double const* gram;
+  double* weights;
+  double norm_eps;
+  double reg_eps;
+
+  FASTMTL_TEAM_TEMPLATE FASTMTL_HD void solve(Team const& team, int, double* memory) const {
+    upgrad(team, n, norm_eps, reg_eps, gram, weights, memory);
+  }
+};
+
+Tensor upgrad_op(Tensor gram, double norm_eps, double reg_eps) {
   STD_TORCH_CHECK(norm_eps >= 0 && reg_eps >= 0, "norm_eps and reg_eps must be at least 0");
-  gram = dense_gram(gram);
-  int const n = static_cast<int>(gram.size(0));
-  Tensor weights = empty_double({n});
-  upgrad(HostTeam{}, n, norm_eps, reg_eps, data_of(gram), mutable_data_of(weights), workspace(upgrad_workspace(n)));
-  return weights;
+  return Gram(gram).solve<Upgrad>(upgrad_workspace, norm_eps, reg_eps);
 }
 
-FASTMTL_CPU_KERNEL(upgrad, upgrad_cpu);
+FASTMTL_KERNEL(upgrad, upgrad_op);
 
 }  // namespace
 }  // namespace fastmtl

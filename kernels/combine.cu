@@ -36,15 +36,8 @@ CombineJob make_job(OnDevice const& on, TensorList const& flat, int64_t num_rows
   STD_TORCH_CHECK(fits && (!groups.has_value() || (shape.dim == 2 && shape.sizes[0] == num_groups)),
                   "weights must have the shape (T,), (M, T) or, with groups, (L, T)");
   STD_TORCH_CHECK(is_real_float(weights), "weights must be floats");
-  Tensor dense = weights;
-  if (on.holds(weights)) {
-    dense = dense_double(weights);
-  } else {
-    dense = on.empty(weights.sizes());
-    torch::stable::copy_(dense, weights);
-  }
   int64_t const num_results = groups.has_value() || shape.dim == 1 ? 1 : shape.sizes[0];
-  return {on, std::move(rows), std::move(group), dense, num_results, groups.has_value()};
+  return {on, std::move(rows), std::move(group), dense(on, weights), num_results, groups.has_value()};
 }
 
 template <class Storage, bool same>
@@ -135,11 +128,11 @@ void combine_(std::vector<Tensor> const& out, TensorList const& flat, int64_t nu
   part_rows_from_targets(job.rows, job.targets,
                          [&](int64_t t, int64_t k) { return job.rows.row(t, k).tensor != nullptr; });
   run(job);
-  for (auto& [given, result] : detours) torch::stable::copy_(given, result);
+  for (auto& [target, sum] : detours) torch::stable::copy_(target, sum);
 }
 
-FASTMTL_CUDA_KERNEL(combine, combine);
-FASTMTL_CUDA_KERNEL(combine_, combine_);
+FASTMTL_KERNEL(combine, combine);
+FASTMTL_KERNEL(combine_, combine_);
 
 }  // namespace
 }  // namespace fastmtl

@@ -34,25 +34,25 @@ struct Terms {
   Acc weight[kCombineMaxRows];
   int count;
 
-  __device__ void gather(LaunchTable const& table, int s, CombineArguments const& given, int result) {
+  __device__ void gather(LaunchTable const& table, int s, CombineArguments const& arguments, int result) {
     if (threadIdx.x >= 32) return;
     auto const lane = static_cast<int>(threadIdx.x);
-    int64_t const which = given.by_group ? table.strip(s).group : result;
-    double const* const weights = given.weights + which * given.rows;
-    int found = 0;
-    for (int first = 0; first < given.rows; first += 32) {
+    int64_t const which = arguments.by_group ? table.strip(s).group : result;
+    double const* const weights = arguments.weights + which * arguments.rows;
+    int kept_before = 0;
+    for (int first = 0; first < arguments.rows; first += 32) {
       int const t = first + lane;
-      void const* const pointer = t < given.rows ? table.pointer(s, t) : nullptr;
-      double const own = pointer != nullptr ? weights[t] : 0;
-      unsigned const kept = __ballot_sync(0xffffffffu, own != 0);
-      if (own != 0) {
-        int const place = found + __popc(kept & ((1u << lane) - 1));
+      void const* const pointer = t < arguments.rows ? table.pointer(s, t) : nullptr;
+      double const factor = pointer != nullptr ? weights[t] : 0;
+      unsigned const kept = __ballot_sync(0xffffffffu, factor != 0);
+      if (factor != 0) {
+        int const place = kept_before + __popc(kept & ((1u << lane) - 1));
         row[place] = static_cast<Storage const*>(pointer);
-        weight[place] = static_cast<Acc>(own);
+        weight[place] = static_cast<Acc>(factor);
       }
-      found += __popc(kept);
+      kept_before += __popc(kept);
     }
-    if (lane == 0) count = found;
+    if (lane == 0) count = kept_before;
   }
 };
 
@@ -116,40 +116,40 @@ __device__ inline void write_elements(void* out, int64_t at, int64_t length, boo
 }
 
 template <bool same, bool whole, class Storage, class Acc>
-__device__ inline void write_sums(void* out, CombineArguments const& given, int64_t at, int64_t length,
+__device__ inline void write_sums(void* out, CombineArguments const& arguments, int64_t at, int64_t length,
                                   Acc (&sums)[kLanesOf<Storage>]) {
   if constexpr (same) {
-    write_same<whole, Storage>(out, at, length, given.accumulate, sums);
+    write_same<whole, Storage>(out, at, length, arguments.accumulate, sums);
   } else {
-    switch (given.out) {
+    switch (arguments.out) {
       case OutType::f32:
-        return write_elements<float>(out, at, length, given.accumulate, sums);
+        return write_elements<float>(out, at, length, arguments.accumulate, sums);
       case OutType::f64:
-        return write_elements<double>(out, at, length, given.accumulate, sums);
+        return write_elements<double>(out, at, length, arguments.accumulate, sums);
       case OutType::bf16:
-        return write_elements<Bf16>(out, at, length, given.accumulate, sums);
+        return write_elements<Bf16>(out, at, length, arguments.accumulate, sums);
       case OutType::f16:
-        return write_elements<F16>(out, at, length, given.accumulate, sums);
+        return write_elements<F16>(out, at, length, arguments.accumulate, sums);
     }
   }
 }
 
 /// `vectors` vectors of each lane, the first of which is at `at`.
 template <bool same, bool whole, int depth, int vectors, class Storage, class Acc>
-__device__ inline void combine_vectors(Terms<Storage, Acc> const& terms, void* out, CombineArguments const& given,
+__device__ inline void combine_vectors(Terms<Storage, Acc> const& terms, void* out, CombineArguments const& arguments,
                                        int64_t at, int64_t length) {
   constexpr int lanes = kLanesOf<Storage>;
   Acc sums[vectors][lanes] = {};
   add_terms<whole, depth>(terms, at, length, sums);
   FASTMTL_UNROLL
   for (int v = 0; v < vectors; ++v) {
-    write_sums<same, whole, Storage>(out, given, at + v * kCombineThreads * lanes, length, sums[v]);
+    write_sums<same, whole, Storage>(out, arguments, at + v * kCombineThreads * lanes, length, sums[v]);
   }
 }
 
 /// Elements [first, last) of one strip, `vectors` vectors of a lane at a time.
 template <bool same, int depth, int vectors, class Storage, class Acc>
-__device__ inline void combine_range(Terms<Storage, Acc> const& terms, void* out, CombineArguments const& given,
+__device__ inline void combine_range(Terms<Storage, Acc> const& terms, void* out, CombineArguments const& arguments,
                                      Strip const& strip, int64_t first, int64_t last) {
   constexpr int lanes = kLanesOf<Storage>;
   constexpr int64_t step = int64_t{kCombineThreads} * lanes;
@@ -157,40 +157,40 @@ __device__ inline void combine_range(Terms<Storage, Acc> const& terms, void* out
   int64_t at = first + int64_t{threadIdx.x} * lanes;
   // A strip's first vector may stick out of it.
   if (at < 0) {
-    combine_vectors<same, false, 1, 1>(terms, out, given, at, strip.length);
+    combine_vectors<same, false, 1, 1>(terms, out, arguments, at, strip.length);
     at += step;
   }
   FASTMTL_NO_UNROLL
   for (; at + reach <= last && is_whole(strip, at, reach); at += vectors * step) {
-    combine_vectors<same, true, depth, vectors>(terms, out, given, at, strip.length);
+    combine_vectors<same, true, depth, vectors>(terms, out, arguments, at, strip.length);
   }
   // Its end, and strips whose rows do not lie alike.
   FASTMTL_NO_UNROLL
-  for (; at < last; at += step) combine_vectors<same, false, 1, 1>(terms, out, given, at, strip.length);
+  for (; at < last; at += step) combine_vectors<same, false, 1, 1>(terms, out, arguments, at, strip.length);
 }
 
 /// Results of the rows' own type are summed in float32, or float64 for float64 rows; all others in float64.
 template <class Storage, bool same>
 __global__ void __launch_bounds__(kCombineThreads, kCombineBlocks)
-    combine_kernel(__grid_constant__ LaunchTable const table, CombineArguments const given) {
+    combine_kernel(__grid_constant__ LaunchTable const table, CombineArguments const arguments) {
   using Acc = std::conditional_t<same && !std::is_same_v<Storage, double>, float, double>;
   __shared__ Terms<Storage, Acc> terms;
   // Blocks side by side read the same pieces, so that all results but one find them in the cache.
-  auto const result = static_cast<int>(blockIdx.x % given.results);
-  int64_t const block = blockIdx.x / given.results;
+  auto const result = static_cast<int>(blockIdx.x % arguments.results);
+  int64_t const block = blockIdx.x / arguments.results;
   for_each_range(table, block, [&](int s, int64_t first, int64_t last) {
     __syncthreads();
-    terms.gather(table, s, given, result);
+    terms.gather(table, s, arguments, result);
     __syncthreads();
     Strip const strip = table.strip(s);
-    auto* const out = const_cast<void*>(table.pointer(s, given.rows + result));
+    auto* const out = const_cast<void*>(table.pointer(s, arguments.rows + result));
     constexpr int few = kCombineLoads / 2;
     // Float64 sums of two vectors of 16-bit elements would not fit the registers.
     constexpr int vectors = same || sizeof(Storage) > 2 ? 2 : 1;
     if (terms.count <= few) {
-      combine_range<same, few, vectors>(terms, out, given, strip, first, last);
+      combine_range<same, few, vectors>(terms, out, arguments, strip, first, last);
     } else {
-      combine_range<same, kCombineLoads, 1>(terms, out, given, strip, first, last);
+      combine_range<same, kCombineLoads, 1>(terms, out, arguments, strip, first, last);
     }
   });
 }

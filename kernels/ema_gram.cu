@@ -67,17 +67,17 @@ Tensor ema_gram(std::vector<Tensor> const& averages, TensorList const& flat, int
   TensorList const state = as_rows(averages);
   OnDevice const on(first_tensor(state));
   StateRows both(state, flat, num_rows);
-  Tensor const kept = factors_of(on, keep, num_rows, "keep");
-  Tensor const gained = factors_of(on, gains, num_rows, "gains");
+  Tensor const kept = *dense_vector(on, keep, num_rows, "keep");
+  Tensor const gained = *dense_vector(on, gains, num_rows, "gains");
   if (in_one_pass(both)) {
     check_device(on, state);
     check_device(on, flat);
     return update_and_multiply(on, both, kept, gained);
   }
   StatePlans const plans = plan_state(on, both, state);
-  for_each_pair(plans, [&](auto own, auto row, std::vector<StripPlan> const& some) {
-    using State = decltype(own);
-    using Storage = decltype(row);
+  for_each_pair(plans, [&](auto state_element, auto row_element, std::vector<StripPlan> const& some) {
+    using State = decltype(state_element);
+    using Storage = decltype(row_element);
     launch_state<State, Storage>(on, some, [&](LaunchTable const& table, GroupRuns const&, int64_t blocks) {
       ema_kernel<State, Storage><<<static_cast<unsigned>(blocks), kStateThreads, 0, on.stream()>>>(
           table, static_cast<double const*>(kept.const_data_ptr()),
@@ -88,7 +88,7 @@ Tensor ema_gram(std::vector<Tensor> const& averages, TensorList const& flat, int
   return gram_of_rows(state, num_rows, std::nullopt);
 }
 
-FASTMTL_CUDA_KERNEL(ema_gram_, ema_gram);
+FASTMTL_KERNEL(ema_gram_, ema_gram);
 
 }  // namespace
 }  // namespace fastmtl

@@ -16,32 +16,32 @@ constexpr int ema_tile_blocks(int rows) { return rows <= 2 ? 10 : rows <= 3 ? 7 
 template <bool whole, int rows, int pairs>
 __device__ inline void blend_vector(LaunchTable const& table, int s, float* const (&state)[rows],
                                     float const (&factors)[2][rows], int64_t at, int64_t length, float (&sum)[pairs]) {
-  Vector<float> own[rows];
+  Vector<float> average[rows];
   FASTMTL_UNROLL
   for (int t = 0; t < rows; ++t) {
-    own[t] = Vector<float>{};
+    average[t] = Vector<float>{};
     if (state[t] == nullptr) continue;
-    own[t] = load_vector<whole>(static_cast<float const*>(state[t]), at, length);
+    average[t] = load_vector<whole>(static_cast<float const*>(state[t]), at, length);
     auto const* const row = static_cast<float const*>(table.pointer(s, table.pointers / 2 + t));
     float const keep = factors[0][t];
     // A missing row adds nothing, whatever its gain is.
     float const gain = row != nullptr ? factors[1][t] : 0.0f;
     Vector<float> const grad = row != nullptr ? load_vector<whole>(row, at, length) : Vector<float>{};
     FASTMTL_UNROLL
-    for (int e = 0; e < kLanesOf<float>; ++e) own[t].value[e] = keep * own[t].value[e] + gain * grad.value[e];
-    store_vector<whole>(state[t], at, length, own[t]);
+    for (int e = 0; e < kLanesOf<float>; ++e) average[t].value[e] = keep * average[t].value[e] + gain * grad.value[e];
+    store_vector<whole>(state[t], at, length, average[t]);
   }
-  multiply_loaded(own, sum);
+  multiply_loaded(average, sum);
 }
 
-/// The sums of `given` rows; a strip's pointers are those of its states, then those of its rows.
+/// The sums of `num_rows` rows; a strip's pointers are those of its states, then those of its rows.
 template <int rows>
 __global__ void __launch_bounds__(kGramThreads, ema_tile_blocks(rows))
-    ema_gram_tile_kernel(__grid_constant__ LaunchTable const table, int given, double const* keep, double const* gains,
-                         double* partial) {
+    ema_gram_tile_kernel(__grid_constant__ LaunchTable const table, int num_rows, double const* keep,
+                         double const* gains, double* partial) {
   constexpr int pairs = rows * (rows + 1) / 2;
   [[maybe_unused]] __shared__ float factors[2][rows];
-  if (static_cast<int>(threadIdx.x) < given) {
+  if (static_cast<int>(threadIdx.x) < num_rows) {
     factors[0][threadIdx.x] = static_cast<float>(keep[threadIdx.x]);
     factors[1][threadIdx.x] = static_cast<float>(gains[threadIdx.x]);
   }
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kGramThreads, ema_tile_blocks(rows))
     float const* row[rows];
     FASTMTL_UNROLL
     for (int t = 0; t < rows; ++t) {
-      state[t] = t < given ? static_cast<float*>(const_cast<void*>(table.pointer(s, t))) : nullptr;
+      state[t] = t < num_rows ? static_cast<float*>(const_cast<void*>(table.pointer(s, t))) : nullptr;
       row[t] = state[t];
     }
     FASTMTL_NO_UNROLL
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kGramThreads, ema_tile_blocks(rows))
       add_sums(table, s, row, strip, piece, end, sum, total);
     }
   });
-  write_sums<rows>(total, given, partial);
+  write_sums<rows>(total, num_rows, partial);
 }
 
 }  // namespace fastmtl

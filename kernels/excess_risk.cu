@@ -24,9 +24,9 @@ Tensor excess_risk(std::vector<Tensor> const& sums, TensorList const& flat, int6
   StatePlans const plans = plan_state(on, both, state);
   Tensor risks = on.empty({num_rows});
   torch::stable::zero_(risks);
-  for_each_pair(plans, [&](auto own, auto row, std::vector<StripPlan> const& all) {
-    using State = decltype(own);
-    using Storage = decltype(row);
+  for_each_pair(plans, [&](auto state_element, auto row_element, std::vector<StripPlan> const& all) {
+    using State = decltype(state_element);
+    using Storage = decltype(row_element);
     std::vector<StripPlan> some;
     for (StripPlan const& plan : all) {
       if (plan.pointers[1] != nullptr) some.push_back(plan);
@@ -47,7 +47,7 @@ Tensor excess_risk(std::vector<Tensor> const& sums, TensorList const& flat, int6
   return risks;
 }
 
-FASTMTL_CUDA_KERNEL(excess_risk_, excess_risk);
+FASTMTL_KERNEL(excess_risk_, excess_risk);
 
 }  // namespace
 }  // namespace fastmtl

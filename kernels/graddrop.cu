@@ -31,12 +31,12 @@ Tensor const& brought_to(std::vector<int64_t> const& strides, DType dtype, Tenso
 }
 
 template <class Storage>
-void launch(OnDevice const& on, DropArguments const& given) {
+void launch(OnDevice const& on, DropArguments const& arguments) {
   constexpr int features = kDropFeaturesOf<Storage>;
-  auto const shared = static_cast<size_t>(given.tasks + kDropWarps) * features * sizeof(DropAcc<Storage>);
+  auto const shared = static_cast<size_t>(arguments.tasks + kDropWarps) * features * sizeof(DropAcc<Storage>);
   STD_TORCH_CHECK(on.grant_shared(graddrop_kernel<Storage>, shared), "this GPU has too little shared memory");
-  int64_t const blocks = (given.features + features - 1) / features;
-  graddrop_kernel<Storage><<<static_cast<unsigned>(blocks), kDropThreads, shared, on.stream()>>>(given);
+  int64_t const blocks = (arguments.features + features - 1) / features;
+  graddrop_kernel<Storage><<<static_cast<unsigned>(blocks), kDropThreads, shared, on.stream()>>>(arguments);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
@@ -56,46 +56,46 @@ std::vector<Tensor> graddrop(std::vector<Tensor> const& reps, std::vector<Tensor
     }
   }
   Shape const& first = shapes.front();
-  DropArguments given{};
-  given.features = std::accumulate(first.sizes + 1, first.sizes + first.dim, int64_t{1}, std::multiplies<>());
-  given.random = stream_of(on, random);
-  given.random_stride = Shape(random).strides[0];
-  given.leak = leak;
-  given.tasks = static_cast<int32_t>(tasks);
-  given.shares = reps.size() == 1;
-  std::vector<int64_t> const inner = feature_strides(shapes, given.features);
+  DropArguments arguments{};
+  arguments.features = std::accumulate(first.sizes + 1, first.sizes + first.dim, int64_t{1}, std::multiplies<>());
+  arguments.random = stream_of(on, random);
+  arguments.random_stride = Shape(random).strides[0];
+  arguments.leak = leak;
+  arguments.tasks = static_cast<int32_t>(tasks);
+  arguments.shares = reps.size() == 1;
+  std::vector<int64_t> const inner = feature_strides(shapes, arguments.features);
   std::vector<int64_t> strides = inner;
-  strides.insert(strides.begin(), std::max<int64_t>(given.features, 1));
+  strides.insert(strides.begin(), std::max<int64_t>(arguments.features, 1));
 
   std::vector<Tensor> kept;
   kept.reserve(2 * shapes.size() + 1);
   std::vector<Tensor> results;
   // Results of another type than that in which everything is taken, each with the tensor that is written first.
   std::vector<std::pair<Tensor, Tensor>> detours;
-  given.aligned = given.features * item_bytes(dtype) % kLoadBytes == 0;
+  arguments.aligned = arguments.features * item_bytes(dtype) % kLoadBytes == 0;
   auto const align = [&](void const* data) {
-    given.aligned &= reinterpret_cast<uintptr_t>(data) % kLoadBytes == 0;
+    arguments.aligned &= reinterpret_cast<uintptr_t>(data) % kLoadBytes == 0;
     return data;
   };
   for (size_t r = 0; r < reps.size(); ++r) {
-    given.batch[r] = shapes[r].sizes[0];
-    given.rep[r] = align(brought_to(strides, dtype, reps[r], kept).const_data_ptr());
-    DType own = dtype_of(grads[r]);
-    for (size_t t = 0; given.shares && t < tasks; ++t) own = promote(own, dtype_of(grads[t]));
+    arguments.batch[r] = shapes[r].sizes[0];
+    arguments.rep[r] = align(brought_to(strides, dtype, reps[r], kept).const_data_ptr());
+    DType result_dtype = dtype_of(grads[r]);
+    for (size_t t = 0; arguments.shares && t < tasks; ++t) result_dtype = promote(result_dtype, dtype_of(grads[t]));
     std::vector<int64_t> const sizes(shapes[r].sizes, shapes[r].sizes + shapes[r].dim);
-    results.push_back(empty_strided(sizes, strides, own, &grads[0]));
+    results.push_back(empty_strided(sizes, strides, result_dtype, &grads[0]));
     Tensor target = results.back();
-    if (own != dtype) {
+    if (result_dtype != dtype) {
       target = empty_strided(sizes, strides, dtype, &grads[0]);
       detours.emplace_back(results.back(), target);
     }
-    given.out[r] = target.mutable_data_ptr();
-    align(given.out[r]);
+    arguments.out[r] = target.mutable_data_ptr();
+    align(arguments.out[r]);
   }
   for (size_t t = 0; t < tasks; ++t) {
-    STD_TORCH_CHECK(Shape(grads[t]).sizes[0] == given.batch[given.rep_of(static_cast<int>(t))],
+    STD_TORCH_CHECK(Shape(grads[t]).sizes[0] == arguments.batch[arguments.rep_of(static_cast<int>(t))],
                     "reps and grads must have one batch");
-    given.grad[t] = align(brought_to(strides, dtype, grads[t], kept).const_data_ptr());
+    arguments.grad[t] = align(brought_to(strides, dtype, grads[t], kept).const_data_ptr());
   }
   if (noise.has_value()) {
     Shape const shape(*noise);
@@ -103,10 +103,10 @@ std::vector<Tensor> graddrop(std::vector<Tensor> const& reps, std::vector<Tensor
                     "noise must have the shape of the features");
     kept.push_back(empty_strided({shape.sizes, shape.sizes + shape.dim}, inner, DType::f64, &grads[0]));
     torch::stable::copy_(kept.back(), *noise);
-    given.noise = static_cast<double const*>(kept.back().const_data_ptr());
+    arguments.noise = static_cast<double const*>(kept.back().const_data_ptr());
   }
-  if (given.features > 0) {
-    with_storage(dtype, [&](auto storage) { launch<decltype(storage)>(on, given); });
+  if (arguments.features > 0) {
+    with_storage(dtype, [&](auto storage) { launch<decltype(storage)>(on, arguments); });
   }
   for (auto& [result, written] : detours) torch::stable::copy_(result, written);
   return results;
@@ -118,13 +118,11 @@ std::vector<Tensor> graddrop_rows(TensorList const& flat, int64_t num_rows, Tens
   OnDevice const on(first);
   check_device(on, flat);
   RowTable rows(flat, num_rows);
-  STD_TORCH_CHECK(is_real_float(leak) && on.holds(leak) && leak.dim() == 1 && leak.size(0) == num_rows,
-                  "leak must hold one float per row, on its device");
   STD_TORCH_CHECK(noise.empty() || static_cast<int64_t>(noise.size()) == rows.width(),
                   "noise must hold one tensor for each tensor of a row");
-  Tensor const leaks = dense_double(leak);
-  DropRowsArguments const given{static_cast<double const*>(leaks.const_data_ptr()), stream_of(on, random),
-                                Shape(random).strides[0], static_cast<int32_t>(num_rows)};
+  Tensor const leaks = *dense_vector(on, leak, num_rows, "leak");
+  DropRowsArguments const arguments{static_cast<double const*>(leaks.const_data_ptr()), stream_of(on, random),
+                                    Shape(random).strides[0], static_cast<int32_t>(num_rows)};
   std::vector<Tensor> results;
   std::vector<Tensor> kept;
   std::vector<StripPlan> plans[4];
@@ -154,7 +152,7 @@ std::vector<Tensor> graddrop_rows(TensorList const& flat, int64_t num_rows, Tens
       plan_launches(plans[static_cast<int>(dtype)], num_rows + 1, sizeof(Storage), cut,
                     [&](LaunchTable const& table, GroupRuns const&, int64_t blocks) {
                       graddrop_rows_kernel<Storage>
-                          <<<static_cast<unsigned>(blocks), kDropThreads, 0, on.stream()>>>(table, given);
+                          <<<static_cast<unsigned>(blocks), kDropThreads, 0, on.stream()>>>(table, arguments);
                       STD_CUDA_KERNEL_LAUNCH_CHECK();
                     });
     });
@@ -162,8 +160,8 @@ std::vector<Tensor> graddrop_rows(TensorList const& flat, int64_t num_rows, Tens
   return results;
 }
 
-FASTMTL_CUDA_KERNEL(graddrop, graddrop);
-FASTMTL_CUDA_KERNEL(graddrop_rows, graddrop_rows);
+FASTMTL_KERNEL(graddrop, graddrop);
+FASTMTL_KERNEL(graddrop_rows, graddrop_rows);
 
 }  // namespace
 }  // namespace fastmtl

@@ -40,24 +40,26 @@ struct DropArguments {
 };
 
 template <class Storage>
-__device__ inline Vector<Storage> load_features(DropArguments const& given, void const* data, int64_t b, int64_t at) {
-  auto const* const row = static_cast<Storage const*>(data) + b * given.features;
-  return given.aligned && at < given.features ? load_whole(row + at) : load_vector_guarded(row, at, given.features);
+__device__ inline Vector<Storage> load_features(DropArguments const& arguments, void const* data, int64_t b,
+                                                int64_t at) {
+  auto const* const row = static_cast<Storage const*>(data) + b * arguments.features;
+  return arguments.aligned && at < arguments.features ? load_whole(row + at)
+                                                      : load_vector_guarded(row, at, arguments.features);
 }
 
 /// signed_sums[feature] = sum over the batch of grad sign(rep), for one task.
 template <class Storage, class Acc>
-__device__ inline void sum_batch(DropArguments const& given, int t, int64_t at, Acc* of_warp, Acc* signed_sums) {
+__device__ inline void sum_batch(DropArguments const& arguments, int t, int64_t at, Acc* of_warp, Acc* signed_sums) {
   constexpr int lanes = kLanesOf<Storage>;
   constexpr int features = kDropFeaturesOf<Storage>;
   auto const vector = static_cast<int>(threadIdx.x % kDropVectors);
   auto const warp = static_cast<int>(threadIdx.x / 32);
-  int const r = given.rep_of(t);
+  int const r = arguments.rep_of(t);
   Acc sum[lanes] = {};
   FASTMTL_UNROLL_BY_2
-  for (int64_t b = threadIdx.x / kDropVectors; b < given.batch[r]; b += kDropLanes) {
-    Vector<Storage> const rep = load_features<Storage>(given, given.rep[r], b, at);
-    Vector<Storage> const grad = load_features<Storage>(given, given.grad[t], b, at);
+  for (int64_t b = threadIdx.x / kDropVectors; b < arguments.batch[r]; b += kDropLanes) {
+    Vector<Storage> const rep = load_features<Storage>(arguments, arguments.rep[r], b, at);
+    Vector<Storage> const grad = load_features<Storage>(arguments, arguments.grad[t], b, at);
     FASTMTL_UNROLL
     for (int i = 0; i < lanes; ++i) {
       Acc const value = widen<Acc>(rep.value[i]);
@@ -86,64 +88,64 @@ __device__ inline void sum_batch(DropArguments const& given, int t, int64_t at, 
 
 /// results = grad (leak + (1 - leak) M), summed over the tasks where they share a representation.
 template <class Storage>
-__global__ void __launch_bounds__(kDropThreads) graddrop_kernel(__grid_constant__ DropArguments const given) {
+__global__ void __launch_bounds__(kDropThreads) graddrop_kernel(__grid_constant__ DropArguments const arguments) {
   using Acc = DropAcc<Storage>;
   constexpr int lanes = kLanesOf<Storage>;
   constexpr int features = kDropFeaturesOf<Storage>;
   FASTMTL_DYNAMIC_SHARED(double, memory);
   // (tasks, features) signed sums, of which factors are made, then what the warps have summed.
   auto* const factors = reinterpret_cast<Acc*>(memory);
-  Acc* const of_warp = factors + given.tasks * features;
+  Acc* const of_warp = factors + arguments.tasks * features;
 
   int64_t const first = int64_t{blockIdx.x} * features;
   int64_t const at = first + int64_t{threadIdx.x % kDropVectors} * lanes;
   FASTMTL_NO_UNROLL
-  for (int t = 0; t < given.tasks; ++t) sum_batch<Storage>(given, t, at, of_warp, factors + t * features);
+  for (int t = 0; t < arguments.tasks; ++t) sum_batch<Storage>(arguments, t, at, of_warp, factors + t * features);
 
-  int64_t const own = first + threadIdx.x;
-  if (static_cast<int>(threadIdx.x) < features && own < given.features) {
+  int64_t const feature = first + threadIdx.x;
+  if (static_cast<int>(threadIdx.x) < features && feature < arguments.features) {
     Acc sum = 0;
     Acc size = 0;
     FASTMTL_NO_UNROLL
-    for (int t = 0; t < given.tasks; ++t) {
+    for (int t = 0; t < arguments.tasks; ++t) {
       Acc const value = factors[t * features + threadIdx.x];
       sum += value;
       size += value < 0 ? -value : value;
     }
-    Acc const centred = given.noise != nullptr ? static_cast<Acc>(2 * given.noise[own] - 1)
-                                               : Stream(given.random, given.random_stride).centred(own);
+    Acc const centred = arguments.noise != nullptr ? static_cast<Acc>(2 * arguments.noise[feature] - 1)
+                                                   : Stream(arguments.random, arguments.random_stride).centred(feature);
     Acc const sign = sign_that_stays(sum, size, centred);
     FASTMTL_NO_UNROLL
-    for (int t = 0; t < given.tasks; ++t) {
+    for (int t = 0; t < arguments.tasks; ++t) {
       Acc& factor = factors[t * features + threadIdx.x];
-      factor = factor * sign > 0 ? Acc(1) : static_cast<Acc>(given.leak);
+      factor = factor * sign > 0 ? Acc(1) : static_cast<Acc>(arguments.leak);
     }
   }
   __syncthreads();
 
-  if (at >= given.features) return;
+  if (at >= arguments.features) return;
   int const place = static_cast<int>(threadIdx.x % kDropVectors) * lanes;
-  int const results = given.shares ? 1 : given.tasks;
+  int const results = arguments.shares ? 1 : arguments.tasks;
   FASTMTL_NO_UNROLL
   for (int r = 0; r < results; ++r) {
-    int const end = given.shares ? given.tasks : r + 1;
+    int const end = arguments.shares ? arguments.tasks : r + 1;
     FASTMTL_NO_UNROLL
-    for (int64_t b = threadIdx.x / kDropVectors; b < given.batch[r]; b += kDropLanes) {
+    for (int64_t b = threadIdx.x / kDropVectors; b < arguments.batch[r]; b += kDropLanes) {
       Acc sum[lanes] = {};
       FASTMTL_UNROLL_BY_2
       for (int t = r; t < end; ++t) {
-        Vector<Storage> const grad = load_features<Storage>(given, given.grad[t], b, at);
+        Vector<Storage> const grad = load_features<Storage>(arguments, arguments.grad[t], b, at);
         FASTMTL_UNROLL
         for (int i = 0; i < lanes; ++i) sum[i] += widen<Acc>(grad.value[i]) * factors[t * features + place + i];
       }
       Vector<Storage> result;
       FASTMTL_UNROLL
       for (int i = 0; i < lanes; ++i) narrow(result.value[i], sum[i]);
-      Storage* const row = static_cast<Storage*>(given.out[r]) + b * given.features;
-      if (given.aligned) {
-        store_vector<true>(row, at, given.features, result);
+      Storage* const row = static_cast<Storage*>(arguments.out[r]) + b * arguments.features;
+      if (arguments.aligned) {
+        store_vector<true>(row, at, arguments.features, result);
       } else {
-        store_vector<false>(row, at, given.features, result);
+        store_vector<false>(row, at, arguments.features, result);
       }
     }
   }
@@ -164,7 +166,7 @@ struct DropRowsArguments {
 /// The elements of one vector. A strip's pointers are its rows, its result, its noise (or null) and, as a word, the
 /// number of its first element.
 template <bool whole, class Storage>
-__device__ inline void drop_vector(LaunchTable const& table, int s, DropRowsArguments const& given,
+__device__ inline void drop_vector(LaunchTable const& table, int s, DropRowsArguments const& arguments,
                                    Stream const& stream, int64_t at, int64_t length) {
   using Acc = DropAcc<Storage>;
   constexpr int lanes = kLanesOf<Storage>;
@@ -177,13 +179,13 @@ __device__ inline void drop_vector(LaunchTable const& table, int s, DropRowsArgu
     FASTMTL_UNROLL
     for (int d = 0; d < depth; ++d) {
       loaded[d] = {};
-      if (first + d >= given.rows) continue;
+      if (first + d >= arguments.rows) continue;
       auto const* const row = static_cast<Storage const*>(table.pointer(s, first + d));
       if (row != nullptr) loaded[d] = load_vector<whole>(row, at, length);
     }
   };
   FASTMTL_NO_UNROLL
-  for (int first = 0; first < given.rows; first += depth) {
+  for (int first = 0; first < arguments.rows; first += depth) {
     load(first);
     FASTMTL_UNROLL
     for (int d = 0; d < depth; ++d) {
@@ -197,14 +199,14 @@ __device__ inline void drop_vector(LaunchTable const& table, int s, DropRowsArgu
   }
 
   Acc sign[lanes];
-  auto const* const noise = static_cast<double const*>(table.pointer(s, given.rows + 1));
+  auto const* const noise = static_cast<double const*>(table.pointer(s, arguments.rows + 1));
   if (noise != nullptr) {
     FASTMTL_UNROLL
     for (int i = 0; i < lanes; ++i) {
       sign[i] = whole || (at + i >= 0 && at + i < length) ? static_cast<Acc>(2 * noise[at + i] - 1) : Acc(0);
     }
   } else {
-    stream.draw(static_cast<int64_t>(reinterpret_cast<uintptr_t>(table.pointer(s, given.rows + 2))) + at, sign);
+    stream.draw(static_cast<int64_t>(reinterpret_cast<uintptr_t>(table.pointer(s, arguments.rows + 2))) + at, sign);
   }
   FASTMTL_UNROLL
   for (int i = 0; i < lanes; ++i) {
@@ -213,12 +215,12 @@ __device__ inline void drop_vector(LaunchTable const& table, int s, DropRowsArgu
   }
 
   FASTMTL_NO_UNROLL
-  for (int first = 0; first < given.rows; first += depth) {
-    if (given.rows > depth) load(first);
+  for (int first = 0; first < arguments.rows; first += depth) {
+    if (arguments.rows > depth) load(first);
     FASTMTL_UNROLL
     for (int d = 0; d < depth; ++d) {
-      if (first + d < given.rows) {
-        auto const leak = static_cast<Acc>(given.leaks[first + d]);
+      if (first + d < arguments.rows) {
+        auto const leak = static_cast<Acc>(arguments.leaks[first + d]);
         FASTMTL_UNROLL
         for (int i = 0; i < lanes; ++i) {
           Acc const value = widen<Acc>(loaded[d].value[i]);
@@ -230,23 +232,23 @@ __device__ inline void drop_vector(LaunchTable const& table, int s, DropRowsArgu
   Vector<Storage> result;
   FASTMTL_UNROLL
   for (int i = 0; i < lanes; ++i) narrow(result.value[i], sum[i]);
-  auto* const out = static_cast<Storage*>(const_cast<void*>(table.pointer(s, given.rows)));
+  auto* const out = static_cast<Storage*>(const_cast<void*>(table.pointer(s, arguments.rows)));
   store_vector<whole>(out, at, length, result);
 }
 
 template <class Storage>
 __global__ void __launch_bounds__(kDropThreads, 2)
-    graddrop_rows_kernel(__grid_constant__ LaunchTable const table, DropRowsArguments const given) {
+    graddrop_rows_kernel(__grid_constant__ LaunchTable const table, DropRowsArguments const arguments) {
   constexpr int lanes = kLanesOf<Storage>;
-  Stream const stream(given.random, given.random_stride);
+  Stream const stream(arguments.random, arguments.random_stride);
   for_each_range(table, blockIdx.x, [&](int s, int64_t first, int64_t last) {
     Strip const strip = table.strip(s);
     FASTMTL_NO_UNROLL
     for (int64_t at = first + int64_t{threadIdx.x} * lanes; at < last; at += int64_t{kDropThreads} * lanes) {
       if (is_whole(strip, at, lanes)) {
-        drop_vector<true, Storage>(table, s, given, stream, at, strip.length);
+        drop_vector<true, Storage>(table, s, arguments, stream, at, strip.length);
       } else {
-        drop_vector<false, Storage>(table, s, given, stream, at, strip.length);
+        drop_vector<false, Storage>(table, s, arguments, stream, at, strip.length);
       }
     }
   });

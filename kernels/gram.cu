@@ -128,6 +128,6 @@ Tensor gram_of_rows(TensorList const& flat, int64_t num_rows, std::optional<std:
   return result;
 }
 
-FASTMTL_CUDA_KERNEL(gram, gram_of_rows);
+FASTMTL_KERNEL(gram, gram_of_rows);
 
 }  // namespace fastmtl

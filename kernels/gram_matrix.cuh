@@ -76,8 +76,8 @@ struct PairsOfRows {
   __device__ void load(int64_t at, Vector<Storage> (&loaded)[kLoadedBlocks]) const {
     FASTMTL_UNROLL
     for (int b = 0; b < kLoadedBlocks; ++b) {
-      Storage const* const own = row_of(b);
-      loaded[b] = own != nullptr ? load_whole(own + at + place() * kLanes) : Vector<Storage>{};
+      Storage const* const elements = row_of(b);
+      loaded[b] = elements != nullptr ? load_whole(elements + at + place() * kLanes) : Vector<Storage>{};
     }
     __syncwarp();
   }
@@ -88,9 +88,9 @@ struct PairsOfRows {
                                Vector<Storage> (&loaded)[kLoadedBlocks]) const {
     FASTMTL_UNROLL_BY_2
     for (int b = 0; b < kLoadedBlocks; ++b) {
-      Storage const* const own = row_of(b);
-      int64_t const length = own != nullptr ? strip.length : 0;
-      slots[b * kMatrixThreads] = load_vector_guarded(own, at + place() * kLanes, length);
+      Storage const* const elements = row_of(b);
+      int64_t const length = elements != nullptr ? strip.length : 0;
+      slots[b * kMatrixThreads] = load_vector_guarded(elements, at + place() * kLanes, length);
     }
     FASTMTL_UNROLL
     for (int b = 0; b < kLoadedBlocks; ++b) loaded[b] = slots[b * kMatrixThreads];
@@ -177,26 +177,26 @@ struct PairsOfRows {
     if constexpr (!diagonal || std::is_same_v<Storage, double>) {
       return false;
     } else {
-      bool found = false;
+      bool nonzero = false;
       unsigned zeros = 0;
       FASTMTL_UNROLL
       for (int b = 0; b < left_blocks; ++b) {
         // Row r of a block meets itself in the lane that has columns r and its neighbour.
         float const* const tile = sum[b / 2][b];
-        float const own = group() % 2 == 0 ? tile[b % 2 * 2] : tile[b % 2 * 2 + 1];
-        float const square = __shfl_sync(0xffffffffu, own, 4 * group() + group() / 2);
+        float const diagonal_entry = group() % 2 == 0 ? tile[b % 2 * 2] : tile[b % 2 * 2 + 1];
+        float const square = __shfl_sync(0xffffffffu, diagonal_entry, 4 * group() + group() / 2);
         if (row_of(b) != nullptr && !trusted(square)) {
-          found |= square != 0;
+          nonzero |= square != 0;
           zeros |= 1u << b;
         }
       }
       FASTMTL_NO_UNROLL
-      for (int b = 0; zeros >> b != 0 && !found; ++b) {
+      for (int b = 0; zeros >> b != 0 && !nonzero; ++b) {
         if ((zeros >> b & 1) == 0) continue;
-        found = any_nonzero<Storage>(row_of(b), first + place() * kLanes, last, stride, kLanes, strip.length);
+        nonzero = any_nonzero<Storage>(row_of(b), first + place() * kLanes, last, stride, kLanes, strip.length);
       }
       __syncwarp();
-      return found;
+      return nonzero;
     }
   }
 
@@ -239,10 +239,10 @@ __device__ inline void multiply_pieces(LaunchTable const& table, int rows, Pairs
     FASTMTL_NO_UNROLL
     for (int64_t piece = first; piece < last; piece += table.piece) {
       int64_t const end = piece + table.piece < last ? piece + table.piece : last;
-      int64_t const own = piece + int64_t{number} * Pairs::kColumns;
+      int64_t const begin = piece + int64_t{number} * Pairs::kColumns;
       pairs.clear();
-      pairs.run(strip, own, end, stride, slots);
-      if (__syncthreads_or(pairs.exceeds(strip, own, end, stride))) {
+      pairs.run(strip, begin, end, stride, slots);
+      if (__syncthreads_or(pairs.exceeds(strip, begin, end, stride))) {
         multiply_wide<Storage>(table, s, rows, piece, end, sums);
       } else {
         for (int turn = 0; turn < sharers; ++turn) {
@@ -267,17 +267,19 @@ __global__ void __launch_bounds__(kMatrixThreads, gram_matrix_blocks(blocks16))
   __syncthreads();
   constexpr int loaded_blocks = blocks16 <= 4 ? 2 * blocks16 : 12;
   __shared__ Vector<Storage> slots[loaded_blocks * kMatrixThreads];
-  Vector<Storage>* const own = slots + threadIdx.x;
+  Vector<Storage>* const lane_slots = slots + threadIdx.x;
   __shared__ Storage const* row[kMatrixThreads];
   auto const warp = static_cast<int>(threadIdx.x / 32);
   if constexpr (blocks16 <= 4) {
     constexpr int blocks = 2 * blocks16;
     multiply_pieces<Storage>(table, rows, PairsOfRows<Storage, blocks, blocks, true>(row, 0, 0), warp, kMatrixWarps,
-                             own, sums);
+                             lane_slots, sums);
   } else if (warp < 2) {
-    multiply_pieces<Storage>(table, rows, PairsOfRows<Storage, 8, 8, true>(row, 8 * warp, 8 * warp), 0, 1, own, sums);
+    multiply_pieces<Storage>(table, rows, PairsOfRows<Storage, 8, 8, true>(row, 8 * warp, 8 * warp), 0, 1, lane_slots,
+                             sums);
   } else {
-    multiply_pieces<Storage>(table, rows, PairsOfRows<Storage, 4, 8, false>(row, 4 * (warp - 2), 8), 0, 1, own, sums);
+    multiply_pieces<Storage>(table, rows, PairsOfRows<Storage, 4, 8, false>(row, 4 * (warp - 2), 8), 0, 1, lane_slots,
+                             sums);
   }
   __syncthreads();
   for (int p = static_cast<int>(threadIdx.x); p < pairs; p += kMatrixThreads) {

@@ -31,16 +31,16 @@ __device__ inline double warp_sum(double value) {
 template <class Storage>
 __device__ inline bool any_nonzero(void const* row, int64_t at, int64_t last, int64_t stride, int count,
                                    int64_t length) {
-  auto const* const own = static_cast<Storage const*>(row);
-  bool found = false;
+  auto const* const elements = static_cast<Storage const*>(row);
+  bool nonzero = false;
   FASTMTL_NO_UNROLL
   for (; at < last; at += stride) {
     FASTMTL_NO_UNROLL
     for (int e = 0; e < count; ++e) {
-      if (at + e >= 0 && at + e < length) found |= !(widen<float>(own[at + e]) == 0);
+      if (at + e >= 0 && at + e < length) nonzero |= !(widen<float>(elements[at + e]) == 0);
     }
   }
-  return found;
+  return nonzero;
 }
 
 /// sum += all products of one vector of each row.
@@ -127,7 +127,7 @@ __device__ inline void add_sums(LaunchTable const& table, int s, Storage const* 
 
 /// Leaves the sums of a block's lanes in `partial`, for the pairs of the rows that are given.
 template <int rows, int pairs>
-__device__ inline void write_sums(double const (&total)[pairs], int given, double* partial) {
+__device__ inline void write_sums(double const (&total)[pairs], int num_rows, double* partial) {
   __shared__ double of_warp[kGramThreads / 32][pairs];
   auto const warp = static_cast<int>(threadIdx.x / 32);
   FASTMTL_UNROLL
@@ -143,7 +143,7 @@ __device__ inline void write_sums(double const (&total)[pairs], int given, doubl
   int i = 0;
   for (; p >= rows - i; ++i) p -= rows - i;
   int const j = i + p;
-  if (j < given) partial[int64_t{pair_of(given, i, j)} * gridDim.x + blockIdx.x] = sum;
+  if (j < num_rows) partial[int64_t{pair_of(num_rows, i, j)} * gridDim.x + blockIdx.x] = sum;
 }
 
 /// Blocks of a processor: as many as there are registers for.
@@ -155,7 +155,7 @@ constexpr int gram_tile_blocks(int rows) {
 
 template <class Storage, int rows>
 __global__ void __launch_bounds__(kGramThreads, gram_tile_blocks<Storage>(rows))
-    gram_tile_kernel(__grid_constant__ LaunchTable const table, int given, double* partial) {
+    gram_tile_kernel(__grid_constant__ LaunchTable const table, int num_rows, double* partial) {
   constexpr int pairs = rows * (rows + 1) / 2;
   constexpr bool wide = std::is_same_v<Storage, double>;
   double total[pairs] = {};
@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(kGramThreads, gram_tile_blocks<Storage>(rows))
     Storage const* row[rows];
     FASTMTL_UNROLL
     for (int t = 0; t < rows; ++t) {
-      row[t] = t < given ? static_cast<Storage const*>(table.pointer(s, t)) : nullptr;
+      row[t] = t < num_rows ? static_cast<Storage const*>(table.pointer(s, t)) : nullptr;
     }
     FASTMTL_NO_UNROLL
     for (int64_t piece = first; piece < last; piece += table.piece) {
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(kGramThreads, gram_tile_blocks<Storage>(rows))
       }
     }
   });
-  write_sums<rows>(total, given, partial);
+  write_sums<rows>(total, num_rows, partial);
 }
 
 /// result[group] (+)= the sums of the group's blocks; a warp per run and pair.

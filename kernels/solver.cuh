@@ -1,12 +1,8 @@
-// What all T x T solvers share on a GPU: one launch, in which a team of lanes takes each problem.
-//
-// A problem is a struct with `template <class Team> __device__ void solve(Team const& team, int index, double* memory)
-// const`, which calls a solver of csrc/include/fastmtl/ on problem number `index`.
+// How a GPU runs a solver's op: one launch, in which a team of lanes takes each problem.
 #pragma once
 
 #include "device.cuh"
 #include "fastmtl/team.h"
-#include "solver.h"
 
 namespace fastmtl {
 
@@ -56,32 +52,15 @@ void launch_solver(OnDevice const& on, Problem const& problem, int n, int64_t do
 }
 
 /// Groups of lanes for surgery: a warp per task, as far as a block reaches.
-inline int surgery_groups(int n) { return n < kSurgeryBlockSize / kWarpSize ? n : kSurgeryBlockSize / kWarpSize; }
+inline int surgery_groups(OnDevice const&, int n) {
+  return n < kSurgeryBlockSize / kWarpSize ? n : kSurgeryBlockSize / kWarpSize;
+}
 
 /// Solves `count` problems of gradient surgery, each by a block with a warp per task.
 template <class Problem>
 void launch_surgery(OnDevice const& on, Problem const& problem, int n, int64_t doubles, int64_t count = 1) {
-  launch_team(on, solve_by_block<Problem, kSurgeryBlockSize>, problem, kWarpSize * surgery_groups(n), count, doubles);
-}
-
-/// A checked (T,) vector as dense float64; nothing stays nothing.
-inline std::optional<Tensor> dense_vector(OnDevice const& on, std::optional<Tensor> const& vector, int n,
-                                          char const* name) {
-  if (!vector) return std::nullopt;
-  STD_TORCH_CHECK(is_real_float(*vector) && on.holds(*vector) && vector->dim() == 1 && vector->size(0) == n, name,
-                  " must hold one float per row of gram, on its device");
-  return dense_double(*vector);
-}
-
-/// The weights of a solver that takes a Gram matrix and nothing else: `Problem` is {n, gram, weights}.
-template <class Problem>
-Tensor solve_gram(Tensor gram, int64_t (*workspace_of)(int)) {
-  OnDevice const on(gram);
-  gram = dense_gram(gram);
-  int const n = static_cast<int>(gram.size(0));
-  Tensor weights = on.empty({n});
-  launch_solver(on, Problem{n, data_of(gram), mutable_data_of(weights)}, n, workspace_of(n));
-  return weights;
+  launch_team(on, solve_by_block<Problem, kSurgeryBlockSize>, problem, kWarpSize * surgery_groups(on, n), count,
+              doubles);
 }
 
 }  // namespace fastmtl

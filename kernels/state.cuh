@@ -21,16 +21,16 @@ inline StatePlans plan_state(OnDevice const& on, StateRows& both, TensorList con
   StatePlans plans;
   for (int64_t t = 0; t < both.rows.num_rows(); ++t) {
     for (int64_t k = 0; k < both.rows.width(); ++k) {
-      Row const& own = both.state.row(t, k);
-      DType dtype = both.type(k) == DType::f64 ? DType::f64 : own.dtype;
+      Row const& state_row = both.state.row(t, k);
+      DType dtype = both.type(k) == DType::f64 ? DType::f64 : state_row.dtype;
       if (both.rows.row(t, k).tensor != nullptr) {
         STD_TORCH_CHECK(on.holds(*both.rows.row(t, k).tensor), "rows must be on the device of the state");
         dtype = promote(dtype, both.rows.row(t, k).dtype);
         if (both.rows.row(t, k).dtype != dtype) both.rows.copy(t, k, dtype);
       }
       Row const& row = both.rows.row(t, k);
-      plans.of[static_cast<int>(own.dtype)][static_cast<int>(dtype)].push_back(
-          {{own.data, row.tensor != nullptr ? row.data : nullptr},
+      plans.of[static_cast<int>(state_row.dtype)][static_cast<int>(dtype)].push_back(
+          {{state_row.data, row.tensor != nullptr ? row.data : nullptr},
            both.state.parameter(k).numel,
            static_cast<int32_t>(t)});
     }
@@ -41,15 +41,15 @@ inline StatePlans plan_state(OnDevice const& on, StateRows& both, TensorList con
 /// Calls body(state element, row element, plans) for each pair of dtypes there is.
 template <class Body>
 void for_each_pair(StatePlans const& plans, Body const& body) {
-  for (DType const own : kAllDTypes) {
-    for (DType const row : kAllDTypes) {
-      std::vector<StripPlan> const& some = plans.of[static_cast<int>(own)][static_cast<int>(row)];
+  for (DType const state_dtype : kAllDTypes) {
+    for (DType const row_dtype : kAllDTypes) {
+      std::vector<StripPlan> const& some = plans.of[static_cast<int>(state_dtype)][static_cast<int>(row_dtype)];
       if (some.empty()) continue;
-      with_storage(own, [&](auto state) {
+      with_storage(state_dtype, [&](auto state) {
         using State = decltype(state);
-        if (own == row) return body(state, state, some);
+        if (state_dtype == row_dtype) return body(state, state, some);
         // What rows are brought to beside a state of another type is wider than it.
-        if (row == DType::f64) {
+        if (row_dtype == DType::f64) {
           if constexpr (!std::is_same_v<State, double>) body(state, double{}, some);
         } else if constexpr (sizeof(State) == 2) {
           body(state, float{}, some);
@@ -65,13 +65,6 @@ void launch_state(OnDevice const& on, std::vector<StripPlan> const& plans, Launc
   constexpr int64_t waves = 8;
   Cut const cut{kStatePiece, waves * on.attribute(cudaDevAttrMultiProcessorCount), true};
   plan_launches(plans, std::is_same_v<State, Storage> ? 2 : 1, sizeof(State), cut, launch);
-}
-
-/// A (T,) vector of floats as dense float64.
-inline Tensor factors_of(OnDevice const& on, Tensor const& vector, int64_t rows, char const* name) {
-  STD_TORCH_CHECK(is_real_float(vector) && on.holds(vector) && vector.dim() == 1 && vector.size(0) == rows, name,
-                  " must hold one float per row, on its device");
-  return dense_double(vector);
 }
 
 }  // namespace fastmtl

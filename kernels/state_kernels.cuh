@@ -28,7 +28,7 @@ __device__ inline void update_range(LaunchTable const& table, int s, int64_t fir
   FASTMTL_NO_UNROLL
   for (int64_t at = first + int64_t{threadIdx.x} * lanes; at < last; at += int64_t{kStateThreads} * lanes) {
     bool const whole = is_whole(strip, at, lanes);
-    Vector<State> own = whole ? load_whole(state + at) : load_vector_guarded(state, at, strip.length);
+    Vector<State> updated = whole ? load_whole(state + at) : load_vector_guarded(state, at, strip.length);
     Acc grad[lanes] = {};
     if constexpr (std::is_same_v<State, Storage>) {
       if (row != nullptr) {
@@ -43,11 +43,11 @@ __device__ inline void update_range(LaunchTable const& table, int s, int64_t fir
       }
     }
     FASTMTL_UNROLL
-    for (int i = 0; i < lanes; ++i) update(own.value[i], grad[i]);
+    for (int i = 0; i < lanes; ++i) update(updated.value[i], grad[i]);
     if (whole) {
-      store_vector<true>(state, at, strip.length, own);
+      store_vector<true>(state, at, strip.length, updated);
     } else {
-      store_vector<false>(state, at, strip.length, own);
+      store_vector<false>(state, at, strip.length, updated);
     }
   }
 }
@@ -62,8 +62,9 @@ __global__ void __launch_bounds__(kStateThreads)
     auto const kept = static_cast<Acc>(keep[t]);
     // A missing row adds nothing, whatever its gain is.
     auto const gain = table.pointer(s, 1) != nullptr ? static_cast<Acc>(gains[t]) : Acc(0);
-    update_range<State, Storage>(table, s, first, last,
-                                 [&](State& own, Acc grad) { narrow(own, kept * widen<Acc>(own) + gain * grad); });
+    update_range<State, Storage>(table, s, first, last, [&](State& element, Acc grad) {
+      narrow(element, kept * widen<Acc>(element) + gain * grad);
+    });
   });
 }
 
@@ -78,10 +79,10 @@ __global__ void __launch_bounds__(kStateThreads)
     for (int64_t piece = first; piece < last; piece += table.piece) {
       Acc risk = 0;
       int64_t const end = piece + table.piece < last ? piece + table.piece : last;
-      update_range<State, Storage>(table, s, piece, end, [&](State& own, Acc grad) {
+      update_range<State, Storage>(table, s, piece, end, [&](State& element, Acc grad) {
         Acc const square = grad * grad;
-        narrow(own, widen<Acc>(own) + square);
-        risk += square / sqrt(widen<Acc>(own) + static_cast<Acc>(epsilon));
+        narrow(element, widen<Acc>(element) + square);
+        risk += square / sqrt(widen<Acc>(element) + static_cast<Acc>(epsilon));
       });
       total += static_cast<double>(risk);
     }

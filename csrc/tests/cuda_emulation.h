@@ -70,8 +70,8 @@ inline Block* block = nullptr;
 inline void* shared_memory() { return block->shared.data(); }
 
 inline void yield() {
-  unsigned const own = block->current;
-  if (_setjmp(block->fibers[own].to) == 0) _longjmp(block->scheduler, 1);
+  unsigned const fiber = block->current;
+  if (_setjmp(block->fibers[fiber].to) == 0) _longjmp(block->scheduler, 1);
 }
 
 /// Runs one fiber until it yields or ends.
@@ -120,8 +120,8 @@ inline void enter() {
 template <class Body>
 void launch(int64_t blocks, int threads, int64_t shared_doubles, Body const& body) {
   constexpr size_t stack_bytes = 256 * 1024;
-  auto const own = std::make_unique<Block>();
-  block = own.get();
+  auto const emulated = std::make_unique<Block>();
+  block = emulated.get();
   block->start.resize(threads);
   static std::vector<std::unique_ptr<char[]>> stacks;
   while (stacks.size() < static_cast<size_t>(threads)) {
@@ -212,11 +212,11 @@ inline void multiply_tf32(float (&d)[4], uint32_t const (&a)[4], uint32_t const 
   struct Operands {
     float a[4];
     float b[2];
-  } own;
-  std::memcpy(own.a, a, sizeof(a));
-  std::memcpy(own.b, b, sizeof(b));
+  } operands;
+  std::memcpy(operands.a, a, sizeof(a));
+  std::memcpy(operands.b, b, sizeof(b));
   unsigned const lane = threadIdx.x % 32;
-  emulation::exchange(own, [&](auto const& of_lane) {
+  emulation::exchange(operands, [&](auto const& of_lane) {
     // (row, k) of a is in lane 4 row + k % 4, register row / 8 + 2 (k / 4); (k, column) of b in lane 4 column + k % 4.
     for (unsigned c = 0; c < 4; ++c) {
       double sum = d[c];

@@ -126,7 +126,7 @@ struct FairResidual {
 };
 
 inline FairResidual fair_residual(Gram const& gram, double power, Vector const& w) {
-  FairResidual found{std::vector<Wide>(gram.n)};
+  FairResidual result{std::vector<Wide>(gram.n)};
   for (int i = 0; i < gram.n; ++i) {
     if (gram.zero(i)) continue;
     Wide image = 1e-10L * gram(i, i) * w[i];
@@ -137,11 +137,11 @@ inline FairResidual fair_residual(Gram const& gram, double power, Vector const& 
       magnitude += std::fabs(term);
     }
     Wide const target = std::pow(static_cast<Wide>(w[i]), -static_cast<Wide>(power));
-    found.granted[i] = 1e-10L * target + 1e-14L * magnitude;
-    Wide const residual = std::fabs(image - target) / found.granted[i];
-    if (!(residual <= found.worst)) found.worst = residual;
+    result.granted[i] = 1e-10L * target + 1e-14L * magnitude;
+    Wide const residual = std::fabs(image - target) / result.granted[i];
+    if (!(residual <= result.worst)) result.worst = residual;
   }
-  return found;
+  return result;
 }
 
 inline void fuzz_fair(Trial& trial) {

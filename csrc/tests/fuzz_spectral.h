@@ -36,8 +36,8 @@ struct Spectrum {
 inline Spectrum spectrum_of(Gram const& gram, std::vector<Wide> const& scale) {
   int const n = gram.n;
   std::vector<Wide> a(static_cast<size_t>(n) * n);
-  Spectrum found{n, std::vector<Wide>(n), std::vector<Wide>(a.size())};
-  std::vector<Wide>& v = found.vectors;
+  Spectrum spectrum{n, std::vector<Wide>(n), std::vector<Wide>(a.size())};
+  std::vector<Wide>& v = spectrum.vectors;
   for (int i = 0; i < n; ++i) {
     v[i * n + i] = 1;
     for (int j = 0; j < n; ++j) a[i * n + j] = scale[i] * gram(i, j) * scale[j];
@@ -67,8 +67,8 @@ inline Spectrum spectrum_of(Gram const& gram, std::vector<Wide> const& scale) {
       }
     }
   }
-  for (int i = 0; i < n; ++i) found.value[i] = a[i * n + i];
-  return found;
+  for (int i = 0; i < n; ++i) spectrum.value[i] = a[i * n + i];
+  return spectrum;
 }
 
 /// Above it, the reference takes too long for every case.
@@ -179,29 +179,29 @@ inline EqualDirection equal_direction(Gram const& gram) {
     scale[i] = gram.zero(i) ? 0 : 1 / gram.length(i);
     count += !gram.zero(i);
   }
-  EqualDirection found{spectrum_of(gram, scale), std::vector<Wide>(n), std::vector<Wide>(n)};
+  EqualDirection direction{spectrum_of(gram, scale), std::vector<Wide>(n), std::vector<Wide>(n)};
   Wide const floor = n * 0x1p-23L;
   int kept = 0;
   for (int k = 0; k < n; ++k) {
-    if (found.spectrum.value[k] <= floor) continue;
+    if (direction.spectrum.value[k] <= floor) continue;
     ++kept;
-    Wide const sum = found.spectrum.sum(k);
-    found.reached += sum * sum;
+    Wide const sum = direction.spectrum.sum(k);
+    direction.reached += sum * sum;
     for (int i = 0; i < n; ++i) {
-      found.weight[i] += sum / found.spectrum.value[k] * found.spectrum.vector(k)[i];
-      found.image[i] += sum * found.spectrum.vector(k)[i];
+      direction.weight[i] += sum / direction.spectrum.value[k] * direction.spectrum.vector(k)[i];
+      direction.image[i] += sum * direction.spectrum.vector(k)[i];
     }
   }
   // A zero row's own eigenvector takes no part: ones are summed over the rows that are not zero by its value of zero.
   Wide const edge = floor * count;
-  found.decided =
-      found.spectrum.decided(floor) && (count == 0 || found.reached <= 0.5L * edge || found.reached >= 2 * edge);
-  found.well_posed = found.decided && kept == count && count > 0;
-  if (!(found.reached > edge)) {
-    std::fill(found.weight.begin(), found.weight.end(), 0);
-    std::fill(found.image.begin(), found.image.end(), 0);
+  direction.decided = direction.spectrum.decided(floor) &&
+                      (count == 0 || direction.reached <= 0.5L * edge || direction.reached >= 2 * edge);
+  direction.well_posed = direction.decided && kept == count && count > 0;
+  if (!(direction.reached > edge)) {
+    std::fill(direction.weight.begin(), direction.weight.end(), 0);
+    std::fill(direction.image.begin(), direction.image.end(), 0);
   }
-  return found;
+  return direction;
 }
 
 /// The largest difference of two projections onto the rows' directions, in units of 1e-12 sum_j |w_j| d_j.

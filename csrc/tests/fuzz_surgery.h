@@ -110,7 +110,7 @@ inline Vaccinated vaccinate(Gram const& gram, Orders const& orders, Vector const
   int const n = gram.n;
   int const width = gram.width;
   std::vector<Wide> const rows = wide_rows(gram);
-  Vaccinated found{std::vector<Wide>(width), 0, {rho.begin(), rho.end()}, std::vector<Wide>(rho.size(), 1e-15L)};
+  Vaccinated result{std::vector<Wide>(width), 0, {rho.begin(), rho.end()}, std::vector<Wide>(rho.size(), 1e-15L)};
   std::vector<Wide> p(width);
   for (int i = 0; i < n; ++i) {
     std::copy_n(&rows[static_cast<size_t>(i) * width], width, p.begin());
@@ -121,15 +121,15 @@ inline Vaccinated vaccinate(Gram const& gram, Orders const& orders, Vector const
       Wide const* const other = &rows[static_cast<size_t>(j) * width];
       Wide const length = std::sqrt(dot(width, other, other));
       Wide const norm = std::sqrt(dot(width, p.data(), p.data()));
-      Wide& average = found.rho[static_cast<size_t>(i) * n + j];
-      Wide& doubt = found.doubt[static_cast<size_t>(i) * n + j];
+      Wide& average = result.rho[static_cast<size_t>(i) * n + j];
+      Wide& doubt = result.doubt[static_cast<size_t>(i) * n + j];
       Wide cosine = 0;
       Wide unsure = 0;
       if (length > 0 && norm > 0x1p-22L * path) {
         cosine = std::clamp(dot(width, p.data(), other) / (norm * length), -1.0L, 1.0L);
         unsure = 1e-6L * path / norm + 1e-13L * (path / norm) * (path / norm);
         if (cosine < average) {
-          found.granted = found.granted && std::fabs(average) <= 0.9L;
+          result.granted = result.granted && std::fabs(average) <= 0.9L;
           Wide const sine = std::sqrt(1 - average * average);
           Wide const added = norm * (average * std::sqrt(1 - cosine * cosine) - cosine * sine) / sine;
           for (int k = 0; k < width; ++k) p[k] += added / length * other[k];
@@ -139,10 +139,10 @@ inline Vaccinated vaccinate(Gram const& gram, Orders const& orders, Vector const
       average = (1 - static_cast<Wide>(beta)) * average + beta * cosine;
       doubt = (1 - static_cast<Wide>(beta)) * doubt + beta * unsure + 1e-15L;
     }
-    for (int k = 0; k < width; ++k) found.update[k] += p[k];
-    found.path += path;
+    for (int k = 0; k < width; ++k) result.update[k] += p[k];
+    result.path += path;
   }
-  return found;
+  return result;
 }
 
 inline void fuzz_gradvac(Trial& trial) {

@@ -75,7 +75,7 @@ inline void fill_rows(Gram& gram, int kind, Draw& draw) {
   int const width = gram.width;
   Vector& rows = gram.rows;
   auto at = [&](int i, int k) -> double& { return rows[static_cast<size_t>(i) * width + k]; };
-  auto each = [&](auto const& change) {
+  auto set_all = [&](auto const& change) {
     // From the last row to the first: what a row becomes may depend on the ones before it.
     for (int i = n - 1; i >= 0; --i) {
       for (int k = 0; k < width; ++k) at(i, k) = change(i, k);
@@ -93,26 +93,26 @@ inline void fill_rows(Gram& gram, int kind, Draw& draw) {
   Vector factor(n);
   if (kKinds[kind] == "rank one") {
     for (double& f : factor) f = draw.normal();
-    each([&](int i, int k) { return factor[i] * at(0, k); });
+    set_all([&](int i, int k) { return factor[i] * at(0, k); });
   } else if (kKinds[kind] == "duplicates" || kKinds[kind] == "opposite pairs") {
     double const other = kKinds[kind] == "duplicates" ? 1 : draw.chance(0.5) ? -1 : -draw.power(-3, 3);
-    each([&](int i, int k) { return i % 2 ? other * at(i - 1, k) : at(i, k); });
+    set_all([&](int i, int k) { return i % 2 ? other * at(i - 1, k) : at(i, k); });
   } else if (kKinds[kind] == "zero rows") {
     for (double& f : factor) f = draw.chance(0.6);
-    each([&](int i, int k) { return factor[i] * at(i, k); });
+    set_all([&](int i, int k) { return factor[i] * at(i, k); });
   } else if (kKinds[kind] == "all zero") {
-    each([](int, int) { return 0.0; });
+    set_all([](int, int) { return 0.0; });
   } else if (kKinds[kind] == "one long row") {
     int const chosen = draw.below(n);
     double const ratio = draw.power(3, 12) * (draw.chance(0.3) ? 1e-13 : 1);
-    each([&](int i, int k) { return (i == chosen ? ratio : 1) * at(i, k); });
+    set_all([&](int i, int k) { return (i == chosen ? ratio : 1) * at(i, k); });
   } else if (kKinds[kind] == "far apart") {
     bool const all_scales = draw.chance(0.5);
     for (double& f : factor) f = all_scales ? draw.power(-15, 15) : draw.chance(0.5) ? 1e12 : 1;
-    each([&](int i, int k) { return factor[i] * at(i, k); });
+    set_all([&](int i, int k) { return factor[i] * at(i, k); });
   } else if (kKinds[kind] == "near parallel" || kKinds[kind] == "near opposite") {
     double const other = kKinds[kind] == "near parallel" ? 1 : -1;
-    each([&](int i, int k) { return (i % 2 ? other : 1) * at(0, k) + small * at(i, k); });
+    set_all([&](int i, int k) { return (i % 2 ? other : 1) * at(0, k) + small * at(i, k); });
   } else if (kKinds[kind] == "stationary") {
     take_off_mean(n, 1);
   } else if (kKinds[kind] == "part at rest") {
@@ -120,19 +120,19 @@ inline void fill_rows(Gram& gram, int kind, Draw& draw) {
   } else if (kKinds[kind] == "near stationary") {
     take_off_mean(n, 1 - small);
   } else if (kKinds[kind] == "conflicting") {
-    each([&](int i, int k) { return (i % 2 ? -1 : 1) * at(0, k) + 0.05 * at(i, k); });
+    set_all([&](int i, int k) { return (i % 2 ? -1 : 1) * at(0, k) + 0.05 * at(i, k); });
   } else if (kKinds[kind] == "ill-conditioned") {
-    each([&](int i, int k) { return at(i, k) * std::pow(10.0, -12.0 * k / width); });
+    set_all([&](int i, int k) { return at(i, k) * std::pow(10.0, -12.0 * k / width); });
   } else if (kKinds[kind] == "integers") {
-    each([&](int, int) { return static_cast<double>(draw.below(3) - 1); });
+    set_all([&](int, int) { return static_cast<double>(draw.below(3) - 1); });
   } else if (kKinds[kind] == "orthogonal") {
-    each([&](int i, int k) { return i == k ? draw.power(-6, 6) : 0.0; });
+    set_all([&](int i, int k) { return i == k ? draw.power(-6, 6) : 0.0; });
   }
   double const one_scale = draw.chance(0.25) ? draw.power(-15, 15) : 1;
   bool const own_scales = kKinds[kind] != "far apart" && draw.chance(0.25);
   double const spread = draw.uniform(0, 6);
   for (double& f : factor) f = own_scales ? draw.power(-spread, spread) : one_scale;
-  each([&](int i, int k) { return factor[i] * at(i, k); });
+  set_all([&](int i, int k) { return factor[i] * at(i, k); });
 }
 
 inline void spoil(Gram& gram, Draw& draw) {

@@ -53,13 +53,13 @@ Vector solve(int n, double c, Vector const& gram, int groups, int lanes) {
 /// The largest excess of the optimality condition, in units of the 1e-8 s_i it may have; infinite off the simplex.
 double excess(int n, double c, Vector const& gram, Vector const& weights) {
   std::vector<long double> image(n), mean(n);
-  long double own = 0, mass = 0, square = 0, along = 0, total = 0;
+  long double form = 0, mass = 0, square = 0, along = 0, total = 0;
   for (int i = 0; i < n; ++i) {
     for (int j = 0; j < n; ++j) {
       image[i] += static_cast<long double>(gram[i * n + j]) * weights[j];
       mean[i] += static_cast<long double>(gram[i * n + j]) / n;
     }
-    own += weights[i] * image[i];
+    form += weights[i] * image[i];
     mass += weights[i] * std::sqrt(static_cast<long double>(gram[i * n + i]));
     square += mean[i] / n;
     along += weights[i] * mean[i];
@@ -72,8 +72,8 @@ double excess(int n, double c, Vector const& gram, Vector const& weights) {
   for (int i = 0; i < n; ++i) {
     long double const scale =
         1e-8L * (1 + c) * std::sqrt(square) * (std::sqrt(static_cast<long double>(gram[i * n + i])) + mass);
-    long double const improvement = mean[i] + radius / std::sqrt(own) * image[i];
-    worst = std::fmax(worst, (along + radius * std::sqrt(own) - improvement) / scale);
+    long double const improvement = mean[i] + radius / std::sqrt(form) * image[i];
+    worst = std::fmax(worst, (along + radius * std::sqrt(form) - improvement) / scale);
   }
   return static_cast<double>(worst);
 }

@@ -46,13 +46,14 @@ void make_whole(Rows<Storage>& rows, uint64_t seed) {
 std::vector<bool> kept(std::vector<double> const& signed_sums, double noise) {
   double sum = 0;
   double size = 0;
-  for (double const each : signed_sums) {
-    sum += each;
-    size += std::fabs(each);
+  for (double const signed_sum : signed_sums) {
+    sum += signed_sum;
+    size += std::fabs(signed_sum);
   }
   double const purity = size > 0 ? (1 + sum / size) / 2 : 0.5;
   std::vector<bool> result;
-  for (double const each : signed_sums) result.push_back((purity > noise && each > 0) || (purity < noise && each < 0));
+  for (double const signed_sum : signed_sums)
+    result.push_back((purity > noise && signed_sum > 0) || (purity < noise && signed_sum < 0));
   return result;
 }
 
@@ -89,31 +90,31 @@ void test_graddrop(int tasks, int64_t batch, int64_t features, bool shares, bool
   make_whole(grad, 5);
   std::vector<double> noise(features);
   for (int64_t f = 0; f < features; ++f) noise[f] = given_noise ? static_cast<double>(f % 8) / 8 : uniform_number(f);
-  fastmtl::DropArguments given{};
-  given.features = features;
-  given.random = kRandomWords;
-  given.random_stride = 2;
-  given.noise = given_noise ? noise.data() : nullptr;
-  given.leak = 0.25;
-  given.tasks = tasks;
-  given.shares = shares;
-  given.aligned = features * sizeof(Storage) % 16 == 0;
+  fastmtl::DropArguments arguments{};
+  arguments.features = features;
+  arguments.random = kRandomWords;
+  arguments.random_stride = 2;
+  arguments.noise = given_noise ? noise.data() : nullptr;
+  arguments.leak = 0.25;
+  arguments.tasks = tasks;
+  arguments.shares = shares;
+  arguments.aligned = features * sizeof(Storage) % 16 == 0;
   for (int r = 0; r < reps; ++r) {
-    given.batch[r] = batch;
-    given.rep[r] = rep.at(r, 0);
-    given.out[r] = out.at(r, 0);
+    arguments.batch[r] = batch;
+    arguments.rep[r] = rep.at(r, 0);
+    arguments.out[r] = out.at(r, 0);
   }
-  for (int t = 0; t < tasks; ++t) given.grad[t] = grad.at(t, 0);
+  for (int t = 0; t < tasks; ++t) arguments.grad[t] = grad.at(t, 0);
   constexpr int per_block = fastmtl::kDropFeaturesOf<Storage>;
   emulation::launch((features + per_block - 1) / per_block, fastmtl::kDropThreads,
-                    (tasks + fastmtl::kDropWarps) * per_block, [&] { fastmtl::graddrop_kernel<Storage>(given); });
+                    (tasks + fastmtl::kDropWarps) * per_block, [&] { fastmtl::graddrop_kernel<Storage>(arguments); });
   bool near = true;
   for (int64_t f = 0; f < features; ++f) {
     std::vector<double> signed_sums(tasks, 0.0);
     for (int t = 0; t < tasks; ++t) {
       for (int64_t b = 0; b < batch; ++b) {
-        double const own = value_of(rep.at(given.rep_of(t), 0)[b * features + f]);
-        signed_sums[t] += (own > 0 ? 1 : own < 0 ? -1 : 0) * value_of(grad.at(t, 0)[b * features + f]);
+        double const rep_value = value_of(rep.at(arguments.rep_of(t), 0)[b * features + f]);
+        signed_sums[t] += (rep_value > 0 ? 1 : rep_value < 0 ? -1 : 0) * value_of(grad.at(t, 0)[b * features + f]);
       }
     }
     std::vector<bool> const stays = kept(signed_sums, noise[f]);
@@ -161,11 +162,11 @@ void test_graddrop_rows(int n, int64_t offset, bool alike, bool given_noise) {
     plans.push_back({pointers, lengths[k], 0});
     number += static_cast<uintptr_t>((lengths[k] + 3) / 4 * 4);
   }
-  fastmtl::DropRowsArguments const given{leaks.data(), kRandomWords, 2, n};
+  fastmtl::DropRowsArguments const arguments{leaks.data(), kRandomWords, 2, n};
   fastmtl::plan_launches(plans, n + 1, sizeof(Storage), {fastmtl::kDropPiece, 2, false},
                          [&](LaunchTable const& table, GroupRuns const&, int64_t blocks) {
                            emulation::launch(blocks, fastmtl::kDropThreads, 0,
-                                             [&] { fastmtl::graddrop_rows_kernel<Storage>(table, given); });
+                                             [&] { fastmtl::graddrop_rows_kernel<Storage>(table, arguments); });
                          });
   std::string const what = "graddrop_rows of " + std::to_string(n) + " rows of " + std::to_string(sizeof(Storage)) +
                            " bytes, offset " + std::to_string(offset);
@@ -283,32 +284,32 @@ void test_state(int n, int64_t offset, bool alike, int64_t wanted_blocks) {
 
 /// Averages and Gram matrix in one pass: the averages of the pass that updates alone, and their products.
 template <int rows>
-void test_ema_gram(int given, int64_t offset, bool alike, int64_t wanted_blocks, double scale) {
+void test_ema_gram(int num_rows, int64_t offset, bool alike, int64_t wanted_blocks, double scale) {
   std::vector<int64_t> const lengths{1, 5003, 0, 63, 4600};
-  Rows<float> state(given, lengths, offset, true, 1);
-  Rows<float> grads(given, lengths, alike ? offset : offset + 1, true, 2);
+  Rows<float> state(num_rows, lengths, offset, true, 1);
+  Rows<float> grads(num_rows, lengths, alike ? offset : offset + 1, true, 2);
   Rows<float> apart = state;
   for (size_t d = 0; d < state.data.size(); ++d) {
     apart.data[d] = apart.memory[d].data() + (state.data[d] - state.memory[d].data());
-    for (int64_t e = 0; e < lengths[d / given]; ++e) {
+    for (int64_t e = 0; e < lengths[d / num_rows]; ++e) {
       // Every other row leaves the range in which float32 holds its squares.
-      auto const own = static_cast<float>(d % given % 2 == 0 ? scale : 1);
-      state.data[d][e] *= own;
-      apart.data[d][e] *= own;
-      grads.data[d][e] *= own;
+      auto const factor = static_cast<float>(d % num_rows % 2 == 0 ? scale : 1);
+      state.data[d][e] *= factor;
+      apart.data[d][e] *= factor;
+      grads.data[d][e] *= factor;
     }
   }
-  std::vector<double> keep(given);
-  std::vector<double> gains(given);
-  for (int t = 0; t < given; ++t) {
+  std::vector<double> keep(num_rows);
+  std::vector<double> gains(num_rows);
+  for (int t = 0; t < num_rows; ++t) {
     keep[t] = 0.5 + 0.125 * (t % 3);
     gains[t] = 1 - 0.25 * t;
   }
   // What the gain of a row that is nowhere is must not matter.
   for (size_t k = 0; k < lengths.size(); ++k) grads.at(0, k) = nullptr;
   gains[0] = std::nan("");
-  std::string const what = "averages and products of " + std::to_string(given) + ", offset " + std::to_string(offset) +
-                           ", scale " + std::to_string(scale);
+  std::string const what = "averages and products of " + std::to_string(num_rows) + ", offset " +
+                           std::to_string(offset) + ", scale " + std::to_string(scale);
   fastmtl::plan_launches(state_plans(apart, grads, false), 2, sizeof(float), {fastmtl::kStatePiece, 3, true},
                          [&](LaunchTable const& table, GroupRuns const&, int64_t blocks) {
                            emulation::launch(blocks, fastmtl::kStateThreads, 0, [&] {
@@ -318,39 +319,39 @@ void test_ema_gram(int given, int64_t offset, bool alike, int64_t wanted_blocks,
   std::vector<StripPlan> plans;
   for (size_t k = 0; k < lengths.size(); ++k) {
     StripPlan plan{{}, lengths[k], 0};
-    for (int t = 0; t < given; ++t) plan.pointers.push_back(state.at(t, k));
-    for (int t = 0; t < given; ++t) plan.pointers.push_back(grads.at(t, k));
+    for (int t = 0; t < num_rows; ++t) plan.pointers.push_back(state.at(t, k));
+    for (int t = 0; t < num_rows; ++t) plan.pointers.push_back(grads.at(t, k));
     plans.push_back(plan);
   }
-  int const pairs = given * (given + 1) / 2;
-  std::vector<double> matrix(given * given, 0.0);
+  int const pairs = num_rows * (num_rows + 1) / 2;
+  std::vector<double> matrix(num_rows * num_rows, 0.0);
   fastmtl::plan_launches(
-      plans, 2 * given, sizeof(float), {fastmtl::kGramPiece, wanted_blocks, true},
+      plans, 2 * num_rows, sizeof(float), {fastmtl::kGramPiece, wanted_blocks, true},
       [&](LaunchTable const& table, GroupRuns const& runs, int64_t blocks) {
         std::vector<double> partial(pairs * blocks, std::nan(""));
         emulation::launch(blocks, fastmtl::kGramThreads, 0, [&] {
-          fastmtl::ema_gram_tile_kernel<rows>(table, given, keep.data(), gains.data(), partial.data());
+          fastmtl::ema_gram_tile_kernel<rows>(table, num_rows, keep.data(), gains.data(), partial.data());
         });
         emulation::launch((runs.count * pairs + 7) / 8, 256, 0,
-                          [&] { fastmtl::gram_reduce(runs, given, blocks, partial.data(), true, matrix.data()); });
+                          [&] { fastmtl::gram_reduce(runs, num_rows, blocks, partial.data(), true, matrix.data()); });
       });
   bool same = true;
   for (size_t d = 0; d < state.data.size(); ++d) {
-    for (int64_t e = 0; e < lengths[d / given]; ++e) same = same && state.data[d][e] == apart.data[d][e];
+    for (int64_t e = 0; e < lengths[d / num_rows]; ++e) same = same && state.data[d][e] == apart.data[d][e];
   }
   check(same, what + ": averages");
   check(surroundings_kept(state), what + ": wrote beside its state");
   double worst = 0;
-  std::vector<double> want(given * given, 0.0);
-  for (int i = 0; i < given; ++i) {
-    for (int j = 0; j < given; ++j) {
-      for (size_t k = 0; k < lengths.size(); ++k) want[i * given + j] += state.product(i, j, k);
+  std::vector<double> want(num_rows * num_rows, 0.0);
+  for (int i = 0; i < num_rows; ++i) {
+    for (int j = 0; j < num_rows; ++j) {
+      for (size_t k = 0; k < lengths.size(); ++k) want[i * num_rows + j] += state.product(i, j, k);
     }
   }
-  for (int i = 0; i < given; ++i) {
-    for (int j = 0; j < given; ++j) {
-      double const size = std::sqrt(want[i * given + i]) * std::sqrt(want[j * given + j]);
-      double const error = std::fabs(matrix[i * given + j] - want[i * given + j]) / size;
+  for (int i = 0; i < num_rows; ++i) {
+    for (int j = 0; j < num_rows; ++j) {
+      double const size = std::sqrt(want[i * num_rows + i]) * std::sqrt(want[j * num_rows + j]);
+      double const error = std::fabs(matrix[i * num_rows + j] - want[i * num_rows + j]) / size;
       worst = std::fmax(worst, error);
       if (!(error == error)) worst = INFINITY;
     }
@@ -360,12 +361,12 @@ void test_ema_gram(int given, int64_t offset, bool alike, int64_t wanted_blocks,
 
 template <int rows>
 void test_ema_grams() {
-  for (int const given : {rows, rows - 1}) {
-    test_ema_gram<rows>(given, 0, true, 3, 1);
-    test_ema_gram<rows>(given, 1, true, 100, 1);
-    test_ema_gram<rows>(given, 3, false, 2, 1);
-    test_ema_gram<rows>(given, 0, true, 2, 1e-17);
-    test_ema_gram<rows>(given, 0, true, 2, 1e18);
+  for (int const num_rows : {rows, rows - 1}) {
+    test_ema_gram<rows>(num_rows, 0, true, 3, 1);
+    test_ema_gram<rows>(num_rows, 1, true, 100, 1);
+    test_ema_gram<rows>(num_rows, 3, false, 2, 1);
+    test_ema_gram<rows>(num_rows, 0, true, 2, 1e-17);
+    test_ema_gram<rows>(num_rows, 0, true, 2, 1e18);
   }
 }
 

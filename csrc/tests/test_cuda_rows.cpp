@@ -111,8 +111,8 @@ void test_ranges() {
     for (double const scale : {1e-19, 1e-8, 1e15, 1e19}) {
       Rows<float> rows(n, {603}, 0, true, n);
       for (int t = 0; t < n; ++t) {
-        double const own = t % 4 == 0 ? scale : t % 4 == 1 ? 1 : t % 4 == 2 ? 1 / scale : 0;
-        for (int64_t e = 0; e < 603; ++e) rows.at(t, 0)[e] = static_cast<float>(rows.at(t, 0)[e] * own);
+        double const factor = t % 4 == 0 ? scale : t % 4 == 1 ? 1 : t % 4 == 2 ? 1 / scale : 0;
+        for (int64_t e = 0; e < 603; ++e) rows.at(t, 0)[e] = static_cast<float>(rows.at(t, 0)[e] * factor);
       }
       test_gram(rows, {}, 1, 2, kFloatError, "range " + std::to_string(scale) + " of " + std::to_string(n));
     }
@@ -193,12 +193,12 @@ void test_combine(int n, int64_t offset, bool alike, bool accumulate, int result
                                 : sizeof(Out) == 4          ? fastmtl::OutType::f32
                                 : std::is_same_v<Out, Bf16> ? fastmtl::OutType::bf16
                                                             : fastmtl::OutType::f16;
-  fastmtl::CombineArguments const given{weights.data(), n, results, by_group, accumulate, type};
+  fastmtl::CombineArguments const arguments{weights.data(), n, results, by_group, accumulate, type};
   fastmtl::plan_launches(rows.plans(group, targets), n + (same ? results : 0), sizeof(Storage),
                          {fastmtl::kCombinePiece, 2, false},
                          [&](LaunchTable const& table, GroupRuns const&, int64_t blocks) {
                            emulation::launch(blocks * results, fastmtl::kCombineThreads, 0,
-                                             [&] { fastmtl::combine_kernel<Storage, same>(table, given); });
+                                             [&] { fastmtl::combine_kernel<Storage, same>(table, arguments); });
                          });
   double const eps = sizeof(Out) == 8            ? 0x1p-52
                      : sizeof(Out) == 4          ? 0x1p-23

@@ -57,8 +57,8 @@ void check_decomposition(std::string const& name, int n, int rank, Vector const&
   Vector memory(fastmtl::Eigh::storage(n), NAN);
   fastmtl::Eigh eigh(memory.data(), n);
   on_team(groups, lanes, [&](auto const& team) {
-    fastmtl::Eigh const found = fastmtl::solve_eigh(team, n, gram.data(), scale.data(), memory.data());
-    if (team.rank() == 0) eigh = found;
+    fastmtl::Eigh const solved = fastmtl::solve_eigh(team, n, gram.data(), scale.data(), memory.data());
+    if (team.rank() == 0) eigh = solved;
   });
   std::string const where = name + " T=" + std::to_string(n) + " on " + std::to_string(groups * lanes) + " lanes";
   double trace = 0;

@@ -58,9 +58,9 @@ FASTMTL_TEAM_TEMPLATE FASTMTL_HD int solve_at(Team const& team, int n, double co
                                               bool first, CagradWork const& work) {
   Choice largest{0, 0};
   for (int i = team.rank(); i < n; i += team.size()) {
-    double const own = gram[int64_t{i} * n + i];
-    double const longest = sqrt(fmax(own, 0.0)) + shift * sqrt(square);
-    double const shifted = own + 2 * shift * work.mean[i] + shift * shift * square;
+    double const diagonal = gram[int64_t{i} * n + i];
+    double const longest = sqrt(fmax(diagonal, 0.0)) + shift * sqrt(square);
+    double const shifted = diagonal + 2 * shift * work.mean[i] + shift * shift * square;
     // What is left of a vector that cancels is known to this accuracy only.
     work.scale[i] = 1 / sqrt(fmax(shifted, 0x1p-46 * longest * longest));
     largest = lower(largest, {-work.scale[i], i});
@@ -167,16 +167,16 @@ FASTMTL_TEAM_TEMPLATE FASTMTL_HD void cagrad(Team const& team, int n, double c, 
   Choice shortest{INFINITY, 0};
   Choice longest{0, 0};
   for (int i = team.rank(); i < n; i += team.size()) {
-    double const own = sqrt(fmax(gram[int64_t{i} * n + i], 0.0));
+    double const row_length = sqrt(fmax(gram[int64_t{i} * n + i], 0.0));
     double sum = 0;
     for (int j = 0; j < n; ++j) sum += gram[int64_t{i} * n + j];
     work.mean[i] = sum / n;
     square += work.mean[i] / n;
-    length += own / n;
-    zeros += own == 0;
+    length += row_length / n;
+    zeros += row_length == 0;
     smallest = lower(smallest, {work.mean[i], i});
-    longest = lower(longest, {-own, i});
-    if (own > 0) shortest = lower(shortest, {own, i});
+    longest = lower(longest, {-row_length, i});
+    if (row_length > 0) shortest = lower(shortest, {row_length, i});
   }
   square = team.sum(square);
   length = team.sum(length);
@@ -203,8 +203,8 @@ FASTMTL_TEAM_TEMPLATE FASTMTL_HD void cagrad(Team const& team, int n, double c, 
   bool stationary = false;
   for (int left = 64; left > 0; --left) {
     int const count = detail::solve_at(team, n, gram, shift, square, left == 64, work);
-    double const own = detail::form(team, n, gram, work.weights, work.weights, work.image);
-    double const norm = sqrt(fmax(own, 0.0));
+    double const form = detail::form(team, n, gram, work.weights, work.weights, work.image);
+    double const norm = sqrt(fmax(form, 0.0));
     double mass = 0;
     for (int i = team.rank(); i < n; i += team.size()) {
       mass += work.weights[i] * sqrt(fmax(gram[int64_t{i} * n + i], 0.0));
@@ -235,8 +235,8 @@ FASTMTL_TEAM_TEMPLATE FASTMTL_HD void cagrad(Team const& team, int n, double c, 
   }
   bool const vanish = stationary && zeros > 0;
   for (int i = team.rank(); i < n; i += team.size()) {
-    double const own = gram[int64_t{i} * n + i];
-    weights[i] = !vanish ? work.weights[i] : own <= 0 ? 1 / zeros : 0.0;
+    double const diagonal = gram[int64_t{i} * n + i];
+    weights[i] = !vanish ? work.weights[i] : diagonal <= 0 ? 1 / zeros : 0.0;
   }
 }
 

@@ -21,18 +21,18 @@ FASTMTL_TEAM_TEMPLATE FASTMTL_HD void config(Team const& team, int n, double con
     for (int i = team.rank(); i < n; i += team.size()) weights[i] = NAN;
     return;
   }
-  EqualProjection const found(workspace, n);
-  solve_equal_projection(team, n, gram, found);
+  EqualProjection const projection(workspace, n);
+  solve_equal_projection(team, n, gram, projection);
   double projected = 0;
   double square = 0;
   for (int i = team.rank(); i < n; i += team.size()) {
-    if (found.inverse[i] > 0) projected += sqrt(gram[int64_t{i} * n + i]) * found.image[i];
-    square += found.weight[i] * found.image[i];
+    if (projection.inverse[i] > 0) projected += sqrt(gram[int64_t{i} * n + i]) * projection.image[i];
+    square += projection.weight[i] * projection.image[i];
   }
   projected = team.sum(projected);
   square = team.sum(square);
   for (int i = team.rank(); i < n; i += team.size()) {
-    weights[i] = square > 0 ? found.weight[i] * found.inverse[i] * (projected / square) : 0;
+    weights[i] = square > 0 ? projection.weight[i] * projection.inverse[i] * (projected / square) : 0;
   }
 }
 

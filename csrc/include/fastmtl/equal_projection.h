@@ -33,24 +33,24 @@ struct EqualProjection {
 /// Computes the direction for a finite matrix `gram`. Eigenvalues of C up to n times the tolerance count as zero. Where
 /// the ones lie in the space of those, no direction has equal cosines with all gradients, and x is zero.
 FASTMTL_TEAM_TEMPLATE FASTMTL_HD void solve_equal_projection(Team const& team, int n, double const* gram,
-                                                             EqualProjection const& found) {
+                                                             EqualProjection const& projection) {
   double count = 0;
   for (int i = team.rank(); i < n; i += team.size()) {
     double const square = gram[int64_t{i} * n + i];
-    found.inverse[i] = square > 0 ? 1 / sqrt(square) : 0;
+    projection.inverse[i] = square > 0 ? 1 / sqrt(square) : 0;
     count += square > 0;
   }
   count = team.sum(count);
   team.barrier();
-  Eigh const eigh = solve_eigh(team, n, gram, found.inverse, found.memory);
+  Eigh const eigh = solve_eigh(team, n, gram, projection.inverse, projection.memory);
 
   double const floor = n * kCosineTolerance;
   double reached = 0;
   for (int k = team.rank(); k < eigh.rank; k += team.size()) {
     double total = 0;
     for (int i = 0; i < n; ++i) total += eigh.row(k)[i];
-    found.share[k] = eigh.value[k] > floor ? total / eigh.value[k] : 0;
-    reached += found.share[k] * total;
+    projection.share[k] = eigh.value[k] > floor ? total / eigh.value[k] : 0;
+    reached += projection.share[k] * total;
   }
   reached = team.sum(reached);
   team.barrier();
@@ -58,12 +58,12 @@ FASTMTL_TEAM_TEMPLATE FASTMTL_HD void solve_equal_projection(Team const& team, i
     double weight = 0;
     double image = 0;
     for (int k = 0; k < eigh.rank; ++k) {
-      double const part = found.share[k] * eigh.row(k)[i];
+      double const part = projection.share[k] * eigh.row(k)[i];
       weight += part / eigh.value[k];
       image += part;
     }
-    found.weight[i] = reached > floor * count ? weight : 0;
-    found.image[i] = reached > floor * count ? image : 0;
+    projection.weight[i] = reached > floor * count ? weight : 0;
+    projection.image[i] = reached > floor * count ? image : 0;
   }
   team.barrier();
 }

@@ -21,24 +21,24 @@ FASTMTL_TEAM_TEMPLATE FASTMTL_HD void imtl(Team const& team, int n, double const
     for (int i = team.rank(); i < n; i += team.size()) weights[i] = NAN;
     return;
   }
-  EqualProjection const found(workspace, n);
-  solve_equal_projection(team, n, gram, found);
+  EqualProjection const projection(workspace, n);
+  solve_equal_projection(team, n, gram, projection);
   double sum = 0;
   double mass = 0;
   double even = 0;
   for (int i = team.rank(); i < n; i += team.size()) {
-    double const weight = found.weight[i] * found.inverse[i];
+    double const weight = projection.weight[i] * projection.inverse[i];
     sum += weight;
     mass += fabs(weight);
-    even += found.inverse[i];
+    even += projection.inverse[i];
   }
   sum = team.sum(sum);
   mass = team.sum(mass);
   even = team.sum(even);
   bool const solved = fabs(sum) > n * kCosineTolerance * mass;
   for (int i = team.rank(); i < n; i += team.size()) {
-    double const fallback = even > 0 ? found.inverse[i] / even : 1.0 / n;
-    weights[i] = solved ? found.weight[i] * found.inverse[i] / sum : fallback;
+    double const fallback = even > 0 ? projection.inverse[i] / even : 1.0 / n;
+    weights[i] = solved ? projection.weight[i] * projection.inverse[i] / sum : fallback;
   }
 }
 

@@ -71,10 +71,10 @@ struct LaunchTable {
     int64_t last;
   };
   FASTMTL_HOST_DEVICE Range range(int s, int64_t position, int64_t end) const {
-    Strip const& own = strip(s);
-    int64_t const whole = own.base + pieces_of(own.length, own.base, piece) * piece;
-    int64_t const wanted = own.base + (end - own.start) * piece;
-    return {own.base + (position - own.start) * piece, wanted < whole ? wanted : whole};
+    Strip const& taken = strip(s);
+    int64_t const whole = taken.base + pieces_of(taken.length, taken.base, piece) * piece;
+    int64_t const wanted = taken.base + (end - taken.start) * piece;
+    return {taken.base + (position - taken.start) * piece, wanted < whole ? wanted : whole};
   }
 
   FASTMTL_HOST_DEVICE static int64_t pieces_of(int64_t length, int64_t base, int64_t piece) {

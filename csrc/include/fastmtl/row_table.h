@@ -193,9 +193,9 @@ class RowTable {
 
   /// Brings one row to the layout and the dtype of its parameter.
   void match_all(int64_t t, int64_t k) {
-    Row const& own = row(t, k);
+    Row const& current = row(t, k);
     DType const dtype = parameters_[k].dtype;
-    if (own.tensor != nullptr && (!own.matches || own.dtype != dtype)) copy(t, k, dtype);
+    if (current.tensor != nullptr && (!current.matches || current.dtype != dtype)) copy(t, k, dtype);
   }
 
   /// Replaces one row by a copy of it, of the same or another dtype.
@@ -215,16 +215,16 @@ class RowTable {
     Parameter& parameter = parameters_[k];
     bool alike = true;
     for (int64_t t = 0; t < num_rows_; ++t) {
-      std::optional<Tensor> const& given = flat[t * width() + k];
-      if (!given.has_value()) continue;
+      std::optional<Tensor> const& tensor = flat[t * width() + k];
+      if (!tensor.has_value()) continue;
       int32_t layout = 0;
-      TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(given->get(), &layout));
+      TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor->get(), &layout));
       STD_TORCH_CHECK(layout == aoti_torch_layout_strided(), "rows must be dense tensors");
       Row& row = rows_[k * num_rows_ + t];
-      row.tensor = &*given;
-      row.data = given->const_data_ptr();
-      row.dtype = dtype_of(*given);
-      Shape const shape(*given);
+      row.tensor = &*tensor;
+      row.data = tensor->const_data_ptr();
+      row.dtype = dtype_of(*tensor);
+      Shape const shape(*tensor);
       if (!parameter.present) {
         parameter.present = true;
         parameter.shape = shape;

@@ -20,14 +20,14 @@ struct Target {
 using Detours = std::vector<std::pair<Tensor, Tensor>>;
 
 /// Gives parameter k of `rows` the shape and layout of a given tensor and returns where its result goes.
-inline Target take_target(RowTable& rows, Tensor const& given, int64_t k, bool accumulate, Detours& detours) {
-  Shape const shape(given);
+inline Target take_target(RowTable& rows, Tensor const& out, int64_t k, bool accumulate, Detours& detours) {
+  Shape const shape(out);
   rows.set_shape(k, shape);
-  Tensor target = given;
+  Tensor target = out;
   if (!shape.dense()) {
-    target = empty_strided(rows.parameter(k).sizes, contiguous_strides(shape), dtype_of(given), &given);
-    if (accumulate) torch::stable::copy_(target, given);
-    detours.emplace_back(given, target);
+    target = empty_strided(rows.parameter(k).sizes, contiguous_strides(shape), dtype_of(out), &out);
+    if (accumulate) torch::stable::copy_(target, out);
+    detours.emplace_back(out, target);
   }
   rows.set_layout(k, Shape(target).strides);
   return {target.mutable_data_ptr(), dtype_of(target)};
