@@ -1,4 +1,4 @@
-"""A training step in a process of its own, where nothing is set up for it that its users do not have."""
+"""A training step in a separate process, set up only as its users have it."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ class Apart:
         self._ask("seconds", 1)
 
     def seconds(self, repeats: int) -> float:
-        found = float(self._ask("seconds", repeats))
+        seconds = float(self._ask("seconds", repeats))
         _stay_awake(_PAUSE)
-        return found
+        return seconds
 
     def update(self) -> Tensor:
         return torch.from_numpy(self._ask("update"))
@@ -72,16 +72,16 @@ class Apart:
 
     def _answer(self) -> Any:
         try:
-            found = self._pipe.recv()
+            answer = self._pipe.recv()
         except (EOFError, OSError):
             raise self._gone() from None
-        if isinstance(found, FastmtlError):
-            raise found
-        if isinstance(found, _Failure):
-            error = RuntimeError(f"{self._name} failed: {found.message}")
-            error.add_note(found.trace)
+        if isinstance(answer, FastmtlError):
+            raise answer
+        if isinstance(answer, _Failure):
+            error = RuntimeError(f"{self._name} failed: {answer.message}")
+            error.add_note(answer.trace)
             raise error
-        return found
+        return answer
 
     def _gone(self) -> RuntimeError:
         return RuntimeError(f"the process of {self._name} ended before its step did, for want of memory perhaps")

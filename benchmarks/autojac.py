@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from fastmtl.benchmarks.contender import LocalContender
 from fastmtl.benchmarks.machine import facts
-from fastmtl.benchmarks.runner import time_in_turn
+from fastmtl.benchmarks.runner import spread, time_in_turn
 from fastmtl.benchmarks.tables import write_rows
 from fastmtl.benchmarks.work import Work
 from torch import Tensor
@@ -105,20 +105,19 @@ def run_autojac(
 
 def _compare(work: Work, aggregator: str, seconds: float) -> list[Row]:
     contenders = {name: _contender(name, work, aggregator) for name in ("fastmtl", "torchjd")}
-    ours, theirs = (_grads(each) for each in contenders.values())
+    ours, theirs = (_grads(contender) for contender in contenders.values())
     distance = float((ours - theirs).norm() / theirs.norm())
     # A NaN is no agreement.
     if not distance <= _ALLOWED:
         del contenders["fastmtl"]
-    peaks = {name: each.peak_bytes() for name, each in contenders.items()}
+    peaks = {name: contender.peak_bytes() for name, contender in contenders.items()}
     samples = time_in_turn(contenders, work.device, seconds)
     rows = []
     for name in ("fastmtl", "torchjd"):
         row: Row = {"tasks": work.count, "library": name, "distance": distance}
         if name in samples:
-            deciles = statistics.quantiles(samples[name], n=10)
-            pairs = [their / own for their, own in zip(samples["torchjd"], samples[name], strict=True)]
-            row |= {"p20_ms": deciles[1] * 1e3, "median_ms": deciles[4] * 1e3, "p80_ms": deciles[7] * 1e3}
+            pairs = [their / our for their, our in zip(samples["torchjd"], samples[name], strict=True)]
+            row |= spread(samples[name], "ms")
             row |= {"least_ms": min(samples[name]) * 1e3, "peak_mb": peaks[name] / 1e6}
             row["speedup"] = statistics.median(pairs)
         rows.append(row)

@@ -22,7 +22,7 @@ def distances(contenders: Mapping[str, Contender]) -> dict[str, float]:
     Args:
         contenders: Steps by library, ``fastmtl`` (our eager one) among them, all from the same start.
     """
-    updates = {library: each.update() for library, each in contenders.items()}
+    updates = {library: contender.update() for library, contender in contenders.items()}
     ours = updates["fastmtl"]
     return {library: float((ours - update).norm() / ours.norm()) for library, update in updates.items()}
 
@@ -30,8 +30,8 @@ def distances(contenders: Mapping[str, Contender]) -> dict[str, float]:
 def wrong_steps(distances: Mapping[str, float]) -> dict[str, str]:
     """Return which of our steps must not be timed, and why.
 
-    Our eager step is wrong if its update is none of the peers'; where there is no peer, nothing says so. A compiled one
-    is wrong, beside that, if its update is not the eager one's.
+    All our steps are wrong if the eager one's update equals no peer's; without peers it counts as right. A compiled
+    step is also wrong if its update is not the eager one's.
 
     Args:
         distances: Those that :func:`distances` returned.
@@ -39,8 +39,8 @@ def wrong_steps(distances: Mapping[str, float]) -> dict[str, str]:
     ours = [library for library in distances if library.startswith("fastmtl")]
     peers = {library: distance for library, distance in distances.items() if library not in ours}
     if peers and not any(distance <= ALLOWED for distance in peers.values()):
-        found = ", ".join(f"{distance:.0e} from that of {library}" for library, distance in peers.items())
-        return dict.fromkeys(ours, f"our update is {found}")
+        apart = ", ".join(f"{distance:.0e} from that of {library}" for library, distance in peers.items())
+        return dict.fromkeys(ours, f"our update is {apart}")
     return {
         library: f"its update is {distances[library]:.0e} from our eager one"
         for library in ours

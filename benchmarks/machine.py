@@ -23,7 +23,7 @@ _PROBE_ELEMENTS = {"cpu": 64 << 20, "cuda": 256 << 20}
 
 
 def wait_for(device: torch.device) -> None:
-    """Return when the device has done what was asked of it."""
+    """Wait until the device has done its queued work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
@@ -104,7 +104,7 @@ def probes(device: torch.device) -> Probes:
 
 
 def plain_pass(reads: Sequence[Tensor], writes: Sequence[Tensor]) -> Callable[[], float] | None:
-    """Return what reads tensors, copying the first of them to others, and tells the seconds; None if it cannot."""
+    """Return a function that times reading tensors and copying the first ones to others; None if there is none."""
     if not reads or reads[0].device.type != "cpu":
         return None
     try:

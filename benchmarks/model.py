@@ -61,7 +61,7 @@ class Cost:
         bytes: Read and written, every op by itself.
         flops: Multiplications and additions.
         launches: Kernels.
-        each: Bytes and flops op by op; a part's time is at least the sum over its ops of the longer of the two.
+        by_op: Bytes and flops op by op; a part's time is at least the sum over its ops of the longer of the two.
         dense: Whether the operations may run on tensor cores.
     """
 
@@ -69,13 +69,13 @@ class Cost:
     bytes: int
     flops: int
     launches: int
-    each: tuple[tuple[int, int], ...]
+    by_op: tuple[tuple[int, int], ...]
     dense: bool = False
 
     def seconds(self, card: Card, precision: str = "fp32") -> float:
         """Return the least time on a card."""
         rate = card.tensor[precision] if self.dense else card.float32
-        return sum(max(size / card.memory, work / rate) for size, work in self.each)
+        return sum(max(size / card.memory, work / rate) for size, work in self.by_op)
 
 
 class _Counter(TorchDispatchMode):
@@ -83,7 +83,7 @@ class _Counter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.each: list[tuple[int, int]] = []
+        self.by_op: list[tuple[int, int]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -93,7 +93,7 @@ class _Counter(TorchDispatchMode):
             packet = func.overloadpacket
             work = flop_registry[packet](*args, **kwargs, out_val=result) if packet in flop_registry else 0
             tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
-            self.each.append((sum(tensor.numel() * tensor.itemsize for tensor in tensors), int(work)))
+            self.by_op.append((sum(tensor.numel() * tensor.itemsize for tensor in tensors), int(work)))
         return result
 
 
@@ -103,16 +103,16 @@ def counted(costs: list[Cost], part: str, times: int = 1, dense: bool = True) ->
     counter = _Counter()
     with counter:
         yield
-    costs.append(_cost(part, counter.each * times, dense=dense))
+    costs.append(_cost(part, counter.by_op * times, dense=dense))
 
 
-def _cost(part: str, each: Sequence[tuple[int, int]], launches: int | None = None, dense: bool = False) -> Cost:
+def _cost(part: str, by_op: Sequence[tuple[int, int]], launches: int | None = None, dense: bool = False) -> Cost:
     return Cost(
         part=part,
-        bytes=sum(size for size, _ in each),
-        flops=sum(work for _, work in each),
-        launches=len(each) if launches is None else launches,
-        each=tuple(each),
+        bytes=sum(size for size, _ in by_op),
+        flops=sum(work for _, work in by_op),
+        launches=len(by_op) if launches is None else launches,
+        by_op=tuple(by_op),
         dense=dense,
     )
 
@@ -182,7 +182,7 @@ def print_model(
     Raises:
         UsageError: An unknown card, network or precision.
     """
-    name = resolve_name(card, {each: each for each in CARDS}, "card")
+    name = resolve_name(card, {name: name for name in CARDS}, "card")
     chosen = CARDS[name]
     if precision not in chosen.tensor:
         raise UsageError(f"precision must be one of {', '.join(chosen.tensor)}, got {precision!r}.")

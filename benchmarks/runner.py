@@ -1,4 +1,4 @@
-"""Runs benchmarks: checks every variant, times the green ones in alternating order, writes rows."""
+"""Runs benchmarks: checks every variant, times those that pass in alternating order, writes rows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from fastmtl.benchmarks.machine import Probes, cold_seconds, facts, plain_pass, probes, wait_for
@@ -18,7 +18,7 @@ from fastmtl.support.memory import keep_freed_memory
 from fastmtl.support.names import resolve_name
 from fastmtl.trainer.setup.checks import find_device
 
-__all__ = ["run_kernels", "time_in_turn"]
+__all__ = ["run_kernels", "spread", "time_in_turn"]
 
 Row = dict[str, Any]
 
@@ -27,7 +27,7 @@ _SHORTEST_SAMPLE = 1e-3
 
 @runtime_checkable
 class _SelfTimed(Protocol):
-    """A call that is timed in a way of its own."""
+    """A call that times itself."""
 
     def __call__(self) -> Any:
         """Make it."""
@@ -101,6 +101,13 @@ def time_in_turn(
     return samples
 
 
+def spread(samples: Sequence[float], unit: Literal["ms", "us"]) -> Row:
+    """Return the 20, 50 and 80 % quantiles of samples in seconds, in milliseconds or microseconds."""
+    deciles = statistics.quantiles(samples, n=10)
+    scale = {"ms": 1e3, "us": 1e6}[unit]
+    return {f"{name}_{unit}": deciles[at] * scale for name, at in (("p20", 1), ("median", 4), ("p80", 7))}
+
+
 def _time(case: Case, calls: dict[str, Callable[[], Any]], device: torch.device, seconds: float) -> _Timing:
     """Time all calls and the machine in turn."""
     probe = probes(device) if case.bytes_read else Probes((), ())
@@ -138,13 +145,12 @@ def _rows_of(op: str, case: Case, device: torch.device, seconds: float) -> list[
             "allowed_error": variant.allowed,
         }
         if name in timing.samples:
-            deciles = statistics.quantiles(timing.samples[name], n=10)
-            row |= {"p20_us": deciles[1] * 1e6, "median_us": deciles[4] * 1e6, "p80_us": deciles[7] * 1e6}
+            row |= spread(timing.samples[name], "us")
             if case.bytes_read:
                 moved = case.bytes_read + case.bytes_written
                 floor = timing.floor(case)
                 ratios = [least / taken for least, taken in zip(floor, timing.samples[name], strict=True)]
-                row |= {"bytes": moved, "bytes_per_s": moved / deciles[4]}
+                row |= {"bytes": moved, "bytes_per_s": moved / statistics.median(timing.samples[name])}
                 row |= {"bound_bytes_per_s": moved / statistics.median(floor)}
                 row |= {"share_of_bound": statistics.median(ratios)}
             if timing.plain:

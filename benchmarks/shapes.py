@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["resnet18", "rows_of", "size_of"]
+__all__ = ["as_matrix", "as_vector", "resnet18", "rows_of", "size_of"]
 
 
 def resnet18(outputs: int = 10) -> list[tuple[int, ...]]:
@@ -37,3 +38,13 @@ def rows_of(
     return [
         [torch.randn(shape, generator=generator, device=device).to(dtype) for shape in shapes] for _ in range(num_rows)
     ]
+
+
+def as_vector(row: Tensor | Sequence[Tensor]) -> Tensor:
+    """Return a row (P,) in one piece."""
+    return row if isinstance(row, Tensor) else torch.cat([tensor.flatten() for tensor in row])
+
+
+def as_matrix(rows: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Return rows as one (T, P) tensor."""
+    return torch.stack([as_vector(row) for row in rows])

@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 from fastmtl.benchmarks.machine import facts
 from fastmtl.benchmarks.peers import libmtl_solvers, torchjd_solvers
-from fastmtl.benchmarks.runner import time_in_turn
+from fastmtl.benchmarks.runner import spread, time_in_turn
 from fastmtl.benchmarks.tables import write_rows
 from torch import Tensor
 
@@ -92,8 +92,8 @@ def run_solvers(libmtl: Path | None = None, csv_path: Path | None = None, second
             exact = _exact(name, gram) @ jacobian
             distances = {}
             for library, call in calls.items():
-                found = call()
-                distances[library] = _distance(found if library == "LibMTL" else found @ jacobian, exact)
+                result = call()
+                distances[library] = _distance(result if library == "LibMTL" else result @ jacobian, exact)
             if name not in _RANDOM and not distances["fastmtl"] <= _ALLOWED:
                 del calls["fastmtl"]
             samples = time_in_turn(calls, torch.device("cpu"), seconds)
@@ -101,10 +101,9 @@ def run_solvers(libmtl: Path | None = None, csv_path: Path | None = None, second
                 row: Row = {"strategy": name, "tasks": size, "library": library}
                 row["distance"] = None if name in _RANDOM else distance
                 if library in samples:
-                    deciles = statistics.quantiles(samples[library], n=10)
-                    row |= {"p20_us": deciles[1] * 1e6, "median_us": deciles[4] * 1e6, "p80_us": deciles[7] * 1e6}
+                    row |= spread(samples[library], "us")
                     if "fastmtl" in samples:
-                        row["times_ours"] = deciles[4] / statistics.median(samples["fastmtl"])
+                        row["times_ours"] = statistics.median(samples[library]) / statistics.median(samples["fastmtl"])
                 print(_line(row), flush=True)
                 rows.append(row | known)
             if csv_path is not None:

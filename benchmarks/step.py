@@ -17,7 +17,7 @@ from fastmtl.benchmarks.contender import Contender, LocalContender
 from fastmtl.benchmarks.gate import ALLOWED, DRAW, distances, wrong_steps
 from fastmtl.benchmarks.machine import facts, probes
 from fastmtl.benchmarks.peers import libmtl_can, libmtl_step, torchjd_can, torchjd_step
-from fastmtl.benchmarks.runner import time_in_turn
+from fastmtl.benchmarks.runner import spread, time_in_turn
 from fastmtl.benchmarks.tables import write_rows
 from fastmtl.benchmarks.work import Work
 from torch import Tensor
@@ -66,9 +66,9 @@ def _trainer_step(work: Work, weighting: str, precision: str, **way: Any) -> Loc
     def step() -> None:
         nonlocal done
         present = present_tasks(trainer.meter.losses, [labels for _, labels in batches])
-        given = [trainer.prepared(each) for each in batches]
-        losses, preds = trainer.step(given, buffer, present)
-        trainer.meter.update(losses, preds[-1], given[-1][1])
+        prepared = [trainer.prepared(batch) for batch in batches]
+        losses, preds = trainer.step(prepared, buffer, present)
+        trainer.meter.update(losses, preds[-1], prepared[-1][1])
         done += 1
         if len(buffer) == _LOG_EVERY:
             buffer.flush(0, done)
@@ -182,9 +182,9 @@ def run_step(
     device = find_device(device)
     if cuda_graph and device.type != "cuda":
         raise UsageError(f"cuda_graph needs a CUDA GPU, got the device {device}.")
-    names = [resolve_name(name, {each: each for each in WEIGHTINGS}, "weighting") for name in weightings]
-    peers = [resolve_name(peer, {each: each for each in PEERS}, "peer") for peer in peers]
-    arch = resolve_name(arch, {each: each for each in ARCHITECTURES}, "architecture")
+    names = [resolve_name(name, {known: known for known in WEIGHTINGS}, "weighting") for name in weightings]
+    peers = [resolve_name(peer, {known: known for known in PEERS}, "peer") for peer in peers]
+    arch = resolve_name(arch, {known: known for known in ARCHITECTURES}, "architecture")
     if "libmtl" in peers and libmtl is None:
         raise UsageError("The peer libmtl needs the folder of a LibMTL checkout (--libmtl).")
     known = facts(device)
@@ -213,7 +213,7 @@ def run_step(
 def _our_steps(
     work: Work, name: str, precision: str, compile: bool, cuda_graph: bool
 ) -> dict[str, Callable[[], Contender]]:
-    """Return what builds our steps."""
+    """Return functions that build our steps, by name."""
     ways: dict[str, dict[str, Any]] = {"fastmtl": {}}
     if compile:
         ways["fastmtl compiled"] = {"compile": True}
@@ -223,19 +223,19 @@ def _our_steps(
 
 
 def _peer_steps(work: Work, name: str, peers: Sequence[str], libmtl: Path | None) -> dict[str, Callable[[], Contender]]:
-    """Return what builds the peers' steps; say so where one has no such step."""
-    found: dict[str, Callable[[], Contender]] = {}
+    """Return functions that build the peers' steps, by name; print a line for each peer that has no such step."""
+    steps: dict[str, Callable[[], Contender]] = {}
     if libmtl is not None and "libmtl" in peers and libmtl_can(libmtl, work.arch, name):
-        found["LibMTL"] = partial(libmtl_step, work, name, libmtl)
+        steps["LibMTL"] = partial(libmtl_step, work, name, libmtl)
     if "torchjd" in peers and torchjd_can(work.arch, name):
-        found["TorchJD"] = partial(torchjd_step, work, name)
+        steps["TorchJD"] = partial(torchjd_step, work, name)
     if work.device.type == "cpu":
         # Our trainer tells the C library to keep what is freed, in the whole process; see fastmtl/memory.py.
-        found = {library: partial(Apart, library, build) for library, build in found.items()}
+        steps = {library: partial(Apart, library, build) for library, build in steps.items()}
     for peer in peers:
-        if peer not in map(str.lower, found):
+        if peer not in map(str.lower, steps):
             print(f"{name:11} T={work.count:<3} {peer} has no such step on {work.arch} and is left out")
-    return found
+    return steps
 
 
 def _compare(
@@ -254,12 +254,12 @@ def _compare(
     gated = contenders | {library: build() for library, build in exact.items()}
     # A captured step makes the random choices that its graph draws.
     left_out = {*_BOUNDS, "fastmtl captured"} if name in DRAW else {*_BOUNDS}
-    found = distances({library: each for library, each in gated.items() if library not in left_out})
-    wrong = wrong_steps(found)
+    apart = distances({library: step for library, step in gated.items() if library not in left_out})
+    wrong = wrong_steps(apart)
     del gated
     size = 4 * sum(param.numel() for param in ours.shared)
-    contenders = {library: each for library, each in contenders.items() if library not in wrong}
-    peaks = {library: each.peak_bytes() for library, each in contenders.items()}
+    contenders = {library: step for library, step in contenders.items() if library not in wrong}
+    peaks = {library: step.peak_bytes() for library, step in contenders.items()}
     memory = probes(work.device)
     rates: list[tuple[float, float]] = []
 
@@ -267,17 +267,16 @@ def _compare(
         rates.append((max(measure() for measure in memory.read), max(measure() for measure in memory.copy)))
 
     samples = time_in_turn(contenders, work.device, seconds, measure_memory)
-    read, copy = (statistics.median(each) for each in zip(*rates, strict=True))
+    read, copy = (statistics.median(rate) for rate in zip(*rates, strict=True))
     # J read twice, the update written once.
     algebra = work.count * size / read + (work.count + 1) * size / copy
     rows = []
     for library in make:
-        row: Row = {"strategy": name, "tasks": work.count, "library": library, "distance": found.get(library)}
-        if library in found:
-            row["update"] = "same" if found[library] <= ALLOWED else "another"
+        row: Row = {"strategy": name, "tasks": work.count, "library": library, "distance": apart.get(library)}
+        if library in apart:
+            row["update"] = "same" if apart[library] <= ALLOWED else "another"
         if library in samples:
-            deciles = statistics.quantiles(samples[library], n=10)
-            row |= {"p20_ms": deciles[1] * 1e3, "median_ms": deciles[4] * 1e3, "p80_ms": deciles[7] * 1e3}
+            row |= spread(samples[library], "ms")
             row |= {"peak_mb": peaks[library] / 1e6, "algebra_ms": algebra * 1e3}
             for other in ("floor", "fastmtl"):
                 if other in samples:

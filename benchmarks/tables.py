@@ -49,10 +49,10 @@ def plot_kernels(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     for axes, (some, column, label, scale) in zip(grid[0], panels, strict=True):
         cases = list(dict.fromkeys((row["op"], row["case"], row["dtype"]) for row in some))
         for variant in dict.fromkeys(row["variant"] for row in some):
-            own = [row for row in some if row["variant"] == variant]
-            places = [cases.index((row["op"], row["case"], row["dtype"])) for row in own]
+            line = [row for row in some if row["variant"] == variant]
+            places = [cases.index((row["op"], row["case"], row["dtype"])) for row in line]
             marker = "o" if variant == "fastmtl" else "x"
-            axes.plot([row[column] for row in own], places, marker, label=variant)
+            axes.plot([row[column] for row in line], places, marker, label=variant)
         axes.set_yticks(range(len(cases)), [" ".join(case) for case in cases], fontsize="small")
         axes.invert_yaxis()
         axes.grid(axis="x", alpha=0.4)

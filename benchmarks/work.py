@@ -61,13 +61,13 @@ class Work:
     def arch_args(self) -> dict[str, Any]:
         """Return the architecture's hyper-parameters: two shared experts, or one beside one of each task."""
         gated = {"img_size": list(self.inputs.shape[1:])}
-        given: dict[str, dict[str, Any]] = {
+        args: dict[str, dict[str, Any]] = {
             "MMoE": {**gated, "num_experts": [2]},
             "CGC": {**gated, "num_experts": [1] * (self.count + 1)},
             "PLE": {**gated, "num_experts": [1] * (self.count + 1)},
             "DSelect_k": {**gated, "num_experts": [2], "num_nonzeros": 2, "kgamma": 1.0},
         }
-        return given.get(self.arch, {})
+        return args.get(self.arch, {})
 
     def modules(self) -> tuple[nn.Module, nn.ModuleDict]:
         """Return encoder and decoders, each time in the same initial state."""

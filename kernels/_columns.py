@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmtl.ops._rows import shared_strides
+from fastmtl.ops._rows import has_strides, shared_strides
 
 __all__ = ["Column", "addresses", "as_pointers", "dense_columns", "in_layout", "upcast"]
 
@@ -35,8 +35,7 @@ class Column(NamedTuple):
 
 def in_layout(tensor: Tensor, strides: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Return the tensor, or a copy where its dtype or its layout differs."""
-    alike = all(s == t for n, s, t in zip(tensor.shape, tensor.stride(), strides, strict=True) if n != 1)
-    if alike and tensor.dtype == dtype:
+    if tensor.dtype == dtype and has_strides([tensor], strides):
         return tensor
     return torch.empty_strided(tensor.shape, strides, dtype=dtype, device=tensor.device).copy_(tensor)
 
@@ -57,23 +56,23 @@ def dense_columns(flat: Sequence[Tensor | None], num_rows: int) -> Iterator[Colu
 
 
 def addresses(tensors: Sequence[Tensor | None]) -> tuple[int, ...]:
-    """Return where tensors lie; 0 for None."""
+    """Return the addresses of tensors; 0 for None."""
     return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
 
 
 @triton.jit
 def as_pointers(places: tl.tensor, SIZE: tl.constexpr, PADDED: tl.constexpr) -> tl.tensor:
-    """Return SIZE addresses as a vector of PADDED, 0 behind them."""
+    """Return SIZE addresses as a vector of PADDED elements, filled up with zeros."""
     index = tl.arange(0, PADDED)
-    found = tl.zeros((PADDED,), tl.int64)
+    pointers = tl.zeros((PADDED,), tl.int64)
     for t in tl.static_range(SIZE):
-        found = tl.where(index == t, places[t], found)
-    return found
+        pointers = tl.where(index == t, places[t], pointers)
+    return pointers
 
 
 @triton.jit
 def upcast(value: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
-    """Return what was loaded in a wider type; bfloat16 goes by float32, which the interpreter asks for."""
+    """Return a loaded value in a wider type; bfloat16 is converted to float32 first, as the interpreter needs it."""
     if value.dtype.primitive_bitwidth < 32:
         return value.to(tl.float32).to(KIND)
     return value.to(KIND)

@@ -93,16 +93,16 @@ def combine_(
             continue
         column = apart[k]
         one = dense if groups is None else dense[groups[k]]
-        given = target if is_dense(target) else target.contiguous()
-        own = (
+        result = target if is_dense(target) else target.contiguous()
+        rows_like_result = (
             column.rows
-            if given.stride() == column.first.stride()
-            else [None if row is None else in_layout(row, given.stride(), row.dtype) for row in column.rows]
+            if result.stride() == column.first.stride()
+            else [None if row is None else in_layout(row, result.stride(), row.dtype) for row in column.rows]
         )
-        first = next(row for row in own if row is not None)
-        _launch(Column(k, own, first), one, given, accumulate)
-        if given is not target:
-            target.copy_(given)
+        first = next(row for row in rows_like_result if row is not None)
+        _launch(Column(k, rows_like_result, first), one, result, accumulate)
+        if result is not target:
+            target.copy_(result)
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

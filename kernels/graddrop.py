@@ -43,7 +43,7 @@ def _draw(random: tl.tensor, first: tl.tensor, BLOCK: tl.constexpr) -> tl.tensor
 
 @triton.jit
 def _factors(sums: tl.tensor, centred: tl.tensor, leak: tl.tensor) -> tl.tensor:
-    """Return what each (task, feature) is multiplied by: 1 where its sign stays, else the leak; NaN lets none stay."""
+    """Return the factor of each (task, feature): 1 where its sign is kept, else the leak; a NaN sum keeps none."""
     total = tl.sum(sums, axis=0)
     limit = centred.to(sums.dtype) * tl.sum(tl.abs(sums), axis=0)
     sign = tl.where(total > limit, 1.0, tl.where(total < limit, -1.0, 0.0)).to(sums.dtype)
@@ -155,20 +155,20 @@ def graddrop(
     if features == 0 or largest == 0:
         return results
     kinds = [_promoted(tensors) for tensors in (reps, grads, results)]
-    given_reps = [in_layout(rep, strides, kinds[0]) for rep in reps]
-    given_grads = [in_layout(grad, strides, kinds[1]) for grad in grads]
+    dense_reps = [in_layout(rep, strides, kinds[0]) for rep in reps]
+    dense_grads = [in_layout(grad, strides, kinds[1]) for grad in grads]
     outs = [in_layout(result, strides, kinds[2]) for result in results]
     if noise is not None:
         noise = in_layout(noise, inner, torch.float64)
     padded = triton.next_power_of_2(tasks)
     launch = pick(GRADDROP, padded)
     graddrop_fwd_kernel_batch[(triton.cdiv(features, launch.block),)](
-        addresses(given_reps * tasks if shared else given_reps),
-        addresses(given_grads),
+        addresses(dense_reps * tasks if shared else dense_reps),
+        addresses(dense_grads),
         addresses(outs),
         tuple(len(grad) for grad in grads),
-        given_reps[0],
-        given_grads[0],
+        dense_reps[0],
+        dense_grads[0],
         outs[0],
         random.contiguous(),
         random if noise is None else noise,
@@ -210,13 +210,13 @@ def graddrop_rows(
     for column, result in zip(dense_columns(rows, num_rows), results, strict=True):
         numel = result.numel()
         if numel:
-            given = in_layout(noise[column.number], result.stride(), torch.float64) if noise else random
+            numbers = in_layout(noise[column.number], result.stride(), torch.float64) if noise else random
             graddrop_fwd_kernel_rows[(triton.cdiv(numel, launch.block),)](
                 addresses(column.rows),
                 column.first,
                 result,
                 random.contiguous(),
-                given,
+                numbers,
                 leak.contiguous(),
                 first,
                 numel,

@@ -93,9 +93,9 @@ def gram(rows: list[Tensor | None], num_rows: int, groups: list[int] | None = No
     columns = list(dense_columns(rows, num_rows))
     firsts = range(0, num_rows, _ROWS)
     for group, matrix in enumerate(result):
-        own = [column for column in columns if groups is None or groups[column.number] == group]
-        for i, j in itertools.combinations_with_replacement(firsts, 2) if own else ():
-            _add_pair(own, i, j, num_rows, matrix)
+        of_group = [column for column in columns if groups is None or groups[column.number] == group]
+        for i, j in itertools.combinations_with_replacement(firsts, 2) if of_group else ():
+            _add_pair(of_group, i, j, num_rows, matrix)
     # The two triangles of a pair of rows with itself are summed alike, but not by one order of the factors.
     result = result.triu() + result.triu(1).mT
     return result[0] if groups is None else result

@@ -47,13 +47,13 @@ def _affine_minimiser(
     right = tl.where(inside, border, 0.0)
     solved = tl.sum(inverse * right[None, :], axis=1)
     solved = solved / tl.sum(right * solved, axis=0)
-    found = solved
+    point = solved
     for _ in range(3):
-        image = tl.sum(cosine * found[None, :], axis=1)
-        rest = tl.where(inside, tl.sum(found * image, axis=0) * right - image, 0.0)
+        image = tl.sum(cosine * point[None, :], axis=1)
+        rest = tl.where(inside, tl.sum(point * image, axis=0) * right - image, 0.0)
         change = tl.sum(inverse * rest[None, :], axis=1)
-        found += change - tl.sum(right * change, axis=0) * solved
-    return found
+        point += change - tl.sum(right * change, axis=0) * solved
+    return point
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def min_norm_fwd_kernel(
     TASKS: tl.constexpr,
     PADDED: tl.constexpr,
 ) -> None:
-    """Write the weights.
+    """Write the min-norm weights of one Gram matrix.
 
     It works on v = w d with d_i = sqrt(G_ii): the matrix is C = G / (d d^T) plus a ridge, the constraint b^T v = 1 with
     b = min(d) / d. A minor step that drops a task counts as a step of the loop.
@@ -109,11 +109,11 @@ def min_norm_fwd_kernel(
             inside = inside & (task != leaving)
             point = tl.where(inside, tl.where(settled > 0, aim, tl.where(moved > 0, moved, 0.0)), 0.0)
         going -= 1
-    found = point * border
-    found = found / tl.sum(found, axis=0)
-    found = tl.where(zeros > 0, zero.to(tl.float64) / tl.where(zeros > 0, zeros, 1).to(tl.float64), found)
-    found = tl.where(finite, found, float("nan"))
-    tl.store(weights + task, found, mask=real)
+    result = point * border
+    result = result / tl.sum(result, axis=0)
+    result = tl.where(zeros > 0, zero.to(tl.float64) / tl.where(zeros > 0, zeros, 1).to(tl.float64), result)
+    result = tl.where(finite, result, float("nan"))
+    tl.store(weights + task, result, mask=real)
 
 
 def min_norm(gram: Tensor, warm_start: Tensor | None = None) -> Tensor:

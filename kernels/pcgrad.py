@@ -27,7 +27,7 @@ def pcgrad_fwd_kernel(
     PADDED: tl.constexpr,
     BY_KEY: tl.constexpr,
 ) -> None:
-    """Write the column sums of the coefficients."""
+    """Write PCGrad's weights, the column sums of the coefficients of all projected gradients."""
     task = tl.arange(0, PADDED)
     real = task < TASKS
     both = real[:, None] & real[None, :]

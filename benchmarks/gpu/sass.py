@@ -21,11 +21,11 @@ _INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/(\s.*?);")
 
 def count_instructions(sass: str) -> dict[str, Counter[str]]:
     """Return, by mangled name, how often each kind of instruction is in a kernel."""
-    found: dict[str, Counter[str]] = {}
+    kernels: dict[str, Counter[str]] = {}
     for part in sass.split("Function :")[1:]:
         name, code = part.split("\n", 1)
         instructions = [hit[1] for hit in map(_INSTRUCTION.match, code.splitlines()) if hit]
-        found[name.strip()] = Counter(
+        kernels[name.strip()] = Counter(
             kind for text in instructions for kind, pattern in _PATTERNS.items() if pattern.search(text)
         )
-    return found
+    return kernels

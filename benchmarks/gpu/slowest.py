@@ -19,8 +19,8 @@ def slowest(rows: list[dict[str, str]], count: int = 2) -> list[str]:
 
 
 if __name__ == "__main__":
-    found: list[dict[str, str]] = []
+    table: list[dict[str, str]] = []
     for name in sys.argv[1:]:
         with Path(name).open(newline="") as file:
-            found += csv.DictReader(file)
-    print(*slowest(found))
+            table += csv.DictReader(file)
+    print(*slowest(table))

@@ -49,7 +49,7 @@ def cases(device: torch.device) -> Iterator[tuple[str, tuple[Any, ...]]]:
         yield "graddrop_rows", (flat, num_rows, weights.abs(), random, [])
         state = [torch.ones(shape, device=device) for _ in range(num_rows) for shape in _SHAPES]
         yield "ema_gram_", (state, flat, num_rows, weights, weights)
-        yield "excess_risk_", ([torch.ones_like(own) for own in state], flat, num_rows, 1e-7)
+        yield "excess_risk_", ([torch.ones_like(tensor) for tensor in state], flat, num_rows, 1e-7)
         grads = [torch.ones(5, 3, 7, device=device) * (t + 1) for t in range(num_rows)]
         yield "graddrop", (grads[:1], grads, 0.25, random)
         yield "graddrop", (grads, grads, 0.25, random)
@@ -96,5 +96,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda", type=torch.device)
     parser.add_argument("--op")
-    given = parser.parse_args()
-    print(f"{check(given.device, given.op)} cases agree with the references")
+    options = parser.parse_args()
+    print(f"{check(options.device, options.op)} cases agree with the references")

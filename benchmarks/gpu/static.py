@@ -71,14 +71,14 @@ class StaticError(Exception):
 
 def _tool(name: str) -> str:
     """Return the path of one of CUDA's tools, which Triton's wheel brings too."""
-    found = shutil.which(name)
-    if found is None:
+    path = shutil.which(name)
+    if path is None:
         spec = importlib.util.find_spec("triton")
         inside = Path(spec.origin).parent / "backends/nvidia/bin" / name if spec and spec.origin else None
-        found = str(inside) if inside is not None and inside.is_file() else None
-    if found is None:
+        path = str(inside) if inside is not None and inside.is_file() else None
+    if path is None:
         raise StaticError(f"{name} was not found.")
-    return found
+    return path
 
 
 def _run(command: list[str]) -> str:
@@ -104,16 +104,16 @@ def _flags() -> list[str]:
 
 def _included(source: Path) -> set[Path]:
     """Return a source and every file of the repository that it includes, directly or not."""
-    found, pending = {source}, [source]
+    included, pending = {source}, [source]
     while pending:
         path = pending.pop()
         for name in re.findall(r'^ *# *include +"(.+)"', path.read_text(), re.MULTILINE):
-            for folder in (path.parent, *(ROOT / each for each in _INCLUDE)):
+            for folder in (path.parent, *map(ROOT.joinpath, _INCLUDE)):
                 inner = (folder / name).resolve()
-                if inner.is_file() and inner not in found:
-                    found.add(inner)
+                if inner.is_file() and inner not in included:
+                    included.add(inner)
                     pending.append(inner)
-    return found
+    return included
 
 
 def _compile(source: Path, arch: str) -> tuple[Path, str]:
@@ -136,14 +136,14 @@ def _resources(log: str) -> Iterator[tuple[str, Row]]:
     """Yield each kernel's mangled name and what ptxas says that it uses."""
     for part in log.split("Compiling entry function '")[1:]:
         name = part.split("'", 1)[0]
-        own = part.split("Function properties for")[1]
+        properties = part.split("Function properties for")[1]
         row = {"shared": "0"}
         for key, pattern in (
             ("stack", r"(\d+) bytes stack frame"),
             ("spill_stores", r"(\d+) bytes spill stores"),
             ("spill_loads", r"(\d+) bytes spill loads"),
         ):
-            found = re.search(pattern, own)
+            found = re.search(pattern, properties)
             row[key] = found[1] if found else "0"
         for key, pattern in (("registers", r"Used (\d+) registers"), ("shared", r"(\d+) bytes smem")):
             found = re.search(pattern, part)
@@ -233,10 +233,10 @@ def differences(rows: list[Row], table: list[Row]) -> list[str]:
     now, before = {key(row): row for row in rows}, {key(row): row for row in table}
     said = [f"{kernel} for sm_{arch} is not in the table." for _, kernel, arch in now.keys() - before.keys()]
     said += [f"{kernel} for sm_{arch} is gone." for _, kernel, arch in before.keys() - now.keys()]
-    for each in now.keys() & before.keys():
-        changed = [f"{c} {before[each][c]} -> {now[each][c]}" for c in COLUMNS if before[each][c] != now[each][c]]
+    for kept in now.keys() & before.keys():
+        changed = [f"{c} {before[kept][c]} -> {now[kept][c]}" for c in COLUMNS if before[kept][c] != now[kept][c]]
         if changed:
-            said.append(f"{each[1]} for sm_{each[2]}: {', '.join(changed)}.")
+            said.append(f"{kept[1]} for sm_{kept[2]}: {', '.join(changed)}.")
     return sorted(said)
 
 
@@ -245,13 +245,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="take what is there now as the table")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilers run side by side")
-    given = parser.parse_args()
+    options = parser.parse_args()
     try:
-        rows = measure(given.jobs)
+        rows = measure(options.jobs)
     except StaticError as error:
         raise SystemExit(str(error)) from error
     faults = broken_rules(rows)
-    if given.write:
+    if options.write:
         with TABLE.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()

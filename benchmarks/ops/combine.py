@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from fastmtl.benchmarks.registry import Case, Variant
-from fastmtl.benchmarks.shapes import resnet18, rows_of, size_of
+from fastmtl.benchmarks.shapes import as_matrix, as_vector, resnet18, rows_of, size_of
 from torch import Tensor
 
 from fastmtl import ops
@@ -17,7 +17,7 @@ __all__ = ["cases"]
 def _case(num_rows: int, device: torch.device, dtype: torch.dtype) -> Case:
     shapes = resnet18()
     rows = rows_of(shapes, num_rows, device, dtype)
-    jacobian = torch.stack([torch.cat([t.flatten() for t in row]) for row in rows])
+    jacobian = as_matrix(rows)
     weights = torch.rand(num_rows, generator=torch.Generator().manual_seed(1)).double().to(device)
     narrow = weights.to(dtype)
     out = [torch.empty_like(t) for t in rows[0]]
@@ -25,7 +25,7 @@ def _case(num_rows: int, device: torch.device, dtype: torch.dtype) -> Case:
     scale = sum(w * row.double().abs() for w, row in zip(weights, jacobian, strict=True))
 
     def error(got: Tensor | Sequence[Tensor]) -> float:
-        flat = got if isinstance(got, Tensor) else torch.cat([t.flatten() for t in got])
+        flat = as_vector(got)
         return float(((flat.double() - want).abs() / scale).nan_to_num(0.0).max())
 
     def in_place() -> list[Tensor]:
@@ -50,7 +50,7 @@ def _case(num_rows: int, device: torch.device, dtype: torch.dtype) -> Case:
 
 
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
-    """Yield the cases."""
+    """Yield the gradients of a ResNet-18 for several numbers of tasks, and once in bfloat16."""
     for num_rows in (3,) if quick else (2, 3, 8, 16, 40):
         yield _case(num_rows, device, torch.float32)
     if not quick:

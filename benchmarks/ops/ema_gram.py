@@ -6,16 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from fastmtl.benchmarks.registry import Case, Variant
-from fastmtl.benchmarks.shapes import resnet18, rows_of
+from fastmtl.benchmarks.shapes import as_matrix, resnet18, rows_of
 from torch import Tensor
 
 from fastmtl import ops
 
 __all__ = ["cases"]
-
-
-def _matrix(rows: Sequence[Sequence[Tensor]]) -> Tensor:
-    return torch.stack([torch.cat([t.flatten() for t in row]) for row in rows])
 
 
 def _views(state: Tensor, like: Sequence[Tensor]) -> list[list[Tensor]]:
@@ -52,7 +48,7 @@ def _case(
 
 def _ema(num_rows: int, device: torch.device) -> Case:
     rows = rows_of(resnet18(), num_rows, device, torch.float32)
-    jacobian = _matrix(rows)
+    jacobian = as_matrix(rows)
     keep, gains = torch.full((num_rows,), 0.5, device=device), torch.linspace(0.1, 1, num_rows, device=device)
     new = 0.5 + gains.double()[:, None] * jacobian.double()
 
@@ -74,7 +70,7 @@ def _ema(num_rows: int, device: torch.device) -> Case:
 
 def _excess(num_rows: int, device: torch.device) -> Case:
     rows = rows_of(resnet18(), num_rows, device, torch.float32)
-    jacobian = _matrix(rows)
+    jacobian = as_matrix(rows)
     square = jacobian.double() ** 2
 
     def plain(sums: Tensor) -> Tensor:

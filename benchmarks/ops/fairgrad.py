@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 
 import torch
-from fastmtl.benchmarks.registry import Case, Variant
+from fastmtl.benchmarks.ops._solver import normal, sizes, solver_case
+from fastmtl.benchmarks.registry import Case
 from torch import Tensor
-
-from fastmtl import ops
 
 __all__ = ["cases", "residual"]
 
-_SIZES = (2, 3, 8, 16, 40, 64, 128)
 _BOUND = 1e-8
 
 
 def residual(gram: Tensor, alpha: float) -> Callable[[Tensor], float]:
-    """Return what measures weights: max_i |(G w)_i w_i^(1/alpha) - 1|."""
+    """Return a measure of weights: max_i |(G w)_i w_i^(1/alpha) - 1|."""
     matrix = gram.cpu()
     matrix = matrix + 1e-10 * matrix.diagonal().diag()
 
@@ -31,16 +28,7 @@ def residual(gram: Tensor, alpha: float) -> Callable[[Tensor], float]:
 
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     """Yield Gram matrices of normal gradients for all numbers of tasks."""
-    reference = ops.implementation("fairgrad", "reference")
-    for size in (3, 16) if quick else _SIZES:
-        jacobian = torch.randn(size, 1000, dtype=torch.float64, generator=torch.Generator().manual_seed(size))
+    for size in sizes(quick):
+        jacobian = normal(size, torch.Generator().manual_seed(size))
         gram = (jacobian @ jacobian.T).to(device)
-        yield Case(
-            name=f"random T={size}, alpha=2",
-            dtype="float64",
-            variants={
-                "fastmtl": Variant(call=partial(ops.fairgrad, gram, 2.0), allowed=_BOUND),
-                "reference": Variant(call=partial(reference, gram, 2.0), allowed=_BOUND),
-            },
-            error=residual(gram, 2.0),
-        )
+        yield solver_case("fairgrad", f"random T={size}, alpha=2", (gram, 2.0), residual(gram, 2.0), _BOUND)

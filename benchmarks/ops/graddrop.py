@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from fastmtl.benchmarks.registry import Case, Variant
-from fastmtl.benchmarks.shapes import resnet18, rows_of, size_of
+from fastmtl.benchmarks.shapes import as_matrix, as_vector, resnet18, rows_of, size_of
 from torch import Tensor
 
 from fastmtl import ops
@@ -20,10 +20,10 @@ def _plain(signed: Tensor, noise: Tensor) -> Tensor:
 
 
 def _error_of(want: Tensor, near: Tensor) -> Callable[[Sequence[Tensor]], float]:
-    """Return what measures results where no rounding can turn the choice of a sign."""
+    """Return a measure of results where no rounding can turn the choice of a sign."""
 
     def error(got: Sequence[Tensor]) -> float:
-        flat = torch.cat([t.flatten() for t in got]).double()
+        flat = as_vector(got).double()
         return float(((flat - want).abs() / (want.abs() + 1)).masked_fill(near, 0).max())
 
     return error
@@ -68,7 +68,7 @@ def _reps(tasks: int, batch: int, features: tuple[int, ...], device: torch.devic
 def _rows(tasks: int, device: torch.device) -> Case:
     shapes = resnet18()
     rows = rows_of(shapes, tasks, device, torch.float32)
-    jacobian = torch.stack([torch.cat([t.flatten() for t in row]) for row in rows])
+    jacobian = as_matrix(rows)
     random, leak = torch.tensor([1, 0], device=device), torch.zeros(tasks, device=device)
     wide = jacobian.double()
     signs = torch.stack([wide.clamp(min=0).sum(0), wide.clamp(max=0).sum(0)])
@@ -77,9 +77,9 @@ def _rows(tasks: int, device: torch.device) -> Case:
 
     def error(got: Sequence[Tensor] | Tensor) -> float:
         """Return the share of elements that are not the sum of one sign, or how far off they are on average."""
-        found = (got if isinstance(got, Tensor) else torch.cat([t.flatten() for t in got])).double()
-        strange = ((found - signs).abs().min(0).values > 1e-5).double().mean()
-        return float(torch.maximum(strange, (found - mean).mean().abs()))
+        flat = as_vector(got).double()
+        strange = ((flat - signs).abs().min(0).values > 1e-5).double().mean()
+        return float(torch.maximum(strange, (flat - mean).mean().abs()))
 
     def torch_ops() -> Tensor:
         return (jacobian * _plain(jacobian, torch.rand_like(jacobian[0]))).sum(0)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 
 import torch
-from fastmtl.benchmarks.registry import Case, Variant
+from fastmtl.benchmarks.ops._solver import sizes, solver_case
+from fastmtl.benchmarks.registry import Case
 from torch import Tensor
-
-from fastmtl import ops
 
 __all__ = ["cases"]
 
-_SIZES = (2, 3, 8, 16, 40, 64, 128)
 _TENSORS = 62
 _BOUND = 1e-11
 
@@ -40,7 +37,7 @@ def _on_rows(rows: Tensor, orders: Tensor, rho: Tensor, beta: float) -> tuple[Te
 
 
 def _excess(jacobian: Tensor, orders: Tensor, rho: Tensor, beta: float) -> Callable[[Result], float]:
-    """Return what measures results: the distances of the update, over the vectors' lengths, and of the averages."""
+    """Return a measure of results: the distances of the update, over the vectors' lengths, and of the averages."""
     rows = jacobian.cpu()
     expected = [_on_rows(rows[group], orders.cpu(), rho[group].cpu(), beta) for group in range(len(rows))]
 
@@ -57,21 +54,14 @@ def _excess(jacobian: Tensor, orders: Tensor, rho: Tensor, beta: float) -> Calla
 
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     """Yield one group and many groups for all numbers of tasks."""
-    reference = ops.implementation("gradvac", "reference")
-    for size in (3, 16) if quick else _SIZES:
-        # Many groups of very many tasks are no use anyone has for it.
+    for size in sizes(quick):
+        # Many groups of very many tasks do not occur in practice.
         for groups in (1, _TENSORS) if size <= 16 else (1,):
             generator = torch.Generator().manual_seed(size)
             jacobian = torch.randn(groups, size, 300, dtype=torch.float64, generator=generator).to(device)
             orders = torch.rand(size, size, generator=generator).argsort(dim=1).to(device)
             rho = torch.rand(groups, size, size, dtype=torch.float64, generator=generator).sub(0.5).to(device)
             gram = jacobian @ jacobian.mT
-            yield Case(
-                name=f"L={groups} T={size}",
-                dtype="float64",
-                variants={
-                    "fastmtl": Variant(call=partial(ops.gradvac, gram, orders, rho, 0.5), allowed=_BOUND),
-                    "reference": Variant(call=partial(reference, gram, orders, rho, 0.5), allowed=_BOUND),
-                },
-                error=_excess(jacobian, orders, rho, 0.5),
+            yield solver_case(
+                "gradvac", f"L={groups} T={size}", (gram, orders, rho, 0.5), _excess(jacobian, orders, rho, 0.5), _BOUND
             )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 from fastmtl.benchmarks.registry import Case, Variant
-from fastmtl.benchmarks.shapes import resnet18, rows_of, size_of
+from fastmtl.benchmarks.shapes import as_matrix, resnet18, rows_of, size_of
 from torch import Tensor
 
 from fastmtl import ops
@@ -17,15 +17,12 @@ __all__ = ["cases"]
 def _case(num_rows: int, device: torch.device, dtype: torch.dtype) -> Case:
     shapes = resnet18()
     rows = rows_of(shapes, num_rows, device, dtype)
-    jacobian = torch.stack([torch.cat([t.flatten() for t in row]) for row in rows])
+    jacobian = as_matrix(rows)
     want = ops.implementation("gram", "reference")([t for row in rows for t in row], num_rows)
     scale = want.diagonal().sqrt()
 
     def error(got: Tensor) -> float:
         return float(((got.double() - want) / scale[:, None] / scale).abs().max())
-
-    def concatenate() -> Tensor:
-        return torch.stack([torch.cat([t.flatten() for t in row]) for row in rows])
 
     eps = torch.finfo(torch.float32).eps
     torch_error = max(error(jacobian @ jacobian.T), 1e-2)
@@ -35,7 +32,7 @@ def _case(num_rows: int, device: torch.device, dtype: torch.dtype) -> Case:
     }
     if num_rows == 3:
         # Once is enough to see what it costs: gigabytes of fresh pages disturb what is timed beside it.
-        variants["torch cat, J @ J.T"] = Variant(call=lambda: (j := concatenate()) @ j.T, allowed=torch_error)
+        variants["torch cat, J @ J.T"] = Variant(call=lambda: (j := as_matrix(rows)) @ j.T, allowed=torch_error)
     return Case(
         name=f"ResNet-18, T={num_rows}",
         dtype=str(dtype).removeprefix("torch."),
@@ -48,7 +45,7 @@ def _case(num_rows: int, device: torch.device, dtype: torch.dtype) -> Case:
 
 
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
-    """Yield the cases."""
+    """Yield the gradients of a ResNet-18 for several numbers of tasks, and once in bfloat16."""
     for num_rows in (3,) if quick else (2, 3, 8, 16, 40):
         yield _case(num_rows, device, torch.float32)
     if not quick:

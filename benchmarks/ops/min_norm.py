@@ -6,30 +6,24 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
+from fastmtl.benchmarks.ops._solver import normal, sizes, solver_case
 from fastmtl.benchmarks.registry import Case, Variant
 from torch import Tensor
 
-from fastmtl import ops
-
 __all__ = ["cases"]
 
-_SIZES = (2, 3, 8, 16, 40, 64, 128)
 _BOUND = 1e-12
 _ITERATIONS = 250
 
 
-def _random(size: int, generator: torch.Generator) -> Tensor:
-    return torch.randn(size, 1000, dtype=torch.float64, generator=generator)
-
-
 def _conflicting(size: int, generator: torch.Generator) -> Tensor:
     # Fewer dimensions than tasks want and lengths that differ: only some tasks get weight.
-    jacobian = torch.randn(size, size, dtype=torch.float64, generator=generator)
+    jacobian = normal(size, generator, size)
     return jacobian * torch.logspace(-1, 1, size, dtype=torch.float64)[:, None]
 
 
 def _excess(gram: Tensor) -> Callable[[Tensor], float]:
-    """Return what measures weights: max_i ((1 - 1e-6) w^T G w - (G w)_i) / s_i, which must be at most 1e-12."""
+    """Return a measure of weights: max_i ((1 - 1e-6) w^T G w - (G w)_i) / s_i, which must be at most 1e-12."""
     matrix = gram.cpu()
     length = matrix.diagonal().sqrt()
 
@@ -60,19 +54,11 @@ def _frank_wolfe(gram: Tensor) -> Tensor:
 
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     """Yield both kinds of Gram matrices for all numbers of tasks."""
-    reference = ops.implementation("min_norm", "reference")
-    for size in (3, 16) if quick else _SIZES:
-        for make in (_random, _conflicting):
+    for size in sizes(quick):
+        for kind, make in (("random", normal), ("conflicting", _conflicting)):
             jacobian = make(size, torch.Generator().manual_seed(size)).to(device)
             gram = jacobian @ jacobian.T
-            yield Case(
-                name=f"{make.__name__[1:]} T={size}",
-                dtype="float64",
-                variants={
-                    "fastmtl": Variant(call=partial(ops.min_norm, gram), allowed=_BOUND),
-                    "reference": Variant(call=partial(reference, gram), allowed=_BOUND),
-                    # It stops far from the minimum; its error says how far.
-                    f"Frank-Wolfe x {_ITERATIONS}": Variant(call=partial(_frank_wolfe, gram), allowed=float("inf")),
-                },
-                error=_excess(gram),
-            )
+            # It stops far from the minimum; its error says how far.
+            frank_wolfe = Variant(call=partial(_frank_wolfe, gram), allowed=float("inf"))
+            others = {f"Frank-Wolfe x {_ITERATIONS}": frank_wolfe}
+            yield solver_case("min_norm", f"{kind} T={size}", (gram,), _excess(gram), _BOUND, others)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from fastmtl.benchmarks.registry import Case, Variant
-from fastmtl.benchmarks.shapes import resnet18, rows_of, size_of
+from fastmtl.benchmarks.shapes import as_matrix, as_vector, resnet18, rows_of, size_of
 from torch import Tensor
 
 from fastmtl import ops
@@ -35,7 +35,7 @@ def _vector_by_vector(jacobian: Tensor, orders: Tensor) -> Tensor:
 def _case(method: str, num_rows: int, device: torch.device) -> Case:
     shapes = resnet18()
     rows = rows_of(shapes, num_rows, device, torch.float32)
-    jacobian = torch.stack([torch.cat([t.flatten() for t in row]) for row in rows])
+    jacobian = as_matrix(rows)
     orders = _orders(num_rows, device)
     out = [torch.empty_like(t) for t in rows[0]]
     solvers: dict[str, Callable[[Tensor], Tensor]] = {
@@ -48,7 +48,7 @@ def _case(method: str, num_rows: int, device: torch.device) -> Case:
     assert isinstance(want, Tensor)
 
     def error(got: Tensor | Sequence[Tensor]) -> float:
-        flat = got if isinstance(got, Tensor) else torch.cat([t.flatten() for t in got])
+        flat = as_vector(got)
         return float((flat.double() - want).norm() / want.norm())
 
     def update() -> list[Tensor]:
@@ -77,7 +77,7 @@ def _case(method: str, num_rows: int, device: torch.device) -> Case:
 
 
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
-    """Yield the cases."""
+    """Yield both methods on the gradients of a ResNet-18."""
     for num_rows in (3,) if quick else (3, 8):
         for method in ("MGDA", "PCGrad"):
             yield _case(method, num_rows, device)

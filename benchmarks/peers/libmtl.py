@@ -32,7 +32,7 @@ Solver = Callable[[Tensor], Tensor]
 
 
 def libmtl_solvers(checkout: Path, size: int) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Return LibMTL's solvers by the name of the strategy, each from J in float32 as LibMTL has it to the update.
+    """Return LibMTL's solvers by the name of the strategy; each turns J, in LibMTL's float32, into the update.
 
     Args:
         checkout: The folder that holds the package ``LibMTL``.

@@ -1,4 +1,4 @@
-"""More rows than a kernel takes: the same results from blocks of rows, which read some rows several times."""
+"""More rows than a kernel takes: the same results from blocks of rows, some of which are read several times."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fastmtl.ops._rows import MAX_ROWS, Flat, Groups, empty_wide
+from fastmtl.ops._rows import MAX_ROWS, Flat, Groups, columns, empty_wide, sum_dtype
 
-__all__ = ["gram_of_blocks", "row_blocks", "sum_of_blocks", "tell_of_blocks"]
+__all__ = ["gram_of_blocks", "row_blocks", "sum_of_blocks", "warn_of_blocks"]
 
 _log = logging.getLogger("fastmtl")
 
 
-def tell_of_blocks() -> None:
-    """Say once that a slower way is taken."""
+def warn_of_blocks() -> None:
+    """Warn once that rows are taken in blocks, which is slower."""
     if not torch.compiler.is_compiling():
-        _tell()
+        _warn()
 
 
 @functools.cache
-def _tell() -> None:
+def _warn() -> None:
     _log.warning(
         "There are more than %d task gradients, which is what a kernel takes at once: they are multiplied and combined "
         "in blocks, which takes longer.",
@@ -32,7 +32,7 @@ def _tell() -> None:
 
 
 def row_blocks(num_rows: int, most: int = MAX_ROWS) -> Iterator[tuple[int, int]]:
-    """Yield the first row of each block, and that of the next: as few blocks as can be, as equal as can be."""
+    """Yield begin and end of each block of rows: as few blocks as possible, of nearly equal sizes."""
     count = -(-num_rows // most)
     for index in range(count):
         yield index * num_rows // count, (index + 1) * num_rows // count
@@ -42,7 +42,7 @@ def gram_of_blocks(
     gram: Callable[[Flat, int, Groups], Tensor], flat: Flat, num_rows: int, groups: Groups, num_groups: int
 ) -> Tensor:
     """Return the Gram matrix, (T, T) or (L, T, T), of more rows than ``gram`` takes, from those of pairs of blocks."""
-    tell_of_blocks()
+    warn_of_blocks()
     width = len(flat) // num_rows
     result = empty_wide(flat, *(() if groups is None else (num_groups,)), num_rows, num_rows)
     blocks = [slice(*block) for block in row_blocks(num_rows, MAX_ROWS // 2)]
@@ -66,17 +66,15 @@ def sum_of_blocks(
     accumulate: bool,
 ) -> None:
     """Write the weighted sum of more rows than ``combine_`` takes into ``out``, or add it."""
-    tell_of_blocks()
+    warn_of_blocks()
     width = len(flat) // num_rows
     # Sums of blocks in bfloat16 would be rounded once for each; and out may be one of the rows.
-    totals = [torch.empty_like(target, dtype=_sum_dtype([target, *flat[k::width]])) for k, target in enumerate(out)]
+    totals = [
+        torch.empty_like(target, dtype=sum_dtype(target.dtype, *(row.dtype for _, row in column)))
+        for target, column in zip(out, columns(flat, num_rows), strict=True)
+    ]
     for first, end in row_blocks(num_rows):
         block = flat[first * width : end * width]
         combine_(totals, block, end - first, weights[..., first:end], groups, first > 0)
     for target, total in zip(out, totals, strict=True):
         target.copy_(total + target if accumulate else total)
-
-
-def _sum_dtype(tensors: Flat) -> torch.dtype:
-    wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
-    return torch.float64 if wide else torch.float32

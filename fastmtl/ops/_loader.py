@@ -1,6 +1,6 @@
 """Loads the compiled backends on first use and decides which one serves a device.
 
-Nothing here runs at import. A backend that cannot be had is remembered with its cause.
+Nothing here runs at import. Why a backend is not available is found out once and remembered.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _on_its_device(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.cache
 def _find(op: str, backend: str) -> Callable[..., Any] | str:
-    """Return one backend's kernel of an op, or why there is none."""
+    """Return one backend's kernel of an op, or the reason why there is none."""
     if backend == "triton":
         # An op in place and an op on rows live with the op whose name they extend.
         module = f"fastmtl.kernels.{op.removesuffix('_').removesuffix('_rows')}"
@@ -114,17 +114,17 @@ def _choose(op: str, device: str) -> tuple[str, list[str]]:
         )
     absent: list[str] = []
     for backend in PREFERENCE.get(device, ()) if choice == "auto" else (choice,):
-        found = _find(op, backend)
-        if not isinstance(found, str):
+        result = _find(op, backend)
+        if not isinstance(result, str):
             return backend, absent
         if choice == backend:
-            raise BackendError(f"FASTMTL_BACKEND={choice} cannot serve {op} on {device}: {found}.")
-        absent.append(f"{backend}: {found}")
+            raise BackendError(f"FASTMTL_BACKEND={choice} cannot serve {op} on {device}: {result}.")
+        absent.append(f"{backend}: {result}")
     return "reference", absent or [f"there are no kernels for {device}"]
 
 
 def settle(op: str, device: str) -> bool:
-    """Register the chosen backend's kernel of an op for a device; whether there is one now that was not before."""
+    """Register the chosen backend's kernel of an op for a device; return whether this call registered one."""
     if (op, device) in _settled:
         return False
     with _lock:
@@ -144,11 +144,11 @@ def settle(op: str, device: str) -> bool:
 
 
 def kernel(op: str, backend: str) -> Callable[..., Any]:
-    """Return a compiled backend's kernel of an op; a BackendError says why it cannot be had."""
-    found = _find(op, backend)
-    if isinstance(found, str):
-        raise BackendError(f"The {backend} backend of {op} is not available: {found}.")
-    return found
+    """Return a compiled backend's kernel of an op, or raise a BackendError that says why there is none."""
+    result = _find(op, backend)
+    if isinstance(result, str):
+        raise BackendError(f"The {backend} backend of {op} is not available: {result}.")
+    return result
 
 
 def prospect(op: str, device: str) -> dict[str, str]:

@@ -36,7 +36,7 @@ def declare(
     fake: Callable[P, R],
     check_contents: Callable[P, object] | None = None,
 ) -> Callable[P, R]:
-    """Declare an op and return it; where its kernel refuses the arguments, the checks find the sentence for the user.
+    """Declare an op and return it as a function; where a kernel refuses the arguments, the checks raise their error.
 
     Args:
         name: Name of the op, of its C++ kernel and of its Triton module.
@@ -66,8 +66,8 @@ def declare(
             return overload(*args, **kwargs)
         except RuntimeError:
             # Kernels refuse with a terse message.
-            for each in checks:
-                each(*args, **kwargs)
+            for refuse in checks:
+                refuse(*args, **kwargs)
             raise
 
     _LIBRARIES["fastmtl"].impl(name, last_resort, "CompositeExplicitAutograd")
@@ -94,7 +94,7 @@ def implementation(op: str, backend: str) -> Callable[..., Any]:
 
     Raises:
         UsageError: No such op or backend.
-        BackendError: The backend, or its kernel for this op, cannot be had; the message says why.
+        BackendError: The backend, or its kernel for this op, is not available; the message says why.
     """
     from fastmtl.support.names import resolve_name
 

@@ -8,7 +8,7 @@ a :class:`fastmtl.errors.UsageError`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar, cast
 
 import torch
@@ -32,10 +32,12 @@ __all__ = [
     "empty_sum",
     "empty_wide",
     "flatten",
+    "has_strides",
     "is_dense",
     "pairs",
     "present",
     "shared_strides",
+    "sum_dtype",
     "updated",
 ]
 
@@ -50,7 +52,7 @@ FLOAT_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def flatten(rows: Rows) -> tuple[list[Tensor | None], int]:
-    """Return the rows of one length as one flat list, and their number T, at least 1."""
+    """Return the rows as one flat task-major list, and their number T; all must have one length, and T >= 1."""
     if isinstance(rows, Tensor):
         if rows.dim() != 2:
             raise UsageError(f"rows as one tensor must have the shape (T, P), got {tuple(rows.shape)}.")
@@ -110,7 +112,7 @@ def check_rows(flat: Flat, num_rows: int) -> None:
 
 
 def check_float(place: str, tensor: Tensor, device: torch.device) -> None:
-    """Refuse what is no dense tensor of one of the four float types on a device."""
+    """Refuse what is not a dense tensor of one of the four float types on this device."""
     if tensor.layout != torch.strided or tensor.dtype not in FLOAT_TYPES or tensor.device != device:
         raise UsageError(
             f"{place} must be a dense float32, float64, bfloat16 or float16 tensor on {device}, "
@@ -119,7 +121,7 @@ def check_float(place: str, tensor: Tensor, device: torch.device) -> None:
 
 
 def check_per_row(name: str, vector: Tensor, num_rows: int, device: torch.device) -> None:
-    """Refuse what does not hold one number per row on a device."""
+    """Refuse what does not hold one number per row on this device."""
     if vector.shape != (num_rows,) or not vector.is_floating_point() or vector.device != device:
         raise UsageError(
             f"{name} must hold {num_rows} floats on {device}, one per row, "
@@ -148,6 +150,15 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
+def has_strides(column: Iterable[Tensor], strides: Sequence[int]) -> bool:
+    """Whether all tensors have these strides, as far as a dimension has more than one element."""
+    return all(
+        stride == expected or size <= 1
+        for tensor in column
+        for size, stride, expected in zip(tensor.shape, tensor.stride(), strides, strict=True)
+    )
+
+
 def empty_wide(rows: Flat, *shape: int) -> Tensor:
     """Return an empty tensor for sums over all entries, in float64, or float32 on MPS."""
     device = device_of(rows)
@@ -160,12 +171,15 @@ def empty_sum(column: Sequence[Tensor]) -> Tensor:
     return torch.empty_strided(column[0].shape, shared_strides(column), dtype=dtype, device=column[0].device)
 
 
+def sum_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """Return the dtype that sums are taken in: float64 if a summand is, else float32."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
 def shared_strides(column: Sequence[Tensor]) -> tuple[int, ...]:
     """Return the strides of the dense layout all tensors of one shape share, or of the contiguous one."""
     first = column[0]
-    moving = [d for d, n in enumerate(first.shape) if n != 1]
-    alike = all(row.stride(d) == first.stride(d) for row in column[1:] for d in moving)
-    if alike and first.numel() and is_dense(first):
+    if first.numel() and is_dense(first) and has_strides(column[1:], first.stride()):
         return first.stride()
     return torch.empty(first.shape, device="meta").stride()
 
@@ -177,36 +191,35 @@ def check_state(name: str, state: Sequence[Tensor], rows: Flat, num_rows: int) -
         raise UsageError(f"{name} must hold one tensor for each of the {len(rows)} tensors of rows, got {len(state)}.")
     device = device_of(state)
     width = len(rows) // num_rows
-    for index, (own, row) in enumerate(zip(state, rows, strict=True)):
+    for index, (tensor, row) in enumerate(zip(state, rows, strict=True)):
         place = f"{name}[{index // width}][{index % width}]"
-        check_float(place, own, device)
-        if row is not None and (row.shape != own.shape or row.device != device):
+        check_float(place, tensor, device)
+        if row is not None and (row.shape != tensor.shape or row.device != device):
             raise UsageError(
                 f"{place} must have the shape {tuple(row.shape)} of its gradient on {row.device}, "
-                f"got {tuple(own.shape)} on {own.device}."
+                f"got {tuple(tensor.shape)} on {tensor.device}."
             )
-        first = state[index % width]
-        if own.shape != first.shape:
-            raise UsageError(f"{place} must have the shape {tuple(first.shape)} as in row 0, got {tuple(own.shape)}.")
+        shape = state[index % width].shape
+        if tensor.shape != shape:
+            raise UsageError(f"{place} must have the shape {tuple(shape)} as in row 0, got {tuple(tensor.shape)}.")
     for k in range(width):
         column = state[k::width]
-        strides = shared_strides(column)
-        if any(s != t for own in column for n, s, t in zip(own.shape, own.stride(), strides, strict=True) if n > 1):
+        if not has_strides(column, shared_strides(column)):
             raise UsageError(f"{name} must hold tensor {k} of all rows in one dense memory layout.")
 
 
 def pairs(state: Sequence[Tensor], rows: Flat, num_rows: int) -> Iterator[tuple[int, Tensor, Tensor | None]]:
     """Yield row number, state and gradient of each tensor."""
     width = len(rows) // num_rows
-    for index, (own, row) in enumerate(zip(state, rows, strict=True)):
-        yield index // width, own, row
+    for index, (tensor, row) in enumerate(zip(state, rows, strict=True)):
+        yield index // width, tensor, row
 
 
 def updated(op: Callable[..., R], state: Rows, rows: Rows, *args: object) -> R:
-    """Return the result of an op that updates the state in place, of which autograd is told."""
+    """Run an op that updates the state in place, tell autograd of the change, and return the op's result."""
     flat, num_rows = flatten(rows)
-    own = cast(list[Tensor], flatten(state)[0])
-    result = op(own, flat, num_rows, *args)
+    tensors = cast(list[Tensor], flatten(state)[0])
+    result = op(tensors, flat, num_rows, *args)
     if not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version(own)
+        torch.autograd.graph.increment_version(tensors)
     return result

@@ -1,4 +1,4 @@
-"""What the ops on a (T, T) Gram matrix share: checks, which raise a UsageError, declaration, where they compute."""
+"""What the ops on a (T, T) Gram matrix share: checks, which raise a UsageError, and references that run on the CPU."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def check_warm(gram: Tensor, warm_start: Tensor | None = None) -> None:
 
 
 def _on_host(value: object) -> object:
-    """Return a tensor as it is on the CPU, numbers in float64; anything else as it is."""
+    """Return a tensor on the CPU, floats as float64; anything else unchanged."""
     if not isinstance(value, Tensor):
         return value
     value = value.detach().to("cpu")
@@ -53,7 +53,7 @@ def _on_host(value: object) -> object:
 
 
 def solved(solve: Callable[..., Tensor], shape: torch.Size, gram: Tensor, *args: object, **named: object) -> Tensor:
-    """Return the weights a solver in plain torch finds, all NaN where G is not finite, on the device of ``gram``.
+    """Return the weights of a solver in plain torch on the device of ``gram``, all NaN where G is not finite.
 
     The solver gets a finite float64 Gram matrix and the other arguments, all on the CPU, and returns float64 weights.
     """
@@ -74,7 +74,7 @@ def declare_solver(
     shape: Callable[Concatenate[Tensor, P], torch.Size] | None = None,
     check_contents: Callable[Concatenate[Tensor, P], object] | None = None,
 ) -> Callable[Concatenate[Tensor, P], Tensor]:
-    """Declare an op from a (T, T) Gram matrix, and more, to weights, (T,) unless ``shape`` says otherwise.
+    """Declare an op that turns a (T, T) Gram matrix and more into weights, (T,) unless ``shape`` says otherwise.
 
     The reference is a ``solve`` as :func:`solved` takes it; all else is as in :func:`fastmtl.ops._registry.declare`.
     """

@@ -23,7 +23,7 @@ _aligned = declare_solver("aligned", "(Tensor gram) -> Tensor", check=check_gram
 
 
 def aligned(gram: Tensor, preference: Tensor | None = None, scale: Scale = "min") -> Tensor:
-    """Return the weights w of T gradients that Aligned-MTL's aligned gradients amount to.
+    """Return Aligned-MTL's weights w of T gradients, with which w^T J is the sum of the aligned gradients.
 
     With the eigenvalues lambda_k and eigenvectors v_k of G, the matrix of aligned gradients B J has the Gram matrix
     min(lambda) I on their span, so that no task dominates and none opposes another; w adds them up:

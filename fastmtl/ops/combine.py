@@ -24,6 +24,7 @@ from fastmtl.ops._rows import (
     flatten,
     is_dense,
     present,
+    sum_dtype,
 )
 
 __all__ = ["check_combine", "check_combine_", "combine", "combine_", "empty_results"]
@@ -91,7 +92,7 @@ def check_combine_(out: Sequence[Tensor], rows: Flat, num_rows: int, weights: Te
 
 
 def empty_results(rows: Flat, num_rows: int, weights: Tensor, groups: Groups = None) -> list[Tensor]:
-    """Return what ``combine`` is to fill."""
+    """Return the empty tensors that ``combine`` fills."""
     return [result for result, _, _ in _results(rows, num_rows, weights, groups)]
 
 
@@ -115,13 +116,9 @@ def _weighted_sum(weights: Tensor, column: list[tuple[int, Tensor]], dtype: torc
     return total
 
 
-def _sum_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    return torch.float64 if torch.float64 in dtypes else torch.float32
-
-
 def _reference(rows: Flat, num_rows: int, weights: Tensor, groups: Groups = None) -> list[Tensor]:
     return [
-        result.copy_(_weighted_sum(row_weights, column, _sum_dtype(result.dtype)))
+        result.copy_(_weighted_sum(row_weights, column, sum_dtype(result.dtype)))
         for result, row_weights, column in _results(rows, num_rows, weights, groups)
     ]
 
@@ -131,7 +128,7 @@ def _reference_(
 ) -> None:
     totals = []
     for k, (target, column) in enumerate(zip(out, columns(rows, num_rows), strict=True)):
-        dtype = _sum_dtype(target.dtype, *(row.dtype for _, row in column))
+        dtype = sum_dtype(target.dtype, *(row.dtype for _, row in column))
         total = torch.zeros_like(target, dtype=dtype)
         if column:
             total = _weighted_sum(weights if groups is None else weights[groups[k]], column, dtype)
@@ -172,7 +169,7 @@ def _sum_into(
 
 
 def _sums(flat: Flat, num_rows: int, weights: Tensor, groups: Groups) -> list[Tensor]:
-    """Return what the op ``combine`` does, of any number of rows."""
+    """Return the result of the op ``combine`` for any number of rows."""
     if num_rows <= MAX_ROWS:
         return _combine(flat, num_rows, weights, groups)
     check_combine(flat, num_rows, weights, groups)
@@ -211,10 +208,10 @@ def combine(rows: Rows, weights: Tensor, groups: Groups = None) -> list[Tensor |
     """
     flat, num_rows = flatten(rows)
     sums = iter(_sums(flat, num_rows, weights, groups))
-    single = weights.dim() == 1 or groups is not None
-    there = present(flat, num_rows)
-    results = [[next(sums) if each else None for each in there] for _ in range(1 if single else len(weights))]
-    return results[0] if single else results
+    has_row = present(flat, num_rows)
+    if weights.dim() == 1 or groups is not None:
+        return [next(sums) if known else None for known in has_row]
+    return [[next(sums) if known else None for known in has_row] for _ in weights]
 
 
 def combine_(

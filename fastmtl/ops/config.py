@@ -40,8 +40,8 @@ def config(gram: Tensor, preference: Tensor | None = None) -> Tensor:
 
     Args:
         gram: (T, T) Gram matrix.
-        preference: (T,) cosines in proportion to which those of the update shall be, x = pinv(C) preference; equal ones
-            if None. With it, the closed form is computed by plain operators on the CPU.
+        preference: (T,) numbers that the cosines of the update are to be proportional to: x = pinv(C) preference. Equal
+            ones if None. With it, the closed form is computed by plain operators on the CPU.
 
     Source:
         Liu, Chu and Thuerey, "ConFIG: towards conflict-free training of physics informed neural networks", ICLR 2025.

@@ -25,9 +25,9 @@ def _check_ema(state: Sequence[Tensor], rows: Flat, num_rows: int, keep: Tensor,
 def _ema_reference(state: Sequence[Tensor], rows: Flat, num_rows: int, keep: Tensor, gains: Tensor) -> Tensor:
     dtype = wide_dtype(device_of(state))
     keep, gains = keep.to(dtype), gains.to(dtype)
-    for t, own, row in pairs(state, rows, num_rows):
-        value = own.to(dtype) * keep[t]
-        own.copy_(value if row is None else value + row.to(dtype) * gains[t])
+    for t, average, row in pairs(state, rows, num_rows):
+        value = average.to(dtype) * keep[t]
+        average.copy_(value if row is None else value + row.to(dtype) * gains[t])
     return gram_reference(state, num_rows)
 
 

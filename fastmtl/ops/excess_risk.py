@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.errors import UsageError
-from fastmtl.ops._blocks import row_blocks, tell_of_blocks
+from fastmtl.ops._blocks import row_blocks, warn_of_blocks
 from fastmtl.ops._registry import declare
 from fastmtl.ops._rows import MAX_ROWS, Flat, Rows, check_state, empty_wide, pairs, updated
 
@@ -24,11 +24,11 @@ def _check_risk(sums: Sequence[Tensor], rows: Flat, num_rows: int, epsilon: floa
 def _risk_reference(sums: Sequence[Tensor], rows: Flat, num_rows: int, epsilon: float) -> Tensor:
     risks = empty_wide(sums, num_rows).zero_()
     dtype = risks.dtype
-    for t, own, row in pairs(sums, rows, num_rows):
+    for t, total, row in pairs(sums, rows, num_rows):
         if row is not None:
             square = row.to(dtype) ** 2
-            own.copy_(own.to(dtype) + square)
-            risks[t] += (square / (own.to(dtype) + epsilon).sqrt()).sum()
+            total.copy_(total.to(dtype) + square)
+            risks[t] += (square / (total.to(dtype) + epsilon).sqrt()).sum()
     return risks
 
 
@@ -46,7 +46,7 @@ def _risk_of_any(sums: Sequence[Tensor], rows: Flat, num_rows: int, epsilon: flo
         return _excess_risk_(sums, rows, num_rows, epsilon)
     # A block that is refused would come after those before it are written.
     _check_risk(sums, rows, num_rows, epsilon)
-    tell_of_blocks()
+    warn_of_blocks()
     width = len(rows) // num_rows
     cuts = [(slice(a * width, b * width), b - a) for a, b in row_blocks(num_rows)]
     return torch.cat([_excess_risk_(sums[block], rows[block], size, epsilon) for block, size in cuts])
@@ -56,8 +56,8 @@ def excess_risk_(sums: Rows, rows: Rows, epsilon: float = 1e-7) -> Tensor:
     """Add the squared gradients to ``sums`` and return each task's excess risk, sum_i g_i^2 / sqrt(sums_i + epsilon).
 
     The rows are read once, the sums are read and written once. Everything is taken in float32, in float64 if the sums
-    or a row of the parameter are float64, and risks are summed in float64 across short runs; the sums that count are
-    the new ones, as they are stored.
+    or a row of the parameter are float64, and risks are summed in float64 across short runs; they are computed from
+    the new sums as stored.
 
     Args:
         sums: State, updated in place, as :func:`ema_gram_` takes it.

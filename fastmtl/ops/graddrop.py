@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.errors import UsageError
-from fastmtl.ops._blocks import tell_of_blocks
+from fastmtl.ops._blocks import warn_of_blocks
 from fastmtl.ops._philox import uniform
 from fastmtl.ops._registry import declare, implementation
 from fastmtl.ops._rows import (
@@ -76,7 +76,7 @@ def check_graddrop(reps: Sequence[Tensor], grads: Sequence[Tensor], random: Tens
 
 
 def feature_strides(tensors: Sequence[Tensor]) -> tuple[int, ...]:
-    """Return the strides of the features behind the batch: the dense ones all tensors share, or contiguous ones."""
+    """Return the strides of the dimensions after the batch: the dense ones all tensors share, or contiguous ones."""
     shape = tensors[0].shape[1:]
     features = [torch.empty_strided(shape, t.stride()[1:], device="meta") for t in tensors]
     if all(len(t) == 1 or t.stride(0) == shape.numel() for t in tensors):
@@ -90,20 +90,20 @@ def empty_results(reps: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tenso
     outer = max(grads[0].shape[1:].numel(), 1)
     results = []
     for r, rep in enumerate(reps):
-        own = grads if len(reps) == 1 else grads[r : r + 1]
-        dtype = functools.reduce(torch.promote_types, (grad.dtype for grad in own))
+        summed = grads if len(reps) == 1 else grads[r : r + 1]
+        dtype = functools.reduce(torch.promote_types, (grad.dtype for grad in summed))
         results.append(torch.empty_strided(rep.shape, (outer, *strides), dtype=dtype, device=rep.device))
     return results
 
 
 def _kept(signed: Tensor, noise: Tensor) -> Tensor:
-    """Return which of (T, ...) signed sums stay; a NaN among them lets none stay."""
+    """Return which of the signed sums (T, ...) are kept; a NaN among the sums of a feature keeps none of them."""
     purity = signed.sum(0) - (2 * noise.to(signed.dtype) - 1) * signed.abs().sum(0)
     return signed * purity.sign() > 0
 
 
 def _sign(rep: Tensor) -> Tensor:
-    """Return the sign of each element, of a NaN itself."""
+    """Return the sign of each element; NaN for NaN."""
     return torch.where(rep.isnan(), rep, rep.sign())
 
 
@@ -114,10 +114,11 @@ def _reference(
     shape = grads[0].shape[1:]
     if noise is None:
         noise = uniform(random, 0, shape.numel()).as_strided(shape, feature_strides([*reps, *grads]))
-    each = list(reps) * len(grads) if len(reps) == 1 else reps
+    rep_of_task = list(reps) * len(grads) if len(reps) == 1 else reps
     wide = [grad.to(dtype) for grad in grads]
-    kept = _kept(torch.stack([(g * _sign(rep.to(dtype))).sum(0) for g, rep in zip(wide, each, strict=True)]), noise)
-    dropped = [g * torch.where(keep, 1.0, leak) for g, keep in zip(wide, kept, strict=True)]
+    signed = [(grad * _sign(rep.to(dtype))).sum(0) for grad, rep in zip(wide, rep_of_task, strict=True)]
+    kept = _kept(torch.stack(signed), noise)
+    dropped = [grad * torch.where(keep, 1.0, leak) for grad, keep in zip(wide, kept, strict=True)]
     if len(reps) == 1:
         dropped = [torch.stack(dropped).sum(0)]
     return [result.copy_(value) for result, value in zip(empty_results(reps, grads), dropped, strict=True)]
@@ -150,7 +151,7 @@ def empty_row_results(rows: Flat, num_rows: int) -> list[Tensor]:
 def _drawn(
     rows: Flat, num_rows: int, random: Tensor, noise: Sequence[Tensor]
 ) -> Iterator[tuple[list[tuple[int, Tensor]], Tensor, Tensor]]:
-    """Yield, for each parameter that has a row, its rows with their places, an empty result, and its numbers."""
+    """Yield, for each parameter that has a row: its rows with their tasks, an empty result, its random numbers."""
     first = 0
     for k, column in enumerate(columns(rows, num_rows)):
         if not column:
@@ -223,14 +224,14 @@ def graddrop(
     """
     if len(grads) <= MAX_ROWS or grads[0].device.type == "cpu":
         return _graddrop(reps, grads, leak, random, noise)
-    tell_of_blocks()
-    found: list[Tensor] = implementation("graddrop", "reference")(reps, grads, leak, random, noise)
-    return found
+    warn_of_blocks()
+    results: list[Tensor] = implementation("graddrop", "reference")(reps, grads, leak, random, noise)
+    return results
 
 
 def _drop_one_by_one(rows: Flat, num_rows: int, leak: Tensor, random: Tensor, noise: Sequence[Tensor]) -> list[Tensor]:
-    """Return what the reference of ``graddrop_rows`` does, in two passes over the rows that copy one at a time."""
-    tell_of_blocks()
+    """Return the result of ``graddrop_rows`` for many rows: two passes, each of which converts one row at a time."""
+    warn_of_blocks()
     check_graddrop_rows(rows, num_rows, leak, random, noise)
     dtype = wide_dtype(device_of(rows))
     results = []
@@ -273,7 +274,6 @@ def graddrop_rows(
         [tensor([4., 2.])]
     """
     flat, num_rows = flatten(rows)
-    given = [] if noise is None else list(noise)
     drop = _graddrop_rows if num_rows <= MAX_ROWS else _drop_one_by_one
-    found = iter(drop(flat, num_rows, leak, random, given))
-    return [next(found) if each else None for each in present(flat, num_rows)]
+    results = iter(drop(flat, num_rows, leak, random, [] if noise is None else list(noise)))
+    return [next(results) if is_present else None for is_present in present(flat, num_rows)]

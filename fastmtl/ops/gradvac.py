@@ -46,7 +46,7 @@ def _reference(gram: Tensor, orders: Tensor, rho: Tensor, beta: float) -> tuple[
 
 
 def _vaccinate(gram: Tensor, orders: Tensor, rho: Tensor, beta: float) -> Tensor:
-    """Return the (L, T) weights and move rho, all groups and tasks advanced together, each product taken anew."""
+    """Return the (L, T) weights and update rho: all groups and tasks together, every product computed anew."""
     groups, size, _ = gram.shape
     finite = (gram.isfinite() & rho.isfinite()).all(dim=2).all(dim=1)[:, None]
     matrix = torch.where(finite[:, :, None], gram, 0)
@@ -103,20 +103,20 @@ def gradvac(gram: Tensor, orders: Tensor, rho: Tensor, beta: float) -> tuple[Ten
     after which the cosine of p and g_j is at least r. The update is the sum of the T vectors p. Each group has weights
     of its own, which do not depend on the scale of its G.
 
-    For a G that is exact up to float64 rounding and targets within [-0.9, 0.9], the update is off by at most 1e-6 times
-    the length of all that the vectors p were made of, whatever the scales of the rows, and near rounding but where
-    gradients are opposite. What the formula leaves open:
+    For a G that is exact up to float64 rounding and targets within [-0.9, 0.9], the error of the update is at most 1e-6
+    times the total length of what was added up to the vectors p, whatever the scales of the rows; unless gradients are
+    opposite it is near rounding. What the formula leaves open:
 
-    - The target r is brought into [-1 + 2^-20, 1 - 2^-20], as cosines of 1 take infinite weights. One step adds at most
-      2^100 |g_i|, which only bounds chains of steps with such targets.
-    - Where g_j is zero, or p is shorter than 2^-22 times all that it was made of, so that the products in float64 leave
-      nothing of its direction, c = 0 and p stays. Where sqrt(1 - c^2) is below 2^-22, it counts as zero.
+    - The target r is brought into [-1 + 2^-20, 1 - 2^-20], as a cosine of 1 would need infinite weights. One step adds
+      at most 2^100 |g_i|, a length that only chains of steps with such targets reach.
+    - Where g_j is zero, or p is shorter than 2^-22 times the length of what was added up to it (its direction is then
+      lost in float64), c = 0 and p stays. Where sqrt(1 - c^2) is below 2^-22, it counts as zero.
     - A NaN or infinity in a group's G or rho makes the group's weights NaN and leaves its averages as they are.
 
     Args:
         gram: (T, T) Gram matrix, or (L, T, T), one per group of parameters.
         orders: (T, K) int64 tasks that each gradient meets in all groups, K >= 0, usually a random permutation per row.
-            Its own task is passed over. Else as :func:`fastmtl.ops.pcgrad` takes them, float keys included.
+            A task's own number is skipped. Otherwise as in :func:`fastmtl.ops.pcgrad`, float keys included.
         rho: Averages of the cosines, shaped like ``gram``; zeros at first. Not written to.
         beta: Weight of the new cosine in the average, 0 to 1.
 

@@ -19,7 +19,7 @@ def _check(rows: Flat, num_rows: int, groups: Groups = None) -> None:
 
 
 def gram_reference(rows: Flat, num_rows: int, groups: Groups = None) -> Tensor:
-    """Return what :func:`gram` does from a flat task-major list, in plain torch operators."""
+    """Return the result of :func:`gram` for a flat task-major list, by plain torch operators."""
     num_groups = check_groups(groups, len(rows) // num_rows)
     result = empty_wide(rows, num_groups, num_rows, num_rows).zero_()
     for k, column in enumerate(columns(rows, num_rows)):
@@ -47,7 +47,7 @@ _gram = declare(
 
 
 def gram_of_flat(flat: Flat, num_rows: int, groups: Groups = None) -> Tensor:
-    """Return what :func:`gram` does from a flat task-major list."""
+    """Return the result of :func:`gram` for a flat task-major list."""
     if num_rows <= MAX_ROWS:
         return _gram(flat, num_rows, groups)
     num_groups = check_groups(groups, len(flat) // num_rows)

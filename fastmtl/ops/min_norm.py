@@ -62,15 +62,15 @@ def min_norm(gram: Tensor, warm_start: Tensor | None = None) -> Tensor:
 
     The weights are nonnegative, sum to one, and for every task i
 
-        (G w)_i >= (1 - 1e-6) w^T G w - 1e-12 s_i,   s_i = sqrt(G_ii) sum_j w_j sqrt(G_jj):
+        (G w)_i >= (1 - 1e-6) w^T G w - 1e-12 s_i,   s_i = sqrt(G_ii) sum_j w_j sqrt(G_jj).
 
-    along the combined gradient no task's loss falls more slowly than by its squared length. Rows of length zero share
-    the weight equally.
+    So along the combined gradient d = w^T J every loss decreases at least at the rate |d|^2, up to these tolerances.
+    Rows of length zero share the weight equally.
 
     Args:
         gram: (T, T) Gram matrix.
         warm_start: (T,) weights of an earlier, similar G. The solver starts from the tasks that had weight there, which
-            saves time and leaves the guarantee as it is.
+            saves time and changes no bound.
 
     Source:
         Désidéri, "Multiple-gradient descent algorithm (MGDA) for multiobjective optimization", 2012; Sener and Koltun,

@@ -40,7 +40,7 @@ def least_on_cosines(cosine: Tensor, linear: Tensor) -> Tensor:
 
 
 def shrink_support(point: Tensor, support: list[int], minimiser: Callable[[list[int]], Tensor]) -> None:
-    """Move a point to the minimiser on its support, off which tasks go whose entries would fall below zero.
+    """Move a point to the minimiser on its support, which tasks leave whose entries would become negative.
 
     Point and support are changed in place; the minimiser on a support may have any sign.
     """
@@ -80,9 +80,9 @@ def nonneg_qp(gram: Tensor, linear: Tensor) -> Tensor:
 
         y_i >= 0,   (G y - b)_i >= -1e-12 s d_i,   and (G y - b)_i <= 1e-12 s d_i where y_i > 0.
 
-    Where d_i is zero, y_i is. Where the objective has no minimum (a direction that G does not see and b gains by), y is
-    finite and huge, and the first inequality fails in units of s d_i / max(d y): that is how to tell. A NaN or infinity
-    in b gives NaN too.
+    Where d_i is zero, y_i is. Where the objective has no minimum (G is zero along a direction in which b^T y grows), y
+    is finite but huge; this shows in (G y - b)_i max_j(d_j y_j) / (s d_i), which is then below -1e-12 for some i. A NaN
+    or infinity in b gives NaN too.
 
     Args:
         gram: (T, T) Gram matrix.

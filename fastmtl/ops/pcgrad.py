@@ -17,7 +17,7 @@ def _check(gram: Tensor, orders: Tensor) -> None:
 
 
 def _project(gram: Tensor, orders: Tensor) -> Tensor:
-    """Return the column sums of the coefficients, all rows advanced together and each product taken anew."""
+    """Return the column sums of the coefficients, all rows together, every product computed anew."""
     square = gram.diagonal()
     coefficients = torch.eye(len(gram), dtype=gram.dtype)
     for others in as_orders(orders).unbind(1):
@@ -54,8 +54,9 @@ def pcgrad(gram: Tensor, orders: Tensor) -> Tensor:
         gram: (T, T) Gram matrix.
         orders: (T, L) int64 tasks that each gradient is projected against, L >= 0, usually a random permutation per
             row. A row may name its own task, under the same rule, or a task more than once. Or (T, T) float keys:
-            each row's order is that of its rising keys, which saves sorting random ones before. What is no task is
-            refused on the CPU; kernels on other devices pass over it, as they do not wait to look at it.
+            each row's order is that of its rising keys, so that random keys need not be sorted before. Entries that
+            are no tasks are refused on the CPU; kernels on other devices skip them, as a check would wait for the
+            device.
 
     Source:
         Yu et al., "Gradient surgery for multi-task learning", NeurIPS 2020.
