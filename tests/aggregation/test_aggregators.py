@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +29,7 @@ from fastmtl.aggregation import (
     GradDrop,
     GradVac,
     GradVacWeighting,
+    GramianWeightedAggregator,
     Krum,
     KrumWeighting,
     Mean,
@@ -273,3 +276,36 @@ def test_a_matrix_is_asked_for() -> None:
         UPGrad()(torch.ones(3))
     with pytest.raises(UsageError, match="3 rows"):
         Constant(torch.ones(3))(rows(tasks=2))
+
+
+def test_classes_of_ones_own_derive_from_those_of_the_package() -> None:
+    class Halved(MGDAWeighting):
+        def weigh(self, gram: Tensor) -> Tensor:
+            return super().weigh(gram) / 2
+
+    class Named(UPGrad):
+        def __init__(self, name: str) -> None:
+            super().__init__(projector=QuadprogProjector(reg_eps=0.0))
+            self.name = name
+
+    class Plain(GramianWeightedAggregator[Halved]):
+        pass
+
+    assert Halved(max_iters=7).max_iters == 7
+    torch.testing.assert_close(Plain(Halved())(rows()), MGDA()(rows()) / 2)
+    mine = Named("mine")
+    assert (mine.name, mine.projector.reg_eps, mine.pref_vector) == ("mine", 0.0, None)
+
+
+@pytest.mark.parametrize("aggregator", ALL, ids=str)
+def test_copies_go_on_alike(aggregator: Aggregator) -> None:
+    if isinstance(aggregator, GradDrop):
+        aggregator = GradDrop(f=torch.nn.Identity())
+    aggregator(rows())
+    for other in (copy.deepcopy(aggregator), pickle.loads(pickle.dumps(aggregator))):
+        results = []
+        for same in (copy.deepcopy(aggregator), other):
+            torch.manual_seed(0)
+            results.append(same(rows(1)))
+        assert torch.equal(*results)
+        assert repr(other) == repr(aggregator) or isinstance(aggregator, GradDrop)

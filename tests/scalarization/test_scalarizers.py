@@ -141,3 +141,11 @@ def test_hooks_see_losses_and_scalar() -> None:
 def test_errors_name_the_argument(call: Callable[[], Any], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         call()
+
+
+def test_weights_that_are_parameters_are_trained() -> None:
+    for scalarizer in (Constant(torch.nn.Parameter(WEIGHTS.clone())), STCH(0.5, torch.nn.Parameter(WEIGHTS.clone()))):
+        (weights,) = scalarizer.parameters()
+        scalarizer(VALUES).backward()
+        assert scalarizer.weights is weights
+        assert weights.grad.all()
