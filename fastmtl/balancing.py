@@ -27,7 +27,7 @@ def balance(
 ) -> Tensor | None:
     """Differentiate the losses and add balanced gradients to ``.grad``.
 
-    The shared parameters get what the weighting makes of the T gradients, all others the gradient of the sum of the
+    The shared parameters get the T gradients combined by the weighting, all others the gradient of the sum of the
     losses. Each loss is differentiated once.
 
     In a process group of ``torch.distributed`` all processes call this with their parts of a batch, and all get the
@@ -37,7 +37,7 @@ def balance(
     Args:
         losses: T scalar losses of one forward pass, as a list or by task.
         shared: The shared parameters, or the module that has them; those that several losses depend on if None.
-        weighting: An aggregator of :mod:`fastmtl.aggregation`, or the name of one, in any case, that remembers nothing.
+        weighting: An aggregator of :mod:`fastmtl.aggregation`, or the name, in any case, of one without state.
         hyper: Arguments of the named aggregator, such as ``c=0.4`` for ``"cagrad"``.
 
     Returns:
@@ -125,7 +125,7 @@ class _Balance:
         check_writable(params, ".grad")
         comm = comm_of_loop(shared)
         ones = [torch.ones_like(loss) if scale is None else scale.to(loss) for loss in self.losses]
-        # The means of the losses over the processes count.
+        # What is differentiated are the means of the losses over the processes.
         seeds = [seed / comm.size for seed in ones]
         with refusing_inner_backward(self.losses):
             if not comm.shares_batches:

@@ -1,4 +1,4 @@
-"""What every weighting and aggregator is: weights from a matrix, one gradient from a Jacobian."""
+"""Base classes of weightings (weights from a matrix) and aggregators (one gradient from a Jacobian)."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ _Stat = TypeVar("_Stat", bound=Tensor, contravariant=True)
 
 
 class Weighting(Described, nn.Module, ABC, Generic[_Stat]):
-    """Turns something known of the T gradients, usually their (T, T) Gram matrix, into T weights.
+    """Computes T weights from a statistic of the T gradients, usually their (T, T) Gram matrix.
 
-    A module, so that forward hooks can watch or change the weights.
+    A module, so that forward hooks can read or change the weights.
     """
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ _Weighting = TypeVar("_Weighting", bound=Weighting[Any], default=Weighting[Any])
 
 
 class _Composition(Weighting[Tensor]):
-    """A weighting of what a function makes of its input."""
+    """A weighting applied to a function of its input."""
 
     def __init__(self, weighting: Weighting[Any], function: Callable[[Any], Any]) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class MatrixWeighting(Declared, Weighting[Matrix]):
 
 
 class GramWeighting(Declared, Weighting[PSDMatrix]):
-    """A weighting from the Gram matrix by one of the ops: solved in float64, without a graph."""
+    """A weighting that solves for weights with an op, in float64 and without a graph."""
 
     @torch.no_grad()
     def forward(self, gramian: Tensor, /) -> Tensor:
@@ -96,7 +96,7 @@ class GramWeighting(Declared, Weighting[PSDMatrix]):
 
 
 def _is_watched(module: nn.Module) -> bool:
-    """Return whether a forward hook looks at what the module is given or returns."""
+    """Return whether the module has forward hooks."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
@@ -126,17 +126,17 @@ class Aggregator(Described, nn.Module, ABC):
         return type(self).__name__
 
     def works_on_gram(self) -> bool:
-        """Return whether the Gram matrix is all this aggregator needs to see, forward hooks included."""
+        """Return whether the Gram matrix is all that this aggregator and its forward hooks need."""
         return False
 
     def is_plain(self) -> bool:
-        """Return whether no forward hook and no derived class wants to see the (T, P) Jacobian."""
+        """Return whether neither a forward hook nor a derived class needs the (T, P) Jacobian."""
         return not (_is_watched(self) or _is_derived(self))
 
     def write(self, jacobians: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor | None:
-        """Aggregate the Jacobian whose columns are those of all ``jacobians`` into ``.grad`` of ``tensors``.
+        """Aggregate the Jacobian with the columns of all ``jacobians`` and add the result to ``.grad`` of ``tensors``.
 
-        There is a (T, ...) Jacobian for each tensor. Returned are the (T,) weights, None if there are none.
+        ``jacobians`` has one of shape (T, ...) per tensor. Returns the (T,) weights, None from aggregators without.
         """
         vector = self(torch.cat([as_matrix(jacobian) for jacobian in jacobians], dim=1))
         parts = vector.split([tensor.numel() for tensor in tensors])
@@ -145,7 +145,7 @@ class Aggregator(Described, nn.Module, ABC):
 
 
 class ColumnAggregator(Aggregator):
-    """An aggregator of which each tensor's gradient follows from that tensor's Jacobian."""
+    """An aggregator that computes each tensor's gradient from that tensor's Jacobian alone."""
 
     def write(self, jacobians: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor | None:
         """Aggregate one tensor after the other into ``.grad``; see :meth:`Aggregator.write`."""
@@ -157,31 +157,31 @@ class ColumnAggregator(Aggregator):
 
 
 class Buffered(nn.Module, Stateful):
-    """A weighting that remembers tensors from call to call, in buffers declared with ``state``.
+    """A weighting that keeps tensors from call to call, in buffers declared with ``state``.
 
-    A call whose gradients are NaN or infinite gives such weights and changes nothing that is remembered.
+    A call whose gradients are NaN or infinite returns such weights and leaves the state as it is.
     """
 
     kept: ClassVar[tuple[str, ...]]
 
     def begin(self, **start: Tensor) -> list[Tensor]:
-        """Return what is remembered; these tensors where nothing is, or something of another shape."""
+        """Return the state; if there is none, or one of another shape, start from copies of these tensors."""
         kept = {name: getattr(self, name) for name in start}
         if any(old is None or old.shape != start[name].shape for name, old in kept.items()):
             self.reset()
-            kept = start
+            kept = {name: value.clone() for name, value in start.items()}
         for name, old in kept.items():
             setattr(self, name, old.to(start[name]))
         return [getattr(self, name) for name in start]
 
     def learn(self, **new: Tensor) -> None:
-        """Remember these tensors, or keep all as they are where one of the new ones is NaN or infinite."""
+        """Replace tensors of the state; if a new one has NaN or infinity, all stay as they are."""
         finite = torch.stack([value.isfinite().all() for value in new.values()]).all()
         for name, value in new.items():
             setattr(self, name, torch.where(finite, value, getattr(self, name)))
 
     def reset(self) -> None:
-        """Forget all: the next call starts anew."""
+        """Forget the state: the next call starts anew."""
         for name in self.kept:
             self.register_buffer(name, None)
 
@@ -206,17 +206,17 @@ class WeightedAggregator(Aggregator, Generic[_Weighting]):
         self.weighting = weighting
 
     def forward(self, matrix: Tensor, /) -> Tensor:
-        """Return the weighted sum; without a graph where the weights have none by nature."""
+        """Return the weighted sum, without a graph if the weights are solved for or remembered."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._is_solved()):
             weights: Tensor = self.weighting(matrix)
             return weights.to(matrix.dtype) @ matrix
 
     def is_plain(self) -> bool:
-        """Return whether, besides, no forward hook looks at the weights."""
+        """Return whether the weights have no forward hook either."""
         return super().is_plain() and not _is_watched(self.weighting)
 
     def _is_solved(self) -> bool:
-        """Return whether the weights are the solution of a problem or remembered, through which nothing flows."""
+        """Return whether the weights are solved for or remembered: no gradient flows through them."""
         return isinstance(self, Remembering)
 
     def write(self, jacobians: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor | None:
@@ -264,11 +264,11 @@ class GramianWeightedAggregator(WeightedAggregator[Weighting[Any]], Generic[_Wei
         return self._shown(gram_of([matrix]), matrix.dtype)
 
     def _shown(self, gram: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return a Gram matrix as exact as it is known for the ops, in the rows' dtype for a user's weighting."""
+        """Return a Gram matrix in float64 for the ops, in the rows' dtype for a user's weighting."""
         return gram if self._is_solved() else gram.to(dtype)
 
     def works_on_gram(self) -> bool:
-        """Return whether nothing wants to see the (T, P) Jacobian."""
+        """Return whether nothing needs the (T, P) Jacobian."""
         return self.is_plain()
 
     def weights_of_gram(self, gram: Tensor, dtype: torch.dtype) -> Tensor:

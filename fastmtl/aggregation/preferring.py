@@ -47,17 +47,17 @@ class Preference(Setting):
 
 
 def _preference(equal: type[MatrixWeighting]) -> Any:
-    """Declare a preference, so that the attribute has the type of what it holds."""
+    """Declare a preference; the attribute's type is the one it is annotated with."""
     return Preference(equal)
 
 
 def _preferences(owner: Any, gram: Tensor) -> Tensor:
-    """Return the (T,) preferences of an owner of one, as forward hooks on its ``weighting`` let them be."""
+    """Return the (T,) preferences of an owner of one, after forward hooks on its ``weighting``."""
     return owner.weighting(gram).to(gram)
 
 
 def _suffix(preference: Tensor | None) -> str:
-    """Return what a preference adds to the name of an aggregator."""
+    """Return the preference as a suffix of an aggregator's name."""
     return "" if preference is None else f"([{vector_string(preference)}])"
 
 
@@ -98,7 +98,7 @@ class ConFIG(Declared, Aggregator):
     """The update with the same cosine to all gradients; see :func:`fastmtl.ops.config`.
 
     Args:
-        pref_vector: (T,) cosines in proportion to which those of the update shall be; equal ones if None.
+        pref_vector: (T,) proportions of the update's cosines to the gradients; equal ones if None.
 
     Source: Liu, Chu and Thuerey, "ConFIG: Towards Conflict-free Training of Physics Informed Neural Networks",
     ICLR 2025.

@@ -62,9 +62,9 @@ class ExcessMTLWeighting(MatrixWeighting, Buffered):
     @torch.no_grad()
     def forward(self, matrix: Tensor, /) -> Tensor:
         """Return the weights and remember the squares of the gradients."""
-        sums, last = self.begin(_sq_grad_sum=torch.zeros_like(matrix), _weights=equal_weights(matrix))
+        sums, last = self.begin(_sq_grad_sum=matrix.new_zeros(1).expand_as(matrix), _weights=equal_weights(matrix))
         finite = matrix.isfinite().all()
-        # The sums are moved in place: without a gradient they stay.
+        # The op adds to the sums in place; zeros leave them unchanged.
         risks = ops.excess_risk_(sums, torch.where(finite, matrix, 0.0)).to(matrix.dtype)
         self._calls += 1
         if self._calls <= self.n_warmup_steps:
@@ -74,7 +74,7 @@ class ExcessMTLWeighting(MatrixWeighting, Buffered):
             self._initial_w = self._warmup_w_sum / (self._calls - 1)
         if self._initial_w is None:
             self._initial_w = torch.full_like(risks, torch.nan)
-        # NaN stands for the risks of no call so far.
+        # NaN marks risks that are not known yet.
         first = self._initial_w.isnan()
         relative = torch.where(first, risks, risks / (self._initial_w + 1e-7))
         weights = torch.where(finite, raised(last, relative, self.robust_step_size), torch.nan)
@@ -158,7 +158,7 @@ class NashMTLWeighting(MatrixWeighting, Stateful):
     def weigh(self, gram: Tensor) -> Tensor:
         """Return the bargain's weights of a float64 Gram matrix, at most as long an update as ``max_norm``.
 
-        A Gram matrix with NaN or infinity gives NaN, and the last weights stay those of the calls to come.
+        A Gram matrix with NaN or infinity gives NaN weights, which later calls do not use.
         """
         if len(gram) != self.n_tasks:
             raise UsageError(f"matrix must have n_tasks={self.n_tasks} rows, got {len(gram)}.")

@@ -133,7 +133,7 @@ class CRMOGMWeighting(Declared, Weighting[Any], Buffered):
             raise UsageError(
                 f"The number of objectives must stay {len(last)} until reset() is called, got {len(fresh)}."
             )
-        # NaN stands for weights of no call so far.
+        # NaN marks weights that are not known yet.
         average = self.alpha * torch.where(last.isnan(), fresh, last) + (1 - self.alpha) * fresh
         self.learn(_lambda=average)
         return average

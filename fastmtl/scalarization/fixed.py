@@ -1,4 +1,4 @@
-"""Scalarizers without memory: sums, means, random weights, and those that steer towards a preferred trade-off."""
+"""Scalarizers without state: sums, means, random weights, and those that prefer a trade-off."""
 
 from __future__ import annotations
 

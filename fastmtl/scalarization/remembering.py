@@ -1,4 +1,4 @@
-"""Scalarizers with a memory: numbers that an optimizer learns, or the losses of past epochs."""
+"""Scalarizers with state: numbers that an optimizer learns, or the losses of past epochs."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class IMTLL(Learned):
     log_scale: Tensor
 
     def forward(self, values: Tensor, /) -> Tensor:
-        """Return the scalar."""
+        """Return the sum of the scaled losses less the logarithms of their scales."""
         check_same_shape("the scales", self.log_scale, values)
         return (self.log_scale.exp() * values - self.log_scale).sum()
 
@@ -69,7 +69,7 @@ class FAMO(Learned):
         weight_decay: Their weight decay, at least 0.
 
     Raises:
-        UsageError: A loss is below its bound. One that is equal to it takes no part.
+        UsageError: A loss is below its bound. A loss equal to its bound takes no part.
 
     Source: Liu, Feng, Stone and Liu, "FAMO: Fast Adaptive Multitask Optimization", NeurIPS 2023.
     """
@@ -99,7 +99,7 @@ class FAMO(Learned):
         self._prev_losses: Tensor | None = None
 
     def forward(self, values: Tensor, /) -> Tensor:
-        """Return the scalar."""
+        """Return the weighted sum of the logarithms, and keep the losses for :meth:`update`."""
         check_same_shape("the logits", self._w, values)
         excess = values - self.min_losses
         if bool(falls_below(values.detach(), self.min_losses).any()):
@@ -126,7 +126,7 @@ class FAMO(Learned):
         slope = even_fall_slope(self._w.flatten(), before.flatten(), after.flatten())
         self._w.grad = slope.reshape(self._w.shape)
         self._optimizer.step()
-        # An optimizer the user gave these logits to shall not move them as well.
+        # An optimizer that the user gave these logits to must not move them too.
         self._w.grad = None
 
     def reset(self) -> None:
@@ -147,7 +147,7 @@ class UW(Learned):
     log_var: Tensor
 
     def forward(self, values: Tensor, /) -> Tensor:
-        """Return the scalar."""
+        """Return the sum of the losses over their variances, with the penalty."""
         check_same_shape("the variances", self.log_var, values)
         return 0.5 * (torch.exp(-self.log_var) * values + self.log_var).sum()
 

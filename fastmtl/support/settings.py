@@ -1,12 +1,12 @@
 """Settings and state of modules, declared once: constructors, checks and ``repr`` follow from the declaration.
 
-class MGDAWeighting(GramWeighting):
-    epsilon: float = setting(default=0.001, above=0)
-    max_iters: int = setting(default=100, above=0)
+Example::
 
-class MGDA(Declared, GramianWeightedAggregator[MGDAWeighting], of=MGDAWeighting):
-    epsilon: float = MGDAWeighting.epsilon
-    max_iters: int = MGDAWeighting.max_iters
+    class MGDAWeighting(GramWeighting):
+        epsilon: float = setting(default=0.001, above=0)
+
+    class MGDA(Declared, GramianWeightedAggregator[MGDAWeighting], of=MGDAWeighting):
+        epsilon: float = MGDAWeighting.epsilon
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ class Declared(Described):
             delattr(cls, name)
         cls.kept = (*cls.kept, *states)
         if "settings" not in declared:
-            cls.settings = (*cls.settings, *settings) if of is None else of.settings
+            cls.settings = tuple(dict.fromkeys((*cls.settings, *settings))) if of is None else of.settings
         needs_constructor = bool(settings or states) or (of is not None and cls.made_of is None)
         if of is not None:
             cls.made_of = of
