@@ -124,7 +124,8 @@ class FAMO(Learned):
         if self._optimizer is None:
             self._optimizer = torch.optim.Adam([self._w], lr=self.lr, weight_decay=self.weight_decay)
         slope = even_fall_slope(self._w.flatten(), before.flatten(), after.flatten())
-        self._w.grad = slope.reshape(self._w.shape)
+        # Losses that are NaN or infinite teach nothing.
+        self._w.grad = torch.where(slope.isfinite().all(), slope, 0.0).reshape(self._w.shape)
         self._optimizer.step()
         # An optimizer that the user gave these logits to must not move them too.
         self._w.grad = None

@@ -100,6 +100,17 @@ def test_famo_gives_weight_to_what_falls_slowly_by_itself() -> None:
         famo.update(torch.ones(2))
 
 
+def test_famo_does_not_learn_from_nan() -> None:
+    famo = FAMO(2, lr=0.1)
+    famo(torch.ones(2))
+    famo.update(torch.tensor([torch.nan, 0.5]))
+    assert not next(famo.parameters()).any()
+    famo(torch.ones(2))
+    famo.update(torch.tensor([1.0, 0.5]))
+    logits = next(famo.parameters())
+    assert logits[1] < 0 < logits[0]
+
+
 def test_dwa_compares_the_means_of_two_epochs() -> None:
     dwa = DWA(1.0)
     for epoch in (torch.tensor([2.0, 2.0]), torch.tensor([1.0, 2.0])):
