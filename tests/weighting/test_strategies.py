@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,17 @@ def test_trains_every_parameter_or_says_why_not(name: str, multi_input: bool, re
     still = [key for key, value in trainer.model.named_parameters() if torch.equal(value, before[key])]
     assert still == []
     assert all(value.isfinite().all() for value in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("name", sorted(WEIGHTINGS))
+def test_methods_have_the_defaults_of_the_hyper_parameters(name: str) -> None:
+    rule = WEIGHTINGS[name]
+    methods = [method for owner in rule.__mro__ for method in vars(owner).values() if inspect.isfunction(method)]
+    for method in methods:
+        arguments = inspect.signature(method).parameters
+        for argument in arguments.values() if "hyper" in arguments else ():
+            if argument.name in rule.hyper:
+                assert argument.default == rule.hyper[argument.name].default, (method.__name__, argument.name)
 
 
 @pytest.mark.parametrize("name", sorted(WEIGHTINGS))
