@@ -27,8 +27,8 @@ def test_bytes_of_gram_and_combine_are_those_of_the_ops(tasks: int) -> None:
     with counted(seen, "combine"):
         ops.combine(rows, weights)
     model = {cost.part: cost for cost in algebra(tasks, parameters, len(SHAPES))}
-    assert max(size for size, _ in seen[0].each) == model["gram"].bytes + gram.nbytes
-    assert max(size for size, _ in seen[1].each) == model["combine"].bytes + weights.nbytes
+    assert max(size for size, _ in seen[0].by_op) == model["gram"].bytes + gram.nbytes
+    assert max(size for size, _ in seen[1].by_op) == model["combine"].bytes + weights.nbytes
 
 
 def test_operations_are_those_of_the_network() -> None:

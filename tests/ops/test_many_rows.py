@@ -191,7 +191,7 @@ def test_weights_must_fit() -> None:
 
 
 def test_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
-    _blocks._tell.cache_clear()
+    _blocks._warn.cache_clear()
     with caplog.at_level(logging.WARNING, logger="fastmtl"):
         ops.gram(torch.ones(128, 3))
         assert not caplog.records
