@@ -18,7 +18,7 @@ from typing import NoReturn
 from fastmtl._metrics.base import AbsMetric
 from fastmtl._metrics.classes import AccMetric, F1Metric, SegMetric
 from fastmtl._metrics.distances import DepthMetric, L1Metric, NormalMetric
-from fastmtl._metrics.theirs import TorchMetric
+from fastmtl._metrics.torch_metric import TorchMetric
 from fastmtl.errors import UsageError
 
 __all__ = [

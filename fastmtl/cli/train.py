@@ -41,7 +41,7 @@ def train(*, config: Path | None, run_dir: Path | None, resume: Path | None, **v
         raise UsageError("--resume goes on with a run as it is configured: leave out --config and --run-dir.")
     settings, hyper = split_values(values)
     # torchrun may have started this process again, to go on with the run.
-    began = RunDirectory(run_dir) if run_dir is not None and elastic.began_here(run_dir) else None
+    began = RunDirectory(run_dir) if run_dir is not None and elastic.was_restarted(run_dir) else None
     if began is not None and began.last.exists():
         resume = began.path
     if resume is None:

@@ -14,7 +14,7 @@ from fastmtl import ops
 from fastmtl.distributed.gradient_shards import GradientShards
 from fastmtl.distributed.peers import Peers
 from fastmtl.distributed.shards import Pieces, Shards, UsedParams
-from fastmtl.engine.comm import Comm, CutsRows, MaskReps
+from fastmtl.engine.comm import Comm, MaskReps, RowShapedState
 from fastmtl.engine.hidden import VJP
 from fastmtl.engine.model import Tasks
 from fastmtl.engine.vjp import Cotangents
@@ -158,7 +158,7 @@ class ExactDataParallel(DataParallel):
             param.grad = param.grad if param.requires_grad else None
 
     @override
-    def shard_states(self, states: Iterable[CutsRows]) -> Callable[[Tensor], Tensor] | None:
+    def shard_states(self, states: Iterable[RowShapedState]) -> Callable[[Tensor], Tensor] | None:
         for state in states:
             state.cut(self.shards.shapes)
         return self.peers.all_reduce

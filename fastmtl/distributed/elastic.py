@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-__all__ = ["began_here", "mark"]
+__all__ = ["mark", "was_restarted"]
 
 _MARK = "launch"
 
@@ -24,7 +24,7 @@ def mark(run: Path) -> None:
         (run / _MARK).write_text(launch, encoding="utf-8")
 
 
-def began_here(run: Path) -> bool:
+def was_restarted(run: Path) -> bool:
     """Return whether this process was restarted, and the same launch made the run directory before."""
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and (run / _MARK).exists()
     return restarted and (run / _MARK).read_text(encoding="utf-8") == _launch()

@@ -59,6 +59,6 @@ class _Parts:
 
     def __iter__(self) -> Iterator[list[int]]:
         for batch in self.batches:
-            mine = batch[self.peers.rank :: self.peers.size]
-            if mine and (self.whole or len(batch) >= self.peers.size):
-                yield mine
+            indices = batch[self.peers.rank :: self.peers.size]
+            if indices and (self.whole or len(batch) >= self.peers.size):
+                yield indices

@@ -32,7 +32,7 @@ class Pieces:
     def __init__(self, params: Sequence[Tensor], peers: Peers) -> None:
         self.params = params
         self.peers = peers
-        self.mine = self.pieces(peers.rank)
+        self.local_pieces = self.pieces(peers.rank)
         # Pending messages: a function that waits, and the buffer that must stay alive until then.
         self.pending: list[tuple[Callable[[], Any], Tensor]] = []
 
@@ -60,12 +60,12 @@ class Pieces:
     @property
     def shapes(self) -> list[torch.Size]:
         """The shapes of this process's pieces of a row."""
-        return [torch.Size([size]) for _, _, size in self.mine]
+        return [torch.Size([size]) for _, _, size in self.local_pieces]
 
     def part_of(self, row: Tensor) -> Tensor:
         """Return this process's pieces of a row (P,) over all parameters, concatenated."""
         whole = row.split([param.numel() for param in self.params])
-        parts = [(whole[k][begin : begin + size], size) for k, begin, size in self.mine]
+        parts = [(whole[k][begin : begin + size], size) for k, begin, size in self.local_pieces]
         return torch.cat([nn.functional.pad(part, (0, size - len(part))) for part, size in parts])
 
     def whole_of(self, part: Tensor) -> Tensor | None:
@@ -86,7 +86,7 @@ class Pieces:
 
     def gram(self, rows: Sequence[Row], groups: Sequence[int] | None) -> Tensor:
         """Return the float64 Gram matrix (T, T) of T rows, or (L, T, T) with the group 0 .. L-1 of each parameter."""
-        gram = ops.gram(rows, None if groups is None else [groups[k] for k, _, _ in self.mine])
+        gram = ops.gram(rows, None if groups is None else [groups[k] for k, _, _ in self.local_pieces])
         if groups is not None:
             # This part may have no piece of the last groups.
             gram = torch.cat([gram, gram.new_zeros(max(groups) + 1 - len(gram), *gram.shape[1:])])
@@ -94,7 +94,7 @@ class Pieces:
 
     def combine(self, out: Row, rows: Sequence[Row], weights: Tensor, groups: Sequence[int] | None) -> None:
         """Fill the pieces ``out`` with ``sum_t w_t row_t``; None where no row has a piece."""
-        combine_into(out, rows, weights, None if groups is None else [groups[k] for k, _, _ in self.mine])
+        combine_into(out, rows, weights, None if groups is None else [groups[k] for k, _, _ in self.local_pieces])
 
 
 class _Bucket:

@@ -21,7 +21,7 @@ __all__ = ["Combination", "Comm", "Local", "MaskReps", "combine_into"]
 MaskReps = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]]
 
 
-class CutsRows(Protocol):
+class RowShapedState(Protocol):
     """State with the shape of the rows, see :class:`fastmtl.weighting.row_state.RowState`."""
 
     def cut(self, shapes: Sequence[torch.Size]) -> None:
@@ -185,7 +185,7 @@ class Comm:
         """Scale the gradients, of the shared parameters or of all, to a total 2-norm of at most ``max_norm``."""
         nn.utils.clip_grad_norm_(self.shared if shared_only else self.params, max_norm)  # type: ignore[arg-type]
 
-    def shard_states(self, states: Iterable[CutsRows]) -> Callable[[Tensor], Tensor] | None:
+    def shard_states(self, states: Iterable[RowShapedState]) -> Callable[[Tensor], Tensor] | None:
         """Shard state of the size of the rows; return a function that sums over the shards, None without."""
         return None
 

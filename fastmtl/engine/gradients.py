@@ -126,8 +126,8 @@ def add_grads(tensors: Sequence[Tensor], grads: Grads) -> None:
 def summed(rows: Sequence[Grads], others: Sequence[Grads]) -> list[Row]:
     """Return the sums of gradients of two batches, None where neither has one."""
     return [
-        [a if b is None else b if a is None else a + b for a, b in zip(mine, other, strict=True)]
-        for mine, other in zip(rows, others, strict=True)
+        [a if b is None else b if a is None else a + b for a, b in zip(row, other, strict=True)]
+        for row, other in zip(rows, others, strict=True)
     ]
 
 

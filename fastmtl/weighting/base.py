@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastmtl.engine.comm import CutsRows
+from fastmtl.engine.comm import RowShapedState
 from fastmtl.engine.lookahead import LookAhead
 from fastmtl.engine.weights import Rows, Weights
 from fastmtl.support.dtypes import falls_below
@@ -63,7 +63,7 @@ class Strategy(nn.Module):
     allows_rep_grad: ClassVar[bool] = True
 
     active: list[int] | None = None
-    row_states: Mapping[str, CutsRows] = MappingProxyType({})
+    row_states: Mapping[str, RowShapedState] = MappingProxyType({})
     sum_parts: Callable[[Tensor], Tensor] | None = None
     task_dims: Mapping[str, tuple[int, ...]] = MappingProxyType({})
     strategy_name: str

@@ -145,15 +145,15 @@ def test_only_a_restart_of_the_same_launch_goes_on(
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     elastic.mark(tmp_path)
-    assert not elastic.began_here(tmp_path)
+    assert not elastic.was_restarted(tmp_path)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", launch)
     elastic.mark(tmp_path)
-    assert elastic.began_here(tmp_path)
+    assert elastic.was_restarted(tmp_path)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    assert not elastic.began_here(tmp_path)
+    assert not elastic.was_restarted(tmp_path)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
-    assert not elastic.began_here(tmp_path)
+    assert not elastic.was_restarted(tmp_path)
 
 
 def test_a_run_that_saved_nothing_begins_anew(tmp_path: Path) -> None:
