@@ -62,7 +62,7 @@ class CELoss(AbsLoss):
     def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
         """Return the mean cross-entropy."""
         pred, gt = as_classes_or_shares(pred, gt, type(self).__name__)
-        dtype, pred, known = pred.dtype, _roomy(pred), self.labelled(gt)
+        dtype, pred, known = pred.dtype, _without_overflow(pred), self.labelled(gt)
         weight = None if self.weight is None else self.weight.of(pred)
         if gt.is_floating_point():
             labels = torch.where(known.unsqueeze(1), gt, 0)
@@ -77,7 +77,7 @@ class CELoss(AbsLoss):
         return over(total, self.divisor(gt).to(total.dtype)).to(dtype)
 
 
-def _roomy(pred: Tensor) -> Tensor:
+def _without_overflow(pred: Tensor) -> Tensor:
     """Return float16 predictions in float32, in which sums over a batch do not overflow."""
     return pred.float() if pred.dtype == torch.float16 else pred
 
@@ -125,7 +125,7 @@ class SegLoss(AbsLoss):
         pred, gt = as_classes(pred, gt, type(self).__name__)
         known = self.labelled(gt)
         labels = torch.where(known, gt if gt.is_floating_point() else gt.long(), self.ignore_index).long()
-        return (_summed(self, _roomy(pred), labels) / known.sum().clamp(min=1)).to(pred.dtype)
+        return (_summed(self, _without_overflow(pred), labels) / known.sum().clamp(min=1)).to(pred.dtype)
 
 
 class FocalLoss(AbsLoss):

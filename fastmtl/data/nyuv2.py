@@ -62,7 +62,7 @@ def _below(count: int) -> int:
 
 
 def _flip(image: Tensor, label: Tensor, depth: Tensor, normal: Tensor) -> Maps:
-    """Flip horizontally, with the sign of the normals' first component."""
+    """Flip horizontally; the first component of normals changes its sign."""
     mirrored = normal.flip(-1) * torch.tensor([-1.0, 1.0, 1.0])[:, None, None]
     return image.flip(-1), label.flip(-1), depth.flip(-1), mirrored
 

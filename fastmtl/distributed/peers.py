@@ -198,14 +198,14 @@ class Peers:
         return [bool(count) for count in counts.tolist()]
 
     def reduce_scatter(self, out: Tensor, flat: Tensor) -> Callable[[], Any]:
-        """Start to fill ``out`` (n / W,) with this process's part of the sum of ``flat`` (n,); return a waiter.
+        """Start to fill ``out`` (n / W,) with this process's part of the sum of ``flat`` (n,).
 
-        Neither may be changed before.
+        Returns a function that waits; neither tensor may be changed before.
         """
         return _peer_errors()(self._send(_reduce_scatter, out, flat, async_op=True).wait)
 
     def all_gather(self, out: Tensor, part: Tensor) -> Callable[[], Any]:
-        """Start to fill ``out`` (n,) with the parts (n / W,) of all processes; return a waiter."""
+        """Start to fill ``out`` (n,) with the parts (n / W,) of all processes; return a function that waits."""
         return _peer_errors()(self._send(_all_gather, out, part, async_op=True).wait)
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:

@@ -199,4 +199,4 @@ class Comm:
 
 
 class Local(Comm):
-    """One process alone."""
+    """A single process."""

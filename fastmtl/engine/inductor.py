@@ -36,12 +36,12 @@ def compile_graph(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
     if any(isinstance(value, torch.Tensor) and value.device.type != "cpu" for value in inputs):
         return compile_fx(graph, inputs)
     # Inductor would convert convolutions to channels-last, copying every weight and gradient in each pass.
-    patches = {"layout_optimization": False, "joint_custom_pre_pass": _masks_anew()}
+    patches = {"layout_optimization": False, "joint_custom_pre_pass": _recompute_masks()}
     with _library_kernels():
         return compile_fx(graph, inputs, config_patches=patches)
 
 
-def _masks_anew() -> Any:
+def _recompute_masks() -> Any:
     """Return a pass over joint graphs that makes backward passes repeat comparisons instead of loading a boolean mask.
 
     The compared tensor is saved anyway, as an output or for a product, and inductor's C++ is slowest with booleans.
@@ -49,7 +49,7 @@ def _masks_anew() -> Any:
     from torch._inductor.custom_graph_pass import CustomGraphPass
     from torch.utils.checkpoint import CheckpointPolicy
 
-    class MasksAnew(CustomGraphPass):
+    class RecomputeMasks(CustomGraphPass):
         def __call__(self, graph: torch.fx.Graph) -> None:
             for node in graph.find_nodes(op="call_function", target=torch.ops.aten.le.Scalar):
                 if all(user.target is torch.ops.aten.where.self for user in node.users):
@@ -58,7 +58,7 @@ def _masks_anew() -> Any:
         def uuid(self) -> str:
             return _CACHE_KEY
 
-    return MasksAnew()
+    return RecomputeMasks()
 
 
 @contextlib.contextmanager

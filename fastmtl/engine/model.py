@@ -1,4 +1,4 @@
-"""What the engine asks of a model, the architecture with the strategy mixed in."""
+"""The interface of a model, which is an architecture with a strategy mixed in."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class LossScale:
         return share
 
     def up(self, value: Tensor) -> Tensor:
-        """Return a number for unscaled gradients as the one for scaled gradients."""
+        """Return a value times the scale."""
         return value
 
     def limit(self, max_norm: float) -> float | Tensor:

@@ -1,1 +1,1 @@
-"""What the rooms have in common and is of none of them."""
+"""Helpers that all packages may use."""

@@ -52,7 +52,7 @@ class StepProfiler:
         self._profiler: profile | None = None
 
     def before_step(self, warmth: int) -> None:
-        """Start once ``warmth`` steps, and enough, have run."""
+        """Start once ``warmth``, the number of steps run so far, reaches ``warm``."""
         global _running
         if self.done or self._profiler is not None or warmth < self.warm:
             return

@@ -24,7 +24,7 @@ __all__ = ["Declared", "Described", "Setting", "setting", "state", "vector", "ve
 
 
 class Setting:
-    """An argument of the constructor that is an attribute, and checked whenever it is set.
+    """A constructor argument that is also an attribute, checked whenever it is set.
 
     Args:
         default: The default, ``Parameter.empty`` for none.
@@ -155,7 +155,7 @@ class Declared(Described):
 
 
 def _constructor(cls: type[Declared]) -> Callable[..., None]:
-    """Return a constructor that takes the settings."""
+    """Return the constructor of a class, whose arguments are the settings."""
     arguments = [Parameter("self", Parameter.POSITIONAL_OR_KEYWORD)]
     if cls.made_of is None:
         defaults = {name: getattr(cls, name).default for name in cls.settings}
