@@ -84,7 +84,9 @@ class PCD(AbsWeighting):
     needs = "gram"
     allows_rep_grad = False
     hyper = {  # noqa: RUF012
-        "PCD_tau": Hyper(type=float, default=0.02, help="Share of its own progress every other task gets, 0 to 1."),
+        "PCD_tau": Hyper(
+            type=float, default=0.02, least=0.0, most=1.0, help="Share of its own progress every other task gets."
+        ),
         "PCD_beta": Hyper(
             type=float, default=0.999, least=0.0, help="Decay of the moving average of the squared norms."
         ),
@@ -100,10 +102,8 @@ class PCD(AbsWeighting):
         self.remember("square_average", torch.zeros(self.task_num, dtype=torch.float64))
         self.remember("steps_seen", torch.zeros(self.task_num))
 
-    def start_epoch(self, *, PCD_tau: float = 0.02, PCD_primary: int = 0, **hyper: object) -> None:
-        """Raise a UsageError for hyper-parameters that mean nothing."""
-        if not 0 <= PCD_tau <= 1:
-            raise UsageError(f"PCD_tau must be from 0 to 1, got {PCD_tau}.")
+    def start_epoch(self, *, PCD_primary: int = 0, **hyper: object) -> None:
+        """Raise a UsageError for a primary task that is not there."""
         if not 0 <= PCD_primary < self.task_num:
             raise UsageError(f"PCD_primary must be from 0 to {self.task_num - 1}, got {PCD_primary}.")
 
