@@ -19,11 +19,11 @@ from fastmtl.errors import UsageError
 from fastmtl.support.kinds import Settings, State
 from fastmtl.support.names import resolve_name
 
-__all__ = ["Hyper", "Option", "check", "check_value", "declared", "fill_hyper", "option"]
+__all__ = ["LIMITS", "Hyper", "Option", "check", "check_value", "declared", "fill_hyper", "option"]
 
 _KINDS: dict[type, type] = {int: Integral, float: Real, dict: Mapping}
 _CALLED = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "`key: value` pairs"}
-_LIMITS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
+LIMITS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
     "least": ("at least", operator.ge),
     "most": ("at most", operator.le),
     "above": ("above", operator.gt),
@@ -87,7 +87,7 @@ class Hyper:
             return "a number"
         if value in (float("inf"), float("-inf")):
             return "a finite number"
-        for name, (words, holds) in _LIMITS.items():
+        for name, (words, holds) in LIMITS.items():
             limit = getattr(self, name)
             if limit is not None and not holds(value, limit):
                 return f"{words} {limit}"
@@ -102,7 +102,7 @@ class Hyper:
         """Return which values are allowed, in words."""
         if self.choices is not None:
             return ", ".join(map(str, self.choices))
-        limits = [(words, getattr(self, name)) for name, (words, _) in _LIMITS.items()]
+        limits = [(words, getattr(self, name)) for name, (words, _) in LIMITS.items()]
         return ", ".join([self.wanted(), *(f"{words} {limit}" for words, limit in limits if limit is not None)])
 
 

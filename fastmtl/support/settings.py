@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal, dataclass_transform
 from torch import Tensor
 
 from fastmtl.errors import UsageError
+from fastmtl.support.hyper import LIMITS
 from fastmtl.support.stateful import Stateful
 
 __all__ = ["Declared", "Described", "Setting", "setting", "state", "vector", "vector_string", "weighting_of"]
@@ -55,25 +56,13 @@ class Setting:
         vars(instance)[self.name] = value
 
 
-def setting(
-    *,
-    default: Any = Parameter.empty,
-    least: float | None = None,
-    above: float | None = None,
-    most: float | None = None,
-    below: float | None = None,
-) -> Any:
-    """Declare a setting: a number with limits, or any value."""
+def setting(*, default: Any = Parameter.empty, **limits: float) -> Any:
+    """Declare a setting: any value, or a number with limits called ``least``, ``most``, ``above`` and ``below``."""
 
     def allowed(value: Any) -> bool:
-        high = (most is None or value <= most) and (below is None or value < below)
-        return high and (least is None or value >= least) and (above is None or value > above)
+        return all(LIMITS[name][1](value, limit) for name, limit in limits.items())
 
-    if most is not None or below is not None:
-        return Setting(default, allowed, f"from {least:g} to {f'below {below:g}' if most is None else f'{most:g}'}")
-    if above is not None or least is not None:
-        return Setting(default, allowed, "positive" if least is None else f"at least {least:g}")
-    return Setting(default)
+    return Setting(default, allowed, " and ".join(f"{LIMITS[name][0]} {limit:g}" for name, limit in limits.items()))
 
 
 def vector(*, default: Any = Parameter.empty) -> Any:
