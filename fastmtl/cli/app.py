@@ -79,11 +79,11 @@ def _train_command() -> TyperCommand:
 
     parameters = list(train_parameters())
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {each.name: each.annotation for each in parameters}
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
 
     class TrainCommand(Command):
         optional_values: ClassVar = {"--compile": "on"}
-        list_options: ClassVar = frozenset(each.option for each in own_hyper_options() if each.spec.many)
+        list_options: ClassVar = frozenset(hyper.option for hyper in own_hyper_options() if hyper.spec.many)
 
     alone = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
     alone.command("train", cls=TrainCommand, help=_TRAIN_HELP)(run)

@@ -72,8 +72,8 @@ def _version(package: str) -> str | None:
 
 def _versions() -> dict[str, str | None]:
     # The loaded torch knows its build (+cpu, +cu130) even where its metadata does not.
-    own = {"fastmtl": fastmtl.__version__, "python": platform.python_version()}
-    return {**own, **{name: _version(name) for name in _PACKAGES}, "torch": torch.__version__}
+    first = {"fastmtl": fastmtl.__version__, "python": platform.python_version()}
+    return {**first, **{name: _version(name) for name in _PACKAGES}, "torch": torch.__version__}
 
 
 def _host() -> ModuleType | str:
@@ -104,15 +104,15 @@ def _devices() -> list[Facts]:
     host = _host()
     isa = None if isinstance(host, str) else host.isa()
     threads, cores = torch.get_num_threads(), os.cpu_count()
-    found: list[Facts] = [{"device": "cpu", "name": _cpu_name(), "threads": threads, "cores": cores, "isa": isa}]
+    devices: list[Facts] = [{"device": "cpu", "name": _cpu_name(), "threads": threads, "cores": cores, "isa": isa}]
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         properties = torch.cuda.get_device_properties(index)
         capability = f"{properties.major}.{properties.minor}"
         memory = properties.total_memory
-        found.append({"device": f"cuda:{index}", "name": properties.name, "capability": capability, "bytes": memory})
+        devices.append({"device": f"cuda:{index}", "name": properties.name, "capability": capability, "bytes": memory})
     if torch.backends.mps.is_available():
-        found.append({"device": "mps", "name": "Apple GPU, without float64: T x T matrices are solved on the CPU"})
-    return found
+        devices.append({"device": "mps", "name": "Apple GPU, without float64: T x T matrices are solved on the CPU"})
+    return devices
 
 
 def _memory(seconds: float) -> Facts:
@@ -168,7 +168,7 @@ def _compile() -> Facts:
 def render(data: Facts) -> str:
     """Return the text `fastmtl doctor` prints for a report."""
     sections: dict[str, Callable[[Any], Rows]] = {
-        "versions": lambda versions: [(name, found or "not installed") for name, found in versions.items()],
+        "versions": lambda versions: [(name, version or "not installed") for name, version in versions.items()],
         "build": _render_build,
         "devices": _render_devices,
         "ops": _render_ops,

@@ -55,9 +55,9 @@ def train_parameters() -> Iterator[inspect.Parameter]:
 
 def split_values(values: Mapping[str, object]) -> tuple[Arguments, Arguments]:
     """Return the settings and the hyper-parameters among the command's values, without those that were not given."""
-    given = {name: value for name, value in values.items() if value is not None}
-    hyper = {name.removeprefix(_PREFIX): value for name, value in given.items() if name.startswith(_PREFIX)}
-    return {name: value for name, value in given.items() if not name.startswith(_PREFIX)}, hyper
+    present = {name: value for name, value in values.items() if value is not None}
+    hyper = {name.removeprefix(_PREFIX): value for name, value in present.items() if name.startswith(_PREFIX)}
+    return {name: value for name, value in present.items() if not name.startswith(_PREFIX)}, hyper
 
 
 def page() -> str:

@@ -89,7 +89,7 @@ def _config_to_resume(run: RunDirectory, settings: Mapping[str, object], hyper: 
     specs = declared(TrainConfig)
     for name, spec in specs.items():
         if not spec.resumable and getattr(before, name) != getattr(after, name):
-            may_change = ", ".join(each for each in specs if specs[each].resumable)
+            may_change = ", ".join(option for option in specs if specs[option].resumable)
             raise UsageError(
                 f"{name} cannot change when a run goes on, only {may_change} can: for a new run like this one give "
                 f"--config {run.config} in place of --resume."

@@ -80,10 +80,10 @@ class TrainingEpoch:
                     fetched = list(islice(batches, step.batches))
                     # Before the copy: on the device, finding out would wait for it.
                     present = present_tasks(meter.losses, [labels for _, labels in fetched])
-                    given = [trainer.prepared(each) for each in fetched]
-                losses, preds = self._step(given, present)
+                    ready = [trainer.prepared(batch) for batch in fetched]
+                losses, preds = self._step(ready, present)
                 trainer.schedule.after_step()
-                self._score(losses, preds, given, fetched)
+                self._score(losses, preds, ready, fetched)
             if profiler is not None:
                 profiler.after_step()
             done = index + 1
@@ -105,11 +105,11 @@ class TrainingEpoch:
     def _batches(self, start: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
         """Return the epoch's batches from step ``start["batch"]`` on, with the random numbers they had then."""
         trainer, step = self._trainer, self._trainer.step
-        skip, own = start["batch"], self._checkpoints.generators
-        self._rng = rng_state(own)
+        skip, generators = start["batch"], self._checkpoints.generators
+        self._rng = rng_state(generators)
         if skip:
             self._rng = start["epoch_rng"]
-            set_rng_state(self._rng, own)
+            set_rng_state(self._rng, generators)
         # An epoch's last step accumulates what is left of it.
         total = self._steps * step.batches
         if step.options.accumulate > 1:
@@ -118,7 +118,7 @@ class TrainingEpoch:
         for _ in range(skip * step.batches):
             next(batches)
         if skip:
-            set_rng_state(start["rng"], own)
+            set_rng_state(start["rng"], generators)
         return batches
 
     def _step(self, batches: list[tuple[Any, Any]], present: list[int] | None) -> tuple[dict[str, Tensor], Predictions]:

@@ -71,8 +71,8 @@ class FiniteGuard:
         if self.found_inf.item() == 0:
             return
         step, kept = self._first.item(), f"parameters were not updated from there on, {_where(last_checkpoint)}"
-        found = zip(("loss", "refused", "gradient", "weight"), self._bad.tolist(), strict=True)
-        what, bad_tasks = next((what, bad) for what, bad in found if any(bad))
+        flags = zip(("loss", "refused", "gradient", "weight"), self._bad.tolist(), strict=True)
+        what, bad_tasks = next((what, bad) for what, bad in flags if any(bad))
         tasks = [task for task, bad in zip(self.task_name, bad_tasks, strict=True) if bad]
         if what != "refused":
             raise NonFiniteError(
@@ -97,7 +97,7 @@ class FiniteGuard:
             NonFiniteError: Names the checkpoint.
         """
         greatest = torch._foreach_norm([param for param in params if param.is_floating_point()], float("inf"))
-        if greatest and not torch.stack([each.double() for each in greatest]).isfinite().all():
+        if greatest and not torch.stack([norm.double() for norm in greatest]).isfinite().all():
             raise NonFiniteError(
                 f"The parameters became NaN or infinite by training step {self._step.item()}, of finite losses: a "
                 f"gradient was not finite, or the learning rate is too large; {_where(last_checkpoint)}."

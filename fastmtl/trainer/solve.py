@@ -44,43 +44,43 @@ def make_solver(strategy: AbsWeighting, hyper: Hypers, comm: Comm) -> Solver:
     return by_need[strategy.needs_of_step()]
 
 
-def _from_losses(strategy: AbsWeighting, hyper: Hypers, found: LossSum) -> Weights:
+def _from_losses(strategy: AbsWeighting, hyper: Hypers, losses: LossSum) -> Weights:
     with part("solver"):
-        return strategy.weigh(found.strategy_losses, None, **hyper)
+        return strategy.weigh(losses.strategy_losses, None, **hyper)
 
 
-def _from_gram(strategy: AbsWeighting, hyper: Hypers, found: Jacobian) -> Weights:
+def _from_gram(strategy: AbsWeighting, hyper: Hypers, jacobian: Jacobian) -> Weights:
     groups = strategy.groups(**hyper)
-    gram = found.gram(groups)
+    gram = jacobian.gram(groups)
     with part("solver"):
-        weights = strategy.weigh(found.strategy_losses, gram, **hyper)
-    return replace(weights, groups=groups, gram=found.mean_gram(gram))
+        weights = strategy.weigh(jacobian.strategy_losses, gram, **hyper)
+    return replace(weights, groups=groups, gram=jacobian.mean_gram(gram))
 
 
-def _from_rows(strategy: AbsWeighting, hyper: Hypers, found: Jacobian) -> Weights:
-    rows = found.unscaled_rows()
+def _from_rows(strategy: AbsWeighting, hyper: Hypers, jacobian: Jacobian) -> Weights:
+    rows = jacobian.unscaled_rows()
     with part("solver"):
-        weights = strategy.weigh_rows(found.strategy_losses, rows, **hyper)
+        weights = strategy.weigh_rows(jacobian.strategy_losses, rows, **hyper)
     return replace(weights, rows=weights.rows or rows)
 
 
-def _from_reps(strategy: AbsWeighting, hyper: Hypers, comm: Comm, found: Jacobian) -> Weights:
-    pullback = found.pullback
+def _from_reps(strategy: AbsWeighting, hyper: Hypers, comm: Comm, jacobian: Jacobian) -> Weights:
+    pullback = jacobian.pullback
     assert isinstance(pullback, Representations)
     # Masks depend on signs and shares only: the scale of the gradients does not matter.
     mask = partial(strategy.mask_reps, **hyper)
     with part("solver"):
-        masked = comm.mask(mask, found.strategy_losses, pullback.reps, pullback.grads)
-    return Weights(shared=torch.ones_like(found.losses), reps=masked, reports=False)
+        masked = comm.mask(mask, jacobian.strategy_losses, pullback.reps, pullback.grads)
+    return Weights(shared=torch.ones_like(jacobian.losses), reps=masked, reports=False)
 
 
-def _from_lookahead(strategy: AbsWeighting, hyper: Hypers, found: LookedAhead) -> Weights:
-    return strategy.look_ahead(found.ahead, **hyper)
+def _from_lookahead(strategy: AbsWeighting, hyper: Hypers, looked: LookedAhead) -> Weights:
+    return strategy.look_ahead(looked.ahead, **hyper)
 
 
-def _from_backward(strategy: AbsWeighting, hyper: Hypers, found: ForeignLosses) -> Weights:
+def _from_backward(strategy: AbsWeighting, hyper: Hypers, losses: ForeignLosses) -> Weights:
     with part("VJPs"):
-        weights = strategy.backward(found.attached, **hyper)
+        weights = strategy.backward(losses.attached, **hyper)
     if weights is None:
-        return Weights(shared=torch.ones_like(found.losses), reports=False)
-    return Weights(shared=torch.as_tensor(weights).to(found.losses))
+        return Weights(shared=torch.ones_like(losses.losses), reports=False)
+    return Weights(shared=torch.as_tensor(weights).to(losses.losses))

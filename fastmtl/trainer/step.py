@@ -178,11 +178,11 @@ class TrainingStep:
         known = held if held is not None and held.shared.dim() == 1 and self.samples == 1 else None
         if known is not None:
             self.trial.leave_out()
-        found = self.engine.differentiate(ctx, known)
-        decided = weights.accept(self.solve(found), ctx.scaling) if held is None else held
-        found.write_grads(decided)
-        refused = self.strategy.refused(found.losses, **self.hyper)
-        return Outcome(found.losses, found.preds, decided.reported, decided.gram, refused)
+        jacobian = self.engine.differentiate(ctx, known)
+        decided = weights.accept(self.solve(jacobian), ctx.scaling) if held is None else held
+        jacobian.write_grads(decided)
+        refused = self.strategy.refused(jacobian.losses, **self.hyper)
+        return Outcome(jacobian.losses, jacobian.preds, decided.reported, decided.gram, refused)
 
     def _update(self, tasks: StepTasks, done: Outcome) -> None:
         """Let the optimizer use the gradients, unless something was not finite."""
@@ -218,8 +218,8 @@ class TrainingStep:
 
     def state_dict(self) -> State:
         """Return what a resumed run needs."""
-        own = {"tasks_left": self.sampler.left, "route": self.trial.chosen}
-        return self.weights.state_dict() | own | self.scaler.state_dict()
+        sampling = {"tasks_left": self.sampler.left, "route": self.trial.chosen}
+        return self.weights.state_dict() | sampling | self.scaler.state_dict()
 
     def load_state_dict(self, state: Settings) -> None:
         """Go on where `state_dict` was taken."""

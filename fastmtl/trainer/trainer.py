@@ -102,58 +102,58 @@ class Trainer(TrainerState):
     """
 
     @takes(TrainerArguments)
-    def __init__(self, given: TrainerArguments, further: State) -> None:
+    def __init__(self, arguments: TrainerArguments, further: State) -> None:
         super().__init__()
-        self.kwargs: State = {"weight_args": given.weight_args, "arch_args": given.arch_args, **further}
-        self._meet(given)
+        self.kwargs: State = {"weight_args": arguments.weight_args, "arch_args": arguments.arch_args, **further}
+        self._meet(arguments)
         with self.peers.printing_on_main_process():
-            self._prepare_model(given)
-        self._prepare_step(given)
-        self._begin(given)
+            self._prepare_model(arguments)
+        self._prepare_step(arguments)
+        self._begin(arguments)
 
-    def _meet(self, given: TrainerArguments) -> None:
+    def _meet(self, arguments: TrainerArguments) -> None:
         """Check the arguments, meet the other processes, and keep what the run needs."""
         check_methods(self)
         if type(self).__init__ is Trainer.__init__:
             # A subclass may read further ones from ``self.kwargs``.
             check_arguments(self.kwargs, Trainer.__init__)
-        self.peers = join(given.peer_timeout) or Alone()
-        self.device = find_device(given.device, self.peers)
+        self.peers = join(arguments.peer_timeout) or Alone()
+        self.device = find_device(arguments.device, self.peers)
         if self.device.type == "cpu":
             keep_freed_memory()
-        if given.tf32 is not None:
-            set_tf32(given.tf32, self.device)
-        self.task_dict = given.task_dict
-        self.task_name = check_tasks(given.task_dict, given.decoders)
+        if arguments.tf32 is not None:
+            set_tf32(arguments.tf32, self.device)
+        self.task_dict = arguments.task_dict
+        self.task_name = check_tasks(arguments.task_dict, arguments.decoders)
         self.task_num = len(self.task_name)
-        self.rep_grad = given.rep_grad
-        self.multi_input = given.multi_input
-        self.scheduler_param = given.scheduler_param
-        self.save_path = None if given.save_path is None else make_folder(given.save_path)
-        self.load_path = given.load_path
-        self.channels_last = given.channels_last
-        self.checkpoint_every = given.checkpoint_every
-        self.log_every = given.log_every
-        self.limit_batches = given.limit_batches
+        self.rep_grad = arguments.rep_grad
+        self.multi_input = arguments.multi_input
+        self.scheduler_param = arguments.scheduler_param
+        self.save_path = None if arguments.save_path is None else make_folder(arguments.save_path)
+        self.load_path = arguments.load_path
+        self.channels_last = arguments.channels_last
+        self.checkpoint_every = arguments.checkpoint_every
+        self.log_every = arguments.log_every
+        self.limit_batches = arguments.limit_batches
         self._halving = Halving()
-        if given.split_batch is not None:
-            self.split_batch = given.split_batch  # type: ignore[method-assign, assignment]
+        if arguments.split_batch is not None:
+            self.split_batch = arguments.split_batch  # type: ignore[method-assign, assignment]
         check_split_batch(self.split_batch)
-        self.logger = as_logger(given.logger if self.peers.is_main_process else None)
+        self.logger = as_logger(arguments.logger if self.peers.is_main_process else None)
         self.batch_weight = np.zeros((self.task_num, 0, 0))
 
-    def _prepare_model(self, given: TrainerArguments) -> None:
+    def _prepare_model(self, arguments: TrainerArguments) -> None:
         made = make_model(
-            given.weighting,
-            given.architecture,
+            arguments.weighting,
+            arguments.architecture,
             task_name=self.task_name,
-            encoder_class=given.encoder_class,
-            decoders=given.decoders,
+            encoder_class=arguments.encoder_class,
+            decoders=arguments.decoders,
             rep_grad=self.rep_grad,
             multi_input=self.multi_input,
             device=self.device,
-            given=self.kwargs,
-            example_inputs=given.example_inputs,
+            hyper=self.kwargs,
+            example_inputs=arguments.example_inputs,
         )
         self.model, rule = made.model, made.rule
         self.weighting, self.architecture = rule.__name__, made.network.__name__
@@ -161,7 +161,7 @@ class Trainer(TrainerState):
         self.meter = PerformanceMeter(self.task_dict, peers=self.peers)
         hold_losses(self.model, self.meter.losses)
         self.model.to(self.device)
-        if given.sync_batch_norm:
+        if arguments.sync_batch_norm:
             synchronize(self.model, self.peers)
         if self.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -173,34 +173,34 @@ class Trainer(TrainerState):
             # no gradient.
             self.model.rep_grad = False
         if self.load_path is not None:
-            start_from(self.model, self.strategy_params, Path(self.load_path), given.load_strict)
+            start_from(self.model, self.strategy_params, Path(self.load_path), arguments.load_strict)
         count_parameters(self.model)
         self.meter.display_format()
 
-    def _prepare_step(self, given: TrainerArguments) -> None:
+    def _prepare_step(self, arguments: TrainerArguments) -> None:
         self.guard = FiniteGuard(self.device, self.task_name)
-        options = StepOptions(**{field.name: getattr(given, field.name) for field in fields(StepOptions)})
+        options = StepOptions(**{field.name: getattr(arguments, field.name) for field in fields(StepOptions)})
         options = check_options(self.model, self.weighting, self.kwargs["weight_args"], options)
         if self.peers.size > 1:
             check_distributed(self.model, self.weighting, options)
-            if given.sync_batch_norm and options.compile:
+            if arguments.sync_batch_norm and options.compile:
                 raise UsageError("sync_batch_norm cannot be combined with compile: its messages cannot be compiled.")
         check_reductions(self.meter.losses, several=options.accumulate > 1 or self.peers.size > 1)
         broadcast_model(self.model, self.peers)
         self.storage = make_storage(
             self.model, self.peers, [*self.strategy_params, *loss_params(self.model)], options.shard
         )
-        self.step = self.make_step(prepare_update(self, options, given))
+        self.step = self.make_step(prepare_update(self, options, arguments))
 
-    def _begin(self, given: TrainerArguments) -> None:
+    def _begin(self, arguments: TrainerArguments) -> None:
         """Go on from a checkpoint, if there is one, and let all processes begin with the same."""
         self.compile_report = None
         self.skipped = 0
-        self.profiler = None if given.profile is None else StepProfiler(Path(given.profile), self.device)
+        self.profiler = None if arguments.profile is None else StepProfiler(Path(arguments.profile), self.device)
         self.start = BEGINNING
         self.checkpoints = Checkpoints(self)
-        if given.resume is not None:
-            self.start = resume_run(self, Path(given.resume))
+        if arguments.resume is not None:
+            self.start = resume_run(self, Path(arguments.resume))
         self.peers.broadcast([*self.storage.kept, *self.common_buffers()])
         self.checkpoints.agree(self.peers)
 

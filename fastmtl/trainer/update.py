@@ -1,4 +1,4 @@
-"""What moves the parameters of a trainer, as it is given: its optimizer and its schedule."""
+"""What moves the parameters of a trainer, as it is arguments: its optimizer and its schedule."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastmtl.trainer.state import TrainerState
 __all__ = ["prepare_update"]
 
 
-def prepare_update(trainer: TrainerState, options: StepOptions, given: TrainerArguments) -> StepOptions:
+def prepare_update(trainer: TrainerState, options: StepOptions, arguments: TrainerArguments) -> StepOptions:
     """Give a trainer with a model its optimizer and schedule; return the options of the step that go with them.
 
     Raises:
@@ -24,9 +24,9 @@ def prepare_update(trainer: TrainerState, options: StepOptions, given: TrainerAr
     trainer.known_names = set(names)
     trainer.optimizer = make_optimizer(
         named,
-        given.optim_param,
+        arguments.optim_param,
         trainer.device,
-        make=given.optimizer,
+        make=arguments.optimizer,
         sparse=any(getattr(module, "sparse", False) for module in trainer.model.modules()),
         sharded=trainer.storage.is_sharded,
     )
@@ -34,7 +34,7 @@ def prepare_update(trainer: TrainerState, options: StepOptions, given: TrainerAr
     trainer.storage.follow(trainer.optimizer)
     tell = print if trainer.peers.is_main_process else _say_nothing
     trainer.schedule = make_schedule(
-        trainer.optimizer, given.scheduler_param, given.scheduler, given.resume_schedule, tell
+        trainer.optimizer, arguments.scheduler_param, arguments.scheduler, arguments.resume_schedule, tell
     )
     if options.cuda_graph and trainer.schedule.per == "step":
         trainer.logger.on_compile("cuda_graph: the step runs eagerly, as the learning rate changes with every step")

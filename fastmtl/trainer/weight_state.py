@@ -166,9 +166,9 @@ class WeightState:
         try:
             yield
         finally:
-            found, some, self.kept, self.average = self.kept, self.average, held, average
-            if held is None and found is not None:
-                self._partial = list(tasks), found, self._since_solved
+            solved, some, self.kept, self.average = self.kept, self.average, held, average
+            if held is None and solved is not None:
+                self._partial = list(tasks), solved, self._since_solved
             if solves:
                 self._since_solved = since
             if some is not None:
@@ -195,9 +195,9 @@ class WeightState:
         """Return the entries of some tasks, sample by sample."""
         if weights is None:
             return None
-        found = narrowed(weights.unflatten(-1, (self.strategy.samples, -1)), tasks)
-        assert found is not None
-        return found.flatten(-2)
+        narrow = narrowed(weights.unflatten(-1, (self.strategy.samples, -1)), tasks)
+        assert narrow is not None
+        return narrow.flatten(-2)
 
     def state_dict(self) -> State:
         """Return what a resumed run needs of the weights held between two solves."""

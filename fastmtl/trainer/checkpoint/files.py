@@ -195,6 +195,6 @@ def set_rng_state(state: Saved, generators: Sequence[torch.Generator] = ()) -> N
     np.random.set_state((kind, keys.cpu().numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"]:
-        torch.cuda.set_rng_state_all([each.cpu() for each in state["cuda"]])
+        torch.cuda.set_rng_state_all([gpu_state.cpu() for gpu_state in state["cuda"]])
     for generator, saved in zip(generators, state["generators"], strict=False):
         generator.set_state(saved.cpu())

@@ -120,8 +120,8 @@ def _compilable(options: StepOptions, problem: Problem, tell: Tell) -> StepOptio
     """Return the options without ``compile`` where there is no compiler and that is allowed."""
     if not options.compile or problem.model.device.type != "cpu":
         return options
-    found, missing = cpp_compiler()
-    if found is not None:
+    compiler, missing = cpp_compiler()
+    if compiler is not None:
         return options
     if options.compile != "auto":
         raise BackendError(f"compile must be off or auto here: {missing}.")
@@ -216,7 +216,7 @@ def _against_compression(strategy: AbsWeighting, plain: Engine, hyper: Settings,
         "the device has no float64": wide_dtype(model.device) != torch.float64,
         "the shared network has no linear layers": not linear_layers(problem),
     }
-    found = next((reason for reason, holds in reasons.items() if holds), None)
-    if found is None and strategy.groups(**hyper) is not None:
+    reason = next((reason for reason, holds in reasons.items() if holds), None)
+    if reason is None and strategy.groups(**hyper) is not None:
         return "the strategy weighs groups of parameters apart"
-    return found
+    return reason

@@ -212,7 +212,7 @@ def as_logger(logger: Logger | Sequence[Logger] | None) -> Logger:
     if isinstance(logger, Logger):
         return logger
     loggers = list(logger) if isinstance(logger, Sequence) else [logger]
-    for each in loggers:
-        if not isinstance(each, Logger):
-            raise UsageError(f"logger must be a Logger, a list of them or None, got {type(each).__name__}.")
+    for member in loggers:
+        if not isinstance(member, Logger):
+            raise UsageError(f"logger must be a Logger, a list of them or None, got {type(member).__name__}.")
     return LoggerList(loggers)

@@ -152,15 +152,15 @@ class PerformanceMeter:
         self.seconds = time.perf_counter() - self._begin
 
     def _scores(self, task: str) -> list[float]:
-        given, wanted = self.metrics[task].score_fun(), len(self.weight[task])
+        returned, wanted = self.metrics[task].score_fun(), len(self.weight[task])
         try:
-            scores = [float(score) for score in given]
+            scores = [float(score) for score in returned]
         except TypeError:
             scores = []
         if len(scores) != wanted:
             raise UsageError(
                 f"score_fun of {type(self.metrics[task]).__name__} must return a list of one score per metric of "
-                f"{task!r}, {wanted} in all, got {given!r}."
+                f"{task!r}, {wanted} in all, got {returned!r}."
             )
         return scores
 

@@ -200,9 +200,9 @@ def _draw_metric(axis: Axes, history: History, name: str, colors: Sequence[Color
     from matplotlib.ticker import MaxNLocator
 
     info = history.info
-    modes = [mode for mode in _MODES if any(each == mode for each, _ in history.results)]
+    modes = [mode for mode in _MODES if any(tested == mode for tested, _ in history.results)]
     for mode in modes:
-        epochs = sorted(epoch for each, epoch in history.results if each == mode)
+        epochs = sorted(epoch for tested, epoch in history.results if tested == mode)
         for task, color in zip(info.task_names, colors, strict=True):
             if name in info.metric_names[task][:1]:
                 values = [history.results[mode, epoch][task][0] for epoch in epochs]

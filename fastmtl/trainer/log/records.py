@@ -78,14 +78,14 @@ class StepBuffer:
         """
         now = time.perf_counter()
         device = self._losses[0].device
-        kept = [_stacked(each) for each in (self._losses, self._weights, self._grams)]
+        kept = [_stacked(values) for values in (self._losses, self._weights, self._grams)]
         kept += [number.reshape(1) for number in numbers]
-        wide = [each.to(device, wide_dtype(device)).flatten() for each in kept if each is not None]
+        wide = [stack.to(device, wide_dtype(device)).flatten() for stack in kept if stack is not None]
         values = torch.cat(wide).cpu().numpy()
-        ends = np.cumsum([0 if each is None else each.numel() for each in kept])
+        ends = np.cumsum([0 if stack is None else stack.numel() for stack in kept])
         losses, weights, gram, *counts = (
-            None if each is None else part.reshape(each.shape)
-            for each, part in zip(kept, np.split(values, ends[:-1]), strict=True)
+            None if stack is None else part.reshape(stack.shape)
+            for stack, part in zip(kept, np.split(values, ends[:-1]), strict=True)
         )
         assert losses is not None
         scale, skipped = counts or (None, None)
@@ -105,8 +105,8 @@ class StepBuffer:
 
 def _stacked(steps: Sequence[Tensor | None]) -> Tensor | None:
     """Return the steps' values stacked, NaN for a step without; None if no step has any."""
-    given = [each for each in steps if each is not None]
-    if not given:
+    present = [value for value in steps if value is not None]
+    if not present:
         return None
-    nothing = torch.full_like(given[0], torch.nan) if len(given) < len(steps) else None
-    return torch.stack([nothing if each is None else each for each in steps])  # type: ignore[misc]
+    absent = torch.full_like(present[0], torch.nan) if len(present) < len(steps) else None
+    return torch.stack([absent if value is None else value for value in steps])  # type: ignore[misc]

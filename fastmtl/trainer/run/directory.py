@@ -37,7 +37,7 @@ class RunDirectory:
             UsageError: It holds a run, or cannot be made.
         """
         run = cls(path)
-        held = next((each for each in (run.last, run.best, run.config, run.metrics) if each.exists()), None)
+        held = next((file for file in (run.last, run.best, run.config, run.metrics) if file.exists()), None)
         if held is not None:
             raise UsageError(
                 f"{run.path} already holds a run ({held.name}): go on with it (fastmtl train --resume {run.path}) or "
@@ -102,9 +102,9 @@ class RunDirectory:
         if not os.access(self.path, os.W_OK | os.X_OK):
             raise UsageError(f"The run directory {self.path} cannot be written to.")
         for file in (self.config, self.best, self.last, self.metrics, self.curves, self.trace, self.log):
-            for each in (file, part_of(file)):
-                if each.is_dir():
-                    raise UsageError(f"The run directory {self.path} needs {each.name} as a file, but it is a folder.")
+            for path in (file, part_of(file)):
+                if path.is_dir():
+                    raise UsageError(f"The run directory {self.path} needs {path.name} as a file, but it is a folder.")
 
     def discard(self) -> None:
         """Take away a run that never began: its log, and its folder if nothing else is in it."""

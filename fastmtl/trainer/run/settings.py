@@ -49,18 +49,18 @@ class HyperOption(NamedTuple):
 
 def hyper_options() -> dict[str, HyperOption]:
     """Return the hyper-parameters of all weightings and architectures, by name; several may share one."""
-    found: dict[str, HyperOption] = {}
+    options: dict[str, HyperOption] = {}
     classes: dict[str, type[AbsWeighting] | type[AbsArchitecture]] = {**WEIGHTINGS, **ARCHITECTURES}
     for owner, kind in classes.items():
         for name, spec in kind.hyper.items():
-            first = found.get(name, HyperOption(name, (), spec))
-            found[name] = first._replace(owners=(*first.owners, owner))
-    return found
+            first = options.get(name, HyperOption(name, (), spec))
+            options[name] = first._replace(owners=(*first.owners, owner))
+    return options
 
 
 def spelled_as(name: str, names: Iterable[str], what: str) -> str:
     """Return the one of ``names`` that ``name`` is in any case, see `resolve_name`; ``what`` is named."""
-    return resolve_name(name, {each: each for each in names}, what)
+    return resolve_name(name, {known: known for known in names}, what)
 
 
 def optimizer_param(optim: str, *, lr: float, weight_decay: float, momentum: float) -> Arguments:
@@ -84,7 +84,7 @@ def scheduler_param(
     schedule_per: str | None,
 ) -> Arguments:
     """Return the learning-rate scheduler in the form the trainer takes; ``length`` is the trainer's to know if None."""
-    own: dict[str, Arguments] = {
+    settings: dict[str, Arguments] = {
         "step": {"step_size": step_size, "gamma": gamma},
         "exp": {"gamma": gamma},
         "cos": {"eta_min": eta_min} if length is None else {"T_max": length, "eta_min": eta_min},
@@ -93,7 +93,7 @@ def scheduler_param(
         "poly": {"power": power},
     }
     when = {} if schedule_per is None else {"per": schedule_per}
-    return {"scheduler": scheduler, **own.get(scheduler, {}), **({"warmup": warmup} if warmup else {}), **when}
+    return {"scheduler": scheduler, **settings.get(scheduler, {}), **({"warmup": warmup} if warmup else {}), **when}
 
 
 def print_settings(parts: Iterable[tuple[str, Mapping[str, object] | None]]) -> None:
@@ -160,7 +160,7 @@ def _to_str(value: object) -> str:
 def _to_dict(value: object) -> dict[str, object]:
     if not isinstance(value, Mapping):
         raise TypeError
-    return {str(key): each for key, each in value.items()}
+    return {str(key): item for key, item in value.items()}
 
 
 _CONVERTERS: dict[type, Callable[[object], object]] = {

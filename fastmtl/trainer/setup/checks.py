@@ -67,21 +67,21 @@ def find_device(device: str | torch.device | None, peers: Peers | None = None) -
             return torch.device("cpu")
         return torch.device("cuda", peers.local_device(torch.device("cuda")).index or 0)
     try:
-        found = torch.device(device)
+        chosen = torch.device(device)
     except RuntimeError:
         raise UsageError(f"device must be cpu, cuda, cuda:<index> or mps, got {device!r}.") from None
-    if found.type not in ("cpu", "cuda", "mps"):
+    if chosen.type not in ("cpu", "cuda", "mps"):
         raise UsageError(f"device must be cpu, cuda, cuda:<index> or mps, got {str(device)!r}.")
     absent = f"device is {device}, but torch {torch.__version__} finds no {{}} here; use --device cpu."
-    if found.type == "cuda":
+    if chosen.type == "cuda":
         if not torch.cuda.is_available():
             raise BackendError(absent.format("CUDA GPU"))
-        if found.index is not None and found.index >= torch.cuda.device_count():
+        if chosen.index is not None and chosen.index >= torch.cuda.device_count():
             raise BackendError(f"device is {device}, but there are only {torch.cuda.device_count()} CUDA GPUs.")
-        found = peers.local_device(found)
-    if found.type == "mps" and not torch.backends.mps.is_available():
+        chosen = peers.local_device(chosen)
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
         raise BackendError(absent.format("MPS device"))
-    return found
+    return chosen
 
 
 def make_folder(save_path: str | Path) -> Path:

@@ -50,20 +50,20 @@ def _by_task(loaders: Loaders, multi_input: bool) -> Mapping[str | None, Loader]
 def to_device(value: Tree, device: torch.device) -> Tree:
     """Move tensors, and whatever else has ``to``, in any containers to ``device`` without waiting."""
 
-    def moves(each: object) -> bool:
+    def moves(leaf: object) -> bool:
         # Entries of some dictionaries are attributes too, and some have an answer for every name.
-        return hasattr(type(each) if isinstance(each, Mapping) else each, "to")
+        return hasattr(type(leaf) if isinstance(leaf, Mapping) else leaf, "to")
 
-    return map_tree(lambda each: each.to(device, non_blocking=True) if moves(each) else each, value, is_leaf=moves)
+    return map_tree(lambda leaf: leaf.to(device, non_blocking=True) if moves(leaf) else leaf, value, is_leaf=moves)
 
 
 def to_channels_last(value: Tree) -> Tree:
     """Return a batch's inputs with images, the tensors of four dimensions, in channels-last memory format."""
 
-    def turned(each: object) -> object:
-        if isinstance(each, Tensor) and each.dim() == 4:
-            return each.contiguous(memory_format=torch.channels_last)
-        return each
+    def turned(leaf: object) -> object:
+        if isinstance(leaf, Tensor) and leaf.dim() == 4:
+            return leaf.contiguous(memory_format=torch.channels_last)
+        return leaf
 
     return map_tree(turned, value)
 
@@ -76,14 +76,14 @@ def check_loaders(loaders: Loaders, tasks: list[str], multi_input: bool, what: s
         raise UsageError(
             f"{what} must be a dictionary of loaders by task when multi_input is True, got {type(loaders).__name__}."
         )
-    given = _by_task(loaders, multi_input)
+    by_task = _by_task(loaders, multi_input)
     for task, name in _names(tasks, multi_input, what):
-        if task not in given:
-            raise UsageError(f"{what} has no loader for the task {task!r}, only for {', '.join(map(str, given))}.")
+        if task not in by_task:
+            raise UsageError(f"{what} has no loader for the task {task!r}, only for {', '.join(map(str, by_task))}.")
         try:
-            empty = len(given[task]) == 0
+            empty = len(by_task[task]) == 0
         except TypeError:
-            kind = type(given[task]).__name__
+            kind = type(by_task[task]).__name__
             raise UsageError(f"{name} must be a loader of known length, got a {kind}, which has none.") from None
         if empty:
             of_task = "" if task is None else f" for the task {task!r}"
@@ -99,13 +99,13 @@ def _names(tasks: list[str], multi_input: bool, what: str) -> list[tuple[str | N
 
 def generators(loaders: Loaders, multi_input: bool) -> list[torch.Generator]:
     """Return the random generators the loaders have of their own, which draw the order of the rows."""
-    found: list[torch.Generator] = []
+    unique: list[torch.Generator] = []
     for loader in _by_task(loaders, multi_input).values():
         for owner in (loader, getattr(loader, "sampler", None)):
             generator = getattr(owner, "generator", None)
-            if isinstance(generator, torch.Generator) and not any(generator is each for each in found):
-                found.append(generator)
-    return found
+            if isinstance(generator, torch.Generator) and not any(generator is other for other in unique):
+                unique.append(generator)
+    return unique
 
 
 def count_batches(loaders: Loaders, multi_input: bool, limit: int | None) -> int:
@@ -116,12 +116,12 @@ def count_batches(loaders: Loaders, multi_input: bool, limit: int | None) -> int
 
 def train_batches(loaders: Loaders, tasks: list[str], multi_input: bool, count: int) -> Iterator[Pair]:
     """Yield ``count`` batches of inputs and labels, anything else is refused; a loader that runs out starts again."""
-    given = _by_task(loaders, multi_input)
-    streams = {task: _endless(given[task], name) for task, name in _names(tasks, multi_input, "train_dataloaders")}
+    by_task = _by_task(loaders, multi_input)
+    streams = {task: _endless(by_task[task], name) for task, name in _names(tasks, multi_input, "train_dataloaders")}
     for _ in range(count):
         batch = {task: next(stream) for task, stream in streams.items()}
         if multi_input:
-            yield {task: each[0] for task, each in batch.items()}, {task: each[1] for task, each in batch.items()}
+            yield {task: pair[0] for task, pair in batch.items()}, {task: pair[1] for task, pair in batch.items()}
         else:
             inputs, labels = batch[None]
             yield inputs, _checked(labels, tasks)
@@ -131,9 +131,9 @@ def eval_batches(
     loaders: Loaders, tasks: list[str], multi_input: bool, limit: int | None, what: str
 ) -> Iterator[tuple[str | None, Any, Any]]:
     """Yield (task or None, inputs, labels) of every batch once; anything else is refused."""
-    given = _by_task(loaders, multi_input)
+    by_task = _by_task(loaders, multi_input)
     for task, name in _names(tasks, multi_input, what):
-        for batch in islice(given[task], limit):
+        for batch in islice(by_task[task], limit):
             inputs, labels = _pair(batch, name)
             yield task, inputs, labels if multi_input else _checked(labels, tasks)
 

@@ -49,8 +49,8 @@ def model_class(network: type[AbsArchitecture], rule: type[AbsWeighting]) -> typ
 
     if (network, rule) in _CLASSES:
         return _CLASSES[network, rule]
-    own = {"__module__": __name__, "__reduce_ex__": reduce, "get_share_params": get_share_params}
-    made: Any = type("MTLModel", (network, rule), own)
+    members = {"__module__": __name__, "__reduce_ex__": reduce, "get_share_params": get_share_params}
+    made: Any = type("MTLModel", (network, rule), members)
     _CLASSES[network, rule] = made
     return cast(type[TrainedModel], made)
 
@@ -131,11 +131,11 @@ def make_model(
     rep_grad: bool,
     multi_input: bool,
     device: torch.device,
-    given: dict[str, State],
+    hyper: dict[str, State],
     example_inputs: Any = None,
 ) -> MadeModel:
-    """Make the model of a trainer; checks ``given``, its ``weight_args`` and ``arch_args``, and fills in defaults."""
-    rule, network = _resolved(weighting, architecture, given)
+    """Make the model of a trainer; checks ``hyper``, its ``weight_args`` and ``arch_args``, and fills in defaults."""
+    rule, network = _resolved(weighting, architecture, hyper)
     model = model_class(network, rule)(
         task_name=list(task_name),
         encoder_class=encoder_class,
@@ -143,7 +143,7 @@ def make_model(
         rep_grad=rep_grad,
         multi_input=multi_input,
         device=device,
-        **given["arch_args"],
+        **hyper["arch_args"],
     )
     model.strategy_name, model.architecture_name = rule.__name__, network.__name__
     settle_shapes(model, example_inputs)
@@ -153,7 +153,7 @@ def make_model(
 
 
 def _resolved(
-    weighting: str | type[AbsWeighting], architecture: str | type[AbsArchitecture], given: dict[str, State]
+    weighting: str | type[AbsWeighting], architecture: str | type[AbsArchitecture], hyper: dict[str, State]
 ) -> tuple[type[AbsWeighting], type[AbsArchitecture]]:
     """Return the two classes, and fill in the defaults of their hyper-parameters."""
     rule = resolve_name(weighting, WEIGHTINGS, "weighting") if isinstance(weighting, str) else weighting
@@ -163,5 +163,5 @@ def _resolved(
     for kind, known, name in ((rule, WEIGHTINGS, "weight_args"), (network, ARCHITECTURES, "arch_args")):
         # A class of the user's that declares no table takes whatever it is given.
         if kind.hyper or kind in known.values():
-            given[name] = fill_hyper(kind.__name__, kind.hyper, given[name])
+            hyper[name] = fill_hyper(kind.__name__, kind.hyper, hyper[name])
     return rule, network
