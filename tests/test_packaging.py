@@ -177,8 +177,20 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return archive
 
 
+def unpacked(sdist: Path, folder: Path) -> Path:
+    """Return the folder of a source archive, with the objects of this checkout that are newer than their sources."""
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    (source,) = folder.iterdir()
+    shutil.copytree(ROOT / "build" / "objects", source / "build" / "objects", dirs_exist_ok=True)
+    # One source is compiled again, with the headers of the archive.
+    for kept in (source / "build" / "objects").glob("*/gram.cpp.o"):
+        kept.unlink()
+    return source
+
+
 def install(sdist: Path, folder: Path, **environment: str) -> Installed:
-    """Build a wheel from the source archive and unpack it in a new virtual environment."""
+    """Build a wheel from the source archive, or its folder, and unpack it in a new virtual environment."""
     pip = [sys.executable, "-m", "pip", "wheel", "--verbose", "--no-deps", "--no-build-isolation", "--no-cache-dir"]
     done = subprocess.run(
         [*pip, "--wheel-dir", folder, sdist], env=clean_environment(**environment), capture_output=True, text=True
@@ -196,7 +208,8 @@ def install(sdist: Path, folder: Path, **environment: str) -> Installed:
 
 @pytest.fixture(scope="session")
 def compiled(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Installed:
-    return install(sdist, tmp_path_factory.mktemp("compiled"), FASTMTL_BUILD_CPP="1", FASTMTL_BUILD_CUDA="0")
+    source = unpacked(sdist, tmp_path_factory.mktemp("source"))
+    return install(source, tmp_path_factory.mktemp("compiled"), FASTMTL_BUILD_CPP="1", FASTMTL_BUILD_CUDA="0")
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import sys
@@ -22,6 +23,8 @@ from fastmtl.loss import CELoss, FocalLoss, HuberLoss, MSELoss
 from tests.trainer.toy import flat, loaders, make_trainer, task_dict
 
 TASKS = 3
+# Processes start as copies of one that has imported all this.
+multiprocessing.set_forkserver_preload([__name__, "torch._dynamo"])
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,7 @@ def grouped() -> dict[str, Any]:
     }
 
 
-def train(case: Case, epochs: int = 4) -> tuple[Tensor, Tensor, list[float]]:
+def train(case: Case, epochs: int = 3) -> tuple[Tensor, Tensor, list[float]]:
     """Return parameters and losses after the run, and the test scores, of this process's trainer.
 
     With the parameters come the running statistics of batch norms.
@@ -175,7 +178,7 @@ def _member(rank: int, size: int, folder: str, work: Any, given: Any) -> None:
 
 def in_processes(size: int, folder: Path, work: Any, given: Any) -> list[Any]:
     """Return what ``work(given)`` returns in each of ``size`` processes; both must be picklable."""
-    mp.spawn(_member, (size, str(folder), work, given), nprocs=size)
+    mp.start_processes(_member, (size, str(folder), work, given), nprocs=size, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]
 
 

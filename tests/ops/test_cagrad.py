@@ -103,7 +103,7 @@ def slsqp(gram: Tensor, c: float) -> Tensor:
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("c", [0.01, 0.4, 0.99, 1.0, 2.0, 20.0])
+@pytest.mark.parametrize("c", [0.01, 0.99, 1.0, 20.0])
 @pytest.mark.parametrize("size", SIZES)
 def test_bound(solver: Solver, backend: str, size: int, c: float) -> None:
     if backend == "reference" and size > 5:
@@ -130,7 +130,7 @@ def test_a_row_of_zeros_that_is_best_has_all_weight(solver: Solver) -> None:
 
 
 @pytest.mark.parametrize("c", [1e-7, 1e-5, 0.4, 1.0, 5.0])
-@pytest.mark.parametrize("size", [1, 2, 3, 8])
+@pytest.mark.parametrize("size", [1, 2, 8])
 def test_not_worse_than_slsqp_and_corners(solver: Solver, backend: str, size: int, c: float) -> None:
     if backend == "reference" and size > 3:
         pytest.skip("the reference takes seconds")
@@ -143,7 +143,7 @@ def test_not_worse_than_slsqp_and_corners(solver: Solver, backend: str, size: in
 
 
 @pytest.mark.parametrize("c", [0.4, 1.0, 5.0])
-@pytest.mark.parametrize("size", [2, 3, 5])
+@pytest.mark.parametrize("size", [2, 5])
 def test_not_worse_than_reference(c: float, size: int) -> None:
     reference, kernel = implementation("cagrad", "reference"), backend_kernel("cagrad", "cpp")
     for case in zoo((size,)):

@@ -121,7 +121,7 @@ def test_forward_and_gradients_run_in_compiled_code(options: dict[str, Any]) -> 
     messages: list[str] = []
     trainer = _conv_trainer("MTAN", True, **options)
     for region in vars(trainer.step.engine.regions).values():
-        if hasattr(region, "tell"):
+        if hasattr(region, "report"):
             region.report = messages.append
     images, labels = _images()
     buffer = StepBuffer()
@@ -385,8 +385,9 @@ def test_accumulated_batches_of_many_sets_of_tasks_are_compiled_for_some_and_say
 
 @pytest.mark.usefixtures("quick_backend")
 @pytest.mark.parametrize("vjps", REGIONS)
-def test_many_trainers_in_one_process_are_all_compiled(vjps: str) -> None:
+def test_many_trainers_in_one_process_are_all_compiled(vjps: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.compiler.reset()
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
     batch = next(iter(loaders()))
     for _ in range(torch._dynamo.config.recompile_limit + 2):
         # Networks of one shape share their guards, but each trainer compiles its own.
