@@ -33,7 +33,8 @@ _PATHS = {
 
 def own_hyper_options() -> list[HyperOption]:
     """Return the hyper-parameters of all architectures and weightings, without those that are settings too."""
-    return [hyper for name, hyper in hyper_options().items() if name not in declared(TrainConfig)]
+    settings = declared(TrainConfig)
+    return [hyper for name, hyper in hyper_options().items() if name not in settings]
 
 
 def train_parameters() -> Iterator[inspect.Parameter]:

@@ -183,7 +183,7 @@ def check(options: Any) -> None:
         if spec.same_as is not None and value is not None:
             first = getattr(options, spec.same_as)
             if first not in (value, None):
-                raise UsageError(f"{spec.same_as} is {first} and {name}, its other name, {value}: give one of them.")
+                raise UsageError(f"{spec.same_as} is {first}, but {name}, another name for it, is {value}: give one.")
             object.__setattr__(options, spec.same_as, value)
             object.__setattr__(options, name, None)
     for name, spec in specs.items():

@@ -1,4 +1,4 @@
-"""What the trainer is made from."""
+"""The arguments of the trainer, and a constructor that takes them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ S = TypeVar("S")
 
 @dataclass(frozen=True)
 class TrainerArguments(TrainerOptions):
-    """All arguments of the trainer, which describes those that are no options."""
+    """All arguments of `Trainer`: the options, and those that its docstring describes."""
 
     task_dict: dict[str, dict[str, Any]]
     weighting: str | type[AbsWeighting]
@@ -52,10 +52,15 @@ class TrainerArguments(TrainerOptions):
 
 
 def takes(arguments: Callable[P, A]) -> Callable[[Callable[[S, A, State], None]], Callable[Concatenate[S, P], None]]:
-    """Give a constructor the signature of a dataclass: it gets an object of that, and all other keyword arguments."""
+    """Give a constructor the arguments of a dataclass.
+
+    The decorated function is called with an object of the dataclass, and with the keyword arguments that are not among
+    its fields.
+    """
     names = inspect.signature(arguments).parameters
     first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     keyword = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD, annotation=Any)
+    made: Any = arguments
 
     def decorate(init: Callable[[S, A, State], None]) -> Callable[Concatenate[S, P], None]:
         def construct(self: S, /, *args: P.args, **kwargs: P.kwargs) -> None:
@@ -63,9 +68,13 @@ def takes(arguments: Callable[P, A]) -> Callable[[Callable[[S, A, State], None]]
             further = {name: values.pop(name) for name in kwargs if name not in names}
             init(self, arguments(*args, **values), further)
 
+        # Errors of missing arguments name the constructor.
+        made.__init__.__qualname__ = init.__qualname__
         described = (f"{name}: {spec.help}" for name, spec in declared(arguments).items())
         construct.__doc__ = "Options:\n\n" + "\n".join(described)
-        construct.__signature__ = inspect.Signature([first, *names.values(), keyword])  # type: ignore[attr-defined]
+        construct.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [first, *names.values(), keyword], return_annotation=None
+        )
         construct.__name__, construct.__qualname__ = init.__name__, init.__qualname__
         return construct
 

@@ -86,8 +86,9 @@ class Trainer(TrainerState):
         profile: File for a Chrome trace of a few warm steps; where they went is printed too.
         weight_args: Hyper-parameters of the strategy.
         arch_args: Hyper-parameters of the architecture.
-        options: What :class:`fastmtl.trainer.setup.options.TrainerOptions` lists: ``compile``, ``precision``,
-            ``accumulate``, ...; ``help(Trainer.__init__)`` and ``docs/options.md`` say what each does.
+
+    Further arguments are the options of :class:`fastmtl.trainer.setup.options.TrainerOptions`, such as ``compile``,
+    ``precision`` and ``accumulate``; ``help(Trainer.__init__)`` and ``docs/options.md`` describe them.
 
     Raises:
         UsageError: An argument cannot be used as given.

@@ -1,4 +1,4 @@
-"""What moves the parameters of a trainer, as it is arguments: its optimizer and its schedule."""
+"""What moves the parameters of a trainer: its optimizer and its schedule."""
 
 from __future__ import annotations
 

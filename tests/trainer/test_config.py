@@ -77,8 +77,8 @@ def test_bad_values_are_refused_by_name(name: str, given: Any, message: str) -> 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"accumulate": 2, "gradient_accumulation_steps": 4}, "accumulate is 2 and gradient_accumulation_steps, its"),
-        ({"accumulate": 1, "gradient_accumulation_steps": 4}, "give one of them"),
+        ({"accumulate": 2, "gradient_accumulation_steps": 4}, "accumulate is 2, but gradient_accumulation_steps, "),
+        ({"accumulate": 1, "gradient_accumulation_steps": 4}, "is 4: give one."),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1, got 0"),
     ],
 )

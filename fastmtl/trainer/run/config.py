@@ -189,11 +189,11 @@ def read_config(path: str | Path, **overrides: object) -> TrainConfig:
         raise UsageError(f"The configuration file {path} must hold `key: value` lines, got a {type(content).__name__}.")
     specs = declared(TrainConfig)
     settings: Arguments = {spelled_as(str(key), specs, f"key in {path}:"): value for key, value in content.items()}
-    for name in overrides:
-        # What the file says under another name of an option gives way too.
-        for other, spec in specs.items():
-            if spec.same_as == name or specs[name].same_as == other:
-                settings.pop(other, None)
+    for name, spec in specs.items():
+        if spec.same_as is not None and {name, spec.same_as} & overrides.keys():
+            # Both names of the option in the file give way to either of them.
+            settings.pop(name, None)
+            settings.pop(spec.same_as, None)
     for name, args in (("weighting", "weight_args"), ("arch", "arch_args")):
         # Hyper-parameters of one strategy mean nothing to the other that takes its place.
         if name in overrides and str(overrides[name]).lower() != str(settings.get(name)).lower():

@@ -107,14 +107,14 @@ def print_settings(parts: Iterable[tuple[str, Mapping[str, object] | None]]) -> 
 
 
 def converted(name: str, value: object, spec: Hyper) -> object:
-    """Return what YAML or the command line gives for an option or hyper-parameter in its type; None as it is.
+    """Return what YAML or the command line gives for an option or hyper-parameter in its type; None if it may be that.
 
     A list may be text, ``"3,1"``.
 
     Raises:
         UsageError: It is not of the type.
     """
-    if value is None and (spec.optional or spec.default is None or spec.many):
+    if value is None and (spec.optional or spec.default is None):
         return value
     if spec.many:
         parts = value.replace(",", " ").split() if isinstance(value, str) else value

@@ -54,7 +54,7 @@ def check_methods(trainer: object) -> None:
             raise UsageError(f"{type(trainer).__name__} has a method {method}, which fastmtl does not call: {instead}.")
 
 
-def find_device(device: str | torch.device | None, peers: Peers | None = None) -> torch.device:
+def find_device(device: str | int | torch.device | None, peers: Peers | None = None) -> torch.device:
     """Return the device that was asked for, or the best there is; with several processes, this one's GPU.
 
     Raises:
@@ -68,7 +68,7 @@ def find_device(device: str | torch.device | None, peers: Peers | None = None) -
         return torch.device("cuda", peers.local_device(torch.device("cuda")).index or 0)
     try:
         chosen = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise UsageError(f"device must be cpu, cuda, cuda:<index> or mps, got {device!r}.") from None
     if chosen.type not in ("cpu", "cuda", "mps"):
         raise UsageError(f"device must be cpu, cuda, cuda:<index> or mps, got {str(device)!r}.")

@@ -39,7 +39,7 @@ class StepOptions:
         least=1,
     )
     gradient_accumulation_steps: int | None = _training(
-        None, "Another name of accumulate.", least=1, same_as="accumulate"
+        None, "Another name for accumulate.", least=1, same_as="accumulate"
     )
     clip_grad_norm: float | None = _training(
         None, "Greatest norm of all gradients of the update together; no limit if not given.", above=0
@@ -132,7 +132,7 @@ class TrainerOptions(StepOptions):
     sync_batch_norm: bool = _training(
         False, "With several processes, batch norms take the statistics of the whole batch."
     )
-    device: str | torch.device | None = _machine(
+    device: str | int | torch.device | None = _machine(
         None, "cpu, cuda, cuda:1, mps; the first GPU, or else the CPU, if not given.", resumable=True
     )
     tf32: bool | None = _machine(
