@@ -169,7 +169,7 @@ class Buffered(nn.Module, Stateful):
         kept = {name: getattr(self, name) for name in start}
         if any(old is None or old.shape != start[name].shape for name, old in kept.items()):
             self.reset()
-            kept = {name: value.clone() for name, value in start.items()}
+            kept = {name: value.clone(memory_format=torch.contiguous_format) for name, value in start.items()}
         for name, old in kept.items():
             setattr(self, name, old.to(start[name]))
         return [getattr(self, name) for name in start]

@@ -46,7 +46,7 @@ class ExcessMTLWeighting(MatrixWeighting, Buffered):
 
     Args:
         robust_step_size: Learning rate of the weights, positive.
-        n_warmup_steps: Calls before the weights start to move.
+        n_warmup_steps: Calls before the weights start to move; those with NaN or infinity are counted too.
 
     Source: He et al., "Robust Multi-Task Learning with Excess Risks", ICML 2024.
     """
@@ -69,9 +69,10 @@ class ExcessMTLWeighting(MatrixWeighting, Buffered):
         self._calls += 1
         if self._calls <= self.n_warmup_steps:
             self._warmup_w_sum = risks if self._warmup_w_sum is None else self._warmup_w_sum + risks
+            self._finite_calls = self._finite_calls + finite
             return torch.where(finite, last, torch.nan)
         if self._initial_w is None and self._warmup_w_sum is not None:
-            self._initial_w = self._warmup_w_sum / (self._calls - 1)
+            self._initial_w = self._warmup_w_sum / self._finite_calls
         if self._initial_w is None:
             self._initial_w = torch.full_like(risks, torch.nan)
         # NaN marks risks that are not known yet.
@@ -85,6 +86,7 @@ class ExcessMTLWeighting(MatrixWeighting, Buffered):
         """Forget the squares, the first risks and the weights."""
         super().reset()
         self._calls = 0
+        self._finite_calls: int | Tensor = 0
 
 
 class ExcessMTL(Declared, WeightedAggregator[ExcessMTLWeighting], Remembering, of=ExcessMTLWeighting):

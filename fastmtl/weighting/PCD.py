@@ -88,7 +88,7 @@ class PCD(AbsWeighting):
             type=float, default=0.02, least=0.0, most=1.0, help="Share of its own progress every other task gets."
         ),
         "PCD_beta": Hyper(
-            type=float, default=0.999, least=0.0, help="Decay of the moving average of the squared norms."
+            type=float, default=0.999, least=0.0, below=1.0, help="Decay of the moving average of the squared norms."
         ),
         "PCD_eps": Hyper(type=float, default=1e-8, least=0.0, help="Added to that average."),
         "PCD_primary": Hyper(type=int, default=0, help="Index of the primary task."),

@@ -72,7 +72,12 @@ def test_zero_gradients_give_finite_weights() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value", "words"),
-    [("PCD_tau", -0.1, "must be at least 0"), ("PCD_tau", 1.5, "must be at most 1"), ("PCD_primary", 3, "from 0 to 2")],
+    [
+        ("PCD_tau", -0.1, "must be at least 0"),
+        ("PCD_tau", 1.5, "must be at most 1"),
+        ("PCD_beta", 1.0, "must be below 1"),
+        ("PCD_primary", 3, "from 0 to 2"),
+    ],
 )
 def test_bad_hyper_parameters_are_refused(name: str, value: float, words: str) -> None:
     data = loaders(3)
