@@ -65,7 +65,7 @@ class Representation(Method):
         if len(reps) > 1:
             raise UsageError(
                 f"rep_grad must be False for {self.problem.model.architecture_name} here: some loss depends on the "
-                "predictions of several tasks, each of which has a representation of its task_grads."
+                "predictions of several tasks, each of which has its own representation."
             )
         return [list(decoded.values()) for _ in batch.tasks]
 
