@@ -124,9 +124,11 @@ class FAMO(Learned):
         if self._optimizer is None:
             self._optimizer = torch.optim.Adam([self._w], lr=self.lr, weight_decay=self.weight_decay)
         slope = even_fall_slope(self._w.flatten(), before.flatten(), after.flatten())
-        # Losses that are NaN or infinite teach nothing.
-        self._w.grad = torch.where(slope.isfinite().all(), slope, 0.0).reshape(self._w.shape)
+        # Losses that are NaN or infinite leave the logits as they are; Adam's momentum would still move them.
+        finite, last = slope.isfinite().all(), self._w.clone()
+        self._w.grad = torch.where(finite, slope, 0.0).reshape(self._w.shape)
         self._optimizer.step()
+        self._w.copy_(torch.where(finite, self._w, last))
         # An optimizer that the user gave these logits to must not move them too.
         self._w.grad = None
 

@@ -60,7 +60,7 @@ def descend_by_priority(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return PCD's weights, all NaN if G is not finite, and its state after this step.
 
-    The state is the (T,) moving average of ``|g_i|^2``, which starts at 0, and the number of steps in it, a scalar.
+    The state is the (T,) moving average of ``|g_i|^2``, which starts at 0, and the number of steps in it.
     """
     steps = steps + 1
     square_average = beta * square_average + (1 - beta) * gram.diagonal().clamp(min=0)

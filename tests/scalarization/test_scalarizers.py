@@ -107,8 +107,11 @@ def test_famo_does_not_learn_from_nan() -> None:
     assert not next(famo.parameters()).any()
     famo(torch.ones(2))
     famo.update(torch.tensor([1.0, 0.5]))
-    logits = next(famo.parameters())
+    logits = next(famo.parameters()).detach().clone()
     assert logits[1] < 0 < logits[0]
+    famo(torch.ones(2))
+    famo.update(torch.tensor([torch.inf, 0.5]))
+    assert torch.equal(next(famo.parameters()), logits)
 
 
 def test_dwa_compares_the_means_of_two_epochs() -> None:
