@@ -89,12 +89,15 @@ def prepare_args(params: argparse.Namespace) -> tuple[Arguments, Arguments, Argu
     Raises:
         UsageError: An unknown name or value; the message gives the nearest valid name.
     """
+    # LibMTL's own parser has fewer of them.
+    defaults = {name: declared(TrainConfig)[name].default for name in _AS_IN_THE_COMMAND}
+    params = argparse.Namespace(**{**defaults, **vars(params)})
     weighting, weight_args = _hyper_of(params.weighting, WEIGHTINGS, "weighting", params)
     # DIY is LibMTL's name for an architecture that the script itself defines.
     architectures = {**ARCHITECTURES, "DIY": AbsArchitecture}
     arch, arch_args = _hyper_of(params.arch, architectures, "architecture", params)
     optim = spelled_as(params.optim, OPTIMIZERS, "optimizer")
-    optim_param = optimizer_param(optim, lr=params.lr, weight_decay=params.weight_decay, momentum=params.momentum)
+    optim_param = optimizer_param(optim, params)
     schedule = _scheduler_param(params)
     general = {
         "Mode": params.mode,
@@ -134,24 +137,12 @@ def _hyper_of(
 
 
 def _scheduler_param(params: argparse.Namespace) -> Arguments | None:
-    # LibMTL's own parser does not have them.
-    warmup, per = getattr(params, "warmup", 0), getattr(params, "schedule_per", None)
-    if params.scheduler is None and not warmup:
+    if params.scheduler is None and not params.warmup:
         return None
     name = "warmup" if params.scheduler is None else spelled_as(params.scheduler, SCHEDULERS, "scheduler")
     length = params.T_max or getattr(params, "epochs", None)
     if name == "cos" and length is None:
         raise UsageError("The scheduler cos needs --T_max, the number of epochs it anneals over.")
-    if not params.T_max and (warmup or per == "step"):
+    if not params.T_max and (params.warmup or params.schedule_per == "step"):
         length = None
-    return scheduler_param(
-        name,
-        step_size=params.step_size,
-        gamma=params.gamma,
-        length=length,
-        eta_min=params.eta_min,
-        patience=params.patience,
-        power=getattr(params, "power", 1.0),
-        warmup=warmup,
-        schedule_per=per,
-    )
+    return scheduler_param(name, params, length)

@@ -10,20 +10,13 @@
 #include <vector>
 
 #include "../../kernels/vector.cuh"
+#include "check.h"
 
 namespace rows_test {
 
 using fastmtl::Bf16;
 using fastmtl::F16;
 using fastmtl::StripPlan;
-
-inline int failures = 0;
-
-inline void check(bool holds, std::string const& what) {
-  if (holds) return;
-  ++failures;
-  std::fprintf(stderr, "FAILED: %s\n", what.c_str());
-}
 
 inline double value_of(float x) { return x; }
 inline double value_of(double x) { return x; }

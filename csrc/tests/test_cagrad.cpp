@@ -1,10 +1,10 @@
 // CAGrad's weights against their optimality condition, on one lane and on teams of threads.
 #include <cmath>
-#include <cstdio>
 #include <random>
 #include <string>
 #include <vector>
 
+#include "check.h"
 #include "fastmtl/cagrad.h"
 #include "thread_team.h"
 
@@ -12,14 +12,6 @@ namespace {
 
 using fastmtl::ThreadTeam;
 using Vector = std::vector<double>;
-
-int failures = 0;
-
-void check(bool holds, std::string const& what) {
-  if (holds) return;
-  ++failures;
-  std::fprintf(stderr, "FAILED: %s\n", what.c_str());
-}
 
 /// Gram matrix of n rows, a common direction of weight `common` with alternating sign in each, scaled by `length`.
 Vector gram_of(int n, double common, double length) {
@@ -107,6 +99,5 @@ int main() {
     test_bound(groups, lanes);
     test_special_cases(groups, lanes);
   }
-  if (failures == 0) std::puts("cagrad: all checks passed");
-  return failures == 0 ? 0 : 1;
+  return finish("cagrad");
 }

@@ -21,8 +21,6 @@ using fastmtl::F16;
 using fastmtl::GroupRuns;
 using fastmtl::LaunchTable;
 using fastmtl::StripPlan;
-using rows_test::check;
-using rows_test::failures;
 using rows_test::Rows;
 using rows_test::value_of;
 
@@ -315,5 +313,5 @@ int main() {
   test_ranges();
   test_equal_entries();
   test_many_launches();
-  return failures == 0 ? 0 : 1;
+  return finish("cuda_rows");
 }

@@ -1,11 +1,11 @@
 // Projections onto the dual cone against their specification, on one lane and on teams of threads.
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
 #include <random>
 #include <string>
 #include <vector>
 
+#include "check.h"
 #include "fastmtl/dual_cone.h"
 #include "thread_team.h"
 
@@ -13,14 +13,6 @@ namespace {
 
 using fastmtl::ThreadTeam;
 using Vector = std::vector<double>;
-
-int failures = 0;
-
-void check(bool holds, std::string const& what) {
-  if (holds) return;
-  ++failures;
-  std::fprintf(stderr, "FAILED: %s\n", what.c_str());
-}
 
 /// The Gram matrix of n normal rows; odd rows point against the first one, every third is `ratio` times as long.
 Vector conflicting_gram(int n, int width, double ratio) {
@@ -130,6 +122,5 @@ int main() {
   test_non_finite(2, 2);
   test_indefinite_stays_finite(1, 1);
   test_indefinite_stays_finite(1, 3);
-  if (failures == 0) std::puts("dual_cone: all checks passed");
-  return failures == 0 ? 0 : 1;
+  return finish("dual_cone");
 }

@@ -1,11 +1,11 @@
 // The eigendecomposition and the solvers that rest on it, on one lane and on teams of threads.
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
 #include <random>
 #include <string>
 #include <vector>
 
+#include "check.h"
 #include "fastmtl/aligned.h"
 #include "fastmtl/config.h"
 #include "fastmtl/eigh.h"
@@ -16,14 +16,6 @@ namespace {
 
 using fastmtl::ThreadTeam;
 using Vector = std::vector<double>;
-
-int failures = 0;
-
-void check(bool holds, std::string const& what) {
-  if (holds) return;
-  ++failures;
-  std::fprintf(stderr, "FAILED: %s\n", what.c_str());
-}
 
 template <class Run>
 void on_team(int groups, int lanes, Run const& run) {
@@ -170,6 +162,5 @@ int main() {
   test_known_eigenvalues();
   test_indefinite();
   test_solvers_on_teams();
-  if (failures == 0) std::puts("eigh: all checks passed");
-  return failures == 0 ? 0 : 1;
+  return finish("eigh");
 }

@@ -1,10 +1,10 @@
 // The fair weights against their equation, on one lane and on teams of threads.
 #include <cmath>
-#include <cstdio>
 #include <random>
 #include <string>
 #include <vector>
 
+#include "check.h"
 #include "fastmtl/fair.h"
 #include "thread_team.h"
 
@@ -12,14 +12,6 @@ namespace {
 
 using fastmtl::ThreadTeam;
 using Vector = std::vector<double>;
-
-int failures = 0;
-
-void check(bool holds, std::string const& what) {
-  if (holds) return;
-  ++failures;
-  std::fprintf(stderr, "FAILED: %s\n", what.c_str());
-}
 
 /// Gram matrix of n rows whose lengths lie `spread` powers of ten apart; `opposite` makes pairs that cancel.
 Vector gram_of(int n, double spread, bool opposite) {
@@ -110,6 +102,5 @@ int main() {
     test_zero_rows(groups, lanes);
     test_non_finite(groups, lanes);
   }
-  if (failures == 0) std::puts("fair: all checks passed");
-  return failures == 0 ? 0 : 1;
+  return finish("fair");
 }

@@ -1,11 +1,11 @@
 // Gradient Vaccine on one lane and on teams of threads: against the algorithm on the gradients, and each other.
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
 #include <random>
 #include <string>
 #include <vector>
 
+#include "check.h"
 #include "fastmtl/gradvac.h"
 #include "thread_team.h"
 
@@ -14,14 +14,6 @@ namespace {
 using fastmtl::ThreadTeam;
 using Vector = std::vector<double>;
 using Orders = std::vector<int64_t>;
-
-int failures = 0;
-
-void check(bool holds, std::string const& what) {
-  if (holds) return;
-  ++failures;
-  std::fprintf(stderr, "FAILED: %s\n", what.c_str());
-}
 
 double dot(int width, double const* x, double const* y) {
   double sum = 0;
@@ -157,6 +149,5 @@ int main() {
   test_strange_orders(2, 3);
   test_non_finite(1, 1);
   test_non_finite(2, 2);
-  if (failures == 0) std::puts("gradvac: all checks passed");
-  return failures == 0 ? 0 : 1;
+  return finish("gradvac");
 }

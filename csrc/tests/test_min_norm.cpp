@@ -1,12 +1,12 @@
 // The min-norm solver against its specification, on one lane and on teams of threads.
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
 #include <functional>
 #include <random>
 #include <string>
 #include <vector>
 
+#include "check.h"
 #include "fastmtl/min_norm.h"
 #include "thread_team.h"
 
@@ -14,14 +14,6 @@ namespace {
 
 using fastmtl::ThreadTeam;
 using Vector = std::vector<double>;
-
-int failures = 0;
-
-void check(bool holds, std::string const& what) {
-  if (holds) return;
-  ++failures;
-  std::fprintf(stderr, "FAILED: %s\n", what.c_str());
-}
 
 /// A square matrix.
 struct Gram {
@@ -303,6 +295,5 @@ int main() {
   test_polish(2, 2);
   test_factor_updates(1, 1);
   test_factor_updates(2, 3);
-  if (failures == 0) std::puts("min_norm: all checks passed");
-  return failures == 0 ? 0 : 1;
+  return finish("min_norm");
 }

@@ -1,18 +1,10 @@
 // Philox against the known answers its authors publish, and the map from words to numbers.
 #include <cstdint>
-#include <cstdio>
 
+#include "check.h"
 #include "fastmtl/philox.h"
 
 namespace {
-
-int failures = 0;
-
-void check(bool holds, char const* what) {
-  if (holds) return;
-  ++failures;
-  std::fprintf(stderr, "FAILED: %s\n", what);
-}
 
 void check_words(uint64_t seed, uint64_t offset, uint64_t block, uint32_t const (&want)[4], char const* what) {
   uint32_t got[4];
@@ -30,5 +22,5 @@ int main() {
   check(fastmtl::uniform(0) == 0.0f, "the smallest number is 0");
   check(fastmtl::uniform(~uint32_t{0}) == 1.0f - 0x1p-24f, "the largest number is below 1");
   check(2 * fastmtl::uniform(0x80000000) - 1 == 0.0f, "half of the words lie below one half");
-  return failures == 0 ? 0 : 1;
+  return finish("philox");
 }

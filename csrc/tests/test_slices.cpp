@@ -1,22 +1,14 @@
 // Slices cover every element once, in order, whatever the sizes; with sizes no machine could allocate.
 #include <cstdint>
-#include <cstdio>
 #include <vector>
 
+#include "check.h"
 #include "fastmtl/slices.h"
 
 namespace {
 
 using fastmtl::Segment;
 using fastmtl::Slice;
-
-int failures = 0;
-
-void check(bool holds, char const* what) {
-  if (holds) return;
-  ++failures;
-  std::fprintf(stderr, "FAILED: %s\n", what);
-}
 
 /// Walks all slices in chunks and checks that they run through the segments without a gap.
 void check_cover(std::vector<Segment> const& segments, int64_t min_length, int64_t chunk) {
@@ -77,6 +69,5 @@ int main() {
   test_small();
   test_beyond_32_bits();
   test_counts();
-  if (failures == 0) std::puts("slices: all checks passed");
-  return failures == 0 ? 0 : 1;
+  return finish("slices");
 }

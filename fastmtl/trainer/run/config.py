@@ -104,7 +104,7 @@ class TrainConfig(TrainerOptions):
         for name, spec in declared(TrainConfig).items():
             object.__setattr__(self, name, converted(name, getattr(self, name), spec))
         super().__post_init__()
-        args = optimizer_param(self.optim, lr=self.lr, weight_decay=self.weight_decay, momentum=self.momentum)
+        args = optimizer_param(self.optim, self)
         check_group_settings(OPTIMIZERS[args.pop("optim")], args, self.group_args)
 
     def resolved(self) -> TrainConfig:
@@ -145,7 +145,7 @@ class TrainConfig(TrainerOptions):
     @property
     def optim_param(self) -> Arguments:
         """The optimizer in the form the trainer takes."""
-        param = optimizer_param(self.optim, lr=self.lr, weight_decay=self.weight_decay, momentum=self.momentum)
+        param = optimizer_param(self.optim, self)
         return {**param, "params": self.group_args} if self.group_args else param
 
     @property
@@ -153,11 +153,8 @@ class TrainConfig(TrainerOptions):
         """The learning-rate scheduler in the form the trainer takes, or None."""
         if self.scheduler is None and not self.warmup:
             return None
-        names = ("step_size", "gamma", "eta_min", "patience", "power", "warmup", "schedule_per")
         length = None if self.warmup or self.schedule_per == "step" else self.epochs
-        return scheduler_param(
-            self.scheduler or "warmup", length=length, **{name: getattr(self, name) for name in names}
-        )
+        return scheduler_param(self.scheduler or "warmup", self, length)
 
     def as_yaml(self) -> str:
         """Return the configuration as YAML; `read_config` reads it back to an equal one."""

@@ -63,37 +63,30 @@ def spelled_as(name: str, names: Iterable[str], what: str) -> str:
     return resolve_name(name, {known: known for known in names}, what)
 
 
-def optimizer_param(optim: str, *, lr: float, weight_decay: float, momentum: float) -> Arguments:
-    """Return the optimizer in the form the trainer takes, with those of the settings that it has."""
-    param: Arguments = {"optim": optim, "lr": lr}
+def optimizer_param(optim: str, settings: object) -> Arguments:
+    """Return the optimizer in the form the trainer takes, with those of the ``settings`` that it has."""
+    names = ["lr", *(["momentum"] if optim == "sgd" else [])]
     if "weight_decay" in inspect.signature(OPTIMIZERS[optim]).parameters:
-        param["weight_decay"] = weight_decay
-    return {**param, "momentum": momentum} if optim == "sgd" else param
+        names.insert(1, "weight_decay")
+    return {"optim": optim, **{name: getattr(settings, name) for name in names}}
 
 
-def scheduler_param(
-    scheduler: str,
-    *,
-    step_size: int,
-    gamma: float,
-    length: int | None,
-    eta_min: float,
-    patience: int,
-    power: float,
-    warmup: int,
-    schedule_per: str | None,
-) -> Arguments:
-    """Return the learning-rate scheduler in the form the trainer takes; ``length`` is the trainer's to know if None."""
-    settings: dict[str, Arguments] = {
-        "step": {"step_size": step_size, "gamma": gamma},
-        "exp": {"gamma": gamma},
-        "cos": {"eta_min": eta_min} if length is None else {"T_max": length, "eta_min": eta_min},
+def scheduler_param(scheduler: str, settings: Any, length: int | None) -> Arguments:
+    """Return the learning-rate scheduler in the form the trainer takes; ``length`` is the trainer's to know if None.
+
+    Its arguments are among the ``settings``, which are attributes.
+    """
+    of_scheduler: dict[str, Arguments] = {
+        "step": {"step_size": settings.step_size, "gamma": settings.gamma},
+        "exp": {"gamma": settings.gamma},
+        "cos": ({} if length is None else {"T_max": length}) | {"eta_min": settings.eta_min},
         # The trainer steps it with the improvement over the first epoch, which is better when larger.
-        "reduce": {"mode": "max", "factor": gamma, "patience": patience},
-        "poly": {"power": power},
+        "reduce": {"mode": "max", "factor": settings.gamma, "patience": settings.patience},
+        "poly": {"power": settings.power},
     }
-    when = {} if schedule_per is None else {"per": schedule_per}
-    return {"scheduler": scheduler, **settings.get(scheduler, {}), **({"warmup": warmup} if warmup else {}), **when}
+    when = {"warmup": settings.warmup, "per": settings.schedule_per}
+    when = {name: value for name, value in when.items() if value}
+    return {"scheduler": scheduler, **of_scheduler.get(scheduler, {}), **when}
 
 
 def print_settings(parts: Iterable[tuple[str, Mapping[str, object] | None]]) -> None:
