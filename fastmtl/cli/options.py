@@ -23,6 +23,8 @@ __all__ = ["own_hyper_options", "page", "split_values", "train_parameters"]
 
 _PREFIX = "hyper_"
 _NAMES: dict[str, Collection[str]] = {"arch": ARCHITECTURES, "weighting": WEIGHTINGS}
+# Of more choices, the text tells.
+_MOST_IN_PLACE = 3
 _PANELS = ("Data", "Model", "Optimisation", "Machine", "Logging")
 _PATHS = {
     "config": ("YAML file with any of the settings below.", "FILE"),
@@ -46,12 +48,12 @@ def train_parameters() -> Iterator[inspect.Parameter]:
         yield _parameter(name, _flag(name), Path, about, "Run", kept)
     for name, spec in _ordered().items():
         if spec.flag:
-            text = f"{spec.help} One of {', '.join(_NAMES[name])}." if name in _NAMES else spec.help
-            yield _declared(name, _flag(name), spec, text, spec.panel, "NAME" if name in _NAMES else None)
+            yield _declared(name, _flag(name), spec, spec.help, spec.panel, _NAMES.get(name, spec.choices))
     for hyper in own_hyper_options():
         text, (first, *others) = hyper.spec.help, hyper.owners
         text += f" Also of {', '.join(others)}." if others else ""
-        yield _declared(_PREFIX + hyper.name, hyper.option, hyper.spec, text, f"Hyper-parameters of {first}")
+        panel = f"Hyper-parameters of {first}"
+        yield _declared(_PREFIX + hyper.name, hyper.option, hyper.spec, text, panel, hyper.spec.choices)
 
 
 def split_values(values: Mapping[str, object]) -> tuple[Arguments, Arguments]:
@@ -96,15 +98,18 @@ def _ordered() -> dict[str, Option]:
 
 
 def _declared(
-    name: str, option: str, spec: Hyper, text: str, panel: str, metavar: str | None = None
+    name: str, option: str, spec: Hyper, text: str, panel: str, choices: Collection[object] | None
 ) -> inspect.Parameter:
-    kind = spec.type
+    kind: type = str if spec.many or spec.words else spec.type
+    words, metavar = [str(choice) for choice in choices or ()], None
     if spec.many:
-        kind, metavar = str, f"{spec.type.__name__.upper()}..."
+        metavar = f"{spec.type.__name__.upper()}..."
     elif spec.words:
-        kind, metavar = str, f"[on|{'|'.join(spec.words)}|off]"
-    elif spec.choices:
-        metavar = "|".join(map(str, spec.choices))
+        metavar = f"[on|{'|'.join(spec.words)}|off]"
+    elif len(words) > _MOST_IN_PLACE:
+        text, metavar = f"{text} One of {', '.join(words)}.", "NAME"
+    elif words:
+        metavar = "|".join(words)
     default = spec.otherwise if isinstance(spec, Option) and spec.default is None else spec.default
     return _parameter(name, option, kind, f"{text}{_default(default)}", panel, metavar)
 
