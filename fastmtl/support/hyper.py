@@ -48,6 +48,7 @@ class Hyper:
         optional: Whether it may be None.
         words: Words that are allowed besides values of the type.
         accepts: Further types that are allowed.
+        finite: Whether infinity is refused.
     """
 
     type: type[Any]
@@ -62,6 +63,7 @@ class Hyper:
     optional: bool = False
     words: tuple[str, ...] = ()
     accepts: tuple[Any, ...] = ()
+    finite: bool = False
 
     def spelled(self, value: Any) -> Any:
         """Return the choice with this name in any case; other values unchanged."""
@@ -85,7 +87,7 @@ class Hyper:
             return None
         if value != value:
             return "a number"
-        if value in (float("inf"), float("-inf")):
+        if self.finite and value in (float("inf"), float("-inf")):
             return "a finite number"
         for name, (words, holds) in LIMITS.items():
             limit = getattr(self, name)
@@ -127,7 +129,7 @@ class Option(Hyper):
 
 def option(default: Any, help: str, *, choices: Iterable[str] | None = None, **about: Any) -> Any:
     """Return a dataclass field for an option; further arguments are attributes of `Option`."""
-    metadata = {"help": help, "choices": None if choices is None else tuple(choices), **about}
+    metadata = {"help": help, "finite": True, "choices": None if choices is None else tuple(choices), **about}
     if isinstance(default, dict):
         return field(default_factory=dict, metadata=metadata)
     return field(default=default, metadata=metadata)

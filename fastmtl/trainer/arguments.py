@@ -47,8 +47,8 @@ class TrainerArguments(TrainerOptions):
     logger: Logger | Sequence[Logger] | None = field(default=None, kw_only=True)
     resume: str | Path | None = field(default=None, kw_only=True)
     profile: str | Path | None = field(default=None, kw_only=True)
-    weight_args: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
-    arch_args: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+    weight_args: Mapping[str, Any] | None = field(default=None, kw_only=True)
+    arch_args: Mapping[str, Any] | None = field(default=None, kw_only=True)
 
 
 def takes(arguments: Callable[P, A]) -> Callable[[Callable[[S, A, State], None]], Callable[Concatenate[S, P], None]]:

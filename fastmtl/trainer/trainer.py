@@ -105,7 +105,10 @@ class Trainer(TrainerState):
     @takes(TrainerArguments)
     def __init__(self, arguments: TrainerArguments, further: State) -> None:
         super().__init__()
-        self.kwargs: State = {"weight_args": arguments.weight_args, "arch_args": arguments.arch_args, **further}
+        self.kwargs: State = {
+            "weight_args": arguments.weight_args or {},
+            "arch_args": arguments.arch_args or {},
+        } | further
         self._meet(arguments)
         with self.peers.printing_on_main_process():
             self._prepare_model(arguments)

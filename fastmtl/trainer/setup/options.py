@@ -42,7 +42,7 @@ class StepOptions:
         None, "Another name for accumulate.", least=1, same_as="accumulate"
     )
     clip_grad_norm: float | None = _training(
-        None, "Greatest norm of all gradients of the update together; no limit if not given.", above=0
+        None, "Greatest norm of all gradients of the update together; no limit if not given.", above=0, finite=False
     )
     update_weights_every: int = _training(
         1,
