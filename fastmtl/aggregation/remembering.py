@@ -58,6 +58,7 @@ class ExcessMTLWeighting(MatrixWeighting, Buffered):
     _sq_grad_sum: Tensor | None = state()
     _initial_w: Tensor | None = state()
     _warmup_w_sum: Tensor | None = state()
+    _finite_calls: Tensor | None = state()
 
     @torch.no_grad()
     def forward(self, matrix: Tensor, /) -> Tensor:
@@ -69,9 +70,9 @@ class ExcessMTLWeighting(MatrixWeighting, Buffered):
         self._calls += 1
         if self._calls <= self.n_warmup_steps:
             self._warmup_w_sum = risks if self._warmup_w_sum is None else self._warmup_w_sum + risks
-            self._finite_calls = self._finite_calls + finite
+            self._finite_calls = finite.long() if self._finite_calls is None else self._finite_calls + finite
             return torch.where(finite, last, torch.nan)
-        if self._initial_w is None and self._warmup_w_sum is not None:
+        if self._initial_w is None and self._warmup_w_sum is not None and self._finite_calls is not None:
             self._initial_w = self._warmup_w_sum / self._finite_calls
         if self._initial_w is None:
             self._initial_w = torch.full_like(risks, torch.nan)
@@ -86,7 +87,6 @@ class ExcessMTLWeighting(MatrixWeighting, Buffered):
         """Forget the squares, the first risks and the weights."""
         super().reset()
         self._calls = 0
-        self._finite_calls: int | Tensor = 0
 
 
 class ExcessMTL(Declared, WeightedAggregator[ExcessMTLWeighting], Remembering, of=ExcessMTLWeighting):

@@ -20,7 +20,9 @@ class GradVac(RandomOrders):
     """
 
     hyper = {  # noqa: RUF012
-        "GradVac_beta": Hyper(type=float, default=0.5, least=0.0, help="Decay of the moving average of the cosines."),
+        "GradVac_beta": Hyper(
+            type=float, default=0.5, least=0.0, most=1.0, help="Decay of the moving average of the cosines."
+        ),
         "GradVac_group_type": Hyper(
             type=int, default=0, choices=(0, 1, 2), help="One group of all (0), of each layer (1), of each tensor (2)."
         ),
