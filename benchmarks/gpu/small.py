@@ -18,6 +18,7 @@ _SHAPES = ((1,), (63,), (33, 7), (4099,), (0,))
 _SOLVERS: dict[str, tuple[Any, ...]] = {
     "aligned": (),
     "cagrad": (0.5,),
+    "cagrad_update": (0.5,),
     "config": (),
     "fairgrad": (2.0,),
     "imtl": (),
@@ -61,6 +62,7 @@ def cases(device: torch.device) -> Iterator[tuple[str, tuple[Any, ...]]]:
             yield name, (gram, *rest)
         yield "pcgrad", (gram, orders)
         yield "gradvac", (gram, orders, torch.zeros_like(gram), 0.5)
+        yield "nonneg_qp", (gram, jacobian.sum(dim=1))
         yield "dual_cone", (gram, torch.eye(size, dtype=torch.float64, device=device))
 
 

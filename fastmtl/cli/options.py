@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
 
@@ -14,9 +15,9 @@ import typer
 
 from fastmtl.architecture import ARCHITECTURES
 from fastmtl.support.hyper import Hyper, Option, declared
+from fastmtl.trainer.arguments import TrainerArguments
 from fastmtl.trainer.run.config import TrainConfig
 from fastmtl.trainer.run.settings import Arguments, HyperOption, hyper_options
-from fastmtl.trainer.setup.options import TrainerOptions
 from fastmtl.weighting import WEIGHTINGS
 
 __all__ = ["own_hyper_options", "page", "split_values", "train_parameters"]
@@ -70,9 +71,10 @@ def page() -> str:
         "",
         "Every option of a run: a flag of `fastmtl train` (`--weight-momentum 0.9`), a key of its YAML file",
         "(`weight_momentum: 0.9`) and, where the second column says so, an argument of `Trainer`.",
-        "`fastmtl train --help` also lists the hyper-parameters of strategies and architectures.",
+        "An empty default means that the option is not given. `fastmtl train --help` also lists the hyper-parameters",
+        "of strategies and architectures.",
     ]
-    of_trainer = declared(TrainerOptions)
+    of_trainer = _of_trainer()
     for panel in _PANELS:
         lines += [
             "",
@@ -90,9 +92,14 @@ def page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def _of_trainer() -> set[str]:
+    """Return the names of the arguments of `Trainer`, without those that take something else there."""
+    return {entry.name for entry in fields(TrainerArguments)} - {"scheduler", "profile"}
+
+
 def _ordered() -> dict[str, Option]:
     """Return all options by panel, those that only the command has first."""
-    specs, of_trainer = declared(TrainConfig), declared(TrainerOptions)
+    specs, of_trainer = declared(TrainConfig), _of_trainer()
     names = sorted(specs, key=lambda name: (_PANELS.index(specs[name].panel), name in of_trainer))
     return {name: specs[name] for name in names}
 

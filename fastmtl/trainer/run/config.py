@@ -56,10 +56,14 @@ class TrainConfig(TrainerOptions):
     encoder: str | None = _model(None, "Encoder; the data set's own if not given.")
     pretrained: bool = _model(False, "Start from torchvision's ImageNet weights of the encoder.")
     rep_grad: bool = _model(False, "Weight gradients of the representation, not of the shared parameters.")
-    multi_input: bool | None = _model(None, "Each task has its own inputs; the data set says so by itself.")
+    multi_input: bool | None = _model(
+        None, "Each task has its own inputs. The command asks the data set, and refuses another value."
+    )
     load_path: str | None = _model(None, "Start from the weights of this best.pt, or of the folder it is in.")
     weight_args: Arguments = _model({}, "Hyper-parameters of the weighting, which have flags of their own.", flag=False)
-    arch_args: Arguments = _model({}, "Hyper-parameters of the architecture, as well.", flag=False)
+    arch_args: Arguments = _model(
+        {}, "Hyper-parameters of the architecture, which have flags of their own.", flag=False
+    )
 
     epochs: int = _schedule(1, "Passes over the training data.", least=1)
     optim: str = _training("adam", "Optimizer.", choices=OPTIMIZERS)
@@ -75,9 +79,16 @@ class TrainConfig(TrainerOptions):
         choices=SCHEDULERS,
     )
     schedule_per: str | None = _schedule(
-        None, "When the scheduler is stepped: every epoch if not given, every step with onecycle.", choices=PERIODS
+        None,
+        "Whether the scheduler advances after every epoch or after every step. If not given, onecycle goes by steps, "
+        "all others by epochs.",
+        choices=PERIODS,
     )
-    warmup: int = _schedule(0, "Epochs (steps, if it is stepped so) of a linear warm-up before the scheduler.", least=0)
+    warmup: int = _schedule(
+        0,
+        "Length of a linear warm-up before the scheduler, in epochs, or in steps with schedule_per step.",
+        least=0,
+    )
     step_size: int = _schedule(100, "Epochs (steps) between two decays, for step.", least=1)
     gamma: float = _schedule(0.5, "Factor of a decay, for step, exp and reduce.", least=0)
     eta_min: float = _schedule(0.0, "Last learning rate, for cos.", least=0)

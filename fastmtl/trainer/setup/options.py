@@ -33,8 +33,8 @@ class StepOptions:
 
     accumulate: int = _training(
         None,
-        "Batches whose gradients are averaged for a step: task by task, over the labels of all of them, before the "
-        "strategy sees them. Losses must be means over the entries that have labels, and finite where there are none.",
+        "Batches per step. Each task's gradient is averaged over the labels of all of them, then the strategy is "
+        "called. Losses must be means over the entries that have labels, and finite where there are none.",
         otherwise=1,
         least=1,
     )
@@ -46,9 +46,9 @@ class StepOptions:
     )
     update_weights_every: int = _training(
         1,
-        "Steps between two solves of a gradient-balancing strategy. In between its last weights hold, and a step costs "
-        "one backward pass in place of one for each task; where weights are those of groups of parameters or of "
-        "several batches (GradVac, MoDo, SDMGrad), only the solve is saved.",
+        "Steps from one solve to the next, for strategies that use the Gram matrix. The steps between them keep the "
+        "last weights and need one backward pass in all, not one per task (GradVac, MoDo and SDMGrad only save the "
+        "solve).",
         least=1,
     )
     weight_momentum: float = _training(
@@ -66,8 +66,8 @@ class StepOptions:
     )
     gram: str = _training(
         "exact",
-        "With several processes: exact for the Gram matrix of the whole batch's gradients, which makes training what "
-        "it is in one process; local for the mean of the processes' own, which sends less and is another matrix.",
+        "For several processes. exact: the Gram matrix of the whole batch's gradients; training equals that of one "
+        "process. local: the mean of the processes' Gram matrices; less is sent, but results differ.",
         choices=("exact", "local"),
     )
     shard: str = _training(
@@ -114,15 +114,13 @@ class TrainerOptions(StepOptions):
 
     load_strict: bool = _model(
         True,
-        "Refuse a load_path with other names or shapes than the model's. If not, what fits is taken, and a line says "
-        "what was taken, is new and was left: for other tasks, another strategy, or a backbone, whose names may lack "
-        "those of the modules it is in. A strategy's own parameters are only taken from the same strategy and tasks.",
+        "Refuse a load_path whose names or shapes differ from the model's. If off, what fits is loaded, such as a "
+        "backbone, and listed; a strategy's own parameters fit only the same strategy and tasks.",
     )
     resume_schedule: str = _training(
         "new",
-        "Where a resumed run has other epochs, learning rates or settings of the optimizer: new follows this run's "
-        "schedule from that place on, as if it had from the beginning; stored keeps the checkpoint's. A line tells "
-        "what differs.",
+        "What a resumed run follows if its epochs, learning rates or optimizer settings differ from the checkpoint's. "
+        "new: its own schedule, from the step reached. stored: the checkpoint's.",
         choices=RESUMED,
         resumable=True,
     )
