@@ -1,10 +1,11 @@
 """What the compiler made of every CUDA kernel, without a GPU: registers, spills, memory, occupancy, widths of loads.
 
     python benchmarks/gpu/static.py            compile what changed, hold it against static.csv and the rules
-    python benchmarks/gpu/static.py --write    take what is there now as the table
+    python benchmarks/gpu/static.py --write    compile all, take what is there now as the table
 
-The table is that of one nvcc release, named in it; with another one the rules alone are checked. Objects are kept in
-build/static.
+The table is that of one nvcc release, named in it; with another one the rules alone are checked. Its rows hold for the
+sources whose digest they have, with all that those include from here: what has not changed is not compiled again.
+Objects are kept in build/static.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import re
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,10 +32,16 @@ BUILD = ROOT / "build" / "static"
 ARCHITECTURES = ("80", "90a")
 COLUMNS = (
     *("nvcc", "source", "arch", "kernel", "registers", "stack", "spill_stores", "spill_loads", "shared", "threads"),
-    *("warps", "loads", "loads_128", "stores_128", "local", "float64", "matrix"),
+    *("warps", "loads", "loads_128", "stores_128", "local", "float64", "matrix", "digest"),
 )
+_INSTRUCTIONS = ("loads", "loads_128", "stores_128", "local", "float64", "matrix")
 
 _INCLUDE = ("csrc", "csrc/include", "kernels")
+_FLAGS = (
+    *("-O3", "-std=c++20", "-DNDEBUG", "-Xcompiler=-fPIC", "--expt-relaxed-constexpr", "-Xptxas=-v"),
+    *("-DUSE_CUDA", "-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE", "-DTORCH_TARGET_VERSION=0x020b000000000000"),
+    *("-DPy_LIMITED_API=0x030B0000", *(f"-I{folder}" for folder in _INCLUDE)),
+)
 
 # Per processor, the same for sm_80 and sm_90.
 _REGISTERS, _WARPS, _BLOCKS = 65536, 64, 32
@@ -94,12 +101,7 @@ def _flags() -> list[str]:
         raise StaticError("torch is not installed.")
     include = Path(spec.origin).parent / "include"
     system = (include, include / "torch/csrc/api/include", sysconfig.get_path("include"))
-    return [
-        *("-O3", "-std=c++20", "-DNDEBUG", "-Xcompiler=-fPIC", "--expt-relaxed-constexpr", "-Xptxas=-v"),
-        *("-DUSE_CUDA", "-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE", "-DTORCH_TARGET_VERSION=0x020b000000000000"),
-        *("-DPy_LIMITED_API=0x030B0000", *(f"-I{folder}" for folder in _INCLUDE)),
-        *(f"-isystem={path}" for path in system),
-    ]
+    return [*_FLAGS, *(f"-isystem={path}" for path in system)]
 
 
 def _included(source: Path) -> set[Path]:
@@ -116,12 +118,18 @@ def _included(source: Path) -> set[Path]:
     return included
 
 
+def _digest(source: Path) -> str:
+    """Return a digest of a source, of every file of the repository that it includes, and of the flags."""
+    digest = hashlib.sha256(json.dumps(_FLAGS).encode())
+    for path in sorted(_included(source)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def _compile(source: Path, arch: str) -> tuple[Path, str]:
     """Return the object of one source and what ptxas said, from the last build where nothing changed since."""
     command = [_tool("nvcc"), "-c", str(source), *_flags(), f"-gencode=arch=compute_{arch},code=sm_{arch}"]
-    digest = hashlib.sha256(json.dumps(command).encode())
-    for path in sorted(_included(source)):
-        digest.update(path.read_bytes())
+    digest = hashlib.sha256(json.dumps([*command, _digest(source)]).encode())
     result = BUILD / f"{source.stem}.sm_{arch}.{digest.hexdigest()[:12]}.o"
     log = result.with_suffix(".log")
     if not log.is_file():
@@ -166,8 +174,12 @@ def _occupancy(row: Row) -> int:
     return min(_BLOCKS, _WARPS // warps, by_registers, by_shared) * warps
 
 
-def measure(jobs: int = 1) -> list[Row]:
+def measure(jobs: int = 1, table: Sequence[Row] = ()) -> list[Row]:
     """Return one row per kernel and architecture.
+
+    Args:
+        jobs: Compilers that run side by side.
+        table: Rows that hold where source and nvcc release are theirs; only other sources are compiled.
 
     Raises:
         StaticError: A tool is missing, or a source does not compile.
@@ -175,12 +187,16 @@ def measure(jobs: int = 1) -> list[Row]:
     BUILD.mkdir(parents=True, exist_ok=True)
     found = re.search(r"release ([\d.]+)", _run([_tool("nvcc"), "--version"]))
     release = found[1] if found else "unknown"
-    pairs = [(source, arch) for source in sorted((ROOT / "kernels").glob("*.cu")) for arch in ARCHITECTURES]
+    # It has no kernels.
+    sources = sorted(set((ROOT / "kernels").glob("*.cu")) - {ROOT / "kernels" / "register.cu"})
+    digests = {source.name: _digest(source) for source in sources}
+    rows = [row for row in table if (row["nvcc"], row["digest"]) == (release, digests.get(row["source"]))]
+    known = {(row["source"], row["arch"]) for row in rows}
+    pairs = [(source, arch) for source in sources for arch in ARCHITECTURES if (source.name, arch) not in known]
     # The longest first.
     with ThreadPoolExecutor(jobs) as pool:
         pending = {p: pool.submit(_compile, *p) for p in sorted(pairs, key=lambda p: -p[0].stat().st_size)}
         compiled = [pending[pair].result() for pair in pairs]
-    rows: list[Row] = []
     for (source, arch), (result, log) in zip(pairs, compiled, strict=True):
         instructions = count_instructions(_run([_tool("cuobjdump"), "-sass", str(result)]))
         for mangled, row in _resources(log):
@@ -189,7 +205,8 @@ def measure(jobs: int = 1) -> list[Row]:
             block = re.fullmatch(r"solve_by_block<.*, (\d+)>", kernel)
             row["threads"] = block[1] if block else str(_THREADS[kernel.split("<", 1)[0]])
             row["warps"] = str(_occupancy(row))
-            row |= {kind: str(instructions[mangled][kind]) for kind in COLUMNS[-6:]}
+            row |= {kind: str(instructions[mangled][kind]) for kind in _INSTRUCTIONS}
+            row["digest"] = digests[source.name]
             rows.append({column: row[column] for column in COLUMNS})
     return sorted(rows, key=lambda row: (row["source"], row["kernel"], row["arch"]))
 
@@ -234,7 +251,8 @@ def differences(rows: list[Row], table: list[Row]) -> list[str]:
     said = [f"{kernel} for sm_{arch} is not in the table." for _, kernel, arch in now.keys() - before.keys()]
     said += [f"{kernel} for sm_{arch} is gone." for _, kernel, arch in before.keys() - now.keys()]
     for kept in now.keys() & before.keys():
-        changed = [f"{c} {before[kept][c]} -> {now[kept][c]}" for c in COLUMNS if before[kept][c] != now[kept][c]]
+        measured = [column for column in COLUMNS if column != "digest"]
+        changed = [f"{c} {before[kept][c]} -> {now[kept][c]}" for c in measured if before[kept][c] != now[kept][c]]
         if changed:
             said.append(f"{kept[1]} for sm_{kept[2]}: {', '.join(changed)}.")
     return sorted(said)
@@ -247,7 +265,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilers run side by side")
     options = parser.parse_args()
     try:
-        rows = measure(options.jobs)
+        rows = measure(options.jobs, () if options.write else read_table())
     except StaticError as error:
         raise SystemExit(str(error)) from error
     faults = broken_rules(rows)
