@@ -73,7 +73,8 @@ def _lead(command: list[str], **more: str) -> tuple[int, str]:
         for rank in range(2)
     ]
     try:
-        _, said = ranks[0].communicate(timeout=120)
+        # Only a step that hangs takes this long, on a busy machine too.
+        _, said = ranks[0].communicate(timeout=400)
     finally:
         for each in ranks:
             each.send_signal(signal.SIGKILL)
