@@ -1,4 +1,4 @@
-"""`python -m fastmtl.benchmarks.gpu.environment cuda`: prints what a result must be compared under, as JSON."""
+"""`python -m fastmtl.benchmarks.gpu.environment cuda FILE`: writes what a result must be compared under, as JSON."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,4 +37,4 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(environment(torch.device(sys.argv[1])), indent=1))
+    Path(sys.argv[2]).write_text(json.dumps(environment(torch.device(sys.argv[1])), indent=1) + "\n")

@@ -1,36 +1,44 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, in under ten minutes: builds, tests, sanitizes, benchmarks, profiles, and leaves one
-# folder of results. Needs a Python with torch, setuptools, pybind11, pytest and hypothesis, and nvcc; no network.
+# Everything that only a GPU can show, the most valuable first, within a deadline. The results are in one archive that is
+# written anew after every step, so that what is done by then outlasts whatever happens. Needs a Python with torch,
+# setuptools, pybind11, pytest and hypothesis, and nvcc; no network.
 #
-#   benchmarks/gpu/run.sh [--only build|tests|kernels|step|profile]... [--out DIR] [--libmtl DIR] [--torchjd DIR]
-#                         [--device cuda] [--dry-run]
+#   benchmarks/gpu/run.sh [--only PART]... [--deadline SECONDS] [--out FILE.tar.gz] [--libmtl DIR] [--torchjd DIR]
+#                         [--device cuda] [--prebuilt] [--dry-run]
 #
-# --only     do these parts alone, into the folder of an earlier run of the same day or into --out
-# --libmtl   a checkout of LibMTL, to measure its solvers too; --torchjd likewise, a checkout or wheel
-# --dry-run  on the CPU with the smallest cases: shows that every part works
+# --only      one of the parts build, small, kernels, step, capture, tests, compiled, memcheck, profile; may be repeated.
+#             An archive that is there is continued
+# --deadline  seconds, 540 if not given, after which nothing runs: every step's limit is cut by what is left
+# --out       the archive; benchmarks/results/<device>-<date>.tar.gz if not given
+# --libmtl    a checkout of LibMTL to compare with; --torchjd likewise, a checkout or wheel
+# --prebuilt  take the libraries in fastmtl/ as they are
+# --dry-run   on the CPU with the smallest cases: shows that the parts work
 set -uo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
 cd "$root" || exit 1
 python=${PYTHON:-python3}
+parts=(build small kernels step capture tests compiled memcheck profile)
 device=cuda
+deadline=540
 dry=0
+prebuilt=0
 out=
 libmtl=
 torchjd=
-parts=()
+only=()
 fail() { printf 'run.sh: %s\n' "$1" >&2; exit 2; }
 while [ $# -gt 0 ]; do
   case $1 in
     --dry-run) dry=1; device=cpu; shift; continue ;;
-    --only|--out|--libmtl|--torchjd|--device) [ $# -ge 2 ] || fail "$1 needs a value" ;;
+    --prebuilt) prebuilt=1; shift; continue ;;
+    --only|--deadline|--out|--libmtl|--torchjd|--device) [ $# -ge 2 ] || fail "$1 needs a value" ;;
     *) fail "unknown argument $1; see the head of $0" ;;
   esac
   case $1 in
     --only)
-      case $2 in
-        build|tests|kernels|step|profile) parts+=("$2") ;;
-        *) fail "--only must be build, tests, kernels, step or profile, got $2" ;;
-      esac ;;
+      [[ " ${parts[*]} " == *" $2 "* ]] || fail "--only must be one of ${parts[*]}, got $2"
+      only+=("$2") ;;
+    --deadline) [[ $2 =~ ^[1-9][0-9]*$ ]] || fail "--deadline must be a number of seconds, got $2"; deadline=$2 ;;
     --out) out=$2 ;;
     --libmtl) libmtl=$2 ;;
     --torchjd) torchjd=$2 ;;
@@ -38,129 +46,157 @@ while [ $# -gt 0 ]; do
   esac
   shift 2
 done
-[ ${#parts[@]} -gt 0 ] || parts=(build tests kernels step profile)
+[ ${#only[@]} -gt 0 ] || only=("${parts[@]}")
 [ -z "$torchjd" ] || export PYTHONPATH="$torchjd${PYTHONPATH:+:$PYTHONPATH}"
 
-name=$("$python" - "$device" <<'PYTHON'
-import re, sys, torch
-device = torch.device(sys.argv[1])
-if device.type == "cuda" and not torch.cuda.is_available():
-    sys.exit("torch finds no CUDA device; --dry-run works without one")
-name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-print(re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"))
-PYTHON
-) || exit 2
-out=${out:-benchmarks/results/$name-$(date -u +%Y-%m-%d)}
-mkdir -p "$out"
+name=$device
+if [[ $device == cuda* ]]; then
+  name=$("$python" -c "
+import re, torch
+if not torch.cuda.is_available():
+    raise SystemExit('torch finds no CUDA device; --dry-run works without one')
+print(re.sub('[^a-z0-9]+', '-', torch.cuda.get_device_name('$device').lower()).strip('-'))") || exit 2
+fi
+out=${out:-benchmarks/results/$name-$(date -u +%Y-%m-%d).tar.gz}
+mkdir -p "$(dirname "$out")"
+results=$(mktemp -d)
+trap 'rm -rf "$results"' EXIT
+[ ! -f "$out" ] || tar -xzf "$out" -C "$results" || fail "$out is no archive to continue"
 export MAX_JOBS=${MAX_JOBS:-$(nproc)}
-status=$out/status.csv
+status=$results/status.csv
 [ -f "$status" ] || echo "part,step,exit,seconds" >"$status"
 broken=0
 
-# step PART LIMIT NAME COMMAND...: runs it under its time limit, its output to NAME.log, its fate to status.csv. All limits
-# together are less than ten minutes; a dry run's shared processor gets more.
+pack() { tar -czf "$out.part" -C "$results" . && mv -f "$out.part" "$out"; }
+# step PART LIMIT NAME COMMAND...: runs it under its limit or what is left, its output to NAME.log, its fate to status.csv.
 step() {
   local part=$1 limit=$2 what=$3 begin=$SECONDS code
+  local left=$((deadline - begin))
   shift 3
+  if [ $left -le 0 ]; then
+    missing "$part" "$what" "the deadline of $deadline s has passed"
+    return
+  fi
+  # A dry run's processor may be shared.
   [ $dry = 0 ] || limit=$((limit * 4))
+  [ "$limit" -le $left ] || limit=$left
   printf '== %s\n' "$what"
-  timeout --kill-after=10 "$limit" "$@" >"$out/$what.log" 2>&1
+  # An interrupted pytest still reports what it has found.
+  timeout --signal=INT --kill-after=5 "$limit" "$@" >"$results/$what.log" 2>&1
   code=$?
-  tail -n 3 "$out/$what.log"
+  tail -n 3 "$results/$what.log"
   echo "$part,$what,$code,$((SECONDS - begin))" >>"$status"
   if [ $code -ne 0 ]; then
     broken=1
-    printf '   failed with %s; see %s\n' "$code" "$out/$what.log"
+    printf '   failed with %s; see %s.log in %s\n' "$code" "$what" "$out"
   fi
+  pack
 }
 # missing PART NAME WHY: says that a step was left out.
 missing() {
   printf '== %s left out: %s\n' "$2" "$3"
   echo "$1,$2,left out: $3,0" >>"$status"
+  pack
+}
+has() { "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)"; }
+# checked PART LIMIT NAME ARGUMENTS...: pytest, on several processes where it can be.
+checked() {
+  local part=$1 limit=$2 what=$3
+  shift 3
+  step "$part" "$limit" "$what" "$python" -m pytest -q -p no:cacheprovider --maxfail=20 --tb=short -W default \
+    --junitxml "$results/$what.xml" "${workers[@]}" "$@"
+}
+# timed PART LIMIT NAME OPTIONS...: a training step of the strategy that NAME begins with, beside those of others.
+timed() {
+  local part=$1 limit=$2 what=$3
+  shift 3
+  step "$part" "$limit" "step-$what" "$python" -m fastmtl bench step --weighting "${what%%-*}" --device "$device" \
+    --csv "$results/step-$what.csv" "${peers[@]}" "$@"
 }
 
-for part in "${parts[@]}"; do
+workers=()
+if [ $dry = 0 ] && has xdist; then workers=(-n 8); fi
+peers=()
+[ -z "$libmtl" ] || peers+=(--peer libmtl --libmtl "$libmtl")
+if [ $dry = 0 ] && has torchjd; then peers+=(--peer torchjd); fi
+resnet=(--net resnet18 --batch 32 --size 64 --cuda-graph)
+mlp=(--net mlp --batch 256 --tasks 3 --seconds 3)
+if [ $dry = 1 ]; then resnet=(--net mlp --batch 4 --tasks 2 --seconds 0); mlp=("${resnet[@]}"); fi
+
+for part in "${only[@]}"; do
   case $part in
     build)
-      if [ $dry = 1 ]; then
+      if [ $prebuilt = 1 ]; then
+        missing build build "--prebuilt"
+      elif [ $dry = 1 ]; then
         step build 60 build "$python" setup.py --version
       else
-        FASTMTL_BUILD_CUDA=1 step build 100 build "$python" -m pip install --no-build-isolation --no-deps --no-index --editable .
+        FASTMTL_BUILD_CUDA=1 step build 120 build "$python" -m pip install --no-build-isolation --no-deps --no-index --editable .
       fi
-      step build 15 doctor "$python" -m fastmtl doctor --json
-      step build 10 environment "$python" -m fastmtl.benchmarks.gpu.environment "$device"
+      step build 60 environment "$python" -m fastmtl.benchmarks.gpu.environment "$device" "$results/environment.json"
+      [ $dry = 1 ] || step build 20 doctor "$python" -m fastmtl doctor --json
       ;;
-    tests)
-      if [ $dry = 1 ]; then
-        step tests 120 tests "$python" -m pytest -q -p no:cacheprovider tests/ops/test_rows.py
-      else
-        step tests 80 tests "$python" -m pytest -q -p no:cacheprovider tests/ops -k "cuda or triton" -m "not slow"
-        for tool in memcheck racecheck; do
-          if command -v compute-sanitizer >/dev/null; then
-            step tests 25 "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m fastmtl.benchmarks.gpu.small
-          else
-            missing tests "$tool" "compute-sanitizer is not installed"
-          fi
-        done
-      fi
-      step tests 20 small "$python" -m fastmtl.benchmarks.gpu.small --device "$device"
+    small)
+      step small 60 small "$python" -m fastmtl.benchmarks.gpu.small --device "$device"
+      [ $dry = 1 ] || step small 60 small-triton "$python" -m fastmtl.benchmarks.gpu.small --device "$device" --backend triton
       ;;
     kernels)
-      # One step for each op: what is done by the time limit of another one stays.
-      ops=(gram combine min_norm pcgrad cagrad upgrad)
-      quick=()
-      [ $dry = 0 ] || { ops=(min_norm); quick=(--quick); }
-      for op in "${ops[@]}"; do
-        step kernels 14 "kernels-$op" \
-          "$python" -m fastmtl bench kernels --op "$op" --device "$device" --csv "$out/kernels-$op.csv" "${quick[@]}"
-      done
+      ops=(--op gram --op combine --op min_norm --op pcgrad)
+      [ $dry = 0 ] || ops=(--op min_norm --quick)
+      step kernels 90 kernels "$python" -m fastmtl bench kernels --device "$device" --csv "$results/kernels.csv" "${ops[@]}"
       ;;
     step)
       if [ $dry = 1 ]; then
-        missing step solvers "it has no small cases"
-      else
-        step step 20 solvers "$python" -m fastmtl bench solvers --csv "$out/solvers.csv" ${libmtl:+--libmtl "$libmtl"}
+        timed step 90 MGDA "${resnet[@]}"
+        continue
       fi
-      peers=()
-      [ -z "$libmtl" ] || peers+=(--peer libmtl --libmtl "$libmtl")
-      if "$python" -c "import torchjd" >/dev/null 2>&1; then peers+=(--peer torchjd); fi
-      # One step for each load: a peer that fails takes the time of its own load alone. A GPU's steps are captured too, those
-      # of the small network compiled, all its VJPs in one graph.
+      timed step 50 MGDA "${resnet[@]}" --tasks 3 --tasks 8 --seconds 4
+      timed step 25 MGDA-bf16 "${resnet[@]}" --tasks 3 --seconds 3 --precision bf16
+      timed step 25 PCGrad "${resnet[@]}" --tasks 3 --seconds 3
+      timed step 25 MGDA-mlp "${mlp[@]}" --cuda-graph
+      timed step 40 MGDA-mtan --arch MTAN --net resnet50 --batch 8 --size 288x384 --cuda-graph --tasks 3 --seconds 4
+      ;;
+    capture)
+      checked capture 60 capture tests/trainer/test_capture.py tests/weighting/test_strategies.py -k "on_cuda or for_the_gpu"
+      ;;
+    tests)
       if [ $dry = 1 ]; then
-        loads=("30 MGDA --net mlp --batch 4 --tasks 2 --seconds 0 --compile" \
-               "30 MGDA-bf16 --net mlp --batch 4 --tasks 2 --seconds 0 --precision bf16")
-        peers=()
+        checked tests 90 tests tests/ops/test_rows.py
       else
-        resnet="--net resnet18 --batch 32 --size 64 --cuda-graph"
-        loads=("40 MGDA $resnet --tasks 3 --tasks 8 --seconds 4" \
-               "25 MGDA-bf16 $resnet --tasks 3 --seconds 3 --precision bf16" \
-               "25 PCGrad $resnet --tasks 3 --seconds 3" \
-               "40 MGDA-mtan --arch MTAN --net resnet50 --batch 8 --size 288x384 --cuda-graph --tasks 3 --seconds 6" \
-               "45 MGDA-mlp --net mlp --batch 256 --cuda-graph --compile --tasks 3 --seconds 3")
+        checked tests 90 tests tests/ops -k "cuda or triton" -m "not slow"
       fi
-      for load in "${loads[@]}"; do
-        read -r limit name options <<<"$load"
-        # shellcheck disable=SC2086 # the options are words
-        step step "$limit" "step-$name" "$python" -m fastmtl bench step --weighting "${name%%-*}" --device "$device" \
-          $options "${peers[@]}" --csv "$out/step-$name.csv" --plot "$out/step-$name.png"
+      ;;
+    compiled)
+      timed compiled 60 MGDA-compiled "${mlp[@]}" --compile
+      ops=(--op gram --op combine --op min_norm --op pcgrad)
+      [ $dry = 1 ] || FASTMTL_BACKEND=triton step compiled 60 kernels-triton "$python" -m fastmtl bench kernels \
+        --device "$device" --csv "$results/kernels-triton.csv" "${ops[@]}"
+      ;;
+    memcheck)
+      for tool in memcheck racecheck; do
+        if ! command -v compute-sanitizer >/dev/null; then
+          missing memcheck "$tool" "compute-sanitizer is not installed"
+          continue
+        fi
+        # Torch's caching allocator would give kernels memory beyond what they asked for.
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 step memcheck 60 "$tool" compute-sanitizer --tool "$tool" --report-api-errors no \
+          --error-exitcode 1 "$python" -m fastmtl.benchmarks.gpu.small --device "$device"
       done
-      step step 10 model "$python" -m fastmtl bench step --model H100 --net resnet18 --batch 32 --size 64 --tasks 3 --tasks 8
       ;;
     profile)
       if ! command -v ncu >/dev/null; then
         missing profile profile "ncu is not installed"
-      elif ! compgen -G "$out/kernels-*.csv" >/dev/null; then
-        missing profile profile "there are no kernels-*.csv; run the part kernels first"
+      elif [ ! -f "$results/kernels.csv" ]; then
+        missing profile profile "there is no kernels.csv; run the part kernels first"
       else
         # The ops furthest from what memory allows.
-        for op in $("$python" -m fastmtl.benchmarks.gpu.slowest "$out"/kernels-*.csv); do
-          step profile 20 "profile-$op" ncu --set full --launch-count 4 --target-processes all \
-            "$python" -m fastmtl.benchmarks.gpu.small --device "$device" --op "$op"
+        for op in $("$python" -m fastmtl.benchmarks.gpu.slowest "$results/kernels.csv"); do
+          step profile 40 "profile-$op" ncu --set full --clock-control none --profile-from-start off \
+            --kernel-name 'regex:gram_|combine_|solve_' --launch-count 4 "$python" -m fastmtl.benchmarks.gpu.once "$op"
         done
       fi
       ;;
   esac
 done
-"$python" -m fastmtl.benchmarks.gpu.environment "$device" >"$out/environment.json" || broken=1
 printf 'results in %s\n' "$out"
 exit $broken

@@ -57,16 +57,21 @@ def leaf_tensors(
     return list(dict.fromkeys(node.variable for node in nodes if hasattr(node, "variable")))
 
 
-def batches_well(tensors: Sequence[Tensor]) -> bool:
-    """Return whether batching several VJPs through the tensors' graph saves time.
+def batches_well(tensors: Sequence[Tensor], convolutions: bool = False) -> bool:
+    """Return whether batching several VJPs through the tensors' graph may save time.
 
     Compiled functions, functions written in Python and recurrent networks have no batching rules; the rule of
-    convolutions makes a grouped convolution, which is slower than one VJP after the other.
+    convolutions makes a grouped convolution, which on the CPU is slower than one VJP after the other.
+
+    Args:
+        tensors: The outputs.
+        convolutions: Whether those of convolutions may.
     """
-    for node in graph_nodes(root_nodes(tensors)):
-        if isinstance(node, BackwardCFunction) or any(word in type(node).__name__ for word in ("Conv", "Rnn", "RNN")):
-            return False
-    return True
+    bad = ("Rnn", "RNN") if convolutions else ("Conv", "Rnn", "RNN")
+    return not any(
+        isinstance(node, BackwardCFunction) or any(word in type(node).__name__ for word in bad)
+        for node in graph_nodes(root_nodes(tensors))
+    )
 
 
 def reached_leaves(outputs: Sequence[Tensor]) -> set[Tensor]:

@@ -117,7 +117,7 @@ class TrainingStep:
         self.engine = self.trial.engine
         self.unreached = UnreachedParameters(problem, bool(strategy.row_states) or self.engine.keeps_grads)
         self.latest: StepSignals | None = None
-        self.capture = make_capture(strategy, optimizer, options, guard.found_inf.device, tell)
+        self.capture = make_capture(strategy, optimizer, options, guard.found_inf.device, self.trial, tell)
 
     @property
     def warmth(self) -> int:
@@ -144,8 +144,7 @@ class TrainingStep:
         tasks = self._tasks(present)
         if not tasks.are_all or len(batches) < self.batches:
             self.trial.leave_out()
-        run = partial(self._run, tasks)
-        done = self.capture(run, batches) if tasks.are_all else run(batches)
+        done = self.capture(partial(self._run, tasks), batches, tasks.are_all)
         self.unreached.look(tasks.names)
         self.latest = StepSignals(losses=done.losses, weights=done.weights, gram=done.gram)
         buffer.add(done.losses, done.weights, done.gram)

@@ -186,7 +186,7 @@ class Trainer(TrainerState):
         options = StepOptions(**{field.name: getattr(arguments, field.name) for field in fields(StepOptions)})
         options = check_options(self.model, self.weighting, self.kwargs["weight_args"], options)
         if self.peers.size > 1:
-            check_distributed(self.model, self.weighting, options)
+            options = check_distributed(self.model, self.weighting, options)
             if arguments.sync_batch_norm and options.compile:
                 raise UsageError("sync_batch_norm cannot be combined with compile: its messages cannot be compiled.")
         check_reductions(self.meter.losses, several=options.accumulate > 1 or self.peers.size > 1)

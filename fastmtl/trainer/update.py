@@ -37,7 +37,8 @@ def prepare_update(trainer: TrainerState, options: StepOptions, arguments: Train
         trainer.optimizer, arguments.scheduler_param, arguments.scheduler, arguments.resume_schedule, tell
     )
     if options.cuda_graph and trainer.schedule.per == "step":
-        trainer.logger.on_compile("cuda_graph: the step runs eagerly, as the learning rate changes with every step")
+        if options.cuda_graph is True or trainer.device.type == "cuda":
+            trainer.logger.on_compile("cuda_graph: the step runs eagerly, as the learning rate changes with every step")
         return replace(options, cuda_graph=False)
     return options
 

@@ -177,8 +177,8 @@ def test_names_in_any_case_and_classes() -> None:
         ({"precision": None}, "precision must be one of fp32, bf16, fp16, got None"),
         ({"precision": torch.bfloat16}, "precision must be one of fp32, bf16, fp16, got torch.bfloat16"),
         ({"gram": 1}, "gram must be one of exact, local, got 1"),
-        ({"cuda_graph": "no"}, "cuda_graph must be true or false, got 'no'"),
-        ({"cuda_graph": 1}, "cuda_graph must be true or false, got 1"),
+        ({"cuda_graph": "no"}, "cuda_graph must be true, false or auto, got 'no'"),
+        ({"cuda_graph": 1}, "cuda_graph must be true, false or auto, got 1"),
         ({"save_path": "/dev/null/folder"}, "save_path '/dev/null/folder' cannot be made: Not a directory"),
     ],
 )

@@ -432,6 +432,21 @@ def test_auto_batches_nothing_that_is_known_not_to_gain() -> None:
     assert "do not gain" in listener.messages[0]
 
 
+def test_on_cuda_batched_convolutions_are_measured_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = _trainer(ENCODERS["convolution"], "sequential")
+    step, batch = trainer.step, batch_of(trainer, *_batch())
+    with monkeypatch.context() as patch:
+        patch.setattr(step.problem.model, "device", torch.device("cuda"))
+        tried = replace(step.options, vjps="auto")
+        engines: Any = engines_to_try(step.strategy, step.problem, step.hyper, tried, pytest.fail, step.comm)
+    assert list(engines) == ["eager", "batched", "compressed"]
+    batched = engines["batched"].method
+    got, want = batched(batch), step.engine.method(batch)
+    assert batched.possible
+    for row, expected in zip(got.rows, want.rows, strict=True):
+        torch.testing.assert_close(flat(row), flat(expected))
+
+
 def test_auto_measures_with_many_tasks_and_training_is_the_same() -> None:
     listener, count = Listener(), 8
     ends = []
@@ -487,7 +502,7 @@ def test_a_trial_ends_if_no_step_is_of_all_tasks() -> None:
     for _ in range(400):
         trainer.step([batch], StepBuffer(), [0, 1])
     assert trainer.step.trial.settled
-    assert listener.messages == ["too few steps are of all tasks to measure by: going on eager"]
+    assert listener.messages == ["too few steps are whole ones to measure by: going on eager"]
 
 
 def test_a_resumed_run_keeps_the_way_it_had_chosen(tmp_path: Path) -> None:

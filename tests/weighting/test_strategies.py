@@ -16,7 +16,7 @@ from fastmtl.trainer.log.records import StepBuffer
 from fastmtl.trainer.setup.loaders import to_device
 from fastmtl.weighting import WEIGHTINGS
 from fastmtl.weighting.rules import project_simplex
-from tests.host_reads import NoHostRead
+from tests.host_reads import NoHostRead, no_waits
 from tests.trainer.toy import encoder, flat, loaders, make_trainer
 
 GRAM = sorted(name for name, rule in WEIGHTINGS.items() if rule.needs == "gram" and rule.samples == 1)
@@ -351,11 +351,8 @@ def test_does_not_wait_for_the_gpu(name: str) -> None:
     batches = to_device(_batches(trainer), torch.device("cuda"))
     buffer = StepBuffer()
     trainer.step(batches, buffer)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waits():
         trainer.step(batches, buffer)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("name", ["Nash_MTL", "PCD", "GradVac", "MoCo", "ExcessMTL", "GO4Align"])

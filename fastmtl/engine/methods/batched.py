@@ -22,7 +22,7 @@ class Batched(Split):
     """One batched VJP of all T cotangents through the trunk, or T VJPs where it cannot be batched.
 
     The trunk must not be compiled, as compiled backward passes have no batching rules. ``report`` is called with the
-    reason for falling back; ``forced`` batches operators too that do not gain, such as convolutions.
+    reason for falling back; ``convolutions`` batches those too, and ``forced`` all operators that do not gain.
     """
 
     only_if_cut = True
@@ -35,14 +35,16 @@ class Batched(Split):
         weighs_heads: bool,
         report: Callable[[str], None],
         forced: bool = False,
+        convolutions: bool = False,
     ) -> None:
         super().__init__(structure, regions, comm, weighs_heads)
         self.report = report
         self.forced = forced
+        self.convolutions = convolutions
 
     def rows_of(self, features: Sequence[Tensor], cotangents: Rows, batch: Batch) -> Rows:
         """Return one row per cotangent: views of (T, ...) gradients."""
-        if self.possible and not self.forced and not batches_well(features):
+        if self.possible and not self.forced and not batches_well(features, self.convolutions):
             self._give_up("the trunk has operators that do not gain")
         if self.possible:
             try:

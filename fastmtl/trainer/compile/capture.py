@@ -4,26 +4,36 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
+from fastmtl.engine.engine import Engine
 from fastmtl.engine.model import Labels
 from fastmtl.engine.trees import leaves, map_tree
+from fastmtl.trainer.compile.graph import CudaGraph
+from fastmtl.trainer.compile.trial import Trial
 from fastmtl.trainer.optim.masking import can_be_masked, is_capturable
 from fastmtl.trainer.setup.options import StepOptions
 from fastmtl.weighting import AbsWeighting
 
-__all__ = ["CudaGraph", "StepCapture", "make_capture", "reason_against", "run_eagerly"]
+__all__ = ["CaptureTrial", "StepCapture", "make_capture", "reason_against", "run_eagerly"]
 
 T = TypeVar("T")
 Batches: TypeAlias = Sequence[tuple[object, Labels]]
-Run: TypeAlias = Callable[[Callable[[Batches], T], Batches], T]
-# Eager steps of one layout before its capture: of the first, and of one that takes another's place.
-WARM, PATIENCE = 3, 10
+# Eager steps of one layout before its capture: of the first, and of one that takes another's place. In one more it is
+# seen whether the host waits for the device.
+WARM, PATIENCE = 2, 9
 _MOST_LAYOUTS = 16
 _PLAIN = str | bytes | int | float | None
+
+
+class Run(Protocol):
+    """Runs the body of a step."""
+
+    def __call__(self, body: Callable[[Batches], T], batches: Batches, whole: bool = True) -> T:
+        """Return what ``body(batches)`` returns; ``whole`` is False for a step of some tasks only."""
 
 
 def make_capture(
@@ -31,19 +41,30 @@ def make_capture(
     optimizer: torch.optim.Optimizer,
     options: StepOptions,
     device: torch.device,
+    engines: Trial[Engine],
     tell: Callable[[str], None],
-) -> Run[Any] | StepCapture:
-    """Return what runs the body of a step on its batches: as a CUDA graph, if that is asked for and can be."""
-    if not options.cuda_graph:
+) -> Run:
+    """Return what runs the body of a step on its batches: as a CUDA graph, if that is asked for and can be.
+
+    Args:
+        strategy: The strategy.
+        optimizer: The optimizer that will be made capturable.
+        options: Checked options.
+        device: Where the step runs.
+        engines: The engines that are tried.
+        tell: Told what happens.
+    """
+    if not options.cuda_graph or (options.cuda_graph == "auto" and device.type != "cuda"):
         return run_eagerly
     reason = reason_against(strategy, optimizer, options, device)
-    if reason is None:
-        return StepCapture(strategy, optimizer, CudaGraph(device), tell)
-    tell(f"cuda_graph: the step runs eagerly, as {reason}")
-    return run_eagerly
+    if reason is not None:
+        tell(f"cuda_graph: the step runs eagerly, as {reason}")
+        return run_eagerly
+    capture = StepCapture(strategy, optimizer, CudaGraph(device), tell)
+    return CaptureTrial(capture, engines, tell) if options.cuda_graph == "auto" else capture
 
 
-def run_eagerly(body: Callable[[Batches], T], batches: Batches) -> T:
+def run_eagerly(body: Callable[[Batches], T], batches: Batches, whole: bool = True) -> T:
     """Run the body of a step as it is."""
     return body(batches)
 
@@ -67,54 +88,25 @@ def reason_against(
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-class CudaGraph:
-    """A CUDA graph of one function.
-
-    Args:
-        device: The GPU.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.stream = torch.cuda.Stream(device)
-        self._graph: torch.cuda.CUDAGraph | None = None
-
-    def eagerly(self, function: Callable[[], T]) -> T:
-        """Run a function on the stream that captures, as torch asks for before a capture."""
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
-            result = function()
-        torch.cuda.current_stream(self.device).wait_stream(self.stream)
-        return result
-
-    def capture(self, function: Callable[[], T]) -> T:
-        """Record a function without running it; return where its results will be."""
-        self._graph = None
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self.stream):
-            result = function()
-        self._graph = graph
-        return result
-
-    def replay(self) -> None:
-        """Run what was recorded."""
-        assert self._graph is not None
-        self._graph.replay()
-
-
 class StepCapture:
     """Runs a step eagerly until it is warm, then captures and replays it.
 
     A graph is of one layout of batches: of their shapes and dtypes, and of the values of what is no tensor. Another one
     runs eagerly, unless it comes many times while that of the graph does not, and takes over. Where nearly every batch
     has a layout of its own, nothing is captured. What is fixed in a graph though the host may change it, the epoch and
-    the optimizer's settings, makes for an eager step and a new capture. A capture that fails is not tried again.
+    the optimizer's settings, makes for an eager step and a new capture. In the last eager step before a capture it is
+    seen whether the host waits for the device: then, or if a capture fails, steps stay eager.
 
     Args:
         model: The strategy, whose remembered tensors keep their place in memory.
         optimizer: Made capturable.
         graph: What captures.
         tell: Told what happens.
+
+    Attributes:
+        replays: Steps that were replayed.
+        replayed: Whether the last step was nothing but a replay.
+        failed: Whether all steps to come are eager.
     """
 
     def __init__(
@@ -126,6 +118,7 @@ class StepCapture:
         self.tell = tell
         self.failed = False
         self.replays = 0
+        self.replayed = False
         self._seen: Counter[str] = Counter()
         self._last: Any = None
         self._told = False
@@ -136,20 +129,30 @@ class StepCapture:
         self._result: Any = None
         self._remembered = {name: getattr(model, name) for name in model.remembered()}
 
-    def __call__(self, body: Callable[[Batches], T], batches: Batches) -> T:
+    @property
+    def possible(self) -> bool:
+        """Return False once steps are known to stay eager."""
+        return not self.failed
+
+    def __call__(self, body: Callable[[Batches], T], batches: Batches, whole: bool = True) -> T:
         """Return what ``body(batches)`` returns, a tree of tensors and None."""
+        if not whole:
+            return self.beside(body, batches)
+        self.replayed = False
         if self.failed or not self._is_due(batches):
             return self._eagerly(body, batches)
         settings = self._fixed_settings()
+        is_captured = self._last == self._layout and settings == self._settings
         # A strategy may begin to train parameters of its own in an epoch: what the optimizer keeps of them would be
         # made inside the graph, and anew in every replay.
-        if settings != self._tried:
-            return self._eagerly(body, batches)
-        if (self._last != self._layout or settings != self._settings) and not self._capture(body, batches, settings):
+        if not is_captured and self._tried != (self._last, settings):
+            return self._watched(body, batches)
+        if not is_captured and not self._capture(body, batches, settings):
             return self._eagerly(body, batches)
         map_tree(_copy_into, self._static, batches)
         self.graph.replay()
         self.replays += 1
+        self.replayed = is_captured
         # The next replay writes where these are.
         return map_tree(_copied, self._result)
 
@@ -157,10 +160,7 @@ class StepCapture:
         """Return whether batches are of the layout of the graph, or have been of another one for long enough."""
         strange = next((leaf for leaf in leaves(batches) if not isinstance(leaf, Tensor | _PLAIN)), None)
         if strange is not None:
-            self.failed = True
-            self.tell(
-                f"cuda_graph: the step runs eagerly, as batches hold a {type(strange).__name__}, not only tensors"
-            )
+            self._give_up(f"batches hold a {type(strange).__name__}, not only tensors")
             return False
         layout = map_tree(_described, batches)
         other, self._last = layout != self._last and self._last is not None, layout
@@ -173,21 +173,43 @@ class StepCapture:
         self._seen[repr(layout)] += 1
         if len(self._seen) > _MOST_LAYOUTS:
             self._seen.clear()
-            self.failed = self._layout is None
-            if self.failed:
-                self.tell(
-                    f"cuda_graph: the step runs eagerly, as {_MOST_LAYOUTS + 1} batches differ in their shapes, or in "
-                    "what is no tensor"
-                )
+            if self._layout is None:
+                self._give_up(f"{_MOST_LAYOUTS + 1} batches differ in their shapes, or in what is no tensor")
             return False
         return self._seen[repr(layout)] > (WARM if self._layout is None else PATIENCE)
 
+    def beside(self, body: Callable[[Batches], T], batches: Batches) -> T:
+        """Run an eager step that is of no layout, between two replays."""
+        self.replayed = False
+        result = body(batches)
+        self._settle()
+        return result
+
     def _eagerly(self, body: Callable[[Batches], T], batches: Batches) -> T:
         make_capturable(self.optimizer)
-        self._tried = self._fixed_settings()
         result = self.graph.eagerly(lambda: body(batches))
         self._settle()
         return result
+
+    def _watched(self, body: Callable[[Batches], T], batches: Batches) -> T:
+        """Run the last eager step before a capture, which cannot be if the host waits for the device in it."""
+        make_capturable(self.optimizer)
+        self._tried = self._last, self._fixed_settings()
+        result, place = self.graph.watched(lambda: body(batches))
+        self._settle()
+        if place is not None:
+            self._give_up(f"the host waits for the device in {place}")
+        return result
+
+    def _give_up(self, reason: str) -> None:
+        self.discard()
+        self.tell(f"cuda_graph: the step runs eagerly, as {reason}")
+
+    def discard(self) -> None:
+        """Let all steps to come be eager and free what is captured."""
+        self.failed = True
+        self.graph.discard()
+        self._static, self._result = (), None
 
     def _fixed_settings(self) -> list[Any]:
         """Return what a graph does not see change."""
@@ -207,9 +229,8 @@ class StepCapture:
             for name, value in self._remembered.items():
                 setattr(self.model, name, value)
             self.optimizer.zero_grad(set_to_none=True)
-            self.failed = True
             reason = str(cause).split("\n")[0] or type(cause).__name__
-            self.tell(f"cuda_graph: the step runs eagerly, as it cannot be captured: {reason}")
+            self._give_up(f"it cannot be captured: {reason}")
             return False
         if self._layout is None:
             self.tell("cuda_graph: captured the step")
@@ -225,6 +246,40 @@ class StepCapture:
             if value is not place:
                 place.copy_(value)
                 setattr(self.model, name, place)
+
+
+class _Eager:
+    possible = True
+
+
+class CaptureTrial:
+    """Runs steps eagerly and captured in turn until it is known which is faster, once the engine is settled.
+
+    Args:
+        capture: What runs them captured.
+        engines: The engines that are tried.
+        tell: Told of the decision.
+    """
+
+    def __init__(self, capture: StepCapture, engines: Trial[Engine], tell: Callable[[str], None]) -> None:
+        self.capture = capture
+        self.engines = engines
+        ways: dict[str, _Eager | StepCapture] = {"eager": _Eager(), "captured": capture}
+        self.trial = Trial(ways, lambda message: tell(f"cuda_graph: {message}"))
+
+    def __call__(self, body: Callable[[Batches], T], batches: Batches, whole: bool = True) -> T:
+        """Return what ``body(batches)`` returns."""
+        if not whole:
+            self.trial.leave_out()
+        elif not self.capture.failed and self.engines.settled:
+            if self.trial.next_engine() is self.capture:
+                result = self.capture(body, batches)
+                if not self.capture.replayed:
+                    self.trial.leave_out()
+                return result
+            if self.trial.settled:
+                self.capture.discard()
+        return self.capture.beside(body, batches)
 
 
 def make_capturable(optimizer: torch.optim.Optimizer) -> None:

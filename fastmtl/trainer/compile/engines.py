@@ -32,8 +32,8 @@ from fastmtl.weighting import AbsWeighting
 
 __all__ = ["engines_to_try"]
 
-# With fewer tasks than this, what batching saves is less than what it costs.
-_MANY_TASKS = 8
+# With fewer tasks than this, what batching saves is less than what it costs; on CUDA it saves launches too.
+_MANY_TASKS, _MANY_ON_CUDA = 8, 3
 # Gradients, counted as tensors, that are compiled into one graph without being asked to.
 _MOST_GRADIENTS = 400
 
@@ -74,7 +74,8 @@ def engines_to_try(
     engines = {"eager" if plain is eager else "compiled": plain}
     others = _other_vjps(strategy, plain, eager, hyper, options, tell)
     if options.vjps == "auto":
-        if len(problem.tasks) >= _MANY_TASKS and not options.cuda_graph and options.tasks_per_step is None:
+        many = _MANY_ON_CUDA if problem.model.device.type == "cuda" else _MANY_TASKS
+        if len(problem.tasks) >= many and options.cuda_graph is not True and options.tasks_per_step is None:
             engines |= {name: other for name, other in others.items() if not isinstance(other, str)}
     elif options.vjps != "sequential":
         asked = against_tracing if options.vjps == "traced" else others[options.vjps]
@@ -109,7 +110,9 @@ def _other_vjps(
     # Compiled backward passes have no batching rules and no layers.
     regions = plain.regions.with_trunk(plain.problem.trunk)
     shared = plain.method.structure, regions, plain.comm, plain.method.weighs_heads
-    batched = Batched(*shared, tell, forced=options.vjps == "batched")
+    # On the CPU they are known not to gain; on CUDA it is measured.
+    convolutions = plain.problem.model.device.type == "cuda"
+    batched = Batched(*shared, tell, forced=options.vjps == "batched", convolutions=convolutions)
     return {
         "batched": batching or GradientEngine(batched),
         "compressed": compression or GradientEngine(Compressed(*shared)),

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from typing import Generic, Protocol, TypeVar
 
 import torch
-
-from fastmtl.engine.engine import Engine
 
 __all__ = ["Trial"]
 
@@ -17,7 +16,16 @@ _ROUNDS = ((2, 5), (1, 5))
 _PATIENCE = 10
 
 
-class Trial:
+class _Tried(Protocol):
+    @property
+    def possible(self) -> bool:
+        """Return False once it is known to do the same as a simpler one."""
+
+
+E = TypeVar("E", bound=_Tried)
+
+
+class Trial(Generic[E]):
     """Hands out the engines in turn, times them, and settles on the fastest of those that turn out possible.
 
     Where too few steps say how long one takes, it settles on the first. A single one is settled from the beginning.
@@ -33,7 +41,7 @@ class Trial:
         warmth: Steps run with this engine so far, of those after a decision.
     """
 
-    def __init__(self, engines: Mapping[str, Engine], tell: Callable[[str], None]) -> None:
+    def __init__(self, engines: Mapping[str, E], tell: Callable[[str], None]) -> None:
         self.names = list(engines)
         self.engines = list(engines.values())
         self.tell = tell
@@ -57,7 +65,7 @@ class Trial:
         """Leave the step under way out: it is shorter than others, of some tasks or with weights known beforehand."""
         self._counts = False
 
-    def next_engine(self) -> Engine:
+    def next_engine(self) -> E:
         """Return the engine of the next training step; the time since the last call is that of the last step."""
         if not self.settled:
             self.warmth = 0
@@ -65,7 +73,7 @@ class Trial:
         self.warmth += 1
         return self.engine
 
-    def _next(self) -> Engine:
+    def _next(self) -> E:
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         now = time.perf_counter()
@@ -78,7 +86,7 @@ class Trial:
             self._plan = [(index, timed) for index, timed in self._plan if self.engines[index].possible]
         self._started, self._counts = now, True
         if self._left_out > self._most_left_out:
-            self.tell(f"too few steps are of all tasks to measure by: going on {self.names[0]}")
+            self.tell(f"too few steps are whole ones to measure by: going on {self.names[0]}")
             return self._choose(self.names[0])
         if self._plan:
             return self.engines[self._plan[0][0]]
@@ -99,6 +107,6 @@ class Trial:
             self.tell(f"going on {name}, as before")
             self.engine = self._choose(name)
 
-    def _choose(self, name: str) -> Engine:
+    def _choose(self, name: str) -> E:
         self.chosen, self.settled = name, True
         return self.engines[self.names.index(name)]

@@ -42,8 +42,12 @@ def check_options(model: Any, weighting: str, hyper: Settings, options: StepOpti
     return replace(options, tasks_per_step=_sampled(model, weighting, options))
 
 
-def check_distributed(model: Any, weighting: str, options: StepOptions) -> None:
-    """Refuse a strategy or an option that works in one process only."""
+def check_distributed(model: Any, weighting: str, options: StepOptions) -> StepOptions:
+    """Return the options as several processes take them.
+
+    Raises:
+        UsageError: A strategy or an option that works in one process only.
+    """
     from torch.distributed.tensor import DTensor
 
     on_mesh = [name for name, param in model.named_parameters() if isinstance(param, DTensor)]
@@ -51,7 +55,7 @@ def check_distributed(model: Any, weighting: str, options: StepOptions) -> None:
         f"parameters on a mesh, such as those of tensor parallelism ({', '.join(on_mesh[:2])})": bool(on_mesh),
         f"{weighting}, which runs backward passes of its own": _is_legacy(model),
         f"gram='local' and {weighting}, which remembers gradients": model.needs == "rows" and options.gram == "local",
-        "cuda_graph": options.cuda_graph,
+        "cuda_graph": options.cuda_graph is True,
     }
     _refuse("Several processes cannot train with {}: start one.", reasons)
     if options.shard == "fsdp":
@@ -61,6 +65,7 @@ def check_distributed(model: Any, weighting: str, options: StepOptions) -> None:
             "gram='local'": options.gram == "local",
         }
         _refuse("shard='fsdp' cannot be combined with {}.", unsharded)
+    return replace(options, cuda_graph=False)
 
 
 def _is_legacy(model: Any) -> bool:

@@ -88,9 +88,10 @@ class StepOptions:
         "which.",
         resumable=True,
     )
-    cuda_graph: bool = _machine(
+    cuda_graph: bool | Literal["auto"] = _machine(
         False,
-        "Capture the step as a CUDA graph and replay it; where that is impossible, it runs eagerly and says why.",
+        "Capture the step as a CUDA graph and replay it; where that is impossible, it runs eagerly and says why. auto "
+        "tries it on CUDA, keeps the faster of the eager and the captured step and says which.",
         resumable=True,
     )
     vjps: str = _machine(
@@ -98,9 +99,9 @@ class StepOptions:
         "How the tasks' gradients are computed in the shared network: sequential, one task after the other; batched, "
         "together, by torch's batching rules; compressed, in linear layers only as far as the Gram matrix needs them; "
         "traced, compiled in one graph with the forward pass. Where a method is not supported, sequential takes its "
-        "place. auto tries the methods from 8 tasks on, keeps the fastest and says which; below, it is sequential, or "
-        "traced if compile is on and the network small and without convolutions. batched and compressed leave the "
-        "shared network eager if compile is on.",
+        "place. auto tries the methods from 8 tasks on, on CUDA from 3, keeps the fastest and says which; below, it is "
+        "sequential, or traced if compile is on and the network small and without convolutions. batched and compressed "
+        "leave the shared network eager if compile is on.",
         choices=("auto", "sequential", "batched", "compressed", "traced"),
     )
 
