@@ -14,13 +14,15 @@ __all__ = ["NoHostRead", "no_waits"]
 
 
 class NoHostRead(TorchDispatchMode):
-    """Raises where a value, or the number of nonzero ones, would be read on the host."""
+    """Raises where a value would be read on the host, or a tensor made of numbers there: on a GPU both wait for it."""
 
     READS = ("_local_scalar_dense", "nonzero", "aten.item")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(name in str(func) for name in self.READS):
             raise AssertionError("a value was read on the host")
+        if "lift_fresh" in str(func):
+            raise AssertionError("a tensor was made of numbers on the host")
         return func(*args, **(kwargs or {}))
 
 
