@@ -17,6 +17,7 @@ settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     settings.load_profile("ci")
 
+HAS_GPU = torch.cuda.is_available()
 CREATORS = ("empty", "empty_like", "empty_strided")
 # Of glibc's malloc.h.
 _M_PERTURB = -6
@@ -28,6 +29,24 @@ def _poisoning(create: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
     return created
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hidden_gpus() -> Iterator[None]:
+    """Hide GPUs from trainers, which take the first that they see."""
+    with pytest.MonkeyPatch.context() as patch:
+        if HAS_GPU:
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def shown_gpus(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Show them to tests with cuda or gpu in their names, and hide them from the processes that others start."""
+    if HAS_GPU and any(word in request.node.name for word in ("cuda", "gpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    elif HAS_GPU:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
 @pytest.fixture
