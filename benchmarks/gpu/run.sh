@@ -163,7 +163,7 @@ for part in "${only[@]}"; do
       if [ $dry = 1 ]; then
         checked tests 90 tests tests/ops/test_rows.py
       else
-        checked tests 90 tests tests/ops -k "cuda or triton" -m "not slow"
+        checked tests 90 tests tests/ops tests/ops/triton_cases.py -k "cuda or triton" -m "not slow"
       fi
       ;;
     compiled)

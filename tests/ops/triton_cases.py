@@ -1,7 +1,8 @@
-"""What the Triton kernels compute under the interpreter; run by test_triton.py in a process that has it switched on."""
+"""What the Triton kernels compute: under the interpreter in a process of test_triton.py, without it on a GPU."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from fastmtl.ops import implementation
 from fastmtl.ops._philox import uniform
 from tests.ops import test_combine, test_graddrop, test_gram, test_min_norm, test_pcgrad
 from tests.ops.orders import permutations
-from tests.ops.rows import DTYPES, LAYOUTS, Flat, make_rows, relaid
+from tests.ops.rows import DTYPES, LAYOUTS, Flat, make_rows, on_device, relaid
 from tests.ops.zoo import Case, poisoned, zoo
 
 SHAPES = ((1,), (63,), (1031,), (3, 5, 7), (0,), ())
@@ -21,7 +22,8 @@ SIZES = (1, 2, 3, 8, 17)
 
 
 def triton(op: str) -> Callable[..., Any]:
-    return implementation(op, "triton")
+    kernel = implementation(op, "triton")
+    return kernel if os.environ.get("TRITON_INTERPRET") == "1" else on_device(kernel, "cuda")
 
 
 def scaled_error(got: Tensor, want: Tensor) -> float:
@@ -121,9 +123,9 @@ def test_combine_in_place(accumulate: bool, dtype: torch.dtype) -> None:
     flat[2] = flat[5] = None
     weights = test_combine.random_weights(2)
     results = []
-    for backend in ("triton", "reference"):
+    for kernel in (triton("combine_"), implementation("combine_", "reference")):
         out = [torch.ones(shape, dtype=dtype) for shape in ((1031,), (3, 5), (4,))]
-        implementation("combine_", backend)(out, flat, 2, weights, None, accumulate)
+        kernel(out, flat, 2, weights, None, accumulate)
         results.append(out)
     for one, other in zip(*results, strict=True):
         tolerance = 4 * max(torch.finfo(dtype).eps, test_gram.EPS)
