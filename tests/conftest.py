@@ -42,8 +42,8 @@ def hidden_gpus() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def shown_gpus(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Show them to tests that name cuda, a gpu or triton, and hide them from the processes that others start."""
-    if HAS_GPU and any(word in request.node.nodeid for word in ("cuda", "gpu", "triton")):
+    """Show them to the tests of ops and those that name cuda or a gpu; hide them from processes that others start."""
+    if HAS_GPU and any(word in request.node.nodeid for word in ("tests/ops/", "cuda", "gpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     elif HAS_GPU:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

@@ -47,6 +47,7 @@ while [ $# -gt 0 ]; do
   shift 2
 done
 [ ${#only[@]} -gt 0 ] || only=("${parts[@]}")
+[ $dry = 0 ] || export CUDA_VISIBLE_DEVICES=
 [ -z "$torchjd" ] || export PYTHONPATH="$torchjd${PYTHONPATH:+:$PYTHONPATH}"
 
 name=$device
@@ -163,7 +164,7 @@ for part in "${only[@]}"; do
       if [ $dry = 1 ]; then
         checked tests 90 tests tests/ops/test_rows.py
       else
-        checked tests 90 tests tests/ops tests/ops/triton_cases.py -k "cuda or triton" -m "not slow"
+        checked tests 90 tests tests/ops tests/ops/triton_cases.py -k "cuda or triton or any_" -m "not slow"
       fi
       ;;
     compiled)
