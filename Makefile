@@ -39,9 +39,10 @@ setup: $(DEV)
 train: $(BUILT)
 	$(BIN)/fastmtl train --arch mtan --weighting mgda --compile $(ARGS)
 
-# One process for each processor, so that each has one thread; tests of threads ask for more themselves.
+# One process for each processor, so that each has one thread; tests of threads ask for more themselves. Slow tests, which
+# compile networks or start many processes, are left out: `make test ARGS="-m slow"` runs them, as .ci/run does.
 test: $(DEV)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark -n auto --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark -n auto --dist loadfile -m "not slow" $(ARGS)
 
 lint: $(DEV)
 	$(BIN)/ruff check .

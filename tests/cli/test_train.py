@@ -106,6 +106,7 @@ def test_run_goes_on_for_more_epochs(finished: Path, tmp_path: Path) -> None:
 def test_a_longer_run_follows_its_own_schedule(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     options = ["--scheduler", "cos", "--lr", "0.1", "--optim", "sgd", "--limit-batches", "2", "--train-size", "128"]
+    options += ["--encoder", "conv"]
     quiet = ["--no-plot", "--no-tensorboard", "--device", "cpu"]
     assert main(["train", "--run-dir", str(run), "--epochs", "2", *options, *quiet]) == 0
     capsys.readouterr()
@@ -146,7 +147,7 @@ def test_checkpoint_of_another_model(finished: Path, tmp_path: Path, capsys: pyt
     assert _train(tmp_path / "run", "--arch", "mtan", "--load-path", str(finished)) == 2
     assert "is of another model" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-    options = ("--arch", "mtan", "--load-path", str(finished), "--epochs", "1")
+    options = ("--arch", "mtan", "--load-path", str(finished), "--epochs", "1", "--limit-batches", "1")
     assert _train(tmp_path / "run", *options, "--no-load-strict") == 0
     assert "Tensors taken: decoders.left 2, decoders.right 2; new: encoder" in capsys.readouterr().out
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())

@@ -105,6 +105,7 @@ def test_a_bundle_fits_together(archive: Path, tmp_path: Path) -> None:
         assert torch.isfinite(spec["loss_fn"].compute_loss(pred, labels[task]))
 
 
+@pytest.mark.slow
 def test_the_command_learns_both_tasks(
     archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

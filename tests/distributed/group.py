@@ -23,6 +23,12 @@ from fastmtl.loss import CELoss, FocalLoss, HuberLoss, MSELoss
 from tests.trainer.toy import flat, loaders, make_trainer, task_dict
 
 TASKS = 3
+# Strategies that differ in what processes exchange: losses, Gram matrix, groups of it, rows, random numbers, samples,
+# looks ahead and back, own parameters, and what is remembered of each.
+DIFFERENT = (
+    *("EW", "UW", "FAMO", "DWA", "RLW", "MGDA", "GradVac", "IMTL", "Nash_MTL", "PCGrad", "MoCo", "DB_MTL", "ExcessMTL"),
+    *("MoDo", "SDMGrad", "AutoLambda", "FORUM"),
+)
 # Processes start as copies of one that has imported all this.
 multiprocessing.set_forkserver_preload([__name__, "torch._dynamo"])
 

@@ -112,6 +112,7 @@ sys.exit(str(threads()) if any("gloo" in name for name in threads()) else 0)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are seen under /proc")
 def test_no_thread_of_the_group_outlives_it() -> None:
     code, said = _lead([sys.executable, "-c", LEAVES])

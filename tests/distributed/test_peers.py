@@ -251,6 +251,7 @@ def _run(trainer: Trainer, peers: Peers | None, epochs: int) -> Trainer:
     return trainer
 
 
+@pytest.mark.slow
 def test_one_process_goes_on_where_two_stopped_and_two_where_one_did(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     for folder in (one, two):

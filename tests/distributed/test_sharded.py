@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastmtl.weighting import WEIGHTINGS
 from tests.distributed.group import (
+    DIFFERENT,
     Case,
     FixedMTAN,
     grouped,
@@ -23,37 +23,32 @@ from tests.distributed.group import (
 
 MMOE = {"architecture": "MMoE", "arch_args": {"img_size": [6], "num_experts": [2]}}
 PLAIN = [
-    *(Case(name, name) for name, rule in WEIGHTINGS.items() if rule.needs != "reps"),
+    *(Case(name, name) for name in DIFFERENT),
     Case("uneven", "MGDA", batch=9),
-    Case("uneven losses", "UW", batch=9),
     Case("MMoE", "PCGrad", options=MMOE),
-    Case("MMoE losses", "EW", options=MMOE),
     Case("MMoE rows", "MoCo", options=MMOE),
     Case("MTAN", "MGDA", options={"architecture": FixedMTAN}),
-    Case("MTAN losses", "EW", options={"architecture": FixedMTAN}),
     Case("MTAN of groups", "GradVac", options={"architecture": FixedMTAN}),
     Case("batch norm", "MGDA", options={"encoder_class": normed_encoder, "sync_batch_norm": True}),
     Case("rep", "MGDA", options={"rep_grad": True}),
     Case("GradDrop", "GradDrop", options={"rep_grad": True}),
     Case("multi", "PCGrad", options={"multi_input": True}),
     Case("accumulate", "FairGrad", options={"accumulate": 2}),
-    Case("accumulate losses", "UW", options={"accumulate": 2}),
     Case("held", "Nash_MTL", options={"update_weights_every": 3}),
     Case("momentum and clip", "MGDA", options={"weight_momentum": 0.5, "clip_grad_norm": 0.1}),
     Case("tasks per step", "PCGrad", options={"tasks_per_step": 2}),
     Case("learned", "MGDA", options={"task_dict": learned_tasks()} | grouped()),
     Case("learned losses", "UW", 5, {"task_dict": learned_tasks(), "accumulate": 2}, partial=True),
-    Case("learned heads", "Nash_MTL", options={"task_dict": learned_tasks()}),
     Case("ahead", "AutoLambda", options=grouped()),
     Case("partial losses", "UW", partial=True),
-    Case("partial", "MGDA", partial=True),
     Case("partial rows", "MoCo", partial=True),
-    Case("clip losses", "UW", options={"clip_grad_norm": 0.1}),
     Case("adam", "UPGrad", options={"optim_param": {"optim": "adam", "lr": 1e-2, "weight_decay": 1e-3}}),
     Case("rmsprop", "MGDA", options={"optim_param": {"optim": "rmsprop", "lr": 1e-3}}),
 ]
 CASES = [replace(each, options={**each.options, "shard": "fsdp"}) for each in PLAIN]
 OF_FOUR = [case for case in CASES if case.name in ("EW", "MGDA", "MoCo", "uneven", "MMoE")]
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)

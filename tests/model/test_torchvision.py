@@ -31,6 +31,7 @@ def test_import_in_a_fresh_process() -> None:
     assert out == "torch.Size([2, 3])"
 
 
+@pytest.mark.slow
 def test_torchmetrics_after_fastmtl() -> None:
     out = _run(
         "from fastmtl.metrics import TorchMetric\n"

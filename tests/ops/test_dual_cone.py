@@ -267,6 +267,7 @@ def test_opcheck(targets: Tensor) -> None:
     torch.library.opcheck(torch.ops.fastmtl.dual_cone.default, (next(zoo((3,))).gram, targets))
 
 
+@pytest.mark.slow
 def test_compiles_without_graph_breaks() -> None:
     jacobian = next(zoo((5,))).jacobian
 

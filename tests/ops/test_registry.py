@@ -107,6 +107,7 @@ def test_fallback_is_logged_once_with_its_reason() -> None:
     assert "on cpu (cpp: _absent.abi3.so was not built" in lines[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 def test_every_instruction_set_computes_the_same(isa: str) -> None:
     backend_kernel("gram", "cpp")
@@ -115,8 +116,8 @@ import torch
 from fastmtl import ops
 g = torch.Generator().manual_seed(0)
 for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-    for num_rows in (1, 2, 3, 4, 5, 9, 16):
-        lengths = (1, 63, 129, 5003, 2_200_003 if num_rows == 3 else 1009)
+    for num_rows in (1, 3, 4, 9, 16):
+        lengths = (1, 63, 129, 5003, 2_200_003 if (dtype, num_rows) == (torch.float32, 3) else 1009)
         flat = [torch.randn(n, generator=g).to(dtype) for _ in range(num_rows) for n in lengths]
         weights = torch.randn(num_rows, generator=g)
         a, b = (ops.implementation("gram", x)(flat, num_rows) for x in ("cpp", "reference"))

@@ -39,7 +39,7 @@ def test_no_gradient_is_opposed(solver: Solver, case: Case) -> None:
     assert (weights >= 1 / len(weights)).all()
 
 
-@pytest.mark.parametrize("case", params(zoo((1, 2, 3, 8, 40))))
+@pytest.mark.parametrize("case", params(zoo((1, 3, 16))))
 @pytest.mark.parametrize("reg_eps", [1e-4, 0.1])
 def test_is_the_sum_of_the_projections(solver: Solver, case: Case, reg_eps: float) -> None:
     size = len(case.gram)
@@ -50,7 +50,7 @@ def test_is_the_sum_of_the_projections(solver: Solver, case: Case, reg_eps: floa
     check_close(Case(case.name, case.jacobian), solver(case.gram, 0.0, reg_eps), expected, 1e-7)
 
 
-@pytest.mark.parametrize("case", params(zoo((3, 16))))
+@pytest.mark.parametrize("case", params(zoo((3,))))
 @pytest.mark.parametrize("scale", [2.0**-60, 1e-30, 3.0, 1e30])
 def test_scale_invariant_where_nothing_is_dropped(solver: Solver, case: Case, scale: float) -> None:
     check_close(case, solver(scale * case.gram, 0.0, 1e-4), solver(case.gram, 0.0, 1e-4), 1e-8)

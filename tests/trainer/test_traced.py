@@ -130,6 +130,7 @@ def _assert_same_model(a: Any, b: Any) -> None:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("encoder", "weighting"),
     [*((encoder, "MGDA") for encoder in ENCODERS.values()), (ENCODERS["tied"], "Nash_MTL")],
@@ -152,6 +153,7 @@ def test_options_of_the_step_work_as_ever(options: dict[str, Any]) -> None:
     _assert_same_model(eager, traced)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weighting", ["MGDA", "Nash_MTL", "GradVac", "MoCo", "SDMGrad"])
 @pytest.mark.parametrize(
     "options", [{"architecture": OnePiece}, {"multi_input": True}], ids=["one piece", "inputs each"]

@@ -352,6 +352,7 @@ def test_a_network_compiled_before_is_not_compressed() -> None:
     assert listener.messages[-1] == "vjps: one after the other, as parts of the network are compiled"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["batched", "compressed"])
 def test_compiling_leaves_the_trunk_eager_where_its_vjps_have_a_way_of_their_own(way: str) -> None:
     listener = Listener()
@@ -363,6 +364,7 @@ def test_compiling_leaves_the_trunk_eager_where_its_vjps_have_a_way_of_their_own
     assert trainer.compile_report.graph_breaks == 0
 
 
+@pytest.mark.slow
 def test_compiled_steps_of_many_tasks_measure_the_ways_too() -> None:
     listener = Listener()
     trainer = _trainer(ENCODERS["mlp"], "auto", count=8, compile=True, logger=listener)
