@@ -71,6 +71,7 @@ BENCHES = (
     "pcgrad",
     "update",
     "upgrad",
+    "watch",
 )
 
 

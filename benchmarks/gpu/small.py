@@ -64,10 +64,17 @@ def cases(device: torch.device) -> Iterator[tuple[str, tuple[Any, ...]]]:
         yield "gradvac", (gram, orders, torch.zeros_like(gram), 0.5)
         yield "nonneg_qp", (gram, jacobian.sum(dim=1))
         yield "dual_cone", (gram, torch.eye(size, dtype=torch.float64, device=device))
+        first_bad = torch.zeros(5, size, dtype=torch.float64, device=device)
+        steps = torch.zeros(2, dtype=torch.int64, device=device)
+        losses = torch.where(torch.arange(size, device=device) == size - 1, torch.nan, 1.0)
+        yield "watch_", (torch.zeros((), device=device), steps, first_bad, losses, gram, weights[:size], None)
 
 
-def _tensors(result: Any) -> list[Tensor]:
-    return [result] if isinstance(result, Tensor) else list(result)
+def _tensors(values: Any) -> list[Tensor]:
+    """Return the tensors of a result, or of arguments, in order."""
+    if isinstance(values, list | tuple):
+        return [tensor for value in values for tensor in _tensors(value)]
+    return [values] if isinstance(values, Tensor) else []
 
 
 def _on_cpu(value: Any) -> Any:
@@ -101,11 +108,13 @@ def check(device: torch.device, only: str | None = None, backend: str = "auto") 
         got = _tensors(op(*arguments))
         want = _tensors(ops.implementation(name, "reference")(*again))
         if name.endswith("_"):
-            got, want = [*got, *arguments[0]], [*want, *again[0]]
+            got, want = [*got, *_tensors(arguments)], [*want, *_tensors(again)]
         for one, other in zip(got, want, strict=True):
             # Sums that nearly cancel keep the rounding of what they are sums of.
-            scale = float(other.abs().max()) if other.numel() else 0.0
-            torch.testing.assert_close(one.cpu(), other, rtol=1e-5, atol=1e-6 * scale, check_stride=False)
+            scale = float(other.nan_to_num().abs().max()) if other.numel() else 0.0
+            torch.testing.assert_close(
+                one.cpu(), other, rtol=1e-5, atol=1e-6 * scale, check_stride=False, equal_nan=True
+            )
         count += 1
     return count
 

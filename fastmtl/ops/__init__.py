@@ -37,6 +37,7 @@ from fastmtl.ops.nash import nash
 from fastmtl.ops.nonneg_qp import nonneg_qp
 from fastmtl.ops.pcgrad import pcgrad
 from fastmtl.ops.upgrad import upgrad
+from fastmtl.ops.watch import watch_
 
 __all__ = [
     "aligned",
@@ -61,4 +62,5 @@ __all__ = [
     "nonneg_qp",
     "pcgrad",
     "upgrad",
+    "watch_",
 ]
