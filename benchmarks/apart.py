@@ -63,6 +63,9 @@ class Apart:
     def peak_bytes(self) -> int:
         return int(self._ask("peak_bytes"))
 
+    def launches(self) -> int:
+        return int(self._ask("launches"))
+
     def _ask(self, *request: Any) -> Any:
         try:
             self._pipe.send(request)
@@ -148,4 +151,5 @@ _REQUESTS: dict[str, Callable[..., Any]] = {
     "seconds": _seconds,
     "update": lambda contender: contender.update().numpy(),
     "peak_bytes": lambda contender: contender.peak_bytes(),
+    "launches": lambda contender: contender.launches(),
 }

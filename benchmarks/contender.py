@@ -13,6 +13,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from fastmtl.benchmarks.launches import LaunchCounter
 from fastmtl.benchmarks.machine import wait_for
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
@@ -41,6 +42,9 @@ class Contender(Protocol):
 
     def peak_bytes(self) -> int:
         """Return the bytes between the least memory in use, old gradients freed, and the most during a step."""
+
+    def launches(self) -> int:
+        """Return the operators of a step that do work on the device."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +80,12 @@ class LocalContender:
         with same_choices():
             self.run()
         return torch.cat([(old - param.detach()).flatten() for old, param in zip(before, self.shared, strict=True)])
+
+    def launches(self) -> int:
+        self.run()
+        with LaunchCounter() as counter:
+            self.run()
+        return counter.total
 
     def peak_bytes(self) -> int:
         device = self.shared[0].device

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from fastmtl.benchmarks.apart import Apart
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fastmtl import Trainer
 from fastmtl.architecture import ARCHITECTURES, AbsArchitecture
-from fastmtl.engine.labels import present_tasks
+from fastmtl.engine.labels import are_complete, present_tasks
 from fastmtl.errors import UsageError
 from fastmtl.loss import CELoss
 from fastmtl.metrics import AccMetric
@@ -34,7 +34,7 @@ from fastmtl.trainer.log.records import StepBuffer
 from fastmtl.trainer.setup.checks import find_device
 from fastmtl.weighting import WEIGHTINGS
 
-__all__ = ["PEERS", "run_step"]
+__all__ = ["PEERS", "floor_step", "peer_steps", "run_step", "trainer_step"]
 
 PEERS = ("libmtl", "torchjd")
 # They make no strategy's update.
@@ -42,19 +42,21 @@ _BOUNDS = ("floor", "sum")
 _LOG_EVERY = 50
 
 Row = dict[str, Any]
+Vjps = Literal["sum", "features", "parameters"]
 
 
-def _trainer_step(work: Work, weighting: str, precision: str, **way: Any) -> LocalContender:
+def trainer_step(work: Work, weighting: str, precision: str, **way: Any) -> LocalContender:
     """Return our step as the trainer runs it, from a batch that lies on the device: metrics and log included."""
     decoders = work.modules()[1]
     task_dict = {
         task: {"metrics": ["Acc"], "metrics_fn": AccMetric(), "loss_fn": CELoss(), "weight": [1]} for task in work.tasks
     }
     optim = {"optim": "sgd", "lr": work.lr}
+    rep_grad = WEIGHTINGS[weighting].needs == "reps"
     torch.manual_seed(0)
     with contextlib.redirect_stdout(io.StringIO()):
         trainer = Trainer(
-            task_dict, weighting, work.arch, lambda: work.modules()[0], decoders, False, False, optim, None,
+            task_dict, weighting, work.arch, lambda: work.modules()[0], decoders, rep_grad, False, optim, None,
             device=work.device, precision=precision, arch_args=work.arch_args, **way,
         )  # fmt: skip
     trainer.model.epoch, trainer.model.epochs = 0, 1
@@ -65,9 +67,10 @@ def _trainer_step(work: Work, weighting: str, precision: str, **way: Any) -> Loc
 
     def step() -> None:
         nonlocal done
-        present = present_tasks(trainer.meter.losses, [labels for _, labels in batches])
+        complete = all(are_complete(trainer.meter.losses, labels) for _, labels in batches)
+        present = None if complete else present_tasks(trainer.meter.losses, [labels for _, labels in batches])
         prepared = [trainer.prepared(batch) for batch in batches]
-        losses, preds = trainer.step(prepared, buffer, present)
+        losses, preds = trainer.step(prepared, buffer, present, complete)
         trainer.meter.update(losses, preds[-1], prepared[-1][1])
         done += 1
         if len(buffer) == _LOG_EVERY:
@@ -87,8 +90,15 @@ def _trainer_step(work: Work, weighting: str, precision: str, **way: Any) -> Loc
     return LocalContender(run=step, shared=trainer.step.problem.shared_params)
 
 
-def _floor_step(work: Work, tasks_apart: bool) -> LocalContender:
-    """Return one forward pass, one VJP per task (or one for all) and the optimizer, in plain torch and nothing else."""
+def floor_step(work: Work, vjps: Vjps, looks_back: bool = False) -> LocalContender:
+    """Return one forward pass, VJPs and the optimizer, in plain torch and nothing else.
+
+    Args:
+        work: What to train.
+        vjps: Those of the sum of the losses, one; of the losses to the features, T, and of their sum through the trunk,
+            one; or of each loss to the parameters, T.
+        looks_back: A second forward pass follows.
+    """
     decoders = work.modules()[1]
     network: Any = ARCHITECTURES[work.arch](
         work.tasks, lambda: work.modules()[0], decoders, False, False, work.device, **work.arch_args
@@ -102,8 +112,24 @@ def _floor_step(work: Work, tasks_apart: bool) -> LocalContender:
     def step() -> None:
         optimizer.zero_grad()
         features = network.trunk(work.inputs)
-        if not tasks_apart:
+        if vjps == "sum":
             torch.stack([loss(features, task) for task in work.tasks]).sum().backward()
+            optimizer.step()
+            if looks_back:
+                with torch.no_grad():
+                    after = network.trunk(work.inputs)
+                    for task in work.tasks:
+                        loss(after, task)
+            return
+        if vjps == "features":
+            sums = [torch.zeros_like(feature) for feature in features]
+            for task in work.tasks:
+                cut = tuple(feature.detach().requires_grad_(feature.requires_grad) for feature in features)
+                loss(cut, task).backward()
+                for total, alias in zip(sums, cut, strict=True):
+                    if alias.grad is not None:
+                        total += alias.grad
+            torch.autograd.backward(features, sums)
             optimizer.step()
             return
         for index, task in enumerate(work.tasks):
@@ -198,8 +224,8 @@ def run_step(
             make = _our_steps(work, name, precision, compile, cuda_graph)
             exact = {} if precision == "fp32" else _our_steps(work, name, "fp32", compile, cuda_graph)
             if ARCHITECTURES[arch].forward is AbsArchitecture.forward:
-                make |= {"floor": partial(_floor_step, work, True), "sum": partial(_floor_step, work, False)}
-            make |= _peer_steps(work, name, peers, libmtl)
+                make |= {"floor": partial(floor_step, work, "parameters"), "sum": partial(floor_step, work, "sum")}
+            make |= peer_steps(work, name, peers, libmtl)
             for row in _compare(name, work, make, exact, seconds):
                 print(_line(row), flush=True)
                 rows.append(row | {"arch": arch, "net": net, "batch": batch, "size": size} | known)
@@ -219,10 +245,10 @@ def _our_steps(
         ways["fastmtl compiled"] = {"compile": True}
     if cuda_graph:
         ways["fastmtl captured"] = {"cuda_graph": True}
-    return {library: partial(_trainer_step, work, name, precision, **way) for library, way in ways.items()}
+    return {library: partial(trainer_step, work, name, precision, **way) for library, way in ways.items()}
 
 
-def _peer_steps(work: Work, name: str, peers: Sequence[str], libmtl: Path | None) -> dict[str, Callable[[], Contender]]:
+def peer_steps(work: Work, name: str, peers: Sequence[str], libmtl: Path | None) -> dict[str, Callable[[], Contender]]:
     """Return functions that build the peers' steps, by name; print a line for each peer that has no such step."""
     steps: dict[str, Callable[[], Contender]] = {}
     if libmtl is not None and "libmtl" in peers and libmtl_can(libmtl, work.arch, name):

@@ -14,7 +14,9 @@ from fastmtl.model import MLPEncoder, resnet18, resnet_dilated
 
 __all__ = ["NETS", "Work", "image_size"]
 
-NETS = ("resnet18", "resnet50", "mlp")
+NETS = ("resnet18", "resnet50", "mlp", "tiny")
+# Layers, the first of which are the inputs.
+_WIDTHS = {"mlp": (128, 512, 512, 512), "tiny": (16, 32, 32)}
 
 
 @dataclass(kw_only=True)
@@ -23,7 +25,7 @@ class Work:
 
     Attributes:
         net: ``"resnet18"``, or ``"resnet50"`` with dilations in place of its last strides, on images; or ``"mlp"``
-            (128-512-512-512) on vectors.
+            (128-512-512-512) or ``"tiny"`` (16-32-32) on vectors.
         arch: The architecture.
         count: Tasks.
         batch: Rows of the batch.
@@ -46,7 +48,8 @@ class Work:
         if self.net not in NETS:
             raise UsageError(f"net must be one of {', '.join(NETS)}, got {self.net!r}.")
         generator = torch.Generator().manual_seed(0)
-        shape = (self.batch, 128) if self.net == "mlp" else (self.batch, 3, *image_size(self.size))
+        of_one = _WIDTHS[self.net][:1] if self.net in _WIDTHS else (3, *image_size(self.size))
+        shape = (self.batch, *of_one)
         self.inputs = torch.randn(shape, generator=generator).to(self.device)
         self.labels = {
             task: torch.randint(0, 10, (self.batch,), generator=generator).to(self.device) for task in self.tasks
@@ -74,14 +77,15 @@ class Work:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             encoder = self._encoder()
-            head = [] if self.net == "mlp" else [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-            width = 2048 if self.net == "resnet50" else 512
+            head = [] if self.net in _WIDTHS else [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+            width = _WIDTHS[self.net][-1] if self.net in _WIDTHS else 2048 if self.net == "resnet50" else 512
             decoders = nn.ModuleDict({task: nn.Sequential(*head, nn.Linear(width, 10)) for task in self.tasks})
         return encoder.to(self.device), decoders.to(self.device)
 
     def _encoder(self) -> nn.Module:
-        if self.net == "mlp":
-            return MLPEncoder(128, [512, 512, 512])
+        if self.net in _WIDTHS:
+            first, *hidden = _WIDTHS[self.net]
+            return MLPEncoder(first, hidden)
         return resnet18() if self.net == "resnet18" else resnet_dilated("resnet50", pretrained=False)
 
     def loss(self, pred: Tensor, task: str) -> Tensor:

@@ -30,6 +30,7 @@ from fastmtl.support.memory import keep_freed_memory
 SMALL: dict[str, Any] = {"net": "mlp", "batch": 4, "seconds": 0.0, "tasks": [2]}
 
 
+@pytest.mark.slow
 def test_rows_of_all_contenders(tmp_path: Path) -> None:
     table, picture = tmp_path / "rows.csv", tmp_path / "rows.png"
     rows = bench.run_step(["mgda", "EW"], csv_path=table, plot_path=picture, **SMALL)
@@ -54,18 +55,20 @@ def _work() -> dict[str, Any]:
 SPLIT = sorted({name for name, each in ARCHITECTURES.items() if each.forward is AbsArchitecture.forward} - {"STL"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", SPLIT)
 def test_architectures_with_a_trunk_have_a_floor(arch: str) -> None:
     net = "resnet18" if arch in ("HPS", "LTB") else "resnet50" if arch == "MTAN" else "mlp"
     work = Work(net=net, arch=arch, count=2, batch=2, size="32x64", device=torch.device("cpu"))
     assert net == "mlp" or work.inputs.shape == (2, 3, 32, 64)
     for tasks_apart in (True, False):
-        floor = bench._floor_step(work, tasks_apart)
+        floor = bench.floor_step(work, "parameters" if tasks_apart else "sum")
         assert floor.update().isfinite().all()
-        ours = bench._trainer_step(work, "EW", "fp32").shared
+        ours = bench.trainer_step(work, "EW", "fp32").shared
         assert [param.shape for param in floor.shared] == [param.shape for param in ours]
 
 
+@pytest.mark.slow
 def test_an_architecture_without_a_trunk_has_no_floor() -> None:
     rows = bench.run_step(["MGDA"], arch="PLE", **SMALL | {"net": "resnet18", "size": 32})
     assert [row["library"] for row in rows] == ["fastmtl"]
@@ -128,6 +131,7 @@ def _settings_of_the_c_library() -> LocalContender:
     return LocalContender(run=run, shared=[param])
 
 
+@pytest.mark.slow
 def test_a_peer_has_a_process_of_its_own() -> None:
     keep_freed_memory()
     assert _settings_of_the_c_library().update() == 1
@@ -140,10 +144,11 @@ def test_a_peer_has_a_process_of_its_own() -> None:
 def test_peers_have_processes_of_their_own_on_the_cpu() -> None:
     for device, apart in (("cpu", True), ("meta", False)):
         work = Work(**_work() | {"device": torch.device(device)})
-        make: Any = bench._peer_steps(work, "MGDA", ["torchjd"], None)["TorchJD"]
+        make: Any = bench.peer_steps(work, "MGDA", ["torchjd"], None)["TorchJD"]
         assert (make.func is Apart) == apart
 
 
+@pytest.mark.slow
 def test_the_process_of_a_peer_ends_with_it() -> None:
     before = set(multiprocessing.active_children())
     apart = Apart("peer", partial(_fake, 1.0))
@@ -153,6 +158,7 @@ def test_the_process_of_a_peer_ends_with_it() -> None:
     assert not process.is_alive()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "message"),
     [
@@ -168,6 +174,7 @@ def test_what_fails_in_a_peers_process_is_said_here(error: Exception, message: s
     assert (kind is RuntimeError) == ("_fail" in "".join(getattr(caught.value, "__notes__", [])))
 
 
+@pytest.mark.slow
 def test_a_peer_that_is_killed_is_missed_each_time() -> None:
     apart = Apart("peer", _die)
     for _ in range(2):
@@ -219,7 +226,7 @@ def test_with_another_precision_the_gate_sees_our_step_in_fp32() -> None:
 @pytest.mark.parametrize("name", ["PCGrad", "GradVac", "RLW"])
 def test_random_choices_are_the_same_for_all(name: str) -> None:
     work = Work(**_work() | {"count": 6})
-    steps = {library: bench._trainer_step(work, name, "fp32", compile=False) for library in ("fastmtl", "again")}
+    steps = {library: bench.trainer_step(work, name, "fp32", compile=False) for library in ("fastmtl", "again")}
     torch.rand(3)
     assert distances(steps)["again"] == 0
 
@@ -228,16 +235,17 @@ def test_random_choices_are_the_same_for_all(name: str) -> None:
 def test_tasks_meet_in_torchjds_order(name: str) -> None:
     pytest.importorskip("torchjd")
     work = Work(**_work() | {"count": 6})
-    ours, theirs = bench._trainer_step(work, name, "fp32", compile=False), torchjd_step(work, name)
+    ours, theirs = bench.trainer_step(work, name, "fp32", compile=False), torchjd_step(work, name)
     # Another order of six tasks moves the update by 8e-4.
     assert distances({"fastmtl": ours, "TorchJD": theirs})["TorchJD"] < 2e-4
 
 
 def test_the_step_reads_which_tasks_have_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
+    monkeypatch.setattr(bench, "are_complete", lambda losses, labels: False)
     monkeypatch.setattr(bench, "present_tasks", lambda losses, labels: asked.append(labels))
     work = Work(**_work())
-    bench._trainer_step(work, "MGDA", "fp32", compile=False).run()
+    bench.trainer_step(work, "MGDA", "fp32", compile=False).run()
     assert asked == [[work.labels]]
 
 

@@ -3,6 +3,14 @@
 from __future__ import annotations
 
 from fastmtl.benchmarks.peers.libmtl import libmtl_can, libmtl_solvers, libmtl_step
-from fastmtl.benchmarks.peers.torchjd import torchjd_can, torchjd_solvers, torchjd_step
+from fastmtl.benchmarks.peers.torchjd import torchjd_aggregator, torchjd_can, torchjd_solvers, torchjd_step
 
-__all__ = ["libmtl_can", "libmtl_solvers", "libmtl_step", "torchjd_can", "torchjd_solvers", "torchjd_step"]
+__all__ = [
+    "libmtl_can",
+    "libmtl_solvers",
+    "libmtl_step",
+    "torchjd_aggregator",
+    "torchjd_can",
+    "torchjd_solvers",
+    "torchjd_step",
+]

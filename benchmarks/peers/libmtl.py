@@ -82,7 +82,7 @@ def libmtl_step(work: Work, weighting: str, checkout: Path) -> LocalContender:
     state = work.modules()[0].state_dict()
 
     def make_encoder() -> nn.Module:
-        if work.net == "mlp":
+        if work.net in ("mlp", "tiny"):
             return work.modules()[0]
         # What an encoder's initial weights take from the generator is not to be missing elsewhere.
         with torch.random.fork_rng():

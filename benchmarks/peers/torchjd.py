@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastmtl.errors import UsageError
 
-__all__ = ["torchjd_can", "torchjd_solvers", "torchjd_step"]
+__all__ = ["torchjd_aggregator", "torchjd_can", "torchjd_solvers", "torchjd_step"]
 
 Solver = Callable[[Tensor], Tensor]
 """From J (T, P) to the weights (T,)."""
@@ -77,23 +77,28 @@ def torchjd_can(arch: str, weighting: str) -> bool:
     return arch == "HPS" and weighting in _AGGREGATORS
 
 
-def torchjd_step(work: Work, weighting: str) -> LocalContender:
+def torchjd_aggregator(weighting: str, size: int, package: str = "torchjd") -> Any:
+    """Return the aggregator of a strategy for ``size`` tasks, of TorchJD or a package with its names."""
+    return _AGGREGATORS[weighting](importlib.import_module(f"{package}.aggregation"), size)
+
+
+def torchjd_step(work: Work, weighting: str, package: str = "torchjd") -> LocalContender:
     """Return a training step by ``mtl_backward`` and ``jac_to_grad``.
 
     Args:
         work: What to train; of architecture HPS.
         weighting: A strategy for which :func:`torchjd_can` holds.
+        package: ``"torchjd"``, or ``"fastmtl"``, which has the same functions.
 
     Raises:
-        UsageError: TorchJD is not installed.
+        UsageError: The package is not installed.
     """
     try:
-        aggregation: Any = importlib.import_module("torchjd.aggregation")
-        autojac: Any = importlib.import_module("torchjd.autojac")
+        autojac: Any = importlib.import_module(f"{package}.autojac")
+        aggregator = torchjd_aggregator(weighting, len(work.tasks), package)
     except ImportError:
         raise UsageError("TorchJD is not installed; pip install torchjd.") from None
     encoder, decoders = work.modules()
-    aggregator = _AGGREGATORS[weighting](aggregation, len(work.tasks))
     optimizer = torch.optim.SGD([*encoder.parameters(), *decoders.parameters()], lr=work.lr)
     shared = list(encoder.parameters())
 

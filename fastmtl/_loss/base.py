@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from collections.abc import Iterable
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -11,10 +12,46 @@ from fastmtl.errors import UsageError
 from fastmtl.support.dtypes import wide_dtype
 from fastmtl.support.running import Group, RunningMean
 
-__all__ = ["AbsLoss", "LossState", "PerClass", "differs", "mean_known", "over", "present", "updates_itself"]
+__all__ = [
+    "AbsLoss",
+    "Complete",
+    "LossState",
+    "PerClass",
+    "differs",
+    "is_complete",
+    "mean_known",
+    "over",
+    "present",
+    "updates_itself",
+]
 
 # The losses, batch sizes and running sums of an `AbsLoss`.
 LossState = tuple[list[float], list[int], tuple[Tensor | None, float | Tensor]]
+
+
+# The labels that are known to have no missing entry, by identity.
+_complete: frozenset[int] = frozenset()
+
+
+class Complete:
+    """A block in which losses know that some labels have no missing entry, so that they need not look."""
+
+    def __init__(self, labels: Iterable[object]) -> None:
+        self._labels = frozenset(map(id, labels))
+        self._before: frozenset[int] = frozenset()
+
+    def __enter__(self) -> None:
+        global _complete
+        self._before, _complete = _complete, self._labels
+
+    def __exit__(self, *_: object) -> None:
+        global _complete
+        _complete = self._before
+
+
+def is_complete(gt: object) -> bool:
+    """Return whether labels are known to have no missing entry; never while compiling."""
+    return not torch.compiler.is_compiling() and id(gt) in _complete
 
 
 class AbsLoss:
@@ -31,11 +68,20 @@ class AbsLoss:
         record: The losses of the batches, as floats, for subclasses that override LibMTL's ``_update_loss`` or
             ``_average_loss``, which wait for the device in every batch; empty otherwise.
         bs: The batch sizes that belong to ``record``.
+        marks_entries: Whether labels without NaN and ``ignore_index`` are all there; False where a subclass overrides
+            ``labelled`` and does not say so.
     """
 
     ignore_index: int | None = -100
+    marks_entries: ClassVar[bool] = True
 
     _running: RunningMean
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Reset ``marks_entries`` of a base class where ``labelled`` is overridden."""
+        super().__init_subclass__(**options)
+        if "labelled" in vars(cls) and "marks_entries" not in vars(cls):
+            cls.marks_entries = False
 
     def __new__(cls, *args: object, **kwargs: object) -> Self:
         """Create the sums, also for classes written for LibMTL that do not call ``super().__init__()``."""
@@ -71,6 +117,12 @@ class AbsLoss:
         of all rows. A weighted mean returns the sum of its weights.
         """
         return self.labelled(gt).sum()
+
+    def divisors(self, gt: Tensor, count: int) -> Tensor:
+        """Return the :meth:`divisor` (count,) of each of several batches of one size, one after the other in ``gt``."""
+        if type(self).divisor is AbsLoss.divisor:
+            return self.labelled(gt).reshape(count, -1).sum(1)
+        return torch.stack([torch.as_tensor(self.divisor(batch)) for batch in gt.chunk(count)])
 
     def accumulate(self, loss: Tensor, batch_size: int | Tensor) -> None:
         """Add the loss of one batch to the running mean, weighted by its ``divisor``; never waits for the device.

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmtl._loss.base import AbsLoss, PerClass, differs, mean_known, over
+from fastmtl._loss.base import AbsLoss, PerClass, differs, is_complete, mean_known, over
 from fastmtl.errors import UsageError
 from fastmtl.support.shapes import as_classes, as_classes_or_shares, as_entries, lined_up, refuse_real, same_but_ones
 
@@ -34,6 +34,7 @@ class CELoss(AbsLoss):
     """
 
     ignore_index: int
+    marks_entries = True
 
     def __init__(
         self, ignore_index: int = -100, *, weight: Sequence[float] | Tensor | None = None, label_smoothing: float = 0.0
@@ -44,6 +45,12 @@ class CELoss(AbsLoss):
         self.ignore_index = ignore_index
         self.weight = None if weight is None else PerClass(weight, "weight")
         self.label_smoothing = label_smoothing
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether the loss is torch's mean, which a subclass may have changed."""
+        unchanged = self.marks_entries and type(self).divisor is CELoss.divisor
+        return unchanged and self.weight is None and not self.label_smoothing
 
     def labelled(self, gt: Tensor) -> Tensor:
         """Return which entries are labelled, ``(batch, ...)``."""
@@ -59,10 +66,25 @@ class CELoss(AbsLoss):
         classes = torch.where(known, gt, 0).clamp(0, len(weights) - 1).flatten().long()
         return torch.where(known.flatten(), weights.index_select(0, classes), 0).sum()
 
+    def divisors(self, gt: Tensor, count: int) -> Tensor:
+        """Return the divisor (count,) of each of several batches of one size, one after the other in ``gt``."""
+        if self.weight is None or gt.is_floating_point():
+            return self.labelled(gt).reshape(count, -1).sum(1)
+        return super().divisors(gt, count)
+
     def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
         """Return the mean cross-entropy."""
+        knows_all = is_complete(gt)
         pred, gt = as_classes_or_shares(pred, gt, type(self).__name__)
-        dtype, pred, known = pred.dtype, _without_overflow(pred), self.labelled(gt)
+        dtype, pred = pred.dtype, _without_overflow(pred)
+        if self._is_plain and not gt.is_floating_point():
+            labels = gt.long()
+            mean = _cross_entropy(self, pred, labels, reduction="mean")
+            if not knows_all:
+                # Torch's mean over no labels is NaN.
+                mean = mean.masked_fill((labels == self.ignore_index).all(), 0)
+            return mean.to(dtype)
+        known = self.labelled(gt)
         weight = None if self.weight is None else self.weight.of(pred)
         if gt.is_floating_point():
             labels = torch.where(known.unsqueeze(1), gt, 0)
@@ -73,7 +95,9 @@ class CELoss(AbsLoss):
             total = torch.where(known, losses, 0).sum()
         else:
             labels = torch.where(known, gt.long(), self.ignore_index)
-            total = _summed(self, pred, labels, weight=weight, label_smoothing=self.label_smoothing)
+            total = _cross_entropy(
+                self, pred, labels, reduction="sum", weight=weight, label_smoothing=self.label_smoothing
+            )
         return over(total, self.divisor(gt).to(total.dtype)).to(dtype)
 
 
@@ -82,10 +106,10 @@ def _without_overflow(pred: Tensor) -> Tensor:
     return pred.float() if pred.dtype == torch.float16 else pred
 
 
-def _summed(loss: CELoss | SegLoss, pred: Tensor, labels: Tensor, **options: Any) -> Tensor:
-    """Return the sum of torch's cross-entropies of the labelled entries."""
+def _cross_entropy(loss: CELoss | SegLoss, pred: Tensor, labels: Tensor, **options: Any) -> Tensor:
+    """Return torch's cross-entropy of the labelled entries."""
     try:
-        return F.cross_entropy(pred, labels, ignore_index=loss.ignore_index, reduction="sum", **options)
+        return F.cross_entropy(pred, labels, ignore_index=loss.ignore_index, **options)
     except IndexError as cause:
         raise _no_class(loss, pred, cause) from cause
 
@@ -111,6 +135,7 @@ class SegLoss(AbsLoss):
     """
 
     ignore_index: int
+    marks_entries = True
 
     def __init__(self, ignore_index: int = -1) -> None:
         super().__init__()
@@ -125,7 +150,9 @@ class SegLoss(AbsLoss):
         pred, gt = as_classes(pred, gt, type(self).__name__)
         known = self.labelled(gt)
         labels = torch.where(known, gt if gt.is_floating_point() else gt.long(), self.ignore_index).long()
-        return (_summed(self, _without_overflow(pred), labels) / known.sum().clamp(min=1)).to(pred.dtype)
+        return (_cross_entropy(self, _without_overflow(pred), labels, reduction="sum") / known.sum().clamp(min=1)).to(
+            pred.dtype
+        )
 
 
 class FocalLoss(AbsLoss):

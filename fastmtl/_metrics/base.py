@@ -29,19 +29,23 @@ class AbsMetric:
         bs: For subclasses: the batch sizes.
         missing: A label that ``update_fun`` skips, set in the class that defines it. Missing labels are then replaced
             by it, which is faster than removing them; None if there is no such label.
+        adds_rows: Whether several batches may be passed to ``update_fun`` as one of all their rows, set like
+            ``missing``.
     """
 
     missing: float | None = None
+    adds_rows: bool = False
 
     def __init__(self) -> None:
         self.record: list[Any] = []
         self.bs: list[Any] = []
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Reset ``missing`` of a base class where ``update_fun`` is overridden."""
+        """Reset ``missing`` and ``adds_rows`` of a base class where ``update_fun`` is overridden."""
         super().__init_subclass__(**options)
-        if "update_fun" in vars(cls) and "missing" not in vars(cls):
-            cls.missing = None
+        for name, default in (("missing", None), ("adds_rows", False)):
+            if "update_fun" in vars(cls) and name not in vars(cls):
+                setattr(cls, name, default)
 
     def update_fun(self, pred: Tree, gt: Tree) -> None:
         """Add one batch of predictions and labels, both ``(batch, ...)``; called without gradient."""

@@ -26,6 +26,7 @@ class AccMetric(Sums):
     """
 
     missing = -100
+    adds_rows = True
 
     def __init__(self, ignore_index: int = -100) -> None:
         super().__init__()
@@ -57,6 +58,7 @@ def _without_classes(pred: Tensor) -> tuple[int, ...]:
 
 class _Confusion(Sums):
     missing = -1
+    adds_rows = True
 
     def __init__(self, num_classes: int = 13) -> None:
         super().__init__()

@@ -23,6 +23,7 @@ class L1Metric(Sums):
     """
 
     missing = math.nan
+    adds_rows = True
 
     def update_fun(self, pred: Tensor, gt: Tensor) -> None:
         """Add the absolute errors of one batch. A UsageError if shapes do not match."""
@@ -39,6 +40,7 @@ class DepthMetric(Sums):
     """
 
     missing = math.nan
+    adds_rows = True
 
     def update_fun(self, pred: Tensor, gt: Tensor) -> None:
         """Add one batch. A UsageError if shapes do not match."""
@@ -66,6 +68,7 @@ class NormalMetric(Sums):
     LIMITS = (11.25, 22.5, 30.0)
     kept = ("sums", "histogram")
     missing = math.nan
+    adds_rows = True
 
     def update_fun(self, pred: Tensor, gt: Tensor) -> None:
         """Add one batch, whose true normals have unit length. A UsageError if shapes do not match."""

@@ -67,7 +67,9 @@ def _step(
     libmtl: Annotated[Path | None, typer.Option(help="Folder of a LibMTL checkout, for the peer libmtl.")] = None,
     arch: Annotated[str, typer.Option(help="Architecture.")] = "HPS",
     tasks: Annotated[list[int], typer.Option("--tasks", "--t", "-T", help="Number of tasks; may be repeated.")] = [3],  # noqa: B006
-    net: Annotated[str, typer.Option(help="resnet18, resnet50 (dilated), or mlp (128-512-512-512).")] = "resnet18",
+    net: Annotated[
+        str, typer.Option(help="resnet18, resnet50 (dilated), mlp (128-512-512-512) or tiny (16-32-32).")
+    ] = "resnet18",
     batch: Annotated[int, typer.Option(help="Rows of the batch.")] = 32,
     size: Annotated[str, typer.Option(help="Height and width of the images, as 64 or 288x384.")] = "64",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")] = "cpu",
@@ -101,6 +103,40 @@ def _step(
         seconds=seconds,
     )  # fmt: skip
     _end(all(not row["library"].startswith("fastmtl") or "median_ms" in row for row in rows))
+
+
+@bench.command("overhead", cls=Command)
+def _overhead(
+    weighting: Annotated[
+        list[str] | None, typer.Option(help="Strategy to measure; may be repeated, eight if not given.")
+    ] = None,
+    peer: Annotated[list[str] | None, typer.Option(help="libmtl or torchjd; may be repeated.")] = None,
+    libmtl: Annotated[Path | None, typer.Option(help="Folder of a LibMTL checkout, for the peer libmtl.")] = None,
+    tasks: Annotated[list[int], typer.Option("--tasks", "--t", "-T", help="Number of tasks; may be repeated.")] = [  # noqa: B006
+        1,
+        3,
+        8,
+        40,
+    ],
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")] = "cpu",
+    compile: Annotated[bool, typer.Option("--compile", help="Measure our step compiled too.")] = False,
+    csv: Annotated[Path | None, typer.Option(help="File to write the rows to.")] = None,
+    seconds: Annotated[float, typer.Option(help="Time for each strategy and number of tasks.")] = 5.0,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+) -> None:
+    """Time steps of a tiny network, where the host is what takes time, and count what they launch.
+
+    Beside our step stand plain loops with balance and mtl_backward, a loop that adds the losses up, the floor (the
+    forward passes, VJPs and the optimizer in plain torch), LibMTL and TorchJD.
+    """
+    from fastmtl.benchmarks.overhead import STRATEGIES, run_overhead
+
+    _use_threads(threads)
+    rows = run_overhead(
+        weighting or STRATEGIES, peers=peer or [], libmtl=libmtl, tasks=tasks, device=device, compile=compile,
+        csv_path=csv, seconds=seconds,
+    )  # fmt: skip
+    _end(all("wrong" not in row for row in rows))
 
 
 @bench.command("autojac", cls=Command)

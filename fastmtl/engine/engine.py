@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -77,7 +77,12 @@ class GradientEngine:
                 batches.append(batch_grads)
             else:
                 batches[0].absorb(batch_grads)
-        return Jacobian(batches, torch.stack(losses), preds, ctx, self.problem, self.comm)
+        return Jacobian(batches, _stacked(losses), preds, ctx, self.problem, self.comm)
+
+
+def _stacked(losses: Sequence[Tensor]) -> Tensor:
+    """Return the losses (T,) of n batches as (n, T), a view of those of a single one."""
+    return torch.stack(list(losses)) if len(losses) > 1 else losses[0].unsqueeze(0)
 
 
 class LossSum:
@@ -122,7 +127,7 @@ class LossSum:
             pending.backward(weights.shared)
             del pending
         self._comm.all_reduce_grads(self._ctx.tasks)
-        self.losses = self._of_step(torch.stack(self._losses))
+        self.losses = self._of_step(_stacked(self._losses))
 
     def _of_step(self, losses: Tensor) -> Tensor:
         return step_losses(self._regions.problem, self._ctx, losses, self._comm)

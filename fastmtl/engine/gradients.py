@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from fastmtl import ops
 from fastmtl.engine.weights import Row
 from fastmtl.ops._rows import is_dense
 
@@ -72,13 +74,30 @@ class TaskGradients:
         return total
 
     def _scaled(self, weights: Tensor | None) -> Sequence[Grads]:
+        """Return gradients that add up to the sum over the tasks."""
         if weights is None:
             return self.parts
-        by_task = weights.unbind()
-        if len(self.parts) == 1 and len(by_task) > 1:
-            assert self.owners is not None
-            return [_scaled(self.parts[0], [by_task[owner] for owner in self.owners])]
-        return [_scaled(part, [weight] * len(self.params)) for part, weight in zip(self.parts, by_task, strict=True)]
+        if len(self.parts) > 1 or len(weights) == 1:
+            return [_combined(self.parts, weights, None)]
+        assert self.owners is not None
+        return [_combined(self.parts, weights, self.owners)]
+
+
+def _combined(parts: Sequence[Grads], weights: Tensor, owners: Sequence[int] | None) -> Row:
+    """Return ``sum_t w_t parts_t``, or a single part with each gradient times the weight (T,) of its owner."""
+    present = [grad for part in parts for grad in part if grad is not None]
+    if present and all(type(grad) is Tensor and grad.layout == torch.strided for grad in present):
+        groups = None if owners is None else list(owners)
+        by_group = weights if groups is None else weights[: max(groups) + 1, None]
+        return cast(Row, ops.combine(parts, by_group, groups))
+    # Gradients may be sparse, as those of an embedding, or sharded.
+    by_task = weights.unbind()
+    if owners is not None:
+        return _times(parts[0], [by_task[owner] for owner in owners])
+    total: Row = [None] * len(parts[0])
+    for part, weight in zip(parts, by_task, strict=True):
+        total = summed([total], [_times(part, [weight] * len(part))])[0]
+    return total
 
 
 class WeightedGradients(TaskGradients):
@@ -88,7 +107,7 @@ class WeightedGradients(TaskGradients):
         return self.parts
 
 
-def _scaled(grads: Grads, weights: Sequence[Tensor]) -> Row:
+def _times(grads: Grads, weights: Sequence[Tensor]) -> Row:
     return [None if grad is None else grad * weight.to(grad.dtype) for grad, weight in zip(grads, weights, strict=True)]
 
 

@@ -126,7 +126,7 @@ class BatchGradients:
 def detached(losses: Tensor | Sequence[Tensor], preds: Mapping[str, object]) -> tuple[Tensor, Mapping[str, object]]:
     """Return the losses (T,) and the predictions without their graph."""
     if not isinstance(losses, Tensor):
-        losses = torch.stack([loss.detach() for loss in losses])
+        losses = torch.stack(list(losses)).detach()
     return losses, detached_tree(preds)
 
 
@@ -182,6 +182,8 @@ class Jacobian:
         if gram.dim() == 3:
             return gram.sum(0)
         size = len(self.losses)
+        if len(gram) == size:
+            return gram
         return torch.stack([gram[a : a + size, a : a + size] for a in range(0, len(gram), size)]).mean(0)
 
     def write_grads(self, weights: Weights) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,11 @@ from fastmtl.engine.trees import leaves
 from fastmtl.loss import AbsLoss
 from fastmtl.support.kinds import Tree
 
-__all__ = ["labelled_entries", "labelled_places", "present_tasks"]
+__all__ = ["are_complete", "is_overridden", "labelled_entries", "labelled_places", "present_tasks"]
+
+# Entries of labels that are looked at together; of larger ones the first row nearly always has a label.
+_MOST_LOOKED_AT = 2**16
+_UNSIGNED = (torch.bool, torch.uint8)
 
 
 def labelled_entries(loss: AbsLoss, labels: Tree) -> int | Tensor:
@@ -39,7 +44,7 @@ def labelled_entries(loss: AbsLoss, labels: Tree) -> int | Tensor:
 def labelled_places(loss: AbsLoss, labels: Tensor) -> Tensor:
     """Return ``loss.labelled(labels)``, with a 1 for the channels that losses of this package leave out."""
     known = loss.labelled(labels)
-    if known.dim() == labels.dim() - 1 and labels.dim() > 2 and not _is_overridden(loss, "labelled"):
+    if known.dim() == labels.dim() - 1 and labels.dim() > 2 and not is_overridden(loss, "labelled"):
         return known.unsqueeze(1)
     return known
 
@@ -55,6 +60,32 @@ def present_tasks(losses: Mapping[str, AbsLoss], labels: Sequence[Mapping[str, T
         if any(task in of_batch and _has_any(loss, of_batch[task]) for of_batch in labels)
     ]
     return None if len(present) == len(losses) else present
+
+
+def are_complete(losses: Mapping[str, AbsLoss], labels: Mapping[str, Tree]) -> bool:
+    """Return True if one look at the labels of all tasks, small ones in the host's memory, shows that all are there."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    count = 0
+    for task, loss in losses.items():
+        gt = labels.get(task)
+        if not isinstance(gt, Tensor) or not gt.is_cpu or not loss.marks_entries:
+            return False
+        size, dtype = gt.numel(), gt.dtype
+        count += size
+        if not size or count > _MOST_LOOKED_AT:
+            return False
+        if not dtype.is_floating_point:
+            if loss.ignore_index is None or (dtype in _UNSIGNED and loss.ignore_index < 0):
+                continue
+            if loss.ignore_index >= 0:
+                return False
+        by_dtype.setdefault(dtype, []).append(gt if gt.dim() == 1 else gt.reshape(-1))
+    for dtype, flat in by_dtype.items():
+        entries = torch.cat(flat)
+        # A NaN shows in the sum, and a negative marker in the least entry.
+        if not (math.isfinite(entries.sum().item()) if dtype.is_floating_point else entries.min().item() >= 0):
+            return False
+    return True
 
 
 def _has_any(loss: AbsLoss, labels: Tree) -> bool:
@@ -93,7 +124,7 @@ def _has_label(loss: AbsLoss, row: Any) -> bool | Tensor:
 def _user_divisor(loss: AbsLoss, labels: Tree) -> int | Tensor | None:
     """Return the divisor by a user's method for labels that are not a tensor; None if no method takes them."""
     for name in ("divisor", "labelled"):
-        if not _is_overridden(loss, name):
+        if not is_overridden(loss, name):
             continue
         try:
             value: Any = getattr(loss, name)(labels)
@@ -113,7 +144,7 @@ def _number(divisor: Any) -> int | Tensor:
     return divisor if isinstance(divisor, int | Tensor) else torch.tensor(float(divisor), dtype=torch.float64)
 
 
-def _is_overridden(loss: AbsLoss, name: str) -> bool:
+def is_overridden(loss: AbsLoss, name: str) -> bool:
     """Return whether a method of a loss, or of the loss it wraps, is a user's."""
     inner: Any = getattr(loss, "inner", None)
     method = getattr(type(inner if hasattr(inner, "compute_loss") else loss), name, None)

@@ -192,6 +192,8 @@ class Problem:
                 f"A label of {task} is {label[1]}, but its predictions have no such class: classes count from 0, and a "
                 "missing label is marked by the ignore_index of the loss."
             ) from cause
+        if isinstance(loss, Tensor) and not loss.dim() and loss.dtype == torch.float32:
+            return loss
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise UsageError(

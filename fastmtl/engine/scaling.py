@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol, TypeVar
 
 from torch import Tensor, nn
@@ -58,10 +58,9 @@ class LossScale:
     def unscale(self, params: Iterable[nn.Parameter]) -> None:
         """Divide ``.grad`` by the scale."""
 
-    @contextmanager
-    def undoing(self, state: Undoable[T]) -> Iterator[None]:
+    def undoing(self, state: Undoable[T]) -> AbstractContextManager[None]:
         """Undo the state changes of the block if the gradients of this step overflow."""
-        yield
+        return nullcontext()
 
     def settle(self, found_inf: Tensor) -> None:
         """Set ``masked`` from the guard's flag, and adapt the scale."""

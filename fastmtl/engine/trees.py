@@ -23,18 +23,16 @@ def map_tree(
     Leaves are all objects but mappings, lists and tuples, and those that satisfy ``is_leaf``. Mappings are rebuilt by
     :func:`mapping_like`. ``others`` are trees of the same structure; ``function`` takes one leaf of each tree.
     """
-
-    def mapped(entry: Any, *rest: Tree) -> Tree:
-        return map_tree(function, entry, *rest, is_leaf=is_leaf)
-
-    if is_leaf(tree):
+    if isinstance(tree, Tensor) or is_leaf(tree):
         return function(tree, *others)
     if isinstance(tree, Mapping):
-        return mapping_like(
-            tree, {key: mapped(entry, *(other[key] for other in others)) for key, entry in tree.items()}
-        )
+        parts = {
+            key: map_tree(function, entry, *(other[key] for other in others), is_leaf=is_leaf)
+            for key, entry in tree.items()
+        }
+        return parts if type(tree) is dict else mapping_like(tree, parts)
     if isinstance(tree, list | tuple):
-        items = [mapped(*entry) for entry in zip(tree, *others, strict=True)]
+        items = [map_tree(function, *entry, is_leaf=is_leaf) for entry in zip(tree, *others, strict=True)]
         return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
     return function(tree, *others)
 

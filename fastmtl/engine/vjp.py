@@ -29,8 +29,11 @@ def vjp(
     if not pairs or not wanted:
         return [None] * len(inputs)
     roots, seeds = zip(*pairs, strict=True)
-    grads = iter(torch.autograd.grad(roots, wanted, seeds, retain_graph=retain, allow_unused=True))
-    return [next(grads) if _has_gradient(source) else None for source in inputs]
+    grads = torch.autograd.grad(roots, wanted, seeds, retain_graph=retain, allow_unused=True)
+    if len(wanted) == len(inputs):
+        return list(grads)
+    rest = iter(grads)
+    return [next(rest) if _has_gradient(source) else None for source in inputs]
 
 
 def seeded(outputs: Sequence[Tensor], cotangents: Cotangents) -> list[tuple[Tensor, Tensor]]:

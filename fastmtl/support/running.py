@@ -53,6 +53,20 @@ class RunningMean:
             weight.detach().to(wide_dtype(weight.device)) if isinstance(weight, Tensor) else weight
         )
 
+    def add_each(self, values: Tensor, weights: Tensor) -> None:
+        """Add values (n,) with weights (n,), as n calls of :meth:`add` do."""
+        values = values.detach()
+        dtype = wide_dtype(values.device)
+        if self._total is None:
+            self._total = torch.zeros((), dtype=dtype, device=values.device)
+        weights = weights.to(values.device, dtype)
+        products = torch.where(weights == 0, 0, values.to(dtype) * weights)
+        before = self._weight if isinstance(self._weight, Tensor) else torch.full_like(self._total, self._weight)
+        before = before.to(values.device, dtype)
+        # One after the other, so that it does not matter how many come at once.
+        sums = torch.stack([torch.cat([self._total[None], products]), torch.cat([before[None], weights])]).cumsum(1)
+        self._total, self._weight = sums[:, -1].unbind()
+
     def sync(self, peers: Group) -> None:
         """Reduce the sums over all processes; waits for them."""
         self._total = peers.all_reduce_optional(self._total)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fastmtl.engine.labels import present_tasks
+from fastmtl.engine.labels import are_complete, present_tasks
 from fastmtl.errors import UsageError
 from fastmtl.support.profiling import part
 from fastmtl.trainer.checkpoint.files import rng_state, set_rng_state
@@ -79,9 +79,11 @@ class TrainingEpoch:
                 with part("loader"):
                     fetched = list(islice(batches, step.batches))
                     # Before the copy: on the device, finding out would wait for it.
-                    present = present_tasks(meter.losses, [labels for _, labels in fetched])
+                    labels = [of_batch for _, of_batch in fetched]
+                    complete = all(are_complete(meter.losses, of_batch) for of_batch in labels)
+                    present = None if complete else present_tasks(meter.losses, labels)
                     ready = [trainer.prepared(batch) for batch in fetched]
-                losses, preds = self._step(ready, present)
+                losses, preds = self._step(ready, present, complete)
                 trainer.schedule.after_step()
                 self._score(losses, preds, ready, fetched)
             if profiler is not None:
@@ -121,13 +123,17 @@ class TrainingEpoch:
             set_rng_state(start["rng"], generators)
         return batches
 
-    def _step(self, batches: list[tuple[Any, Any]], present: list[int] | None) -> tuple[dict[str, Tensor], Predictions]:
+    def _step(
+        self, batches: list[tuple[Any, Any]], present: list[int] | None, complete: bool
+    ) -> tuple[Mapping[str, Tensor], Predictions]:
         """Run one step; once, when it is compiled and warm, also tell how much of it was."""
         trainer, step = self._trainer, self._trainer.step
         if not step.engine.regions.compiled or trainer.compile_report is not None or step.warmth < 2:
-            return step(batches, self._buffer, present)
-        results: list[tuple[dict[str, Tensor], Predictions]] = []
-        report = measure_compiled(lambda: results.append(step(batches, self._buffer, present)), step.engine.regions)
+            return step(batches, self._buffer, present, complete)
+        results: list[tuple[Mapping[str, Tensor], Predictions]] = []
+        report = measure_compiled(
+            lambda: results.append(step(batches, self._buffer, present, complete)), step.engine.regions
+        )
         trainer.compile_report = report
         trainer.logger.on_compile(str(report))
         return results[0]

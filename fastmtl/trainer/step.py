@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from fastmtl._loss.base import Complete
 from fastmtl.engine.comm import Comm
 from fastmtl.engine.context import LearningRates, StepContext, step_losses
 from fastmtl.engine.losses import Problem
@@ -21,7 +23,7 @@ from fastmtl.trainer.compile.capture import make_capture
 from fastmtl.trainer.compile.engines import engines_to_try
 from fastmtl.trainer.compile.trial import Trial
 from fastmtl.trainer.guard import FiniteGuard
-from fastmtl.trainer.log.records import StepBuffer, StepSignals
+from fastmtl.trainer.log.records import StepBuffer, StepSignals, TaskLosses
 from fastmtl.trainer.optim.masking import MaskedOptimizer
 from fastmtl.trainer.precision import make_scaler
 from fastmtl.trainer.setup.options import StepOptions
@@ -35,6 +37,9 @@ __all__ = ["Predictions", "TrainingStep"]
 
 Batches: TypeAlias = Sequence[tuple[object, Labels]]
 Predictions: TypeAlias = list[Mapping[str, object]]
+
+
+_NOTHING: AbstractContextManager[None] = nullcontext()
 
 
 class Outcome(NamedTuple):
@@ -56,6 +61,8 @@ class Outcome(NamedTuple):
 
     def spread(self, tasks: StepTasks, fill: float) -> Outcome:
         """Return what is of some tasks as of all, ``fill`` for those that are not in the step."""
+        if tasks.are_all:
+            return self
         losses = tasks.spread(self.losses, fill)
         assert losses is not None
         weights, gram = tasks.spread(self.weights, fill), tasks.spread(self.gram, fill)
@@ -125,8 +132,8 @@ class TrainingStep:
         return self.trial.warmth
 
     def __call__(
-        self, batches: Batches, buffer: StepBuffer, present: Sequence[int] | None = None
-    ) -> tuple[dict[str, Tensor], Predictions]:
+        self, batches: Batches, buffer: StepBuffer, present: Sequence[int] | None = None, complete: bool = False
+    ) -> tuple[Mapping[str, Tensor], Predictions]:
         """Run one step.
 
         Args:
@@ -134,6 +141,7 @@ class TrainingStep:
                 task; if multi-input the inputs are by task too.
             buffer: Where losses, weights and Gram matrix are kept for the log.
             present: The tasks that have labels, in order; all if None.
+            complete: Whether the labels are known to have no missing entry.
 
         Returns:
             The losses by task, averaged over the batches, and predictions by task: of the last sample, or of each
@@ -144,12 +152,12 @@ class TrainingStep:
         tasks = self._tasks(present)
         if not tasks.are_all or len(batches) < self.batches:
             self.trial.leave_out()
-        done = self.capture(partial(self._run, tasks), batches, tasks.are_all)
+        with Complete(label for _, labels in batches for label in labels.values()) if complete else _NOTHING:
+            done = self.capture(partial(self._run, tasks), batches, tasks.are_all)
         self.unreached.look(tasks.names)
         self.latest = StepSignals(losses=done.losses, weights=done.weights, gram=done.gram)
         buffer.add(done.losses, done.weights, done.gram)
-        by_task = done.losses.unbind()
-        return {task: by_task[place] for task, place in zip(tasks.names, tasks.places, strict=True)}, done.preds
+        return TaskLosses(tasks.names, tasks.places, done.losses), done.preds
 
     def _run(self, tasks: StepTasks, batches: Batches) -> Outcome:
         """Run what happens on the device: the whole of a step."""

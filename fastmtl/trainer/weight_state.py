@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -134,15 +134,14 @@ class WeightState:
             assert shared is not None
             self.kept = replace(self.kept, shared=shared, heads=heads, logged=logged)
 
-    @contextmanager
-    def restricted(self, tasks: StepTasks) -> Iterator[WeightState]:
+    def restricted(self, tasks: StepTasks) -> AbstractContextManager[WeightState]:
         """Let the strategy, and what is held between steps, be of the tasks of a step."""
-        with tasks.alone(self.strategy):
-            if tasks.are_all:
-                yield self
-                return
-            with self._narrowed(tasks.places):
-                yield self
+        return nullcontext(self) if tasks.are_all else self._restricted(tasks)
+
+    @contextmanager
+    def _restricted(self, tasks: StepTasks) -> Iterator[WeightState]:
+        with tasks.alone(self.strategy), self._narrowed(tasks.places):
+            yield self
 
     @contextmanager
     def _narrowed(self, tasks: list[int]) -> Iterator[None]:

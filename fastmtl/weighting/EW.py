@@ -25,14 +25,17 @@ class EW(AbsWeighting):
     }
 
     _constants: list[float] | None = None
+    _weights: Tensor | None = None
 
     def weigh(self, losses: Tensor, gram: None, *, loss_weights: Sequence[str] = (), **hyper: object) -> Weights:
         """Return the constants."""
         if self._constants is None:
             self._constants = self._read(loss_weights)
-        # A tensor made from Python numbers on another device would be a copy that waits.
-        constants = self._constants if self.active is None else [self._constants[task] for task in self.active]
-        return Weights(shared=torch.stack([torch.full_like(losses[0], value) for value in constants]))
+        if self.active is not None:
+            return Weights(shared=_filled([self._constants[task] for task in self.active], losses))
+        if self._weights is None or self._weights.device != losses.device or self._weights.dtype != losses.dtype:
+            self._weights = _filled(self._constants, losses)
+        return Weights(shared=self._weights)
 
     def _read(self, loss_weights: Sequence[str]) -> list[float]:
         """Return the constants of all tasks."""
@@ -45,3 +48,8 @@ class EW(AbsWeighting):
             except ValueError:
                 raise UsageError(f"loss_weights must be given as task=number, got {assignment!r}.") from None
         return list(constants.values())
+
+
+def _filled(values: Sequence[float], losses: Tensor) -> Tensor:
+    """Return numbers as a tensor like the losses, filled on their device: a copy from the host would wait."""
+    return torch.stack([torch.full_like(losses[0], value) for value in values])

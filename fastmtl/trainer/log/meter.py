@@ -20,6 +20,7 @@ from fastmtl.errors import UsageError
 from fastmtl.loss import AbsLoss
 from fastmtl.metrics import AbsMetric
 from fastmtl.support.kinds import Settings, State
+from fastmtl.trainer.log.batches import BatchQueue
 from fastmtl.trainer.setup.tasks import TaskDict, losses_of, metrics_of
 from fastmtl.utils import count_improvement
 
@@ -55,6 +56,7 @@ class PerformanceMeter:
         self._begin = 0.0
         self._seen: set[str] = set()
         self._scored: set[str] = set()
+        self._queue = BatchQueue(self.losses, self.metrics)
 
     def begin(self) -> None:
         """Start a pass: the clock and empty sums."""
@@ -63,6 +65,7 @@ class PerformanceMeter:
             # Which one of a user's own need not know of.
             self.losses[task]._running.reset()
             self.metrics[task].reinit()
+        self._queue.clear()
         self._seen.clear()
         self._scored.clear()
         self._begin = time.perf_counter()
@@ -85,6 +88,15 @@ class PerformanceMeter:
             on_host: The labels as they were before they came to the device, where looking for missing ones would wait.
             others: Labels by task of further batches that the losses are means over, without predictions.
         """
+        # One task at a time of several would not be of one layout.
+        together = not others and len(losses) == len(self.task_name)
+        if together and self._queue.put(losses, preds, labels):
+            if self._queue.is_full:
+                self._add_up()
+            return
+        self._add_up()
+        if together and self._queue.put(losses, preds, labels):
+            return
         for task, loss in losses.items():
             scored = labels.get(task) is not None
             if not scored and all(batch.get(task) is None for batch in others):
@@ -97,6 +109,16 @@ class PerformanceMeter:
                 self.losses[task].accumulate(loss, sum(counts))
             if scored:
                 self._score(task, preds[task], labels[task], (on_host or labels)[task])
+
+    @torch.no_grad()
+    def _add_up(self) -> None:
+        """Take in the batches that are queued."""
+        count = len(self._queue)
+        for task, losses, pred, gt in self._queue.take():
+            loss = self.losses[task]
+            loss._running.add_each(losses, loss.divisors(gt, count))
+            self._score(task, pred, gt, gt)
+            self._seen.add(task)
 
     def _score(self, task: str, pred: Any, gt: Any, on_host: Any) -> None:
         """Show a metric what is labelled of a batch."""
@@ -121,6 +143,7 @@ class PerformanceMeter:
 
     def loss_sums(self) -> dict[str, LossState]:
         """Return the losses of the pass so far by task, for :meth:`go_on`."""
+        self._add_up()
         return {task: self.losses[task]._state() for task in self._seen}
 
     def go_on(self, loss_sums: Mapping[str, LossState]) -> None:
@@ -135,6 +158,7 @@ class PerformanceMeter:
 
         They are NaN for a task that no batch had labels of, which is in ``unlabelled``.
         """
+        self._add_up()
         self._seen.update(*self.peers.all_gather_object(self._seen))
         self._scored.update(*self.peers.all_gather_object(self._scored))
         for task in self.task_name:

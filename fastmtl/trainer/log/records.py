@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,33 @@ from torch import Tensor
 from fastmtl.support.dtypes import wide_dtype
 from fastmtl.trainer.log.logger import StepRecords, conflict_share
 
-__all__ = ["StepBuffer", "StepSignals"]
+__all__ = ["StepBuffer", "StepSignals", "TaskLosses"]
+
+
+class TaskLosses(Mapping[str, Tensor]):
+    """The losses of a step by task.
+
+    Attributes:
+        vector: (T,) losses of all tasks; NaN for one that is not in the step, and not among the names.
+
+    Args:
+        names: The tasks of the step.
+        places: Their places in the vector.
+        vector: The losses.
+    """
+
+    def __init__(self, names: Sequence[str], places: Sequence[int], vector: Tensor) -> None:
+        self.vector = vector
+        self._places = dict(zip(names, places, strict=True))
+
+    def __getitem__(self, task: str) -> Tensor:
+        return self.vector[self._places[task]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -57,10 +57,10 @@ class MaskedOptimizer:
             optimizer.grad_scale = None  # type: ignore[attr-defined]
             optimizer.found_inf = found_inf  # type: ignore[attr-defined]
 
-    @torch.no_grad()
     def step(self) -> None:
         """Update the parameters from their gradients unless the flag is 1."""
-        self._start_momentum()
+        if isinstance(self.optimizer, torch.optim.SGD):
+            self._start_momentum(self.optimizer)
         if self.fused:
             self._run()
         elif self.reads:
@@ -85,6 +85,7 @@ class MaskedOptimizer:
             ) from cause
         self._has_run = True
 
+    @torch.no_grad()
     def _run_undone(self) -> None:
         params = [param for group in self.optimizer.param_groups for param in group["params"] if param.grad is not None]
         state = self.optimizer.state
@@ -100,21 +101,20 @@ class MaskedOptimizer:
                 if tensor.device == masked.device:
                     tensor.copy_(torch.where(masked, remembered.get(name, torch.zeros_like(tensor)), tensor))
 
-    def _start_momentum(self) -> None:
+    @torch.no_grad()
+    def _start_momentum(self, optimizer: torch.optim.SGD) -> None:
         """Give parameters their momentum at their first gradient.
 
         Fused SGD does so only where all of them begin together, and leaves it uninitialised if that step is skipped.
         SGD begins with the gradient itself as momentum, undampened: ``m v + (1 - d) g = g`` of a ``v = d g / m`` that
         is put there before the first step that is not skipped. Which that is, the optimizer's state knows.
         """
-        if not isinstance(self.optimizer, torch.optim.SGD):
-            return
-        for group in self.optimizer.param_groups:
+        for group in optimizer.param_groups:
             momentum, dampening = group["momentum"], group["dampening"]
             for param in group["params"] if momentum else ():
                 if param.grad is None:
                     continue
-                state = self.optimizer.state[param]
+                state = optimizer.state[param]
                 if state.get("momentum_buffer") is None:
                     state["momentum_buffer"] = torch.zeros_like(param.grad)
                     if dampening:

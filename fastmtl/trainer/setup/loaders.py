@@ -54,7 +54,12 @@ def to_device(value: Tree, device: torch.device) -> Tree:
         # Entries of some dictionaries are attributes too, and some have an answer for every name.
         return hasattr(type(leaf) if isinstance(leaf, Mapping) else leaf, "to")
 
-    return map_tree(lambda leaf: leaf.to(device, non_blocking=True) if moves(leaf) else leaf, value, is_leaf=moves)
+    def moved(leaf: Any) -> Any:
+        if type(leaf) is Tensor and leaf.device == device:
+            return leaf
+        return leaf.to(device, non_blocking=True) if moves(leaf) else leaf
+
+    return map_tree(moved, value, is_leaf=moves)
 
 
 def to_channels_last(value: Tree) -> Tree:
