@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, the most valuable first, within a deadline. The results are in one archive that is
+# Everything that only a GPU can show, the most valuable first, within a deadline. The results are in one archive, which is
 # written anew after every step, so that what is done by then outlasts whatever happens. Needs a Python with torch,
 # setuptools, pybind11, pytest and hypothesis, and nvcc; no network.
 #
 #   benchmarks/gpu/run.sh [--only PART]... [--deadline SECONDS] [--out FILE.tar.gz] [--libmtl DIR] [--torchjd DIR]
 #                         [--device cuda] [--prebuilt] [--dry-run]
 #
-# --only      one of the parts build, small, kernels, step, capture, tests, compiled, memcheck, profile; may be repeated.
-#             An archive that is there is continued
+# --only      one of the parts build, small, kernels, step, capture, tests, compiled, triton, memcheck, profile; may be
+#             repeated. An archive that is there is continued
 # --deadline  seconds, 540 if not given, after which nothing runs: every step's limit is cut by what is left
 # --out       the archive; benchmarks/results/<device>-<date>.tar.gz if not given
 # --libmtl    a checkout of LibMTL to compare with; --torchjd likewise, a checkout or wheel
@@ -17,7 +17,7 @@ set -uo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
 cd "$root" || exit 1
 python=${PYTHON:-python3}
-parts=(build small kernels step capture tests compiled memcheck profile)
+parts=(build small kernels step capture tests compiled triton memcheck profile)
 device=cuda
 deadline=540
 dry=0
@@ -139,7 +139,6 @@ for part in "${only[@]}"; do
       ;;
     small)
       step small 60 small "$python" -m fastmtl.benchmarks.gpu.small --device "$device"
-      [ $dry = 1 ] || step small 60 small-triton "$python" -m fastmtl.benchmarks.gpu.small --device "$device" --backend triton
       ;;
     kernels)
       ops=(--op gram --op combine --op min_norm --op pcgrad)
@@ -164,14 +163,22 @@ for part in "${only[@]}"; do
       if [ $dry = 1 ]; then
         checked tests 90 tests tests/ops/test_rows.py
       else
-        checked tests 90 tests tests/ops tests/ops/triton_cases.py -k "cuda or triton or any_" -m "not slow"
+        checked tests 90 tests tests/ops -k "cuda or triton or any_" -m "not slow"
       fi
       ;;
     compiled)
       timed compiled 60 MGDA-compiled "${mlp[@]}" --compile
-      ops=(--op gram --op combine --op min_norm --op pcgrad)
-      [ $dry = 1 ] || FASTMTL_BACKEND=triton step compiled 60 kernels-triton "$python" -m fastmtl bench kernels \
-        --device "$device" --csv "$results/kernels-triton.csv" "${ops[@]}"
+      ;;
+    triton)
+      # Without the interpreter; each new size is compiled first.
+      if [ $dry = 1 ]; then
+        missing triton triton "there is no GPU"
+        continue
+      fi
+      step triton 60 small-triton "$python" -m fastmtl.benchmarks.gpu.small --device "$device" --backend triton
+      FASTMTL_BACKEND=triton step triton 60 kernels-triton "$python" -m fastmtl bench kernels --device "$device" \
+        --csv "$results/kernels-triton.csv" --op gram --op combine --op min_norm --op pcgrad
+      checked triton 60 tests-triton tests/ops/triton_cases.py
       ;;
     memcheck)
       for tool in memcheck racecheck; do
