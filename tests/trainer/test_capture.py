@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from fastmtl import Trainer
+from fastmtl._loss.base import is_complete
 from fastmtl.engine.trees import leaves
+from fastmtl.loss import MSELoss
 from fastmtl.trainer.compile import capture
 from fastmtl.trainer.compile.capture import (
     CaptureTrial,
@@ -28,7 +30,7 @@ from fastmtl.trainer.precision import LossScaler
 from fastmtl.trainer.setup.combinations import check_distributed
 from fastmtl.trainer.setup.options import StepOptions
 from fastmtl.weighting import WEIGHTINGS, AbsWeighting, Weights
-from tests.trainer.toy import Listener, encoder, flat, loaders, make_trainer
+from tests.trainer.toy import Listener, encoder, flat, loaders, make_trainer, task_dict
 
 CAPTURED = sorted(name for name, rule in WEIGHTINGS.items() if rule.needs != "lookahead")
 CUDA = torch.device("cuda")
@@ -276,6 +278,27 @@ def test_a_capture_that_fails_leaves_the_step_eager() -> None:
     assert torch.equal(flat(eager.model.parameters()), flat(captured.model.parameters()))
     assert len(said) == 1
     assert said[0].endswith("cannot be captured: operation not permitted when stream is capturing")
+
+
+def test_labels_known_to_be_whole_are_no_part_of_a_graph() -> None:
+    known: list[bool] = []
+
+    class Noting(MSELoss):
+        def compute_loss(self, pred: torch.Tensor, gt: torch.Tensor) -> torch.Tensor:
+            known.append(is_complete(gt))
+            return super().compute_loss(pred, gt)
+
+    captured, graph, _ = _captured(
+        "EW", task_dict=task_dict(3) | {"task1": task_dict(3)["task1"] | {"loss_fn": Noting()}}
+    )
+    captured.model.epoch = 0
+    batch = next(iter(loaders(3)))
+    known.clear()
+    for _ in range(5):
+        captured.step([batch], StepBuffer(), complete=True)
+    # A replay may be of other labels.
+    assert graph.captures == 1
+    assert known == [True] * 3 + [False] * 2
 
 
 def test_a_step_that_waits_for_the_device_is_not_captured() -> None:
