@@ -328,6 +328,7 @@ def _tried(monkeypatch: pytest.MonkeyPatch, name: str, count: int = 3) -> tuple[
     """Return a trainer whose steps are run eagerly and captured in turn."""
     clock, said = _Clock(), list[str]()
     monkeypatch.setattr("fastmtl.trainer.compile.trial.time", clock)
+    monkeypatch.setattr("fastmtl.trainer.compile.capture.time", clock)
     trainer: Any = make_trainer(name, count=count)
     graph = Rerun(trainer)
     captured = StepCapture(trainer.model, trainer.optimizer, graph, said.append)
@@ -358,6 +359,29 @@ def test_auto_keeps_the_faster(name: str, seconds: float, chosen: str, monkeypat
     assert graph.is_there == (chosen == "captured")
     assert replays[-1] - replays[-6] == (4 if chosen == "captured" else 0)
     torch.testing.assert_close(flat(trainer.model.parameters()), flat(plain.model.parameters()))
+
+
+@pytest.mark.parametrize(("length", "pays"), [(4, False), (40, True)])
+def test_auto_weighs_what_new_captures_cost(length: int, pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, graph, said, clock = _tried(monkeypatch, "EW")
+    batch = next(iter(loaders(3)))
+    record = graph.capture
+
+    def slowly(function: Callable[[], Any]) -> Any:
+        clock.now += 0.3
+        return record(function)
+
+    monkeypatch.setattr(graph, "capture", slowly)
+    for step in range(200):
+        # Every epoch has a graph of its own.
+        trainer.model.epoch = max(0, step - 60) // length
+        trainer.step([batch], StepBuffer())
+        clock.now += 0.01 if trainer.step.capture.capture.replayed else 0.02
+    assert said[1].endswith("going on captured")
+    stopped = "cuda_graph: the step runs eagerly from here on, as new captures cost more than replays save"
+    assert said[2:] == ([] if pays else [stopped])
+    assert graph.is_there == pays
+    assert graph.captures == 1 + 3
 
 
 def test_auto_first_lets_the_engine_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias, TypeVar
@@ -26,6 +27,8 @@ Batches: TypeAlias = Sequence[tuple[object, Labels]]
 # seen whether the host waits for the device.
 WARM, PATIENCE = 2, 9
 _MOST_LAYOUTS = 16
+# Captures after which their cost is weighed.
+_FAIR = 3
 _PLAIN = str | bytes | int | float | None
 
 
@@ -106,6 +109,7 @@ class StepCapture:
     Attributes:
         replays: Steps that were replayed.
         replayed: Whether the last step was nothing but a replay.
+        captured: Whether it was captured first.
         failed: Whether all steps to come are eager.
     """
 
@@ -118,7 +122,7 @@ class StepCapture:
         self.tell = tell
         self.failed = False
         self.replays = 0
-        self.replayed = False
+        self.replayed = self.captured = False
         self._seen: Counter[str] = Counter()
         self._last: Any = None
         self._told = False
@@ -138,7 +142,7 @@ class StepCapture:
         """Return what ``body(batches)`` returns, a tree of tensors and None."""
         if not whole:
             return self.beside(body, batches)
-        self.replayed = False
+        self.replayed = self.captured = False
         if self.failed or not self._is_due(batches):
             return self._eagerly(body, batches)
         settings = self._fixed_settings()
@@ -152,7 +156,7 @@ class StepCapture:
         map_tree(_copy_into, self._static, batches)
         self.graph.replay()
         self.replays += 1
-        self.replayed = is_captured
+        self.replayed, self.captured = is_captured, not is_captured
         # The next replay writes where these are.
         return map_tree(_copied, self._result)
 
@@ -180,7 +184,7 @@ class StepCapture:
 
     def beside(self, body: Callable[[Batches], T], batches: Batches) -> T:
         """Run an eager step that is of no layout, between two replays."""
-        self.replayed = False
+        self.replayed = self.captured = False
         result = body(batches)
         self._settle()
         return result
@@ -255,6 +259,9 @@ class _Eager:
 class CaptureTrial:
     """Runs steps eagerly and captured in turn until it is known which is faster, once the engine is settled.
 
+    A step that is captured anew too often, as with short epochs, may lose more than its replays save: then steps are
+    eager from there on.
+
     Args:
         capture: What runs them captured.
         engines: The engines that are tried.
@@ -265,7 +272,9 @@ class CaptureTrial:
         self.capture = capture
         self.engines = engines
         ways: dict[str, _Eager | StepCapture] = {"eager": _Eager(), "captured": capture}
+        self.tell = tell
         self.trial = Trial(ways, lambda message: tell(f"cuda_graph: {message}"))
+        self._saved, self._captures = 0.0, 0
 
     def __call__(self, body: Callable[[Batches], T], batches: Batches, whole: bool = True) -> T:
         """Return what ``body(batches)`` returns."""
@@ -273,13 +282,25 @@ class CaptureTrial:
             self.trial.leave_out()
         elif not self.capture.failed and self.engines.settled:
             if self.trial.next_engine() is self.capture:
+                begin = time.perf_counter()
                 result = self.capture(body, batches)
                 if not self.capture.replayed:
                     self.trial.leave_out()
+                if self.trial.settled:
+                    self._account(time.perf_counter() - begin)
                 return result
             if self.trial.settled:
                 self.capture.discard()
         return self.capture.beside(body, batches)
+
+    def _account(self, seconds: float) -> None:
+        """Count what replays save and what new captures cost; stop if that is more after several of them."""
+        eager, captured = self.trial.seconds["eager"], self.trial.seconds["captured"]
+        self._saved += eager - captured if self.capture.replayed else min(0.0, eager - seconds)
+        self._captures += self.capture.captured
+        if self.capture.captured and self._captures >= _FAIR and self._saved < 0:
+            self.capture.discard()
+            self.tell("cuda_graph: the step runs eagerly from here on, as new captures cost more than replays save")
 
 
 def make_capturable(optimizer: torch.optim.Optimizer) -> None:

@@ -37,6 +37,7 @@ class Trial(Generic[E]):
     Attributes:
         engine: The engine of the step under way.
         chosen: The name of the fastest, None as long as it is not known, or if there is no choice.
+        seconds: What a step takes with each engine, once it is measured.
         settled: Whether the engine stays.
         warmth: Steps run with this engine so far, of those after a decision.
     """
@@ -47,9 +48,10 @@ class Trial(Generic[E]):
         self.tell = tell
         self.engine = self.engines[0]
         self.chosen: str | None = None
+        self.seconds: dict[str, float] = {}
         self.settled = len(engines) == 1
         self.warmth = 0
-        self._seconds: list[list[float]] = [[] for _ in engines]
+        self._samples: list[list[float]] = [[] for _ in engines]
         # The engines of the steps to come, and whether they are timed; first the one under way.
         self._plan = [
             (index, timed)
@@ -82,7 +84,7 @@ class Trial(Generic[E]):
         elif self._started is not None:
             index, timed = self._plan.pop(0)
             if timed:
-                self._seconds[index].append(now - self._started)
+                self._samples[index].append(now - self._started)
             self._plan = [(index, timed) for index, timed in self._plan if self.engines[index].possible]
         self._started, self._counts = now, True
         if self._left_out > self._most_left_out:
@@ -91,13 +93,13 @@ class Trial(Generic[E]):
         if self._plan:
             return self.engines[self._plan[0][0]]
         # What disturbs a full step makes it longer.
-        times = {
-            name: sorted(seconds)[len(seconds) // 4]
-            for name, engine, seconds in zip(self.names, self.engines, self._seconds, strict=True)
+        self.seconds = {
+            name: sorted(samples)[len(samples) // 4]
+            for name, engine, samples in zip(self.names, self.engines, self._samples, strict=True)
             if engine.possible
         }
-        chosen = min(times, key=times.__getitem__)
-        measured = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in times.items())
+        chosen = min(self.seconds, key=self.seconds.__getitem__)
+        measured = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in self.seconds.items())
         self.tell(f"a step takes {measured}: going on {chosen}")
         return self._choose(chosen)
 
