@@ -122,7 +122,7 @@ def waits() -> Iterator[list[str]]:
 
 def _place() -> str:
     """Return the innermost line under way that is not torch's."""
-    inner = (__file__, warnings.__file__, os.path.dirname(torch.__file__))
+    inner = (__file__, warnings.__file__, os.path.join(os.path.dirname(torch.__file__), ""))
     stack = traceback.extract_stack()
     frame = next(frame for frame in reversed(stack) if not frame.filename.startswith(inner))
     return f"line {frame.lineno} of {frame.filename}, {frame.line}"
