@@ -249,6 +249,7 @@ def test_the_step_reads_which_tasks_have_labels(monkeypatch: pytest.MonkeyPatch)
     assert asked == [[work.labels]]
 
 
+@pytest.mark.slow
 def test_a_peer_without_the_strategy_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "LibMTL").mkdir()
     rows = bench.run_step(["SI"], ["libmtl", "torchjd"], tmp_path, **SMALL)

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from fastmtl.data.rooms import make_rooms
 from tests.data.test_office import make_office
 
@@ -32,6 +34,7 @@ def _last_scores(shown: str) -> str:
     return str(found[-1])
 
 
+@pytest.mark.slow
 def test_nyu(tmp_path: Path) -> None:
     make_rooms(tmp_path / "rooms", train=4, test=2, size=(32, 40))
     options = f"--dataset_path {tmp_path}/rooms --train_bs 2 --test_bs 2 --weighting MGDA"
@@ -40,6 +43,7 @@ def test_nyu(tmp_path: Path) -> None:
     assert _last_scores(tested) == _last_scores(trained)
 
 
+@pytest.mark.slow
 def test_office(tmp_path: Path) -> None:
     make_office(tmp_path / "images", "office-31")
     shown = _run(

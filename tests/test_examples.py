@@ -40,6 +40,7 @@ def test_the_same_network_with_gradnorm(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert trainer.model.epoch == 2
 
 
+@pytest.mark.slow
 def test_a_hydra_learns_all_its_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     module = example("hydranet", monkeypatch)
     untrained = module.train(epochs=0)

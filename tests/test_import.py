@@ -62,15 +62,18 @@ def test_importing_the_package_alone_leaves_the_trainer_unloaded() -> None:
     assert loaded(probe("import fastmtl"), ("fastmtl.trainer", "fastmtl.ops", "fastmtl.data")) == []
 
 
+@pytest.mark.slow
 def test_the_trainer_is_reached_from_the_package() -> None:
     assert "fastmtl.trainer" in loaded(probe("from fastmtl import Trainer"), ("fastmtl.trainer",))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["architecture", "config", "loss", "metrics", "model", "utils", "weighting"])
 def test_modules_of_libmtl_are_reached_from_the_package(name: str) -> None:
     assert f"fastmtl.{name}" in loaded(probe(f"import fastmtl; fastmtl.{name}.__name__"), (f"fastmtl.{name}",))
 
 
+@pytest.mark.slow
 def test_the_probe_sees_heavy_imports() -> None:
     facts = probe("import matplotlib, torch._dynamo")
     assert {"matplotlib", "torch._dynamo"} <= set(loaded(facts, HEAVY))

@@ -36,6 +36,7 @@ print(faults())
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
 
 
+@pytest.mark.slow
 def test_a_trainer_on_the_cpu_keeps_memory_for_the_next_step() -> None:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
     done = subprocess.run([sys.executable, "-c", _FAULTS], capture_output=True, text=True, check=True, env=kept)

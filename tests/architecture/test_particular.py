@@ -63,6 +63,7 @@ class NarrowResNet(ResNet):
 RESNETS = {"narrow": NarrowResNet, "torchvision's": lambda: import_torchvision().models.resnet18()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", RESNETS)
 @pytest.mark.parametrize("name", ["MTAN", "Cross_stitch", "PLE", "LTB"])
 def test_the_stages_of_any_resnet(name: str, kind: str) -> None:

@@ -131,6 +131,7 @@ def test_parts_of_a_network() -> None:
     torch.testing.assert_close(engine.compute_gramian(losses), expected(net[2], losses))
 
 
+@pytest.mark.slow
 def test_nothing_is_kept_of_graphs_or_engines() -> None:
     net, inputs = build("linear")
     engine = Engine(net, batch_dim=0)

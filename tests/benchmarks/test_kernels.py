@@ -10,6 +10,7 @@ import pytest
 from fastmtl.benchmarks import runner
 
 
+@pytest.mark.slow
 def test_rows_and_picture(tmp_path: Path) -> None:
     table, picture = tmp_path / "rows.csv", tmp_path / "rows.png"
     rows = runner.run_kernels(["gram", "min_norm"], csv_path=table, plot_path=picture, quick=True)
@@ -38,6 +39,7 @@ def test_rows_outlive_an_interruption(monkeypatch: pytest.MonkeyPatch, tmp_path:
         assert {row["op"] for row in csv.DictReader(file)} == {"min_norm"}
 
 
+@pytest.mark.slow
 def test_gram_is_held_against_the_multiply_adds_too() -> None:
     pytest.importorskip("fastmtl._host", reason="fastmtl._host was not built")
     row = next(row for row in runner.run_kernels(["gram"], quick=True) if row["variant"] == "fastmtl")

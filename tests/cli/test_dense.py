@@ -72,6 +72,7 @@ def test_a_run_with_augmentation_goes_on_exactly(rooms: Path, tmp_path: Path) ->
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_office_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_office(tmp_path / "office", "office-31")
     line = f"train --dataset office-31 --dataset-path {tmp_path}/office --batch-size 2 --limit-batches 1 --no-plot"

@@ -94,6 +94,7 @@ def test_a_run_is_not_overwritten(finished: Path, capsys: pytest.CaptureFixture[
     assert (finished / "last.pt").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_run_goes_on_for_more_epochs(finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run)
@@ -103,6 +104,7 @@ def test_run_goes_on_for_more_epochs(finished: Path, tmp_path: Path) -> None:
     assert yaml.safe_load((run / "config.yaml").read_text())["epochs"] == 3
 
 
+@pytest.mark.slow
 def test_a_longer_run_follows_its_own_schedule(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     options = ["--scheduler", "cos", "--lr", "0.1", "--optim", "sgd", "--limit-batches", "2", "--train-size", "128"]
@@ -143,6 +145,7 @@ def test_device_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_checkpoint_of_another_model(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _train(tmp_path / "run", "--arch", "mtan", "--load-path", str(finished)) == 2
     assert "is of another model" in capsys.readouterr().err
@@ -176,6 +179,7 @@ def test_run_directory_is_named_after_the_run(tmp_path: Path, monkeypatch: pytes
     assert run.name.startswith("multimnist-multi-hps-ew-")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", ["best", "last"])
 @pytest.mark.parametrize("split", ["test", "val"])
 def test_eval_gives_the_metrics(
@@ -207,6 +211,7 @@ def test_eval_prints_the_metrics(finished: Path, capsys: pytest.CaptureFixture[s
     assert "Epoch" not in text
 
 
+@pytest.mark.slow
 def test_eval_gives_the_improvement_over_a_baseline(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -89,6 +89,7 @@ def test_the_gradients_are_those_of_one_process(tmp_path: Path) -> None:
                 torch.testing.assert_close(param, each, rtol=1e-9, atol=1e-12, msg=f"{case}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("library", ["lightning", "accelerate"])
 def test_other_trainers_launch_several_processes(library: str, tmp_path: Path) -> None:
     if importlib.util.find_spec(library) is None:

@@ -70,6 +70,7 @@ def _padded_own(size: int) -> int:
     return 2 * (8 * three + three) + 8 * one + one
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
 def test_elements_sent(tmp_path: Path, size: int) -> None:
     for found in in_processes(size, tmp_path, _count, [case[:2] for case in CASES]):

@@ -20,6 +20,7 @@ def _run(code: str) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_import_in_a_fresh_process() -> None:
     out = _run(
         "from fastmtl.model._torchvision import import_torchvision\n"
@@ -43,6 +44,7 @@ def test_torchmetrics_after_fastmtl() -> None:
     assert out == "[0.75]"
 
 
+@pytest.mark.slow
 def test_an_import_that_failed_before_fastmtl_works_after_it() -> None:
     out = _run(
         "try:\n"

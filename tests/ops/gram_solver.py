@@ -21,8 +21,15 @@ Solver = Callable[[Tensor], Tensor]
 DEVICES = {"reference": "cpu", "cpp": "cpu"} | ({"cuda": "cuda"} if torch.cuda.is_available() else {})
 
 
+# Numbers of tasks that say little beside those above and below them.
+BETWEEN = (5, 16, 64)
+
+
 def params(cases: Iterable[Case]) -> list[Any]:
-    return [pytest.param(case, id=case.name) for case in cases]
+    return [
+        pytest.param(case, id=case.name, marks=[pytest.mark.slow] if len(case.gram) in BETWEEN else [])
+        for case in cases
+    ]
 
 
 def check_close(case: Case, actual: Tensor, expected: Tensor, tolerance: float) -> None:

@@ -129,6 +129,7 @@ def test_a_row_of_zeros_that_is_best_has_all_weight(solver: Solver) -> None:
     assert solver(jacobian @ jacobian.T, 3.0).tolist() == [1, 0, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("c", [1e-7, 1e-5, 0.4, 1.0, 5.0])
 @pytest.mark.parametrize("size", [1, 2, 8])
 def test_not_worse_than_slsqp_and_corners(solver: Solver, backend: str, size: int, c: float) -> None:
@@ -142,6 +143,7 @@ def test_not_worse_than_slsqp_and_corners(solver: Solver, backend: str, size: in
             problem.check_not_worse(weights, corner)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "c"), [(2, 0.4), (5, 1.0), (2, 5.0)])
 def test_not_worse_than_reference(size: int, c: float) -> None:
     reference, kernel = implementation("cagrad", "reference"), backend_kernel("cagrad", "cpp")
@@ -240,6 +242,7 @@ def test_other_dtypes_are_solved_in_float64(solver: Solver, dtype: torch.dtype) 
     assert weights.dtype == torch.float64
 
 
+@pytest.mark.slow
 def test_coarse_matrices_end_on_the_simplex(solver: Solver) -> None:
     generator = torch.Generator().manual_seed(0)
     for case in zoo((2, 5)):

@@ -19,6 +19,7 @@ SOLVERS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 # Inductor itself imports what torch has deprecated.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", SOLVERS)
 def test_gram_solver_and_combine_are_one_graph(name: str) -> None:

@@ -87,6 +87,7 @@ def test_bound(solver: Solver, case: Case, targets: Callable[[int], Tensor]) -> 
     check_bound(case.gram, wanted, solver(case.gram, wanted))
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=200)
 @given(st.data())
 def test_bound_fuzz(solver: Solver, data: st.DataObject) -> None:
@@ -113,6 +114,7 @@ def test_matches_reference_projection(solver: Solver, case: Case) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", params(zoo((2, 3, 8, 40))))
 def test_no_longer_than_quadprogs(solver: Solver, case: Case) -> None:
     """The objective is at most quadprog's, which solves the same problem on a G that is made definite."""
@@ -192,6 +194,7 @@ def test_negative_targets_are_lifted(solver: Solver) -> None:
     torch.testing.assert_close(weights, torch.tensor([-1.0, 0.0, 3.0], dtype=torch.float64), rtol=0, atol=1e-11)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", params(zoo((3, 40))))
 def test_coarse_rounding_stays_finite(solver: Solver, case: Case) -> None:
     size = len(case.gram)

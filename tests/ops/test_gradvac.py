@@ -106,6 +106,7 @@ def test_update_is_near_rounding(solver: Solver, size: int) -> None:
     check(next(zoo((size,))), permutations(size), averages(size, size), 0.5, solver, exact=1e-14)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=200)
 @given(st.data())
 def test_update_fuzz(solver: Solver, data: st.DataObject) -> None:

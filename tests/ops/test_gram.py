@@ -164,6 +164,7 @@ def test_bits_do_not_depend_on_threads(kernel: Kernel, threads: int) -> None:
     assert all(torch.equal(again[0], other) for other in again)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(drawn=any_rows())
 def test_any_rows(drawn: tuple[Flat, int]) -> None:

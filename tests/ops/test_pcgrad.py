@@ -78,6 +78,7 @@ def test_update_of_many_tasks(solver: Solver, name: str) -> None:
     check_update(case, orders, solver(case.gram, orders))
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=200)
 @given(st.data())
 def test_update_fuzz(solver: Solver, data: st.DataObject) -> None:

@@ -67,6 +67,7 @@ def test_report_names_op_device_backend_and_what_is_absent() -> None:
         assert bool(entry["absent"]) == (entry["backend"] == "reference" or "cuda: " in entry["absent"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["auto", "reference", "cpp"])
 def test_a_forced_backend_serves(backend: str) -> None:
     if backend == "cpp":
@@ -78,6 +79,7 @@ def test_a_forced_backend_serves(backend: str) -> None:
         assert done.stderr == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_a_backend_for_another_device_is_refused(backend: str) -> None:
     done = run(CALL, FASTMTL_BACKEND=backend)
@@ -86,6 +88,7 @@ def test_a_backend_for_another_device_is_refused(backend: str) -> None:
     assert last.startswith(f"fastmtl.errors.BackendError: FASTMTL_BACKEND={backend} cannot serve gram on cpu")
 
 
+@pytest.mark.slow
 def test_a_forced_backend_that_is_not_built_is_refused() -> None:
     done = run(WITHOUT_EXTENSION + CALL, FASTMTL_BACKEND="cpp")
     assert done.returncode != 0
@@ -98,6 +101,7 @@ def test_a_wrong_choice_names_the_right_ones() -> None:
     assert "FASTMTL_BACKEND must be one of auto, reference, cpp, triton, cuda, got 'fastest'." in done.stderr
 
 
+@pytest.mark.slow
 def test_fallback_is_logged_once_with_its_reason() -> None:
     done = run(WITHOUT_EXTENSION + CALL)
     assert done.returncode == 0, done.stderr

@@ -79,6 +79,7 @@ def _same_names(one: Trainer, other: Trainer) -> bool:
     return list(one.model.state_dict()) == list(other.model.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"rep_grad": True}, {"multi_input": True}, {"accumulate": 2}], ids=str)
 @pytest.mark.parametrize(
     "architecture", ["HPS", "STL", "MMoE", "CGC", "DSelect_k", "MTAN", "PLE", "Cross_stitch", "LTB"]

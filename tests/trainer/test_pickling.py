@@ -142,6 +142,7 @@ def _predict(model: Any, x: Tensor, queue: Any) -> None:
     queue.put({task: pred.tolist() for task, pred in model(x).items()})
 
 
+@pytest.mark.slow
 def test_a_spawned_process() -> None:
     context = multiprocessing.get_context("spawn")
     model, x, queue = _trained().model.eval(), torch.randn(5, 6), context.Queue()

@@ -36,6 +36,7 @@ def test_writes_a_trace_and_a_table(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert names.count("fastmtl step") == names.count("fastmtl gram") == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(WEIGHTINGS))
 def test_no_part_lies_within_another(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []

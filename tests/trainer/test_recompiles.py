@@ -43,6 +43,7 @@ def quick_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastmtl.engine.regions._Region._backend", backend)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_backend")
 @pytest.mark.parametrize("vjps", REGIONS)
 def test_steps_of_many_sets_of_tasks_are_compiled_for_some_and_say_so(vjps: str) -> None:
@@ -70,6 +71,7 @@ def test_steps_of_many_sets_of_tasks_are_compiled_for_some_and_say_so(vjps: str)
     assert len([message for message in messages if "trunk" in message]) == 2 * len(trunk)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_backend")
 @pytest.mark.parametrize("vjps", REGIONS)
 def test_accumulated_batches_of_many_sets_of_tasks_are_compiled_for_some_and_say_so(vjps: str) -> None:
@@ -89,6 +91,7 @@ def test_accumulated_batches_of_many_sets_of_tasks_are_compiled_for_some_and_say
     assert messages.count(f"{REGIONS[vjps][0][-1]}: compiled for 9 sets of tasks, eager for further ones") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_backend")
 @pytest.mark.parametrize("vjps", REGIONS)
 def test_many_trainers_in_one_process_are_all_compiled(vjps: str) -> None:

@@ -37,6 +37,7 @@ def test_all_tasks_come_up_equally_often(count: int, per_step: int) -> None:
     assert (seen == 10 * per_step).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(WEIGHTINGS))
 def test_the_other_tasks_stay_as_they_are(name: str) -> None:
     trainer = _trainer(name, optim_param={"optim": "adam", "lr": 1e-2})
@@ -61,6 +62,7 @@ def test_the_other_tasks_stay_as_they_are(name: str) -> None:
         trainer.step(batches, StepBuffer())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["MGDA", "FairGrad", "MoCo", "GradVac", "FAMO", "EW", "UW", "ExcessMTL"])
 @pytest.mark.parametrize("multi_input", [False, True], ids=["single", "multi"])
 def test_trains_logs_and_resumes(name: str, multi_input: bool, tmp_path: Path) -> None:

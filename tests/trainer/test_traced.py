@@ -145,6 +145,7 @@ def test_training_is_the_same(encoder: Callable[[], nn.Module], weighting: str) 
     assert not torch.equal(flat(fresh.model.encoder.parameters()), flat(eager.model.encoder.parameters()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"accumulate": 3}, {"precision": "fp16"}, {"weight_momentum": 0.5}], ids=str)
 def test_options_of_the_step_work_as_ever(options: dict[str, Any]) -> None:
     eager, _ = _trained("sequential", ENCODERS["tied"], **options)
@@ -170,6 +171,7 @@ def _looks(layer: _Layer, x: Tensor) -> Tensor:
     return x.tanh() if float(x.detach().sum()) < 1e9 else x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoder", [lambda: _Layer(_looks), lambda: _Layer(_prints)], ids=["reads a value", "prints"])
 def test_what_is_no_graph_is_compiled_in_regions_and_says_so(encoder: Callable[[], nn.Module]) -> None:
     eager, _ = _trained("sequential", encoder)

@@ -79,6 +79,7 @@ def test_reads_nothing_on_the_host(name: str) -> None:
         trainer.step(batches, buffer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(WEIGHTINGS))
 def test_resumes_exactly(name: str, tmp_path: Path) -> None:
     options: dict[str, Any] = {"optim_param": {"optim": "adam", "lr": 1e-2}}
@@ -228,6 +229,7 @@ def test_momentum_without_weights_of_a_step_is_refused(name: str) -> None:
         _trainer(name, weight_momentum=0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(name for name in WEIGHTINGS if name != "GradDrop"))
 def test_a_task_whose_gradient_is_zero_leaves_everything_finite_and_its_decoder_learning(name: str) -> None:
     trainer = _trainer(name)
