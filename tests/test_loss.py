@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastmtl._loss.base import Complete
 from fastmtl.errors import UsageError
-from fastmtl.loss import AbsLoss, CELoss, KLDivLoss, L1Loss, MSELoss
+from fastmtl.loss import AbsLoss, BCELoss, CELoss, HuberLoss, KLDivLoss, L1Loss, MSELoss
+from fastmtl.trainer.setup.losses import as_loss
 from tests.host_reads import NoHostRead
 
 
@@ -128,3 +130,52 @@ def test_compute_loss_compiles_whole() -> None:
     pred, gt = _batches(3)[0]
     compiled = torch.compile(loss.compute_loss, fullgraph=True, backend="eager")
     assert torch.equal(compiled(pred, gt), loss.compute_loss(pred, gt))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("loss", "classes"),
+    [
+        (CELoss(), True),
+        (CELoss(weight=[1, 2, 0]), True),
+        (as_loss(nn.CrossEntropyLoss(), "loss_fn"), True),
+        (as_loss(nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 0.5])), "loss_fn"), True),
+        (as_loss(nn.CrossEntropyLoss(reduction="sum"), "loss_fn"), True),
+        (as_loss(nn.SmoothL1Loss(), "loss_fn"), False),
+        (as_loss(nn.MSELoss(reduction="sum"), "loss_fn"), False),
+        (L1Loss(), False),
+        (MSELoss(), False),
+        (HuberLoss(), False),
+        (BCELoss(pos_weight=[2.0, 1.0, 3.0]), False),
+    ],
+)
+def test_labels_known_to_be_complete_change_nothing(loss: AbsLoss, classes: bool, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    pred = torch.randn(7, 3, generator=generator).to(dtype).requires_grad_()
+    gt = torch.randint(0, 3, (7,), generator=generator) if classes else torch.rand(7, 3, generator=generator).to(dtype)
+    found = []
+    for known in ([], [gt]):
+        with Complete(known):
+            value = loss.compute_loss(pred, gt)
+        found.append((value, *torch.autograd.grad(value, pred)))
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_labels_are_known_to_be_complete_in_the_block_alone() -> None:
+    """A batch without any label of which nothing is known has the loss 0, not the NaN of torch's mean."""
+    pred, gt = torch.randn(2, 3), torch.full((2,), -100)
+    with Complete([torch.zeros(2).long()]):
+        assert CELoss().compute_loss(pred, gt) == 0
+    assert CELoss().compute_loss(pred, gt) == 0
+
+
+def test_weights_of_a_torch_loss_are_followed() -> None:
+    module = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 1.0, 1.0], dtype=torch.float64))
+    loss, pred, gt = as_loss(module, "loss_fn"), torch.randn(4, 3), torch.tensor([0, 1, 2, 2])
+    before = loss.compute_loss(pred, gt)
+    assert loss.compute_loss(pred, gt) == before
+    assert module.weight is not None
+    module.weight[2] = 5
+    torch.testing.assert_close(
+        loss.compute_loss(pred, gt), nn.functional.cross_entropy(pred, gt, weight=module.weight.float())
+    )

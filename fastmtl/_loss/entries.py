@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmtl._loss.base import AbsLoss, PerClass, mean_known
+from fastmtl._loss.base import AbsLoss, PerClass, is_complete, mean_known
 from fastmtl.errors import UsageError
 from fastmtl.support.shapes import as_entries, lined_up
 
@@ -29,7 +29,10 @@ class _EntryLoss(AbsLoss):
 
     def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
         """Return the mean over the labelled entries."""
+        knows_all = is_complete(gt)
         pred, gt = as_entries(pred, gt, type(self).__name__)
+        if knows_all and pred.dtype in (torch.float32, torch.float64):
+            return self._entries(pred, gt if gt.is_floating_point() else gt.to(pred.dtype), reduction="none").mean()
         known = lined_up(self.labelled(gt), gt)
         # A NaN label would make its zero gradient NaN.
         true = torch.where(known, gt, 0)

@@ -117,7 +117,7 @@ def step_losses(problem: Problem, ctx: StepContext, losses: Tensor, comm: Comm) 
     """Return the losses (T,) of a step from those of its batches (n, T): samples' mean, or accumulated batches' sum."""
     if len(ctx.batches) > 1 and ctx.batches[0].final:
         return mean_losses(problem, ctx.tasks, losses, [batch.labels for batch in ctx.batches], comm)
-    return losses[0] if len(losses) == 1 else losses.sum(0)
+    return losses[0] if losses.shape[0] == 1 else losses.sum(0)
 
 
 def batch_shares(problem: Problem, tasks: Tasks, labels: Sequence[Labels], comm: Comm) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -160,12 +159,15 @@ class Jacobian:
         self._ctx = ctx
         self._known = isinstance(self.pullback, Known)
         self._comm = comm
+        self._rows: Rows | None = None
 
-    @cached_property
+    @property
     def rows(self) -> Rows:
         """Return the rows summed over the processes, or this process's pieces; the first access may wait for them."""
-        rows = [row for batch in self._batches for row in batch.rows]
-        return self.pullback.collect(rows, self._comm, self._ctx.batches[0].final) if rows else rows
+        if self._rows is None:
+            rows = [row for batch in self._batches for row in batch.rows]
+            self._rows = self.pullback.collect(rows, self._comm, self._ctx.batches[0].final) if rows else rows
+        return self._rows
 
     def gram(self, groups: Sequence[int] | None = None) -> Tensor:
         """Return the Gram matrix (R, R) of the R rows; (L, R, R) with the group, 0 .. L-1, of each shared parameter."""
@@ -181,8 +183,8 @@ class Jacobian:
         """Return a (T, T) matrix from the result of :meth:`gram`: the sum over groups, or the mean over samples."""
         if gram.dim() == 3:
             return gram.sum(0)
-        size = len(self.losses)
-        if len(gram) == size:
+        size = self.losses.shape[0]
+        if gram.shape[0] == size:
             return gram
         return torch.stack([gram[a : a + size, a : a + size] for a in range(0, len(gram), size)]).mean(0)
 

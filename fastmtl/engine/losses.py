@@ -119,7 +119,8 @@ class Problem:
     def decode(self, reps: Sequence[Tensor], labels: Labels, tasks: Tasks) -> Scored:
         """Return losses and predictions from the representation of each of ``decoded(tasks)``."""
         with self._autocast():
-            preds = {task: self.model.decoders[task](rep) for task, rep in zip(self.decoded(tasks), reps, strict=True)}
+            decoders = self.model.decoders
+            preds = {task: decoders[task](rep) for task, rep in zip(self.decoded(tasks), reps, strict=True)}
         return self._score(preds, labels, tasks)
 
     def whole(self, inputs: object, labels: Labels, tasks: Tasks | None = None) -> Scored:

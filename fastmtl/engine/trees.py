@@ -25,7 +25,7 @@ def map_tree(
     """
     if isinstance(tree, Tensor) or is_leaf(tree):
         return function(tree, *others)
-    if isinstance(tree, Mapping):
+    if type(tree) is dict or isinstance(tree, Mapping):
         parts = {
             key: map_tree(function, entry, *(other[key] for other in others), is_leaf=is_leaf)
             for key, entry in tree.items()
@@ -68,6 +68,8 @@ def _copied(tree: MutableMapping[Any, Any]) -> MutableMapping[Any, Any]:
 
 def leaves(tree: Tree) -> list[Any]:
     """Return the leaves in order."""
+    if isinstance(tree, Tensor):
+        return [tree]
     if isinstance(tree, Mapping):
         return [leaf for part in tree.values() for leaf in leaves(part)]
     if isinstance(tree, list | tuple):
@@ -89,4 +91,6 @@ def detached_tree(tree: Tree) -> Tree:
 
 def tensors_of(tree: Tree) -> list[Tensor]:
     """Return the leaves that are tensors, in order."""
+    if type(tree) is tuple and len(tree) == 1 and isinstance(tree[0], Tensor):
+        return [tree[0]]
     return [leaf for leaf in leaves(tree) if isinstance(leaf, Tensor)]

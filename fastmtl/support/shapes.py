@@ -83,7 +83,7 @@ def as_classes_or_shares(pred: Tree, gt: Tree, who: str) -> tuple[Tensor, Tensor
     """Return logits and class indices as :func:`as_classes` does, or logits and probabilities of their shape."""
     if isinstance(pred, Tensor) and isinstance(gt, Tensor) and pred.dim() == 2 and gt.dim() == 1:
         rows, classes = pred.shape
-        if classes > 1 and len(gt) == rows and not gt.is_floating_point():
+        if classes > 1 and gt.shape[0] == rows and not gt.is_floating_point():
             return pred, gt
     _check_tensors(pred, gt, who)
     if not gt.is_floating_point():

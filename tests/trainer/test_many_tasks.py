@@ -49,11 +49,12 @@ def _use_plain_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     def combine_(out: Any, rows: Rows, weights: Tensor, groups: Any = None, accumulate: bool = False) -> None:
         reference["combine_"](out, *flatten(rows), weights, groups, accumulate)
 
-    def combine(rows: Rows, weights: Tensor) -> list[Tensor | None]:
+    def combine(rows: Rows, weights: Tensor, groups: Any = None) -> list[Tensor | None]:
         found = [next((part for part in column if part is not None), None) for column in zip(*rows, strict=True)]
         used = [k for k, part in enumerate(found) if part is not None]
         out = {k: torch.empty_like(found[k]) for k in used}
-        combine_(list(out.values()), [[row[k] for k in used] for row in rows], weights)
+        some = None if groups is None else [groups[k] for k in used]
+        combine_(list(out.values()), [[row[k] for k in used] for row in rows], weights, some)
         return [out.get(k) for k in range(len(found))]
 
     monkeypatch.setattr(ops, "gram", lambda rows, groups=None: reference["gram"](*flatten(rows), groups))

@@ -130,7 +130,7 @@ class BatchQueue:
             self._layout = _Layout.of(tasks, tensors)
             if self._layout is None:
                 return False
-        vector = losses.vector if isinstance(losses, TaskLosses) and len(losses.vector) == len(tasks) else None
+        vector = losses.vector if isinstance(losses, TaskLosses) and losses.vector.shape[0] == len(tasks) else None
         if vector is None:
             values = list(losses.values())
             if any(value.dim() for value in values):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from typing_extensions import override
 
+from fastmtl._loss.base import is_complete
 from fastmtl.engine.graph import reached_leaves
 from fastmtl.engine.trees import leaves, map_tree
 from fastmtl.errors import UsageError
@@ -189,7 +190,11 @@ class EntryLoss(AbsLoss):
 
     @override
     def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
+        knows_all = is_complete(gt)
         pred, gt = as_entries(pred, gt, self.kind)
+        if knows_all and gt.is_floating_point():
+            values = self.entries(pred, gt)
+            return values.sum() if self.reduction == "sum" else values.mean()
         known = self.labelled(gt)
         filled = torch.where(known, gt, 0)
         values = self.entries(pred, filled if gt.is_floating_point() else filled.to(pred.dtype))
@@ -203,14 +208,29 @@ class EntryLoss(AbsLoss):
 class _ClassLoss(EntryLoss):
     """Torch's cross-entropy, of logits or log-probabilities ``(batch, classes, ...)``."""
 
+    marks_entries = True
+
     def __init__(self, inner: Any, entries: Callable[[Tree, Tree], Tensor], reduction: str) -> None:
         super().__init__(inner, entries, reduction)
         ignored = self._setting("ignore_index")
         self.ignore_index = AbsLoss.ignore_index if ignored is None else ignored
+        # The weights as they were last asked for on other devices and in other dtypes: a copy to a GPU waits.
+        self._moved: dict[tuple[torch.device, torch.dtype | None], tuple[Tensor, int, Tensor]] = {}
 
     def _setting(self, name: str) -> Tree:
         keywords = getattr(self.entries, "keywords", {})
         return keywords.get(name, getattr(self.entries, name, None))
+
+    def _weight_on(self, device: torch.device, dtype: torch.dtype | None) -> Tensor:
+        """Return the weights on a device, in a dtype unless it is None."""
+        weight: Tensor = self._setting("weight")
+        if torch.compiler.is_compiling() or (weight.device == device and dtype in (None, weight.dtype)):
+            return weight.to(device, dtype)
+        source, version, moved = self._moved.get((device, dtype), (None, -1, weight))
+        if source is not weight or version != weight._version:
+            moved = weight.to(device, dtype)
+            self._moved[device, dtype] = weight, weight._version, moved
+        return moved
 
     @override
     def labelled(self, gt: Tensor) -> Tensor:
@@ -222,11 +242,15 @@ class _ClassLoss(EntryLoss):
         known, weight = self.labelled(gt), self._setting("weight")
         if weight is None or gt.is_floating_point():
             return known.sum()
-        return torch.where(known, weight.to(gt.device)[torch.where(known, gt.long(), 0)], 0).sum()
+        return torch.where(known, self._weight_on(gt.device, None)[torch.where(known, gt.long(), 0)], 0).sum()
 
     @override
     def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
+        knows_all = is_complete(gt)
         pred, gt = as_classes_or_shares(pred, gt, self.kind)
+        if knows_all and not gt.is_floating_point() and self._setting("weight") is None:
+            values = self.entries(pred, gt.long())
+            return values.sum() if self.reduction == "sum" else values.mean()
         known = self.labelled(gt)
         # Of integers it leaves out the missing ones by itself.
         filled = torch.where(known.unsqueeze(1), gt, 0) if gt.is_floating_point() else gt.long()
@@ -245,8 +269,8 @@ class _ClassLoss(EntryLoss):
                 "it must have one for each."
             )
         single = weight.dtype == torch.float64 or not weight.is_floating_point()
-        cast = weight.to(pred.device, torch.float64 if pred.dtype == torch.float64 else None)
-        cast = cast.float() if single and pred.dtype != torch.float64 else cast
+        dtype = torch.float64 if pred.dtype == torch.float64 else torch.float32 if single else None
+        cast = self._weight_on(pred.device, dtype)
         if cast is weight:
             return self.entries(pred, gt)
         if isinstance(self.entries, nn.Module):
