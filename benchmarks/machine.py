@@ -20,6 +20,8 @@ __all__ = ["Probes", "cold_seconds", "facts", "plain_pass", "probes", "wait_for"
 
 # At least five times the last-level cache; that of a GPU holds up to 50 MB.
 _PROBE_ELEMENTS = {"cpu": 64 << 20, "cuda": 256 << 20}
+# Cycles for which a GPU is held before a call: half a millisecond, then more where the host takes longer to ask.
+_HOLDS = (1 << 20, 1 << 23, 1 << 26)
 
 
 def wait_for(device: torch.device) -> None:
@@ -123,27 +125,37 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def _device_seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Return the time between two events of the stream: no wait of the host is in it."""
+def _device_seconds(
+    call: Callable[[], object], device: torch.device, prepare: Callable[[], object] = lambda: None
+) -> float:
+    """Return the time between two events of the stream around a call, after ``prepare``: the device's work alone.
+
+    The device is held before the first event until the host has asked for the whole call, or what it waits for the host
+    would count. A call that the device overtook is made again with a longer hold; a call that itself waits for the
+    device is overtaken every time, and its waits count.
+    """
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     with torch.cuda.device(device):
-        begin.record()
-        call()
-        end.record()
+        for cycles in _HOLDS:
+            prepare()
+            torch.cuda._sleep(cycles)
+            begin.record()
+            call()
+            end.record()
+            if not begin.query():
+                break
     end.synchronize()
     return begin.elapsed_time(end) * 1e-3
 
 
 @functools.cache
 def _swept(device: torch.device) -> torch.Tensor:
-    return torch.empty(_PROBE_ELEMENTS["cuda"], device=device)
+    return torch.zeros(_PROBE_ELEMENTS["cuda"], device=device)
 
 
 def cold_seconds(call: Callable[[], object], device: torch.device) -> float:
     """Return the time a GPU takes for a call that finds nothing of its memory in the cache.
 
-    The cache is swept first, by a write that lasts longer than the host takes to ask for the call: what is timed is the
-    device's work alone.
+    The cache is swept by reading: what a write leaves there would have to go back to memory during the call.
     """
-    _swept(device).zero_()
-    return _device_seconds(call, device)
+    return _device_seconds(call, device, _swept(device).sum)
