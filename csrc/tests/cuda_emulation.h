@@ -1,5 +1,6 @@
 // Runs a CUDA kernel on the CPU, one block after the other: every thread is a fiber that runs until it meets a barrier
-// or a warp-wide operation. What a kernel computes shows; how fast, and what races would do, does not.
+// or a warp-wide operation. The order in which lanes go on is drawn anew each time, shared memory is no number before
+// it is written, and its races are found (shadow_memory.h). How fast a kernel is does not show.
 #pragma once
 
 #include <setjmp.h>
@@ -12,11 +13,18 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <numeric>
+#include <random>
+#include <string>
+#include <utility>
 #include <vector>
+
+#include "shadow_memory.h"
 
 #define __global__
 #define __device__
-#define __shared__ static
+// Thread-local memory is one block of the program, which nothing else uses here.
+#define __shared__ static thread_local
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define FASTMTL_UNROLL
@@ -25,7 +33,7 @@
 #define FASTMTL_GLOBAL(pointer)
 #define FASTMTL_STORE_WORDS(to, words) (*(to) = (words))
 #define FASTMTL_OPAQUE(value)
-#define FASTMTL_DYNAMIC_SHARED(type, name) type* const name = reinterpret_cast<type*>(::emulation::shared_memory())
+#define FASTMTL_DYNAMIC_SHARED(type, name) type* const name = reinterpret_cast<type*>(::emulation::shared_memory)
 
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
@@ -37,11 +45,16 @@ inline Index3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulation {
 
+/// The first that a kernel did wrong since it was last cleared.
+inline std::string& fault = shadow.fault;
+
 /// Lanes that wait for each other: a warp, or a block.
 struct Meeting {
   int size = 0;
   int arrived = 0;
   long round = 0;
+  long barriers = 0;
+  char const* what = nullptr;
 };
 
 struct Block {
@@ -61,13 +74,16 @@ struct Block {
     char bytes[32];
   };
   std::vector<Slot> slots;
-  std::vector<double> shared;
   std::function<void()> body;
   unsigned current = 0;
 };
+/// Draws the orders in which lanes go on.
+inline std::minstd_rand lane_orders;
+
 inline Block* block = nullptr;
 
-inline void* shared_memory() { return block->shared.data(); }
+/// Dynamic shared memory, of which a block has at most so much.
+inline thread_local double shared_memory[227 * 1024 / sizeof(double)];
 
 inline void yield() {
   unsigned const fiber = block->current;
@@ -77,36 +93,46 @@ inline void yield() {
 /// Runs one fiber until it yields or ends.
 inline void resume(unsigned thread) {
   block->current = threadIdx.x = thread;
+  shadow.lane = static_cast<int>(thread);
+  shadow.warp_epoch = block->warps[thread / 32].barriers;
   if (_setjmp(block->scheduler) != 0) return;
   if (block->fibers[thread].started) _longjmp(block->fibers[thread].to, 1);
   block->fibers[thread].started = true;
   setcontext(&block->start[thread]);
 }
 
-inline void meet(Meeting& meeting) {
+/// Waits for the others; `what` they all meet for must be the same. Only barriers order accesses to memory.
+inline void meet(Meeting& meeting, char const* what, bool barrier) {
   long const round = meeting.round;
+  if (meeting.arrived == 0) meeting.what = what;
+  if (meeting.what != what && std::strcmp(meeting.what, what) != 0) {
+    shadow.report(std::string("meets others at ") + meeting.what + " that are at " + what);
+  }
   if (++meeting.arrived == meeting.size) {
     meeting.arrived = 0;
     ++meeting.round;
-    return;
+    if (barrier) ++meeting.barriers;
+    if (barrier && &meeting == &block->whole) shadow.order_block();
+  } else {
+    while (meeting.round == round) yield();
   }
-  while (meeting.round == round) yield();
+  shadow.warp_epoch = block->warps[threadIdx.x / 32].barriers;
 }
 
 inline Meeting& warp() { return block->warps[threadIdx.x / 32]; }
 
 /// Returns take(value_of), where value_of(lane) is what a lane of the warp gives.
 template <class Value, class Take>
-auto exchange(Value const& value, Take const& take) {
+auto exchange(char const* what, Value const& value, Take const& take) {
   static_assert(sizeof(Value) <= sizeof(Block::Slot));
   std::memcpy(&block->slots[threadIdx.x], &value, sizeof(Value));
-  meet(warp());
+  meet(warp(), what, false);
   auto const result = take([first = threadIdx.x / 32 * 32](unsigned lane) {
     Value other;
     std::memcpy(&other, &block->slots[first + lane % 32], sizeof(Value));
     return other;
   });
-  meet(warp());
+  meet(warp(), what, false);
   return result;
 }
 
@@ -135,7 +161,6 @@ void launch(int64_t blocks, int threads, int64_t shared_doubles, Body const& bod
     block->done.assign(threads, false);
     block->warps.assign(threads / 32, {32});
     block->whole = {threads};
-    block->shared.assign(shared_doubles, std::nan(""));
     block->fibers.assign(threads, {});
     for (int t = 0; t < threads; ++t) {
       getcontext(&block->start[t]);
@@ -143,48 +168,49 @@ void launch(int64_t blocks, int threads, int64_t shared_doubles, Body const& bod
       block->start[t].uc_stack.ss_size = stack_bytes;
       makecontext(&block->start[t], enter, 0);
     }
-    for (bool left = true; left;) {
-      left = false;
-      for (int t = 0; t < threads; ++t) {
-        if (block->done[t]) continue;
-        left = true;
-        resume(static_cast<unsigned>(t));
-      }
+    shadow.begin(shared_memory, shared_doubles * sizeof(double), sizeof(shared_memory));
+    std::vector<unsigned> lanes(threads);
+    std::iota(lanes.begin(), lanes.end(), 0u);
+    while (!lanes.empty()) {
+      for (size_t left = lanes.size(); left > 1; --left) std::swap(lanes[left - 1], lanes[lane_orders() % left]);
+      for (unsigned const lane : lanes) resume(lane);
+      std::erase_if(lanes, [](unsigned lane) { return block->done[lane]; });
     }
+    shadow.end();
   }
   block = nullptr;
 }
 
 }  // namespace emulation
 
-inline void __syncthreads() { emulation::meet(emulation::block->whole); }
-inline void __syncwarp() { emulation::meet(emulation::warp()); }
+inline void __syncthreads() { emulation::meet(emulation::block->whole, __func__, true); }
+inline void __syncwarp() { emulation::meet(emulation::warp(), __func__, true); }
 
 inline int __syncthreads_or(int value) {
   std::memcpy(&emulation::block->slots[threadIdx.x], &value, sizeof(value));
-  __syncthreads();
+  emulation::meet(emulation::block->whole, __func__, true);
   bool any = false;
   for (auto const& slot : emulation::block->slots) {
     std::memcpy(&value, &slot, sizeof(value));
     any |= value != 0;
   }
-  __syncthreads();
+  emulation::meet(emulation::block->whole, __func__, true);
   return any;
 }
 
 template <class Value>
 Value __shfl_xor_sync(unsigned, Value value, unsigned distance) {
   unsigned const lane = threadIdx.x % 32 ^ distance;
-  return emulation::exchange(value, [&](auto const& of_lane) { return of_lane(lane); });
+  return emulation::exchange(__func__, value, [&](auto const& of_lane) { return of_lane(lane); });
 }
 
 template <class Value>
 Value __shfl_sync(unsigned, Value value, unsigned lane) {
-  return emulation::exchange(value, [&](auto const& of_lane) { return of_lane(lane); });
+  return emulation::exchange(__func__, value, [&](auto const& of_lane) { return of_lane(lane); });
 }
 
 inline unsigned __ballot_sync(unsigned, bool value) {
-  return emulation::exchange(value, [](auto const& of_lane) {
+  return emulation::exchange(__func__, value, [](auto const& of_lane) {
     unsigned bits = 0;
     for (unsigned lane = 0; lane < 32; ++lane) bits |= static_cast<unsigned>(of_lane(lane)) << lane;
     return bits;
@@ -194,6 +220,9 @@ inline unsigned __ballot_sync(unsigned, bool value) {
 inline int __popc(unsigned value) { return std::popcount(value); }
 inline float __uint_as_float(uint32_t bits) { return std::bit_cast<float>(bits); }
 inline uint32_t __float_as_uint(float value) { return std::bit_cast<uint32_t>(value); }
+inline double __hiloint2double(int high, int low) {
+  return std::bit_cast<double>(static_cast<uint64_t>(static_cast<uint32_t>(high)) << 32 | static_cast<uint32_t>(low));
+}
 inline _Float16 __ushort_as_half(uint16_t bits) { return std::bit_cast<_Float16>(bits); }
 inline uint16_t __half_as_ushort(_Float16 value) { return std::bit_cast<uint16_t>(value); }
 inline float __half2float(_Float16 value) { return static_cast<float>(value); }
@@ -216,7 +245,7 @@ inline void multiply_tf32(float (&d)[4], uint32_t const (&a)[4], uint32_t const 
   std::memcpy(operands.a, a, sizeof(a));
   std::memcpy(operands.b, b, sizeof(b));
   unsigned const lane = threadIdx.x % 32;
-  emulation::exchange(operands, [&](auto const& of_lane) {
+  emulation::exchange(__func__, operands, [&](auto const& of_lane) {
     // (row, k) of a is in lane 4 row + k % 4, register row / 8 + 2 (k / 4); (k, column) of b in lane 4 column + k % 4.
     for (unsigned c = 0; c < 4; ++c) {
       double sum = d[c];
@@ -240,7 +269,7 @@ void multiply_words(float (&d)[4], uint32_t const (&a)[2], uint32_t b) {
     return widen<double>(Storage{static_cast<uint16_t>(word >> 16 * (k % 2))});
   };
   unsigned const lane = threadIdx.x % 32;
-  emulation::exchange(Operands{{a[0], a[1]}, b}, [&](auto const& of_lane) {
+  emulation::exchange(__func__, Operands{{a[0], a[1]}, b}, [&](auto const& of_lane) {
     // (row, k) of a is in lane 4 row + k / 2, word row / 8, half k % 2; (k, column) of b in lane 4 column + k / 2.
     for (unsigned c = 0; c < 4; ++c) {
       double sum = d[c];
@@ -260,7 +289,7 @@ inline void multiply_f64(double (&d)[2], double a, double b) {
     double b;
   };
   unsigned const lane = threadIdx.x % 32;
-  emulation::exchange(Operands{a, b}, [&](auto const& of_lane) {
+  emulation::exchange(__func__, Operands{a, b}, [&](auto const& of_lane) {
     for (unsigned c = 0; c < 2; ++c) {
       for (unsigned k = 0; k < 4; ++k) {
         d[c] += of_lane(4 * (lane / 4) + k).a * of_lane(4 * (2 * (lane % 4) + c) + k).b;

@@ -23,6 +23,12 @@ inline double value_of(double x) { return x; }
 inline double value_of(Bf16 x) { return fastmtl::widen<double>(x); }
 inline double value_of(F16 x) { return fastmtl::widen<double>(x); }
 
+/// Checks that the kernels since the last call had no race in shared memory and met at the same operations.
+inline void check_fault_free(std::string const& what) {
+  check(emulation::fault.empty(), what + ": " + emulation::fault);
+  emulation::fault.clear();
+}
+
 /// Rows of several tensors, task by task, each in memory of its own with room around it.
 template <class Storage>
 struct Rows {

@@ -20,6 +20,7 @@ using fastmtl::F16;
 using fastmtl::GroupRuns;
 using fastmtl::LaunchTable;
 using fastmtl::StripPlan;
+using rows_test::check_fault_free;
 using rows_test::Rows;
 using rows_test::value_of;
 
@@ -135,6 +136,7 @@ void test_graddrop(int tasks, int64_t batch, int64_t features, bool shares, bool
                            std::to_string(features) + " features of " + std::to_string(sizeof(Storage)) + " bytes";
   check(near, what);
   check(surroundings_kept(out), what + ": wrote beside its results");
+  check_fault_free(what);
 }
 
 template <class Storage>
@@ -186,6 +188,7 @@ void test_graddrop_rows(int n, int64_t offset, bool alike, bool given_noise) {
     check(near, what + ": tensor " + std::to_string(k));
   }
   check(surroundings_kept(outs), what + ": wrote beside its results");
+  check_fault_free(what);
 }
 
 /// Plans of state beside rows, row by row, as the launches sort them.
@@ -279,6 +282,7 @@ void test_state(int n, int64_t offset, bool alike, int64_t wanted_blocks) {
   }
   check(near, what + ": sums of squares");
   check(surroundings_kept(state), what + ": sums wrote beside their state");
+  check_fault_free(what);
 }
 
 /// Averages and Gram matrix in one pass: the averages of the pass that updates alone, and their products.
@@ -356,6 +360,7 @@ void test_ema_gram(int num_rows, int64_t offset, bool alike, int64_t wanted_bloc
     }
   }
   check(worst <= 4 * 0x1p-23, what + ": products, error " + std::to_string(worst));
+  check_fault_free(what);
 }
 
 template <int rows>

@@ -21,6 +21,7 @@ using fastmtl::F16;
 using fastmtl::GroupRuns;
 using fastmtl::LaunchTable;
 using fastmtl::StripPlan;
+using rows_test::check_fault_free;
 using rows_test::Rows;
 using rows_test::value_of;
 
@@ -84,6 +85,7 @@ void test_gram(Rows<Storage> const& rows, std::vector<int32_t> const& group, int
     }
   }
   check(worst <= allowed, what + ": error " + std::to_string(worst / allowed) + " of what is allowed");
+  check_fault_free(what);
 }
 
 constexpr double kFloatError = 4 * 0x1p-23;
@@ -223,6 +225,7 @@ void test_combine(int n, int64_t offset, bool alike, bool accumulate, int result
     }
     check(kept, what + ": wrote beside its results");
   }
+  check_fault_free(what);
 }
 
 void test_combines() {
