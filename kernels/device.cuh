@@ -10,12 +10,33 @@
 
 #include <optional>
 
+#include "shared_grant.h"
+
 namespace fastmtl {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int kWarpSize = 32;
+
+/// The attributes of shared memory, of kernels and devices.
+struct SharedAttributes {
+  static size_t static_bytes(void const* kernel) {
+    cudaFuncAttributes attributes;
+    STD_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
+    return attributes.sharedSizeBytes;
+  }
+
+  static size_t most_bytes(int device) {
+    int bytes = 0;
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    return static_cast<size_t>(bytes);
+  }
+
+  static void allow(void const* kernel, size_t bytes) {
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+  }
+};
 
 /// Makes a tensor's device the current one for as long as it lives.
 class OnDevice {
@@ -45,17 +66,8 @@ class OnDevice {
   /// Whether a block of `kernel` gets `bytes` of dynamic shared memory; asks for the leave where it takes one.
   template <class Kernel>
   bool grant_shared(Kernel* kernel, size_t bytes) const {
-    // Every block may have 48 KB, its static memory included; no kernel has more than 32 KB of that.
-    constexpr size_t granted_to_all = 48 * 1024;
-    constexpr size_t most_static = 32 * 1024;
-    if (bytes + most_static <= granted_to_all) return true;
-    cudaFuncAttributes attributes;
-    STD_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
-    if (bytes + attributes.sharedSizeBytes <= granted_to_all) return true;
-    auto const most = static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
-    if (bytes + attributes.sharedSizeBytes > most) return false;
-    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
-    return true;
+    static SharedGrants grants;
+    return grants.grant(SharedAttributes{}, reinterpret_cast<void const*>(kernel), device_, bytes);
   }
 
  private:

@@ -16,19 +16,31 @@ constexpr int ema_tile_blocks(int rows) { return rows <= 2 ? 10 : rows <= 3 ? 7 
 template <bool whole, int rows, int pairs>
 __device__ inline void blend_vector(LaunchTable const& table, int s, float* const (&state)[rows],
                                     float const (&factors)[2][rows], int64_t at, int64_t length, float (&sum)[pairs]) {
+  // All loads come first: none is moved past a store, which may be to the same memory as far as the compiler knows.
   Vector<float> average[rows];
+  Vector<float> grad[rows];
+  bool present[rows];
   FASTMTL_UNROLL
   for (int t = 0; t < rows; ++t) {
     average[t] = Vector<float>{};
+    grad[t] = Vector<float>{};
+    present[t] = false;
     if (state[t] == nullptr) continue;
     average[t] = load_vector<whole>(static_cast<float const*>(state[t]), at, length);
     auto const* const row = static_cast<float const*>(table.pointer(s, table.pointers / 2 + t));
+    present[t] = row != nullptr;
+    if (present[t]) grad[t] = load_vector<whole>(row, at, length);
+  }
+  FASTMTL_UNROLL
+  for (int t = 0; t < rows; ++t) {
+    if (state[t] == nullptr) continue;
     float const keep = factors[0][t];
     // A missing row adds nothing, whatever its gain is.
-    float const gain = row != nullptr ? factors[1][t] : 0.0f;
-    Vector<float> const grad = row != nullptr ? load_vector<whole>(row, at, length) : Vector<float>{};
+    float const gain = present[t] ? factors[1][t] : 0.0f;
     FASTMTL_UNROLL
-    for (int e = 0; e < kLanesOf<float>; ++e) average[t].value[e] = keep * average[t].value[e] + gain * grad.value[e];
+    for (int e = 0; e < kLanesOf<float>; ++e) {
+      average[t].value[e] = keep * average[t].value[e] + gain * grad[t].value[e];
+    }
     store_vector<whole>(state[t], at, length, average[t]);
   }
   multiply_loaded(average, sum);

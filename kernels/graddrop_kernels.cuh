@@ -39,12 +39,24 @@ struct DropArguments {
   FASTMTL_HOST_DEVICE int rep_of(int task) const { return shares ? 0 : task; }
 };
 
+/// Elements as they were loaded: 16-bit ones taken apart at once would be waited for where nothing needs them yet.
+using DropWords = Vector<uint32_t>;
+
 template <class Storage>
-__device__ inline Vector<Storage> load_features(DropArguments const& arguments, void const* data, int64_t b,
-                                                int64_t at) {
+__device__ inline DropWords words_of(Vector<Storage> const& vector) {
+  return *reinterpret_cast<DropWords const*>(&vector);
+}
+
+template <class Acc, class Storage>
+__device__ inline Acc element_of(DropWords const& words, int i) {
+  return widen<Acc>(reinterpret_cast<Vector<Storage> const*>(&words)->value[i]);
+}
+
+template <class Storage>
+__device__ inline DropWords load_features(DropArguments const& arguments, void const* data, int64_t b, int64_t at) {
   auto const* const row = static_cast<Storage const*>(data) + b * arguments.features;
-  return arguments.aligned && at < arguments.features ? load_whole(row + at)
-                                                      : load_vector_guarded(row, at, arguments.features);
+  return arguments.aligned && at < arguments.features ? load_whole(reinterpret_cast<uint32_t const*>(row + at))
+                                                      : words_of(load_vector_guarded(row, at, arguments.features));
 }
 
 /// signed_sums[feature] = sum over the batch of grad sign(rep), for one task.
@@ -58,14 +70,14 @@ __device__ inline void sum_batch(DropArguments const& arguments, int t, int64_t 
   Acc sum[lanes] = {};
   FASTMTL_UNROLL_BY_2
   for (int64_t b = threadIdx.x / kDropVectors; b < arguments.batch[r]; b += kDropLanes) {
-    Vector<Storage> const rep = load_features<Storage>(arguments, arguments.rep[r], b, at);
-    Vector<Storage> const grad = load_features<Storage>(arguments, arguments.grad[t], b, at);
+    DropWords const rep = load_features<Storage>(arguments, arguments.rep[r], b, at);
+    DropWords const grad = load_features<Storage>(arguments, arguments.grad[t], b, at);
     FASTMTL_UNROLL
     for (int i = 0; i < lanes; ++i) {
-      Acc const value = widen<Acc>(rep.value[i]);
+      Acc const value = element_of<Acc, Storage>(rep, i);
       // A NaN is its own sign.
       Acc const sign = value > 0 ? Acc(1) : value < 0 ? Acc(-1) : value;
-      sum[i] += sign * widen<Acc>(grad.value[i]);
+      sum[i] += sign * element_of<Acc, Storage>(grad, i);
     }
   }
   __syncwarp();
@@ -134,9 +146,9 @@ __global__ void __launch_bounds__(kDropThreads) graddrop_kernel(__grid_constant_
       Acc sum[lanes] = {};
       FASTMTL_UNROLL_BY_2
       for (int t = r; t < end; ++t) {
-        Vector<Storage> const grad = load_features<Storage>(arguments, arguments.grad[t], b, at);
+        DropWords const grad = load_features<Storage>(arguments, arguments.grad[t], b, at);
         FASTMTL_UNROLL
-        for (int i = 0; i < lanes; ++i) sum[i] += widen<Acc>(grad.value[i]) * factors[t * features + place + i];
+        for (int i = 0; i < lanes; ++i) sum[i] += element_of<Acc, Storage>(grad, i) * factors[t * features + place + i];
       }
       Vector<Storage> result;
       FASTMTL_UNROLL
@@ -174,14 +186,19 @@ __device__ inline void drop_vector(LaunchTable const& table, int s, DropRowsArgu
   constexpr int depth = whole ? kDropRowsOf<Storage> : 1;
   Acc sum[lanes] = {};
   Acc size[lanes] = {};
-  Vector<Storage> loaded[depth];
+  DropWords loaded[depth];
   auto const load = [&](int first) {
     FASTMTL_UNROLL
     for (int d = 0; d < depth; ++d) {
       loaded[d] = {};
       if (first + d >= arguments.rows) continue;
       auto const* const row = static_cast<Storage const*>(table.pointer(s, first + d));
-      if (row != nullptr) loaded[d] = load_vector<whole>(row, at, length);
+      if (row == nullptr) continue;
+      if constexpr (whole) {
+        loaded[d] = load_whole(reinterpret_cast<uint32_t const*>(row + at));
+      } else {
+        loaded[d] = words_of(load_vector_guarded(row, at, length));
+      }
     }
   };
   FASTMTL_NO_UNROLL
@@ -191,7 +208,7 @@ __device__ inline void drop_vector(LaunchTable const& table, int s, DropRowsArgu
     for (int d = 0; d < depth; ++d) {
       FASTMTL_UNROLL
       for (int i = 0; i < lanes; ++i) {
-        Acc const value = widen<Acc>(loaded[d].value[i]);
+        Acc const value = element_of<Acc, Storage>(loaded[d], i);
         sum[i] += value;
         size[i] += value < 0 ? -value : value;
       }
@@ -223,7 +240,7 @@ __device__ inline void drop_vector(LaunchTable const& table, int s, DropRowsArgu
         auto const leak = static_cast<Acc>(arguments.leaks[first + d]);
         FASTMTL_UNROLL
         for (int i = 0; i < lanes; ++i) {
-          Acc const value = widen<Acc>(loaded[d].value[i]);
+          Acc const value = element_of<Acc, Storage>(loaded[d], i);
           sum[i] += value * (value * sign[i] > 0 ? Acc(1) : leak);
         }
       }

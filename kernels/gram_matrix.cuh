@@ -44,6 +44,8 @@ struct PairsOfRows {
   static constexpr int kLoadedBlocks = diagonal ? left_blocks : left_blocks + right_blocks;
   static constexpr int kLanes = kLanesOf<Storage>;
   static constexpr int kColumns = 4 * kLanes;  // That a warp takes at a time.
+  /// Steps that are loaded ahead, as registers allow: with few rows, one step alone has too few bytes under way.
+  static constexpr int kAhead = kLoadedBlocks <= 2 ? 2 : kLoadedBlocks <= 6 && !std::is_same_v<Storage, double> ? 1 : 0;
 
   Storage const** row;  // All of a strip's, in shared memory: as registers they would be missing elsewhere.
   typename Unit::Sum sum[kTilesDown][right_blocks][Unit::kEntries];
@@ -73,11 +75,11 @@ struct PairsOfRows {
   }
 
   /// Loads the lane's elements of the columns from `at` on, all of which are whole vectors.
-  __device__ void load(int64_t at, Vector<Storage> (&loaded)[kLoadedBlocks]) const {
+  __device__ void load(int64_t at, Words (&loaded)[kLoadedBlocks]) const {
     FASTMTL_UNROLL
     for (int b = 0; b < kLoadedBlocks; ++b) {
       Storage const* const elements = row_of(b);
-      loaded[b] = elements != nullptr ? load_whole(elements + at + place() * kLanes) : Vector<Storage>{};
+      loaded[b] = elements != nullptr ? load_words(elements + at + place() * kLanes) : Words{};
     }
     __syncwarp();
   }
@@ -85,7 +87,7 @@ struct PairsOfRows {
   /// Loads them where they need not be whole, by way of the lane's own `slots`: registers for so many single elements
   /// would be missing elsewhere.
   __device__ void load_guarded(Strip const& strip, int64_t at, Vector<Storage>* slots,
-                               Vector<Storage> (&loaded)[kLoadedBlocks]) const {
+                               Words (&loaded)[kLoadedBlocks]) const {
     FASTMTL_UNROLL_BY_2
     for (int b = 0; b < kLoadedBlocks; ++b) {
       Storage const* const elements = row_of(b);
@@ -93,15 +95,15 @@ struct PairsOfRows {
       slots[b * kMatrixThreads] = load_vector_guarded(elements, at + place() * kLanes, length);
     }
     FASTMTL_UNROLL
-    for (int b = 0; b < kLoadedBlocks; ++b) loaded[b] = slots[b * kMatrixThreads];
+    for (int b = 0; b < kLoadedBlocks; ++b) loaded[b] = load_words(slots[b * kMatrixThreads].value);
     __syncwarp();
   }
 
   /// sum += the products of one step's elements, from `e` on.
-  __device__ void multiply_step(Vector<Storage> const (&loaded)[kLoadedBlocks], int e) {
+  __device__ void multiply_step(Words const (&loaded)[kLoadedBlocks], int e) {
     typename Unit::Operand operand[kLoadedBlocks];
     FASTMTL_UNROLL
-    for (int b = 0; b < kLoadedBlocks; ++b) operand[b] = Unit::prepare(loaded[b].value + e);
+    for (int b = 0; b < kLoadedBlocks; ++b) operand[b] = Unit::prepare(loaded[b], e);
     FASTMTL_UNROLL
     for (int i = 0; i < kTilesDown; ++i) {
       FASTMTL_UNROLL
@@ -112,7 +114,7 @@ struct PairsOfRows {
   }
 
   /// sum += the products of what was loaded, which is used up.
-  __device__ void multiply(Vector<Storage> (&loaded)[kLoadedBlocks]) {
+  __device__ void multiply(Words (&loaded)[kLoadedBlocks]) {
     if constexpr (kLoadedBlocks > 6 && std::is_same_v<Storage, float>) {
       // Unrolled, the operands of both steps would be prepared at once, and spill.
       FASTMTL_NO_UNROLL
@@ -138,7 +140,7 @@ struct PairsOfRows {
         at = run_whole(strip, at, last, stride);
       } else {
         // A strip's ends, and strips whose rows do not lie alike.
-        Vector<Storage> loaded[kLoadedBlocks];
+        Words loaded[kLoadedBlocks];
         load_guarded(strip, at, slots, loaded);
         multiply(loaded);
         at += stride;
@@ -146,28 +148,30 @@ struct PairsOfRows {
     }
   }
 
-  /// The same as far as vectors are whole; returns how far. Where registers allow, columns are loaded while the ones
-  /// before are multiplied.
+  /// The same as far as vectors are whole; returns how far. `kAhead` steps are loaded while one is multiplied, each
+  /// into registers of its own: to copy what is being loaded would be to wait for it.
   __device__ int64_t run_whole(Strip const& strip, int64_t at, int64_t last, int64_t stride) {
-    constexpr bool ahead = kLoadedBlocks <= 6 && !std::is_same_v<Storage, double>;
-    Vector<Storage> now[kLoadedBlocks];
-    if constexpr (ahead) load(at, now);
+    constexpr int stages = kAhead + 1;
+    static_assert(stages <= 3);
+    auto const there = [&](int64_t step) { return step < last && is_whole(strip, step, kColumns); };
+    Words loaded[stages][kLoadedBlocks];
+    FASTMTL_UNROLL
+    for (int a = 0; a < kAhead; ++a) load(there(at + a * stride) ? at + a * stride : at, loaded[a]);
+    // One turn for each stage, in code of its own, since registers have no index. Returns whether there are more.
+    auto const turn = [&](auto stage) {
+      // What lies beyond the end is not used; instead of it, something is loaded that is there.
+      int64_t const ahead = at + kAhead * stride;
+      load(there(ahead) ? ahead : at, loaded[(stage + kAhead) % stages]);
+      multiply(loaded[stage]);
+      at += stride;
+      return there(at);
+    };
     bool more = true;
     FASTMTL_NO_UNROLL
     while (more) {
-      int64_t const after = at + stride;
-      more = after < last && is_whole(strip, after, kColumns);
-      if constexpr (ahead) {
-        Vector<Storage> next[kLoadedBlocks];
-        load(more ? after : at, next);
-        multiply(now);
-        FASTMTL_UNROLL
-        for (int b = 0; b < kLoadedBlocks; ++b) now[b] = next[b];
-      } else {
-        load(at, now);
-        multiply(now);
-      }
-      at = after;
+      more = turn(std::integral_constant<int, 0>{});
+      if constexpr (stages > 1) more = more && turn(std::integral_constant<int, 1>{});
+      if constexpr (stages > 2) more = more && turn(std::integral_constant<int, 2>{});
     }
     return at;
   }

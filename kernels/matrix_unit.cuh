@@ -52,6 +52,11 @@ __device__ inline void multiply_f64(double (&d)[2], double a, double b) {
 
 #endif
 
+/// Elements as they were loaded. Taken apart at once they would be waited for where nothing needs them yet.
+using Words = Vector<uint32_t>;
+
+__device__ inline Words load_words(void const* from) { return load_whole(static_cast<uint32_t const*>(from)); }
+
 /// Products of float32 rows. A float is the sum of two tf32 numbers to 22 bits; of their four products the one of the
 /// two low parts is below float32's rounding. Tensor cores round sums towards zero, so that none is longer than one
 /// step of eight columns; the steps are added to float32 sums by rounding to nearest.
@@ -66,12 +71,13 @@ struct F32 {
     uint32_t low[kElements];
   };
 
-  __device__ static Operand prepare(float const* value) {
+  __device__ static Operand prepare(Words const& words, int first) {
     Operand operand;
     FASTMTL_UNROLL
     for (int e = 0; e < kElements; ++e) {
-      operand.high[e] = to_tf32(value[e]);
-      operand.low[e] = to_tf32(value[e] - __uint_as_float(operand.high[e]));
+      float const value = __uint_as_float(words.value[first + e]);
+      operand.high[e] = to_tf32(value);
+      operand.low[e] = to_tf32(value - __uint_as_float(operand.high[e]));
     }
     return operand;
   }
@@ -97,9 +103,7 @@ struct F32OfWords {
   static constexpr int kEntries = 4;
   using Operand = uint32_t;
 
-  __device__ static Operand prepare(Storage const* value) {
-    return value[0].bits | static_cast<uint32_t>(value[1].bits) << 16;
-  }
+  __device__ static Operand prepare(Words const& words, int first) { return words.value[first / 2]; }
 
   __device__ static void multiply(Sum (&sum)[kEntries], Operand const* left, Operand const& right) {
     uint32_t const words[2] = {left[0], left[1]};
@@ -118,7 +122,9 @@ struct F64 {
   static constexpr int kEntries = 2;
   using Operand = double;
 
-  __device__ static Operand prepare(double const* value) { return *value; }
+  __device__ static Operand prepare(Words const& words, int first) {
+    return __hiloint2double(static_cast<int>(words.value[2 * first + 1]), static_cast<int>(words.value[2 * first]));
+  }
   __device__ static void multiply(Sum (&sum)[kEntries], Operand const* left, Operand const& right) {
     multiply_f64(sum, *left, right);
   }

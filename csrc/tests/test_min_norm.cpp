@@ -266,10 +266,11 @@ void test_factor_updates(int groups, int lanes) {
       for (int p = 0; p < n - 1; ++p) pivot -= row[p] * row[p];
       fastmtl::append_row(team, factor, n - 1, row.data(), pivot);
     });
+    auto const entry = [&](int r, int c) { return r == c ? 1 / factor.column(c)[c] : factor.column(c)[r]; };
     for (int r = 0; r < n; ++r) {
       for (int c = 0; c <= r; ++c) {
         double product = 0;
-        for (int k = 0; k <= c; ++k) product += factor.column(k)[r] * factor.column(k)[c];
+        for (int k = 0; k <= c; ++k) product += entry(r, k) * entry(c, k);
         check(std::fabs(product - gram(order[r], order[c])) < 1e-12, "factor after updates");
       }
     }

@@ -131,11 +131,13 @@ FASTMTL_TEAM_TEMPLATE FASTMTL_HD double rotate_round(Team const& team, Eigh cons
   }
   team.barrier();
 
+  // Lanes from the size on have nothing.
+  int const parts = team.lanes() < n ? team.lanes() : n;
   double rotated = 0;
   for (int table = team.rank(); table < pairs; table += team.size()) {
     if (meeting(players, round, table).q >= eigh.rank) continue;
     double sum[3] = {0, 0, 0};
-    for (int lane = 0; lane < team.lanes(); ++lane) {
+    for (int lane = 0; lane < parts; ++lane) {
       double const* const part = eigh.partial + 3 * (int64_t{table} * team.lanes() + lane);
       for (int k = 0; k < 3; ++k) sum[k] += part[k];
     }
