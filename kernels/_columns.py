@@ -16,7 +16,21 @@ from torch import Tensor
 
 from fastmtl.ops._rows import has_strides, shared_strides
 
-__all__ = ["Column", "addresses", "as_pointers", "dense_columns", "in_layout", "upcast"]
+__all__ = [
+    "NOWHERE",
+    "Column",
+    "addresses",
+    "aligned",
+    "as_pointers",
+    "as_vector",
+    "dense_columns",
+    "in_layout",
+    "is_there",
+    "upcast",
+]
+
+# The address of a row that is not there: of the type that addresses have, so that one compiled kernel takes both.
+NOWHERE: tl.constexpr = tl.constexpr(1 << 62)
 
 
 class Column(NamedTuple):
@@ -56,18 +70,43 @@ def dense_columns(flat: Sequence[Tensor | None], num_rows: int) -> Iterator[Colu
 
 
 def addresses(tensors: Sequence[Tensor | None]) -> tuple[int, ...]:
-    """Return the addresses of tensors; 0 for None."""
-    return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+    """Return the addresses of tensors; NOWHERE for None, and for an empty tensor that has no memory."""
+    return tuple((tensor is not None and tensor.data_ptr()) or NOWHERE.value for tensor in tensors)
+
+
+def aligned(*addresses: int) -> bool:
+    """Return whether vectors of 16 bytes can be loaded from all addresses."""
+    return all(address % 16 == 0 for address in addresses)
 
 
 @triton.jit
-def as_pointers(places: tl.tensor, SIZE: tl.constexpr, PADDED: tl.constexpr) -> tl.tensor:
-    """Return SIZE addresses as a vector of PADDED elements, filled up with zeros."""
+def as_vector(values: tl.tensor, FILL: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr) -> tl.tensor:
+    """Return SIZE integers as a vector of PADDED elements, filled up with FILL."""
     index = tl.arange(0, PADDED)
-    pointers = tl.zeros((PADDED,), tl.int64)
+    vector = tl.full((PADDED,), FILL, tl.int64)
     for t in tl.static_range(SIZE):
-        pointers = tl.where(index == t, places[t], pointers)
-    return pointers
+        vector = tl.where(index == t, values[t], vector)
+    return vector
+
+
+@triton.jit
+def as_pointers(
+    places: tl.tensor, like: tl.tensor, ALIGNED: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr
+) -> tl.tensor:
+    """Return SIZE addresses as a column of PADDED pointers of the type of ``like``, filled up with NOWHERE.
+
+    The compiler forgets of integers that become pointers that they are multiples of 16, and loads element by element.
+    """
+    pointers = as_vector(places, NOWHERE, SIZE, PADDED).to(like.dtype)
+    if ALIGNED:
+        pointers = tl.multiple_of(pointers, 16)
+    return pointers[:, None]
+
+
+@triton.jit
+def is_there(places: tl.tensor, SIZE: tl.constexpr, PADDED: tl.constexpr) -> tl.tensor:
+    """Return which of SIZE addresses are those of a row, as a column of PADDED elements."""
+    return (as_vector(places, NOWHERE, SIZE, PADDED) != NOWHERE)[:, None]
 
 
 @triton.jit

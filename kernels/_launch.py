@@ -27,8 +27,8 @@ class Launch(NamedTuple):
 
 # By the number of rows, or the next larger one.
 GRAM = {1: Launch(1024, 16, 4), 2: Launch(512, 32, 4), 4: Launch(256, 32, 4), 8: Launch(128, 64, 4)}
-COMBINE = {4: Launch(2048, 1, 4), 8: Launch(1024, 1, 4), 128: Launch(512, 1, 4)}
-GRADDROP = {4: Launch(512, 1, 4), 8: Launch(256, 1, 4), 32: Launch(128, 1, 4)}
+COMBINE = {4: Launch(2048, 1, 4), 128: Launch(1024, 1, 4)}
+GRADDROP = {1: Launch(1024, 1, 4), 4: Launch(512, 1, 4), 8: Launch(256, 1, 4), 32: Launch(128, 1, 4)}
 
 
 def pick(table: dict[int, Launch], num_rows: int) -> Launch:

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import triton
 import triton.language as tl
-from fastmtl.kernels._columns import addresses, as_pointers, dense_columns, in_layout, upcast
+from fastmtl.kernels._columns import (
+    addresses,
+    aligned,
+    as_pointers,
+    as_vector,
+    dense_columns,
+    in_layout,
+    is_there,
+    upcast,
+)
 from fastmtl.kernels._launch import GRADDROP, pick
 from torch import Tensor
 
@@ -50,22 +61,23 @@ def _factors(sums: tl.tensor, centred: tl.tensor, leak: tl.tensor) -> tl.tensor:
     return tl.where(sums * sign[None, :] > 0, 1.0, leak).to(sums.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["largest"])
 def graddrop_fwd_kernel_batch(
     reps: tl.tuple,
     grads: tl.tuple,
     outs: tl.tuple,
-    sizes: tl.tuple,
+    sizes_16: tl.tuple,
     like_rep: tl.tensor,
     like_grad: tl.tensor,
     like_out: tl.tensor,
     random: tl.tensor,
     noise: tl.tensor,
-    leak: tl.tensor,
+    leak: tl.float64,
     features: tl.tensor,
     largest: tl.tensor,
     TASKS: tl.constexpr,
     PADDED: tl.constexpr,
+    ALIGNED: tl.constexpr,
     SHARED: tl.constexpr,
     GIVEN: tl.constexpr,
     WIDE: tl.constexpr,
@@ -76,9 +88,9 @@ def graddrop_fwd_kernel_batch(
     feature = first + tl.arange(0, BLOCK)
     inside = (feature < features)[None, :]
     kind: tl.constexpr = tl.float64 if WIDE else tl.float32
-    at_rep = as_pointers(reps, TASKS, PADDED).to(like_rep.dtype)[:, None]
-    at_grad = as_pointers(grads, TASKS, PADDED).to(like_grad.dtype)[:, None]
-    size = as_pointers(sizes, TASKS, PADDED)[:, None]
+    at_rep = as_pointers(reps, like_rep, ALIGNED, TASKS, PADDED)
+    at_grad = as_pointers(grads, like_grad, ALIGNED, TASKS, PADDED)
+    size = as_vector(sizes_16, 0, TASKS, PADDED)[:, None] // 16
     sums = tl.zeros((PADDED, BLOCK), kind)
     for b in range(largest):
         place = (b * features + feature)[None, :]
@@ -100,11 +112,11 @@ def graddrop_fwd_kernel_batch(
             value = tl.sum(dropped, axis=0).to(like_out.dtype.element_ty)
             tl.store(out + b * features + feature, value, mask=feature < features)
         else:
-            at_out = as_pointers(outs, TASKS, PADDED).to(like_out.dtype)[:, None]
+            at_out = as_pointers(outs, like_out, ALIGNED, TASKS, PADDED)
             tl.store(at_out + place, dropped.to(like_out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_number"])
 def graddrop_fwd_kernel_rows(
     rows: tl.tuple,
     like: tl.tensor,
@@ -116,6 +128,7 @@ def graddrop_fwd_kernel_rows(
     numel: tl.tensor,
     TASKS: tl.constexpr,
     PADDED: tl.constexpr,
+    ALIGNED: tl.constexpr,
     GIVEN: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -126,9 +139,9 @@ def graddrop_fwd_kernel_rows(
     inside = index < numel
     kind: tl.constexpr = tl.float64 if WIDE else tl.float32
     task = tl.arange(0, PADDED)
-    address = as_pointers(rows, TASKS, PADDED)
-    mask = inside[None, :] & (address != 0)[:, None]
-    grad = upcast(tl.load(address.to(like.dtype)[:, None] + index[None, :], mask=mask, other=0.0), kind)
+    at_row = as_pointers(rows, like, ALIGNED, TASKS, PADDED)
+    mask = inside[None, :] & is_there(rows, TASKS, PADDED)
+    grad = upcast(tl.load(at_row + index[None, :], mask=mask, other=0.0), kind)
     if GIVEN:
         centred = 2.0 * tl.load(noise + index, mask=inside, other=0.5) - 1.0
     else:
@@ -162,11 +175,11 @@ def graddrop(
         noise = in_layout(noise, inner, torch.float64)
     padded = triton.next_power_of_2(tasks)
     launch = pick(GRADDROP, padded)
+    places = [addresses(tensors) for tensors in (dense_reps * tasks if shared else dense_reps, dense_grads, outs)]
     graddrop_fwd_kernel_batch[(triton.cdiv(features, launch.block),)](
-        addresses(dense_reps * tasks if shared else dense_reps),
-        addresses(dense_grads),
-        addresses(outs),
-        tuple(len(grad) for grad in grads),
+        *places,
+        # Times 16: Triton compiles anew for integers that are 1, and for those that are multiples of 16 and are not.
+        tuple(16 * len(grad) for grad in grads),
         dense_reps[0],
         dense_grads[0],
         outs[0],
@@ -177,6 +190,7 @@ def graddrop(
         largest,
         TASKS=tasks,
         PADDED=padded,
+        ALIGNED=aligned(*itertools.chain(*places)),
         SHARED=shared,
         GIVEN=noise is not None,
         WIDE=torch.float64 in kinds[1:],
@@ -211,8 +225,9 @@ def graddrop_rows(
         numel = result.numel()
         if numel:
             numbers = in_layout(noise[column.number], result.stride(), torch.float64) if noise else random
+            places = addresses(column.rows)
             graddrop_fwd_kernel_rows[(triton.cdiv(numel, launch.block),)](
-                addresses(column.rows),
+                places,
                 column.first,
                 result,
                 random.contiguous(),
@@ -222,6 +237,7 @@ def graddrop_rows(
                 numel,
                 TASKS=num_rows,
                 PADDED=padded,
+                ALIGNED=aligned(*places),
                 GIVEN=bool(noise),
                 WIDE=result.dtype == torch.float64,
                 BLOCK=launch.block,

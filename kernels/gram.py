@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from fastmtl.kernels._columns import Column, addresses, as_pointers, dense_columns, upcast
+from fastmtl.kernels._columns import Column, addresses, aligned, as_pointers, dense_columns, is_there, upcast
 from fastmtl.kernels._launch import GRAM, pick
 from torch import Tensor
 
@@ -29,22 +29,22 @@ def gram_fwd_kernel(
     numel: tl.tensor,
     A: tl.constexpr,
     B: tl.constexpr,
+    ALIGNED: tl.constexpr,
     PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
     STEPS: tl.constexpr,
 ) -> None:
     """Write the products of A rows with B rows over one program's elements, (PADDED, PADDED) float64."""
     program = tl.program_id(0).to(tl.int64)
-    at_left = as_pointers(left, A, PADDED)
-    at_right = as_pointers(right, B, PADDED)
-    from_left = at_left.to(like.dtype)[:, None]
-    from_right = at_right.to(like.dtype)[:, None]
+    from_left = as_pointers(left, like, ALIGNED, A, PADDED)
+    from_right = as_pointers(right, like, ALIGNED, B, PADDED)
+    has_left, has_right = is_there(left, A, PADDED), is_there(right, B, PADDED)
     sums = tl.zeros((PADDED, PADDED, BLOCK), tl.float64)
     for step in range(STEPS):
         index = ((program * STEPS + step) * BLOCK + tl.arange(0, BLOCK))[None, :]
         inside = index < numel
-        a = upcast(tl.load(from_left + index, mask=inside & (at_left != 0)[:, None], other=0.0), tl.float64)
-        b = upcast(tl.load(from_right + index, mask=inside & (at_right != 0)[:, None], other=0.0), tl.float64)
+        a = upcast(tl.load(from_left + index, mask=inside & has_left, other=0.0), tl.float64)
+        b = upcast(tl.load(from_right + index, mask=inside & has_right, other=0.0), tl.float64)
         sums += a[:, None, :] * b[None, :, :]
     rows = tl.arange(0, PADDED)
     place = partials + program * PADDED * PADDED + rows[:, None] * PADDED + rows[None, :]
@@ -62,14 +62,16 @@ def _add_pair(columns: Sequence[Column], i: int, j: int, num_rows: int, result: 
     begin = 0
     for column, count in zip(columns, counts, strict=True):
         if count:
+            at_left, at_right = addresses(column.rows[left]), addresses(column.rows[right])
             gram_fwd_kernel[(count,)](
-                addresses(column.rows[left]),
-                addresses(column.rows[right]),
+                at_left,
+                at_right,
                 column.first,
                 partials[begin:],
                 column.first.numel(),
                 A=height,
                 B=width,
+                ALIGNED=aligned(*at_left, *at_right),
                 PADDED=padded,
                 BLOCK=launch.block,
                 STEPS=launch.steps,

@@ -60,7 +60,7 @@ def _affine_minimiser(
 def min_norm_fwd_kernel(
     gram: tl.tensor,
     weights: tl.tensor,
-    ridge: tl.tensor,
+    ridge: tl.float64,
     LIMIT: tl.constexpr,
     TASKS: tl.constexpr,
     PADDED: tl.constexpr,
@@ -134,6 +134,6 @@ def min_norm(gram: Tensor, warm_start: Tensor | None = None) -> Tensor:
         LIMIT=16 * tasks + 32,
         TASKS=tasks,
         PADDED=triton.next_power_of_2(tasks),
-        num_warps=1 if tasks <= 8 else 4,
+        num_warps=1 if tasks <= 8 else 4 if tasks <= 16 else 16,
     )
     return weights

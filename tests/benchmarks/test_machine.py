@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -86,8 +84,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: simulated.launch(cycles / HERTZ), raising=False)
-    swept: Callable[[Any], Swept] = lambda _: Swept(simulated)
-    monkeypatch.setattr(machine, "_swept", swept)
+    monkeypatch.setattr(machine, "_swept", lambda _: Swept(simulated))
     return simulated
 
 
