@@ -33,7 +33,7 @@ TORCH_TARGET = "0x{:02x}{:02x}000000000000".format(*OLDEST_TORCH)
 KERNELS = (
     *("register", "gram", "combine", "ema_gram", "excess_risk", "graddrop"),
     *("aligned", "cagrad", "config", "dual_cone", "fairgrad", "gradvac", "imtl", "min_norm", "nash", "nonneg_qp"),
-    *("pcgrad", "upgrad", "watch"),
+    *("pcgrad", "upgrad", "watch", "famo", "moco", "cap_norm"),
 )
 PACKAGE_DIRS = {"fastmtl.kernels": "kernels", "fastmtl.benchmarks": "benchmarks"}
 

@@ -3,8 +3,8 @@
 
 #include <optional>
 
+#include "numbers.h"
 #include "register.h"
-#include "solver.h"
 
 namespace fastmtl {
 namespace {
@@ -20,18 +20,6 @@ struct Watch {
     watch(team, n, step, found_inf, steps, first_bad);
   }
 };
-
-/// The n numbers of a vector, or on the diagonal of a matrix; `kept` holds what had to be converted.
-Numbers numbers_of(Place const& on, std::optional<Tensor> const& tensor, int64_t n, std::optional<Tensor>& kept) {
-  if (!tensor) return {};
-  STD_TORCH_CHECK(is_real_float(*tensor) && on.holds(*tensor) && (tensor->dim() == 1 || tensor->dim() == 2) &&
-                      tensor->size(0) == n && tensor->size(-1) == n,
-                  "losses, gram and weights must hold floats of T tasks, on one device");
-  ScalarType const type = tensor->scalar_type();
-  kept = type == ScalarType::Float || type == ScalarType::Double ? *tensor : dense(on, *tensor);
-  return {kept->const_data_ptr(), kept->stride(0) + (kept->dim() == 2 ? kept->stride(1) : 0),
-          kept->scalar_type() == ScalarType::Double};
-}
 
 void watch_op(Tensor found_inf, Tensor steps, Tensor first_bad, Tensor losses, std::optional<Tensor> gram,
               std::optional<Tensor> weights, std::optional<Tensor> refused) {

@@ -68,6 +68,13 @@ def cases(device: torch.device) -> Iterator[tuple[str, tuple[Any, ...]]]:
         steps = torch.zeros(2, dtype=torch.int64, device=device)
         losses = torch.where(torch.arange(size, device=device) == size - 1, torch.nan, 1.0)
         yield "watch_", (torch.zeros((), device=device), steps, first_bad, losses, gram, weights[:size], None)
+        shares = torch.linspace(0.1, 1, size, device=device)
+        yield "cap_norm", (gram, shares, 1.0)
+        yield "famo_weights", (shares, shares + 1, shares)
+        moments = [shares.clone() for _ in range(3)]
+        yield "famo_step_", (*moments, torch.ones((), device=device), shares + 1, shares + 0.9, shares, 0.1, 1e-3)
+        yield "moco_rates_", (torch.ones((), device=device), shares, gram, 0.5, 0.5)
+        yield "moco_step_", (shares.clone(), gram, torch.ones((), device=device), 0.1, 0.5, 0.1)
 
 
 def _tensors(values: Any) -> list[Tensor]:

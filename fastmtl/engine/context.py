@@ -59,7 +59,10 @@ class Batch:
         if weights is None:
             seeds = self.factors()
         else:
-            seeds = (weights if self.factor is None else weights * self.factor).unbind()
+            weights = weights if self.factor is None else weights * self.factor
+            if losses and all(loss.dtype == losses[0].dtype for loss in losses):
+                weights = weights.to(losses[0].dtype)
+            seeds = weights.unbind()
         return [None if seed is None else seed.to(loss.dtype) for seed, loss in zip(seeds, losses, strict=True)]
 
 

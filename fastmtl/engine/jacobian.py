@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from fastmtl import ops
 from fastmtl.engine.comm import Comm
 from fastmtl.engine.context import StepContext, step_losses
 from fastmtl.engine.gradients import TaskGradients, set_grads, summed
@@ -199,16 +200,10 @@ class Jacobian:
                 batch.task_grads.write(head_weights)
         # The norm follows from the Gram matrix; with weights known beforehand there is none.
         if weights.max_norm is not None and weights.gram is not None:
-            weights = _capped(weights, weights.gram, weights.max_norm)
+            weights = replace(weights, shared=ops.cap_norm(weights.gram, weights.shared, weights.max_norm))
         if weights.rows is not None:
             # The strategy made them without the loss scale that all other gradients carry.
             weights = replace(weights, shared=self._ctx.scaling.up(weights.shared))
         self.pullback.write(weights, self, self._comm, self._ctx.tasks)
         if weights.max_norm is not None and self._known:
             self._comm.clip_grad_norm(self._ctx.scaling.limit(weights.max_norm), shared_only=True)
-
-
-def _capped(weights: Weights, gram: Tensor, max_norm: float) -> Weights:
-    """Return weights scaled so that ``sum_t w_t g_t`` has a norm of at most ``max_norm``."""
-    norm = (weights.shared @ gram @ weights.shared).clamp(min=0).sqrt()
-    return replace(weights, shared=weights.shared * (max_norm / (norm + 1e-6)).clamp(max=1))

@@ -77,13 +77,17 @@ class MTLModel(HasModules, Protocol):
 
 @contextmanager
 def preserving_buffers(model: HasModules) -> Iterator[None]:
-    """Restore the buffers of a network, such as statistics of batch norms, at the end."""
+    """Restore the buffers of a network, such as statistics of batch norms, at the end.
+
+    What a strategy remembers is no part of the network: a forward pass does not change it.
+    """
+    remembered = getattr(model, "task_dims", {})
     saved = [
         (module, name, buffer, buffer.clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
         # A lazy layer has none yet.
-        if buffer is not None and not is_lazy(buffer)
+        if buffer is not None and not is_lazy(buffer) and not (module is model and name in remembered)
     ]
     try:
         yield

@@ -22,17 +22,20 @@ from __future__ import annotations
 from fastmtl.ops._registry import backend_report, implementation
 from fastmtl.ops.aligned import aligned
 from fastmtl.ops.cagrad import cagrad, cagrad_update
+from fastmtl.ops.cap_norm import cap_norm
 from fastmtl.ops.combine import combine, combine_
 from fastmtl.ops.config import config
 from fastmtl.ops.dual_cone import dual_cone
 from fastmtl.ops.ema_gram import ema_gram_
 from fastmtl.ops.excess_risk import excess_risk_
 from fastmtl.ops.fairgrad import fairgrad
+from fastmtl.ops.famo import famo_step_, famo_weights
 from fastmtl.ops.graddrop import graddrop, graddrop_rows
 from fastmtl.ops.gradvac import gradvac
 from fastmtl.ops.gram import gram
 from fastmtl.ops.imtl import imtl
 from fastmtl.ops.min_norm import min_norm
+from fastmtl.ops.moco import moco_rates_, moco_step_
 from fastmtl.ops.nash import nash
 from fastmtl.ops.nonneg_qp import nonneg_qp
 from fastmtl.ops.pcgrad import pcgrad
@@ -44,6 +47,7 @@ __all__ = [
     "backend_report",
     "cagrad",
     "cagrad_update",
+    "cap_norm",
     "combine",
     "combine_",
     "config",
@@ -51,6 +55,8 @@ __all__ = [
     "ema_gram_",
     "excess_risk_",
     "fairgrad",
+    "famo_step_",
+    "famo_weights",
     "graddrop",
     "graddrop_rows",
     "gradvac",
@@ -58,6 +64,8 @@ __all__ = [
     "implementation",
     "imtl",
     "min_norm",
+    "moco_rates_",
+    "moco_step_",
     "nash",
     "nonneg_qp",
     "pcgrad",

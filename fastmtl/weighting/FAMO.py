@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastmtl import ops
 from fastmtl.support.dtypes import falls_below
 from fastmtl.weighting.abstract_weighting import AbsWeighting, Hyper, Weights
-from fastmtl.weighting.rules import Adam, counted, even_fall, even_fall_slope
+from fastmtl.weighting.rules import counted
 
 __all__ = ["FAMO"]
 
@@ -31,16 +32,24 @@ class FAMO(AbsWeighting):
     }
 
     min_losses: Tensor
+    famo_value: Tensor
+    famo_first: Tensor
+    famo_second: Tensor
+    famo_steps: Tensor
 
     def init_param(self) -> None:
         """Create the logits xi and their optimizer."""
         self.remember("min_losses", torch.zeros(self.task_num))
-        self.logits = Adam(self, "famo", torch.zeros(self.task_num))
+        self.remember("famo_value", torch.zeros(self.task_num))
+        self.remember("famo_first", torch.zeros(self.task_num))
+        self.remember("famo_second", torch.zeros(self.task_num))
+        self.remember("famo_steps", torch.zeros(()))
 
     def weigh(self, losses: Tensor, gram: None, **hyper: object) -> Weights:
         """Return the derivatives of ``sum_t z_t log D_t / c``."""
-        self._excess = losses - self.min_losses
-        return Weights(shared=even_fall(self.logits.value, self._excess), known=counted(self._excess))
+        self._losses = losses
+        known = counted(losses - self.min_losses)
+        return Weights(shared=ops.famo_weights(self.famo_value, losses, self.min_losses), known=known)
 
     def refused(self, losses: Tensor, **hyper: object) -> Tensor:
         """Return which losses are below their bounds."""
@@ -50,5 +59,5 @@ class FAMO(AbsWeighting):
         self, losses: Tensor, *, FAMO_w_lr: float = 0.025, FAMO_w_gamma: float = 1e-3, **hyper: object
     ) -> None:
         """Move the logits by how much each loss fell."""
-        slope = even_fall_slope(self.logits.value, self._excess, losses - self.min_losses)
-        self.logits.step(slope, lr=FAMO_w_lr, weight_decay=FAMO_w_gamma, known=counted(self._excess))
+        state = self.famo_value, self.famo_first, self.famo_second, self.famo_steps
+        ops.famo_step_(*state, self._losses, losses, self.min_losses, FAMO_w_lr, FAMO_w_gamma)

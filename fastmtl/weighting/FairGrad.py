@@ -30,7 +30,7 @@ class Fair(AbsWeighting):
         weights that start at zero, it would otherwise learn nothing.
         """
         self.last_weights.copy_(weights)
-        heads = torch.where(weights == 0, torch.ones_like(weights), weights)
+        heads = weights.masked_fill(weights == 0, 1)
         return Weights(shared=weights, heads=heads, max_norm=max_norm)
 
 

@@ -56,12 +56,9 @@ class MoCo(AbsWeighting):
         **hyper: object,
     ) -> Weights:
         """Return weights of the averages."""
-        self.steps.add_(1)
         gram = self.whole(ops.gram(rows))
-        rate = MoCo_beta / self.steps**MoCo_beta_sigma
-        gains = rate * losses.clamp(min=0) / (gram.diagonal().sqrt().to(losses.dtype) + 1e-8)
+        keep, gains = ops.moco_rates_(self.steps, losses, gram, MoCo_beta, MoCo_beta_sigma)
         averages = self.averages.rows
-        products = self.whole(ops.ema_gram_(averages, rows, 1 - rate, gains)).to(self.lambd.dtype)
-        pull = products @ self.lambd + MoCo_rho * self.lambd
-        self.lambd.copy_(torch.softmax(self.lambd - MoCo_gamma / self.steps**MoCo_gamma_sigma * pull, dim=-1))
-        return Weights(shared=self.lambd.clone(), rows=averages, gram=gram)
+        products = self.whole(ops.ema_gram_(averages, rows, keep, gains))
+        shared = ops.moco_step_(self.lambd, products, self.steps, MoCo_gamma, MoCo_gamma_sigma, MoCo_rho)
+        return Weights(shared=shared, rows=averages, gram=gram)

@@ -2,26 +2,11 @@
 // and losses that a strategy refuses.
 #pragma once
 
-#include <cfloat>
-#include <cmath>
 #include <cstdint>
 
-#include "fastmtl/team.h"
+#include "fastmtl/numbers.h"
 
 namespace fastmtl {
-
-FASTMTL_HD inline bool is_finite(double value) { return fabs(value) <= DBL_MAX; }
-
-/// Numbers of one of two widths, a stride apart; `data` is null where there are none.
-struct Numbers {
-  void const* data = nullptr;
-  int64_t stride = 1;
-  bool wide = true;
-
-  FASTMTL_HD double operator[](int64_t i) const {
-    return wide ? static_cast<double const*>(data)[i * stride] : double{static_cast<float const*>(data)[i * stride]};
-  }
-};
 
 /// The numbers of a step, n of each.
 struct StepNumbers {

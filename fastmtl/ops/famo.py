@@ -1,0 +1,148 @@
+"""FAMO's weights, and the step by which it learns their logits, each in one pass over T numbers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmtl.errors import UsageError
+from fastmtl.ops._registry import declare
+from fastmtl.ops._vectors import check_vectors
+from fastmtl.support.dtypes import wide_dtype
+
+__all__ = ["famo_step_", "famo_weights"]
+
+_TINY = 1e-8
+_DECAY = (0.9, 0.999)
+
+
+def _known(excess: Tensor, losses: Tensor) -> Tensor:
+    return excess >= torch.finfo(losses.dtype).tiny
+
+
+def _weights(logits: Tensor, losses: Tensor, least: Tensor) -> Tensor:
+    wide = wide_dtype(losses.device)
+    excess = losses.to(wide) - least.to(wide)
+    share = torch.where(_known(excess, losses), torch.softmax(logits.to(wide), dim=-1) / (excess + _TINY), 0.0)
+    total = share.sum()
+    return share / torch.where(total > 0, total, 1.0)
+
+
+_famo_weights = declare(
+    "famo_weights",
+    "(Tensor logits, Tensor losses, Tensor least) -> Tensor",
+    check=lambda logits, losses, least: check_vectors(losses, losses=losses, logits=logits, least=least),
+    reference=_weights,
+    fake=lambda logits, losses, least: torch.empty_like(losses, dtype=wide_dtype(losses.device)),
+)
+
+
+def famo_weights(logits: Tensor, losses: Tensor, least: Tensor) -> Tensor:
+    """Return FAMO's weights, ``z_t / D_t`` over their sum, with ``z = softmax(logits)``, ``D = losses - least + 1e-8``.
+
+    Args:
+        logits: (T,).
+        losses: (T,).
+        least: (T,) lower bounds of the losses. A task whose loss is not above it has weight 0 and no part in the sum.
+
+    Returns:
+        (T,) in float64.
+
+    Source:
+        Liu, Feng, Stone and Liu, "FAMO: Fast Adaptive Multitask Optimization", NeurIPS 2023.
+
+    Example:
+        >>> famo_weights(torch.zeros(2), torch.tensor([1.0, 3.0]), torch.zeros(2))
+        tensor([0.7500, 0.2500], dtype=torch.float64)
+    """
+    return _famo_weights(logits, losses, least)
+
+
+def _check_step(
+    logits: Tensor,
+    first: Tensor,
+    second: Tensor,
+    steps: Tensor,
+    before: Tensor,
+    after: Tensor,
+    least: Tensor,
+    lr: float,
+    decay: float,
+) -> None:
+    check_vectors(logits, logits=logits, first=first, second=second, before=before, after=after, least=least)
+    if steps.numel() != 1 or not steps.is_floating_point() or steps.device != logits.device:
+        raise UsageError(f"steps must be one float on {logits.device}, got {steps.dtype} on {steps.device}.")
+
+
+@torch.no_grad()
+def _step(
+    logits: Tensor,
+    first: Tensor,
+    second: Tensor,
+    steps: Tensor,
+    before: Tensor,
+    after: Tensor,
+    least: Tensor,
+    lr: float,
+    decay: float,
+) -> None:
+    dtype = wide_dtype(logits.device)
+    excess, later = before.to(dtype) - least.to(dtype), (after.to(dtype) - least.to(dtype)).clamp(min=0)
+    known, wide = _known(excess, before), logits.to(dtype)
+    fall = torch.where(known, (excess + _TINY).log() - (later + _TINY).log(), 0.0)
+    share = torch.where(known, torch.softmax(torch.where(known, wide, -torch.inf), dim=-1), 0.0)
+    grad = share * (fall - share @ fall) + decay * wide
+    steps.add_(1)
+    count = steps.to(dtype)
+    moments = first.to(dtype).lerp(grad, 1 - _DECAY[0]), second.to(dtype).lerp(grad * grad, 1 - _DECAY[1])
+    size = (moments[1] / (1 - _DECAY[1] ** count)).sqrt() + _TINY
+    moved = wide - lr * moments[0] / (1 - _DECAY[0] ** count) / size
+    for place, new in zip((first, second, logits), (*moments, moved), strict=True):
+        place.copy_(torch.where(known, new.to(place.dtype), place))
+
+
+_famo_step_ = declare(
+    "famo_step_",
+    "(Tensor(a!) logits, Tensor(b!) first, Tensor(c!) second, Tensor(d!) steps, Tensor before, Tensor after, "
+    "Tensor least, float lr, float decay) -> ()",
+    check=_check_step,
+    reference=_step,
+    fake=lambda *args, **kwargs: None,
+)
+
+
+def famo_step_(
+    logits: Tensor,
+    first: Tensor,
+    second: Tensor,
+    steps: Tensor,
+    before: Tensor,
+    after: Tensor,
+    least: Tensor,
+    lr: float,
+    decay: float,
+) -> None:
+    """Move FAMO's logits, by Adam, towards tasks whose losses fell least in relation to their size.
+
+    The gradient is ``z_t (f_t - sum_s z_s f_s) + decay logits_t`` with ``z = softmax(logits)`` and
+    ``f = log(before - least + 1e-8) - log(max(after - least, 0) + 1e-8)``. A task whose loss was not above its lower
+    bound takes no part, and keeps its logit and moments.
+
+    Args:
+        logits: (T,), updated in place.
+        first: (T,) first moments, updated in place.
+        second: (T,) second moments, updated in place.
+        steps: One float, the steps so far, counted up.
+        before: (T,) losses before the update of the network.
+        after: (T,) losses of the same batch after it.
+        least: (T,) lower bounds.
+        lr: Learning rate.
+        decay: Weight decay.
+
+    Source:
+        Liu, Feng, Stone and Liu, "FAMO: Fast Adaptive Multitask Optimization", NeurIPS 2023; Kingma and Ba, "Adam: A
+        Method for Stochastic Optimization", ICLR 2015.
+    """
+    _famo_step_(logits, first, second, steps, before, after, least, lr, decay)
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version((logits, first, second, steps))

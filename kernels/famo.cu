@@ -1,0 +1,2 @@
+// famo on a GPU: a launch of one warp, or of one block where T is larger than a warp.
+#include "../csrc/famo.cpp"
