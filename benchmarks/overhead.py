@@ -124,7 +124,8 @@ def _compare(name: str, work: Work, make: Mapping[str, Callable[[], Contender]],
     apart = distances(gated) if name not in DRAW else {}
     wrong = wrong_steps(apart) if apart else {}
     right = {library: step for library, step in contenders.items() if library not in wrong}
-    launches = {library: step.launches() for library, step in right.items()}
+    # Operators that Inductor has compiled are not dispatched one by one.
+    launches = {library: step.launches() for library, step in right.items() if library != "fastmtl compiled"}
     samples = time_in_turn(right, work.device, seconds)
     rows = []
     for library in make:
@@ -132,13 +133,15 @@ def _compare(name: str, work: Work, make: Mapping[str, Callable[[], Contender]],
         if library in wrong:
             rows.append(row | {"wrong": wrong[library]})
             continue
-        row |= spread(samples[library], "us") | {"launches": launches[library]}
+        row |= spread(samples[library], "us")
         for other in ("plain", "fastmtl"):
             if other in samples:
                 pairs = [one / two for one, two in zip(samples[library], samples[other], strict=True)]
                 row[f"times_{other}"] = statistics.median(pairs)
         beyond = [one - two for one, two in zip(samples[library], samples["floor"], strict=True)]
-        row |= {"beyond_us": statistics.median(beyond) * 1e6, "beyond_launches": launches[library] - launches["floor"]}
+        row["beyond_us"] = statistics.median(beyond) * 1e6
+        if library in launches:
+            row |= {"launches": launches[library], "beyond_launches": launches[library] - launches["floor"]}
         rows.append(row)
     return rows
 
@@ -147,7 +150,8 @@ def _line(row: Row) -> str:
     head = f"{row['strategy']:9} T={row['tasks']:<3} {row['library']:20}"
     if "wrong" in row:
         return f"{head} WRONG: {row['wrong']}; not timed"
-    line = f"{head} {row['median_us']:8.0f} us  {row['launches']:5} launches"
-    line += f"  beyond the floor {row['beyond_us']:6.0f} us {row['beyond_launches']:5} launches"
+    line = f"{head} {row['median_us']:8.0f} us, {row['beyond_us']:6.0f} beyond the floor"
+    if "launches" in row:
+        line += f"  {row['launches']:5} launches, {row['beyond_launches']:4} beyond"
     line += f"  {row['times_plain']:5.2f} x plain"
     return line + (f"  {row['times_fastmtl']:5.2f} x fastmtl" if "times_fastmtl" in row else "")

@@ -41,6 +41,7 @@ def test_hyper_parameters_of_architectures_are_spelled_as_in_libmtl() -> None:
     assert kwargs["arch_args"] == {"img_size": (), "num_experts": [2, 1, 1], "shared_gate": True}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optim", OPTIMIZERS)
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_every_optimizer_and_scheduler_can_be_built(optim: str, scheduler: str) -> None:

@@ -74,6 +74,7 @@ def test_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
     assert history[-1]["number"] < 0.5 * history[0]["number"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_trainer_of_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     import_torchvision()

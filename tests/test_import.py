@@ -58,6 +58,7 @@ def test_import_is_lean(statement: str) -> None:
         assert shared_object not in str(facts["maps"])
 
 
+@pytest.mark.slow
 def test_importing_the_package_alone_leaves_the_trainer_unloaded() -> None:
     assert loaded(probe("import fastmtl"), ("fastmtl.trainer", "fastmtl.ops", "fastmtl.data")) == []
 
@@ -79,6 +80,7 @@ def test_the_probe_sees_heavy_imports() -> None:
     assert {"matplotlib", "torch._dynamo"} <= set(loaded(facts, HEAVY))
 
 
+@pytest.mark.slow
 def test_the_trainer_leaves_autojac_and_its_setting_alone() -> None:
     """Importing autojac turns torch's donated buffers off for the whole process."""
     assert loaded(probe("import fastmtl.trainer"), ("fastmtl.autojac",)) == []

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmtl._loss.base import Complete
+from fastmtl.engine.labels import are_complete
 from fastmtl.errors import UsageError
-from fastmtl.loss import AbsLoss, BCELoss, CELoss, HuberLoss, KLDivLoss, L1Loss, MSELoss
+from fastmtl.loss import AbsLoss, BCELoss, CELoss, HuberLoss, KLDivLoss, L1Loss, MSELoss, SegLoss
 from fastmtl.trainer.setup.losses import as_loss
 from tests.host_reads import NoHostRead
 
@@ -154,7 +155,7 @@ def test_labels_known_to_be_complete_change_nothing(loss: AbsLoss, classes: bool
     pred = torch.randn(7, 3, generator=generator).to(dtype).requires_grad_()
     gt = torch.randint(0, 3, (7,), generator=generator) if classes else torch.rand(7, 3, generator=generator).to(dtype)
     found = []
-    for known in ([], [gt]):
+    for known in ([], [(loss, gt)]):
         with Complete(known):
             value = loss.compute_loss(pred, gt)
         found.append((value, *torch.autograd.grad(value, pred)))
@@ -164,9 +165,27 @@ def test_labels_known_to_be_complete_change_nothing(loss: AbsLoss, classes: bool
 def test_labels_are_known_to_be_complete_in_the_block_alone() -> None:
     """A batch without any label of which nothing is known has the loss 0, not the NaN of torch's mean."""
     pred, gt = torch.randn(2, 3), torch.full((2,), -100)
-    with Complete([torch.zeros(2).long()]):
+    with Complete([(CELoss(), torch.zeros(2).long())]):
         assert CELoss().compute_loss(pred, gt) == 0
     assert CELoss().compute_loss(pred, gt) == 0
+
+
+def test_labels_are_complete_for_the_loss_that_said_so_alone() -> None:
+    pred, gt = torch.randn(4, 3), torch.tensor([2, 2, 2, 2])
+    with Complete([(CELoss(), gt)]):
+        # To another loss the same labels are missing.
+        assert CELoss(ignore_index=2).compute_loss(pred, gt) == 0
+        assert CELoss().compute_loss(pred, gt) > 0
+        gt.fill_(-100)
+        assert CELoss().compute_loss(pred, gt) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.uint8, torch.uint16, torch.bool, torch.complex64])
+def test_labels_of_any_dtype_can_be_looked_at(dtype: torch.dtype) -> None:
+    labels = {"task": torch.ones(3).to(dtype)}
+    assert are_complete({"task": AbsLoss()}, labels) == (dtype != torch.complex64)
+    # Its float labels are missing where they are -1.
+    assert not are_complete({"task": SegLoss()}, {"task": torch.full((2, 2), -1.0)})
 
 
 def test_weights_of_a_torch_loss_are_followed() -> None:

@@ -230,6 +230,7 @@ def record(installed: Installed) -> dict[str, Any]:
     return facts
 
 
+@pytest.mark.slow
 def test_sdist_holds_all_that_is_built_from(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
@@ -280,6 +281,7 @@ def test_without_a_compiler_it_installs_trains_and_says_so_once(plain: Installed
     assert "no C++ compiler was found" in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_kernels_that_were_asked_for_and_cannot_be_built_fail_the_build(sdist: Path, tmp_path: Path) -> None:
     pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-cache-dir"]
     done = subprocess.run(

@@ -21,6 +21,7 @@ __all__ = [
     "is_complete",
     "mean_known",
     "over",
+    "overrides",
     "present",
     "updates_itself",
 ]
@@ -29,16 +30,20 @@ __all__ = [
 LossState = tuple[list[float], list[int], tuple[Tensor | None, float | Tensor]]
 
 
-# The labels that are known to have no missing entry, by identity.
-_complete: frozenset[int] = frozenset()
+# The labels that are known to have no missing entry, by identity: their version, and what would mark a missing one.
+_complete: dict[int, tuple[int, int | None]] = {}
 
 
 class Complete:
-    """A block in which losses know that some labels have no missing entry, so that they need not look."""
+    """A block in which losses know that some labels have no missing entry, so that they need not look.
 
-    def __init__(self, labels: Iterable[object]) -> None:
-        self._labels = frozenset(map(id, labels))
-        self._before: frozenset[int] = frozenset()
+    Args:
+        labels: Pairs of a loss and of labels that are all there by its ``labelled``.
+    """
+
+    def __init__(self, labels: Iterable[tuple[AbsLoss, object]]) -> None:
+        self._labels = {id(gt): (_version(gt), loss.ignore_index) for loss, gt in labels if isinstance(gt, Tensor)}
+        self._before: dict[int, tuple[int, int | None]] = {}
 
     def __enter__(self) -> None:
         global _complete
@@ -49,9 +54,26 @@ class Complete:
         _complete = self._before
 
 
-def is_complete(gt: object) -> bool:
-    """Return whether labels are known to have no missing entry; never while compiling."""
-    return not torch.compiler.is_compiling() and id(gt) in _complete
+def is_complete(loss: AbsLoss, gt: object) -> bool:
+    """Return whether labels are known to have no entry that a loss calls missing; never while compiling."""
+    if torch.compiler.is_compiling() or not _complete or not isinstance(gt, Tensor) or not loss.marks_entries:
+        return False
+    version, marker = _complete.get(id(gt), (None, None))
+    # Changed in place, they may have one.
+    return version == _version(gt) and (gt.is_floating_point() or loss.ignore_index in (None, marker))
+
+
+def _version(gt: Tensor) -> int:
+    return 0 if gt.is_inference() else gt._version
+
+
+def overrides(cls: type, method: str, flag: str) -> bool:
+    """Return whether a class, or a mixin of it, overrides a method of the class that sets a flag of it."""
+    method_at, flag_at = (
+        next((k for k, base in enumerate(cls.__mro__) if name in vars(base)), len(cls.__mro__))
+        for name in (method, flag)
+    )
+    return method_at < flag_at
 
 
 class AbsLoss:
@@ -80,7 +102,7 @@ class AbsLoss:
     def __init_subclass__(cls, **options: Any) -> None:
         """Reset ``marks_entries`` of a base class where ``labelled`` is overridden."""
         super().__init_subclass__(**options)
-        if "labelled" in vars(cls) and "marks_entries" not in vars(cls):
+        if overrides(cls, "labelled", "marks_entries"):
             cls.marks_entries = False
 
     def __new__(cls, *args: object, **kwargs: object) -> Self:

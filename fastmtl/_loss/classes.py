@@ -68,13 +68,13 @@ class CELoss(AbsLoss):
 
     def divisors(self, gt: Tensor, count: int) -> Tensor:
         """Return the divisor (count,) of each of several batches of one size, one after the other in ``gt``."""
-        if self.weight is None or gt.is_floating_point():
+        if type(self).divisor is CELoss.divisor and (self.weight is None or gt.is_floating_point()):
             return self.labelled(gt).reshape(count, -1).sum(1)
         return super().divisors(gt, count)
 
     def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
         """Return the mean cross-entropy."""
-        knows_all = is_complete(gt)
+        knows_all = is_complete(self, gt)
         pred, gt = as_classes_or_shares(pred, gt, type(self).__name__)
         dtype, pred = pred.dtype, _without_overflow(pred)
         if self._is_plain and not gt.is_floating_point():
@@ -135,7 +135,6 @@ class SegLoss(AbsLoss):
     """
 
     ignore_index: int
-    marks_entries = True
 
     def __init__(self, ignore_index: int = -1) -> None:
         super().__init__()

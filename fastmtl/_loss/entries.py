@@ -29,7 +29,7 @@ class _EntryLoss(AbsLoss):
 
     def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
         """Return the mean over the labelled entries."""
-        knows_all = is_complete(gt)
+        knows_all = is_complete(self, gt)
         pred, gt = as_entries(pred, gt, type(self).__name__)
         if knows_all and pred.dtype in (torch.float32, torch.float64):
             return self._entries(pred, gt if gt.is_floating_point() else gt.to(pred.dtype), reduction="none").mean()

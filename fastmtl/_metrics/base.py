@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fastmtl._loss.base import overrides
 from fastmtl._metrics.missing import labelled_part
 from fastmtl.errors import UsageError
 from fastmtl.support.dtypes import wide_dtype
@@ -43,9 +44,10 @@ class AbsMetric:
     def __init_subclass__(cls, **options: Any) -> None:
         """Reset ``missing`` and ``adds_rows`` of a base class where ``update_fun`` is overridden."""
         super().__init_subclass__(**options)
-        for name, default in (("missing", None), ("adds_rows", False)):
-            if "update_fun" in vars(cls) and name not in vars(cls):
-                setattr(cls, name, default)
+        if overrides(cls, "update_fun", "missing"):
+            cls.missing = None
+        if overrides(cls, "update_fun", "adds_rows") or overrides(cls, "_add", "adds_rows"):
+            cls.adds_rows = False
 
     def update_fun(self, pred: Tree, gt: Tree) -> None:
         """Add one batch of predictions and labels, both ``(batch, ...)``; called without gradient."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastmtl import ops
 from fastmtl.engine.weights import Row
-from fastmtl.ops._rows import is_dense
+from fastmtl.ops._rows import FLOAT_TYPES, is_dense
 
 __all__ = [
     "TaskGradients",
@@ -86,11 +86,13 @@ class TaskGradients:
 def _combined(parts: Sequence[Grads], weights: Tensor, owners: Sequence[int] | None) -> Row:
     """Return ``sum_t w_t parts_t``, or a single part with each gradient times the weight (T,) of its owner."""
     present = [grad for part in parts for grad in part if grad is not None]
-    if present and all(type(grad) is Tensor and grad.layout == torch.strided for grad in present):
+    if present and all(
+        type(grad) is Tensor and grad.layout == torch.strided and grad.dtype in FLOAT_TYPES for grad in present
+    ):
         groups = None if owners is None else list(owners)
         by_group = weights if groups is None else weights[: max(groups) + 1, None]
         return cast(Row, ops.combine(parts, by_group, groups))
-    # Gradients may be sparse, as those of an embedding, or sharded.
+    # Gradients may be complex, sparse, as those of an embedding, or sharded.
     by_task = weights.unbind()
     if owners is not None:
         return _times(parts[0], [by_task[owner] for owner in owners])

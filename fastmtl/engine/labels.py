@@ -18,7 +18,6 @@ __all__ = ["are_complete", "is_overridden", "labelled_entries", "labelled_places
 
 # Entries of labels that are looked at together; of larger ones the first row nearly always has a label.
 _MOST_LOOKED_AT = 2**16
-_UNSIGNED = (torch.bool, torch.uint8)
 
 
 def labelled_entries(loss: AbsLoss, labels: Tree) -> int | Tensor:
@@ -68,14 +67,16 @@ def are_complete(losses: Mapping[str, AbsLoss], labels: Mapping[str, Tree]) -> b
     count = 0
     for task, loss in losses.items():
         gt = labels.get(task)
-        if not isinstance(gt, Tensor) or not gt.is_cpu or not loss.marks_entries:
+        if not isinstance(gt, Tensor) or not gt.is_cpu or gt.layout != torch.strided or not loss.marks_entries:
             return False
         size, dtype = gt.numel(), gt.dtype
+        if dtype.is_complex or (dtype.is_floating_point and dtype.itemsize == 1):
+            return False
         count += size
         if not size or count > _MOST_LOOKED_AT:
             return False
         if not dtype.is_floating_point:
-            if loss.ignore_index is None or (dtype in _UNSIGNED and loss.ignore_index < 0):
+            if loss.ignore_index is None or (loss.ignore_index < 0 and not dtype.is_signed):
                 continue
             if loss.ignore_index >= 0:
                 return False

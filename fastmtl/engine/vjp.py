@@ -24,7 +24,7 @@ def vjp(
     Other outputs without a cotangent are left out; inputs that require no gradient get None.
     """
     # Torch's annotation allows no mixture of tensors and edges.
-    wanted: Any = [source for source in inputs if isinstance(source, GradientEdge) or source.requires_grad]
+    wanted: Any = [source for source in inputs if _has_gradient(source)]
     pairs = seeded(outputs, cotangents)
     if not pairs or not wanted:
         return [None] * len(inputs)

@@ -63,7 +63,7 @@ class RunningMean:
         products = torch.where(weights == 0, 0, values.to(dtype) * weights)
         before = self._weight if isinstance(self._weight, Tensor) else torch.full_like(self._total, self._weight)
         before = before.to(values.device, dtype)
-        # One after the other, so that it does not matter how many come at once.
+        # On the CPU one after the other, so that it does not matter how many come at once.
         sums = torch.stack([torch.cat([self._total[None], products]), torch.cat([before[None], weights])]).cumsum(1)
         self._total, self._weight = sums[:, -1].unbind()
 

@@ -46,6 +46,8 @@ class FiniteGuard:
 
         ``refused`` tells which losses the strategy has no use for, None if it takes any.
         """
+        if weights is not None and not weights.is_floating_point():
+            weights = weights.to(losses.dtype)
         ops.watch_(self.found_inf, self._steps, self._first_bad, losses, gram, weights, refused)
 
     def check(self, last_checkpoint: str | None) -> None:

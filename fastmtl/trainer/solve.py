@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -53,16 +54,14 @@ def _from_gram(strategy: AbsWeighting, hyper: Hypers, jacobian: Jacobian) -> Wei
     gram = jacobian.gram(groups)
     with part("solver"):
         weights = strategy.weigh(jacobian.strategy_losses, gram, **hyper)
-    weights.groups, weights.gram = groups, jacobian.mean_gram(gram)
-    return weights
+    return replace(weights, groups=groups, gram=jacobian.mean_gram(gram))
 
 
 def _from_rows(strategy: AbsWeighting, hyper: Hypers, jacobian: Jacobian) -> Weights:
     rows = jacobian.unscaled_rows()
     with part("solver"):
         weights = strategy.weigh_rows(jacobian.strategy_losses, rows, **hyper)
-    weights.rows = weights.rows or rows
-    return weights
+    return replace(weights, rows=weights.rows or rows)
 
 
 def _from_reps(strategy: AbsWeighting, hyper: Hypers, comm: Comm, jacobian: Jacobian) -> Weights:

@@ -23,7 +23,7 @@ from fastmtl.trainer.compile.capture import make_capture
 from fastmtl.trainer.compile.engines import engines_to_try
 from fastmtl.trainer.compile.trial import Trial
 from fastmtl.trainer.guard import FiniteGuard
-from fastmtl.trainer.log.records import StepBuffer, StepSignals, TaskLosses
+from fastmtl.trainer.log.records import StepBuffer, StepLosses, StepSignals
 from fastmtl.trainer.optim.masking import MaskedOptimizer
 from fastmtl.trainer.precision import make_scaler
 from fastmtl.trainer.setup.options import StepOptions
@@ -152,12 +152,14 @@ class TrainingStep:
         tasks = self._tasks(present)
         if not tasks.are_all or len(batches) < self.batches:
             self.trial.leave_out()
-        with Complete(label for _, labels in batches for label in labels.values()) if complete else _NOTHING:
+        losses = self.problem.losses
+        known = ((losses[task], gt) for _, labels in batches for task, gt in labels.items() if task in losses)
+        with Complete(known) if complete else _NOTHING:
             done = self.capture(partial(self._run, tasks), batches, tasks.are_all)
         self.unreached.look(tasks.names)
         self.latest = StepSignals(losses=done.losses, weights=done.weights, gram=done.gram)
         buffer.add(done.losses, done.weights, done.gram)
-        return TaskLosses(tasks.names, tasks.places, done.losses), done.preds
+        return StepLosses(tasks.names, tasks.places, done.losses), done.preds
 
     def _run(self, tasks: StepTasks, batches: Batches) -> Outcome:
         """Run what happens on the device: the whole of a step."""

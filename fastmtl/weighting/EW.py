@@ -35,7 +35,8 @@ class EW(AbsWeighting):
             return Weights(shared=_filled([self._constants[task] for task in self.active], losses))
         if self._weights is None or self._weights.device != losses.device or self._weights.dtype != losses.dtype:
             self._weights = _filled(self._constants, losses)
-        return Weights(shared=self._weights)
+        # Autograd may return a cotangent as a gradient, which clipping writes into.
+        return Weights(shared=self._weights.clone())
 
     def _read(self, loss_weights: Sequence[str]) -> list[float]:
         """Return the constants of all tasks."""

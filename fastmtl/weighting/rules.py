@@ -148,20 +148,11 @@ class Adam:
         return getattr(self._owner, f"{self._name}_value")
 
     @torch.no_grad()
-    def step(self, grad: Tensor, lr: float, weight_decay: float = 0.0, known: Tensor | None = None) -> None:
-        """Move the vector against a gradient, to which ``weight_decay`` times the vector is added.
-
-        Entries that are not ``known``, and their moments, stay as they are.
-        """
+    def step(self, grad: Tensor, lr: float) -> None:
+        """Move the vector against a gradient."""
         first, second, steps = (getattr(self._owner, f"{self._name}_{part}") for part in ("first", "second", "steps"))
-        value = self.value
-        before = value.clone(), first.clone(), second.clone()
-        grad = grad + weight_decay * value
         steps.add_(1)
         first.lerp_(grad, 1 - _DECAY[0])
         second.lerp_(grad * grad, 1 - _DECAY[1])
         size = (second / (1 - _DECAY[1] ** steps)).sqrt() + 1e-8
-        value.sub_(lr * first / (1 - _DECAY[0] ** steps) / size)
-        if known is not None:
-            for moved, old in zip((value, first, second), before, strict=True):
-                moved.copy_(torch.where(known, moved, old))
+        self.value.sub_(lr * first / (1 - _DECAY[0] ** steps) / size)

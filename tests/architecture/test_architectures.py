@@ -162,6 +162,7 @@ def test_reads_nothing_on_the_host(name: str, weighting: str) -> None:
             trainer.step([batch], buffer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "LTB"])
 def test_resumes_exactly(name: str, tmp_path: Any) -> None:
     data = loaders(3)

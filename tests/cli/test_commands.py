@@ -140,6 +140,7 @@ def test_bench_list_names_the_operators_and_the_whole_update(capsys: pytest.Capt
     listed = capsys.readouterr().out.split()
     assert listed[:2] == ["gram", "combine"]
     measured_with = {"cagrad_update": "cagrad", "graddrop_rows": "graddrop", "excess_risk_": "ema_gram"}
+    measured_with |= {"famo_weights": "famo", "famo_step_": "famo", "moco_rates_": "moco", "moco_step_": "moco"}
     assert set(listed) == {measured_with.get(op, op.rstrip("_")) for op in OPS} | {"update"}
 
 
@@ -179,6 +180,7 @@ def test_data_list_names_the_data_sets(capsys: pytest.CaptureFixture[str]) -> No
     assert names[:2] == ["multimnist", "multimnist-multi"]
 
 
+@pytest.mark.slow
 def test_doctor_tells_the_versions(capsys: pytest.CaptureFixture[str]) -> None:
     import torch
 

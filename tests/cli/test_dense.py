@@ -48,6 +48,7 @@ def test_mistakes_are_one_sentence(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_mtan_with_mgda_trains_on_rooms(rooms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     line = f"train --dataset rooms --dataset-path {rooms} --arch mtan --weighting mgda --encoder conv --aug"

@@ -76,6 +76,7 @@ def test_configuration_is_fully_resolved(finished: Path) -> None:
     assert config["multi_input"] is False
 
 
+@pytest.mark.slow
 def test_configuration_repeats_the_run(finished: Path, tmp_path: Path) -> None:
     assert _train(tmp_path / "again", settings=["--config", str(finished / "config.yaml")]) == 0
 
@@ -172,6 +173,7 @@ def test_loggers_can_be_left_out(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "tensorboard").exists()
 
 
+@pytest.mark.slow
 def test_run_directory_is_named_after_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["train", *SMALL, "--epochs", "1", "--dataset", "MultiMNIST-multi", "--device", "cpu"]) == 0

@@ -80,6 +80,7 @@ def _train_all(cases: list[tuple[str, str]]) -> list[Any]:
     return [_train(*case) for case in cases]
 
 
+@pytest.mark.slow
 def test_the_gradients_are_those_of_one_process(tmp_path: Path) -> None:
     cases = [(name, kind) for name in AGGREGATORS for kind in ("balance", "balanced", "ddp")]
     wanted = _train_all(cases)

@@ -68,6 +68,7 @@ def _measure(weightings: list[str]) -> list[int]:
     return peaks
 
 
+@pytest.mark.slow
 def test_gradients_of_four_processes(tmp_path: Path) -> None:
     size, buckets = 4, 2
     for rows, total in in_processes(size, tmp_path, _measure, ["MGDA", "EW"]):

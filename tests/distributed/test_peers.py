@@ -134,6 +134,7 @@ def _meet_late(weighting: str) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weighting", ["MGDA", "EW"])
 def test_a_gradient_that_comes_late_is_not_left_out_in_silence(weighting: str, tmp_path: Path) -> None:
     for message in in_processes(2, tmp_path, _meet_late, weighting):

@@ -20,6 +20,7 @@ from tests.libmtl import load_file
 CHANNELS = (4, 6, 8, 10, 10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "scale"), [("resnet18", 8), ("resnet18", 16), ("resnet50", 8), ("ResNet50", 16)])
 def test_dilated_resnets_shrink_less_and_keep_their_keys(name: str, scale: int) -> None:
     encoder = model.resnet_dilated(name, pretrained=False, dilate_scale=scale).eval()

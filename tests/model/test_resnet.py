@@ -31,6 +31,7 @@ LIBMTL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_keys_and_shapes_are_those_of_torchvision_without_the_classifier(name: str) -> None:
     with torch.device("meta"):

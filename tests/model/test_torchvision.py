@@ -67,6 +67,7 @@ def test_looking_for_torchvision_loads_nothing() -> None:
     assert out == "True False False"
 
 
+@pytest.mark.slow
 def test_importing_the_package_leaves_torchvision_alone() -> None:
     assert _run("import sys, fastmtl.model, fastmtl.data; print('torchvision' in sys.modules)") == "False"
 

@@ -22,7 +22,7 @@ DEVICES = {"reference": "cpu", "cpp": "cpu"} | ({"cuda": "cuda"} if torch.cuda.i
 
 
 # Numbers of tasks that say little beside those above and below them.
-BETWEEN = (5, 16, 64)
+BETWEEN = (5, 16, 40, 64)
 
 
 def params(cases: Iterable[Case]) -> list[Any]:

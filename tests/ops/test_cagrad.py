@@ -112,6 +112,7 @@ def test_bound(solver: Solver, backend: str, size: int, c: float) -> None:
         Problem(case.jacobian, c).check(solver(case.gram, c))
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_bound_fuzz(solver: Solver, data: st.DataObject) -> None:

@@ -36,6 +36,7 @@ def test_gram_solver_and_combine_are_one_graph(name: str) -> None:
         assert torch.equal(got, want)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_step_with_state_is_one_graph() -> None:
     flat = make_rows(3, ((5, 3), (70,)))

@@ -102,6 +102,7 @@ def test_well_posed_residual_and_ridge(solver: Solver, size: int, alpha: float) 
     assert (step.abs() <= 1e-8 * weights).all()
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=100)
 @given(st.data())
 def test_bound_fuzz(solver: Solver, data: st.DataObject) -> None:
@@ -211,6 +212,7 @@ def test_non_finite_gives_nan(solver: Solver, case: Case) -> None:
     assert solver(case.gram, 2.0).isnan().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_warm_start_keeps_the_bound(solver: Solver, alpha: float) -> None:
     for case in zoo((1, 5)):

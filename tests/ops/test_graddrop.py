@@ -311,6 +311,7 @@ def test_opcheck() -> None:
 
 
 # Inductor itself imports what torch has deprecated.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiles_without_graph_breaks() -> None:
     reps, grads = [torch.randn(4, 30)], [torch.randn(4, 30) for _ in range(3)]

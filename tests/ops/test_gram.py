@@ -60,6 +60,7 @@ def error(got: Tensor, want: Tensor) -> float:
     return ((got - want) / scale[:, None] / scale).abs().max().item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_rows", TASKS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.usefixtures("poisoned_memory")

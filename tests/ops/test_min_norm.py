@@ -67,6 +67,7 @@ def test_bound(solver: Solver, case: Case) -> None:
     check_bound(case.gram, solver(case.gram))
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=200)
 @given(st.data())
 def test_bound_fuzz(solver: Solver, data: st.DataObject) -> None:
@@ -234,6 +235,7 @@ def test_opcheck(warm_start: Tensor | None) -> None:
     torch.library.opcheck(torch.ops.fastmtl.min_norm.default, (next(zoo((3,))).gram, warm_start))
 
 
+@pytest.mark.slow
 def test_compiles_without_graph_breaks() -> None:
     jacobian = next(zoo((5,))).jacobian
 

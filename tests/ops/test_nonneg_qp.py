@@ -116,6 +116,7 @@ def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.fastmtl.nonneg_qp.default, (case.gram, torch.ones(3)))
 
 
+@pytest.mark.slow
 def test_compiles_without_graph_breaks() -> None:
     jacobian = next(zoo((5,))).jacobian
 

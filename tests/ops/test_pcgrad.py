@@ -63,6 +63,7 @@ def check_update(case: Case, orders: Tensor, weights: Tensor) -> None:
     assert error <= 1e-12 * float(case.jacobian.norm(dim=1).sum())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("case", params(zoo((1, 2, 3, 5, 8, 16, 40))))
 def test_update(solver: Solver, case: Case) -> None:
@@ -161,6 +162,7 @@ def test_squares_of_zero_take_no_projection(solver: Solver) -> None:
     assert solver(gram, torch.tensor([[1], [0]])).tolist() == [1 + 1e-200, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exponent", [-200, -60, 8, 200])
 @pytest.mark.parametrize("case", params(zoo((3, 16))))
 def test_scaling_by_powers_of_two_changes_no_bit(solver: Solver, case: Case, exponent: int) -> None:

@@ -95,6 +95,7 @@ def test_a_forced_backend_that_is_not_built_is_refused() -> None:
     assert "FASTMTL_BACKEND=cpp cannot serve gram on cpu: _absent.abi3.so was not built" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_wrong_choice_names_the_right_ones() -> None:
     done = run(CALL, FASTMTL_BACKEND="fastest")
     assert done.returncode != 0
@@ -150,6 +151,7 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_import_loads_no_backend() -> None:
     code = "import sys, fastmtl.ops; from fastmtl.ops import _loader; assert not _loader._library.cache_info().currsize"
     done = run(code + "; assert 'triton' not in sys.modules and 'torch._dynamo' not in sys.modules")

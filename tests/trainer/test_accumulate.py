@@ -80,6 +80,7 @@ def _unlike_batches() -> tuple[list[Any], list[Any]]:
     return parts, [(x, labels)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"),
     [

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastmtl.errors import UsageError
 from fastmtl.loss import AbsLoss, BCELoss, CELoss, L1Loss, MSELoss
 from fastmtl.metrics import AbsMetric, AccMetric, F1Metric, L1Metric
 from fastmtl.trainer.log.batches import BatchQueue
@@ -74,8 +75,38 @@ def test_batches_are_queued(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(AccMetric, "update_fun", counted)
     _run(monkeypatch, False, _meter())
     assert sum(calls) == 2 * sum(SIZES)
-    # Of two tasks: 64 of eight rows, the rest of them, two of five, one of three.
-    assert len(calls) == 2 * 4
+    # Of two tasks: the first of eight rows, 64 of them, the rest; the first of five and the rest; one of three.
+    assert len(calls) == 2 * 6
+
+
+def test_what_does_not_fit_is_said_at_once() -> None:
+    meter = _meter()
+    meter.begin()
+    losses, preds, labels = next(_batches(meter))
+    with pytest.raises(UsageError, match="AccMetric"):
+        meter.update(losses, preds, labels | {"acc": labels["acc"][:3]})
+
+
+class Masked:
+    """A mixin that says which labels are missing, and sees each batch."""
+
+    def labelled(self, gt: Tensor) -> Tensor:
+        return gt != 2
+
+    def update_fun(self, pred: Tensor, gt: Tensor) -> None:
+        raise NotImplementedError
+
+
+def test_what_a_mixin_overrides_counts() -> None:
+    class Loss(Masked, CELoss): ...
+
+    class Metric(Masked, AccMetric): ...
+
+    assert CELoss.marks_entries
+    assert AccMetric.adds_rows
+    assert not Loss.marks_entries
+    assert not Metric.adds_rows
+    assert Metric.missing is None
 
 
 def test_tensors_may_be_used_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -285,7 +285,7 @@ def test_labels_known_to_be_whole_are_no_part_of_a_graph() -> None:
 
     class Noting(MSELoss):
         def compute_loss(self, pred: torch.Tensor, gt: torch.Tensor) -> torch.Tensor:
-            known.append(is_complete(gt))
+            known.append(is_complete(self, gt))
             return super().compute_loss(pred, gt)
 
     captured, graph, _ = _captured(

@@ -93,6 +93,7 @@ def _check(name: str, way: str, frozen: bool = True, **options: Any) -> None:
             assert (one - before).abs().max() > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("way", ["checkpoint", "inner"])
 @pytest.mark.parametrize("name", ["EW", "MGDA", "PCGrad", "Nash_MTL", "MoCo", "FORUM", "MoDo"])

@@ -253,6 +253,7 @@ class _Sparse(Dataset[Any]):
         return 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["EW", "MGDA", "UW", "DWA", "Nash_MTL", "MoCo"])
 def test_trains_and_resumes(name: str, tmp_path: Path) -> None:
     data = DataLoader(_Sparse(), batch_size=None)

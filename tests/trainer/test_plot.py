@@ -66,6 +66,7 @@ def test_picture_leaves_out_what_the_strategy_does_not_have(tmp_path: Path) -> N
     assert len(_titles(_played(tmp_path, run_info(["one"])))) == 3
 
 
+@pytest.mark.slow
 def test_picture_of_many_tasks_sums_the_pairs_up(tmp_path: Path) -> None:
     tasks = [f"task {i}" for i in range(20)]
     logger = _played(tmp_path, run_info(tasks))

@@ -37,6 +37,7 @@ def _stepped(name: str, precision: str, **options: Any) -> Any:
     return trainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("name", FP16)
 def test_gradients_are_those_of_float32_up_to_rounding(name: str, precision: str) -> None:

@@ -196,6 +196,7 @@ def test_torchs_setting_is_left_as_it_was() -> None:
     assert config.trace_autograd_ops is False
 
 
+@pytest.mark.slow
 def test_weights_known_beforehand_take_regions() -> None:
     eager, _ = _trained("sequential", ENCODERS["tied"], update_weights_every=2)
     traced, _ = _trained("traced", ENCODERS["tied"], update_weights_every=2)

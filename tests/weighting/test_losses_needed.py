@@ -88,6 +88,7 @@ def _run(trainer: Any, batches: list[Any]) -> Tensor:
     return flat([*trainer.model.parameters(), *trainer.model.buffers()])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", POSITIVE)
 @pytest.mark.parametrize(
     "options",
@@ -128,6 +129,7 @@ def test_weights_of_positive_losses_are_the_formulas() -> None:
     torch.testing.assert_close(found["STCH"], torch.tensor([0.8, 0.0, 0.8]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(WEIGHTINGS))
 @pytest.mark.parametrize("tiny", [0.0, 1e-30], ids=["zero", "tiny"])
 def test_takes_losses_of_zero_and_tiny_ones(name: str, tiny: float) -> None:

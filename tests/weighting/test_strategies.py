@@ -96,6 +96,7 @@ def test_resumes_exactly(name: str, tmp_path: Path) -> None:
     assert torch.equal(run(4, resume=str(tmp_path / "last.pt")), run(4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(WEIGHTINGS))
 def test_best_checkpoint_holds_parameters_alone(name: str, tmp_path: Path) -> None:
     trainer = _trainer(name, save_path=str(tmp_path))
@@ -241,6 +242,7 @@ def test_a_task_whose_gradient_is_zero_leaves_everything_finite_and_its_decoder_
     assert decoder.any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(name for name in WEIGHTINGS if name != "GradDrop"))
 def test_decoders_learn_beside_a_frozen_encoder(name: str) -> None:
     trainer = _trainer(name, encoder_class=lambda: encoder().requires_grad_(False))

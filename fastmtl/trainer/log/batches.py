@@ -14,7 +14,7 @@ from fastmtl.engine.labels import is_overridden
 from fastmtl.loss import AbsLoss
 from fastmtl.metrics import AbsMetric
 from fastmtl.support.kinds import Settings
-from fastmtl.trainer.log.records import TaskLosses
+from fastmtl.trainer.log.records import StepLosses
 
 __all__ = ["BatchQueue", "QueuedTask"]
 
@@ -107,6 +107,7 @@ class BatchQueue:
 
     def __init__(self, losses: Mapping[str, AbsLoss], metrics: Mapping[str, AbsMetric]) -> None:
         self._of_tasks, self._metrics = losses, metrics
+        self._addable: dict[str, bool] = {}
         self._layout: _Layout | None = None
         self._losses: list[Tensor] = []
         self._copies: list[list[Tensor]] = []
@@ -125,12 +126,11 @@ class BatchQueue:
         tensors: list[Any] = [preds.get(task) for task in tasks]
         tensors += [labels.get(task) for task in tasks]
         if self._layout is None or not self._layout.fits(tasks, tensors):
-            if self._losses or not all(_adds_rows(self._of_tasks[task], self._metrics[task]) for task in tasks):
-                return False
-            self._layout = _Layout.of(tasks, tensors)
-            if self._layout is None:
-                return False
-        vector = losses.vector if isinstance(losses, TaskLosses) and losses.vector.shape[0] == len(tasks) else None
+            if not self._losses and all(map(self._adds_rows, tasks)):
+                self._layout = _Layout.of(tasks, tensors)
+            # The first batch of a layout is for the metrics to see alone: what does not fit them is said at once.
+            return False
+        vector = losses.vector if isinstance(losses, StepLosses) and losses.vector.shape[0] == len(tasks) else None
         if vector is None:
             values = list(losses.values())
             if any(value.dim() for value in values):
@@ -155,6 +155,11 @@ class BatchQueue:
     def clear(self) -> None:
         """Forget all batches."""
         self._losses, self._copies = [], []
+
+    def _adds_rows(self, task: str) -> bool:
+        if task not in self._addable:
+            self._addable[task] = _adds_rows(self._of_tasks[task], self._metrics[task])
+        return self._addable[task]
 
 
 def _adds_rows(loss: AbsLoss, metric: AbsMetric) -> bool:

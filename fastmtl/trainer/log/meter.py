@@ -94,9 +94,10 @@ class PerformanceMeter:
             if self._queue.is_full:
                 self._add_up()
             return
-        self._add_up()
-        if together and self._queue.put(losses, preds, labels):
-            return
+        if len(self._queue):
+            self._add_up()
+            if together and self._queue.put(losses, preds, labels):
+                return
         for task, loss in losses.items():
             scored = labels.get(task) is not None
             if not scored and all(batch.get(task) is None for batch in others):

@@ -13,10 +13,10 @@ from torch import Tensor
 from fastmtl.support.dtypes import wide_dtype
 from fastmtl.trainer.log.logger import StepRecords, conflict_share
 
-__all__ = ["StepBuffer", "StepSignals", "TaskLosses"]
+__all__ = ["StepBuffer", "StepLosses", "StepSignals"]
 
 
-class TaskLosses(Mapping[str, Tensor]):
+class StepLosses(Mapping[str, Tensor]):
     """The losses of a step by task.
 
     Attributes:

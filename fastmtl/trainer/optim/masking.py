@@ -65,7 +65,8 @@ class MaskedOptimizer:
             self._run()
         elif self.reads:
             if not self.found_inf.item():
-                self._run()
+                with torch.no_grad():
+                    self._run()
         else:
             self._run_undone()
 

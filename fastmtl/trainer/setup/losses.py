@@ -190,7 +190,7 @@ class EntryLoss(AbsLoss):
 
     @override
     def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
-        knows_all = is_complete(gt)
+        knows_all = is_complete(self, gt)
         pred, gt = as_entries(pred, gt, self.kind)
         if knows_all and gt.is_floating_point():
             values = self.entries(pred, gt)
@@ -246,7 +246,7 @@ class _ClassLoss(EntryLoss):
 
     @override
     def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
-        knows_all = is_complete(gt)
+        knows_all = is_complete(self, gt)
         pred, gt = as_classes_or_shares(pred, gt, self.kind)
         if knows_all and not gt.is_floating_point() and self._setting("weight") is None:
             values = self.entries(pred, gt.long())
