@@ -10,22 +10,33 @@ from fastmtl.ops._registry import declare
 from fastmtl.ops._vectors import check_vectors
 from fastmtl.support.dtypes import wide_dtype
 
-__all__ = ["famo_step_", "famo_weights"]
+__all__ = ["even_fall", "even_fall_slope", "famo_step_", "famo_weights"]
 
 _TINY = 1e-8
 _DECAY = (0.9, 0.999)
 
 
-def _known(excess: Tensor, losses: Tensor) -> Tensor:
-    return excess >= torch.finfo(losses.dtype).tiny
+def even_fall(logits: Tensor, excess: Tensor, smallest: float) -> Tensor:
+    """Return ``z_t / (excess_t + 1e-8)`` over their sum, 0 where the excess is below ``smallest``."""
+    share = torch.where(excess >= smallest, torch.softmax(logits, dim=-1) / (excess + _TINY), 0.0)
+    total = share.sum()
+    return share / torch.where(total > 0, total, 1.0)
+
+
+def even_fall_slope(logits: Tensor, before: Tensor, after: Tensor, smallest: float) -> Tensor:
+    """Return the gradient of the logits, from the excess losses of one batch before and after the update.
+
+    It is 0 where the excess was below ``smallest`` before; z leaves those tasks out.
+    """
+    known = before >= smallest
+    fall = torch.where(known, (before + _TINY).log() - (after.clamp(min=0) + _TINY).log(), 0.0)
+    share = torch.where(known, torch.softmax(torch.where(known, logits, -torch.inf), dim=-1), 0.0)
+    return share * (fall - share @ fall)
 
 
 def _weights(logits: Tensor, losses: Tensor, least: Tensor) -> Tensor:
     wide = wide_dtype(losses.device)
-    excess = losses.to(wide) - least.to(wide)
-    share = torch.where(_known(excess, losses), torch.softmax(logits.to(wide), dim=-1) / (excess + _TINY), 0.0)
-    total = share.sum()
-    return share / torch.where(total > 0, total, 1.0)
+    return even_fall(logits.to(wide), losses.to(wide) - least.to(wide), torch.finfo(losses.dtype).tiny)
 
 
 _famo_weights = declare(
@@ -86,12 +97,10 @@ def _step(
     lr: float,
     decay: float,
 ) -> None:
-    dtype = wide_dtype(logits.device)
-    excess, later = before.to(dtype) - least.to(dtype), (after.to(dtype) - least.to(dtype)).clamp(min=0)
-    known, wide = _known(excess, before), logits.to(dtype)
-    fall = torch.where(known, (excess + _TINY).log() - (later + _TINY).log(), 0.0)
-    share = torch.where(known, torch.softmax(torch.where(known, wide, -torch.inf), dim=-1), 0.0)
-    grad = share * (fall - share @ fall) + decay * wide
+    dtype, smallest = wide_dtype(logits.device), torch.finfo(before.dtype).tiny
+    excess, later, wide = before.to(dtype) - least.to(dtype), after.to(dtype) - least.to(dtype), logits.to(dtype)
+    known = excess >= smallest
+    grad = even_fall_slope(wide, excess, later, smallest) + decay * wide
     steps.add_(1)
     count = steps.to(dtype)
     moments = first.to(dtype).lerp(grad, 1 - _DECAY[0]), second.to(dtype).lerp(grad * grad, 1 - _DECAY[1])

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl.errors import UsageError
+from fastmtl.ops.famo import even_fall, even_fall_slope
 from fastmtl.scalarization.base import Scalarizer, check_same_shape
 from fastmtl.support.dtypes import falls_below
 from fastmtl.support.settings import Declared, setting
 from fastmtl.support.stateful import Stateful
-from fastmtl.weighting.rules import descent_rates, even_fall, even_fall_slope
+from fastmtl.weighting.rules import descent_rates
 
 __all__ = ["DWA", "FAMO", "IMTLL", "UW"]
 
@@ -107,7 +108,8 @@ class FAMO(Learned):
         excess = excess.clamp(min=0)
         self._prev_losses = values.detach().clone()
         known = excess.detach()
-        weights = even_fall(self._w.detach().flatten(), known.flatten()).reshape(values.shape)
+        weights = even_fall(self._w.detach().flatten(), known.flatten(), torch.finfo(values.dtype).tiny)
+        weights = weights.reshape(values.shape)
         return (weights * (known + _TINY) * (excess + _TINY).log()).sum()
 
     @torch.no_grad()
@@ -123,7 +125,7 @@ class FAMO(Learned):
         before, after = (losses - self.min_losses for losses in (self._prev_losses, values.detach()))
         if self._optimizer is None:
             self._optimizer = torch.optim.Adam([self._w], lr=self.lr, weight_decay=self.weight_decay)
-        slope = even_fall_slope(self._w.flatten(), before.flatten(), after.flatten())
+        slope = even_fall_slope(self._w.flatten(), before.flatten(), after.flatten(), torch.finfo(before.dtype).tiny)
         # Losses that are NaN or infinite leave the logits as they are; Adam's momentum would still move them.
         finite, last = slope.isfinite().all(), self._w.clone()
         self._w.grad = torch.where(finite, slope, 0.0).reshape(self._w.shape)

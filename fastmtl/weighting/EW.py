@@ -25,7 +25,7 @@ class EW(AbsWeighting):
     }
 
     _constants: list[float] | None = None
-    _weights: Tensor | None = None
+    _equal_weights: Tensor | None = None
 
     def weigh(self, losses: Tensor, gram: None, *, loss_weights: Sequence[str] = (), **hyper: object) -> Weights:
         """Return the constants."""
@@ -33,10 +33,14 @@ class EW(AbsWeighting):
             self._constants = self._read(loss_weights)
         if self.active is not None:
             return Weights(shared=_filled([self._constants[task] for task in self.active], losses))
-        if self._weights is None or self._weights.device != losses.device or self._weights.dtype != losses.dtype:
-            self._weights = _filled(self._constants, losses)
+        if (
+            self._equal_weights is None
+            or self._equal_weights.device != losses.device
+            or self._equal_weights.dtype != losses.dtype
+        ):
+            self._equal_weights = _filled(self._constants, losses)
         # Autograd may return a cotangent as a gradient, which clipping writes into.
-        return Weights(shared=self._weights.clone())
+        return Weights(shared=self._equal_weights.clone())
 
     def _read(self, loss_weights: Sequence[str]) -> list[float]:
         """Return the constants of all tasks."""

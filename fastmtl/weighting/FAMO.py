@@ -47,7 +47,7 @@ class FAMO(AbsWeighting):
 
     def weigh(self, losses: Tensor, gram: None, **hyper: object) -> Weights:
         """Return the derivatives of ``sum_t z_t log D_t / c``."""
-        self._losses = losses
+        self._famo_losses = losses
         known = counted(losses - self.min_losses)
         return Weights(shared=ops.famo_weights(self.famo_value, losses, self.min_losses), known=known)
 
@@ -60,4 +60,4 @@ class FAMO(AbsWeighting):
     ) -> None:
         """Move the logits by how much each loss fell."""
         state = self.famo_value, self.famo_first, self.famo_second, self.famo_steps
-        ops.famo_step_(*state, self._losses, losses, self.min_losses, FAMO_w_lr, FAMO_w_gamma)
+        ops.famo_step_(*state, self._famo_losses, losses, self.min_losses, FAMO_w_lr, FAMO_w_gamma)

@@ -12,8 +12,6 @@ __all__ = [
     "counted",
     "descent_rates",
     "directed_weights",
-    "even_fall",
-    "even_fall_slope",
     "geometric_mean",
     "project_simplex",
     "raised",
@@ -22,7 +20,6 @@ __all__ = [
 ]
 
 _DECAY = (0.9, 0.999)
-_TINY = 1e-8
 
 
 def counted(losses: Tensor) -> Tensor:
@@ -103,27 +100,6 @@ def descent_rates(newer: Tensor, older: Tensor, temperature: float) -> Tensor:
     ratio = (newer / older / temperature).clamp(max=torch.finfo(older.dtype).max)
     weights = known.sum() * torch.softmax(torch.where(known, ratio, -torch.inf), dim=-1)
     return torch.where(known, weights, 1.0)
-
-
-def even_fall(logits: Tensor, excess: Tensor) -> Tensor:
-    """Return FAMO's weights, ``z_t / D_t`` divided by their sum, ``z = softmax(logits)`` and ``D_t = excess_t + 1e-8``.
-
-    The excess is the loss minus its lower bound; a task where it is 0 has weight 0 and no part in the sum.
-    """
-    share = torch.where(counted(excess), torch.softmax(logits, dim=-1) / (excess + _TINY), 0.0)
-    total = share.sum()
-    return share / torch.where(total > 0, total, 1.0)
-
-
-def even_fall_slope(logits: Tensor, before: Tensor, after: Tensor) -> Tensor:
-    """Return the gradient of FAMO's logits, from the excess losses of one batch before and after the update.
-
-    It is 0 for tasks whose excess was 0 before; z leaves them out.
-    """
-    known = counted(before)
-    fall = torch.where(known, (before + _TINY).log() - (after.clamp(min=0) + _TINY).log(), 0.0)
-    share = torch.where(known, torch.softmax(torch.where(known, logits, -torch.inf), dim=-1), 0.0)
-    return share * (fall - share @ fall)
 
 
 class Adam:

@@ -143,7 +143,7 @@ class BatchQueue:
     def take(self) -> Iterator[QueuedTask]:
         """Empty the queue; yield what was in it, task by task."""
         losses, copies, layout = self._losses, self._copies, self._layout
-        self.clear()
+        self._losses, self._copies = [], []
         if not losses or layout is None:
             return
         of_all = torch.stack(losses)
@@ -151,10 +151,6 @@ class BatchQueue:
         count = len(layout.tasks)
         for t, task in enumerate(layout.tasks):
             yield QueuedTask(task, of_all[:, t], tensors[t], tensors[count + t])
-
-    def clear(self) -> None:
-        """Forget all batches."""
-        self._losses, self._copies = [], []
 
     def _adds_rows(self, task: str) -> bool:
         if task not in self._addable:

@@ -65,7 +65,8 @@ class PerformanceMeter:
             # Which one of a user's own need not know of.
             self.losses[task]._running.reset()
             self.metrics[task].reinit()
-        self._queue.clear()
+        # Losses and metrics may be others than in the last pass.
+        self._queue = BatchQueue(self.losses, self.metrics)
         self._seen.clear()
         self._scored.clear()
         self._begin = time.perf_counter()
