@@ -19,7 +19,7 @@ from fastmtl.trainer.compile.trial import Trial
 from fastmtl.trainer.log.records import StepBuffer
 from fastmtl.trainer.setup.combinations import check_distributed
 from fastmtl.trainer.setup.options import StepOptions
-from tests.trainer.test_capture import Rerun
+from tests.trainer.test_capture import CUDA, Rerun
 from tests.trainer.toy import Listener, flat, loaders, make_trainer
 
 
