@@ -35,6 +35,14 @@ NOT_SOURCE = shutil.ignore_patterns(
 )
 
 
+def package_data() -> set[str]:
+    """Return published rows and the report's template, as files of the repository."""
+    files = [*(ROOT / "fastmtl" / "published").glob("*.[cy]*"), *(ROOT / "fastmtl").rglob("templates/*")]
+    found = {str(path.relative_to(ROOT)) for path in files if path.is_file()}
+    assert len(found) > 4
+    return found
+
+
 @pytest.fixture(scope="module")
 def build() -> ModuleType:
     """Return setup.py as a module."""
@@ -238,7 +246,7 @@ def test_sdist_holds_all_that_is_built_from(sdist: Path) -> None:
     kinds = {".py", ".pyi", ".cpp", ".h", ".cu", ".npz"}
     there = {str(p.relative_to(ROOT)) for folder in folders for p in (ROOT / folder).rglob("*") if p.suffix in kinds}
     assert there - held == set()
-    assert {"LICENSE", "README.md", "CMakeLists.txt", "constraints.txt"} <= held
+    assert {"LICENSE", "README.md", "CMakeLists.txt", "constraints.txt", *package_data()} <= held
 
 
 @pytest.mark.slow
@@ -256,7 +264,7 @@ def test_a_wheel_holds_the_whole_package(compiled: Installed) -> None:
         if path.suffix in (".py", ".pyi", ".npz") or path.name == "py.typed"
     }
     assert there - held == set()
-    assert {"fastmtl/_C.abi3.so", "fastmtl/_build.json"} <= held
+    assert {"fastmtl/_C.abi3.so", "fastmtl/_build.json", *package_data()} <= held
     assert not [name for name in held if not name.startswith(("fastmtl/", "fastmtl_torch-"))]
 
 

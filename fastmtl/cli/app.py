@@ -12,6 +12,7 @@ from typer.core import TyperCommand, TyperGroup
 from typing_extensions import override
 
 from fastmtl.cli.bench_commands import bench
+from fastmtl.cli.compare_commands import add_commands, compare_command
 from fastmtl.cli.data_commands import data
 from fastmtl.cli.spelling import Command
 
@@ -25,12 +26,14 @@ directory, under [bold]runs/[/bold]. The same run again: [bold]fastmtl train --c
 
 
 class _Commands(TyperGroup):
-    """Gives `train` its options only when it is called: they are made from classes that need torch to import."""
+    """Gives `train` and `compare` their options only when called: they are made from classes that need torch."""
 
     @override
     def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:  # type: ignore[override]
         if args and args[0] == "train":
             self.commands["train"] = _train_command()
+        if args and args[0] == "compare":
+            self.commands["compare"] = compare_command()
         return super().resolve_command(ctx, args)
 
 
@@ -88,6 +91,9 @@ def _train_command() -> TyperCommand:
     alone = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
     alone.command("train", cls=TrainCommand, help=_TRAIN_HELP)(run)
     return cast(TyperCommand, typer.main.get_command(alone))
+
+
+add_commands(app)
 
 
 @app.command("eval", cls=Command)

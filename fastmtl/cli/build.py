@@ -16,6 +16,7 @@ from fastmtl.errors import UsageError
 from fastmtl.trainer import Trainer
 from fastmtl.trainer.checkpoint.files import rng_state, set_rng_state
 from fastmtl.trainer.log.logger import Logger
+from fastmtl.trainer.probe import GramProbe
 from fastmtl.trainer.run.config import TrainConfig
 from fastmtl.trainer.setup.loaders import generators
 from fastmtl.trainer.setup.options import TrainerOptions
@@ -80,7 +81,7 @@ def build_trainer(
     options = {field.name: getattr(config, field.name) for field in fields(TrainerOptions)}
     # The state of a run to go on with holds the parameters too.
     load_path = None if resume is not None else config.load_path
-    return Trainer(
+    trainer = Trainer(
         task_dict=bundle.task_dict,
         weighting=config.weighting,
         architecture=config.arch,
@@ -100,6 +101,20 @@ def build_trainer(
         arch_args=config.arch_args,
         **options,
     )
+    if config.cosines:
+        _look_at_cosines(trainer)
+    return trainer
+
+
+def _look_at_cosines(trainer: Trainer) -> None:
+    """Let a trainer log cosines of the task gradients, whatever its strategy needs.
+
+    Raises:
+        UsageError: It is one of several processes, which have parts of a batch each.
+    """
+    if trainer.peers.size > 1:
+        raise UsageError("cosines is for a single process: start one.")
+    trainer.probe = GramProbe(trainer.step.problem)
 
 
 def _first_inputs(bundle: DataBundle) -> Any:

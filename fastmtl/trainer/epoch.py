@@ -54,6 +54,7 @@ class TrainingEpoch:
         self._steps = steps
         self._interrupt = interrupt
         self._buffer = StepBuffer()
+        self._last: tuple[Any, Any] | None = None
         self._rng: dict[str, Any] = {}
 
     def run(self, start: Mapping[str, Any]) -> None:
@@ -84,6 +85,7 @@ class TrainingEpoch:
                     present = None if complete else present_tasks(meter.losses, labels)
                     ready = [trainer.prepared(batch) for batch in fetched]
                 losses, preds = self._step(ready, present, complete)
+                self._last = None if trainer.probe is None else ready[-1]
                 trainer.schedule.after_step()
                 self._score(losses, preds, ready, fetched)
             if profiler is not None:
@@ -181,6 +183,8 @@ class TrainingEpoch:
         trainer, index = self._trainer, self._index
         next_step = index * self._steps + done
         records = self._buffer.flush(index, next_step, trainer.step.scaler.logged())
+        if trainer.probe is not None and self._last is not None and records.gram is None:
+            records.gram = trainer.probe.of_steps(records.count, *self._last)
         if records.weights is not None:
             first = records.first_step - index * self._steps
             trainer.batch_weight[:, index, first : first + records.count] = records.weights.T

@@ -22,6 +22,7 @@ from fastmtl.trainer.log.meter import PerformanceMeter
 from fastmtl.trainer.optim.optimizer import learning_rates
 from fastmtl.trainer.optim.schedule import Schedule, make_schedule
 from fastmtl.trainer.precision import PRECISIONS
+from fastmtl.trainer.probe import GramProbe
 from fastmtl.trainer.setup.loaders import to_channels_last, to_device
 from fastmtl.trainer.setup.model import TrainedModel
 from fastmtl.trainer.setup.options import StepOptions
@@ -39,6 +40,7 @@ class TrainerState(nn.Module):
         trained_names: Parameters that required gradients when the step was made.
         known_names: All parameters when the optimizer was made.
         skipped: Steps that float16 has skipped, as far as they have been told.
+        probe: Computes a Gram matrix per log interval where the strategy needs none; None for none.
     """
 
     task_dict: Mapping[str, Mapping[str, Any]]
@@ -72,6 +74,7 @@ class TrainerState(nn.Module):
     trained_names: set[str]
     known_names: set[str]
     skipped: int
+    probe: GramProbe | None = None
     _halving: Halving
 
     @property

@@ -91,7 +91,7 @@ def test_jsonl_holds_the_run(tmp_path: Path) -> None:
         "weight": {"left": 0.5, "right": 0.5},
         "norm": {"left": 2.0, "right": 2.0},
         "cosine": {"left:right": 0.5},
-        "conflict": {"share": 0.0},
+        "conflict": {"share": 0.0, "left:right": 0.0},
     }
     assert rows[3]["metric"] == {"left": {"Acc": 0.5}, "right": {"Acc": 0.5}}
     assert rows[3]["mode"] == "train"

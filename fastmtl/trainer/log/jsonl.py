@@ -7,8 +7,10 @@ import math
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 from typing_extensions import override
 
+from fastmtl.trainer.log.facts import made_with, peak_memory
 from fastmtl.trainer.log.logger import Logger, RunInfo, StepRecords
 from fastmtl.trainer.run.directory import write_atomically
 
@@ -22,7 +24,10 @@ class JsonlLogger(Logger):
     """Writes one JSON object a line, told apart by ``event``: ``run``, ``steps``, ``epoch``, ``checkpoint``, ``end``.
 
     A ``steps`` line holds the means over a log interval and ``step``, the number of steps done by then; those of
-    float16 also the ``loss_scale``, and how many steps of the run so far were ``skipped``. Every line is
+    float16 also the ``loss_scale``, and how many steps of the run so far were ``skipped``. Its ``conflict`` has the
+    ``share`` of pairs of tasks with opposed gradients, and for each pair the share of steps. A ``run`` line has
+    ``better``, 1 for metrics where higher is better, and what the process is ``made_with``; the ``epoch`` line of a
+    training pass has the ``peak_memory`` of the process so far in bytes, on CUDA that of the device. Every line is
     flushed, so the file is whole whenever the process dies. When a run goes on, the lines of steps that will be done
     again, and a torn last line, are dropped; the rest stays. NaN and infinity become null. The file is usually a
     ``metrics.jsonl``.
@@ -48,19 +53,24 @@ class JsonlLogger(Logger):
             **{name: getattr(info, name) for name in same},
             tasks=info.task_names,
             metrics=info.metric_names,
+            better=info.metric_weights,
+            made_with=made_with(torch.device(info.device)),
         )
 
     @override
     def on_steps(self, records: StepRecords) -> None:
         if self._info is None:
             return
+        means = records.means(self._info.task_names)
+        if "conflict" in means:
+            means["conflict"] |= records.conflicts_of_pairs(self._info.task_names)
         self._write(
             "steps",
             epoch=records.epoch,
             step=records.first_step + records.count,
             count=records.count,
             steps_per_second=records.steps_per_second,
-            **records.means(self._info.task_names),
+            **means,
             **({} if records.skipped is None else {"loss_scale": records.loss_scale, "skipped": records.skipped}),
         )
 
@@ -72,7 +82,8 @@ class JsonlLogger(Logger):
             return
         names = self._info.metric_names
         named = {task: dict(zip(names[task], values, strict=True)) for task, values in metrics.items()}
-        self._write("epoch", epoch=epoch, mode=mode, loss=losses, metric=named, seconds=seconds)
+        memory = {"peak_memory": peak_memory(torch.device(self._info.device))} if mode == "train" else {}
+        self._write("epoch", epoch=epoch, mode=mode, loss=losses, metric=named, seconds=seconds, **memory)
 
     @override
     def on_checkpoint(self, path: Path, kind: str) -> None:

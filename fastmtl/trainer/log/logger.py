@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +33,7 @@ class RunInfo:
         start_epoch: First epoch of this process; not 0 when a run goes on.
         start_batch: First batch within that epoch.
         save_path: Where checkpoints go, or None.
+        metric_weights: For each metric of each task 1 if higher is better, else 0.
     """
 
     task_names: list[str]
@@ -45,6 +46,7 @@ class RunInfo:
     start_epoch: int
     start_batch: int
     save_path: Path | None
+    metric_weights: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def start_step(self) -> int:
@@ -111,6 +113,18 @@ class StepRecords:
         if self.gram is None or self.gram.shape[-1] < 2:
             return None
         return conflict_share(torch.from_numpy(self.gram)).numpy()
+
+    def conflicts_of_pairs(self, task_names: Sequence[str]) -> dict[str, float]:
+        """Return for each pair of tasks, by the names of `pair_names`, the share of the n steps in which it conflicts.
+
+        Steps without one of the two do not count. Empty without Gram matrices.
+        """
+        if self.gram is None:
+            return {}
+        i, j = np.triu_indices(self.gram.shape[-1], k=1)
+        products = self.gram[:, i, j]
+        shares = _column_means(np.where(np.isfinite(products), products < 0, np.nan))
+        return dict(zip(pair_names(task_names), shares, strict=True))
 
     def means(self, task_names: Sequence[str]) -> dict[str, dict[str, float]]:
         """Means over the n steps, NaN left out: ``{"loss": {task: mean}, "weight": ..., "norm": ..., "cosine": ...}``.

@@ -107,6 +107,12 @@ class TrainConfig(TrainerOptions):
 
     validate: bool = _logging(True, "Choose best.pt by the validation split, not by the test split.")
     tensorboard: bool = _logging(True, "Write TensorBoard events.", resumable=True)
+    cosines: bool = _logging(
+        False,
+        "Log cosines and conflicts of the task gradients with strategies that need no gradients too, by one more pass "
+        "per task in every log interval.",
+        resumable=True,
+    )
     profile: bool = _logging(False, "Write trace.json of a few warm steps, and print where they went.", resumable=True)
     plot: bool = _logging(True, "Draw curves.png at the end of every epoch.", resumable=True)
 
