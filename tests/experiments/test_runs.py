@@ -172,7 +172,7 @@ def test_arguments_that_cannot_be_are_refused(changes: dict[str, Any], sentence:
 
 def test_data_of_another_kind_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"make_data must return a fastmtl\.experiments\.Problem"):
-        fastmtl.compare(lambda seed: {}, out=tmp_path, seeds=1, jobs=0, stl=False)  # type: ignore[arg-type, return-value]
+        fastmtl.compare(lambda seed: {}, out=tmp_path, seeds=1, jobs=0, stl=False)  # type: ignore[return-value]
 
 
 def test_reasons_are_sentences_for_people() -> None:

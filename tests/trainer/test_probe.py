@@ -30,12 +30,12 @@ def test_the_gram_matrix_is_that_of_plain_autograd() -> None:
 def test_groups_add_up_to_the_whole() -> None:
     trainer = make_trainer("UW")
     train = loaders()
-    batch = next(iter(train))
+    inputs, labels = next(iter(train))
     probe = GramProbe(trainer.step.problem)
     count = len(trainer.step.problem.shared_params)
-    groups = probe.gram(*batch, [place % 2 for place in range(count)])
+    groups = probe.gram(inputs, labels, [place % 2 for place in range(count)])
     assert groups.shape == (2, 2, 2)
-    torch.testing.assert_close(groups.sum(0), probe.gram(*batch))
+    torch.testing.assert_close(groups.sum(0), probe.gram(inputs, labels))
 
 
 @pytest.mark.parametrize("weighting", ["EW", "FAMO", "GradDrop"])
