@@ -70,6 +70,17 @@ def test_training(capsys: pytest.CaptureFixture[str]) -> None:
     assert names["trainer"].model.loss_fn["size"].log_variance.item() != 0
 
 
+def test_experiments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fastmtl.experiments.figures.curves", lambda summary: [])
+    names: dict[str, Any] = {"__name__": "experiments"}
+    for block in _blocks(DOCS / "experiments.md"):
+        exec(compile(block, "experiments.md", "exec"), names)
+    assert list(names["results"].table.index) == ["STL", "EW", "Even", "CAGrad"]
+    assert names["results"].missing == []
+    assert "delta_m" in capsys.readouterr().out
+
+
 def test_new_strategy(capsys: pytest.CaptureFixture[str]) -> None:
     names = _run("new_strategy", capsys)
     assert (names["weights"] > 0).all()

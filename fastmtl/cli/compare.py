@@ -22,7 +22,7 @@ from fastmtl.experiments.grid import Grid, read_seeds, read_tuned
 from fastmtl.experiments.live import LiveTable
 from fastmtl.experiments.own import make_pool
 from fastmtl.experiments.published import load_published, names_of_published
-from fastmtl.experiments.report import FILES, command_line, elsewhere_of, published_table, write_report
+from fastmtl.experiments.report import FILES, check_packages, command_line, elsewhere_of, published_table, write_report
 from fastmtl.experiments.runner import PROGRAM, Pool, only_one
 from fastmtl.experiments.statistics import Selection, describe_selection
 from fastmtl.experiments.summary import Summary
@@ -57,6 +57,7 @@ def compare(
         FastmtlError: Something cannot be as asked.
         typer.Exit: Ctrl-C, with exit code 130.
     """
+    check_packages()
     rows = None if published is None else load_published(published)
     selection = Selection(last=last, best=best)
     grid = _grid(config, arch=arch, weighting=weighting, seeds=seeds, stl=stl, tune=tune, values=values)

@@ -28,8 +28,9 @@ Table = Callable[[str, Sequence[Cell]], AbstractContextManager[Watcher]]
 
 @dataclass(frozen=True, kw_only=True)
 class Missing:
-    """A cell that there are no results of: architecture, strategy, seed and why."""
+    """A run that there are no results of: the name of its folder, its method and seed, and why."""
 
+    name: str
     arch: str
     weighting: str
     args: Mapping[str, Any]
@@ -191,7 +192,9 @@ def load_experiment(paths: Sequence[Path]) -> Experiment:
             reason = f"unfinished: {done} of {run.epochs} epochs are done"
             args = {**run.config.get("arch_args", {}), **run.config.get("weight_args", {})}
             experiment.missing.append(
-                Missing(arch=run.arch, weighting=run.weighting, args=args, seed=run.seed, reason=reason)
+                Missing(
+                    name=run.path.name, arch=run.arch, weighting=run.weighting, args=args, seed=run.seed, reason=reason
+                )
             )
     for path in paths:
         manifest = read_manifest(path)
@@ -213,25 +216,16 @@ def _add(experiment: Experiment, folder: Path, manifest: Mapping[str, Any]) -> N
     if tuning is not None:
         experiment.tuning = Tuning(**tuning)
     there = {run.path.name for run in experiment.runs}
-    unfinished = {(entry.arch, entry.weighting, entry.seed): entry for entry in experiment.missing}
+    unfinished = {entry.name: entry for entry in experiment.missing}
     for cell in manifest["cells"]:
         if cell["name"] in there:
             continue
-        reason = _reason(folder, cell, tuning)
-        half = unfinished.get((cell["arch"], cell["weighting"], cell["seed"]))
-        if half is not None and reason is None:
-            continue
+        half = unfinished.get(cell["name"])
         if half is not None:
             experiment.missing.remove(half)
-        experiment.missing.append(
-            Missing(
-                arch=cell["arch"],
-                weighting=cell["weighting"],
-                args=cell["args"],
-                seed=cell["seed"],
-                reason=reason or "not run yet",
-            )
-        )
+        reason = _reason(folder, cell, tuning) or (half.reason if half is not None else "not run yet")
+        about = {name: cell[name] for name in ("name", "arch", "weighting", "args", "seed")}
+        experiment.missing.append(Missing(**about, reason=reason))
 
 
 def _reason(folder: Path, cell: Mapping[str, Any], tuning: Mapping[str, Any] | None) -> str | None:

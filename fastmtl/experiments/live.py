@@ -90,6 +90,9 @@ class LiveTable:
     def __enter__(self) -> LiveTable:
         if self._already:
             self._console.print(f"{self._title}: {self._already} of {len(self._cells)} were done before.")
+        failed = sum(state_of(cell) == "failed" for cell in self._cells)
+        if failed:
+            self._console.print(f"{self._title}: {failed} failed before; what fails alike is left, or give --retry.")
         if self._live is not None:
             self._live.start()
         return self

@@ -17,7 +17,7 @@ from fastmtl.experiments.experiment import load_experiment, run_experiment
 from fastmtl.experiments.grid import Grid, read_seeds
 from fastmtl.experiments.live import LiveTable
 from fastmtl.experiments.program import Problem, Program, load_problem, save_program
-from fastmtl.experiments.report import write_report
+from fastmtl.experiments.report import check_packages, write_report
 from fastmtl.experiments.runner import PROGRAM, Here, Pool, Processes, only_one
 from fastmtl.experiments.statistics import Selection
 from fastmtl.experiments.summary import Summary
@@ -120,6 +120,7 @@ def compare(
         raise UsageError(f"{', '.join(refused)} is for make_data to decide.")
     if not callable(make_data):
         raise UsageError(f"make_data must be a function of the seed, got a {type(make_data).__name__}.")
+    check_packages()
     selection = Selection(last=last, best=best)
     grid = Grid.of(
         archs=archs,

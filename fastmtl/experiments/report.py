@@ -37,7 +37,7 @@ from fastmtl.experiments.tables import (
 from fastmtl.support.extras import need
 from fastmtl.trainer.run.directory import write_atomically
 
-__all__ = ["FILES", "PlainTable", "Section", "page", "published_table", "write_report"]
+__all__ = ["FILES", "PlainTable", "Section", "check_packages", "page", "published_table", "write_report"]
 
 FILES = ("report.html", "results.csv", "results.md", "table.tex")
 # Runs that differ in these settings are of different methods, which the page says by their names.
@@ -72,6 +72,16 @@ class Section:
     results: list[tuple[ResultTable, str]] = field(default_factory=list)
     tables: list[PlainTable] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
+
+
+def check_packages() -> None:
+    """Find out before hours of training whether a report can be made.
+
+    Raises:
+        UsageError: A package is missing.
+    """
+    for package in ("pandas", "scipy.stats", "jinja2", "matplotlib.figure"):
+        need(package, "experiments", "A report")
 
 
 def write_report(
@@ -168,15 +178,15 @@ def _tests(summary: Summary) -> Section:
     rows = [
         [
             name,
+            row["verdict"],
             str(row["n"]),
             shown(row["difference"]),
             "-" if row["p"] != row["p"] else f"{row['p']:.3g}",
             "-" if row["p_holm"] != row["p_holm"] else f"{row['p_holm']:.3g}",
-            row["verdict"],
         ]
         for name, row in summary.tests.iterrows()
     ]
-    heads = ["method", "seeds", "difference", "p", "p (Holm)", ""]
+    heads = ["method", "verdict", "seeds", "difference", "p", "p (Holm)"]
     caption = f"Difference of {summary.tested} from that of EW; negative is better"
     section.tables.append(PlainTable(heads=heads, rows=rows, caption=caption))
     return section

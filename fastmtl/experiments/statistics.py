@@ -71,12 +71,10 @@ def describe_selection(runs: Sequence[Run], selection: Selection) -> str:
             "test metrics of the epoch that is best on the validation split, by the mean relative improvement over the "
             "first epoch"
         )
-    there = sorted({len(run.scores["test"]) for run in runs})
-    counts = sorted({min(count, selection.last) for count in there})
-    if len(counts) == 1 and counts[0] == selection.last:
-        return f"mean test metrics of the last {selection.last} epochs"
-    had = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1])))) if counts else "0"
-    return f"mean test metrics of the last {had} epochs, all there are ({selection.last} were asked for)"
+    counts = sorted({min(len(run.scores["test"]), selection.last) for run in runs})
+    which = "epoch" if counts == [1] else f"{' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} epochs"
+    asked = "" if counts == [selection.last] else f", all there are ({selection.last} were asked for)"
+    return f"mean test metrics of the last {which}{asked}"
 
 
 def signs(better: Series) -> Series:
