@@ -18,7 +18,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,9 +29,9 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 11)
 TORCH_TARGET = "0x{:02x}{:02x}000000000000".format(*OLDEST_TORCH)
-# Sources of both extensions: csrc/<stem>.cpp and kernels/<stem>.cu.
+# Sources of both extensions: csrc/<stem>.cpp and kernels/<stem>.cu; those that take longest to compile come first.
 KERNELS = (
-    *("register", "gram", "combine", "ema_gram", "excess_risk", "graddrop"),
+    *("combine", "graddrop", "ema_gram", "gram", "excess_risk", "register"),
     *("aligned", "cagrad", "config", "dual_cone", "fairgrad", "gradvac", "imtl", "min_norm", "nash", "nonneg_qp"),
     *("pcgrad", "upgrad", "watch", "famo", "moco", "cap_norm"),
 )
@@ -178,22 +178,35 @@ class BuildExtensions(build_ext):
         self.compiler_command = find_compiler()
         built: dict[str, str] = {}
         missing: dict[str, str] = {}
-        for extension in self.extensions:
-            target = Path(self.get_ext_fullpath(extension.name))
-            try:
-                self.check(extension)
-                self.build_one(extension, target)
-                built[extension.name] = " ".join(extension.extra_compile_args)
-            except BuildError as error:
-                target.unlink(missing_ok=True)
-                missing[extension.name] = str(error)
-                if wish(switch_of(extension)) is True:
-                    raise SystemExit(f"fastmtl: {extension.name} was asked for but cannot be built: {error}") from error
+        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+        with ThreadPoolExecutor(max_workers=jobs) as pool:
+            objects: dict[str, list[Future[Path]]] = {}
+            for extension in self.extensions:
+                try:
+                    self.check(extension)
+                    objects[extension.name] = self.compile(extension, pool)
+                except BuildError as error:
+                    self.leave_out(extension, error, missing)
+            for extension in self.extensions:
+                if extension.name not in objects:
+                    continue
+                try:
+                    self.link(extension, [str(done.result()) for done in objects[extension.name]])
+                    built[extension.name] = " ".join(extension.extra_compile_args)
+                except BuildError as error:
+                    self.leave_out(extension, error, missing)
         if "fastmtl._C" in missing:
             reason = missing["fastmtl._C"]
             print(f"fastmtl: installing without the C++ kernels, plain torch operators take their place: {reason}")
         torch = self.torch.version if self.torch else None
         self.write_record({"torch": torch, "python": sys.version.split()[0], "built": built, "missing": missing})
+
+    def leave_out(self, extension: Extension, error: BuildError, missing: dict[str, str]) -> None:
+        """Note why an extension is missing; end the build where it was asked for."""
+        Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
+        missing[extension.name] = str(error)
+        if wish(switch_of(extension)) is True:
+            raise SystemExit(f"fastmtl: {extension.name} was asked for but cannot be built: {error}") from error
 
     def check(self, extension: Extension) -> None:
         """Raise BuildError where this extension is not wanted or lacks a tool."""
@@ -218,10 +231,14 @@ class BuildExtensions(build_ext):
             if self.torch.cuda is None:
                 raise BuildError(f"torch {self.torch.version} is built without CUDA")
 
-    def build_one(self, extension: Extension, target: Path) -> None:
-        """Compile the sources of one extension side by side and link them."""
+    def tool(self, extension: Extension) -> list[str]:
+        """Return the command that compiles and links an extension."""
+        return [shutil.which("nvcc")] if extension.name == "fastmtl._CUDA" else self.compiler_command
+
+    def compile(self, extension: Extension, pool: ThreadPoolExecutor) -> list[Future[Path]]:
+        """Start to compile the sources of an extension side by side; return their objects to come."""
         cuda = extension.name == "fastmtl._CUDA"
-        tool = [shutil.which("nvcc")] if cuda else self.compiler_command
+        tool = self.tool(extension)
         includes = [*extension.include_dirs, sysconfig.get_path("include")]
         common = [
             *extension.extra_compile_args,
@@ -249,14 +266,17 @@ class BuildExtensions(build_ext):
                 partial.replace(result)
             return result
 
-        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-        with ThreadPoolExecutor(max_workers=jobs) as pool:
-            objects = [str(path) for path in pool.map(compile_one, extension.sources)]
+        return [pool.submit(compile_one, source) for source in extension.sources]
+
+    def link(self, extension: Extension, objects: list[str]) -> None:
+        """Link an extension's objects."""
+        cuda = extension.name == "fastmtl._CUDA"
+        target = Path(self.get_ext_fullpath(extension.name))
         shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
         target.parent.mkdir(parents=True, exist_ok=True)
         run(
             [
-                *tool,
+                *self.tool(extension),
                 *shared,
                 *objects,
                 "-o",

@@ -31,9 +31,10 @@ inline __attribute__((always_inline)) void sum_vectors(Storage const* const* row
   }
 }
 
+/// Few elements, at the ends of a piece; inlined, each number of terms would be compiled anew.
 template <class Acc, class Storage, class Out>
-inline void sum_scalars(Term<Acc, Storage> const* terms, int64_t count, Acc const* start, Out* out, int64_t begin,
-                        int64_t end) {
+__attribute__((noinline)) void sum_scalars(Term<Acc, Storage> const* terms, int64_t count, Acc const* start, Out* out,
+                                           int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     Acc sum = start != nullptr ? start[i] : Acc{0};
     for (int64_t t = 0; t < count; ++t) sum += terms[t].weight * static_cast<Acc>(terms[t].row[i]);
@@ -121,11 +122,13 @@ void combine_chunk(CombineJob const& job, Piece const& piece, Acc* scratch) {
       if (!direct) out = scratch;
     }
     Acc const* start = job.accumulate ? as(target.data, target.dtype, begin, length, scratch) : nullptr;
-    if (job.streams && direct && !job.accumulate) {
-      sum_terms<true>(terms, count, start, out, length);
-    } else {
-      sum_terms<false>(terms, count, start, out, length);
+    if constexpr (FASTMTL_ISA_LEVEL > 0) {
+      if (job.streams && direct && !job.accumulate) {
+        sum_terms<true>(terms, count, start, out, length);
+        continue;
+      }
     }
+    sum_terms<false>(terms, count, start, out, length);
     if (!direct) save(scratch, target.data, target.dtype, begin, length);
   }
 }

@@ -192,7 +192,7 @@ def unpacked(sdist: Path, folder: Path) -> Path:
     (source,) = folder.iterdir()
     shutil.copytree(ROOT / "build" / "objects", source / "build" / "objects", dirs_exist_ok=True)
     # One source is compiled again, with the headers of the archive.
-    for kept in (source / "build" / "objects").glob("*/gram.cpp.o"):
+    for kept in (source / "build" / "objects").glob("*/excess_risk.cpp.o"):
         kept.unlink()
     return source
 
