@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import ClassVar
 
 import pytest
 import torch
@@ -13,23 +13,12 @@ from fastmtl import ops
 from fastmtl.errors import UsageError
 from fastmtl.ops import implementation
 from tests.ops.rows import backend_kernel
-from tests.ops.zoo import Case, poisoned, zoo
+from tests.ops.zoo import BETWEEN, Case, each, poisoned, zoo
 
-__all__ = ["DEVICES", "GramSolver", "Solver", "check_close", "params"]
+__all__ = ["DEVICES", "GramSolver", "Solver", "check_close"]
 
 Solver = Callable[[Tensor], Tensor]
 DEVICES = {"reference": "cpu", "cpp": "cpu"} | ({"cuda": "cuda"} if torch.cuda.is_available() else {})
-
-
-# Numbers of tasks that say little beside those above and below them.
-BETWEEN = (5, 16, 40, 64)
-
-
-def params(cases: Iterable[Case]) -> list[Any]:
-    return [
-        pytest.param(case, id=case.name, marks=[pytest.mark.slow] if len(case.gram) in BETWEEN else [])
-        for case in cases
-    ]
 
 
 def check_close(case: Case, actual: Tensor, expected: Tensor, tolerance: float) -> None:
@@ -68,33 +57,33 @@ class GramSolver:
         return solve
 
     @pytest.mark.usefixtures("poisoned_memory")
-    @pytest.mark.parametrize("case", params(zoo()))
+    @each(zoo(), BETWEEN)
     def test_finite(self, solver: Solver, case: Case) -> None:
         assert solver(case.gram).isfinite().all()
 
-    @pytest.mark.parametrize("case", params(zoo()))
+    @each(zoo(), BETWEEN)
     def test_matches_reference(self, solver: Solver, case: Case) -> None:
         reference = implementation(self.name, "reference")
         check_close(case, solver(case.gram), reference(case.gram), self.tolerance)
 
-    @pytest.mark.parametrize("case", params(zoo((2, 3, 16, 40))))
+    @each(zoo((2, 3, 16, 40)), BETWEEN)
     def test_permutation_equivariant(self, solver: Solver, case: Case) -> None:
         order = torch.randperm(len(case.gram), generator=torch.Generator().manual_seed(0))
         permuted = Case(case.name, case.jacobian[order])
         check_close(permuted, solver(case.gram[order][:, order]), solver(case.gram)[order], self.tolerance)
 
     @pytest.mark.parametrize("scale", [2.0**-60, 1e-30, 1e-8, 3.0, 1e30])
-    @pytest.mark.parametrize("case", params(zoo((3, 16))))
+    @each(zoo((3, 16)), BETWEEN)
     def test_scale_invariant(self, solver: Solver, case: Case, scale: float) -> None:
         check_close(case, solver(scale * case.gram), solver(case.gram), self.tolerance)
 
-    @pytest.mark.parametrize("case", params(zoo((2, 3, 40))))
+    @each(zoo((2, 3, 40)), BETWEEN)
     def test_coarse_rounding_stays_finite(self, solver: Solver, case: Case) -> None:
         gram = (case.gram / case.gram.diagonal().max().clamp(min=1e-300)).float()
         noise = torch.randn(gram.shape, generator=torch.Generator().manual_seed(0)).mul(1e-7)
         assert solver(gram.double() * (1 + (noise + noise.T))).isfinite().all()
 
-    @pytest.mark.parametrize("case", params(poisoned((1, 2, 3, 8, 40))))
+    @each(poisoned((1, 2, 3, 8, 40)), BETWEEN)
     def test_non_finite_gives_nan(self, solver: Solver, case: Case) -> None:
         assert solver(case.gram).isnan().all()
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ops.gram_solver import GramSolver, Solver, params
-from tests.ops.zoo import Case, zoo
+from tests.ops.gram_solver import GramSolver, Solver
+from tests.ops.zoo import BETWEEN, Case, each, zoo
 
 
 def well_posed() -> list[Case]:
@@ -31,7 +31,7 @@ def explicit(jacobian: Tensor) -> Tensor:
 class TestAligned(GramSolver):
     name = "aligned"
 
-    @pytest.mark.parametrize("case", params(well_posed()))
+    @each(well_posed(), BETWEEN)
     def test_aligned_gradients_have_one_length(self, solver: Solver, case: Case) -> None:
         """With full rank, G^(1/2) w = sqrt(min(lambda)) 1 and so w^T G w = T min(lambda)."""
         value, vector = np.linalg.eigh(case.gram.numpy())

@@ -7,9 +7,9 @@ import torch
 
 from fastmtl import ops
 from fastmtl.errors import UsageError
-from tests.ops.gram_solver import DEVICES, params
+from tests.ops.gram_solver import DEVICES
 from tests.ops.rows import backend_kernel
-from tests.ops.zoo import Case, zoo
+from tests.ops.zoo import BETWEEN, Case, each, zoo
 
 
 @pytest.fixture(params=DEVICES)
@@ -18,7 +18,7 @@ def backend(request: pytest.FixtureRequest) -> str:
     return name
 
 
-@pytest.mark.parametrize("case", params(zoo((1, 3, 40))))
+@each(zoo((1, 3, 40)), BETWEEN)
 def test_norm_is_limited(backend: str, case: Case) -> None:
     size = len(case.gram)
     weights = torch.linspace(-1, 2, size, dtype=torch.float64)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ops.gram_solver import GramSolver, Solver, check_close, params
-from tests.ops.zoo import Case, zoo
+from tests.ops.gram_solver import GramSolver, Solver, check_close
+from tests.ops.zoo import BETWEEN, Case, each, zoo
 
 WELL_POSED = (
     *("random", "conflicting", "dominating_row", "short_row", "tiny", "huge"),
@@ -34,7 +34,7 @@ def explicit(jacobian: Tensor) -> Tensor:
 class TestConfig(GramSolver):
     name = "config"
 
-    @pytest.mark.parametrize("case", params(well_posed()))
+    @each(well_posed(), BETWEEN)
     def test_cosines_are_equal_and_positive(self, solver: Solver, case: Case) -> None:
         weights = solver(case.gram)
         projection = (case.gram @ weights) / case.gram.diagonal().sqrt()
@@ -42,13 +42,13 @@ class TestConfig(GramSolver):
         assert float(projection.max() - projection.min()) <= allowed
         assert float(projection.min()) > 0
 
-    @pytest.mark.parametrize("case", params(well_posed()))
+    @each(well_posed(), BETWEEN)
     def test_length_is_the_sum_of_projections(self, solver: Solver, case: Case) -> None:
         weights = solver(case.gram)
         square = weights @ case.gram @ weights
         torch.testing.assert_close((case.gram @ weights).sum(), square, rtol=1e-9, atol=0)
 
-    @pytest.mark.parametrize("case", params(well_posed()))
+    @each(well_posed(), BETWEEN)
     def test_is_the_explicit_update(self, solver: Solver, case: Case) -> None:
         expected = explicit(case.jacobian)
         torch.testing.assert_close(
@@ -65,7 +65,7 @@ class TestConfig(GramSolver):
         update = solver(case.gram) @ case.jacobian
         torch.testing.assert_close(update, expected, rtol=1e-7, atol=1e-8 * float(nonzero.norm()))
 
-    @pytest.mark.parametrize("case", params(zoo((2, 3, 16, 64))))
+    @each(zoo((2, 3, 16, 64)), BETWEEN)
     def test_sum_of_losses_never_rises(self, solver: Solver, case: Case) -> None:
         image = case.gram @ solver(case.gram)
         length = case.gram.diagonal().sqrt()

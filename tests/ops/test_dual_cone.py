@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from torch import Tensor
 from fastmtl.errors import UsageError
 from fastmtl.ops import dual_cone, implementation
 from tests.ops.rows import backend_kernel
-from tests.ops.zoo import Case, poisoned, zoo
+from tests.ops.zoo import Case, each, poisoned, zoo
 
 Solver = Callable[[Tensor, Tensor], Tensor]
 DEVICES = {"reference": "cpu", "cpp": "cpu"} | ({"cuda": "cuda"} if torch.cuda.is_available() else {})
@@ -34,10 +33,6 @@ def solver(request: pytest.FixtureRequest) -> Solver:
         return weights.cpu()
 
     return solve
-
-
-def params(cases: Iterable[Case]) -> list[Any]:
-    return [pytest.param(case, id=case.name) for case in cases]
 
 
 def upgrad(size: int) -> Tensor:
@@ -81,7 +76,7 @@ def slack(case: Case, targets: Tensor) -> np.ndarray:
 
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("targets", [upgrad, mixed])
-@pytest.mark.parametrize("case", params(zoo()))
+@each(zoo())
 def test_bound(solver: Solver, case: Case, targets: Callable[[int], Tensor]) -> None:
     wanted = targets(len(case.gram))
     check_bound(case.gram, wanted, solver(case.gram, wanted))
@@ -101,7 +96,7 @@ def test_bound_fuzz(solver: Solver, data: st.DataObject) -> None:
     check_bound(gram, wanted, solver(gram, wanted))
 
 
-@pytest.mark.parametrize("case", params(zoo((2, 3, 16))))
+@each(zoo((2, 3, 16)))
 def test_matches_reference_projection(solver: Solver, case: Case) -> None:
     wanted = mixed(len(case.gram))
     ours, reference = solver(case.gram, wanted), implementation("dual_cone", "reference")(case.gram, wanted)
@@ -115,7 +110,7 @@ def test_matches_reference_projection(solver: Solver, case: Case) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", params(zoo((2, 3, 8, 40))))
+@each(zoo((2, 3, 8, 40)))
 def test_no_longer_than_quadprogs(solver: Solver, case: Case) -> None:
     """The objective is at most quadprog's, which solves the same problem on a G that is made definite."""
     quadprog = pytest.importorskip("quadprog")
@@ -130,7 +125,7 @@ def test_no_longer_than_quadprogs(solver: Solver, case: Case) -> None:
         assert mine <= v @ gram.numpy().astype(Wide) @ v * (1 + 1e-6)
 
 
-@pytest.mark.parametrize("case", params(zoo((3, 40))))
+@each(zoo((3, 40)))
 def test_projection_of_a_projection_is_itself(solver: Solver, case: Case) -> None:
     wanted = upgrad(len(case.gram))
     once = solver(case.gram, wanted)
@@ -139,7 +134,7 @@ def test_projection_of_a_projection_is_itself(solver: Solver, case: Case) -> Non
     assert (difference <= slack(case, once)).all()
 
 
-@pytest.mark.parametrize("case", params(zoo((3, 16))))
+@each(zoo((3, 16)))
 def test_permutation_equivariant(solver: Solver, case: Case) -> None:
     size = len(case.gram)
     order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
@@ -195,7 +190,7 @@ def test_negative_targets_are_lifted(solver: Solver) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", params(zoo((3, 40))))
+@each(zoo((3, 40)))
 def test_coarse_rounding_stays_finite(solver: Solver, case: Case) -> None:
     size = len(case.gram)
     gram = (case.gram / case.gram.diagonal().max().clamp(min=1e-300)).float().double()
@@ -205,7 +200,7 @@ def test_coarse_rounding_stays_finite(solver: Solver, case: Case) -> None:
     assert (weights >= wanted).all()
 
 
-@pytest.mark.parametrize("case", params(poisoned((1, 2, 3, 8, 40))))
+@each(poisoned((1, 2, 3, 8, 40)))
 def test_non_finite_gram_gives_nan(solver: Solver, case: Case) -> None:
     assert solver(case.gram, upgrad(len(case.gram))).isnan().all()
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from torch import Tensor
 from fastmtl.errors import UsageError
 from fastmtl.ops import fairgrad, implementation
 from tests.ops.rows import backend_kernel
-from tests.ops.zoo import SIZES, Case, poisoned, zoo
+from tests.ops.zoo import SIZES, Case, each, poisoned, zoo
 
 Solver = Callable[..., Tensor]
 DEVICES = {"reference": "cpu", "cpp": "cpu"} | ({"cuda": "cuda"} if torch.cuda.is_available() else {})
@@ -37,10 +36,6 @@ def solver(request: pytest.FixtureRequest) -> Solver:
         return weights.cpu()
 
     return solve
-
-
-def params(cases: Iterable[Case]) -> list[Any]:
-    return [pytest.param(case, id=case.name) for case in cases]
 
 
 def well_posed(size: int, seed: int = 0) -> Tensor:
@@ -207,7 +202,7 @@ def test_coarse_matrices_get_finite_weights(solver: Solver, noise: float) -> Non
         assert (weights >= 0).all()
 
 
-@pytest.mark.parametrize("case", params(poisoned((1, 2, 3, 8, 40))))
+@each(poisoned((1, 2, 3, 8, 40)))
 def test_non_finite_gives_nan(solver: Solver, case: Case) -> None:
     assert solver(case.gram, 2.0).isnan().all()
 

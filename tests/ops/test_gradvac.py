@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +16,7 @@ from fastmtl.errors import UsageError
 from fastmtl.ops import gradvac, implementation
 from tests.ops.orders import others, permutations
 from tests.ops.rows import backend_kernel
-from tests.ops.zoo import Case, poisoned, zoo
+from tests.ops.zoo import Case, each, poisoned, zoo
 
 Solver = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 DEVICES = {"reference": "cpu", "cpp": "cpu"} | ({"cuda": "cuda"} if torch.cuda.is_available() else {})
@@ -40,10 +39,6 @@ def solver(request: pytest.FixtureRequest) -> Solver:
         return weights.cpu(), new_rho.cpu()
 
     return solve
-
-
-def params(cases: Iterable[Case]) -> list[Any]:
-    return [pytest.param(case, id=case.name) for case in cases]
 
 
 def averages(*shape: int, seed: int = 0) -> Tensor:
@@ -94,7 +89,7 @@ def check(case: Case, orders: Tensor, rho: Tensor, beta: float, solver: Solver, 
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("case", params(zoo((1, 2, 3, 5, 8, 16))))
+@each(zoo((1, 2, 3, 5, 8, 16)))
 def test_update_and_averages(solver: Solver, case: Case) -> None:
     size = len(case.gram)
     check(case, permutations(size), averages(size, size), 0.5, solver)
@@ -153,7 +148,7 @@ def test_repeated_visits_move_the_average_each_time(solver: Solver) -> None:
     assert new_rho.tolist() == [[0, 0.375], [0.375, 0]]
 
 
-@pytest.mark.parametrize("case", params(zoo((2, 3, 16))))
+@each(zoo((2, 3, 16)))
 def test_with_averages_of_zero_it_is_pcgrad(solver: Solver, case: Case) -> None:
     size = len(case.gram)
     orders, zeros = others(size), torch.zeros(size, size, dtype=torch.float64)
@@ -247,7 +242,7 @@ def test_rounding_moves_no_parallel_gradients(solver: Solver, target: float) -> 
 
 
 @pytest.mark.parametrize("target", [-1.5, -1.0, 1.0, 1.5])
-@pytest.mark.parametrize("case", params(zoo((2, 3, 16))))
+@each(zoo((2, 3, 16)))
 def test_extreme_averages_give_finite_weights(solver: Solver, case: Case, target: float) -> None:
     size = len(case.gram)
     rho = torch.full((size, size), target, dtype=torch.float64)
@@ -272,7 +267,7 @@ def test_targets_near_one_are_brought_to_the_limit(solver: Solver) -> None:
         assert float(new_rho[0, 1]) == pytest.approx(0.5 * target + 0.1, abs=1e-15)
 
 
-@pytest.mark.parametrize("case", params(poisoned((1, 2, 3, 8))))
+@each(poisoned((1, 2, 3, 8)))
 def test_non_finite_gram_gives_nan_to_its_group(solver: Solver, case: Case) -> None:
     size = len(case.gram)
     clean = next(zoo((size,))).gram

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ops.gram_solver import GramSolver, Solver, params
-from tests.ops.zoo import Case, zoo
+from tests.ops.gram_solver import GramSolver, Solver
+from tests.ops.zoo import BETWEEN, Case, each, zoo
 
 WELL_POSED = ("random", "conflicting", "dominating_row", "short_row", "tiny", "huge", "rows_far_apart")
 SIZES = (1, 2, 3, 5, 8, 16, 40, 64, 128)
@@ -37,12 +37,12 @@ def check_projections(case: Case, weights: Tensor, tolerance: float) -> None:
 class TestImtl(GramSolver):
     name = "imtl"
 
-    @pytest.mark.parametrize("case", params(zoo()))
+    @each(zoo(), BETWEEN)
     def test_sums_to_one(self, solver: Solver, case: Case) -> None:
         weights = solver(case.gram)
         assert abs(float(weights.sum()) - 1) <= 1e-14 * float(weights.abs().sum())
 
-    @pytest.mark.parametrize("case", params(well_posed()))
+    @each(well_posed(), BETWEEN)
     def test_projections_are_equal(self, solver: Solver, case: Case) -> None:
         check_projections(case, solver(case.gram), 1e-12)
 
@@ -53,7 +53,7 @@ class TestImtl(GramSolver):
         if case.gram[0, 1] > 0:
             check_projections(case, solver(case.gram), 1e-6)
 
-    @pytest.mark.parametrize("case", params(well_posed((2, 3, 8))))
+    @each(well_posed((2, 3, 8)), BETWEEN)
     def test_is_libmtls_closed_form(self, solver: Solver, case: Case) -> None:
         # The closed form itself loses digits where the gradients' lengths differ.
         if case.gram.diagonal().max() < 1e6 * case.gram.diagonal().min():

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from torch import Tensor
 from fastmtl.errors import UsageError
 from fastmtl.ops import implementation, min_norm
 from tests.ops.rows import backend_kernel
-from tests.ops.zoo import Case, poisoned, zoo
+from tests.ops.zoo import Case, each, poisoned, zoo
 
 Solver = Callable[..., Tensor]
 DEVICES = {"reference": "cpu", "cpp": "cpu"} | ({"cuda": "cuda"} if torch.cuda.is_available() else {})
@@ -34,10 +33,6 @@ def solver(request: pytest.FixtureRequest) -> Solver:
         return weights.cpu()
 
     return solve
-
-
-def params(cases: Iterable[Case]) -> list[Any]:
-    return [pytest.param(case, id=case.name) for case in cases]
 
 
 def check_simplex(weights: Tensor, size: int) -> None:
@@ -62,7 +57,7 @@ def norm(case: Case, weights: Tensor) -> float:
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("case", params(zoo()))
+@each(zoo())
 def test_bound(solver: Solver, case: Case) -> None:
     check_bound(case.gram, solver(case.gram))
 
@@ -80,14 +75,14 @@ def test_bound_fuzz(solver: Solver, data: st.DataObject) -> None:
     check_bound(gram, solver(gram))
 
 
-@pytest.mark.parametrize("case", params(zoo((3, 16))))
+@each(zoo((3, 16)))
 def test_matches_reference_norm(solver: Solver, case: Case) -> None:
     reference = implementation("min_norm", "reference")
     tolerance = 1e-6 * float(case.jacobian.norm(dim=1).max())
     assert norm(case, solver(case.gram)) == pytest.approx(norm(case, reference(case.gram)), rel=1e-6, abs=tolerance)
 
 
-@pytest.mark.parametrize("case", params(zoo((3, 16))))
+@each(zoo((3, 16)))
 def test_permutation_equivariant(solver: Solver, case: Case) -> None:
     order = torch.randperm(len(case.jacobian), generator=torch.Generator().manual_seed(0))
     permuted = Case(case.name, case.jacobian[order])
@@ -113,7 +108,7 @@ def test_scaling_invariant(solver: Solver, size: int, scale: float) -> None:
     torch.testing.assert_close(solver(scale * gram), solver(gram), rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("case", params(zoo((2, 40))))
+@each(zoo((2, 40)))
 def test_non_conflicting(solver: Solver, case: Case) -> None:
     update = solver(case.gram) @ case.jacobian
     slack = 1e-6 * case.jacobian.norm(dim=1) * case.jacobian.norm(dim=1).max()
@@ -157,12 +152,12 @@ def test_zero_rows_share_all_weight(solver: Solver) -> None:
     assert solver(torch.diag(torch.tensor([0.0, 4.0, 0.0, 1.0], dtype=torch.float64))).tolist() == [0.5, 0, 0.5, 0]
 
 
-@pytest.mark.parametrize("case", params(poisoned((1, 2, 3, 8, 40))))
+@each(poisoned((1, 2, 3, 8, 40)))
 def test_non_finite_gives_nan(solver: Solver, case: Case) -> None:
     assert solver(case.gram).isnan().all()
 
 
-@pytest.mark.parametrize("case", params(zoo((1, 8))))
+@each(zoo((1, 8)))
 def test_warm_start_keeps_the_bound(solver: Solver, case: Case) -> None:
     size = len(case.gram)
     cold = solver(case.gram)

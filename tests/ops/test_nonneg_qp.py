@@ -8,9 +8,9 @@ from torch import Tensor
 
 from fastmtl import ops
 from fastmtl.errors import UsageError
-from tests.ops.gram_solver import DEVICES, params
+from tests.ops.gram_solver import DEVICES
 from tests.ops.rows import backend_kernel
-from tests.ops.zoo import Case, poisoned, zoo
+from tests.ops.zoo import BETWEEN, Case, each, poisoned, zoo
 
 
 class Solver:
@@ -52,7 +52,7 @@ def _excess(gram: Tensor, linear: Tensor, solution: Tensor) -> float:
 
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("kind", ["reached", "negative"])
-@pytest.mark.parametrize("case", params(zoo()))
+@each(zoo(), BETWEEN)
 def test_optimal(solver: Solver, case: Case, kind: str) -> None:
     linear = _linear(case, kind)
     solution = solver(case.gram, linear)
@@ -82,7 +82,7 @@ def test_without_a_minimum_the_conditions_fail(solver: Solver) -> None:
     assert (gram @ solution < 0.5 * linear).any()
 
 
-@pytest.mark.parametrize("case", params(poisoned((1, 2, 3, 8))))
+@each(poisoned((1, 2, 3, 8)), BETWEEN)
 def test_non_finite_gives_nan(solver: Solver, case: Case) -> None:
     assert solver(case.gram, torch.ones(len(case.gram))).isnan().all()
     size = len(case.gram)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +16,7 @@ from fastmtl.errors import UsageError
 from fastmtl.ops import implementation, pcgrad
 from tests.ops.orders import others, permutations
 from tests.ops.rows import backend_kernel, row_kernel
-from tests.ops.zoo import Case, poisoned, zoo
+from tests.ops.zoo import Case, each, poisoned, zoo
 
 Solver = Callable[[Tensor, Tensor], Tensor]
 DEVICES = {"reference": "cpu", "cpp": "cpu"} | ({"cuda": "cuda"} if torch.cuda.is_available() else {})
@@ -38,10 +37,6 @@ def solver(request: pytest.FixtureRequest) -> Solver:
         return weights.cpu()
 
     return solve
-
-
-def params(cases: Iterable[Case]) -> list[Any]:
-    return [pytest.param(case, id=case.name) for case in cases]
 
 
 def project(jacobian: Tensor, orders: Tensor) -> npt.NDArray[Wide]:
@@ -65,7 +60,7 @@ def check_update(case: Case, orders: Tensor, weights: Tensor) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("case", params(zoo((1, 2, 3, 5, 8, 16, 40))))
+@each(zoo((1, 2, 3, 5, 8, 16, 40)))
 def test_update(solver: Solver, case: Case) -> None:
     for make in (permutations, others):
         orders = make(len(case.gram))
@@ -95,7 +90,7 @@ def test_update_fuzz(solver: Solver, data: st.DataObject) -> None:
     check_update(case, orders, solver(case.gram, orders))
 
 
-@pytest.mark.parametrize("case", params(zoo((2, 3, 8))))
+@each(zoo((2, 3, 8)))
 def test_does_not_conflict_with_the_last_task(solver: Solver, case: Case) -> None:
     size = len(case.gram)
     own = torch.arange(size)[:, None]
@@ -112,7 +107,7 @@ def test_does_not_conflict_with_the_last_task(solver: Solver, case: Case) -> Non
         assert product >= -float(length[last]) * (1e-12 * float(length[i]) + rounding)
 
 
-@pytest.mark.parametrize("case", params(zoo((3, 16))))
+@each(zoo((3, 16)))
 def test_matches_reference(solver: Solver, case: Case) -> None:
     orders = permutations(len(case.gram))
     difference = solver(case.gram, orders) - implementation("pcgrad", "reference")(case.gram, orders)
@@ -164,7 +159,7 @@ def test_squares_of_zero_take_no_projection(solver: Solver) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("exponent", [-200, -60, 8, 200])
-@pytest.mark.parametrize("case", params(zoo((3, 16))))
+@each(zoo((3, 16)))
 def test_scaling_by_powers_of_two_changes_no_bit(solver: Solver, case: Case, exponent: int) -> None:
     orders = permutations(len(case.gram))
     assert torch.equal(solver(2.0**exponent * case.gram, orders), solver(case.gram, orders))
@@ -185,7 +180,7 @@ def test_permutation_equivariant(solver: Solver, size: int) -> None:
     torch.testing.assert_close(weights, solver(gram, orders)[moved], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("case", params(poisoned((1, 2, 3, 8, 40))))
+@each(poisoned((1, 2, 3, 8, 40)))
 def test_non_finite_gives_nan(solver: Solver, case: Case) -> None:
     assert solver(case.gram, permutations(len(case.gram))).isnan().all()
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from fastmtl import ops
 from fastmtl.errors import UsageError
 from fastmtl.ops import implementation
-from tests.ops.gram_solver import DEVICES, check_close, params
+from tests.ops.gram_solver import DEVICES, check_close
 from tests.ops.rows import backend_kernel
-from tests.ops.zoo import Case, poisoned, zoo
+from tests.ops.zoo import BETWEEN, Case, each, poisoned, zoo
 
 
 class Solver:
@@ -29,7 +29,7 @@ def solver(request: pytest.FixtureRequest) -> Solver:
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("case", params(zoo((1, 2, 3, 8, 40))))
+@each(zoo((1, 2, 3, 8, 40)), BETWEEN)
 def test_no_gradient_is_opposed(solver: Solver, case: Case) -> None:
     """The update has a product of at least -1e-9 of what rounds with every gradient; every weight is at least 1 / T."""
     weights = solver(case.gram)
@@ -39,7 +39,7 @@ def test_no_gradient_is_opposed(solver: Solver, case: Case) -> None:
     assert (weights >= 1 / len(weights)).all()
 
 
-@pytest.mark.parametrize("case", params(zoo((1, 3, 16))))
+@each(zoo((1, 3, 16)), BETWEEN)
 @pytest.mark.parametrize("reg_eps", [1e-4, 0.1])
 def test_is_the_sum_of_the_projections(solver: Solver, case: Case, reg_eps: float) -> None:
     size = len(case.gram)
@@ -50,7 +50,7 @@ def test_is_the_sum_of_the_projections(solver: Solver, case: Case, reg_eps: floa
     check_close(Case(case.name, case.jacobian), solver(case.gram, 0.0, reg_eps), expected, 1e-7)
 
 
-@pytest.mark.parametrize("case", params(zoo((3,))))
+@each(zoo((3,)), BETWEEN)
 @pytest.mark.parametrize("scale", [2.0**-60, 1e-30, 3.0, 1e30])
 def test_scale_invariant_where_nothing_is_dropped(solver: Solver, case: Case, scale: float) -> None:
     check_close(case, solver(scale * case.gram, 0.0, 1e-4), solver(case.gram, 0.0, 1e-4), 1e-8)
@@ -63,7 +63,7 @@ def test_small_traces_count_as_zero(solver: Solver) -> None:
 
 
 @pytest.mark.parametrize("norm_eps", [0.0, 1e-4, 1e300])
-@pytest.mark.parametrize("case", params(poisoned((1, 2, 3, 8))))
+@each(poisoned((1, 2, 3, 8)), BETWEEN)
 def test_non_finite_gives_nan(solver: Solver, case: Case, norm_eps: float) -> None:
     assert solver(case.gram, norm_eps, 1e-4).isnan().all()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -24,6 +24,10 @@ SIZES = (1, 2, 3, 8, 17)
 def triton(op: str) -> Callable[..., Any]:
     kernel = implementation(op, "triton")
     return kernel if os.environ.get("TRITON_INTERPRET") == "1" else on_device(kernel, "cuda")
+
+
+def named(cases: Iterable[Case]) -> list[Any]:
+    return [pytest.param(case, id=case.name) for case in cases]
 
 
 def scaled_error(got: Tensor, want: Tensor) -> float:
@@ -191,12 +195,12 @@ def test_graddrop_of_batches_of_different_size() -> None:
         test_graddrop.check(one, other.double())
 
 
-@pytest.mark.parametrize("case", test_min_norm.params([*zoo((1, 2, 3, 8)), *list(zoo((17, 33)))[::11]]))
+@pytest.mark.parametrize("case", named([*zoo((1, 2, 3, 8)), *list(zoo((17, 33)))[::11]]))
 def test_min_norm_meets_its_bound(case: Case) -> None:
     test_min_norm.check_bound(case.gram, triton("min_norm")(case.gram))
 
 
-@pytest.mark.parametrize("case", test_pcgrad.params([*zoo((1, 3, 8)), *list(zoo((17, 33)))[::11]]))
+@pytest.mark.parametrize("case", named([*zoo((1, 3, 8)), *list(zoo((17, 33)))[::11]]))
 def test_pcgrad_update(case: Case) -> None:
     orders = permutations(len(case.gram))
     test_pcgrad.check_update(case, orders, triton("pcgrad")(case.gram, orders))
@@ -211,7 +215,7 @@ def test_pcgrad_by_keys() -> None:
     assert triton("pcgrad")(gram, torch.empty(8, 0, dtype=torch.int64)).tolist() == [1.0] * 8
 
 
-@pytest.mark.parametrize("case", test_min_norm.params(poisoned((1, 3, 8))))
+@pytest.mark.parametrize("case", named(poisoned((1, 3, 8))))
 def test_what_is_not_finite_gives_nan(case: Case) -> None:
     size = len(case.gram)
     assert triton("min_norm")(case.gram).isnan().all()

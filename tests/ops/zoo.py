@@ -5,16 +5,21 @@ Every case is deterministic and named, so a failing test names its animal: ``sta
 
 from __future__ import annotations
 
+import functools
+import inspect
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 
-__all__ = ["SIZES", "Case", "poisoned", "zoo"]
+__all__ = ["BETWEEN", "SIZES", "Case", "each", "poisoned", "zoo"]
 
 SIZES = (1, 2, 3, 5, 8, 16, 40, 64, 128)
+# Numbers of tasks that say little beside those above and below them.
+BETWEEN = (5, 16, 40, 64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,3 +205,42 @@ def poisoned(sizes: Sequence[int] = SIZES) -> Iterator[Case]:
             jacobian = _random(size, torch.Generator().manual_seed(size))
             jacobian[size // 2, 1] = value
             yield Case(f"{label}_row-T{size}", jacobian)
+
+
+def each(cases: Iterable[Case], slow: Collection[int] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Run a test, which takes a ``case``, for one after the other; a test for each would cost more than it does.
+
+    A failure is that of the first case that fails, with the names of all. Cases whose number of tasks is ``slow`` make
+    a test of their own, which is marked.
+    """
+    groups: dict[bool, list[Case]] = {}
+    for case in cases:
+        groups.setdefault(len(case.jacobian) in slow, []).append(case)
+
+    def decorate(test: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(test)
+        def run(*args: object, cases: Sequence[Case], **kwargs: object) -> None:
+            failed: dict[str, Exception] = {}
+            for case in cases:
+                try:
+                    test(*args, case=case, **kwargs)
+                except Exception as error:
+                    failed[case.name] = error
+            for error in failed.values():
+                error.add_note(f"{len(failed)} of {len(cases)} cases fail: {', '.join(failed)}")
+                raise error
+
+        signature = inspect.signature(test)
+        taken = [
+            parameter.replace(name="cases") if name == "case" else parameter
+            for name, parameter in signature.parameters.items()
+        ]
+        setattr(run, "__signature__", signature.replace(parameters=taken))  # noqa: B010
+        several = [
+            pytest.param(group, id="slow" if is_slow else "all", marks=[pytest.mark.slow] if is_slow else [])
+            for is_slow, group in groups.items()
+        ]
+        decorated: Callable[..., None] = pytest.mark.parametrize("cases", several)(run)
+        return decorated
+
+    return decorate
