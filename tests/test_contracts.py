@@ -39,24 +39,23 @@ def test_the_contracts_hold(copy: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize(
-    ("room", "wrong"),
-    [
-        ("engine/graph.py", "from fastmtl.trainer.guard import FiniteGuard"),
-        ("engine/comm.py", "from fastmtl.weighting import AbsWeighting"),
-        ("engine/comm.py", "from fastmtl.distributed import Peers"),
-        ("ops/gram.py", "from fastmtl.engine.vjp import vjp"),
-        ("trainer/guard.py", "from fastmtl.trainer.trainer import Trainer"),
-        ("weighting/EW.py", "from fastmtl.trainer.state import TrainerState"),
-        ("aggregation/base.py", "from fastmtl.autojac import jac"),
-    ],
-)
 @pytest.mark.parametrize("for_types", [False, True])
-def test_a_wrong_import_is_found(copy: Path, room: str, wrong: str, for_types: bool) -> None:
-    path = copy / "fastmtl" / room
-    text = path.read_text(encoding="utf-8")
-    planted = f"\nfrom typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    {wrong}\n" if for_types else f"\n{wrong}\n"
-    path.write_text(text + planted, encoding="utf-8")
+def test_wrong_imports_are_found(copy: Path, for_types: bool) -> None:
+    wrong = {
+        "engine.graph -> fastmtl.trainer.guard": "from fastmtl.trainer.guard import FiniteGuard",
+        "engine.comm -> fastmtl.weighting": "from fastmtl.weighting import AbsWeighting",
+        "engine.comm -> fastmtl.distributed": "from fastmtl.distributed import Peers",
+        "ops.gram -> fastmtl.engine.vjp": "from fastmtl.engine.vjp import vjp",
+        "weighting.EW -> fastmtl.trainer.state": "from fastmtl.trainer.state import TrainerState",
+        "aggregation.base -> fastmtl.autojac.jac": "from fastmtl.autojac import jac",
+        # Within the trainer, whose circles are reported by the names of its parts.
+        "trainer.guard -> .trainer": "from fastmtl.trainer.trainer import Trainer",
+    }
+    for name, line in wrong.items():
+        path = copy / "fastmtl" / (name.split(" ")[0].replace(".", "/") + ".py")
+        planted = f"from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    {line}" if for_types else line
+        path.write_text(f"{path.read_text(encoding='utf-8')}\n{planted}\n", encoding="utf-8")
     done = _lint(copy)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "BROKEN" in done.stdout
+    for name in wrong:
+        assert name.removeprefix("trainer") + " (" in done.stdout

@@ -95,6 +95,7 @@ def dry(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return archive
 
 
+@pytest.mark.slow
 def test_dry_run_leaves_a_whole_archive(dry: Path) -> None:
     assert fates(dry) == {"build": "0", "environment": "0", "capture": "0"}
     texts = read(dry)
@@ -105,6 +106,7 @@ def test_dry_run_leaves_a_whole_archive(dry: Path) -> None:
     assert "test_strategies.py" in texts["capture.log"]
 
 
+@pytest.mark.slow
 def test_an_archive_is_continued_and_a_failure_shows(dry: Path, stubs: dict[str, str], tmp_path: Path) -> None:
     archive = tmp_path / "results.tar.gz"
     archive.write_bytes(dry.read_bytes())

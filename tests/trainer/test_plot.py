@@ -38,6 +38,7 @@ def _played(tmp_path: Path, info: RunInfo, *, gram: bool = True, weights: bool =
     return logger
 
 
+@pytest.mark.slow
 def test_a_single_epoch_has_a_whole_number(tmp_path: Path) -> None:
     logger = _played(tmp_path, run_info(epochs=1))
     assert logger.history is not None
@@ -77,6 +78,7 @@ def test_picture_of_many_tasks_sums_the_pairs_up(tmp_path: Path) -> None:
     assert len(figure.axes[0].lines) == 20
 
 
+@pytest.mark.slow
 def test_picture_survives_gradients_that_vanish(tmp_path: Path) -> None:
     for tasks in (2, 5):
         logger = PlotLogger(tmp_path / "curves.png")
@@ -89,6 +91,7 @@ def test_picture_survives_gradients_that_vanish(tmp_path: Path) -> None:
         assert (tmp_path / "curves.png").exists()
 
 
+@pytest.mark.slow
 def test_metrics_of_different_names_get_panels_of_their_own(tmp_path: Path) -> None:
     info = run_info()
     info.metric_names = {"left": ["mIoU"], "right": ["abs_err"]}
