@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,8 @@ from fastmtl.support.names import resolve_name
 if TYPE_CHECKING:
     from fastmtl.aggregation import Aggregator
     from fastmtl.engine.comm import Comm
+    from fastmtl.engine.graph import Node
+    from fastmtl.engine.vjp import Cotangents
 
 __all__ = ["balance", "balanced"]
 
@@ -71,8 +74,7 @@ def balanced(
     total = torch.stack([loss.detach() for loss in work.losses]).sum()
     if not torch.is_grad_enabled():
         return total
-    shared_params, task_params = work.parameters()
-    return _Deferred.apply(total, work, *shared_params, *task_params)
+    return _Deferred.apply(total, work, *work.params.shared, *work.params.others)
 
 
 class _Deferred(torch.autograd.Function):
@@ -95,6 +97,23 @@ class _Deferred(torch.autograd.Function):
         finally:
             for param, grad in zip(ctx.params, kept, strict=True):
                 param.grad = grad
+
+
+@dataclass(frozen=True, slots=True)
+class _Params:
+    """What losses depend on.
+
+    Attributes:
+        shared: The shared parameters.
+        others: All others.
+        by_loss: For each loss the others that it may depend on.
+        closed: The functions of the graph that may use parameters it does not show.
+    """
+
+    shared: list[Tensor]
+    others: list[Tensor]
+    by_loss: list[list[Tensor]]
+    closed: list[Node]
 
 
 class _Balance:
@@ -120,22 +139,21 @@ class _Balance:
         from fastmtl.distributed.storage import comm_of_loop
         from fastmtl.engine.hidden import refusing_inner_backward
 
-        shared, task_params = self.parameters()
+        shared, task_params = self.params.shared, self.params.others
         params = [*shared, *task_params]
         check_writable(params, ".grad")
         comm = comm_of_loop(shared)
-        ones = [torch.ones_like(loss) if scale is None else scale.to(loss) for loss in self.losses]
         # What is differentiated are the means of the losses over the processes.
-        seeds = [seed / comm.size for seed in ones]
-        with refusing_inner_backward(self.losses):
+        seeds = self._seeds(scale, comm.size)
+        aggregate = self._by_gram if self.aggregator.works_on_gram() else self._by_rows
+        with refusing_inner_backward(self.params.closed):
             if not comm.shares_batches:
-                return self._by_rows(seeds, shared, task_params, comm)
+                return aggregate(seeds, comm)
             before = [param.grad for param in params]
             for param in params:
                 param.grad = None
-            aggregate = self._by_gram if self.aggregator.works_on_gram() else self._by_rows
             try:
-                weights = aggregate(seeds, shared, task_params, comm)
+                weights = aggregate(seeds, comm)
                 comm.set_grads(task_params, comm.all_reduce_row([param.grad for param in task_params]))
             finally:
                 for param, grad in zip(params, before, strict=True):
@@ -143,35 +161,45 @@ class _Balance:
                         param.grad = grad if param.grad is None else grad + param.grad
             return weights
 
-    def _by_gram(
-        self, seeds: Sequence[Tensor], shared: Sequence[Tensor], task_params: Sequence[Tensor], comm: Comm
-    ) -> Tensor:
-        """Let each process have a part of every row; the Gram matrix is all that the aggregator needs."""
+    def _seeds(self, scale: Tensor | None, size: int) -> Cotangents:
+        """Return the cotangents of the losses, ``scale / size``; None for 1."""
+        if scale is None:
+            return [None if size == 1 else torch.full_like(loss, 1 / size) for loss in self.losses]
+        return [scale.to(loss) / size for loss in self.losses]
+
+    def _by_gram(self, seeds: Cotangents, comm: Comm) -> Tensor:
+        """Leave the rows where autograd left them; with several processes each may have a part of every row.
+
+        The Gram matrix is all that the aggregator needs.
+        """
         from fastmtl.aggregation.base import GramianWeightedAggregator
+        from fastmtl.aggregation.rows import add_combined_rows
         from fastmtl.engine.gradients import add_grads
 
         assert isinstance(self.aggregator, GramianWeightedAggregator)
-        rows, last = [], len(self.losses) - 1
-        for t, (loss, seed) in enumerate(zip(self.losses, seeds, strict=True)):
-            row, task_grads = comm.row([loss], [seed], task_params, t < last, final=True)
+        shared, rows, last = self.params.shared, [], len(self.losses) - 1
+        for t, (loss, seed, own) in enumerate(zip(self.losses, seeds, self.params.by_loss, strict=True)):
+            row, own_grads = comm.row([loss], [seed], own, t < last, final=True)
             rows.append(row)
-            add_grads(task_params, task_grads)
+            add_grads(own, own_grads)
         rows = comm.collect(rows, final=True)
         with torch.no_grad():
             weights = self.aggregator.weights_of_gram(comm.gram(rows, None, None), shared[0].dtype)
         comm.broadcast([weights])
-        comm.write_shared(rows, weights, None, ())
-        return weights
+        if comm.shares_batches:
+            comm.write_shared(rows, weights, None, ())
+        else:
+            add_combined_rows(shared, rows, weights.to(shared[0].device))
+        return weights.to(torch.promote_types(shared[0].dtype, shared[-1].dtype))
 
-    def _by_rows(
-        self, seeds: Sequence[Tensor], shared: Sequence[Tensor], task_params: Sequence[Tensor], comm: Comm
-    ) -> Tensor | None:
+    def _by_rows(self, seeds: Cotangents, comm: Comm) -> Tensor | None:
         """Let each process have the whole Jacobian."""
         from fastmtl.engine.gradients import add_grads
         from fastmtl.engine.vjp import jacobians
 
+        shared = self.params.shared
         rows = [([loss], [seed]) for loss, seed in zip(self.losses, seeds, strict=True)]
-        matrices = jacobians(rows, len(rows), shared, False, task_params, lambda grads: add_grads(task_params, grads))
+        matrices = jacobians(rows, len(rows), shared, False, self.params.by_loss, add_grads)
         with torch.no_grad():
             weights = self.aggregator.write(comm.all_reduce_coalesced(matrices), shared)
         comm.broadcast([weights])
@@ -179,26 +207,50 @@ class _Balance:
             comm.broadcast([param.grad for param in shared])
         return weights
 
-    def parameters(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Return what the losses depend on: the shared parameters, and the others."""
-        from fastmtl.engine.graph import leaf_tensors
-        from fastmtl.engine.hidden import refuse_hidden
+    @cached_property
+    def params(self) -> _Params:
+        """What the losses depend on; looked up once, as the graph stays the same."""
+        from fastmtl.engine.graph import check_graphs, reach, root_nodes
+        from fastmtl.engine.hidden import closed_nodes, refuse_hidden
 
-        refuse_hidden(self.losses, None, "losses")
-        reached = [leaf_tensors([loss], "losses") for loss in self.losses]
-        count = Counter(leaf for leaves in reached for leaf in leaves)
+        check_graphs(self.losses, "losses")
+        reached = reach(root_nodes(self.losses))
+        closed = closed_nodes(reached.nodes)
+        refuse_hidden(closed, reached, None, "losses")
         if self.shared is None:
-            wanted = {leaf for leaf, times in count.items() if times > 1 or len(self.losses) == 1}
+            wanted = {leaf for leaf, owner in reached.leaves.items() if owner is None or len(self.losses) == 1}
         else:
             wanted = set(self.shared.parameters() if isinstance(self.shared, nn.Module) else self.shared)
-            refuse_hidden(self.losses, list(wanted), "shared")
-        shared = [leaf for leaf in count if leaf in wanted]
+            refuse_hidden(closed, reached, list(wanted), "shared")
+        shared = [leaf for leaf in reached.leaves if leaf in wanted]
         if not shared:
             raise UsageError("shared must hold parameters that the losses depend on, got none of them.")
-        return shared, [leaf for leaf in count if leaf not in wanted]
+        others = {leaf: owner for leaf, owner in reached.leaves.items() if leaf not in wanted}
+        by_loss = [
+            [leaf for leaf, owner in others.items() if owner is None or owner == index]
+            for index in range(len(self.losses))
+        ]
+        return _Params(shared, list(others), by_loss, closed)
 
 
 def _named(name: str, hyper: Mapping[str, Any]) -> Aggregator:
+    """Return an aggregator without state; one and the same for a name and plain numbers and words."""
+    is_plain = all(value is None or isinstance(value, (int, float, str)) for value in hyper.values())
+    return _made(name, **hyper) if is_plain else _made.__wrapped__(name, **hyper)
+
+
+@lru_cache(maxsize=64, typed=True)
+def _made(name: str, /, **hyper: Any) -> Aggregator:
+    make = resolve_name(name, _without_state(), "weighting")
+    try:
+        return make(**hyper)
+    except TypeError as error:
+        raise UsageError(f"weighting {name!r} cannot be made of {hyper}: {error}.") from None
+
+
+@cache
+def _without_state() -> dict[str, Callable[..., Aggregator]]:
+    """Return the classes of the aggregators without state, by name."""
     from fastmtl import aggregation
     from fastmtl.support.stateful import Stateful
 
@@ -209,8 +261,4 @@ def _named(name: str, hyper: Mapping[str, Any]) -> Aggregator:
         for cls in public
         if issubclass(cls, aggregation.Aggregator) and cls not in bases and not issubclass(cls, Stateful)
     }
-    make = resolve_name(name, {**classes, "Aligned_MTL": classes["AlignedMTL"]}, "weighting")
-    try:
-        return make(**hyper)
-    except TypeError as error:
-        raise UsageError(f"weighting {name!r} cannot be made of {dict(hyper)}: {error}.") from None
+    return {**classes, "Aligned_MTL": classes["AlignedMTL"]}

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl.engine.gradients import add_grads
+from fastmtl.engine.gradients import Grads, add_grads
 from fastmtl.ops._rows import is_dense
 from fastmtl.support.dtypes import wide_dtype
 
-__all__ = ["add_combined", "as_matrix", "gram_of"]
+__all__ = ["add_combined", "add_combined_rows", "as_matrix", "gram_of"]
 
 
 def _as_rows(jacobians: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
@@ -34,20 +34,25 @@ def gram_of(jacobians: Sequence[Tensor]) -> Tensor:
     return ops.gram(_as_rows(jacobians))
 
 
-@torch.no_grad()
 def add_combined(tensors: Sequence[Tensor], jacobians: Sequence[Tensor], weights: Tensor) -> None:
-    """Add ``sum_t w_t row_t`` to ``.grad`` of each tensor, in one pass over its rows."""
+    """Add the weighted sum of the rows of all Jacobians to ``.grad`` of each tensor."""
     if not len(weights) or weights.device != jacobians[0].device:
         sums = [torch.tensordot(weights.to(jacobian), jacobian, dims=1) for jacobian in jacobians]
         add_grads(tensors, [total.to(tensor.dtype) for total, tensor in zip(sums, tensors, strict=True)])
-        return
+    else:
+        add_combined_rows(tensors, _as_rows(jacobians), weights)
+
+
+@torch.no_grad()
+def add_combined_rows(tensors: Sequence[Tensor], rows: Sequence[Grads], weights: Tensor) -> None:
+    """Add ``sum_t w_t row_t`` to ``.grad`` of each tensor, in one pass over its rows."""
     # Those with a gradient come first, as the others will have one too.
     for fresh in (False, True):
         some = [k for k, tensor in enumerate(tensors) if (tensor.grad is None) == fresh]
         if not some:
             continue
         out = [torch.empty_like(tensors[k]) if fresh else _dense_grad(tensors[k]) for k in some]
-        ops.combine_(out, _as_rows([jacobians[k] for k in some]), weights, accumulate=not fresh)
+        ops.combine_(out, [[row[k] for k in some] for row in rows], weights, accumulate=not fresh)
         for k, grad in zip(some, out, strict=True):
             tensors[k].grad = grad
 

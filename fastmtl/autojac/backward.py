@@ -11,8 +11,8 @@ from fastmtl.autojac.checks import as_list, check_chunk, check_outputs, unique
 from fastmtl.autojac.fields import add_jacobians, check_writable
 from fastmtl.autojac.jac import jacobians_of
 from fastmtl.autojac.jac_to_grad import jac_to_grad
-from fastmtl.engine.graph import leaf_tensors
-from fastmtl.engine.hidden import refuse_hidden, refusing_inner_backward
+from fastmtl.engine.graph import check_graphs, reach, root_nodes
+from fastmtl.engine.hidden import closed_nodes, refuse_hidden, refusing_inner_backward
 
 if TYPE_CHECKING:
     from fastmtl.aggregation import Aggregator
@@ -55,10 +55,14 @@ def backward(
     check_chunk(parallel_chunk_size)
     outputs = as_list(tensors)
     check_outputs(outputs, "tensors")
-    wanted = leaf_tensors(outputs, "tensors") if inputs is None else unique(inputs)
+    if inputs is None:
+        check_graphs(outputs, "tensors")
+    reached = reach(root_nodes(outputs))
+    wanted = list(reached.leaves) if inputs is None else unique(inputs)
     check_writable(wanted, ".jac")
-    refuse_hidden(outputs, None if inputs is None else wanted, "inputs")
-    with refusing_inner_backward(outputs):
+    closed = closed_nodes(reached.nodes)
+    refuse_hidden(closed, reached, None if inputs is None else wanted, "inputs")
+    with refusing_inner_backward(closed):
         jacs = jacobians_of(outputs, wanted, jac_tensors, "tensors", retain_graph, parallel_chunk_size)
     add_jacobians(wanted, jacs)
     if aggregator is not None and wanted:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fastmtl.autojac.checks import as_list, check_chunk, check_outputs, check_rows, check_shapes, unique
-from fastmtl.engine.graph import batches_well
-from fastmtl.engine.hidden import refuse_hidden, refusing_inner_backward
+from fastmtl.engine.graph import batches_well, reach, root_nodes
+from fastmtl.engine.hidden import closed_nodes, refuse_hidden, refusing_inner_backward
 from fastmtl.engine.vjp import batched_jacobians, identity_rows, jacobians
 from fastmtl.errors import UsageError
 
@@ -57,9 +57,12 @@ def jac(
     for index, source in enumerate(repeated):
         if not source.requires_grad:
             raise UsageError(f"inputs[{index}] must require grad, got a tensor that does not.")
-    refuse_hidden(as_list(outputs), wanted, "inputs")
-    with refusing_inner_backward(as_list(outputs)):
-        jacs = jacobians_of(as_list(outputs), wanted, jac_outputs, "outputs", retain_graph, parallel_chunk_size)
+    tensors = as_list(outputs)
+    reached = reach(root_nodes(tensors))
+    closed = closed_nodes(reached.nodes)
+    refuse_hidden(closed, reached, wanted, "inputs")
+    with refusing_inner_backward(closed):
+        jacs = jacobians_of(tensors, wanted, jac_outputs, "outputs", retain_graph, parallel_chunk_size)
     by_input = dict(zip(wanted, jacs, strict=True))
     return tuple(by_input[source] for source in repeated)
 

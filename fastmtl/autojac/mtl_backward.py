@@ -13,8 +13,8 @@ from fastmtl.autojac.fields import add_jacobians, check_writable
 from fastmtl.autojac.jac import chunk_for
 from fastmtl.autojac.jac_to_grad import jac_to_grad
 from fastmtl.engine.gradients import add_grads
-from fastmtl.engine.graph import leaf_tensors
-from fastmtl.engine.hidden import refuse_hidden, refusing_inner_backward
+from fastmtl.engine.graph import Node, check_graphs, reach, root_nodes
+from fastmtl.engine.hidden import closed_nodes, refuse_hidden, refusing_inner_backward
 from fastmtl.engine.vjp import Cotangents, batched_jacobians, jacobians, vjp
 from fastmtl.errors import UsageError
 
@@ -69,8 +69,8 @@ def mtl_backward(
     """
     check_chunk(parallel_chunk_size)
     tasks, cuts = _outputs(tensors, losses, features, grad_tensors)
-    shared, by_task = _parameters(tasks, cuts, shared_params, tasks_params)
-    with refusing_inner_backward([*tasks, *cuts]):
+    shared, by_task, closed = _parameters(tasks, cuts, shared_params, tasks_params)
+    with refusing_inner_backward(closed):
         cotangents = _through_heads(tasks, cuts, by_task, grad_tensors, retain_graph)
         jacs = _through(cuts, cotangents, shared, retain_graph, parallel_chunk_size)
     add_jacobians(shared, jacs)
@@ -105,23 +105,29 @@ def _parameters(
     features: list[Tensor],
     shared_params: Iterable[Tensor] | None,
     tasks_params: Sequence[Iterable[Tensor]] | None,
-) -> tuple[list[Tensor], list[list[Tensor]]]:
-    """Return the shared parameters and those of each task."""
-    shared = leaf_tensors(features, "features") if shared_params is None else unique(shared_params)
+) -> tuple[list[Tensor], list[list[Tensor]], list[Node]]:
+    """Return the shared parameters, those of each task, and the functions that may hide some."""
+    if shared_params is None or tasks_params is None:
+        check_graphs(features, "features")
     if tasks_params is None:
-        by_task = [leaf_tensors([task], "tensors", features, "features") for task in tasks]
+        check_graphs(tasks, "tensors")
+    trunk, heads = reach(root_nodes(features)), reach(root_nodes(tasks), root_nodes(features))
+    shared = list(trunk.leaves) if shared_params is None else unique(shared_params)
+    if tasks_params is None:
+        by_task = [heads.leaves_of(index) for index in range(len(tasks))]
     else:
         check_lengths(tasks_params, tasks, "tasks_params", "tensors")
         by_task = [unique(params) for params in tasks_params]
-    common = set(shared) & {param for params in by_task for param in params}
+    every = [param for params in by_task for param in params]
+    common = set(shared).intersection(every)
     if common:
         raise UsageError(f"tasks_params must hold no parameter of shared_params, got {len(common)} in both.")
     check_writable(shared, ".jac")
-    every = [param for params in by_task for param in params]
     check_writable(every, ".grad")
-    refuse_hidden(features, None if shared_params is None else shared, "shared_params")
-    refuse_hidden(tasks, None if tasks_params is None else every, "tasks_params", features)
-    return shared, by_task
+    below, above = closed_nodes(trunk.nodes), closed_nodes(heads.nodes)
+    refuse_hidden(below, trunk, None if shared_params is None else shared, "shared_params")
+    refuse_hidden(above, heads, None if tasks_params is None else every, "tasks_params")
+    return shared, by_task, [*below, *above]
 
 
 def _through_heads(

@@ -13,6 +13,7 @@ from fastmtl.engine.weights import Row
 from fastmtl.ops._rows import FLOAT_TYPES, is_dense
 
 __all__ = [
+    "Grads",
     "TaskGradients",
     "WeightedGradients",
     "add_grads",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -13,17 +14,21 @@ from fastmtl.errors import UsageError
 
 __all__ = [
     "Node",
+    "Reached",
     "batches_well",
+    "check_graphs",
     "graph_nodes",
     "inner_nodes",
-    "leaf_tensors",
     "number_now",
+    "reach",
     "reached_leaves",
     "root_nodes",
 ]
 
 # A node of an autograd graph.
 Node: TypeAlias = Any
+# In the place of an output's number: several depend on a node.
+_SEVERAL = -1
 
 
 def graph_nodes(roots: Iterable[Node], excluded: Iterable[Node] = ()) -> Iterator[Node]:
@@ -37,24 +42,54 @@ def graph_nodes(roots: Iterable[Node], excluded: Iterable[Node] = ()) -> Iterato
         level = [child for child in dict.fromkeys(reached) if child is not None and child not in seen]
 
 
-def _edges(tensors: Sequence[Tensor], name: str) -> list[Node]:
+@dataclass(frozen=True, slots=True)
+class Reached:
+    """What one walk through the graphs of several outputs finds.
+
+    Attributes:
+        nodes: All nodes, each once.
+        leaves: The leaves, each with the number of the output that depends on it, None if several do.
+    """
+
+    nodes: list[Node]
+    leaves: dict[Tensor, int | None]
+
+    def leaves_of(self, index: int) -> list[Tensor]:
+        """Return the leaves of an output, and those of several outputs, which may be others' alone."""
+        return [leaf for leaf, owner in self.leaves.items() if owner is None or owner == index]
+
+
+def reach(roots: Sequence[Node], excluded: Sequence[Node] = ()) -> Reached:
+    """Return what is reachable from ``roots``, one per output, without ``excluded`` and what only they reach.
+
+    Each node is asked for its inputs once and passed through at most twice, however many outputs share it.
+    """
+    owners: dict[Node, int] = dict.fromkeys(excluded, _SEVERAL)
+    inputs: dict[Node, list[Node]] = {}
+    for index, root in enumerate(roots):
+        pending = [root]
+        while pending:
+            node = pending.pop()
+            owner = owners.get(node)
+            if owner is None:
+                owners[node] = index
+                inputs[node] = [child for child, _ in node.next_functions if child is not None]
+            elif owner in (index, _SEVERAL):
+                continue
+            else:
+                owners[node] = _SEVERAL
+            pending.extend(inputs[node])
+    # Only the nodes that accumulate into leaves have a variable, and no inputs.
+    ends = [node for node, children in inputs.items() if not children and hasattr(node, "variable")]
+    found = [(node.variable, owners[node]) for node in ends]
+    return Reached(list(inputs), {leaf: None if owner == _SEVERAL else owner for leaf, owner in found})
+
+
+def check_graphs(tensors: Sequence[Tensor], name: str) -> None:
+    """Raise a UsageError for a tensor without a graph."""
     for index, tensor in enumerate(tensors):
         if tensor.grad_fn is None:
             raise UsageError(f"{name}[{index}] must depend on tensors that require grad, got one without a graph.")
-    return [tensor.grad_fn for tensor in tensors]
-
-
-def leaf_tensors(
-    tensors: Sequence[Tensor], name: str, excluded: Sequence[Tensor] = (), excluded_name: str = ""
-) -> list[Tensor]:
-    """Return the leaves that ``tensors`` depend on, without those reached only through ``excluded``.
-
-    Raises:
-        UsageError: One of the tensors has no graph.
-    """
-    nodes = graph_nodes(_edges(tensors, name), _edges(excluded, excluded_name))
-    # Only the nodes that accumulate into leaves have a variable.
-    return list(dict.fromkeys(node.variable for node in nodes if hasattr(node, "variable")))
 
 
 def batches_well(tensors: Sequence[Tensor], convolutions: bool = False) -> bool:

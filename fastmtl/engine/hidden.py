@@ -19,12 +19,19 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge
 
 from fastmtl.engine.gradients import agree
-from fastmtl.engine.graph import Node, graph_nodes, root_nodes
+from fastmtl.engine.graph import Node, Reached, graph_nodes, reach, reached_leaves, root_nodes
 from fastmtl.engine.side_effects import preserving_rng_state
 from fastmtl.engine.vjp import Cotangents, seeded, vjp
 from fastmtl.errors import UsageError
 
-__all__ = ["VJP", "may_hide", "refuse_hidden", "refusing_inner_backward", "vjp_that_reaches_all"]
+__all__ = [
+    "VJP",
+    "closed_nodes",
+    "may_hide",
+    "refuse_hidden",
+    "refusing_inner_backward",
+    "vjp_that_reaches_all",
+]
 
 VJP: TypeAlias = Callable[[Sequence[Tensor], Cotangents, Sequence[Tensor | GradientEdge], bool], list[Tensor | None]]
 
@@ -36,7 +43,12 @@ _OPEN = ("torch.distributed", "torch._functorch", "torch._dynamo", "torch.nn", "
 
 def may_hide(tensors: Sequence[Tensor]) -> bool:
     """Return whether the graph has functions that may use parameters it does not show."""
-    return any(_is_closed(node) for node in _nodes(tensors))
+    return bool(closed_nodes(graph_nodes(root_nodes(tensors))))
+
+
+def closed_nodes(nodes: Iterable[Node]) -> list[Node]:
+    """Return the functions that may use parameters which the graph does not show."""
+    return [node for node in nodes if isinstance(node, BackwardCFunction) and _is_closed(node)]
 
 
 def vjp_that_reaches_all(losses: Sequence[Tensor], params: Sequence[Tensor], device: torch.device) -> tuple[bool, VJP]:
@@ -49,7 +61,7 @@ def vjp_that_reaches_all(losses: Sequence[Tensor], params: Sequence[Tensor], dev
     """
     by_backward = partial(_backward_vjp, params)
     seeds: list[Tensor | None] = [None] * len(losses)
-    reached = _variables(_nodes(losses))
+    reached = reached_leaves(losses)
     calls: list[None] = []
 
     def complete(retain: bool) -> list[Tensor | None]:
@@ -84,13 +96,13 @@ _INNER = (
 
 
 @contextmanager
-def refusing_inner_backward(outputs: Sequence[Tensor]) -> Iterator[None]:
-    """Raise a UsageError when a function of the graph starts a backward pass of its own in the block."""
+def refusing_inner_backward(closed: Sequence[Node]) -> Iterator[None]:
+    """Raise a UsageError when one of these functions starts a backward pass of its own in the block."""
 
     def refuse() -> None:
         raise UsageError(_INNER)
 
-    if may_hide(outputs):
+    if closed:
         with _watching_backward(refuse):
             yield
     else:
@@ -130,26 +142,24 @@ def _grads_set_aside(leaves: Sequence[Tensor]) -> Iterator[None]:
             leaf.grad = grad
 
 
-def refuse_hidden(
-    outputs: Sequence[Tensor], params: Sequence[Tensor] | None, name: str, excluded: Sequence[Tensor] = ()
-) -> None:
+def refuse_hidden(closed: Sequence[Node], reached: Reached, params: Sequence[Tensor] | None, name: str) -> None:
     """Refuse reentrant checkpoints that hide parameters; warn of other functions that may.
 
-    ``outputs`` will be differentiated with respect to ``params``, the argument ``name``, or to all leaves if None, down
-    to the tensors ``excluded``.
+    Args:
+        closed: The :func:`closed_nodes` of the graph.
+        reached: The graph that is to be differentiated.
+        params: With respect to what, the argument ``name``; to all leaves if None.
+        name: The name of an argument, for the warning.
 
     Raises:
         UsageError: A checkpoint uses some of the parameters, or may.
     """
-    nodes = _nodes(outputs, excluded)
-    closed = [node for node in nodes if _is_closed(node)]
     if not closed:
         return
-    reached = _variables(nodes)
     wanted = [] if params is None else [param for param in params if param.is_leaf and param.requires_grad]
-    missing = [param for param in wanted if param not in reached]
+    missing = [param for param in wanted if param not in reached.leaves]
     checkpoints = [node for node in closed if _is_checkpoint(node)]
-    if checkpoints and (params is None or missing or not _variables(graph_nodes(checkpoints)).isdisjoint(wanted)):
+    if checkpoints and (params is None or missing or not reach(checkpoints).leaves.keys().isdisjoint(wanted)):
         raise UsageError(
             "checkpoint(use_reentrant=True) hides the parameters it uses from torch.autograd.grad, so that they would "
             "get no gradient: use_reentrant must be False."
@@ -163,17 +173,7 @@ def refuse_hidden(
         )
 
 
-def _nodes(tensors: Sequence[Tensor], excluded: Sequence[Tensor] = ()) -> list[Node]:
-    return list(graph_nodes(root_nodes(tensors), root_nodes(excluded)))
-
-
-def _variables(nodes: Iterable[Node]) -> set[Tensor]:
-    return {node.variable for node in nodes if hasattr(node, "variable")}
-
-
 def _is_closed(node: Node) -> bool:
-    if not isinstance(node, BackwardCFunction):
-        return False
     module = getattr(getattr(type(node), "_forward_cls", None), "__module__", "")
     return not any(module == package or module.startswith(package + ".") for package in _OPEN)
 

@@ -89,7 +89,7 @@ def identity_rows(outputs: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], lis
 def _empty(like: Tensor, num_rows: int) -> Tensor:
     """Return ``num_rows`` rows of the shape and, where it is dense, the memory layout of ``like``."""
     shape = (num_rows, *like.shape)
-    if not is_dense(like):
+    if like.is_contiguous() or not is_dense(like):
         return torch.empty(shape, dtype=like.dtype, device=like.device)
     strides = (max(like.numel(), 1), *like.stride())
     return torch.empty_strided(shape, strides, dtype=like.dtype, device=like.device)
@@ -100,8 +100,8 @@ def jacobians(
     num_rows: int,
     inputs: Sequence[Tensor],
     retain: bool,
-    extra: Sequence[Tensor] = (),
-    on_extra: Callable[[list[Tensor | None]], None] | None = None,
+    extras: Sequence[Sequence[Tensor]] = (),
+    on_extra: Callable[[Sequence[Tensor], list[Tensor | None]], None] | None = None,
 ) -> list[Tensor]:
     """Return one (m, ...) Jacobian per input, with one VJP per row.
 
@@ -112,22 +112,25 @@ def jacobians(
         num_rows: Their number m.
         inputs: What to differentiate with respect to; zeros where a row does not depend on an input.
         retain: Keep the graph after the last row.
-        extra: Further tensors to differentiate with respect to, in the same backward passes.
-        on_extra: Called with their gradients for each row.
+        extras: For each row further tensors to differentiate with respect to, in the same backward pass.
+        on_extra: Called with them and their gradients for each row.
     """
     jacs = [_empty(source, num_rows) for source in inputs]
     slots = zip(*(source.unbind(0) for source in jacs), strict=True)
     for number, ((outputs, cotangents), slot) in enumerate(zip(rows, slots, strict=True)):
+        extra = extras[number] if extras else ()
         grads = vjp(outputs, cotangents, [*inputs, *extra], retain=retain or number + 1 < num_rows)
         if on_extra is not None:
-            on_extra(grads[len(inputs) :])
-        for place, grad in zip(slot, grads[: len(inputs)], strict=True):
+            on_extra(extra, grads[len(inputs) :])
+        pairs = list(zip(slot, grads[: len(inputs)], strict=True))
+        for place, grad in pairs:
             if grad is None:
                 place.zero_()
-            else:
-                place.copy_(grad)
+        found = [(place, grad) for place, grad in pairs if grad is not None]
+        if found:
+            torch._foreach_copy_([place for place, _ in found], [grad for _, grad in found])
         # So that the next row's gradients can reuse the memory.
-        del grads, grad
+        del grads, grad, pairs, found
     return jacs
 
 
