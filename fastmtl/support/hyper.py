@@ -7,6 +7,7 @@ dataclasses, made by :func:`option`; :func:`declared` gives them in the same for
 
 from __future__ import annotations
 
+import functools
 import operator
 import types
 import typing
@@ -137,6 +138,11 @@ def option(default: Any, help: str, *, choices: Iterable[str] | None = None, **a
 
 def declared(owner: Any) -> dict[str, Option]:
     """Return the options among the fields of a dataclass, by name; their types are those of the annotations."""
+    return dict(_declared(owner))
+
+
+@functools.cache
+def _declared(owner: Any) -> dict[str, Option]:
     annotations = typing.get_type_hints(owner)
     return {
         entry.name: Option(

@@ -70,6 +70,7 @@ def test_layers_are_those_of_plain_autograd() -> None:
         assert look.cosines.loc[name, "kind:size"] == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_few_common_examples_are_warned_of(tmp_path: Path) -> None:
     batches = [(inputs, dict(labels)) for inputs, labels in make_data(0).train]
     for _, labels in batches:

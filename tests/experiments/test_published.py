@@ -69,6 +69,7 @@ def test_the_command_prints_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Did you mean 'nyuv2'?" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_they_stand_beside_own_rows_in_their_units(tmp_path: Path) -> None:
     metrics = {
         "segmentation": ["mIoU", "pixAcc"],

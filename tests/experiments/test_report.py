@@ -139,6 +139,7 @@ def test_the_table_compiles(folder: Path, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout.decode()[-2000:]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_is_missing_is_a_row_with_its_reason(tmp_path: Path) -> None:
     write_run(tmp_path / "cells" / "hps-ew-s0")
     write_run(tmp_path / "cells" / "hps-ew-s1", seed=1, done=False)
@@ -206,6 +207,7 @@ def test_folders_without_runs_are_refused(tmp_path: Path, capsys: pytest.Capture
     assert "holds no finished run: unfinished: 1 of 2 epochs are done." in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_command_writes_and_tells(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(folder), "--out", str(tmp_path / "here"), "--last", "1"]) == 0
     told = capsys.readouterr().out

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,8 @@ from fastmtl.trainer.log.jsonl import read_jsonl
 from fastmtl.weighting import EW
 from tests.experiments.made import make_data
 
+pytestmark = pytest.mark.usefixtures("undrawn_in_module")
+
 _COSTS = ["seconds_per_step", "seconds_per_epoch", "peak_memory_mb"]
 
 
@@ -46,18 +47,8 @@ def _numbers(out: Path) -> pd.DataFrame:
     return pd.read_csv(out / "results.csv", dtype=str).drop(columns=_COSTS)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _few_figures() -> Iterator[None]:
-    """Leave out most figures: drawing takes longer than training here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastmtl.experiments.figures.curves", lambda summary: [])
-        patch.setattr("fastmtl.experiments.figures.task_weights", lambda summary: [])
-        patch.setattr("fastmtl.experiments.figures.conflict_matrices", lambda name, runs: None)
-        yield
-
-
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Results]:
+def finished(tmp_path_factory: pytest.TempPathFactory, undrawn_in_module: None) -> tuple[Path, Results]:
     out = tmp_path_factory.mktemp("experiments") / "all"
     return out, _compare(out)
 
