@@ -26,7 +26,7 @@ from fastmtl.experiments.report import FILES, check_packages, command_line, else
 from fastmtl.experiments.runner import PROGRAM, Pool, only_one
 from fastmtl.experiments.statistics import Selection, describe_selection
 from fastmtl.experiments.summary import Summary
-from fastmtl.experiments.tables import ResultTable, result_table
+from fastmtl.experiments.tables import ResultTable, cost_table, result_table
 
 __all__ = ["compare", "published", "report"]
 
@@ -152,6 +152,7 @@ def _pool(ray: str | None, jobs: int | None, devices: Sequence[str]) -> tuple[Po
 def _tell(summary: Summary, selection: Selection, folder: Path, missing: int) -> None:
     """Print the table, and where the rest is."""
     console = _print_table(result_table(summary))
+    _print_table(cost_table(summary))
     console.print(f"The {describe_selection(summary.runs, selection)}.")
     for name, row in summary.tests.iterrows():
         console.print(f"  {name}: {row['verdict']}")

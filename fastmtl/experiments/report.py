@@ -27,6 +27,7 @@ from fastmtl.experiments.tables import (
     Cell,
     Column,
     ResultTable,
+    cost_table,
     latex,
     markdown,
     places,
@@ -111,7 +112,7 @@ def write_report(
     write_atomically(folder / "report.html", page(title, sections))
     write_atomically(folder / "results.csv", results_csv(experiment, summary).to_csv(index=False))
     write_atomically(folder / "results.md", _markdown(title, sections))
-    write_atomically(folder / "table.tex", latex(result_table(summary, costs=False), f"{title}: {described}"))
+    write_atomically(folder / "table.tex", latex(table, f"{title}: {described}"))
     return summary
 
 
@@ -150,6 +151,7 @@ def _results(experiment: Experiment, summary: Summary, table: ResultTable, descr
             "There is no single-task baseline, so there is no delta-m. The mean rank is over all metrics."
         )
     section.results.append((table, "All metrics of all tasks on the test split"))
+    section.results.append((cost_table(summary), "Time and memory, means over the seeds"))
     if experiment.missing:
         rows = [
             [entry.arch, _with_args(entry.weighting, entry.args), str(entry.seed), entry.reason]

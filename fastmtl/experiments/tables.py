@@ -15,7 +15,18 @@ from fastmtl.experiments.summary import Summary
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
-__all__ = ["Cell", "Column", "ResultTable", "latex", "markdown", "places", "result_table", "results_csv", "shown"]
+__all__ = [
+    "Cell",
+    "Column",
+    "ResultTable",
+    "cost_table",
+    "latex",
+    "markdown",
+    "places",
+    "result_table",
+    "results_csv",
+    "shown",
+]
 
 _MEGABYTE = 1e6
 
@@ -88,15 +99,31 @@ def places(values: Series, better: int, among: Iterable[str]) -> dict[str, int]:
     return dict.fromkeys(first, 1) | dict.fromkeys(second, 2)
 
 
-def result_table(summary: Summary, *, costs: bool = True) -> ResultTable:
-    """Return the table of all metrics, delta-m and mean rank, and with ``costs`` time and memory."""
+def cost_table(summary: Summary) -> ResultTable:
+    """Return the table of times and memory, means over the seeds."""
+    costs = summary.costs
+    columns = {"ms/step": 1e3 * costs["step"], "s/epoch": costs["epoch"], "peak MB": costs["memory"] / _MEGABYTE}
+    return ResultTable(
+        columns=[Column(group="Cost", name=name) for name in columns],
+        rows=[(name, [Cell(text=shown(values[name])) for values in columns.values()]) for name in _in_order(summary)],
+        baseline=summary.baseline,
+    )
+
+
+def _in_order(summary: Summary) -> list[str]:
+    """Return the methods, the baseline first."""
+    return sorted(summary.methods, key=lambda name: name != summary.baseline)
+
+
+def result_table(summary: Summary) -> ResultTable:
+    """Return the table of all metrics, delta-m and mean rank."""
     ranked = [name for name in summary.methods if name != summary.baseline]
     columns: list[Column] = []
     cells: dict[str, list[Cell]] = {name: [] for name in summary.methods}
 
-    def add(group: str, name: str, means: Series, stds: Series | None, better: int | None) -> None:
-        columns.append(Column(group=group, name=name, better={None: "", 0: "down", 1: "up"}[better]))
-        placed = {} if better is None else places(means, better, ranked)
+    def add(group: str, name: str, means: Series, stds: Series | None, better: int) -> None:
+        columns.append(Column(group=group, name=name, better="up" if better else "down"))
+        placed = places(means, better, ranked)
         text = _in_percent if group == "Overall" else shown
         for method in summary.methods:
             std = math.nan if stds is None else stds[method]
@@ -110,15 +137,11 @@ def result_table(summary: Summary, *, costs: bool = True) -> ResultTable:
         add("Overall", "delta-m %", by_method.mean(), by_method.std(ddof=1), 0)
     if len(ranked) > 1:
         add("Overall", "mean rank", summary.mean_rank, None, 0)
-    if costs:
-        add("Cost", "ms/step", 1e3 * summary.costs["step"], None, None)
-        add("Cost", "s/epoch", summary.costs["epoch"], None, None)
-        add("Cost", "peak MB", summary.costs["memory"] / _MEGABYTE, None, None)
     counts = {name: len(method.runs) for name, method in summary.methods.items()}
     usual = max(counts.values())
     return ResultTable(
         columns=columns,
-        rows=[(name, cells[name]) for name in sorted(summary.methods, key=lambda name: name != summary.baseline)],
+        rows=[(name, cells[name]) for name in _in_order(summary)],
         baseline=summary.baseline,
         marks={name: f"{count} of {usual} seeds" for name, count in counts.items() if count < usual},
     )

@@ -94,6 +94,13 @@ def test_every_figure_is_described(folder: Path) -> None:
     assert any("Lowest cosine: kind:size, -0.25" in alt for alt in alts)
 
 
+def test_costs_stand_apart_from_the_metrics(folder: Path) -> None:
+    text = (folder / "results.md").read_text()
+    # Steps of a quarter of a second, passes of two.
+    assert re.search(r"\| MGDA \| 250\.0 \| 2\.00 \| \d+\.\d \|", text)
+    assert "ms/step" not in (folder / "table.tex").read_text()
+
+
 def test_strategies_without_gradients_have_no_cosines(folder: Path) -> None:
     text = (folder / "results.md").read_text()
     assert "| EW | - | - | - |" in text
