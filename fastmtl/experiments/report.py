@@ -320,7 +320,7 @@ def published_table(published: Published, own: Any = None, marks: Mapping[str, s
     for column in (deltas, ranks):
         placed = places(column, 0, ranked)
         for name in values.index:
-            text = "-" if column[name] != column[name] else f"{column[name]:.2f}"
+            text = "-" if column[name] != column[name] else f"{column[name]:z.2f}"
             rows[name].append(Cell(text=text, place=placed.get(name, 0)))
     return ResultTable(columns=columns, rows=list(rows.items()), baseline=published.baseline, marks=dict(marks or {}))
 

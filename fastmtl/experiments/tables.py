@@ -82,11 +82,12 @@ def shown(value: float, like: float | None = None) -> str:
     if math.isnan(value):
         return "-"
     size = abs(value if like is None or math.isnan(like) else like)
-    return f"{value:.{4 if size < 1 else 2 if size < 100 else 1}f}"
+    return f"{value:z.{4 if size < 1 else 2 if size < 100 else 1}f}"
 
 
 def _in_percent(value: float, like: float | None = None) -> str:
-    return "-" if math.isnan(value) else f"{value:.2f}"
+    # What rounds to zero has no sign.
+    return "-" if math.isnan(value) else f"{value:z.2f}"
 
 
 def places(values: Series, better: int, among: Iterable[str]) -> dict[str, int]:

@@ -227,3 +227,4 @@ def test_the_command_writes_and_tells(folder: Path, tmp_path: Path, capsys: pyte
 def test_numbers_have_the_decimals_of_their_size() -> None:
     assert [shown(value) for value in (0.12345, 12.345, 123.45, float("nan"))] == ["0.1235", "12.35", "123.5", "-"]
     assert shown(0.5, like=20.0) == "0.50"
+    assert shown(-1e-9) == "0.0000"
