@@ -56,18 +56,20 @@ $(DEV): $(TORCH) pyproject.toml
 	$(INSTALL) --requirement $@.txt
 	@touch $@
 
-# The packages are installed while the kernels are compiled.
+# What is missing, both at once: packages are installed while the kernels are compiled.
+prepare = $(MAKE) --question $(1) || $(MAKE) --no-print-directory --jobs=2 $(1)
+
 setup:
-	@$(MAKE) --no-print-directory --jobs=2 $(BUILT) $(DEV)
+	@$(call prepare,$(BUILT) $(DEV))
 
 train:
-	@$(MAKE) --no-print-directory --jobs=2 $(BUILT) $(NEEDS)
+	@$(call prepare,$(BUILT) $(NEEDS))
 	$(BIN)/fastmtl train --arch mtan --weighting mgda --compile $(ARGS)
 
 # One process for each processor, so that each has one thread; tests of threads ask for more themselves. Slow tests, which
 # compile networks or start many processes, are left out: `make test ARGS="-m slow"` runs them, as .ci/run does.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark -n auto --dist loadfile -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark -n auto --dist loadfile --no-loadscope-reorder -m "not slow" $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
@@ -90,7 +92,7 @@ types: setup
 cpp-test: setup
 	$(BIN)/cmake -S . -B build/cmake -DPython3_EXECUTABLE=$(abspath $(BIN))/python
 	$(BIN)/cmake --build build/cmake --parallel
-	$(BIN)/ctest --test-dir build/cmake --output-on-failure
+	$(BIN)/ctest --test-dir build/cmake --output-on-failure --parallel
 
 cuda-check: setup
 	$(BIN)/cmake -S . -B build/cmake -DPython3_EXECUTABLE=$(abspath $(BIN))/python

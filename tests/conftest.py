@@ -17,10 +17,21 @@ settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     settings.load_profile("ci")
 
+# Files of few and long tests. They come first, so that of several processes none is left alone with one at the end.
+LONG = (
+    *("tests/test_packaging.py", "tests/ops/test_triton.py", "tests/ops/test_registry.py", "tests/distributed/"),
+    *("tests/test_example_scripts.py", "tests/cli/test_main_job.py", "tests/trainer/test_recompiles.py"),
+    *("tests/trainer/test_compile.py", "tests/trainer/test_traced.py", "tests/benchmarks/test_gpu.py"),
+)
 HAS_GPU = torch.cuda.is_available()
 CREATORS = ("empty", "empty_like", "empty_strided")
 # Of glibc's malloc.h.
 _M_PERTURB = -6
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put long files first."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
 
 
 def _poisoning(create: Callable[..., Tensor]) -> Callable[..., Tensor]:
