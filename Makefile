@@ -57,7 +57,7 @@ $(DEV): $(TORCH) pyproject.toml
 	@touch $@
 
 # What is missing, both at once: packages are installed while the kernels are compiled.
-prepare = $(MAKE) --question $(1) || $(MAKE) --no-print-directory --jobs=2 $(1)
+prepare = $(MAKE) --no-print-directory --question $(1) || $(MAKE) --no-print-directory --jobs=2 $(1)
 
 setup:
 	@$(call prepare,$(BUILT) $(DEV))
