@@ -34,7 +34,7 @@ from fastmtl.trainer.log.records import StepBuffer
 from fastmtl.trainer.setup.checks import find_device
 from fastmtl.weighting import WEIGHTINGS
 
-__all__ = ["PEERS", "floor_step", "peer_steps", "run_step", "trainer_step"]
+__all__ = ["PEERS", "floor_step", "peer_steps", "run_step", "task_trainer", "trainer_step"]
 
 PEERS = ("libmtl", "torchjd")
 # They make no strategy's update.
@@ -45,8 +45,8 @@ Row = dict[str, Any]
 Vjps = Literal["sum", "features", "parameters"]
 
 
-def trainer_step(work: Work, weighting: str, precision: str, **way: Any) -> LocalContender:
-    """Return our step as the trainer runs it, from a batch that lies on the device: metrics and log included."""
+def task_trainer(work: Work, weighting: str, precision: str, **way: Any) -> Trainer:
+    """Return a trainer of the work, in the middle of training."""
     decoders = work.modules()[1]
     task_dict = {
         task: {"metrics": ["Acc"], "metrics_fn": AccMetric(), "loss_fn": CELoss(), "weight": [1]} for task in work.tasks
@@ -54,14 +54,20 @@ def trainer_step(work: Work, weighting: str, precision: str, **way: Any) -> Loca
     optim = {"optim": "sgd", "lr": work.lr}
     rep_grad = WEIGHTINGS[weighting].needs == "reps"
     torch.manual_seed(0)
-    with contextlib.redirect_stdout(io.StringIO()):
-        trainer = Trainer(
-            task_dict, weighting, work.arch, lambda: work.modules()[0], decoders, rep_grad, False, optim, None,
-            device=work.device, precision=precision, arch_args=work.arch_args, **way,
-        )  # fmt: skip
+    trainer = Trainer(
+        task_dict, weighting, work.arch, lambda: work.modules()[0], decoders, rep_grad, False, optim, None,
+        device=work.device, precision=precision, arch_args=work.arch_args, **way,
+    )  # fmt: skip
     trainer.model.epoch, trainer.model.epochs = 0, 1
     trainer.model.train()
     trainer.meter.begin()
+    return trainer
+
+
+def trainer_step(work: Work, weighting: str, precision: str, **way: Any) -> LocalContender:
+    """Return our step as the trainer runs it, from a batch that lies on the device: metrics and log included."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        trainer = task_trainer(work, weighting, precision, **way)
     batches = [(work.inputs, work.labels)] * trainer.step.batches
     buffer, done = StepBuffer(), 0
 
@@ -164,6 +170,7 @@ def run_step(
     precision: str = "fp32",
     compile: bool = False,
     cuda_graph: bool = False,
+    vjps: Sequence[str] = (),
     csv_path: Path | None = None,
     plot_path: Path | None = None,
     seconds: float = 20.0,
@@ -197,6 +204,7 @@ def run_step(
         precision: Of our step alone.
         compile: Time our step compiled too.
         cuda_graph: Time our step captured as a CUDA graph too.
+        vjps: Time our step with these ways of computing the gradients too.
         csv_path: File to write the rows to.
         plot_path: File for a plot over the number of tasks.
         seconds: Time for each strategy and number of tasks.
@@ -221,8 +229,8 @@ def run_step(
     for count in tasks:
         work = Work(net=net, arch=arch, count=count, batch=batch, size=size, device=device)
         for name in names:
-            make = _our_steps(work, name, precision, compile, cuda_graph)
-            exact = {} if precision == "fp32" else _our_steps(work, name, "fp32", compile, cuda_graph)
+            make = _our_steps(work, name, precision, compile, cuda_graph, vjps)
+            exact = {} if precision == "fp32" else _our_steps(work, name, "fp32", compile, cuda_graph, vjps)
             if ARCHITECTURES[arch].forward is AbsArchitecture.forward:
                 make |= {"floor": partial(floor_step, work, "parameters"), "sum": partial(floor_step, work, "sum")}
             make |= peer_steps(work, name, peers, libmtl)
@@ -237,7 +245,7 @@ def run_step(
 
 
 def _our_steps(
-    work: Work, name: str, precision: str, compile: bool, cuda_graph: bool
+    work: Work, name: str, precision: str, compile: bool, cuda_graph: bool, vjps: Sequence[str]
 ) -> dict[str, Callable[[], Contender]]:
     """Return functions that build our steps, by name."""
     ways: dict[str, dict[str, Any]] = {"fastmtl": {}}
@@ -245,6 +253,8 @@ def _our_steps(
         ways["fastmtl compiled"] = {"compile": True}
     if cuda_graph:
         ways["fastmtl captured"] = {"cuda_graph": True}
+    # The plain one is what a trainer does that is not told.
+    ways |= {f"fastmtl {way}": {"vjps": way} for way in vjps}
     return {library: partial(trainer_step, work, name, precision, **way) for library, way in ways.items()}
 
 

@@ -14,7 +14,9 @@ from fastmtl.model import MLPEncoder, resnet18, resnet_dilated
 
 __all__ = ["NETS", "Work", "image_size"]
 
-NETS = ("resnet18", "resnet50", "mlp", "tiny")
+NETS = ("resnet18", "resnet50", "mlp", "tiny", "transformer")
+# Words, and numbers for each.
+_WORDS, _WIDTH = 64, 256
 # Layers, the first of which are the inputs.
 _WIDTHS = {"mlp": (128, 512, 512, 512), "tiny": (16, 32, 32)}
 
@@ -24,8 +26,9 @@ class Work:
     """Classification tasks on one batch of noise.
 
     Attributes:
-        net: ``"resnet18"``, or ``"resnet50"`` with dilations in place of its last strides, on images; or ``"mlp"``
-            (128-512-512-512) or ``"tiny"`` (16-32-32) on vectors.
+        net: ``"resnet18"``, or ``"resnet50"`` with dilations in place of its last strides, on images; ``"mlp"``
+            (128-512-512-512) or ``"tiny"`` (16-32-32) on vectors; or ``"transformer"``, an encoder of 4 layers of width
+            256, on 64 words.
         arch: The architecture.
         count: Tasks.
         batch: Rows of the batch.
@@ -49,6 +52,7 @@ class Work:
             raise UsageError(f"net must be one of {', '.join(NETS)}, got {self.net!r}.")
         generator = torch.Generator().manual_seed(0)
         of_one = _WIDTHS[self.net][:1] if self.net in _WIDTHS else (3, *image_size(self.size))
+        of_one = (_WORDS, _WIDTH) if self.net == "transformer" else of_one
         shape = (self.batch, *of_one)
         self.inputs = torch.randn(shape, generator=generator).to(self.device)
         self.labels = {
@@ -77,8 +81,9 @@ class Work:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             encoder = self._encoder()
-            head = [] if self.net in _WIDTHS else [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-            width = _WIDTHS[self.net][-1] if self.net in _WIDTHS else 2048 if self.net == "resnet50" else 512
+            head = [nn.AdaptiveAvgPool2d(1), nn.Flatten()] if self.net.startswith("resnet") else []
+            widths = {"resnet18": 512, "resnet50": 2048, "transformer": _WIDTH}
+            width = _WIDTHS[self.net][-1] if self.net in _WIDTHS else widths[self.net]
             decoders = nn.ModuleDict({task: nn.Sequential(*head, nn.Linear(width, 10)) for task in self.tasks})
         return encoder.to(self.device), decoders.to(self.device)
 
@@ -86,11 +91,27 @@ class Work:
         if self.net in _WIDTHS:
             first, *hidden = _WIDTHS[self.net]
             return MLPEncoder(first, hidden)
+        if self.net == "transformer":
+            return _Words()
         return resnet18() if self.net == "resnet18" else resnet_dilated("resnet50", pretrained=False)
 
     def loss(self, pred: Tensor, task: str) -> Tensor:
         """Return the loss of one task."""
         return nn.functional.cross_entropy(pred, self.labels[task])
+
+
+class _Words(nn.Module):
+    """A transformer encoder, and the mean over the words."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(_WIDTH, 4, 4 * _WIDTH, dropout=0.0, batch_first=True, norm_first=True)
+        self.layers = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+
+    def forward(self, words: Tensor) -> Tensor:
+        """Return (B, width) from (B, words, width)."""
+        encoded: Tensor = self.layers(words)
+        return encoded.mean(1)
 
 
 def image_size(size: int | str) -> tuple[int, int]:

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+
+from fastmtl.engine.layerwise.uses import unfolded
 
 __all__ = ["SHORTCUTS", "bias_gram", "positions", "weight_gram"]
 
@@ -21,15 +22,8 @@ def _linear(module: nn.Linear, inputs: Tensor) -> Tensor:
 
 
 def _conv(module: nn.Conv1d | nn.Conv2d, inputs: Tensor) -> Tensor:
-    images = inputs if inputs.dim() == 4 else inputs[:, :, None]
     assert not isinstance(module.padding, str)
-    kernel, stride, padding, dilation = (
-        (1, *size) if len(size) == 1 else size
-        for size in (module.kernel_size, module.stride, module.padding, module.dilation)
-    )
-    if inputs.dim() == 3:
-        padding = (0, padding[-1])
-    return functional.unfold(images, kernel, dilation=dilation, padding=padding, stride=stride).mT
+    return unfolded(inputs, module.kernel_size, module.stride, module.padding, module.dilation)
 
 
 # For each kind of layer: the function from its inputs to (B, S, in) positions.

@@ -68,7 +68,7 @@ def _step(
     arch: Annotated[str, typer.Option(help="Architecture.")] = "HPS",
     tasks: Annotated[list[int], typer.Option("--tasks", "--t", "-T", help="Number of tasks; may be repeated.")] = [3],  # noqa: B006
     net: Annotated[
-        str, typer.Option(help="resnet18, resnet50 (dilated), mlp (128-512-512-512) or tiny (16-32-32).")
+        str, typer.Option(help="resnet18, resnet50 (dilated), mlp (128-512-512-512), tiny (16-32-32) or transformer.")
     ] = "resnet18",
     batch: Annotated[int, typer.Option(help="Rows of the batch.")] = 32,
     size: Annotated[str, typer.Option(help="Height and width of the images, as 64 or 288x384.")] = "64",
@@ -76,6 +76,9 @@ def _step(
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16, of our step alone.")] = "fp32",
     compile: Annotated[bool, typer.Option("--compile", help="Measure our step compiled too.")] = False,
     cuda_graph: Annotated[bool, typer.Option("--cuda-graph", help="Measure our step captured too.")] = False,
+    vjps: Annotated[
+        list[str] | None, typer.Option(help="Measure our step with this way too, as layerwise; may be repeated.")
+    ] = None,
     csv: Annotated[Path | None, typer.Option(help="File to write the rows to.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Picture to draw, time over the number of tasks.")] = None,
     seconds: Annotated[float, typer.Option(help="Time for each strategy and number of tasks.")] = 20.0,
@@ -99,10 +102,46 @@ def _step(
     _use_threads(threads)
     rows = run_step(
         weighting, peers=peer or [], libmtl=libmtl, arch=arch, tasks=tasks, net=net, batch=batch, size=size,
-        device=device, precision=precision, compile=compile, cuda_graph=cuda_graph, csv_path=csv, plot_path=plot,
-        seconds=seconds,
+        device=device, precision=precision, compile=compile, cuda_graph=cuda_graph, vjps=vjps or [], csv_path=csv,
+        plot_path=plot, seconds=seconds,
     )  # fmt: skip
     _end(all(not row["library"].startswith("fastmtl") or "median_ms" in row for row in rows))
+
+
+@bench.command("layers", cls=Command)
+def _layers(
+    net: Annotated[str, typer.Option(help="resnet18, resnet50 (dilated), mlp, tiny or transformer.")] = "resnet18",
+    arch: Annotated[str, typer.Option(help="Architecture.")] = "HPS",
+    tasks: Annotated[int, typer.Option("--tasks", "--t", "-T", help="Number of tasks.")] = 3,
+    batch: Annotated[int, typer.Option(help="Rows of the batch.")] = 32,
+    size: Annotated[str, typer.Option(help="Height and width of the images, as 64 or 288x384.")] = "64",
+    width: Annotated[int, typer.Option(min=2, help="Width of the sketches.")] = 32,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; PyTorch's choice if not given.")] = None,
+) -> None:
+    """Hold the costs that choose each layer's way to the Gram matrix against measured times."""
+    from fastmtl.benchmarks.layers import run_layers
+
+    _use_threads(threads)
+    run_layers(net, arch, tasks, batch, size, width, device)
+
+
+@bench.command("sketch", cls=Command)
+def _sketch(
+    net: Annotated[list[str], typer.Option(help="Network; may be repeated.")] = ["resnet18"],  # noqa: B006
+    arch: Annotated[str, typer.Option(help="Architecture.")] = "HPS",
+    tasks: Annotated[list[int], typer.Option("--tasks", "--t", "-T", help="Number of tasks; may be repeated.")] = [3],  # noqa: B006
+    batch: Annotated[list[int], typer.Option(help="Rows of the batch; may be repeated.")] = [32],  # noqa: B006
+    width: Annotated[list[int], typer.Option(min=2, help="Width of the sketches; may be repeated.")] = [32],  # noqa: B006
+    size: Annotated[str, typer.Option(help="Height and width of the images, as 64 or 288x384.")] = "64",
+    steps: Annotated[int, typer.Option(min=1, help="Steps of training that count.")] = 20,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")] = "cpu",
+    csv: Annotated[Path | None, typer.Option(help="File to write the rows to.")] = None,
+) -> None:
+    """Measure how far Gram matrices from sketches are from the exact ones."""
+    from fastmtl.benchmarks.layers import run_sketch
+
+    run_sketch(net, arch, tasks, batch, width, size, steps, device, csv)
 
 
 @bench.command("overhead", cls=Command)

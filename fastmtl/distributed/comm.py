@@ -79,6 +79,20 @@ class DataParallel(Comm):
         return [None if grad is None else next(sums) for grad in row]
 
     @override
+    def all_reduce_rows(self, rows: Rows, shapes: Sequence[Sequence[int]], tasks: Tasks) -> Rows:
+        params = [param for _ in rows for param in self.shared]
+        entries = [entry for row in rows for entry in row]
+        used = self._used_params(params, [entry is not None for entry in entries], ("rows", tasks))
+        sent = [
+            param.new_zeros(shape) if entry is None else entry.to(param.dtype)
+            for param, entry, shape, is_used in zip(params, entries, [*shapes] * len(rows), used, strict=True)
+            if is_used
+        ]
+        sums = iter(self.peers.all_reduce_coalesced(sent))
+        flags = iter(used)
+        return [[next(sums) if next(flags) else None for _ in row] for row in rows]
+
+    @override
     def gram(self, rows: Rows, groups: Sequence[int] | None, shares: Tensor | None) -> Tensor:
         assert shares is not None
         gram = ops.gram(rows, groups)
@@ -107,8 +121,9 @@ class DataParallel(Comm):
         self.all_reduce_grads(tasks)
 
     @override
-    def all_reduce_grads(self, tasks: Tasks) -> None:
-        self._reduce([*self.shared, *self.task_params], tasks)
+    def all_reduce_grads(self, tasks: Tasks, summed: Sequence[Tensor] = ()) -> None:
+        done = set(summed)
+        self._reduce([param for param in (*self.shared, *self.task_params) if param not in done], tasks)
 
     @torch.no_grad()
     def _reduce(self, params: Sequence[Tensor], tasks: Tasks) -> None:

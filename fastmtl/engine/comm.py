@@ -152,6 +152,13 @@ class Comm:
         """Return the sum over the processes of a row over all parameters, None at the same indices in all of them."""
         return row
 
+    def all_reduce_rows(self, rows: Rows, shapes: Sequence[Sequence[int]], tasks: Tasks) -> Rows:
+        """Return the sums over the processes of the rows of these tasks, whole in each.
+
+        An entry is of the given shape, or None where the task does not reach the parameter in this process.
+        """
+        return rows
+
     def gram(self, rows: Rows, groups: Sequence[int] | None, shares: Tensor | None) -> Tensor:
         """Return the Gram matrix (T, T) of T collected rows, or the estimate of it that this communicator uses.
 
@@ -173,8 +180,8 @@ class Comm:
         """Fill ``.grad`` of the shared parameters with ``sum_t w_t row_t``, and all-reduce that of the others."""
         self.combination.write(rows, weights, groups)
 
-    def all_reduce_grads(self, tasks: Tasks) -> None:
-        """All-reduce ``.grad`` of all parameters after a step of these tasks."""
+    def all_reduce_grads(self, tasks: Tasks, summed: Sequence[Tensor] = ()) -> None:
+        """All-reduce ``.grad`` of all parameters but those of ``summed`` after a step of these tasks."""
 
     def set_grads(self, params: Sequence[Tensor], grads: Row) -> None:
         """Fill ``.grad`` with gradients that are equal in all processes."""

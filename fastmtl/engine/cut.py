@@ -97,7 +97,7 @@ class Structure:
         finite = (
             self._learn_multi_input(batch) if self.problem.model.multi_input else self._learn_shared_input(batch, cuts)
         )
-        (proven,) = self._any([finite])
+        (proven,) = self.any([finite])
         self._seen.update(self._labelled(batch) if proven else ())
         return self.against_cut is not None and before is None
 
@@ -110,7 +110,7 @@ class Structure:
             self._decoders_for.update(self._labelled(batch))
             with without_side_effects(problem):
                 self._heads(problem.trunk(batch.inputs), batch)
-            self._note_coupling(*self._any([self.coupled]))
+            self._note_coupling(*self.any([self.coupled]))
 
     def learn_coupling(self, tasks: Tasks, losses: Sequence[Tensor], starts: Mapping[str, Sequence[Tensor]]) -> None:
         """Find out whether one of the T losses depends on the input of another task's decoder.
@@ -138,10 +138,10 @@ class Structure:
     def _labelled(self, batch: Batch) -> list[str]:
         """Return the tasks of a batch that have labels here or in another process."""
         tasks = batch.tasks
-        flags = self._any([batch.labels.get(task) is not None for task in tasks])
+        flags = self.any([batch.labels.get(task) is not None for task in tasks])
         return [task for task, has_labels in zip(tasks, flags, strict=True) if has_labels]
 
-    def _any(self, flags: Sequence[bool]) -> list[bool]:
+    def any(self, flags: Sequence[bool]) -> list[bool]:
         """Return which flags are set in any process."""
         if not self.comm.shares_batches:
             return list(flags)
@@ -155,7 +155,7 @@ class Structure:
     def _learn_shared_input(self, batch: Batch, cuts: bool) -> bool:
         """Examine a batch that all tasks share; return whether its gradients were finite."""
         parts, whole = (self._parts(batch, True) if cuts else None), self._whole(batch, True, cuts)
-        (hides,) = self._any([whole is None])
+        (hides,) = self.any([whole is None])
         if hides:
             self._learn_hidden([batch])
         if hides and cuts and self.by_backward is None:
@@ -172,7 +172,7 @@ class Structure:
 
     def _agree(self, stands: bool) -> bool:
         """Come to the same conclusions in all processes; return whether the network cannot be cut in one of them."""
-        coupled, stands = self._any([self.coupled, stands])
+        coupled, stands = self.any([self.coupled, stands])
         self._note_coupling(coupled)
         if stands:
             self.against_cut = self.against_cut or "another process has found that they cannot be separated"
@@ -183,10 +183,10 @@ class Structure:
         if not self._agree(parts is None):
             assert whole is not None
             assert parts is not None
-            (differs,) = self._any([not self._same(whole, parts)])
+            (differs,) = self.any([not self._same(whole, parts)])
             # A network or loss whose numbers differ from pass to pass proves nothing.
             again = self._whole(batch, False, True) if differs else None
-            (proven,) = self._any([again is not None and self._same(whole, again)])
+            (proven,) = self.any([again is not None and self._same(whole, again)])
             if proven:
                 self.against_cut = _MORE
 
@@ -202,7 +202,7 @@ class Structure:
                 _refuse_freed_graph(task, oldest < first)
                 coupled, hides = coupled or oldest < start, hides or may_hide([loss])
                 del loss
-        coupled, hides = self._any([coupled, hides])
+        coupled, hides = self.any([coupled, hides])
         self._note_coupling(coupled)
         if self.coupled and len(batch.tasks) < len(problem.tasks):
             _refuse_freed_graph(batch.tasks[0], True)
@@ -222,7 +222,7 @@ class Structure:
                 else:
                     losses = list(problem.whole(batch.inputs, batch.labels, batch.tasks)[0])
                 misses, by_backward = vjp_that_reaches_all(losses, params, problem.model.device)
-            if any(self._any([misses])):
+            if any(self.any([misses])):
                 self.by_backward = by_backward
                 self.against_cut = self.against_cut or "a function of the network runs backward passes of its own"
 

@@ -19,6 +19,7 @@ from fastmtl.engine.pullback import Sum
 from fastmtl.engine.regions import Regions
 from fastmtl.engine.weights import Weights
 from fastmtl.errors import UsageError
+from fastmtl.support.kinds import Settings, State
 
 __all__ = ["Engine", "ForeignEngine", "ForeignLosses", "GradientEngine", "LossEngine", "LossSum"]
 
@@ -46,8 +47,16 @@ class Engine(Protocol):
             known: The weights, if they are decided beforehand.
         """
 
+    def state_dict(self) -> State:
+        """Return what a resumed run needs."""
+        return {}
 
-class GradientEngine:
+    def load_state_dict(self, state: Settings) -> None:
+        """Go on where `state_dict` was taken."""
+        return None
+
+
+class GradientEngine(Engine):
     """One VJP per task, or a single one where the weights are known beforehand; a `Method` handles each batch."""
 
     keeps_grads = False
@@ -62,6 +71,14 @@ class GradientEngine:
     def possible(self) -> bool:
         """Return False once the method is known to do the same as a simpler one."""
         return self.method.possible
+
+    def state_dict(self) -> State:
+        """Return what the method of a resumed run needs."""
+        return self.method.state_dict()
+
+    def load_state_dict(self, state: Settings) -> None:
+        """Go on where `state_dict` was taken."""
+        self.method.load_state_dict(state)
 
     def differentiate(self, ctx: StepContext, known: Weights | None) -> Jacobian:
         """Return the Jacobian of a step."""
@@ -85,7 +102,7 @@ def _stacked(losses: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(losses)) if len(losses) > 1 else losses[0].unsqueeze(0)
 
 
-class LossSum:
+class LossSum(Differentiated):
     """The losses of a step, whose weighted sum is yet to be differentiated.
 
     One batch's graph at most is alive at a time. Where the weights depend on the mean losses of accumulated batches, a
@@ -133,7 +150,7 @@ class LossSum:
         return step_losses(self._regions.problem, self._ctx, losses, self._comm)
 
 
-class LossEngine:
+class LossEngine(Engine):
     """One backward pass of the weighted losses, once the weights are known."""
 
     keeps_grads = False
@@ -152,7 +169,7 @@ class LossEngine:
         return LossSum(ctx, self.regions, self.comm, self.reads_losses)
 
 
-class ForeignLosses:
+class ForeignLosses(Differentiated):
     """The losses of a step whose strategy fills ``.grad`` itself.
 
     Attributes:
@@ -181,7 +198,7 @@ class ForeignLosses:
             )
 
 
-class ForeignEngine:
+class ForeignEngine(Engine):
     """One forward pass; the strategy's ``backward`` does the rest."""
 
     keeps_grads = True

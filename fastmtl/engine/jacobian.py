@@ -33,6 +33,11 @@ class Differentiated(Protocol):
     losses: Tensor
     preds: list[Mapping[str, object]]
 
+    @property
+    def gram_error(self) -> Tensor | None:
+        """Return the error of a Gram matrix that was estimated, where it was measured."""
+        return None
+
     def write_grads(self, weights: Weights) -> None:
         """Fill all ``.grad`` of the network."""
 
@@ -49,7 +54,14 @@ class Pullback:
     """How weighted rows become gradients of the shared parameters.
 
     Rows are gradients, or tensors with the same Gram matrix. Subclasses define :meth:`write`.
+
+    Attributes:
+        exact_gram: Whether the Gram matrix is that of the gradients, not an estimate.
+        gram_error: How far an estimate is from the exact one, where that was computed.
     """
+
+    exact_gram: bool = True
+    gram_error: Tensor | None = None
 
     def collect(self, rows: Rows, comm: Comm, final: bool) -> Rows:
         """Return the rows summed over the processes, or this process's pieces of them."""
@@ -163,6 +175,11 @@ class Jacobian:
         self._rows: Rows | None = None
 
     @property
+    def gram_error(self) -> Tensor | None:
+        """Return the error of a Gram matrix that was estimated, where it was measured."""
+        return self.pullback.gram_error
+
+    @property
     def rows(self) -> Rows:
         """Return the rows summed over the processes, or this process's pieces; the first access may wait for them."""
         if self._rows is None:
@@ -198,12 +215,14 @@ class Jacobian:
         with part("combine"):
             for batch, head_weights in zip(self._batches, heads, strict=True):
                 batch.task_grads.write(head_weights)
-        # The norm follows from the Gram matrix; with weights known beforehand there is none.
-        if weights.max_norm is not None and weights.gram is not None:
+        # The norm follows from the Gram matrix; with weights known beforehand there is none, an estimate gives none.
+        by_gram = weights.gram is not None and self.pullback.exact_gram
+        if weights.max_norm is not None and by_gram:
+            assert weights.gram is not None
             weights = replace(weights, shared=ops.cap_norm(weights.gram, weights.shared, weights.max_norm))
         if weights.rows is not None:
             # The strategy made them without the loss scale that all other gradients carry.
             weights = replace(weights, shared=self._ctx.scaling.up(weights.shared))
         self.pullback.write(weights, self, self._comm, self._ctx.tasks)
-        if weights.max_norm is not None and self._known:
+        if weights.max_norm is not None and (self._known or not self.pullback.exact_gram):
             self._comm.clip_grad_norm(self._ctx.scaling.limit(weights.max_norm), shared_only=True)

@@ -15,9 +15,10 @@ from fastmtl import ops
 from fastmtl.engine.comm import Comm
 from fastmtl.engine.context import Batch, StepContext, batch_shares, mean_losses
 from fastmtl.engine.cut import Structure
+from fastmtl.engine.engine import Engine
 from fastmtl.engine.halving import are_by_row
 from fastmtl.engine.hidden import VJP
-from fastmtl.engine.jacobian import detached
+from fastmtl.engine.jacobian import Differentiated, detached
 from fastmtl.engine.methods.base import forward
 from fastmtl.engine.model import Labels, preserving_buffers
 from fastmtl.engine.pullback import Sum
@@ -169,16 +170,13 @@ def _are_alike(first: object, second: object) -> bool:
     return all(a.shape[1:] == b.shape[1:] for a, b in pairs if isinstance(a, Tensor) and isinstance(b, Tensor))
 
 
-class LookedAhead:
+class LookedAhead(Differentiated):
     """A step in which a bilevel strategy decides the update, or the weights of the last batch.
 
     Attributes:
         losses: (T,) losses of the step, once the gradients are written.
         preds: Predictions by task, in a list of one, once the gradients are written.
     """
-
-    losses: Tensor
-    preds: list[Mapping[str, object]]
 
     def __init__(self, ctx: StepContext, ahead: LookAhead) -> None:
         self.ahead = ahead
@@ -200,7 +198,7 @@ class LookedAhead:
         comm.all_reduce_grads(self._last.tasks)
 
 
-class LookaheadEngine:
+class LookaheadEngine(Engine):
     """For bilevel strategies: they look ahead on the first batch and decide the update, or the last batch's weights."""
 
     keeps_grads = False

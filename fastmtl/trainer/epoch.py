@@ -26,6 +26,10 @@ from fastmtl.trainer.step import Predictions
 __all__ = ["TrainingEpoch", "follow_freezing"]
 
 
+# An error of an estimated Gram matrix above this is told.
+_COARSE = 0.1
+
+
 class TrainingEpoch:
     """The steps of an epoch, with their records, checkpoints and interrupts.
 
@@ -194,6 +198,13 @@ class TrainingEpoch:
             print(
                 f"fp16: {records.skipped} of {next_step} steps so far were skipped, as gradients overflowed; the loss "
                 f"scale is {records.loss_scale:g}"
+            )
+        errors = [] if records.gram_errors is None else records.gram_errors[np.isfinite(records.gram_errors)]
+        if len(errors) and max(errors) > _COARSE and not trainer.coarse:
+            trainer.coarse = True
+            print(
+                f"sketch: the Gram matrix was {100 * max(errors):.0f} % of the gradients' norms off in a step before "
+                f"{next_step}; a larger sketch_width, or vjps='layerwise', makes it exacter"
             )
         trainer.guard.check(self._checkpoints.last_one())
 

@@ -51,6 +51,7 @@ class Outcome(NamedTuple):
         weights: (T,) weights.
         gram: (T, T) Gram matrix.
         refused: (T,) booleans: the losses the strategy has no use for; None if it takes any.
+        gram_error: The error of a Gram matrix that was estimated, where it was measured.
     """
 
     losses: Tensor
@@ -58,6 +59,7 @@ class Outcome(NamedTuple):
     weights: Tensor | None
     gram: Tensor | None
     refused: Tensor | None = None
+    gram_error: Tensor | None = None
 
     def spread(self, tasks: StepTasks, fill: float) -> Outcome:
         """Return what is of some tasks as of all, ``fill`` for those that are not in the step."""
@@ -66,7 +68,7 @@ class Outcome(NamedTuple):
         losses = tasks.spread(self.losses, fill)
         assert losses is not None
         weights, gram = tasks.spread(self.weights, fill), tasks.spread(self.gram, fill)
-        return Outcome(losses, self.preds, weights, gram, tasks.spread(self.refused, False))
+        return Outcome(losses, self.preds, weights, gram, tasks.spread(self.refused, False), self.gram_error)
 
 
 class TrainingStep:
@@ -157,8 +159,8 @@ class TrainingStep:
         with Complete(known) if complete else _NOTHING:
             done = self.capture(partial(self._run, tasks), batches, tasks.are_all)
         self.unreached.look(tasks.names)
-        self.latest = StepSignals(losses=done.losses, weights=done.weights, gram=done.gram)
-        buffer.add(done.losses, done.weights, done.gram)
+        self.latest = StepSignals(losses=done.losses, weights=done.weights, gram=done.gram, gram_error=done.gram_error)
+        buffer.add(done.losses, done.weights, done.gram, done.gram_error)
         return StepLosses(tasks.names, tasks.places, done.losses), done.preds
 
     def _run(self, tasks: StepTasks, batches: Batches) -> Outcome:
@@ -191,7 +193,8 @@ class TrainingStep:
         decided = weights.accept(self.solve(jacobian), ctx.scaling) if held is None else held
         jacobian.write_grads(decided)
         refused = self.strategy.refused(jacobian.losses, **self.hyper)
-        return Outcome(jacobian.losses, jacobian.preds, decided.reported, decided.gram, refused)
+        shown = decided.reported, decided.gram
+        return Outcome(jacobian.losses, jacobian.preds, *shown, refused, jacobian.gram_error)
 
     def _update(self, tasks: StepTasks, done: Outcome) -> None:
         """Let the optimizer use the gradients, unless something was not finite."""
@@ -227,7 +230,7 @@ class TrainingStep:
 
     def state_dict(self) -> State:
         """Return what a resumed run needs."""
-        sampling = {"tasks_left": self.sampler.left, "route": self.trial.chosen}
+        sampling = {"tasks_left": self.sampler.left, "route": self.trial.chosen, "engine": self.engine.state_dict()}
         return self.weights.state_dict() | sampling | self.scaler.state_dict()
 
     def load_state_dict(self, state: Settings) -> None:
@@ -236,5 +239,6 @@ class TrainingStep:
         # Engines round differently.
         self.trial.settle(state.get("route"))
         self.engine = self.trial.engine
+        self.engine.load_state_dict(state.get("engine", {}))
         self.sampler.left = list(state.get("tasks_left", []))
         self.scaler.load_state_dict(state)

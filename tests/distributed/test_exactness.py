@@ -23,6 +23,8 @@ from tests.distributed.group import (
 )
 
 MMOE = {"architecture": "MMoE", "arch_args": {"img_size": [6], "num_experts": [2]}}
+# What fits in memory depends on the rows in a process.
+SKETCH = {"vjps": "sketch", "sketch_width": 4, "cotangents": "keep"}
 CASES = [
     *(Case(name, name) for name in DIFFERENT),
     Case("uneven", "MGDA", batch=7),
@@ -56,6 +58,16 @@ CASES = [
     Case("learned heads", "Nash_MTL", options={"task_dict": learned_tasks()}, partial=True),
     Case("partial MTAN", "CAGrad", options={"architecture": FixedMTAN}, partial=True),
     Case("partial tasks per step", "PCGrad", options={"tasks_per_step": 2}, partial=True),
+    Case("sketch", "MGDA", options={**SKETCH, "gram_check_every": 4}),
+    *(
+        Case(f"sketch {name}", name, options=SKETCH | options, partial=True)
+        for name, options in (
+            ("PCGrad", {"cotangents": "recompute"}),
+            ("Nash_MTL", {"update_weights_every": 2, "clip_grad_norm": 0.1}),
+            ("UPGrad", {"tasks_per_step": 2}),
+            ("GradVac", {"architecture": FixedMTAN}),
+        )
+    ),
     Case("adam", "UPGrad", options={"optim_param": {"optim": "adam", "lr": 1e-2, "weight_decay": 1e-3}}),
 ]
 NORMED = {"encoder_class": normed_encoder, "sync_batch_norm": True}
@@ -77,6 +89,8 @@ FIRST = (
         "partial MoCo",
         "accumulate partial Nash_MTL",
         "normed HPS",
+        "sketch",
+        "sketch PCGrad",
     ),
 )
 KEPT = ("MTAN", "GradDrop", "multi", "accumulate")

@@ -13,7 +13,7 @@ from fastmtl.distributed import find_peers, peers, shard
 from fastmtl.model import MLPEncoder
 from fastmtl.trainer.log.records import StepBuffer
 from tests.distributed.group import TASKS, in_processes
-from tests.trainer.toy import loaders, make_trainer
+from tests.trainer.toy import force_way, loaders, make_trainer
 
 SHARED = 6 * 200 + 200 + 200 * 8 + 8
 OWN = 2 * (8 * 3 + 3) + 8 + 1
@@ -25,6 +25,9 @@ CASES: list[tuple[str, dict[str, Any], float]] = [
     ("MGDA", {"rep_grad": True}, 2 * (SHARED + OWN + TASKS * 8)),
     ("EW", {}, 2 * (SHARED + OWN)),
     ("MGDA", {"shard": "fsdp"}, (TASKS + 1) * SHARED + 2 * OWN),
+    # T sketches of width k and T rows of what is not sketched, all-reduced, the sums of the layers' inputs, and one
+    # gradient of what is sketched.
+    ("MGDA", {"vjps": "sketch", "sketch_width": 2}, 2 * (TASKS * (2 * 208 + 208) + 206 + 6 * 200 + 200 * 8 + OWN)),
     ("MoCo", {"shard": "fsdp"}, (TASKS + 1) * SHARED + 2 * OWN),
     ("EW", {"shard": "fsdp"}, 2 * (SHARED + OWN)),
 ]
@@ -39,7 +42,13 @@ def _count_step(weighting: str, options: dict[str, Any]) -> float:
     group = find_peers()
     assert group is not None
     options = {"encoder_class": lambda: MLPEncoder(6, [200, 8]), **options}
-    trainer = make_trainer(weighting, "HPS", TASKS, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        if options.get("vjps") == "sketch":
+            force_way(patch, "sketched")
+        return _count_second(make_trainer(weighting, "HPS", TASKS, **options), group)
+
+
+def _count_second(trainer: Any, group: Any) -> float:
     first, second = list(shard(loaders(TASKS), group))[:2]
     trainer.step([first], StepBuffer())
     sent = 0.0

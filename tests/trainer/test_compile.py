@@ -282,7 +282,7 @@ def test_many_tasks_with_inputs_of_their_own_stay_compiled() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("vjps", "in_place"), [("sequential", False), ("batched", True), ("compressed", False)])
+@pytest.mark.parametrize(("vjps", "in_place"), [("sequential", False), ("batched", True), ("layerwise", False)])
 def test_a_network_compiled_before_gives_every_tasks_gradient(vjps: str, in_place: bool) -> None:
     """It has run with the backward pass that torch compiles by itself, which runs once only."""
     torch.compiler.reset()

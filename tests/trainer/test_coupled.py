@@ -43,7 +43,7 @@ def test_all_strategies_see_the_whole_gradients(name: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["MMoE", "CGC", "Cross_stitch"])
-@pytest.mark.parametrize("vjps", ["sequential", "batched", "compressed"])
+@pytest.mark.parametrize("vjps", ["sequential", "batched", "layerwise"])
 def test_architectures_and_ways(architecture: str, vjps: str) -> None:
     args = {"MMoE": {"img_size": [6], "num_experts": [2]}, "CGC": {"img_size": [6], "num_experts": [1, 1, 1]}}
     trainer = coupled_trainer(

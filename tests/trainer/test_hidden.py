@@ -103,7 +103,7 @@ def test_strategies_train_them(name: str, way: str, frozen: bool) -> None:
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "batched": {"vjps": "batched"},
-    "compressed": {"vjps": "compressed"},
+    "layerwise": {"vjps": "layerwise"},
     "accumulated": {"accumulate": 2},
     "held": {"update_weights_every": 2},
     "representations": {"rep_grad": True},

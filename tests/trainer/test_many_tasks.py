@@ -70,7 +70,7 @@ def _use_plain_operators(monkeypatch: pytest.MonkeyPatch) -> None:
         ("MGDA", 200, {}),
         ("PCGrad", 130, {"vjps": "sequential"}),
         ("GradVac", 130, {"weight_args": {"GradVac_group_type": 2}}),
-        ("MGDA", 130, {"vjps": "compressed"}),
+        ("MGDA", 130, {"vjps": "layerwise"}),
         pytest.param("IMTL", 130, {}, marks=pytest.mark.slow),
         pytest.param("DB_MTL", 130, {}, marks=pytest.mark.slow),
         ("MoCo", 130, {"clip_grad_norm": 1.0}),

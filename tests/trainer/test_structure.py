@@ -19,7 +19,7 @@ STRATEGIES = ["EW", "MGDA", "UPGrad", "Nash_MTL", "MoCo"]
 WAYS: dict[str, dict[str, Any]] = {
     "sequential": {},
     "batched": {"vjps": "batched"},
-    "compressed": {"vjps": "compressed"},
+    "layerwise": {"vjps": "layerwise"},
     "held": {"update_weights_every": 2},
 }
 
@@ -120,7 +120,7 @@ def test_ways_through_the_trunk_are_not_tried_where_there_is_none() -> None:
     verdict = listener.messages[-1]
     assert verdict.startswith("a step takes eager ")
     assert "batched" not in verdict
-    assert "compressed" not in verdict
+    assert "layerwise" not in verdict
 
 
 def test_representations_of_tied_networks_are_refused() -> None:

@@ -17,14 +17,14 @@ from fastmtl.distributed import Alone
 from fastmtl.distributed.comm import DataParallel
 from fastmtl.engine.jacobian import BatchGradients
 from fastmtl.engine.methods.batched import Batched
-from fastmtl.engine.methods.compressed import Compressed
+from fastmtl.engine.methods.layerwise import Layerwise
 from fastmtl.engine.methods.split import Split
 from fastmtl.errors import UsageError
 from fastmtl.trainer.compile.engines import engines_to_try
 from fastmtl.trainer.log.records import StepBuffer
-from tests.trainer.toy import Listener, batch_of, fill_grads, flat, loaders, make_trainer, method_of
+from tests.trainer.toy import Listener, batch_of, fill_grads, flat, force_way, loaders, make_trainer, method_of
 
-WAYS = ["batched", "compressed"]
+WAYS = ["batched", "layerwise"]
 TASKS = 3
 
 
@@ -84,6 +84,11 @@ def _mlp(*between: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     return lambda: nn.Sequential(
         nn.Linear(6, 64), *(make() for make in between), nn.ReLU(inplace=True), nn.Linear(64, 64, bias=False), nn.Tanh()
     )
+
+
+@pytest.fixture(autouse=True)
+def _all_layers_leave_the_direct_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    force_way(monkeypatch, "compressed")
 
 
 ENCODERS: dict[str, Callable[[], nn.Module]] = {
@@ -157,27 +162,28 @@ def test_the_gradients_are_those_of_one_after_the_other(
     _assert_same(found[1], found[0], 1e-4 if dtype == torch.float32 else 1e-9)
 
 
-@pytest.mark.parametrize(("way", "kind"), [("sequential", Split), ("batched", Batched), ("compressed", Compressed)])
+@pytest.mark.parametrize(("way", "kind"), [("sequential", Split), ("batched", Batched), ("layerwise", Layerwise)])
 def test_the_way_asked_for_is_gone(way: str, kind: type) -> None:
     listener = Listener()
     trainer = _trainer(ENCODERS["mlp"], way, logger=listener)
     assert type(trainer.step.engine.method) is kind
     done = _pass(trainer, *_batch())
     places = {row[0].untyped_storage().data_ptr() for row in done.rows}
-    assert len(places) == (TASKS if way == "sequential" else 1)
-    assert listener.messages == []
+    assert len(places) == (1 if way == "batched" else TASKS)
+    plans = ["vjps: layer by layer, 2 compressed, 0 direct; cotangents kept (0.0123 MB in float32)"]
+    assert listener.messages == (plans if way == "layerwise" else [])
 
 
-def test_compressed_rows_have_the_jacobians_gram_matrix_and_less_numbers() -> None:
+def test_layerwise_rows_have_the_jacobians_gram_matrix_and_less_numbers() -> None:
     inputs, labels = _batch()
     # Rows that depend on each other have no factor in exact arithmetic.
     inputs = inputs[:1].expand_as(inputs).clone()
-    passes = {way: _pass(_trainer(ENCODERS["mlp"], way), inputs, labels) for way in ("sequential", "compressed")}
+    passes = {way: _pass(_trainer(ENCODERS["mlp"], way), inputs, labels) for way in ("sequential", "layerwise")}
     want, got = (ops.gram(each.rows) for each in passes.values())
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.diagonal().max()))
     sizes = {way: sum(grad.numel() for grad in each.rows[0]) for way, each in passes.items()}
-    # The last layer's 64 x 64 weights become 8 examples' 64 numbers; the first has too few inputs.
-    assert sizes["sequential"] - sizes["compressed"] == 64 * 64 - 8 * 64
+    # The weights, 64 x 6 and 64 x 64, become 8 examples' 64 numbers.
+    assert sizes["sequential"] - sizes["layerwise"] == 64 * 6 + 64 * 64 - 2 * 8 * 64
 
 
 class _ByName(nn.Module):
@@ -191,9 +197,9 @@ class _ByName(nn.Module):
         return self.layer(input=inputs).relu()
 
 
-def test_compressed_layers_that_are_called_by_name_are_differentiated_as_ever() -> None:
+def test_layerwise_layers_that_are_called_by_name_are_differentiated_as_ever() -> None:
     updates = []
-    for way in ("sequential", "compressed"):
+    for way in ("sequential", "layerwise"):
         trainer = make_trainer("MGDA", encoder_class=_ByName, vjps=way)
         trainer.step([next(iter(loaders()))], StepBuffer())
         updates.append(flat(trainer.model.parameters()))
@@ -201,7 +207,7 @@ def test_compressed_layers_that_are_called_by_name_are_differentiated_as_ever() 
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_compressed_layers_before_an_operation_in_place(inplace: bool) -> None:
+def test_layerwise_layers_before_an_operation_in_place(inplace: bool) -> None:
     class Sequences(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -212,7 +218,7 @@ def test_compressed_layers_before_an_operation_in_place(inplace: bool) -> None:
             return self.second(hidden).mean(1)
 
     grams = []
-    for way in ("sequential", "compressed"):
+    for way in ("sequential", "layerwise"):
         torch.manual_seed(0)
         trainer = make_trainer("MGDA", count=3, encoder_class=Sequences, vjps=way)
         buffer = StepBuffer()
@@ -285,18 +291,18 @@ def test_what_cannot_be_batched_comes_one_after_the_other() -> None:
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_compressed_rows_that_cannot_be_batched(known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layerwise_rows_that_cannot_be_batched(known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not known:
-        monkeypatch.setattr("fastmtl.engine.methods.compressed.batches_well", lambda features: True)
+        monkeypatch.setattr("fastmtl.engine.methods.layerwise.batches_well", lambda features: True)
     encoder, batch = _mlp(_NoRule), _batch()
     want = _grads(_trainer(encoder, "sequential"), [batch])
-    _assert_same(_grads(_trainer(encoder, "compressed"), [batch]), want, 1e-4)
+    _assert_same(_grads(_trainer(encoder, "layerwise"), [batch]), want, 1e-4)
 
 
 @pytest.mark.parametrize("count", [3, 4, 9])
-def test_compressed_rows_come_in_the_order_of_the_tasks(count: int) -> None:
+def test_layerwise_rows_come_in_the_order_of_the_tasks(count: int) -> None:
     batch = _batch(count)
-    passes = [_pass(_trainer(ENCODERS["mlp"], way, count=count), *batch) for way in ("sequential", "compressed")]
+    passes = [_pass(_trainer(ENCODERS["mlp"], way, count=count), *batch) for way in ("sequential", "layerwise")]
     torch.testing.assert_close(*(ops.gram(each.rows) for each in passes), rtol=1e-5, atol=1e-6)
 
 
@@ -323,22 +329,15 @@ def _convolution() -> nn.Module:
     [
         ("batched", {"weighting": "EW"}, "does not have one VJP per task"),
         ("batched", {"rep_grad": True}, "does not have one VJP per task"),
-        ("compressed", {"weighting": "GradVac", "weight_args": {"GradVac_group_type": 1}}, "groups of parameters"),
-        ("compressed", {"weighting": "MoCo"}, "more than one Gram matrix"),
-        ("compressed", {"accumulate": 2}, "accumulated"),
-        ("compressed", {"precision": "bf16"}, "not fp32"),
-        (
-            "compressed",
-            {"encoder": lambda: nn.Sequential(nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 64, 6), nn.Flatten())},
-            "no linear",
-        ),
+        ("layerwise", {"weighting": "MoCo"}, "more than one Gram matrix"),
+        ("layerwise", {"accumulate": 2}, "accumulated"),
     ],
 )
 def test_what_cannot_be_is_said(way: str, options: dict[str, Any], reason: str) -> None:
     listener = Listener()
     given = {"encoder": ENCODERS["mlp"], **options}
     trainer = _trainer(given.pop("encoder"), way, logger=listener, **given)
-    assert not isinstance(method_of(trainer), Batched | Compressed)
+    assert not isinstance(method_of(trainer), Batched | Layerwise)
     assert len(listener.messages) == 1
     assert listener.messages[0].startswith("vjps: one after the other, as ")
     assert reason in listener.messages[0]
@@ -347,17 +346,17 @@ def test_what_cannot_be_is_said(way: str, options: dict[str, Any], reason: str) 
 def test_a_network_compiled_before_is_not_compressed() -> None:
     listener = Listener()
     compiled: Any = torch.compile(ENCODERS["mlp"](), backend="eager")
-    trainer = _trainer(lambda: compiled, "compressed", logger=listener)
+    trainer = _trainer(lambda: compiled, "layerwise", logger=listener)
     assert type(trainer.step.engine.method) is Split
     assert listener.messages[-1] == "vjps: one after the other, as parts of the network are compiled"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["batched", "compressed"])
+@pytest.mark.parametrize("way", ["batched", "layerwise"])
 def test_compiling_leaves_the_trunk_eager_where_its_vjps_have_a_way_of_their_own(way: str) -> None:
     listener = Listener()
     trainer = _trainer(ENCODERS["mlp"], way, compile=True, logger=listener)
-    assert type(trainer.step.engine.method) is {"batched": Batched, "compressed": Compressed}[way]
+    assert type(trainer.step.engine.method) is {"batched": Batched, "layerwise": Layerwise}[way]
     trainer.train(loaders(TASKS), loaders(TASKS), 2)
     assert [message.split()[1] for message in listener.messages if message.startswith("compiling")] == ["heads"]
     assert trainer.compile_report.regions == ["heads"]
@@ -373,7 +372,7 @@ def test_compiled_steps_of_many_tasks_measure_the_ways_too() -> None:
     assert trainer.step.trial.settled
     assert trainer.step.engine.regions.compiled
     decision = listener.messages[-1]
-    assert all(f" {way} " in decision for way in ("compiled", "batched", "compressed")), decision
+    assert all(f" {way} " in decision for way in ("compiled", "batched", "layerwise")), decision
     # The heads are one region, whichever way the trunk takes.
     assert sum(message.startswith("compiling heads") for message in listener.messages) == 1
 
@@ -408,7 +407,7 @@ def test_auto_is_sequential_with_few_tasks() -> None:
     assert type(trainer.step.engine.method) is Split
 
 
-@pytest.mark.parametrize("vjps", ["auto", "batched", "compressed"])
+@pytest.mark.parametrize("vjps", ["auto", "batched", "layerwise"])
 def test_several_processes_take_one_after_the_other(vjps: str) -> None:
     step = _trainer(ENCODERS["mlp"], "sequential", count=8).step
     said: list[str] = []
@@ -441,7 +440,7 @@ def test_on_cuda_batched_convolutions_are_measured_too(monkeypatch: pytest.Monke
         patch.setattr(step.problem.model, "device", torch.device("cuda"))
         tried = replace(step.options, vjps="auto")
         engines: Any = engines_to_try(step.strategy, step.problem, step.hyper, tried, pytest.fail, step.comm)
-    assert list(engines) == ["eager", "batched", "compressed"]
+    assert list(engines) == ["eager", "batched", "layerwise"]
     batched = engines["batched"].method
     got, want = batched(batch), step.engine.method(batch)
     assert batched.possible
@@ -460,10 +459,11 @@ def test_auto_measures_with_many_tasks_and_training_is_the_same() -> None:
                 trainer.step([batch], buffer)
         assert trainer.step.trial.settled
         ends.append(torch.cat([param.detach().flatten() for param in trainer.model.parameters()]))
-    assert len(listener.messages) == 1
-    assert listener.messages[0].startswith("a step takes eager ")
-    assert "batched" in listener.messages[0]
-    assert "compressed" in listener.messages[0]
+    layers, verdict = listener.messages
+    assert layers.startswith("vjps: layer by layer, 2 compressed")
+    assert verdict.startswith("a step takes eager ")
+    assert "batched" in verdict
+    assert "layerwise" in verdict
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-4, atol=1e-5)
 
 
@@ -484,7 +484,7 @@ def test_short_steps_say_nothing_about_the_ways(kind: str, monkeypatch: pytest.M
     options: dict[str, Any] = {"held": {"update_weights_every": 2}, "few batches": {"accumulate": 2}}.get(kind, {})
     trainer = _trainer(ENCODERS["mlp"], "auto", count=count, logger=listener, **options)
     batch = next(iter(loaders(count)))
-    seconds = {Split: 0.5, Batched: 0.1, Compressed: 0.2}
+    seconds = {Split: 0.5, Batched: 0.1, Layerwise: 0.2}
     trial = trainer.step.trial
     for step in range(200):
         short = step % 2 == 1

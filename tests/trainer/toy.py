@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +17,8 @@ from fastmtl.engine import comm, pullback
 from fastmtl.engine.context import Batch
 from fastmtl.engine.engine import LossEngine
 from fastmtl.engine.halving import Halving, Pair
-from fastmtl.engine.methods import base, split
+from fastmtl.engine.layerwise import plan
+from fastmtl.engine.methods import base, layerwise, sketch, split
 from fastmtl.engine.methods.base import Method
 from fastmtl.engine.vjp import vjp
 from fastmtl.loss import CELoss, MSELoss
@@ -31,6 +34,7 @@ __all__ = [
     "encoder",
     "fill_grads",
     "flat",
+    "force_way",
     "loaders",
     "make_trainer",
     "method_of",
@@ -161,6 +165,17 @@ def count_vjps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         assert module.vjp is vjp
         monkeypatch.setattr(module, "vjp", counted)
     return calls
+
+
+def force_way(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """Let every layer go a way, whatever it costs and however far a sketch is off."""
+    real = plan.layer_of
+
+    def layer_of(*args: Any) -> plan.Layer:
+        return replace(real(*args), costs={"direct": 1.0, way: 0.0})
+
+    monkeypatch.setattr(layerwise, "layer_of", layer_of)
+    monkeypatch.setattr(sketch, "LARGEST_ERROR", math.inf)
 
 
 def flat(params: Any) -> Tensor:

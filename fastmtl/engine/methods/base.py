@@ -18,6 +18,7 @@ from fastmtl.engine.jacobian import BatchGradients, Known, detached
 from fastmtl.engine.regions import Regions
 from fastmtl.engine.vjp import vjp
 from fastmtl.engine.weights import Row, Rows, Weights
+from fastmtl.support.kinds import Settings, State
 from fastmtl.support.profiling import part
 
 __all__ = ["Method", "forward", "mean_of_forwards"]
@@ -84,6 +85,13 @@ class Method:
     def combined(self, batch: Batch, weights: Weights) -> BatchGradients:
         """Run one VJP of the weighted losses and return :meth:`known`; by default T VJPs, as a call does."""
         return self(batch)
+
+    def state_dict(self) -> State:
+        """Return what a resumed run needs."""
+        return {}
+
+    def load_state_dict(self, state: Settings) -> None:
+        """Go on where `state_dict` was taken."""
 
     def known(
         self, losses: Sequence[Tensor], preds: Mapping[str, object], shared: Row, task_grads: WeightedGradients

@@ -81,6 +81,7 @@ def reason_against(
         "compile is on, which launches by itself": bool(options.compile),
         "tasks_per_step draws the tasks on the host": options.tasks_per_step is not None,
         "update_weights_every makes steps differ": options.update_weights_every > 1,
+        "vjps='sketch' computes the exact Gram matrix in some of the steps": options.vjps == "sketch",
         "weight_momentum starts with a step of its own": options.weight_momentum > 0,
         "the strategy is written for LibMTL and runs on the host": strategy.needs_of_step() == "backward",
         "the strategy looks ahead with the learning rate of the host": strategy.needs == "lookahead",

@@ -17,8 +17,9 @@ from fastmtl.engine.lookahead import LookaheadEngine
 from fastmtl.engine.losses import Problem
 from fastmtl.engine.methods.base import Method
 from fastmtl.engine.methods.batched import Batched
-from fastmtl.engine.methods.compressed import Compressed, linear_layers
+from fastmtl.engine.methods.layerwise import Layerwise
 from fastmtl.engine.methods.representation import ForwardRepresentation, Representation
+from fastmtl.engine.methods.sketch import Sketch
 from fastmtl.engine.methods.split import Split
 from fastmtl.engine.methods.traced import Traced, has_gradient_hooks
 from fastmtl.engine.methods.whole import Whole
@@ -34,6 +35,8 @@ __all__ = ["engines_to_try"]
 
 # With fewer tasks than this, what batching saves is less than what it costs; on CUDA it saves launches too.
 _MANY_TASKS, _MANY_ON_CUDA = 8, 3
+# The ways that the first steps may choose: they give the same gradients.
+_ROUTES = ("batched", "layerwise")
 # Gradients, counted as tensors, that are compiled into one graph without being asked to.
 _MOST_GRADIENTS = 400
 
@@ -71,18 +74,19 @@ def engines_to_try(
         return GradientEngine(Traced(eager.method, regional.method, tell)) if asked else regional
 
     plain = compiled() if options.compile is True else eager
-    engines = {"eager" if plain is eager else "compiled": plain}
+    engines: dict[str, Engine] = {"eager" if plain is eager else "compiled": plain}
     others = _other_vjps(strategy, plain, eager, hyper, options, tell)
     if options.vjps == "auto":
         many = _MANY_ON_CUDA if problem.model.device.type == "cuda" else _MANY_TASKS
         if len(problem.tasks) >= many and options.cuda_graph is not True and options.tasks_per_step is None:
-            engines |= {name: other for name, other in others.items() if not isinstance(other, str)}
+            engines |= {name: other for name in _ROUTES if not isinstance(other := others[name], str)}
     elif options.vjps != "sequential":
-        asked = against_tracing if options.vjps == "traced" else others[options.vjps]
+        way = "layerwise" if options.vjps == "compressed" else options.vjps
+        asked = against_tracing if way == "traced" else others[way]
         if isinstance(asked, str):
             tell(f"vjps: one after the other, as {asked}")
         elif asked is not None:
-            engines = {options.vjps: asked}
+            engines = {way: asked}
     if options.compile == "auto":
         engines["compiled"] = compiled()
     return engines
@@ -102,21 +106,39 @@ def _other_vjps(
         tell: Told what turns out not to work.
     """
     batching = _against_batching(eager)
-    compression = _against_compression(strategy, plain, hyper, options) or batching
+    layers = _against_layers(strategy, eager, options)
     if not isinstance(plain, GradientEngine):
         assert batching is not None
-        assert compression is not None
-        return {"batched": batching, "compressed": compression}
+        assert layers is not None
+        return {"batched": batching, "layerwise": layers, "sketch": layers}
     # Compiled backward passes have no batching rules and no layers.
     regions = plain.regions.with_trunk(plain.problem.trunk)
     shared = plain.method.structure, regions, plain.comm, plain.method.weighs_heads
     # On the CPU they are known not to gain; on CUDA it is measured.
     convolutions = plain.problem.model.device.type == "cuda"
     batched = Batched(*shared, tell, forced=options.vjps == "batched", convolutions=convolutions)
-    return {
+    kept = {"auto": None, "keep": True, "recompute": False}[options.cotangents]
+    if strategy.groups(**hyper) is not None:
+        # A second backward pass would be one for each group.
+        kept = True
+    one_process = "several processes have the layers' inputs" if plain.comm.shares_batches else None
+    sharded = "parameters are in shards" if options.shard != "none" else None
+    ways: dict[str, Engine | str] = {
         "batched": batching or GradientEngine(batched),
-        "compressed": compression or GradientEngine(Compressed(*shared)),
+        "layerwise": layers or one_process or GradientEngine(Layerwise(*shared, tell, kept)),
     }
+    if options.vjps == "sketch":
+        seed = _seed(plain.comm, plain.problem)
+        sizes = options.sketch_width, options.gram_check_every
+        ways["sketch"] = layers or sharded or GradientEngine(Sketch(*shared, tell, kept, *sizes, seed))
+    return ways
+
+
+def _seed(comm: Comm, problem: Problem) -> int:
+    """Return the seed of the run, the main process's in all of them."""
+    seed = torch.tensor([torch.initial_seed() % 2**63], dtype=torch.int64, device=problem.model.device)
+    comm.broadcast([seed])
+    return int(seed)
 
 
 def _compilable(options: StepOptions, problem: Problem, tell: Tell) -> StepOptions:
@@ -207,19 +229,17 @@ def _is_worth_tracing(problem: Problem) -> bool:
     return len(problem.shared_params) * len(problem.tasks) <= _MOST_GRADIENTS
 
 
-def _against_compression(strategy: AbsWeighting, plain: Engine, hyper: Settings, options: StepOptions) -> str | None:
+def _against_layers(strategy: AbsWeighting, eager: Engine, options: StepOptions) -> str | None:
     """Return why the rows are needed, in a few words; None if nothing is known."""
-    problem = plain.regions.problem
-    model = problem.model
+    if isinstance(eager, ForeignEngine):
+        return "the strategy runs backward passes of its own"
+    if not isinstance(eager, GradientEngine) or not isinstance(eager.method, Split):
+        return "the strategy or the network does not have one VJP per task go through a trunk"
+    model = eager.problem.model
     reasons = {
         "the strategy needs more than one Gram matrix": strategy.needs != "gram" or strategy.samples > 1,
-        "gradients are accumulated": options.accumulate > 1,
-        "the precision is not fp32": options.precision != "fp32",
+        "gradients are accumulated, so that the graphs are gone before the weights are known": options.accumulate > 1,
         "parts of the network are compiled": is_compiled(model),
         "the device has no float64": wide_dtype(model.device) != torch.float64,
-        "the shared network has no linear layers": not linear_layers(problem),
     }
-    reason = next((reason for reason, holds in reasons.items() if holds), None)
-    if reason is None and strategy.groups(**hyper) is not None:
-        return "the strategy weighs groups of parameters apart"
-    return reason
+    return next((reason for reason, holds in reasons.items() if holds), None)

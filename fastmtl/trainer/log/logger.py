@@ -64,6 +64,8 @@ class StepRecords:
         losses: (n, T) task losses.
         weights: (n, T) task weights the strategy used, or None where it has none.
         gram: (n, T, T) inner products of the task gradients, or None where the strategy needs none.
+        gram_errors: (n,) errors of Gram matrices that were estimated: the greatest of an entry, over the norms of the
+            two gradients; NaN for steps in which it was not measured, None where it was in none.
         seconds: Wall time the n steps took.
         loss_scale: Factor on the losses of float16 steps after these n; None in other precisions.
         skipped: Steps of the run so far that changed nothing, as a float16 gradient overflowed; None likewise.
@@ -75,6 +77,7 @@ class StepRecords:
     weights: np.ndarray | None
     gram: np.ndarray | None
     seconds: float
+    gram_errors: np.ndarray | None = None
     loss_scale: float | None = None
     skipped: int | None = None
 
@@ -129,8 +132,8 @@ class StepRecords:
     def means(self, task_names: Sequence[str]) -> dict[str, dict[str, float]]:
         """Means over the n steps, NaN left out: ``{"loss": {task: mean}, "weight": ..., "norm": ..., "cosine": ...}``.
 
-        Cosines are named by pair (`pair_names`), ``"conflict"`` has the ``"share"`` of pairs that conflict; what the
-        strategy does not have is absent.
+        Cosines are named by pair (`pair_names`), ``"conflict"`` has the ``"share"`` of pairs that conflict, ``"gram"``
+        the ``"error"`` of estimates; what the strategy does not have is absent.
         """
         columns = {
             "loss": (list(task_names), self.losses),
@@ -138,6 +141,7 @@ class StepRecords:
             "norm": (list(task_names), self.norms),
             "cosine": (pair_names(task_names), self.cosines),
             "conflict": (["share"], None if self.conflicts is None else self.conflicts[:, None]),
+            "gram": (["error"], None if self.gram_errors is None else self.gram_errors[:, None]),
         }
         return {
             key: dict(zip(names, _column_means(values), strict=True))

@@ -50,11 +50,13 @@ class StepSignals:
         losses: (T,) losses; NaN for a task that was not in the step, as in the others.
         weights: (T,) task weights, None if the strategy has none.
         gram: (T, T) inner products of the task gradients, None if the strategy needs none.
+        gram_error: How far an estimate of them is off, in the steps in which it is measured.
     """
 
     losses: Tensor
     weights: Tensor | None
     gram: Tensor | None
+    gram_error: Tensor | None = None
 
     @property
     def norms(self) -> Tensor | None:
@@ -85,16 +87,23 @@ class StepBuffer:
         self._losses: list[Tensor] = []
         self._weights: list[Tensor | None] = []
         self._grams: list[Tensor | None] = []
+        self._errors: list[Tensor | None] = []
         self._since = time.perf_counter()
 
     def __len__(self) -> int:
         return len(self._losses)
 
-    def add(self, losses: Tensor, weights: Tensor | None, gram: Tensor | None) -> None:
-        """Keep one step: (T,) losses, (T,) weights, (T, T) Gram matrix; a step without one has NaN among others'."""
+    def add(
+        self, losses: Tensor, weights: Tensor | None, gram: Tensor | None, gram_error: Tensor | None = None
+    ) -> None:
+        """Keep one step: (T,) losses, (T,) weights, (T, T) Gram matrix, the error of a Gram matrix that was estimated.
+
+        A step without one has NaN among others'.
+        """
         self._losses.append(losses)
         self._weights.append(weights)
         self._grams.append(gram)
+        self._errors.append(gram_error)
 
     def flush(self, epoch: int, next_step: int, numbers: Sequence[Tensor] = ()) -> StepRecords:
         """Read everything and empty the buffer; the only place where the loop waits for the device.
@@ -104,12 +113,12 @@ class StepBuffer:
         """
         now = time.perf_counter()
         device = self._losses[0].device
-        kept = [_stacked(values) for values in (self._losses, self._weights, self._grams)]
+        kept = [_stacked(values) for values in (self._losses, self._weights, self._grams, self._errors)]
         kept += [number.reshape(1) for number in numbers]
         wide = [stack.to(device, wide_dtype(device)).flatten() for stack in kept if stack is not None]
         values = torch.cat(wide).cpu().numpy()
         ends = np.cumsum([0 if stack is None else stack.numel() for stack in kept])
-        losses, weights, gram, *counts = (
+        losses, weights, gram, errors, *counts = (
             None if stack is None else part.reshape(stack.shape)
             for stack, part in zip(kept, np.split(values, ends[:-1]), strict=True)
         )
@@ -121,6 +130,7 @@ class StepBuffer:
             losses=losses,
             weights=weights,
             gram=gram,
+            gram_errors=errors,
             seconds=now - self._since,
             loss_scale=None if scale is None else float(scale[0]),
             skipped=None if skipped is None else int(skipped[0]),

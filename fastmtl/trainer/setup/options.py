@@ -97,12 +97,28 @@ class StepOptions:
     vjps: str = _machine(
         "auto",
         "How the tasks' gradients are computed in the shared network: sequential, one task after the other; batched, "
-        "together, by torch's batching rules; compressed, in linear layers only as far as the Gram matrix needs them; "
+        "together, by torch's batching rules; layerwise (or compressed), layer by layer, as far as the Gram matrix "
+        "needs them, and one gradient for the update; sketch, likewise, with an unbiased estimate of the Gram matrix; "
         "traced, compiled in one graph with the forward pass. Where a method is not supported, sequential takes its "
         "place. auto tries the methods from 8 tasks on, on CUDA from 3, keeps the fastest and says which; below, it is "
-        "sequential, or traced if compile is on and the network small and without convolutions. batched and compressed "
-        "leave the shared network eager if compile is on.",
-        choices=("auto", "sequential", "batched", "compressed", "traced"),
+        "sequential, or traced if compile is on and the network small and without convolutions. batched, layerwise and "
+        "sketch leave the shared network eager if compile is on.",
+        choices=("auto", "sequential", "batched", "layerwise", "compressed", "sketch", "traced"),
+    )
+    sketch_width: int = _machine(
+        32, "With vjps=sketch: rows of the random matrices; the error falls with their square root.", least=2
+    )
+    gram_check_every: int = _machine(
+        100,
+        "With vjps=sketch: steps from one comparison with the exact Gram matrix to the next; the first step has one.",
+        least=1,
+    )
+    cotangents: str = _machine(
+        "auto",
+        "With vjps=layerwise or sketch, the gradients of the layers' outputs: keep them until the weights are known or "
+        "recompute them by a second backward pass. auto keeps them where that takes no more memory than the gradients "
+        "of all tasks.",
+        choices=("auto", "keep", "recompute"),
     )
 
     def __post_init__(self) -> None:

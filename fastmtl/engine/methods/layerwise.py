@@ -1,0 +1,378 @@
+"""Gram matrices layer by layer: no weight gradients but those of the update, where that costs less.
+
+With the inputs X (n, in) and the cotangents D_t (n, out) of its outputs, a layer's part of the Gram matrix is
+``<D_s^T X, D_t^T X>``, which needs no T gradients ``D_t^T X``; the update needs one, ``(sum_t w_t D_t)^T X``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastmtl import ops
+from fastmtl.engine.comm import Comm
+from fastmtl.engine.context import Batch
+from fastmtl.engine.cut import Structure
+from fastmtl.engine.gradients import agree, set_grads
+from fastmtl.engine.graph import batches_well
+from fastmtl.engine.jacobian import BatchGradients, HasRows, Pullback, detached
+from fastmtl.engine.layerwise.plan import RATES, Layer, Plan, layer_of, make_plan
+from fastmtl.engine.layerwise.uses import Use, weight_uses
+from fastmtl.engine.layerwise.ways import Compressed, Ghost, Sketched, Way, gradient_of
+from fastmtl.engine.methods.split import Split
+from fastmtl.engine.model import Tasks
+from fastmtl.engine.pullback import weighted
+from fastmtl.engine.regions import Regions
+from fastmtl.engine.side_effects import without_side_effects
+from fastmtl.engine.trees import tensors_of
+from fastmtl.engine.vjp import batched_vjps, vjp
+from fastmtl.engine.weights import Row, Rows, Weights
+from fastmtl.support.kinds import Settings, State
+from fastmtl.support.profiling import part
+
+__all__ = ["Layerwise", "LayerwiseUpdate"]
+
+# Cotangents per batched backward pass; more need more memory for the gradients of the layers' outputs.
+_AT_ONCE = 4
+# With more numbers in the features, operators do not gain by being batched.
+_SMALL = 2**15
+_WAYS = ("direct", "sketched", "compressed", "ghost")
+# The cotangents of each use of a weight, for each task.
+Kept = list[list[Tensor | None]]
+
+
+class Layerwise(Split):
+    """For strategies that need the gradients for one Gram matrix only.
+
+    Each linear or convolutional layer goes the way that costs least; see `fastmtl.engine.layerwise`. For all other
+    parameters, and for layers that gain nothing, the rows hold the gradients.
+
+    Args:
+        structure: What is known of the network.
+        regions: The network's functions.
+        comm: The other processes.
+        weighs_heads: Whether the gradients of the task-specific parameters are weighted.
+        report: Called with the plan, or with the reason why there is none.
+        kept: Whether the cotangents of the layers' outputs are kept; chosen if None.
+    """
+
+    only_if_cut = True
+
+    def __init__(
+        self,
+        structure: Structure,
+        regions: Regions,
+        comm: Comm,
+        weighs_heads: bool,
+        report: Callable[[str], None],
+        kept: bool | None = None,
+    ) -> None:
+        super().__init__(structure, regions, comm, weighs_heads)
+        self.report = report
+        self.kept = kept
+        self.width: int | None = None
+        self.layers: dict[Tensor, Layer] = {}
+        self.plan: Plan | None = None
+        self._batches: bool | None = None
+        self._told = False
+
+    def prepare(self, batch: Batch) -> None:
+        """Find out whether the network can be cut, and once which layers need no weight gradients."""
+        super().prepare(batch)
+        if self.plan is None and self.structure.against_cut is None:
+            self._look(batch)
+            self._adopt()
+
+    def _look(self, batch: Batch) -> None:
+        """Find the layers, in a pass in which their weights' gradients are compared with autograd's."""
+        problem = self.problem
+        rates = RATES.get(problem.model.device.type, RATES["cpu"])
+        with without_side_effects(problem):
+            features = tensors_of(problem.trunk(batch.inputs))
+            weights = [param for param in problem.shared_params if param.dim() > 1]
+            uses = {weight: found for weight, found in weight_uses(features, weights).items() if _are_saved(found)}
+            proven = self._proven(features, uses)
+            missing = self.structure.any([weight not in proven for weight in weights])
+            for weight in (weight for weight, is_missing in zip(weights, missing, strict=True) if not is_missing):
+                layer = layer_of(proven[weight], len(problem.tasks), self.width, rates, self.comm.shares_batches)
+                self.layers[weight] = layer
+
+    def _adopt(self, exact: Set[Tensor] = frozenset()) -> None:
+        """Go by the main process's plan from now on, in which some weights must not be sketched."""
+        plan = make_plan(self.layers, self.problem.shared_params, len(self.problem.tasks), self.kept, exact)
+        if self.comm.shares_batches:
+            codes = [_WAYS.index(plan.ways.get(weight, "direct")) for weight in self.layers]
+            shared = torch.tensor([plan.kept, *codes], device=self.problem.model.device)
+            self.comm.broadcast([shared])
+            kept, *codes = shared.tolist()
+            ways = {weight: _WAYS[code] for weight, code in zip(self.layers, codes, strict=True) if code}
+            plan = replace(plan, ways=ways, kept=bool(kept))
+        self._follow(plan)
+
+    def _follow(self, plan: Plan) -> None:
+        self.plan = plan
+        self.possible = bool(plan.ways)
+
+    def _tell(self, plan: Plan) -> None:
+        if self._told:
+            return
+        self._told = True
+        if plan.ways:
+            count = sum(param.dim() > 1 for param in self.problem.shared_params)
+            self.report(f"vjps: layer by layer, {plan.described(count, self.width)}")
+        else:
+            self.report("vjps: one after the other, as no layer would gain")
+
+    def split(self, batch: Batch) -> BatchGradients:
+        """Run the forward pass, the VJPs down to the outputs of the layers, and their parts of the Gram matrix."""
+        plan = self.plan
+        assert plan is not None
+        checks = self._checks()
+        if not checks:
+            self._tell(plan)
+        if not plan.ways and not checks:
+            return super().split(batch)
+        features, losses, preds, cotangents, task_grads = self.heads(self.trunk(batch), batch)
+        with part("VJPs"):
+            update = self._differentiated(features, cotangents, plan, batch.tasks, checks)
+        return BatchGradients(*detached(losses, preds), update.rows, task_grads, update)
+
+    def _differentiated(
+        self, features: Sequence[Tensor], cotangents: Rows, plan: Plan, tasks: Tasks, checks: bool
+    ) -> LayerwiseUpdate:
+        """Run the VJPs; return how weights become gradients, with the rows that have the Jacobian's Gram matrix."""
+        shared = self.problem.shared_params
+        found = weight_uses(features, self.layers if checks else plan.ways)
+        uses = {weight: found[weight] for weight in plan.ways if weight in found}
+        ways = self._ways(uses, plan)
+        if checks:
+            self._look_at(found)
+        shapes = [self.layers[param].sketch if param in plan.ways else tuple(param.shape) for param in shared]
+        update = LayerwiseUpdate(shared, list(plan.ways), uses, ways, plan.kept, features, cotangents)
+        update.tasks, update.shapes, update.learn = tasks, shapes, self._learn
+        others = [param for param in shared if param not in uses]
+        edges = [use.edge for of_weight in uses.values() for use in of_weight]
+        exact = list(uses) if checks else []
+        for grads in self._vjps(features, cotangents, [*edges, *others, *exact]):
+            pieces = dict(zip([*others, *exact], grads[len(edges) :], strict=True))
+            if checks:
+                update.exact_rows.append([pieces[param] for param in shared])
+            rest = iter(grads)
+            for weight, of_weight in uses.items():
+                of_uses = [next(rest) for _ in of_weight]
+                pieces[weight] = ways[weight].piece(of_uses)
+                if plan.kept:
+                    update.kept[weight].append(of_uses)
+            update.rows.append([pieces[param] for param in shared])
+        return update
+
+    def _checks(self) -> bool:
+        """Return whether this step computes the exact Gram matrix too."""
+        return False
+
+    def _look_at(self, uses: Mapping[Tensor, Sequence[Use]]) -> None:
+        """Look at the layers in a step that computes the exact Gram matrix too."""
+
+    def _learn(self, rows: Rows, gram: Tensor) -> None:
+        """Learn from the exact rows and their Gram matrix (T, T)."""
+
+    def _ways(self, uses: Mapping[Tensor, Sequence[Use]], plan: Plan) -> dict[Tensor, Way]:
+        """Return the way of each weight in this step."""
+        return {weight: self._way(plan.ways[weight], found) for weight, found in uses.items()}
+
+    def _way(self, name: str, uses: Sequence[Use]) -> Way:
+        return Ghost(uses) if name == "ghost" else Compressed(uses)
+
+    def _proven(self, features: Sequence[Tensor], uses: Mapping[Tensor, Sequence[Use]]) -> dict[Tensor, Sequence[Use]]:
+        """Return the uses of those weights whose gradients from the layers' cotangents are autograd's."""
+        edges = [use.edge for found in uses.values() for use in found]
+        cotangents = [torch.randn_like(feature) / max(feature.numel(), 1) for feature in features]
+        grads = vjp(features, cotangents, [*uses, *edges], retain=True)
+        rest = iter(grads[len(uses) :])
+        halved = self.problem.low_precision is not None
+        proven: dict[Tensor, Sequence[Use]] = {}
+        for (weight, found), grad in zip(uses.items(), grads[: len(uses)], strict=True):
+            own = gradient_of(found, [next(rest) for _ in found])
+            if own is not None and grad is not None and agree([own.to(grad.dtype)], [grad], halved):
+                proven[weight] = found
+        return proven
+
+    def _vjps(
+        self, features: Sequence[Tensor], cotangents: Rows, wanted: Sequence[Tensor | GradientEdge]
+    ) -> Iterator[Row]:
+        """Yield the VJPs, batched where possible; the graph is kept for the inputs of the layers."""
+        if self._batches is None:
+            # Larger operators do not gain.
+            self._batches = sum(feature.numel() for feature in features) <= _SMALL and batches_well(features)
+        for start in range(0, len(cotangents), _AT_ONCE):
+            some = cotangents[start : start + _AT_ONCE]
+            yield from self._together(features, some, wanted) or (
+                vjp(features, cotangent, wanted, retain=True) for cotangent in some
+            )
+
+    def state_dict(self) -> State:
+        """Return what a resumed run needs: the plan, and what it follows from."""
+        if self.plan is None:
+            return {}
+        names: dict[Tensor, str] = {param: name for name, param in self.problem.model.named_parameters()}
+        return {
+            "layers": {names[weight]: asdict(layer) for weight, layer in self.layers.items()},
+            "ways": {names[weight]: way for weight, way in self.plan.ways.items()},
+            "kept": self.plan.kept,
+            "numbers": self.plan.numbers,
+            "width": self.width,
+        }
+
+    def load_state_dict(self, state: Settings) -> None:
+        """Go on where `state_dict` was taken, if the run went this way."""
+        if "layers" not in state or state["width"] != self.width:
+            return
+        params: dict[str, Tensor] = dict(self.problem.model.named_parameters())
+        self.layers = {params[name]: Layer(**layer) for name, layer in state["layers"].items()}
+        ways = {params[name]: way for name, way in state["ways"].items()}
+        self._follow(Plan(ways=ways, kept=state["kept"], numbers=state["numbers"]))
+
+    def _together(
+        self, features: Sequence[Tensor], cotangents: Rows, wanted: Sequence[Tensor | GradientEdge]
+    ) -> Rows | None:
+        if not self._batches:
+            return None
+        try:
+            return batched_vjps(features, cotangents, wanted)
+        except RuntimeError:
+            self._batches = False
+            return None
+
+
+class _Ops(TorchDispatchMode):
+    """Counts operators."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is not torch.ops.aten.detach.default
+        return func(*args, **kwargs or {})
+
+
+def _are_saved(uses: Sequence[Use]) -> bool:
+    """Return whether the graph holds the inputs, and does not compute them anew, as in a checkpoint."""
+    with _Ops() as ops_run:
+        for use in uses:
+            _ = use.inputs
+    return not ops_run.count
+
+
+class LayerwiseUpdate(Pullback):
+    """The rows have pieces in the place of some gradients, whose update is one gradient of the weighted cotangents.
+
+    Args:
+        params: The shared parameters.
+        covered: Those with pieces in place of gradients.
+        uses: The uses of those that this step uses.
+        ways: Their ways.
+        keeps: Whether the cotangents are kept.
+        features: What was differentiated.
+        cotangents: Its cotangents, by task.
+
+    Attributes:
+        rows: T gradients, with pieces for what is covered.
+        exact_rows: T gradients, where the Gram matrix is compared with theirs.
+        kept: The cotangents of the outputs of each use of a weight, by task.
+        tasks: The tasks of the step.
+        shapes: The shapes of the entries of a row.
+        learn: Called with the exact rows and their Gram matrix (T, T).
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        covered: Sequence[Tensor],
+        uses: Mapping[Tensor, Sequence[Use]],
+        ways: Mapping[Tensor, Way],
+        keeps: bool,
+        features: Sequence[Tensor],
+        cotangents: Rows,
+    ) -> None:
+        self.params = params
+        self.covered = covered
+        self.uses = uses
+        self.ways = ways
+        self.keeps = keeps
+        self.features = features
+        self.cotangents = cotangents
+        self.kept: dict[Tensor, Kept] = {weight: [] for weight in uses}
+        self.rows: Rows = []
+        self.exact_rows: Rows = []
+        self.tasks: Tasks = ()
+        self.shapes: Sequence[Sequence[int]] = ()
+        self.learn: Callable[[Rows, Tensor], None] = lambda rows, gram: None
+        self.exact_gram = not any(isinstance(way, Sketched) for way in ways.values())
+
+    def collect(self, rows: Rows, comm: Comm, final: bool) -> Rows:
+        """Return the rows summed over the processes, whole: pieces are small."""
+        return comm.all_reduce_rows(rows, self.shapes, self.tasks) if comm.shards_rows else rows
+
+    def gram(self, rows: Rows, groups: Sequence[int] | None, comm: Comm, shares: Tensor | None) -> Tensor:
+        """Return the Gram matrix of the pieces and of what has none; the exact one where it is there to compare."""
+        gram = self._gram(rows, groups, comm, shares)
+        for place, param in enumerate(self.params):
+            extra = self.ways[param].gram() if param in self.ways else None
+            if extra is not None:
+                (gram if groups is None else gram[groups[place]]).add_(extra)
+        if self.exact_rows:
+            exact_rows, self.exact_rows = self.exact_rows, []
+            if comm.shards_rows:
+                exact_rows = comm.all_reduce_rows(exact_rows, [param.shape for param in self.params], self.tasks)
+            exact = self._gram(exact_rows, groups, comm, shares)
+            whole = exact if groups is None else exact.sum(0)
+            self.gram_error = _error(gram if groups is None else gram.sum(0), whole)
+            self.exact_gram = True
+            self.learn(exact_rows, whole)
+            return exact
+        return gram
+
+    def _gram(self, rows: Rows, groups: Sequence[int] | None, comm: Comm, shares: Tensor | None) -> Tensor:
+        return ops.gram(rows, groups) if comm.shards_rows else comm.gram(rows, groups, shares)
+
+    def write(self, weights: Weights, source: HasRows, comm: Comm, tasks: Tasks) -> None:
+        """Write the weighted sums of the gradients, and the gradients of the weighted cotangents."""
+        set_grads(self.covered, self._gradients(weights))
+        done = set(self.covered)
+        rows = [
+            [None if param in done else entry for param, entry in zip(self.params, row, strict=True)]
+            for row in source.rows
+        ]
+        comm.combination.write(rows, weights.shared, weights.groups)
+        summed = [param for param in self.params if param not in done] if comm.shards_rows else []
+        comm.all_reduce_grads(tasks, summed)
+
+    def _gradients(self, weights: Weights) -> Row:
+        if not self.keeps:
+            total = weighted(weights.shared, self.cotangents)
+            with part("VJPs"):
+                return vjp(self.features, total, self.covered, retain=False)
+        groups = weights.groups and dict(zip(self.params, weights.groups, strict=True))
+        grads: Row = []
+        for weight in self.covered:
+            if weight not in self.uses:
+                grads.append(None)
+                continue
+            of_tasks = weights.shared if not groups else weights.shared[groups[weight]]
+            total = weighted(of_tasks, self.kept.pop(weight))
+            with part("VJPs"):
+                grad = gradient_of(self.uses[weight], total)
+            grads.append(None if grad is None else grad.to(weight.dtype))
+        return grads
+
+
+def _error(gram: Tensor, exact: Tensor) -> Tensor:
+    """Return the greatest difference of two Gram matrices, over the norms of the gradients that ``exact`` is of."""
+    norms = exact.diagonal().clamp(min=0).sqrt()
+    products = norms[:, None] * norms
+    return ((gram - exact).abs() / products.where(products > 0, torch.inf)).max()

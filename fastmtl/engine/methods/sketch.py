@@ -1,0 +1,151 @@
+"""Gram matrices from sketches of the gradients: unbiased estimates, whose error is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from fastmtl import ops
+from fastmtl.engine.comm import Comm
+from fastmtl.engine.cut import Structure
+from fastmtl.engine.layerwise.plan import Plan
+from fastmtl.engine.layerwise.signs import Signs
+from fastmtl.engine.layerwise.uses import Use
+from fastmtl.engine.layerwise.ways import Sketched, Way, omega_of
+from fastmtl.engine.methods.layerwise import Layerwise
+from fastmtl.engine.regions import Regions
+from fastmtl.engine.weights import Rows
+from fastmtl.support.kinds import Settings, State
+
+__all__ = ["LARGEST_ERROR", "Sketch"]
+
+# Standard deviation of an entry of the Gram matrix, over the norms of its two gradients.
+LARGEST_ERROR = 0.03
+
+
+class Sketch(Layerwise):
+    """Layer by layer, with sketches of the gradients where they cost least.
+
+    The first step, and one in ``check_every``, computes the gradients too, and its update is exact. From these follows
+    the variance of each layer's part, of which a layer may have as large a share of `LARGEST_ERROR`'s as it has of what
+    sketches save; others, such as a first convolution with most of the gradients' norm, are left out until the next.
+
+    Args:
+        structure: What is known of the network.
+        regions: The network's functions.
+        comm: The other processes.
+        weighs_heads: Whether the gradients of the task-specific parameters are weighted.
+        report: Called with the plan.
+        kept: Whether the cotangents of the layers' outputs are kept; chosen if None.
+        width: Columns k of Omega.
+        check_every: Steps from one comparison with the exact Gram matrix to the next.
+        seed: Of the random signs.
+
+    Attributes:
+        steps: Steps so far.
+    """
+
+    def __init__(
+        self,
+        structure: Structure,
+        regions: Regions,
+        comm: Comm,
+        weighs_heads: bool,
+        report: Callable[[str], None],
+        kept: bool | None,
+        width: int,
+        check_every: int,
+        seed: int,
+    ) -> None:
+        super().__init__(structure, regions, comm, weighs_heads, report, kept)
+        self.width: int = width
+        self.check_every = check_every
+        self.signs = Signs(self.problem.model.device, seed)
+        self.steps = 0
+        self._means: dict[Tensor, Tensor] = {}
+
+    @override
+    def _checks(self) -> bool:
+        self.steps += 1
+        return (self.steps - 1) % self.check_every == 0
+
+    @override
+    def _ways(self, uses: Mapping[Tensor, Sequence[Use]], plan: Plan) -> dict[Tensor, Way]:
+        sketched = {weight: found for weight, found in uses.items() if plan.ways[weight] == "sketched"}
+        # The signs follow from the plan, whatever this step uses of it.
+        drawn = [weight for weight, way in plan.ways.items() if way == "sketched"]
+        shapes = [(groups, width - 1, fan_in) for groups, width, fan_in in (self.layers[one].omega for one in drawn)]
+        signs = dict(zip(drawn, self.signs.draw(shapes), strict=True))
+        totals = self._totals(drawn, sketched)
+        ways = super()._ways({weight: found for weight, found in uses.items() if weight not in sketched}, plan)
+        for weight, found in sketched.items():
+            ways[weight] = Sketched(found, omega_of(totals[weight], signs[weight]))
+        return ways
+
+    @torch.no_grad()
+    def _totals(self, weights: Sequence[Tensor], uses: Mapping[Tensor, Sequence[Use]]) -> dict[Tensor, Tensor]:
+        """Return the sums (g, fan_in) of the inputs of these weights' layers, over all processes."""
+        sums = []
+        for weight in weights:
+            groups, _, fan_in = self.layers[weight].omega
+            total = torch.zeros(groups, fan_in, device=self.problem.model.device)
+            for use in uses.get(weight, ()):
+                total = total + use.total()
+            sums.append(total)
+        if self.comm.shards_rows:
+            sums = self.comm.all_reduce_coalesced(sums)
+        return dict(zip(weights, sums, strict=True))
+
+    @override
+    def _look_at(self, uses: Mapping[Tensor, Sequence[Use]]) -> None:
+        candidates = [weight for weight, layer in self.layers.items() if layer.best(exact=False) == "sketched"]
+        self._means = self._totals(candidates, uses)
+
+    @override
+    def _learn(self, rows: Rows, gram: Tensor) -> None:
+        norms = gram.diagonal()
+        products = norms[:, None] * norms
+        products = products.where(products > 0, torch.inf)
+        places = {param: place for place, param in enumerate(self.problem.shared_params)}
+        variances = [
+            (self._variance(weight, total, [row[places[weight]] for row in rows]) / products).max()
+            for weight, total in self._means.items()
+        ]
+        layers = [self.layers[weight] for weight in self._means]
+        gains = [layer.costs[layer.best(exact=True)] - layer.costs["sketched"] for layer in layers]
+        # All at once, as each read waits for the device.
+        values = torch.stack(variances).tolist() if variances else []
+        allowed = LARGEST_ERROR**2 / max(sum(gains), 1e-300)
+        shares = zip(self._means, values, gains, strict=True)
+        self._adopt({weight for weight, variance, gain in shares if variance > allowed * gain})
+        self._means = {}
+
+    def _variance(self, weight: Tensor, total: Tensor, grads: Sequence[Tensor | None]) -> Tensor:
+        """Return bounds (T, T) on the variances of a layer's part of the Gram matrix.
+
+        With what the gradients g_t (out, in) are beside the mean direction the part is ``tr(g_s^T g_t)``, and the
+        variance of its estimate from k random rows at most ``2 |g_s^T g_t|_F^2 / k = 2 <g_s g_s^T, g_t g_t^T> / k``.
+        """
+        groups, width, fan_in = self.layers[weight].omega
+        mean = omega_of(total, torch.zeros(groups, 1, fan_in, dtype=torch.float64, device=total.device))[:, :1]
+        outers = []
+        for grad in grads:
+            flat = (torch.zeros_like(weight) if grad is None else grad).double()
+            rest = (flat.mT if self.layers[weight].flipped else flat).unflatten(0, (groups, -1)).flatten(2)
+            rest = rest - (rest @ mean.mT) * mean
+            outers.append([rest @ rest.mT])
+        return ops.gram(outers) * (2 / (width - 1))
+
+    @override
+    def state_dict(self) -> State:
+        return super().state_dict() | {"steps": self.steps, "generator": self.signs.generator.get_state()}
+
+    @override
+    def load_state_dict(self, state: Settings) -> None:
+        super().load_state_dict(state)
+        if "generator" in state:
+            self.steps = state["steps"]
+            self.signs.generator.set_state(state["generator"])
