@@ -7,6 +7,7 @@ import io
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from fastmtl.engine.context import Batch
 from fastmtl.engine.layerwise.signs import Signs
 from fastmtl.engine.layerwise.uses import Use, weight_uses
 from fastmtl.engine.layerwise.ways import Compressed, Ghost, Sketched, Way, gradient_of, omega_of
+from fastmtl.engine.pullback import weighted
 from fastmtl.engine.trees import tensors_of
 from fastmtl.engine.vjp import vjp
+from fastmtl.engine.weights import Rows
 from fastmtl.trainer.log.records import StepBuffer
 
 __all__ = ["run_layers", "run_sketch"]
@@ -67,15 +70,15 @@ def run_layers(
         groups, _, fan_in = layer.omega
         (drawn,) = signs.draw([(groups, width - 1, fan_in)])
         total = torch.stack([use.total() for use in of_weight]).sum(0)
+        omega = omega_of(total, drawn)
         makes: dict[str, Callable[[], Way]] = {
-            "sketched": lambda uses=of_weight, total=total, drawn=drawn: Sketched(uses, omega_of(total, drawn)),
-            "compressed": lambda uses=of_weight: Compressed(uses),
-            "ghost": lambda uses=of_weight: Ghost(uses),
+            "sketched": partial(Sketched, of_weight, omega),
+            "compressed": partial(Compressed, of_weight),
+            "ghost": partial(Ghost, of_weight),
         }
-        seconds = {"direct": _seconds(lambda uses=of_weight, all=cotangents: _direct(uses, all), device)}
+        seconds = {"direct": _seconds(partial(_direct, of_weight, cotangents), device)}
         for way in (way for way in layer.costs if way != "direct" and layer.costs[way] < 5 * layer.costs["direct"]):
-            call = lambda make=makes[way], uses=of_weight, all=cotangents: _other(make, uses, all)  # noqa: E731
-            seconds[way] = _seconds(call, device)
+            seconds[way] = _seconds(partial(_other, makes[way], of_weight, cotangents), device)
         row: Row = {
             "weight": names[weight],
             "shape": tuple(weight.shape),
@@ -99,13 +102,13 @@ def _direct(uses: Sequence[Use], cotangents: Sequence[Sequence[Tensor | None]]) 
     ops.combine(rows, torch.ones(len(rows), device=uses[0].weight.device))
 
 
-def _other(make: Callable[[], Way], uses: Sequence[Use], cotangents: Sequence[Sequence[Tensor | None]]) -> None:
+def _other(make: Callable[[], Way], uses: Sequence[Use], cotangents: Rows) -> None:
     way = make()
     rows = [[way.piece(one)] for one in cotangents]
     if any(row[0] is not None for row in rows):
         ops.gram(rows)
     way.gram()
-    gradient_of(uses, ops.combine(cotangents, torch.ones(len(cotangents), device=uses[0].weight.device)))
+    gradient_of(uses, weighted(torch.ones(len(cotangents), device=uses[0].weight.device), cotangents))
 
 
 @torch.no_grad()
@@ -155,7 +158,7 @@ def run_sketch(
                 work = Work(net=net, arch=arch, count=count, batch=batch, size=size, device=torch.device(device))
                 for width in widths:
                     errors, sketched = _errors(work, width, steps)
-                    row = {
+                    row: Row = {
                         "net": net,
                         "arch": arch,
                         "tasks": count,

@@ -93,7 +93,7 @@ def test_the_same_name_is_looked_up_anew_for_other_settings() -> None:
     shared = torch.tensor([1.0, 2.0], requires_grad=True)
 
     def update(**hyper: object) -> Tensor:
-        shared.grad = None
+        shared.grad = torch.zeros_like(shared)
         fastmtl.balance([shared.sum(), (shared**2).sum()], weighting="cagrad", **hyper)
         grad: Tensor = shared.grad
         return grad

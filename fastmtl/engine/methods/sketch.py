@@ -109,7 +109,7 @@ class Sketch(Layerwise):
         norms = gram.diagonal()
         products = norms[:, None] * norms
         products = products.where(products > 0, torch.inf)
-        places = {param: place for place, param in enumerate(self.problem.shared_params)}
+        places: dict[Tensor, int] = {param: place for place, param in enumerate(self.problem.shared_params)}
         variances = [
             (self._variance(weight, total, [row[places[weight]] for row in rows]) / products).max()
             for weight, total in self._means.items()
