@@ -6,41 +6,23 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastmtl import ops
 from fastmtl.engine.comm import Comm
 from fastmtl.engine.context import Batch
-from fastmtl.engine.gradients import set_grads
 from fastmtl.engine.jacobian import HasRows, Pullback
 from fastmtl.engine.model import Tasks
-from fastmtl.engine.vjp import vjp
 from fastmtl.engine.weights import Row, Rows, Weights
 from fastmtl.support.profiling import part
 
-__all__ = ["Representations", "Sum", "TrunkVJP", "weighted"]
+__all__ = ["Representations", "Sum", "weighted"]
 
 
 def weighted(weights: Tensor, cotangents: Rows) -> Row:
     """Return ``sum_t w_t cotangents_t``, tensor by tensor."""
     with part("combine"):
         return cast(Row, ops.combine(cotangents, weights))
-
-
-class TrunkVJP(Pullback):
-    """The rows only share the Jacobian's Gram matrix; the update is one more VJP through the trunk."""
-
-    def __init__(self, features: Sequence[Tensor], cotangents: Rows, params: Sequence[nn.Parameter]) -> None:
-        self.features = features
-        self.cotangents = cotangents
-        self.params = params
-
-    def write(self, weights: Weights, source: HasRows, comm: Comm, tasks: Tasks) -> None:
-        """Send the weighted sum of the cotangents through the trunk."""
-        total = weighted(weights.shared, self.cotangents)
-        with part("VJPs"):
-            set_grads(self.params, vjp(self.features, total, self.params, retain=False))
-        comm.all_reduce_grads(tasks)
 
 
 class Representations(Pullback):

@@ -200,11 +200,11 @@ class TrainingEpoch:
                 f"scale is {records.loss_scale:g}"
             )
         errors = [] if records.gram_errors is None else records.gram_errors[np.isfinite(records.gram_errors)]
-        if len(errors) and max(errors) > _COARSE and not trainer.coarse:
-            trainer.coarse = True
+        if len(errors) and max(errors) > _COARSE and not trainer.told_of_error:
+            trainer.told_of_error = True
             print(
                 f"sketch: the Gram matrix was {100 * max(errors):.0f} % of the gradients' norms off in a step before "
-                f"{next_step}; a larger sketch_width, or vjps='layerwise', makes it exacter"
+                f"{next_step}; a larger sketch_width makes it more exact"
             )
         trainer.guard.check(self._checkpoints.last_one())
 

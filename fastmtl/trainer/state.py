@@ -41,7 +41,7 @@ class TrainerState(nn.Module):
         known_names: All parameters when the optimizer was made.
         skipped: Steps that float16 has skipped, as far as they have been told.
         probe: Computes a Gram matrix per log interval where the strategy needs none; None for none.
-        coarse: Whether it has been told that an estimated Gram matrix is far off.
+        told_of_error: Whether it has been told that an estimated Gram matrix is far off.
     """
 
     task_dict: Mapping[str, Mapping[str, Any]]
@@ -75,7 +75,7 @@ class TrainerState(nn.Module):
     trained_names: set[str]
     known_names: set[str]
     skipped: int
-    coarse: bool
+    told_of_error: bool
     probe: GramProbe | None = None
     _halving: Halving
 

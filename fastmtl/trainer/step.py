@@ -237,7 +237,8 @@ class TrainingStep:
         """Go on where `state_dict` was taken."""
         self.weights.load_state_dict(state)
         # Engines round differently.
-        self.trial.settle(state.get("route"))
+        route = state.get("route")
+        self.trial.settle("layerwise" if route == "compressed" else route)
         self.engine = self.trial.engine
         self.engine.load_state_dict(state.get("engine", {}))
         self.sampler.left = list(state.get("tasks_left", []))

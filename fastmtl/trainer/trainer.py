@@ -200,7 +200,7 @@ class Trainer(TrainerState):
         """Go on from a checkpoint, if there is one, and let all processes begin with the same."""
         self.compile_report = None
         self.skipped = 0
-        self.coarse = False
+        self.told_of_error = False
         self.profiler = None if arguments.profile is None else StepProfiler(Path(arguments.profile), self.device)
         self.start = BEGINNING
         self.checkpoints = Checkpoints(self)

@@ -40,8 +40,7 @@ STRATEGIES = [
 
 def _never_checks(trainer: Any) -> Any:
     """Let the steps to come have no exact Gram matrix."""
-    trainer.step.engine.method.steps = 1
-    trainer.step.engine.method.check_every = 10**9
+    trainer.step.engine.method.left = 10**9
     return trainer
 
 
@@ -318,6 +317,60 @@ def test_a_run_that_went_another_way_goes_on_sketched(tmp_path: Path, monkeypatc
     second = wide_trainer(ENCODERS["mlp"], "sketch", resume=str(tmp_path / "last.pt"), sketch_width=8)
     second.train(loaders(TASKS), loaders(TASKS), 2)
     assert list(second.step.engine.method.plan.ways.values()) == ["sketched"] * 2
+
+
+@pytest.mark.parametrize("cotangents", ["keep", "recompute"])
+def test_a_weight_that_is_used_in_another_way_later_has_its_whole_gradient(
+    cotangents: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    force_way(monkeypatch, "sketched")
+
+    class Growing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last, self.grown = nn.Linear(6, 16), nn.Linear(16, 64), False
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            hidden = self.first(inputs).tanh()
+            last: Tensor = self.last(hidden)
+            return last + self.last.weight.sum(1) if self.grown else last
+
+    trainer = _never_checks(wide_trainer(Growing, "sketch", cotangents=cotangents))
+    batch = double_batch(trainer)
+    trainer.step([batch], StepBuffer())
+    trainer.model.encoder.grown = True
+    rows, shared = plain_rows(trainer, *batch)
+    trainer.step([batch], StepBuffer())
+    weights = trainer.step.latest.weights
+    for k, param in enumerate(shared):
+        want = sum(w * row[k] for w, row in zip(weights, rows, strict=True))
+        torch.testing.assert_close(param.grad, want, rtol=1e-5, atol=1e-7)
+
+
+def test_cotangents_are_kept_where_backward_passes_do_not_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    force_way(monkeypatch, "compressed")
+
+    class Limited(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 16), nn.Linear(16, 64)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            hidden: Tensor = self.first(inputs).tanh()
+            if hidden.requires_grad:
+                hidden.register_hook(lambda grad: grad.clamp(-0.01, 0.01))
+            last: Tensor = self.last(hidden)
+            return last
+
+    trainer = wide_trainer(Limited, "layerwise", cotangents="recompute")
+    batch = double_batch(trainer)
+    rows, shared = plain_rows(trainer, *batch)
+    trainer.step([batch], StepBuffer())
+    assert trainer.step.engine.method.plan.kept
+    weights = trainer.step.latest.weights
+    for k, param in enumerate(shared):
+        want = sum(w * row[k] for w, row in zip(weights, rows, strict=True))
+        torch.testing.assert_close(param.grad, want, rtol=1e-6, atol=1e-9)
 
 
 def test_signs_are_fair_and_go_on_where_they_were() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastmtl import Trainer
-from fastmtl.engine import comm, pullback
+from fastmtl.engine import comm
 from fastmtl.engine.context import Batch
 from fastmtl.engine.engine import LossEngine
 from fastmtl.engine.halving import Halving, Pair
@@ -161,7 +161,7 @@ def count_vjps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         calls.append(1)
         return vjp(*args, **kwargs)
 
-    for module in (comm, base, split, pullback):
+    for module in (comm, base, split, layerwise):
         assert module.vjp is vjp
         monkeypatch.setattr(module, "vjp", counted)
     return calls

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -62,6 +63,11 @@ class Layer:
         ways = [way for way in self.costs if not (exact and way == "sketched")]
         return min(ways, key=self.costs.__getitem__)
 
+    def numbers(self, way: str) -> int:
+        """Return the numbers that a way keeps for each task: the cotangent, and its piece or, in float64, a copy."""
+        pieces = {"sketched": math.prod(self.sketch), "compressed": self.outputs, "ghost": 2 * self.outputs}
+        return self.outputs + pieces[way]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
@@ -71,7 +77,7 @@ class Plan:
         ways: ``"sketched"``, ``"compressed"`` or ``"ghost"`` by weight.
         kept: Whether the cotangents of the layers' outputs are kept for the second phase, which else computes them anew
             by one more backward pass.
-        numbers: How many numbers the kept cotangents have, or would have.
+        numbers: How many numbers the kept cotangents and pieces have, or would have.
     """
 
     ways: Mapping[Tensor, str]
@@ -128,9 +134,9 @@ def make_plan(
 ) -> Plan:
     """Return the plan of least cost.
 
-    Cotangents are kept where they and the gradients of the weights that stay direct are no more numbers than the T
-    gradients of all parameters. Where all do not fit, as many layers leave the direct way as do, or a second backward
-    pass computes the cotangents anew, whichever costs less.
+    Cotangents are kept where they, the pieces and the gradients of the weights that stay direct are no more numbers
+    than the T gradients of all parameters. Where all do not fit, as many layers leave the direct way as do, or a second
+    backward pass computes the cotangents anew, whichever costs less.
 
     Args:
         layers: The weights that may leave the direct way.
@@ -143,11 +149,11 @@ def make_plan(
     gains = {weight: layer.costs["direct"] - layer.costs[best[weight]] for weight, layer in layers.items()}
     leaving = [weight for weight, way in best.items() if way != "direct"]
     # Numbers by which a kept cotangent exceeds the gradient in whose place it is.
-    excess = {weight: layers[weight].outputs - weight.numel() for weight in leaving}
+    excess = {weight: layers[weight].numbers(best[weight]) - weight.numel() for weight in leaving}
 
     def plan(weights: Collection[Tensor], keeps: bool) -> Plan:
         chosen = [weight for weight in leaving if weight in weights]
-        numbers = tasks * sum(layers[weight].outputs for weight in chosen)
+        numbers = tasks * sum(layers[weight].numbers(best[weight]) for weight in chosen)
         return Plan(ways={weight: best[weight] for weight in chosen}, kept=keeps, numbers=numbers)
 
     if kept is not None:

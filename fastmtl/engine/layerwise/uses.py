@@ -68,7 +68,8 @@ class LinearUse:
 
     def total(self) -> Tensor:
         """Return the sum of the inputs over the samples, (1, in)."""
-        return self.inputs.sum(0, keepdim=True)
+        inputs = self.inputs
+        return inputs.sum(0, keepdim=True, dtype=_summed_in(inputs))
 
     def project(self, omega: Tensor) -> Tensor:
         """Return the inputs times the rows of a matrix Omega (1, k, in), (n, k), as :meth:`sketch` takes them."""
@@ -147,7 +148,7 @@ class ConvUse:
     def total(self) -> Tensor:
         """Return the sum of the patches over the samples, but for the borders: that of the channels, (g, fan_in)."""
         inputs = self.inputs
-        channels = inputs.sum([0, *range(2, inputs.dim())]).unflatten(0, (self.groups, -1))
+        channels = inputs.sum([0, *range(2, inputs.dim())], dtype=_summed_in(inputs)).unflatten(0, (self.groups, -1))
         return channels.repeat_interleave(self.weight[0, 0].numel(), 1)
 
     def project(self, omega: Tensor) -> Tensor:
@@ -182,6 +183,11 @@ class ConvUse:
 
 # One use of a weight in a graph: the outputs are linear in the weight and in the inputs.
 Use: TypeAlias = LinearUse | ConvUse
+
+
+def _summed_in(inputs: Tensor) -> torch.dtype:
+    """Return the dtype of sums, which in float16 may overflow."""
+    return torch.float64 if inputs.dtype == torch.float64 else torch.float32
 
 
 def unfolded(

@@ -13,11 +13,9 @@ import torch
 from torch import Tensor
 
 from fastmtl.engine.layerwise.uses import Use
+from fastmtl.engine.vjp import Cotangents
 
 __all__ = ["Compressed", "Ghost", "Sketched", "Way", "gradient_of", "omega_of"]
-
-# Cotangents of a weight's uses; None where a use has none.
-Cotangents = Sequence[Tensor | None]
 
 
 class Way(Protocol):

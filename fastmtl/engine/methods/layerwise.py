@@ -19,7 +19,7 @@ from fastmtl import ops
 from fastmtl.engine.comm import Comm
 from fastmtl.engine.context import Batch
 from fastmtl.engine.cut import Structure
-from fastmtl.engine.gradients import agree, set_grads
+from fastmtl.engine.gradients import agree, set_grads, summed
 from fastmtl.engine.graph import batches_well
 from fastmtl.engine.jacobian import BatchGradients, HasRows, Pullback, detached
 from fastmtl.engine.layerwise.plan import RATES, Layer, Plan, layer_of, make_plan
@@ -33,6 +33,7 @@ from fastmtl.engine.side_effects import without_side_effects
 from fastmtl.engine.trees import tensors_of
 from fastmtl.engine.vjp import batched_vjps, vjp
 from fastmtl.engine.weights import Row, Rows, Weights
+from fastmtl.errors import UsageError
 from fastmtl.support.kinds import Settings, State
 from fastmtl.support.profiling import part
 
@@ -40,8 +41,8 @@ __all__ = ["Layerwise", "LayerwiseUpdate"]
 
 # Cotangents per batched backward pass; more need more memory for the gradients of the layers' outputs.
 _AT_ONCE = 4
-# With more numbers in the features, operators do not gain by being batched.
-_SMALL = 2**15
+# With more numbers in a layer's outputs, operators do not gain by being batched.
+_SMALL = 2**18
 _WAYS = ("direct", "sketched", "compressed", "ghost")
 # The cotangents of each use of a weight, for each task.
 Kept = list[list[Tensor | None]]
@@ -101,7 +102,15 @@ class Layerwise(Split):
             missing = self.structure.any([weight not in proven for weight in weights])
             for weight in (weight for weight, is_missing in zip(weights, missing, strict=True) if not is_missing):
                 layer = layer_of(proven[weight], len(problem.tasks), self.width, rates, self.comm.shares_batches)
-                self.layers[weight] = layer
+                self.layers[weight] = self._agreed(layer)
+
+    def _agreed(self, layer: Layer) -> Layer:
+        """Return a layer with the costs that it has in the main process, whose part of a batch may be larger."""
+        if not self.comm.shares_batches:
+            return layer
+        costs = torch.tensor(list(layer.costs.values()), dtype=torch.float64, device=self.problem.model.device)
+        self.comm.broadcast([costs])
+        return replace(layer, costs=dict(zip(layer.costs, costs.tolist(), strict=True)))
 
     def _adopt(self, exact: Set[Tensor] = frozenset()) -> None:
         """Go by the main process's plan from now on, in which some weights must not be sketched."""
@@ -127,7 +136,7 @@ class Layerwise(Split):
             count = sum(param.dim() > 1 for param in self.problem.shared_params)
             self.report(f"vjps: layer by layer, {plan.described(count, self.width)}")
         else:
-            self.report("vjps: one after the other, as no layer would gain")
+            self.report("vjps: no layer would gain by going another way than the direct one")
 
     def split(self, batch: Batch) -> BatchGradients:
         """Run the forward pass, the VJPs down to the outputs of the layers, and their parts of the Gram matrix."""
@@ -154,7 +163,9 @@ class Layerwise(Split):
         if checks:
             self._look_at(found)
         shapes = [self.layers[param].sketch if param in plan.ways else tuple(param.shape) for param in shared]
-        update = LayerwiseUpdate(shared, list(plan.ways), uses, ways, plan.kept, features, cotangents)
+        # Sketches that other processes send are added to, whether or not this one uses the layer.
+        covered = list(plan.ways if self.comm.shards_rows else uses)
+        update = LayerwiseUpdate(shared, covered, uses, ways, plan.kept, features, cotangents)
         update.tasks, update.shapes, update.learn = tasks, shapes, self._learn
         others = [param for param in shared if param not in uses]
         edges = [use.edge for of_weight in uses.values() for use in of_weight]
@@ -169,6 +180,10 @@ class Layerwise(Split):
                 pieces[weight] = ways[weight].piece(of_uses)
                 if plan.kept:
                     update.kept[weight].append(of_uses)
+            if any(pieces[weight] is not None for weight in covered if weight not in uses):
+                raise UsageError(
+                    "With several processes and vjps='sketch' every step must use a layer's weight in the same way."
+                )
             update.rows.append([pieces[param] for param in shared])
         return update
 
@@ -192,14 +207,23 @@ class Layerwise(Split):
     def _proven(self, features: Sequence[Tensor], uses: Mapping[Tensor, Sequence[Use]]) -> dict[Tensor, Sequence[Use]]:
         """Return the uses of those weights whose gradients from the layers' cotangents are autograd's."""
         edges = [use.edge for found in uses.values() for use in found]
-        cotangents = [torch.randn_like(feature) / max(feature.numel(), 1) for feature in features]
-        grads = vjp(features, cotangents, [*uses, *edges], retain=True)
-        rest = iter(grads[len(uses) :])
         halved = self.problem.low_precision is not None
+        # Small enough for float16.
+        scale = 1 / max(1, max(feature.numel() for feature in features)) if halved else 1.0
+        first, second = ([torch.randn_like(feature) * scale for feature in features] for _ in range(2))
+        grads = vjp(features, first, [*uses, *edges], retain=True)
+        if self.kept is None or not self.kept:
+            both = vjp(features, [a + b for a, b in zip(first, second, strict=True)], edges, retain=True)
+            apart = summed([grads[len(uses) :]], [vjp(features, second, edges, retain=True)])[0]
+            if any(self.structure.any([not agree(both, apart, halved)])):
+                # As with hooks that limit gradients: a pass of the weighted cotangents is not the sum of their passes.
+                self.kept = True
+        rest = iter(grads[len(uses) :])
         proven: dict[Tensor, Sequence[Use]] = {}
         for (weight, found), grad in zip(uses.items(), grads[: len(uses)], strict=True):
             own = gradient_of(found, [next(rest) for _ in found])
-            if own is not None and grad is not None and agree([own.to(grad.dtype)], [grad], halved):
+            coarse = halved or weight.dtype in (torch.bfloat16, torch.float16)
+            if own is not None and grad is not None and agree([own.to(grad.dtype)], [grad], coarse):
                 proven[weight] = found
         return proven
 
@@ -208,8 +232,8 @@ class Layerwise(Split):
     ) -> Iterator[Row]:
         """Yield the VJPs, batched where possible; the graph is kept for the inputs of the layers."""
         if self._batches is None:
-            # Larger operators do not gain.
-            self._batches = sum(feature.numel() for feature in features) <= _SMALL and batches_well(features)
+            largest = max((layer.outputs for layer in self.layers.values()), default=0)
+            self._batches = largest <= _SMALL and batches_well(features)
         for start in range(0, len(cotangents), _AT_ONCE):
             some = cotangents[start : start + _AT_ONCE]
             yield from self._together(features, some, wanted) or (
@@ -227,16 +251,26 @@ class Layerwise(Split):
             "kept": self.plan.kept,
             "numbers": self.plan.numbers,
             "width": self.width,
+            "in_parts": self.comm.shares_batches,
         }
 
     def load_state_dict(self, state: Settings) -> None:
-        """Go on where `state_dict` was taken, if the run went this way."""
-        if "layers" not in state or state["width"] != self.width:
+        """Go on where `state_dict` was taken, if the plan that was made there holds here."""
+        shared = set(self.problem.shared_params)
+        params: dict[str, Tensor] = {
+            name: param for name, param in self.problem.model.named_parameters() if param in shared
+        }
+        if not self.can_load(state) or not params.keys() >= state["layers"].keys():
             return
-        params: dict[str, Tensor] = dict(self.problem.model.named_parameters())
         self.layers = {params[name]: Layer(**layer) for name, layer in state["layers"].items()}
         ways = {params[name]: way for name, way in state["ways"].items()}
-        self._follow(Plan(ways=ways, kept=state["kept"], numbers=state["numbers"]))
+        kept = state["kept"] if self.kept is None else self.kept
+        self._follow(Plan(ways=ways, kept=kept, numbers=state["numbers"]))
+
+    def can_load(self, state: Settings) -> bool:
+        """Return whether a `state_dict` has a plan with sketches like these."""
+        here = self.width, self.comm.shares_batches
+        return "layers" in state and (state["width"], state["in_parts"]) == here
 
     def _together(
         self, features: Sequence[Tensor], cotangents: Rows, wanted: Sequence[Tensor | GradientEdge]
@@ -349,8 +383,8 @@ class LayerwiseUpdate(Pullback):
             for row in source.rows
         ]
         comm.combination.write(rows, weights.shared, weights.groups)
-        summed = [param for param in self.params if param not in done] if comm.shards_rows else []
-        comm.all_reduce_grads(tasks, summed)
+        complete = [param for param in self.params if param not in done] if comm.shards_rows else []
+        comm.all_reduce_grads(tasks, complete)
 
     def _gradients(self, weights: Weights) -> Row:
         if not self.keeps:

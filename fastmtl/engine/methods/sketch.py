@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -44,8 +45,6 @@ class Sketch(Layerwise):
         check_every: Steps from one comparison with the exact Gram matrix to the next.
         seed: Of the random signs.
 
-    Attributes:
-        steps: Steps so far.
     """
 
     def __init__(
@@ -64,13 +63,14 @@ class Sketch(Layerwise):
         self.width: int = width
         self.check_every = check_every
         self.signs = Signs(self.problem.model.device, seed)
-        self.steps = 0
+        # Steps to the next check.
+        self.left = 0
         self._means: dict[Tensor, Tensor] = {}
 
     @override
     def _checks(self) -> bool:
-        self.steps += 1
-        return (self.steps - 1) % self.check_every == 0
+        self.left -= 1
+        return self.left < 0
 
     @override
     def _ways(self, uses: Mapping[Tensor, Sequence[Use]], plan: Plan) -> dict[Tensor, Way]:
@@ -120,32 +120,46 @@ class Sketch(Layerwise):
         values = torch.stack(variances).tolist() if variances else []
         allowed = LARGEST_ERROR**2 / max(sum(gains), 1e-300)
         shares = zip(self._means, values, gains, strict=True)
-        self._adopt({weight for weight, variance, gain in shares if variance > allowed * gain})
+        self._adopt({weight for weight, variance, gain in shares if not variance <= allowed * gain})
         self._means = {}
+        # A step of float16 that overflowed has shown nothing.
+        self.left = self.check_every - 1 if all(map(math.isfinite, values)) else 0
+        assert self.plan is not None
+        self._tell(self.plan)
 
     def _variance(self, weight: Tensor, total: Tensor, grads: Sequence[Tensor | None]) -> Tensor:
         """Return bounds (T, T) on the variances of a layer's part of the Gram matrix.
 
         With what the gradients g_t (out, in) are beside the mean direction the part is ``tr(g_s^T g_t)``, and the
-        variance of its estimate from k random rows at most ``2 |g_s^T g_t|_F^2 / k = 2 <g_s g_s^T, g_t g_t^T> / k``.
+        variance of its estimate from k - 1 random rows at most ``2 |g_s^T g_t|_F^2 / (k - 1)``, which is also
+        ``2 <g_s g_s^T, g_t g_t^T> / (k - 1)``.
         """
         groups, width, fan_in = self.layers[weight].omega
-        mean = omega_of(total, torch.zeros(groups, 1, fan_in, dtype=torch.float64, device=total.device))[:, :1]
-        outers = []
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        mean = omega_of(total, torch.zeros(groups, 1, fan_in, dtype=dtype, device=total.device))[:, :1]
+        rests = []
         for grad in grads:
-            flat = (torch.zeros_like(weight) if grad is None else grad).double()
+            flat = (torch.zeros_like(weight) if grad is None else grad).to(dtype)
             rest = (flat.mT if self.layers[weight].flipped else flat).unflatten(0, (groups, -1)).flatten(2)
-            rest = rest - (rest @ mean.mT) * mean
-            outers.append([rest @ rest.mT])
-        return ops.gram(outers) * (2 / (width - 1))
+            rests.append(rest - (rest @ mean.mT) * mean)
+        if rests[0].shape[1] <= fan_in:
+            squares = ops.gram([[rest @ rest.mT] for rest in rests])
+        else:
+            # Many outputs: their products do not fit.
+            squares = torch.stack([torch.stack([(a.mT @ b).double().square().sum() for b in rests]) for a in rests])
+        return squares * (2 / (width - 1))
 
     @override
     def state_dict(self) -> State:
-        return super().state_dict() | {"steps": self.steps, "generator": self.signs.generator.get_state()}
+        return super().state_dict() | {"left": self.left, "generator": self.signs.generator.get_state()}
 
     @override
     def load_state_dict(self, state: Settings) -> None:
         super().load_state_dict(state)
-        if "generator" in state:
-            self.steps = state["steps"]
-            self.signs.generator.set_state(state["generator"])
+        if self.plan is None:
+            return
+        self.left = state["left"]
+        generator = state["generator"].cpu()
+        # Generators of other devices have states of their own.
+        if generator.shape == self.signs.generator.get_state().shape:
+            self.signs.generator.set_state(generator)

@@ -35,6 +35,8 @@ __all__ = ["engines_to_try"]
 
 # With fewer tasks than this, what batching saves is less than what it costs; on CUDA it saves launches too.
 _MANY_TASKS, _MANY_ON_CUDA = 8, 3
+# Added to the run's seed.
+_SKETCH = 7919
 # The ways that the first steps may choose: they give the same gradients.
 _ROUTES = ("batched", "layerwise")
 # Gradients, counted as tensors, that are compiled into one graph without being asked to.
@@ -136,7 +138,8 @@ def _other_vjps(
 
 def _seed(comm: Comm, problem: Problem) -> int:
     """Return the seed of the run, the main process's in all of them."""
-    seed = torch.tensor([torch.initial_seed() % 2**63], dtype=torch.int64, device=problem.model.device)
+    # Not the stream of numbers that made the parameters.
+    seed = torch.tensor([(torch.initial_seed() + _SKETCH) % 2**63], dtype=torch.int64, device=problem.model.device)
     comm.broadcast([seed])
     return int(seed)
 
@@ -237,7 +240,8 @@ def _against_layers(strategy: AbsWeighting, eager: Engine, options: StepOptions)
         return "the strategy or the network does not have one VJP per task go through a trunk"
     model = eager.problem.model
     reasons = {
-        "the strategy needs more than one Gram matrix": strategy.needs != "gram" or strategy.samples > 1,
+        "the strategy needs more than a Gram matrix": strategy.needs != "gram",
+        "the strategy takes several batches per step": strategy.samples > 1,
         "gradients are accumulated, so that the graphs are gone before the weights are known": options.accumulate > 1,
         "parts of the network are compiled": is_compiled(model),
         "the device has no float64": wide_dtype(model.device) != torch.float64,
