@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge
 from fastmtl.aggregation.rows import gram_of
 from fastmtl.autogram.layers import SHORTCUTS, bias_gram, positions, weight_gram
 from fastmtl.autojac.jac import jac
-from fastmtl.engine.graph import graph_nodes
+from fastmtl.engine.graph import graph_nodes, is_leaf
 from fastmtl.errors import UsageError
 
 __all__ = ["Engine"]
@@ -137,7 +137,7 @@ class Engine:
         calls: dict[nn.Module, list[tuple[GradientEdge, Tensor]]] = {}
         uses: Counter[Tensor] = Counter()
         for node in graph_nodes([output.grad_fn]):
-            uses.update(child.variable for child, _ in node.next_functions if hasattr(child, "variable"))
+            uses.update(child.variable for child, _ in node.next_functions if is_leaf(child))
             layer, inputs, output_nr = node.metadata.get(_KEY, (None, None, 0))
             if layer in layers and any(param.requires_grad for param in layer.parameters()):
                 calls.setdefault(layer, []).append((GradientEdge(node, output_nr), inputs))

@@ -19,6 +19,7 @@ __all__ = [
     "check_graphs",
     "graph_nodes",
     "inner_nodes",
+    "is_leaf",
     "number_now",
     "reach",
     "reached_leaves",
@@ -40,6 +41,11 @@ def graph_nodes(roots: Iterable[Node], excluded: Iterable[Node] = ()) -> Iterato
         yield from level
         reached = (child for node in level for child, _ in node.next_functions)
         level = [child for child in dict.fromkeys(reached) if child is not None and child not in seen]
+
+
+def is_leaf(node: Node) -> bool:
+    """Return whether a node accumulates into a leaf, its ``variable``; functions may have an attribute of that name."""
+    return type(node).__name__ == "AccumulateGrad"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +85,7 @@ def reach(roots: Sequence[Node], excluded: Sequence[Node] = ()) -> Reached:
             else:
                 owners[node] = _SEVERAL
             pending.extend(inputs[node])
-    # Only the nodes that accumulate into leaves have a variable, and no inputs.
-    ends = [node for node, children in inputs.items() if not children and hasattr(node, "variable")]
+    ends = [node for node in inputs if is_leaf(node)]
     found = [(node.variable, owners[node]) for node in ends]
     return Reached(list(inputs), {leaf: None if owner == _SEVERAL else owner for leaf, owner in found})
 
@@ -111,12 +116,12 @@ def batches_well(tensors: Sequence[Tensor], convolutions: bool = False) -> bool:
 
 def reached_leaves(outputs: Sequence[Tensor]) -> set[Tensor]:
     """Return the leaves of the graphs of those outputs that have one."""
-    return {node.variable for node in graph_nodes(root_nodes(outputs)) if hasattr(node, "variable")}
+    return {node.variable for node in graph_nodes(root_nodes(outputs)) if is_leaf(node)}
 
 
 def inner_nodes(outputs: Sequence[Tensor]) -> list[Node]:
     """Return the nodes of the outputs' graphs that are not leaves."""
-    return [node for node in graph_nodes(root_nodes(outputs)) if not hasattr(node, "variable")]
+    return [node for node in graph_nodes(root_nodes(outputs)) if not is_leaf(node)]
 
 
 def number_now() -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fastmtl.architecture import HPS
 from fastmtl.engine.weights import Weights
 from fastmtl.trainer.log.records import StepBuffer
 from tests.trainer.toy import Listener, batch_of, flat, force_way, loaders, make_trainer
@@ -230,3 +231,43 @@ def test_a_plan_that_changes_nothing_is_said_and_left() -> None:
     trainer.step([next(iter(loaders(TASKS)))], StepBuffer())
     assert listener.messages == ["vjps: no layer would gain by going another way than the direct one"]
     assert not trainer.step.engine.possible
+
+
+class _Masked(nn.Module):
+    """Its trunk hands on a mask too, and nothing comes through its dead layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.dead, self.last = nn.Linear(6, 16), nn.Linear(16, 16, bias=False), nn.Linear(16, 64)
+
+    def forward(self, inputs: Tensor) -> Any:
+        hidden = self.first(inputs).tanh()
+        hidden = hidden + self.dead(hidden * 0)
+        return self.last(hidden), inputs > 0
+
+
+@pytest.mark.parametrize("way", [*EXACT, "sketched"])
+def test_features_without_gradients_and_inputs_of_zeros(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    force_way(monkeypatch, way)
+
+    class Network(HPS):
+        def trunk(self, inputs: Any, task_name: str | None = None) -> Any:
+            return self.encoder(inputs)
+
+        def branch(self, features: Any, task: str) -> Any:
+            return features[0] * features[1].sum(1, keepdim=True).clamp(max=1)
+
+    decoders = nn.ModuleDict({f"task{t}": nn.Linear(64, 1 if t % 2 else 3) for t in range(TASKS)})
+    vjps = "sketch" if way == "sketched" else "layerwise"
+    trainer: Any = make_trainer(
+        "MGDA", Network, TASKS, encoder_class=_Masked, decoders=decoders, vjps=vjps, cotangents="keep"
+    )
+    batch = double_batch(trainer)
+    rows, shared = plain_rows(trainer, *batch)
+    trainer.step([batch], StepBuffer())
+    assert list(trainer.step.engine.method.plan.ways.values()) == [way] * 3
+    latest = trainer.step.latest
+    torch.testing.assert_close(latest.gram, gram_of(rows), rtol=1e-9, atol=1e-12)
+    for k, param in enumerate(shared):
+        want = sum(w * row[k] for w, row in zip(latest.weights, rows, strict=True))
+        torch.testing.assert_close(param.grad, want, rtol=2e-5, atol=1e-7)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 from torch.nn import functional
 
-from fastmtl.engine.graph import Node, graph_nodes, root_nodes
+from fastmtl.engine.graph import Node, graph_nodes, is_leaf, root_nodes
 
 __all__ = ["ConvUse", "LinearUse", "Use", "unfolded", "weight_uses"]
 
@@ -230,7 +230,7 @@ def weight_uses(outputs: Sequence[Tensor], weights: Collection[Tensor]) -> dict[
 def _weight_of(node: Node) -> tuple[Tensor, bool] | None:
     """Return the leaf that a node passes on unchanged but for its dtype, and whether transposed; None for others."""
     transposed = False
-    while not hasattr(node, "variable"):
+    while not is_leaf(node):
         kind = type(node).__name__
         if kind not in (_TRANSPOSES, _CASTS):
             return None

@@ -159,8 +159,12 @@ def _factor(uses: Sequence[Use]) -> Tensor:
     """Return a square L with ``L L^T = X X^T``.
 
     With linearly dependent rows rounding could make the factorisation fail; the term added to the diagonal is far below
-    the precision of float32.
+    the precision of float32. A factorisation that fails nevertheless is NaN, not something else.
     """
     products = _products(uses)
-    products.diagonal(dim1=1, dim2=2).add_(1e-13 * products.diagonal(dim1=1, dim2=2).sum(-1, keepdim=True))
-    return torch.linalg.cholesky_ex(products).L
+    diagonal = products.diagonal(dim1=1, dim2=2)
+    rounding = max(1e-13, 1e-15 * products.shape[-1])
+    # Inputs may be zero, all of them.
+    diagonal.add_(rounding * diagonal.sum(-1, keepdim=True) + torch.finfo(torch.float64).tiny)
+    factor, info = torch.linalg.cholesky_ex(products)
+    return factor.where((info == 0)[:, None, None], torch.nan)

@@ -15,37 +15,34 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastmtl import ops
 from fastmtl.engine.comm import Comm
 from fastmtl.engine.context import Batch
 from fastmtl.engine.cut import Structure
-from fastmtl.engine.gradients import agree, set_grads, summed
+from fastmtl.engine.gradients import agree, summed
 from fastmtl.engine.graph import batches_well
-from fastmtl.engine.jacobian import BatchGradients, HasRows, Pullback, detached
+from fastmtl.engine.jacobian import BatchGradients, detached
 from fastmtl.engine.layerwise.plan import RATES, Layer, Plan, layer_of, make_plan
+from fastmtl.engine.layerwise.update import LayerwiseUpdate
 from fastmtl.engine.layerwise.uses import Use, weight_uses
-from fastmtl.engine.layerwise.ways import Compressed, Ghost, Sketched, Way, gradient_of
+from fastmtl.engine.layerwise.ways import Compressed, Ghost, Way, gradient_of
 from fastmtl.engine.methods.split import Split
 from fastmtl.engine.model import Tasks
-from fastmtl.engine.pullback import weighted
 from fastmtl.engine.regions import Regions
 from fastmtl.engine.side_effects import without_side_effects
 from fastmtl.engine.trees import tensors_of
 from fastmtl.engine.vjp import batched_vjps, vjp
-from fastmtl.engine.weights import Row, Rows, Weights
+from fastmtl.engine.weights import Row, Rows
 from fastmtl.errors import UsageError
 from fastmtl.support.kinds import Settings, State
 from fastmtl.support.profiling import part
 
-__all__ = ["Layerwise", "LayerwiseUpdate"]
+__all__ = ["Layerwise"]
 
 # Cotangents per batched backward pass; more need more memory for the gradients of the layers' outputs.
 _AT_ONCE = 4
 # With more numbers in a layer's outputs, operators do not gain by being batched.
 _SMALL = 2**18
 _WAYS = ("direct", "sketched", "compressed", "ghost")
-# The cotangents of each use of a weight, for each task.
-Kept = list[list[Tensor | None]]
 
 
 class Layerwise(Split):
@@ -162,11 +159,20 @@ class Layerwise(Split):
         ways = self._ways(uses, plan)
         if checks:
             self._look_at(found)
-        shapes = [self.layers[param].sketch if param in plan.ways else tuple(param.shape) for param in shared]
         # Sketches that other processes send are added to, whether or not this one uses the layer.
         covered = list(plan.ways if self.comm.shards_rows else uses)
-        update = LayerwiseUpdate(shared, covered, uses, ways, plan.kept, features, cotangents)
-        update.tasks, update.shapes, update.learn = tasks, shapes, self._learn
+        update = LayerwiseUpdate(
+            params=shared,
+            covered=covered,
+            uses=uses,
+            ways=ways,
+            keeps=plan.kept,
+            features=features,
+            cotangents=cotangents,
+            tasks=tasks,
+            shapes=[self.layers[param].sketch if param in plan.ways else tuple(param.shape) for param in shared],
+            learn=self._learn,
+        )
         others = [param for param in shared if param not in uses]
         edges = [use.edge for of_weight in uses.values() for use in of_weight]
         exact = list(uses) if checks else []
@@ -209,11 +215,15 @@ class Layerwise(Split):
         edges = [use.edge for found in uses.values() for use in found]
         halved = self.problem.low_precision is not None
         # Small enough for float16.
-        scale = 1 / max(1, max(feature.numel() for feature in features)) if halved else 1.0
-        first, second = ([torch.randn_like(feature) * scale for feature in features] for _ in range(2))
+        scale = 1 / max(1, *(feature.numel() for feature in features)) if halved else 1.0
+        # Masks and the like have none.
+        first, second = (
+            [torch.randn_like(feature) * scale if feature.requires_grad else None for feature in features]
+            for _ in range(2)
+        )
         grads = vjp(features, first, [*uses, *edges], retain=True)
         if self.kept is None or not self.kept:
-            both = vjp(features, [a + b for a, b in zip(first, second, strict=True)], edges, retain=True)
+            both = vjp(features, summed([first], [second])[0], edges, retain=True)
             apart = summed([grads[len(uses) :]], [vjp(features, second, edges, retain=True)])[0]
             if any(self.structure.any([not agree(both, apart, halved)])):
                 # As with hooks that limit gradients: a pass of the weighted cotangents is not the sum of their passes.
@@ -300,113 +310,3 @@ def _are_saved(uses: Sequence[Use]) -> bool:
         for use in uses:
             _ = use.inputs
     return not ops_run.count
-
-
-class LayerwiseUpdate(Pullback):
-    """The rows have pieces in the place of some gradients, whose update is one gradient of the weighted cotangents.
-
-    Args:
-        params: The shared parameters.
-        covered: Those with pieces in place of gradients.
-        uses: The uses of those that this step uses.
-        ways: Their ways.
-        keeps: Whether the cotangents are kept.
-        features: What was differentiated.
-        cotangents: Its cotangents, by task.
-
-    Attributes:
-        rows: T gradients, with pieces for what is covered.
-        exact_rows: T gradients, where the Gram matrix is compared with theirs.
-        kept: The cotangents of the outputs of each use of a weight, by task.
-        tasks: The tasks of the step.
-        shapes: The shapes of the entries of a row.
-        learn: Called with the exact rows and their Gram matrix (T, T).
-    """
-
-    def __init__(
-        self,
-        params: Sequence[Tensor],
-        covered: Sequence[Tensor],
-        uses: Mapping[Tensor, Sequence[Use]],
-        ways: Mapping[Tensor, Way],
-        keeps: bool,
-        features: Sequence[Tensor],
-        cotangents: Rows,
-    ) -> None:
-        self.params = params
-        self.covered = covered
-        self.uses = uses
-        self.ways = ways
-        self.keeps = keeps
-        self.features = features
-        self.cotangents = cotangents
-        self.kept: dict[Tensor, Kept] = {weight: [] for weight in uses}
-        self.rows: Rows = []
-        self.exact_rows: Rows = []
-        self.tasks: Tasks = ()
-        self.shapes: Sequence[Sequence[int]] = ()
-        self.learn: Callable[[Rows, Tensor], None] = lambda rows, gram: None
-        self.exact_gram = not any(isinstance(way, Sketched) for way in ways.values())
-
-    def collect(self, rows: Rows, comm: Comm, final: bool) -> Rows:
-        """Return the rows summed over the processes, whole: pieces are small."""
-        return comm.all_reduce_rows(rows, self.shapes, self.tasks) if comm.shards_rows else rows
-
-    def gram(self, rows: Rows, groups: Sequence[int] | None, comm: Comm, shares: Tensor | None) -> Tensor:
-        """Return the Gram matrix of the pieces and of what has none; the exact one where it is there to compare."""
-        gram = self._gram(rows, groups, comm, shares)
-        for place, param in enumerate(self.params):
-            extra = self.ways[param].gram() if param in self.ways else None
-            if extra is not None:
-                (gram if groups is None else gram[groups[place]]).add_(extra)
-        if self.exact_rows:
-            exact_rows, self.exact_rows = self.exact_rows, []
-            if comm.shards_rows:
-                exact_rows = comm.all_reduce_rows(exact_rows, [param.shape for param in self.params], self.tasks)
-            exact = self._gram(exact_rows, groups, comm, shares)
-            whole = exact if groups is None else exact.sum(0)
-            self.gram_error = _error(gram if groups is None else gram.sum(0), whole)
-            self.exact_gram = True
-            self.learn(exact_rows, whole)
-            return exact
-        return gram
-
-    def _gram(self, rows: Rows, groups: Sequence[int] | None, comm: Comm, shares: Tensor | None) -> Tensor:
-        return ops.gram(rows, groups) if comm.shards_rows else comm.gram(rows, groups, shares)
-
-    def write(self, weights: Weights, source: HasRows, comm: Comm, tasks: Tasks) -> None:
-        """Write the weighted sums of the gradients, and the gradients of the weighted cotangents."""
-        set_grads(self.covered, self._gradients(weights))
-        done = set(self.covered)
-        rows = [
-            [None if param in done else entry for param, entry in zip(self.params, row, strict=True)]
-            for row in source.rows
-        ]
-        comm.combination.write(rows, weights.shared, weights.groups)
-        complete = [param for param in self.params if param not in done] if comm.shards_rows else []
-        comm.all_reduce_grads(tasks, complete)
-
-    def _gradients(self, weights: Weights) -> Row:
-        if not self.keeps:
-            total = weighted(weights.shared, self.cotangents)
-            with part("VJPs"):
-                return vjp(self.features, total, self.covered, retain=False)
-        groups = weights.groups and dict(zip(self.params, weights.groups, strict=True))
-        grads: Row = []
-        for weight in self.covered:
-            if weight not in self.uses:
-                grads.append(None)
-                continue
-            of_tasks = weights.shared if not groups else weights.shared[groups[weight]]
-            total = weighted(of_tasks, self.kept.pop(weight))
-            with part("VJPs"):
-                grad = gradient_of(self.uses[weight], total)
-            grads.append(None if grad is None else grad.to(weight.dtype))
-        return grads
-
-
-def _error(gram: Tensor, exact: Tensor) -> Tensor:
-    """Return the greatest difference of two Gram matrices, over the norms of the gradients that ``exact`` is of."""
-    norms = exact.diagonal().clamp(min=0).sqrt()
-    products = norms[:, None] * norms
-    return ((gram - exact).abs() / products.where(products > 0, torch.inf)).max()

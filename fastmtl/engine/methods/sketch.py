@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -123,7 +122,7 @@ class Sketch(Layerwise):
         self._adopt({weight for weight, variance, gain in shares if not variance <= allowed * gain})
         self._means = {}
         # A step of float16 that overflowed has shown nothing.
-        self.left = self.check_every - 1 if all(map(math.isfinite, values)) else 0
+        self.left = self.check_every - 1 if bool(gram.isfinite().all()) else 0
         assert self.plan is not None
         self._tell(self.plan)
 
