@@ -33,7 +33,7 @@ TORCH_TARGET = "0x{:02x}{:02x}000000000000".format(*OLDEST_TORCH)
 KERNELS = (
     *("combine", "graddrop", "ema_gram", "gram", "excess_risk", "register"),
     *("aligned", "cagrad", "config", "dual_cone", "fairgrad", "gradvac", "imtl", "min_norm", "nash", "nonneg_qp"),
-    *("pcgrad", "upgrad", "watch", "famo", "moco", "cap_norm"),
+    *("pcgrad", "upgrad", "watch", "famo", "moco", "cap_norm", "tables"),
 )
 PACKAGE_DIRS = {"fastmtl.kernels": "kernels", "fastmtl.benchmarks": "benchmarks"}
 

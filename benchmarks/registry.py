@@ -72,6 +72,7 @@ BENCHES = (
     "nash",
     "nonneg_qp",
     "pcgrad",
+    "sum_rows",
     "update",
     "upgrad",
     "watch",

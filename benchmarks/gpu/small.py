@@ -54,6 +54,13 @@ def cases(device: torch.device) -> Iterator[tuple[str, tuple[Any, ...]]]:
         grads = [torch.ones(5, 3, 7, device=device) * (t + 1) for t in range(num_rows)]
         yield "graddrop", (grads[:1], grads, 0.25, random)
         yield "graddrop", (grads, grads, 0.25, random)
+    ids = torch.tensor([7, 2, 7, 0, 2, 7], device=device)
+    yield "group_rows", (ids,)
+    grouped = torch.tensor([3, 1, 4, 0, 2, 5], device=device), torch.tensor([0, 1, 3, 6], device=device)
+    for width in (1, 33, 257):
+        values = [torch.ones(6, width, device=device) * (t + 1) for t in range(3)]
+        yield "sum_rows", (values, *grouped, None, None)
+        yield "sum_rows", (values, *grouped, ids.clamp(max=5), torch.linspace(-1, 1, 6, device=device))
     for size in (2, 8, 40):
         jacobian = torch.randn(size, 100, dtype=torch.float64, generator=torch.Generator().manual_seed(size)).to(device)
         gram = jacobian @ jacobian.T

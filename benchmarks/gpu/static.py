@@ -62,6 +62,7 @@ _THREADS = {
     "risk_reduce_kernel": 256,
     "sort_by_key": 128,
     "add_rows": 128,
+    "sum_rows_kernel": 128,
 }
 
 # Kernels whose time is that of the memory they read, and those of them that write as much as one row.

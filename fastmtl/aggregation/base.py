@@ -230,7 +230,7 @@ class WeightedAggregator(Aggregator, Generic[_Weighting]):
     def _weights_of(self, jacobians: Sequence[Tensor]) -> Tensor:
         weighting = self.weighting
         if isinstance(weighting, MatrixWeighting) and weighting.needs_rows_only and not _is_derived(weighting):
-            return weighting(jacobians[0].new_empty(len(jacobians[0]), 0))
+            return weighting(torch.empty(len(jacobians[0]), 0, dtype=jacobians[0].dtype, device=jacobians[0].device))
         return weighting(torch.cat([as_matrix(jacobian) for jacobian in jacobians], dim=1))
 
     def _write_watched(self, jacobians: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor | None:

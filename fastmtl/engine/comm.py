@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastmtl import ops
+from fastmtl.engine.gradients import clip_grads
 from fastmtl.engine.hidden import VJP
 from fastmtl.engine.model import Tasks
 from fastmtl.engine.vjp import Cotangents, vjp
 from fastmtl.engine.weights import Row, Rows
 from fastmtl.support.profiling import part
 
-__all__ = ["Combination", "Comm", "Local", "MaskReps", "combine_into"]
+__all__ = ["Combination", "Comm", "Local", "MaskReps", "combine_into", "combined"]
 
 # Masks the gradients of T representations, from losses, representations and gradients.
 MaskReps = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]]
@@ -29,26 +30,53 @@ class RowShapedState(Protocol):
 
 
 class Combination:
-    """Writes weighted sums of rows into ``.grad`` of the shared parameters, in memory reused in every step."""
+    """Writes weighted sums of rows into ``.grad`` of the shared parameters, in memory reused in every step.
+
+    Where all rows of a parameter are sparse, so is the sum, in memory of its own.
+
+    Attributes:
+        params: The shared parameters.
+        dense: Those whose sum is dense even so.
+    """
 
     def __init__(self, params: Sequence[Tensor]) -> None:
         self.params = params
-        self._update: list[Tensor] | None = None
+        self.dense: set[Tensor] = set()
+        self._update: Row = [None] * len(params)
 
     def write(self, rows: Rows, weights: Tensor, groups: Sequence[int] | None) -> None:
         """Write ``sum_t w_t row_t``."""
-        if self._update is None:
-            self._update = [torch.empty_like(param) for param in self.params]
         # The state of a strategy may hold rows of parameters that have been frozen since.
+        used = [param.requires_grad and any(row[k] is not None for row in rows) for k, param in enumerate(self.params)]
+        sparse = [is_used and self._has_sparse_sum(rows, k) for k, is_used in enumerate(used)]
+        for k, param in enumerate(self.params):
+            if self._update[k] is None and not sparse[k]:
+                self._update[k] = torch.empty_like(param)
         out = [
-            update if param.requires_grad and any(row[k] is not None for row in rows) else None
-            for k, (param, update) in enumerate(zip(self.params, self._update, strict=True))
+            update if is_used and not is_sparse else None
+            for update, is_used, is_sparse in zip(self._update, used, sparse, strict=True)
         ]
         with part("combine"):
             combine_into(out, rows, weights, groups)
+            if any(sparse):
+                sums = iter(combined([k for k, is_sparse in enumerate(sparse) if is_sparse], rows, weights, groups))
+                out = [next(sums) if is_sparse else grad for is_sparse, grad in zip(sparse, out, strict=True)]
         for param, grad in zip(self.params, out, strict=True):
             if grad is not None:
                 param.grad = grad
+
+    def _has_sparse_sum(self, rows: Rows, k: int) -> bool:
+        column = [row[k] for row in rows]
+        is_sparse = all(entry is None or entry.is_sparse for entry in column)
+        return is_sparse and self.params[k] not in self.dense
+
+
+def combined(some: Sequence[int], rows: Sequence[Row], weights: Tensor, groups: Sequence[int] | None) -> Row:
+    """Return ``sum_t w_t row_t`` of some parameters, in new memory."""
+    groups = None if groups is None else [groups[k] for k in some]
+    if groups is not None:
+        weights = weights[: max(groups, default=-1) + 1]
+    return cast(Row, ops.combine([[row[k] for k in some] for row in rows], weights, groups))
 
 
 def combine_into(out: Row, rows: Sequence[Row], weights: Tensor, groups: Sequence[int] | None) -> None:
@@ -190,7 +218,7 @@ class Comm:
 
     def clip_grad_norm(self, max_norm: float | Tensor, shared_only: bool) -> None:
         """Scale the gradients, of the shared parameters or of all, to a total 2-norm of at most ``max_norm``."""
-        nn.utils.clip_grad_norm_(self.shared if shared_only else self.params, max_norm)  # type: ignore[arg-type]
+        clip_grads(self.shared if shared_only else self.params, max_norm)
 
     def shard_states(self, states: Iterable[RowShapedState]) -> Callable[[Tensor], Tensor] | None:
         """Shard state of the size of the rows; return a function that sums over the shards, None without."""

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmtl import ops
 from fastmtl.engine.weights import Row
 from fastmtl.ops._rows import FLOAT_TYPES, is_dense
+from fastmtl.ops._touched import aligned_rows, are_sparse, compacted
 
 __all__ = [
     "Grads",
@@ -18,7 +19,12 @@ __all__ = [
     "WeightedGradients",
     "add_grads",
     "agree",
+    "aligned",
     "are_finite",
+    "clip_grads",
+    "coalesced",
+    "dense_rows",
+    "numbers_of",
     "set_grads",
     "sum_present",
     "summed",
@@ -124,6 +130,11 @@ def set_grads(params: Sequence[Tensor], grads: Grads) -> None:
     for param, grad in zip(params, grads, strict=True):
         if grad is None or grad is param.grad:
             continue
+        if grad.is_sparse:
+            place = grad._values().untyped_storage().data_ptr()
+            param.grad = grad.clone() if place in taken else grad
+            taken.add(place)
+            continue
         storage = grad.untyped_storage()
         is_unshared = storage.data_ptr() not in taken and storage.nbytes() == grad.nbytes
         if not is_unshared or not (grad.is_contiguous() or is_dense(grad)):
@@ -141,16 +152,35 @@ def add_grads(tensors: Sequence[Tensor], grads: Grads) -> None:
         if tensor.grad is None:
             totals.append(torch.zeros_like(tensor) if grad is None else grad)
         else:
-            totals.append(None if grad is None else tensor.grad + grad)
+            totals.append(None if grad is None else _sum(tensor.grad, grad))
     set_grads(tensors, totals)
 
 
 def summed(rows: Sequence[Grads], others: Sequence[Grads]) -> list[Row]:
     """Return the sums of gradients of two batches, None where neither has one."""
     return [
-        [a if b is None else b if a is None else a + b for a, b in zip(row, other, strict=True)]
+        [a if b is None else b if a is None else _sum(a, b) for a, b in zip(row, other, strict=True)]
         for row, other in zip(rows, others, strict=True)
     ]
+
+
+def _sum(one: Tensor, other: Tensor) -> Tensor:
+    """Return the sum of two gradients; sparse if both are."""
+    return other + one if one.is_sparse and not other.is_sparse else one + other
+
+
+def aligned(rows: list[Row]) -> list[Row]:
+    """Return T rows in which the sparse gradients of a parameter have the same indices, each once."""
+    flat = [grad for row in rows for grad in row]
+    if not are_sparse(flat):
+        return rows
+    grads = iter(aligned_rows(flat, len(rows)))
+    return [[next(grads) for _ in row] for row in rows]
+
+
+def dense_rows(rows: list[Row]) -> list[Row]:
+    """Return T rows with dense gradients in place of sparse ones."""
+    return [[grad.to_dense() if grad is not None and grad.is_sparse else grad for grad in row] for row in rows]
 
 
 def sum_present(grads: Grads) -> Tensor | None:
@@ -161,7 +191,7 @@ def sum_present(grads: Grads) -> Tensor | None:
 
 def agree(grads: Grads, reference: Grads, halved: bool = False) -> bool:
     """Return whether gradients are equal up to rounding; None counts as zeros, and NaN equals anything."""
-    pairs = [(_dense(one, other), _dense(other, one)) for one, other in zip(grads, reference, strict=True)]
+    pairs = [_comparable(one, other) for one, other in zip(grads, reference, strict=True)]
     known = [(one, other) for one, other in pairs if one is not None and other is not None and one.numel()]
     if halved:
         pairs_32 = [(one.float(), other.float()) for one, other in known]
@@ -177,11 +207,45 @@ def agree(grads: Grads, reference: Grads, halved: bool = False) -> bool:
 
 def are_finite(grads: Grads) -> bool:
     """Return whether no gradient has a NaN or an infinite entry; waits for the device."""
-    dense = (_dense(grad, None) for grad in grads)
-    return all(bool(grad.isfinite().all()) for grad in dense if grad is not None)
+    return all(bool(numbers_of(grad).isfinite().all()) for grad in grads if grad is not None)
 
 
-def _dense(grad: Tensor | None, like: Tensor | None) -> Tensor | None:
-    if grad is not None:
-        return grad.to_dense() if grad.is_sparse else grad
-    return None if like is None else torch.zeros_like(like.to_dense() if like.is_sparse else like)
+def coalesced(grad: Tensor) -> Tensor:
+    """Return a gradient; if it is sparse, with each index once."""
+    if not grad.is_sparse or grad.is_coalesced():
+        return grad
+    (whole,) = aligned_rows([grad], 1)
+    assert whole is not None
+    return whole
+
+
+def numbers_of(grad: Tensor) -> Tensor:
+    """Return the gradient, or the values of a sparse one, in the very memory where it has each index once."""
+    return coalesced(grad)._values() if grad.is_sparse else grad
+
+
+@torch.no_grad()
+def clip_grads(params: Sequence[Tensor], max_norm: float | Tensor) -> None:
+    """Scale the gradients, sparse ones too, to a total 2-norm of at most ``max_norm``."""
+    if not any(param.grad is not None and param.grad.is_sparse for param in params):
+        nn.utils.clip_grad_norm_(params, max_norm)  # type: ignore[arg-type]
+        return
+    for param in params:
+        if param.grad is not None:
+            param.grad = coalesced(param.grad)
+    numbers = [numbers_of(param.grad) for param in params if param.grad is not None]
+    norm = nn.utils.get_total_norm(numbers)
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1)
+    for values in numbers:
+        values.mul_(factor.to(values.device))
+
+
+def _comparable(one: Tensor | None, other: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Return the numbers of two gradients at the same places; zeros for one that is None."""
+    if one is not None and other is not None:
+        if one.is_sparse or other.is_sparse:
+            (one, other), _ = compacted([one, other], 2)
+        return one, other
+    there = next((numbers_of(grad) for grad in (one, other) if grad is not None), None)
+    nothing = None if there is None else torch.zeros_like(there)
+    return there if one is not None else nothing, there if other is not None else nothing

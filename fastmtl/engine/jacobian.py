@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastmtl import ops
 from fastmtl.engine.comm import Comm
 from fastmtl.engine.context import StepContext, step_losses
-from fastmtl.engine.gradients import TaskGradients, set_grads, summed
+from fastmtl.engine.gradients import TaskGradients, aligned, dense_rows, set_grads, summed
 from fastmtl.engine.losses import Problem
 from fastmtl.engine.model import Tasks
 from fastmtl.engine.trees import detached_tree
@@ -184,7 +184,7 @@ class Jacobian:
         """Return the rows summed over the processes, or this process's pieces; the first access may wait for them."""
         if self._rows is None:
             rows = [row for batch in self._batches for row in batch.rows]
-            self._rows = self.pullback.collect(rows, self._comm, self._ctx.batches[0].final) if rows else rows
+            self._rows = aligned(self.pullback.collect(rows, self._comm, self._ctx.batches[0].final)) if rows else rows
         return self._rows
 
     def gram(self, groups: Sequence[int] | None = None) -> Tensor:
@@ -194,8 +194,8 @@ class Jacobian:
             return self._ctx.scaling.gram(gram)
 
     def unscaled_rows(self) -> Rows:
-        """Return the rows without the loss scale of float16."""
-        return self._ctx.scaling.rows(self.rows)
+        """Return the rows without the loss scale of float16, all of them dense."""
+        return dense_rows(self._ctx.scaling.rows(self.rows))
 
     def mean_gram(self, gram: Tensor) -> Tensor:
         """Return a (T, T) matrix from the result of :meth:`gram`: the sum over groups, or the mean over samples."""

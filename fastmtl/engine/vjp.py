@@ -103,9 +103,10 @@ def jacobians(
     extras: Sequence[Sequence[Tensor]] = (),
     on_extra: Callable[[Sequence[Tensor], list[Tensor | None]], None] | None = None,
 ) -> list[Tensor]:
-    """Return one (m, ...) Jacobian per input, with one VJP per row.
+    """Return one (m, ...) Jacobian per input, with one VJP per row; a sparse one where all rows are.
 
-    Each row is copied to its place before the next one is computed, so that no second copy of the Jacobian exists.
+    Each dense row is copied to its place before the next one is computed, so that no second copy of the Jacobian
+    exists.
 
     Args:
         rows: The outputs and cotangents of each row.
@@ -115,23 +116,51 @@ def jacobians(
         extras: For each row further tensors to differentiate with respect to, in the same backward pass.
         on_extra: Called with them and their gradients for each row.
     """
-    jacs = [_empty(source, num_rows) for source in inputs]
-    slots = zip(*(source.unbind(0) for source in jacs), strict=True)
-    for number, ((outputs, cotangents), slot) in enumerate(zip(rows, slots, strict=True)):
+    jacs: list[Tensor | None] = [None] * len(inputs)
+    sparse: list[list[Tensor | None]] = [[] for _ in inputs]
+    for number, (outputs, cotangents) in enumerate(rows):
         extra = extras[number] if extras else ()
         grads = vjp(outputs, cotangents, [*inputs, *extra], retain=retain or number + 1 < num_rows)
         if on_extra is not None:
             on_extra(extra, grads[len(inputs) :])
-        pairs = list(zip(slot, grads[: len(inputs)], strict=True))
-        for place, grad in pairs:
-            if grad is None:
-                place.zero_()
-        found = [(place, grad) for place, grad in pairs if grad is not None]
+        found = []
+        for k, grad in enumerate(grads[: len(inputs)]):
+            known = jacs[k]
+            if known is None and grad is not None and not grad.is_sparse:
+                known = jacs[k] = _started(inputs[k], num_rows, sparse[k])
+            if known is None:
+                sparse[k].append(grad)
+            elif grad is None:
+                known[number].zero_()
+            elif grad.is_sparse:
+                known[number].copy_(grad.to_dense())
+            else:
+                found.append((known[number], grad))
         if found:
             torch._foreach_copy_([place for place, _ in found], [grad for _, grad in found])
         # So that the next row's gradients can reuse the memory.
-        del grads, grad, pairs, found
-    return jacs
+        del grads, grad, found
+    return [
+        known if known is not None else _stacked(of_input, source)
+        for known, of_input, source in zip(jacs, sparse, inputs, strict=True)
+    ]
+
+
+def _started(like: Tensor, num_rows: int, before: Sequence[Tensor | None]) -> Tensor:
+    """Return memory for the rows of a Jacobian, of which the first are filled."""
+    jac = _empty(like, num_rows)
+    for number, grad in enumerate(before):
+        jac[number] = 0 if grad is None else grad.to_dense()
+    return jac
+
+
+def _stacked(rows: Sequence[Tensor | None], like: Tensor) -> Tensor:
+    """Return the Jacobian (m, ...) of sparse rows, of zeros if there is none."""
+    known = next((row for row in rows if row is not None), None)
+    if known is None:
+        return _empty(like, len(rows)).zero_()
+    nothing = torch.zeros_like(known)
+    return torch.stack([nothing if row is None else row for row in rows])
 
 
 def batched_jacobians(

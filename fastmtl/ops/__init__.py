@@ -6,7 +6,9 @@ backend that is named cannot serve its tensors. Arguments of a wrong shape, dtyp
 together, raise :class:`fastmtl.errors.UsageError`; the message names them.
 
 Ops on rows take the gradients of T tasks, as many as there are, as :func:`gram` does. Kernels take up to 128; more are
-taken in blocks, which is slower, and a warning of the logger ``fastmtl`` says so once.
+taken in blocks, which is slower, and a warning of the logger ``fastmtl`` says so once. :func:`gram`, :func:`combine`
+and :func:`graddrop_rows` also take sparse gradients, of embedding tables: only the table's rows that some gradient
+touches are read (:func:`group_rows`, :func:`sum_rows`).
 
 Ops on a symmetric (T, T) Gram matrix G of the gradients take it as :func:`gram` returns it, and convert it to float64
 if need be. Unless they say otherwise, they return (T,) float64 weights on its device, all NaN for a NaN or infinity in
@@ -39,6 +41,7 @@ from fastmtl.ops.moco import moco_rates_, moco_step_
 from fastmtl.ops.nash import nash
 from fastmtl.ops.nonneg_qp import nonneg_qp
 from fastmtl.ops.pcgrad import pcgrad
+from fastmtl.ops.tables import group_rows, sum_rows
 from fastmtl.ops.upgrad import upgrad
 from fastmtl.ops.watch import watch_
 
@@ -61,6 +64,7 @@ __all__ = [
     "graddrop_rows",
     "gradvac",
     "gram",
+    "group_rows",
     "implementation",
     "imtl",
     "min_norm",
@@ -69,6 +73,7 @@ __all__ = [
     "nash",
     "nonneg_qp",
     "pcgrad",
+    "sum_rows",
     "upgrad",
     "watch_",
 ]

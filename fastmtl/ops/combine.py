@@ -26,6 +26,7 @@ from fastmtl.ops._rows import (
     present,
     sum_dtype,
 )
+from fastmtl.ops._touched import are_sparse, compacted, dense_sum, sparse_rows
 
 __all__ = ["check_combine", "check_combine_", "combine", "combine_", "empty_results"]
 
@@ -185,6 +186,49 @@ def _sums(flat: Flat, num_rows: int, weights: Tensor, groups: Groups) -> list[Te
     return results
 
 
+def _sparse_sums(flat: Flat, num_rows: int, weights: Tensor, groups: Groups, has_row: Sequence[bool]) -> list[Tensor]:
+    """Return :func:`_sums`, sparse where all gradients of a parameter are."""
+    flat, touched = compacted(flat, num_rows)
+    of_sums = [places for places, known in zip(touched, has_row, strict=True) if known]
+    sums = _sums(flat, num_rows, weights, groups)
+    return sparse_rows(sums, of_sums * (len(sums) // max(1, len(of_sums))))
+
+
+def _sparse_sum_into(
+    out: Sequence[Tensor], flat: Flat, num_rows: int, weights: Tensor, groups: Groups, accumulate: bool
+) -> None:
+    """Do what :func:`_sum_into` does, of sparse gradients too."""
+    flat, touched = compacted(flat, num_rows)
+    check_combine(flat, num_rows, weights, groups, many=False)
+    width = len(touched)
+    if len(out) != width:
+        raise UsageError(f"out must hold one tensor for each of the {width} tensors of a row, got {len(out)}.")
+    sparse = [(k, places) for k, places in enumerate(touched) if places is not None]
+    for k, places in sparse:
+        if out[k].layout != torch.strided or out[k].shape != places.shape:
+            raise UsageError(
+                f"out[{k}] must be a dense tensor of shape {tuple(places.shape)}, got {out[k].layout} of shape "
+                f"{tuple(out[k].shape)}."
+            )
+    dense = [k for k, places in enumerate(touched) if places is None]
+    _sum_into([out[k] for k in dense], *_some(flat, num_rows, weights, groups, dense), accumulate)
+    sums = _sums(*_some(flat, num_rows, weights, groups, [k for k, _ in sparse]))
+    for (k, places), total in zip(sparse, sums, strict=True):
+        dense_sum(out[k], total, places, accumulate)
+
+
+def _some(
+    flat: Flat, num_rows: int, weights: Tensor, groups: Groups, some: Sequence[int]
+) -> tuple[Flat, int, Tensor, Groups]:
+    """Return the arguments of an op for some of the K parameters."""
+    width = len(flat) // num_rows
+    rows = [flat[t * width + k] for t in range(num_rows) for k in some]
+    if groups is None:
+        return rows, num_rows, weights, None
+    of_some = [groups[k] for k in some]
+    return rows, num_rows, weights[: max(of_some, default=-1) + 1], of_some
+
+
 def combine(rows: Rows, weights: Tensor, groups: Groups = None) -> list[Tensor | None] | list[list[Tensor | None]]:
     """Return sum_t w_t row_t, one new tensor per parameter.
 
@@ -194,12 +238,13 @@ def combine(rows: Rows, weights: Tensor, groups: Groups = None) -> list[Tensor |
     system more than the sums.
 
     Args:
-        rows: T lists of K gradients or a (T, P) tensor, which counts as K = 1.
+        rows: T lists of K gradients, dense or sparse in COO layout, or a (T, P) tensor, which counts as K = 1.
         weights: (T,) for one sum, (M, T) for M sums that share one pass over the rows; with groups (L, T).
         groups: For each of the K tensors the row of ``weights`` that applies to it.
 
     Returns:
-        K tensors, or M lists of K for (M, T) weights. A parameter that is None in all rows stays None.
+        K tensors, or M lists of K for (M, T) weights. A parameter that is None in all rows stays None; sums of sparse
+        rows are sparse, with each index that some row touches once.
 
     Example:
         >>> rows = [[torch.tensor([1.0, 2.0])], [torch.tensor([3.0, -1.0])]]
@@ -207,8 +252,12 @@ def combine(rows: Rows, weights: Tensor, groups: Groups = None) -> list[Tensor |
         [tensor([2.0000, 0.5000])]
     """
     flat, num_rows = flatten(rows)
-    sums = iter(_sums(flat, num_rows, weights, groups))
     has_row = present(flat, num_rows)
+    sums = iter(
+        _sparse_sums(flat, num_rows, weights, groups, has_row)
+        if are_sparse(flat)
+        else _sums(flat, num_rows, weights, groups)
+    )
     if weights.dim() == 1 or groups is not None:
         return [next(sums) if known else None for known in has_row]
     return [[next(sums) if known else None for known in has_row] for _ in weights]
@@ -220,8 +269,8 @@ def combine_(
     """Write sum_t w_t row_t into given tensors, or add it to them.
 
     Args:
-        out: K tensors of the shapes of the rows, of any float dtype and strides. One may be a row itself (the very same
-            memory); two of them must not overlap.
+        out: K dense tensors of the shapes of the rows, of any float dtype and strides. One may be a row itself (the
+            very same memory); two of them must not overlap.
         rows: T lists of K gradients, or a (T, P) tensor with one (P,) ``out``.
         weights: (T,) or, with groups, (L, T). A row whose weight is exactly 0 is not read.
         groups: For each of the K tensors the row of ``weights`` that applies to it.
@@ -235,6 +284,6 @@ def combine_(
         [tensor([4., 1.])]
     """
     flat, num_rows = flatten(rows)
-    _sum_into(out, flat, num_rows, weights, groups, accumulate)
+    (_sparse_sum_into if are_sparse(flat) else _sum_into)(out, flat, num_rows, weights, groups, accumulate)
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(out)

@@ -27,6 +27,7 @@ from fastmtl.ops._rows import (
     present,
     shared_strides,
 )
+from fastmtl.ops._touched import are_sparse, compacted, sparse_rows
 from fastmtl.support.dtypes import wide_dtype
 
 __all__ = [
@@ -260,7 +261,8 @@ def graddrop_rows(
     multiple of 4 on, behind those of the parameters before it.
 
     Args:
-        rows: T lists of K gradients or a (T, P) tensor.
+        rows: T lists of K gradients, dense or sparse in COO layout, or a (T, P) tensor. Of sparse ones only the entries
+            that some row touches take part, and are counted.
         leak: (T,) share of each row's dropped elements that stays.
         random: (2,) int64 seed and offset on the device of the rows.
         noise: K tensors of the shapes of the rows to use instead.
@@ -275,5 +277,16 @@ def graddrop_rows(
     """
     flat, num_rows = flatten(rows)
     drop = _graddrop_rows if num_rows <= MAX_ROWS else _drop_one_by_one
-    results = iter(drop(flat, num_rows, leak, random, [] if noise is None else list(noise)))
-    return [next(results) if is_present else None for is_present in present(flat, num_rows)]
+    has_row = present(flat, num_rows)
+    given = [] if noise is None else list(noise)
+    if are_sparse(flat):
+        flat, touched = compacted(flat, num_rows)
+        given = [
+            number if places is None else number[tuple(places.indices)]
+            for number, places in zip(given, touched if given else (), strict=True)
+        ]
+        sums = drop(flat, num_rows, leak, random, given)
+        results = iter(sparse_rows(sums, [at for at, known in zip(touched, has_row, strict=True) if known]))
+    else:
+        results = iter(drop(flat, num_rows, leak, random, given))
+    return [next(results) if is_present else None for is_present in has_row]

@@ -9,6 +9,7 @@ from fastmtl.errors import UsageError
 from fastmtl.ops._blocks import gram_of_blocks
 from fastmtl.ops._registry import declare
 from fastmtl.ops._rows import MAX_ROWS, Flat, Groups, Rows, check_groups, check_rows, columns, empty_wide, flatten
+from fastmtl.ops._touched import are_sparse, compacted
 
 __all__ = ["gram", "gram_of_flat", "gram_reference"]
 
@@ -48,6 +49,8 @@ _gram = declare(
 
 def gram_of_flat(flat: Flat, num_rows: int, groups: Groups = None) -> Tensor:
     """Return the result of :func:`gram` for a flat task-major list."""
+    if are_sparse(flat):
+        flat, _ = compacted(flat, num_rows)
     if num_rows <= MAX_ROWS:
         return _gram(flat, num_rows, groups)
     num_groups = check_groups(groups, len(flat) // num_rows)
@@ -69,7 +72,8 @@ def gram(rows: Rows, groups: Groups = None) -> Tensor:
     Args:
         rows: T lists of the K gradients of one task each, as :func:`torch.autograd.grad` returns them, or a
             (T, P) tensor. Tensor k has the same shape in all rows; dtype (float32, float64, bfloat16, float16) and
-            strides may differ. None is a zero gradient.
+            strides may differ. None is a zero gradient. Sparse gradients in COO layout, coalesced or not, cost what
+            their values cost.
         groups: For each of the K tensors the group it belongs to, 0 .. L-1; each group gets a matrix of its own.
 
     Returns:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from fastmtl.engine.gradients import coalesced, numbers_of
 from fastmtl.engine.scaling import LossScale, Undoable
 from fastmtl.engine.weights import Rows
 
@@ -89,7 +90,12 @@ class LossScaler(LossScale):
     @override
     @torch.no_grad()
     def unscale(self, params: Iterable[nn.Parameter]) -> None:
-        grads = [param.grad for param in params if param.grad is not None]
+        # Of sparse ones the values, each index once: a sum may overflow.
+        grads = []
+        for param in params:
+            if param.grad is not None:
+                param.grad = coalesced(param.grad)
+                grads.append(numbers_of(param.grad))
         self.found_inf.zero_()
         inverse = self.scale.reciprocal()
         for dtype in {grad.dtype for grad in grads}:

@@ -141,6 +141,7 @@ def test_bench_list_names_the_operators_and_the_whole_update(capsys: pytest.Capt
     assert listed[:2] == ["gram", "combine"]
     measured_with = {"cagrad_update": "cagrad", "graddrop_rows": "graddrop", "excess_risk_": "ema_gram"}
     measured_with |= {"famo_weights": "famo", "famo_step_": "famo", "moco_rates_": "moco", "moco_step_": "moco"}
+    measured_with["group_rows"] = "sum_rows"
     assert set(listed) == {measured_with.get(op, op.rstrip("_")) for op in OPS} | {"update"}
 
 

@@ -201,7 +201,7 @@ def test_compiles_without_graph_breaks() -> None:
         ([[torch.zeros(1)], []], None, "1 in row 0 and 0 in row 1"),
         ([[torch.zeros(2)], [torch.zeros(3)]], None, r"rows\[1\]\[0\] must have shape \(2,\) as rows\[0\]\[0\]"),
         ([[torch.zeros(2, dtype=torch.int64)]], None, r"rows\[0\]\[0\] must be float32"),
-        ([[torch.zeros(2).to_sparse()]], None, "layout"),
+        ([[torch.zeros(2, 2).to_mkldnn()]], None, "layout"),
         (torch.zeros(2, 3, 4), None, r"\(T, P\), got \(2, 3, 4\)"),
         ([[torch.zeros(2)]], [0, 1], "one group for each of the 1 tensors"),
         ([[torch.zeros(2)]], [-1], "at least 0"),

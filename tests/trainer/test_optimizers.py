@@ -107,7 +107,7 @@ def test_a_class_of_one_s_own() -> None:
         ({"optim": "LBFGS", "lr": 0.1}, "LBFGS cannot be used: it computes the loss several times in a step"),
         ({"optim": torch.optim.LBFGS, "lr": 0.1}, "LBFGS cannot be used: it computes the loss several times"),
         ({"optim": "sparse_adam", "lr": 0.1}, "Unknown optimizer"),
-        ({"optim": "SparseAdam", "lr": 0.1}, "SparseAdam cannot be used: it takes sparse gradients only"),
+        ({"optim": torch.optim.SparseAdam, "lr": 0.1}, "SparseAdam cannot be used: it takes sparse gradients only"),
         ({"optim": NeedsClosure, "lr": 0.1}, "NeedsClosure cannot be used: its step needs a closure"),
         ({"optim": lambda params, lr: object(), "lr": 0.1}, "must derive from torch.optim.Optimizer, got a object"),
         ({"optim": "adam", "lrr": 0.1}, "cannot be used"),

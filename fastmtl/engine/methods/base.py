@@ -16,6 +16,7 @@ from fastmtl.engine.gradients import TaskGradients, WeightedGradients
 from fastmtl.engine.hidden import VJP
 from fastmtl.engine.jacobian import BatchGradients, Known, detached
 from fastmtl.engine.regions import Regions
+from fastmtl.engine.tables import TableVJP
 from fastmtl.engine.vjp import vjp
 from fastmtl.engine.weights import Row, Rows, Weights
 from fastmtl.support.kinds import Settings, State
@@ -64,11 +65,23 @@ class Method:
         self.regions = regions
         self.comm = comm
         self.weighs_heads = weighs_heads
+        # Whether the first graph has some; unknown before.
+        self._has_tables: bool | None = None
 
     @property
     def vjp(self) -> VJP:
         """Return the function that computes VJPs of this network; see `fastmtl.engine.vjp.vjp`."""
         return self.structure.by_backward or vjp
+
+    def tables_of(self, outputs: Sequence[Tensor]) -> VJP:
+        """Return the function for VJPs of ``outputs``, the gradients of whose tables have only the touched rows."""
+        if self.structure.by_backward is not None or self.comm.shares_batches or self._has_tables is False:
+            return self.vjp
+        tables = TableVJP(outputs, self.problem.shared_params)
+        if self._has_tables is None:
+            self._has_tables = bool(tables.tables)
+        self.comm.combination.dense |= tables.dense
+        return tables if tables.tables else vjp
 
     def __call__(self, batch: Batch) -> BatchGradients:
         """Run the forward pass and the VJPs of all tasks."""

@@ -72,9 +72,10 @@ class Split(Method):
 
     def rows_of(self, features: Sequence[Tensor], cotangents: Rows, batch: Batch) -> Rows:
         """Return the VJPs through the trunk, one row per cotangent."""
-        last = len(cotangents) - 1
+        last, differentiate = len(cotangents) - 1, self.tables_of(features)
         return [
-            self.comm.row(features, cotangent, [], t < last, batch.final)[0] for t, cotangent in enumerate(cotangents)
+            self.comm.row(features, cotangent, [], t < last, batch.final, differentiate)[0]
+            for t, cotangent in enumerate(cotangents)
         ]
 
     def trunk(self, batch: Batch) -> Features:

@@ -36,6 +36,7 @@ class Whole(Method):
             losses += batch_losses
             preds |= batch_preds
         rows, parts = [], []
+        differentiate = None if apart else self.tables_of(losses)
         factors = batch.factors()
         for t, task in enumerate(batch.tasks):
             if apart:
@@ -46,9 +47,9 @@ class Whole(Method):
                 factor = factors[t]
                 seed = None if factor is None else factor.to(losses[t].dtype)
                 retain = not apart and t + 1 < len(batch.tasks)
-                row, grads = self.comm.row(
-                    [losses[t]], [seed], problem.task_params, retain, batch.final, self.structure.by_backward
-                )
+                if apart:
+                    differentiate = self.tables_of(losses[t:])
+                row, grads = self.comm.row([losses[t]], [seed], problem.task_params, retain, batch.final, differentiate)
             rows.append(row)
             parts.append(grads)
         return BatchGradients(*detached(losses, preds), rows, TaskGradients(problem.task_params, parts), Combine())

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.sparse import check_sparse_tensor_invariants
 
 from fastmtl.errors import FastmtlError, UsageError
 from fastmtl.trainer.optim.optimizer import OPTIMIZERS
@@ -63,20 +64,31 @@ class MaskedOptimizer:
             self._start_momentum(self.optimizer)
         if self.fused:
             self._run()
-        elif self.reads:
+        elif self.reads or self._has_sparse():
             if not self.found_inf.item():
                 with torch.no_grad():
                     self._run()
         else:
             self._run_undone()
 
+    def _has_sparse(self) -> bool:
+        """Return whether a sparse gradient is on the CPU, where reading the flag costs less than copies of its rows."""
+        return self.found_inf.device.type == "cpu" and any(
+            param.grad is not None and param.grad.is_sparse
+            for group in self.optimizer.param_groups
+            for param in group["params"]
+        )
+
     def _run(self) -> None:
         """Run a step; the first one shows whether it can be run as it is."""
         if self._has_run:
-            self.optimizer.step()
+            # Optimizers make sparse tensors; torch warns where it is not told whether to check their indices.
+            with check_sparse_tensor_invariants(enable=False):
+                self.optimizer.step()
             return
         try:
-            self.optimizer.step()
+            with check_sparse_tensor_invariants(enable=False):
+                self.optimizer.step()
         except (FastmtlError, torch.OutOfMemoryError):
             raise
         except Exception as cause:
@@ -90,17 +102,20 @@ class MaskedOptimizer:
     def _run_undone(self) -> None:
         params = [param for group in self.optimizer.param_groups for param in group["params"] if param.grad is not None]
         state = self.optimizer.state
+        rows = [_rows(param.grad) for param in params]
         before = [
-            (param.clone(), {name: tensor.clone() for name, tensor in _tensors(state[param])}) for param in params
+            (_part(param, of_param), {name: _part(tensor, of_param) for name, tensor in _tensors(state[param])})
+            for param, of_param in zip(params, rows, strict=True)
         ]
         self._run()
         masked = self.found_inf != 0
-        for param, (old, remembered) in zip(params, before, strict=True):
-            param.copy_(torch.where(masked, old, param))
+        for param, of_param, (old, remembered) in zip(params, rows, before, strict=True):
+            _put(param, of_param, torch.where(masked, old, _part(param, of_param)))
             for name, tensor in _tensors(state[param]):
                 # Torch counts steps on the host unless told otherwise; one that was skipped is then counted too.
                 if tensor.device == masked.device:
-                    tensor.copy_(torch.where(masked, remembered.get(name, torch.zeros_like(tensor)), tensor))
+                    new = _part(tensor, of_param)
+                    _put(tensor, of_param, torch.where(masked, remembered.get(name, torch.zeros_like(new)), new))
 
     @torch.no_grad()
     def _start_momentum(self, optimizer: torch.optim.SGD) -> None:
@@ -128,6 +143,27 @@ class MaskedOptimizer:
                 buffer = state["momentum_buffer"]
                 buffer.copy_(torch.where(begins, start, buffer))
                 state["unmoved"].mul_(self.found_inf)
+
+
+def _rows(grad: Tensor | None) -> Tensor | None:
+    """Return the rows of a table that an update by its gradient changes; None for all."""
+    if grad is None or not grad.is_sparse or grad.sparse_dim() != 1:
+        return None
+    # Old values are written back to a row that is there twice, twice the same ones.
+    return grad._indices()[0]
+
+
+def _part(tensor: Tensor, rows: Tensor | None) -> Tensor:
+    """Return a copy of what an update may change."""
+    return tensor.clone() if rows is None or not tensor.dim() else tensor[rows]
+
+
+def _put(tensor: Tensor, rows: Tensor | None, part: Tensor) -> None:
+    """Write to where :func:`_part` read."""
+    if rows is None or not tensor.dim():
+        tensor.copy_(part)
+    else:
+        tensor.index_copy_(0, rows, part)
 
 
 def _tensors(state: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -15,6 +15,7 @@ from fastmtl.errors import UsageError
 from fastmtl.support.kinds import Settings, State
 from fastmtl.support.names import resolve_name
 from fastmtl.trainer.optim.recipe import as_number
+from fastmtl.trainer.optim.tables import SparseAdam
 
 __all__ = [
     "OPTIMIZERS",
@@ -32,7 +33,6 @@ __all__ = [
 _USUAL = ("SGD", "Adam", "AdamW", "Adagrad", "RMSprop")
 _REFUSED = {
     "lbfgs": "it computes the loss several times in a step, of which the trainer has the gradients only once",
-    "sparseadam": "it takes sparse gradients only; sgd and adagrad take both kinds",
 }
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     name.lower(): kind
@@ -42,6 +42,8 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     and kind is not torch.optim.Optimizer
     and name.lower() not in _REFUSED
 }
+# Torch's class of this name takes no dense gradients, which a network with tables has too.
+OPTIMIZERS["sparseadam"] = SparseAdam
 _FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad)
 # They look at every number by itself, so that a part of a parameter is updated as the whole would be.
 _BY_NUMBER = tuple(OPTIMIZERS[name] for name in OPTIMIZERS if name not in ("adafactor", "muon"))
@@ -108,6 +110,11 @@ def refuse_optimizer(optim: object) -> None:
     for name in names:
         if name in _REFUSED:
             raise UsageError(f"The optimizer {getattr(optim, '__name__', optim)} cannot be used: {_REFUSED[name]}.")
+    if torch.optim.SparseAdam in kinds:
+        raise UsageError(
+            "The class torch.optim.SparseAdam cannot be used: it takes sparse gradients only. The name 'sparseadam' "
+            "stands for an Adam that takes both kinds, fastmtl.trainer.optim.tables.SparseAdam."
+        )
 
 
 def _described(
@@ -216,10 +223,10 @@ def _checked(optimizer: object) -> torch.optim.Optimizer:
 
 def _check_kind(kind: type[torch.optim.Optimizer], sparse: bool, sharded: bool) -> None:
     refuse_optimizer(kind)
-    if sparse and kind in OPTIMIZERS.values() and kind not in (torch.optim.SGD, torch.optim.Adagrad):
+    if sparse and kind in OPTIMIZERS.values() and kind not in (torch.optim.SGD, torch.optim.Adagrad, SparseAdam):
         raise UsageError(
-            f"{kind.__name__.lower()} takes no sparse gradients, which an embedding has: use sgd or adagrad, or "
-            "sparse=False."
+            f"{kind.__name__.lower()} takes no sparse gradients, which an embedding has: use sgd, adagrad or "
+            "sparseadam, or sparse=False."
         )
     if sharded and kind not in _BY_NUMBER:
         raise UsageError(

@@ -37,6 +37,12 @@ def check_options(model: Any, weighting: str, hyper: Settings, options: StepOpti
             "looks at every example of a step at once": model.needs == "reps",
         }
         _refuse(f"accumulate must be 1 for {weighting}, which {{}}.", reasons)
+    if model.needs == "rows" and (tables := _sparse_tables(model)):
+        raise UsageError(
+            f"{weighting} keeps numbers of the size of all shared parameters for each task, which change in every row "
+            f"of a table in every step: it needs sparse=False for {', '.join(tables[:3])}, or choose a strategy that "
+            "keeps none, such as UPGrad or EW."
+        )
     if options.vjps == "traced" and not options.compile:
         raise UsageError("vjps='traced' is a way to compile a step: it needs compile=True or 'auto'.")
     return replace(options, tasks_per_step=_sampled(model, weighting, options))
@@ -55,6 +61,9 @@ def check_distributed(model: Any, weighting: str, options: StepOptions) -> StepO
         f"parameters on a mesh, such as those of tensor parallelism ({', '.join(on_mesh[:2])})": bool(on_mesh),
         f"{weighting}, which runs backward passes of its own": _is_legacy(model),
         f"gram='local' and {weighting}, which remembers gradients": model.needs == "rows" and options.gram == "local",
+        f"sparse gradients, which they do not exchange (sparse=False for {', '.join(_sparse_tables(model)[:3])})": bool(
+            _sparse_tables(model)
+        ),
         "cuda_graph": options.cuda_graph is True,
     }
     _refuse("Several processes cannot train with {}: start one.", reasons)
@@ -66,6 +75,18 @@ def check_distributed(model: Any, weighting: str, options: StepOptions) -> StepO
         }
         _refuse("shard='fsdp' cannot be combined with {}.", unsharded)
     return replace(options, cuda_graph=False)
+
+
+def _sparse_tables(model: Any) -> list[str]:
+    """Return the names of the shared parameters whose gradients modules let be sparse."""
+    shared = {id(param) for param in model.get_share_params()}
+    return [
+        f"{name}.{kind}" if name else kind
+        for name, module in model.named_modules()
+        if getattr(module, "sparse", False) is True
+        for kind, param in module.named_parameters(recurse=False)
+        if id(param) in shared
+    ]
 
 
 def _is_legacy(model: Any) -> bool:

@@ -1,0 +1,340 @@
+"""Embedding tables, sparse or dense: steps on the touched rows equal those of plain autograd."""
+
+from __future__ import annotations
+
+import random
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+
+import fastmtl
+from fastmtl import aggregation
+from fastmtl.autojac import jac_to_grad, mtl_backward
+from fastmtl.engine.tables import TableVJP, table_uses
+from fastmtl.errors import UsageError
+from fastmtl.trainer.optim.tables import SparseAdam
+from fastmtl.weighting import WEIGHTINGS
+from tests.trainer.toy import flat, loaders, make_trainer
+
+# Those that keep numbers of the size of the table for each task.
+KEEPERS = [name for name, strategy in WEIGHTINGS.items() if strategy.needs == "rows"]
+OTHERS = [name for name, strategy in WEIGHTINGS.items() if strategy.needs in ("losses", "gram")]
+REPS = [name for name, strategy in WEIGHTINGS.items() if strategy.needs == "reps"]
+ROWS = 60
+
+
+class Tables(nn.Module):
+    """A table of bags, and one of which two look-ups are taken; by plain indexing, or as modules."""
+
+    def __init__(self, sparse: bool | None) -> None:
+        super().__init__()
+        self.plain = sparse is None
+        self.bags = nn.EmbeddingBag(ROWS, 8, mode="mean", sparse=bool(sparse))
+        self.single = nn.Embedding(ROWS, 8, sparse=bool(sparse))
+        self.out = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids = (x.abs() * 37).long() % ROWS
+        if self.plain:
+            looked = self.bags.weight[ids].mean(1) + self.single.weight[ids[:, 0]] * self.single.weight[ids[:, 1]]
+        else:
+            looked = self.bags(ids) + self.single(ids[:, 0]) * self.single(ids[:, 1])
+        return torch.tanh(self.out(looked))
+
+
+def train(kind: bool | None, weighting: Any = "MGDA", **options: Any) -> Any:
+    options = {"optim_param": {"optim": "sgd", "lr": 0.3}, **options}
+    rows = options.pop("rows", 24)
+    trainer = make_trainer(weighting, encoder_class=partial(Tables, kind), count=3, **options)
+    torch.manual_seed(1)
+    random.seed(1)
+    trainer.train(loaders(3, rows=rows), loaders(3), 2)
+    return trainer
+
+
+def agree(one: Any, other: Any, **tolerance: float) -> None:
+    for (name, value), want in zip(one.model.state_dict().items(), other.model.state_dict().values(), strict=True):
+        torch.testing.assert_close(value, want, msg=name, **(tolerance or {"rtol": 1e-6, "atol": 1e-9}))
+
+
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("weighting", [*OTHERS, *REPS])
+def test_steps_equal_those_of_plain_autograd(weighting: str, sparse: bool) -> None:
+    rep_grad = weighting in REPS
+    agree(train(sparse, weighting, rep_grad=rep_grad), train(None, weighting, rep_grad=rep_grad))
+
+
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"accumulate": 2},
+        {"clip_grad_norm": 0.01},
+        {"update_weights_every": 2},
+        {"weight_momentum": 0.5},
+        {"optim_param": {"optim": "sgd", "lr": 0.1, "momentum": 0.9}},
+        {"optim_param": {"optim": "adagrad", "lr": 0.1}},
+        {"rows": 22},
+        {"tasks_per_step": 2},
+        {"vjps": "batched"},
+        {"vjps": "layerwise"},
+        {"rep_grad": True},
+        {"architecture": "MMoE", "arch_args": {"num_experts": [2], "img_size": [6]}},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("sparse", [False, True])
+def test_options_go_with_tables(options: dict[str, Any], sparse: bool) -> None:
+    agree(train(sparse, **options), train(None, **options))
+
+
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize("weighting", ["EW", "MGDA"])
+def test_dense_optimizers_keep_their_meaning(weighting: str) -> None:
+    adam = {"optim_param": {"optim": "adam", "lr": 0.05, "weight_decay": 0.01}}
+    agree(train(False, weighting, **adam), train(None, weighting, **adam))
+
+
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize("weighting", KEEPERS)
+def test_strategies_with_state_of_the_tables_size(weighting: str) -> None:
+    agree(train(False, weighting), train(None, weighting))
+    with pytest.raises(UsageError, match=f"{weighting} keeps .* sparse=False"):
+        train(True, weighting)
+
+
+def test_sparse_adam_moves_the_touched_rows_only() -> None:
+    options = {"optim_param": {"optim": "sparseadam", "lr": 0.1}}
+    for weighting in ("EW", "UPGrad"):
+        trainer = make_trainer(weighting, encoder_class=partial(Tables, True), count=3, **options)
+        table = trainer.model.encoder.bags.weight
+        start = table.detach().clone()
+        data = loaders(3, rows=8)
+        trainer.train(data, data, 1)
+        ids = ((next(iter(data))[0].abs() * 37).long() % ROWS).unique()
+        moved = (table.detach() != start).any(1).nonzero().squeeze(1)
+        assert torch.equal(moved, ids)
+        # The first step of Adam has the learning rate's length in each entry.
+        torch.testing.assert_close(
+            (table.detach() - start)[ids].abs(), torch.full((len(ids), 8), 0.1), rtol=0.1, atol=0
+        )
+        assert trainer.optimizer.state[trainer.model.encoder.out.weight]["step"] == 1
+
+
+def test_sparse_adam_is_torchs_for_sparse_and_adam_for_dense_gradients() -> None:
+    table, dense = torch.randn(6, 2), torch.randn(3)
+    params = [nn.Parameter(each.clone()) for each in (table, dense)] + [
+        nn.Parameter(each.clone()) for each in (table, dense)
+    ]
+    ours = SparseAdam(params[:2], lr=0.1)
+    theirs = torch.optim.SparseAdam([params[2]], lr=0.1), torch.optim.Adam([params[3]], lr=0.1)
+    for step in range(3):
+        grads = [
+            torch.sparse_coo_tensor([[step, 5, step]], torch.randn(3, 2), (6, 2), check_invariants=True),
+            torch.randn(3),
+        ]
+        for index, param in enumerate(params):
+            param.grad = grads[index % 2].clone()
+        for optimizer in (ours, *theirs):
+            optimizer.step()
+    for one, other in zip(params[:2], params[2:], strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("optim", ["sgd", "sparseadam", "adagrad"])
+def test_a_step_that_is_not_finite_changes_no_table(optim: str) -> None:
+    trainer = make_trainer(
+        "MGDA", encoder_class=partial(Tables, True), count=3, optim_param={"optim": optim, "lr": 0.1}
+    )
+    data = loaders(3, rows=8)
+    trainer.train(data, data, 1)
+    before = [param.detach().clone() for param in trainer.model.parameters()]
+    trainer.step.guard.found_inf.fill_(1)
+    trainer.model.encoder.bags(torch.zeros(2, 3, dtype=torch.int64)).sum().backward()
+    trainer.step.optimizer.step()
+    assert all(torch.equal(param, old) for param, old in zip(trainer.model.parameters(), before, strict=True))
+
+
+def test_rows_are_undone_where_the_flag_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer(
+        "MGDA", encoder_class=partial(Tables, True), count=3, optim_param={"optim": "sparseadam", "lr": 0.1}
+    )
+    data = loaders(3, rows=8)
+    trainer.train(data, data, 1)
+    masked = trainer.step.optimizer
+    monkeypatch.setattr(type(masked), "_has_sparse", lambda self: False)
+    kept = {id(param): param.detach().clone() for param in trainer.model.parameters()}
+    moments = trainer.optimizer.state[trainer.model.encoder.bags.weight]["exp_avg"]
+    before = moments.clone()
+    table = trainer.model.encoder.bags.weight
+    for flag, moves in ((1.0, False), (0.0, True)):
+        trainer.optimizer.zero_grad()
+        trainer.step.guard.found_inf.fill_(flag)
+        trainer.model.encoder.bags(torch.tensor([[1, 2, 1]])).square().sum().backward()
+        masked.step()
+        assert torch.equal(table, kept[id(table)]) != moves
+        assert torch.equal(moments, before) != moves
+
+
+def test_the_table_has_no_dense_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Neither gradients nor undone steps nor comparisons make one.
+    def refuse(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        raise AssertionError("a dense copy")
+
+    monkeypatch.setattr(Tensor, "to_dense", refuse)
+    for weighting in ("EW", "MGDA", "PCGrad", "UPGrad"):
+        trainer = train(True, weighting)
+        assert trainer.model.encoder.bags.weight.grad.is_sparse
+
+
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize("sparse", [False, True])
+def test_resuming_is_exact(sparse: bool, tmp_path: Any) -> None:
+    make = partial(
+        make_trainer,
+        "UPGrad",
+        encoder_class=partial(Tables, sparse),
+        count=3,
+        optim_param={"optim": "sparseadam" if sparse else "adam", "lr": 0.1},
+    )
+    make(save_path=str(tmp_path)).train(loaders(3), loaders(3), 1)
+    resumed, whole = make(resume=str(tmp_path / "last.pt")), make()
+    for trainer in (resumed, whole):
+        trainer.train(loaders(3), loaders(3), 2)
+    agree(resumed, whole, rtol=0, atol=0)
+
+
+# What a look-up may be; each is compared with autograd's gradient.
+def _bag(mode: str, **options: Any) -> Any:
+    return lambda weight, ids: nn.functional.embedding_bag(ids, weight, mode=mode, **options)
+
+
+def _ragged(weight: Tensor, ids: Tensor) -> Tensor:
+    offsets = torch.tensor([0, 0, 3, 3, 7, 12])
+    return nn.functional.embedding_bag(ids.flatten(), weight, offsets, mode="mean")
+
+
+def _weighted(weight: Tensor, ids: Tensor) -> Tensor:
+    scale = torch.linspace(-1, 2, ids.numel(), dtype=weight.dtype).view(ids.shape)
+    return nn.functional.embedding_bag(ids, weight, mode="sum", per_sample_weights=scale, sparse=True)
+
+
+LOOKUPS = {
+    "plain": lambda weight, ids: nn.functional.embedding(ids, weight),
+    "sparse": lambda weight, ids: nn.functional.embedding(ids, weight, sparse=True),
+    "padding": lambda weight, ids: nn.functional.embedding(ids, weight, padding_idx=2),
+    "padding from the end": lambda weight, ids: nn.functional.embedding(ids, weight, padding_idx=-1),
+    "sum": _bag("sum"),
+    "sparse sum": _bag("sum", sparse=True),
+    "mean": _bag("mean"),
+    "padded sum": _bag("sum", padding_idx=2),
+    "padded mean": _bag("mean", padding_idx=2),
+    "sparse padded mean": _bag("mean", padding_idx=2, sparse=True),
+    "ragged": _ragged,
+    "weighted": _weighted,
+    "int32": lambda weight, ids: nn.functional.embedding(ids.int(), weight),
+}
+
+
+@pytest.mark.parametrize("name", LOOKUPS)
+def test_every_look_up_is_understood(name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(40, 3, dtype=torch.float64, requires_grad=True, generator=generator)
+    ids = torch.randint(4, (3, 5), generator=generator)
+    ids[1] = 39
+    ids[2] = 2
+    looked = LOOKUPS[name](weight, ids)
+    outputs = [looked.square().sum() + LOOKUPS[name](weight, ids + 0).sum(), looked.sin().sum()]
+    vjp = TableVJP(outputs, [weight])
+    assert list(vjp.tables) == [weight]
+    for output in outputs:
+        (want,) = torch.autograd.grad(output, weight, retain_graph=True)
+        (got,) = vjp([output], [None], [weight], True)
+        assert got is not None
+        assert got.is_sparse
+        assert got.is_coalesced()
+        torch.testing.assert_close(got.to_dense(), want.to_dense())
+    assert vjp([looked], [None], [weight], True) == [None]
+
+
+@pytest.mark.parametrize(
+    "look_up",
+    [
+        lambda weight, ids: nn.functional.embedding_bag(ids, weight, mode="max"),
+        lambda weight, ids: nn.functional.embedding(ids, weight, scale_grad_by_freq=True),
+        lambda weight, ids: nn.functional.embedding(ids, weight) @ weight.mT,
+        lambda weight, ids: nn.functional.embedding(ids, weight * 2),
+        lambda weight, ids: nn.functional.embedding(ids.repeat(40, 1), weight),
+        lambda weight, ids: torch.cat([nn.functional.embedding(ids, weight, sparse=s) for s in (True, False)]),
+    ],
+)
+def test_other_uses_of_a_table_are_left_to_autograd(look_up: Any) -> None:
+    weight = torch.randn(40, 3, requires_grad=True)
+    assert table_uses([look_up(weight, torch.tensor([[1, 2]]))], [weight]) == {}
+
+
+def test_a_hooked_table_is_left_to_autograd() -> None:
+    weight = torch.randn(40, 3, requires_grad=True)
+    weight.register_hook(lambda grad: grad * 2)
+    assert table_uses([nn.functional.embedding(torch.tensor([1]), weight)], [weight]) == {}
+
+
+def test_edges_pass_through() -> None:
+    weight = torch.randn(4, 3, requires_grad=True)
+    product = weight * 2
+    (got,) = TableVJP([product], [weight])([product.sum()], [None], [GradientEdge(product.grad_fn, 0)], False)
+    assert got is not None
+    assert torch.equal(got, torch.ones(4, 3))
+
+
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize("weighting", ["mgda", "upgrad", "pcgrad", "mean", "graddrop"])
+def test_balance_takes_sparse_gradients(weighting: str) -> None:
+    grads = []
+    for kind in (None, True):
+        torch.manual_seed(0)
+        net = Tables(kind)
+        heads = [nn.Linear(8, 1) for _ in range(2)]
+        inputs = torch.randn(8, 6)
+        for _ in range(2):
+            features = net(inputs)
+            torch.manual_seed(3)
+            fastmtl.balance([head(features).square().mean() for head in heads], shared=net, weighting=weighting)
+        grads.append([param.grad for param in net.parameters()])
+        if kind:
+            assert net.bags.weight.grad.is_sparse or weighting == "graddrop"
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other.to_dense())
+
+
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize("aggregator", ["UPGrad", "Mean", "GradDrop", "ConFIG"])
+def test_mtl_backward_takes_sparse_gradients(aggregator: str) -> None:
+    grads = []
+    for kind in (None, True):
+        torch.manual_seed(0)
+        net = Tables(kind)
+        heads = [nn.Linear(8, 1) for _ in range(2)]
+        features = net(torch.randn(8, 6))
+        mtl_backward([head(features).square().mean() for head in heads], features=features)
+        if kind:
+            assert net.bags.weight.jac.is_sparse
+        torch.manual_seed(3)
+        jac_to_grad(net.parameters(), getattr(aggregation, aggregator)())
+        grads.append([param.grad for param in net.parameters()])
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other.to_dense())
+
+
+def test_all_parameters_move() -> None:
+    trainer = make_trainer(
+        "MGDA", encoder_class=partial(Tables, True), count=3, optim_param={"optim": "sgd", "lr": 0.3}
+    )
+    before = flat(trainer.model.parameters())
+    trainer.train(loaders(3), loaders(3), 1)
+    assert not torch.equal(before, flat(trainer.model.parameters()))
