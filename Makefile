@@ -1,9 +1,11 @@
 # Everything from a fresh clone: `make train` runs the main job, `make test` the tests.
-# Variables: PYTHON (interpreter for the virtual environment), VENV (where it goes), ARGS (added to the command).
+# Variables: PYTHON (interpreter for the virtual environment), VENV (where it goes), ARGS (added to the command),
+# WHEEL_PYTHONS (interpreters to build wheels for).
 
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+WHEEL_PYTHONS ?= $(PYTHON)
 
 BIN := $(VENV)/bin
 # Without byte code: most of the files are never imported.
@@ -12,26 +14,31 @@ TORCH := $(VENV)/.torch
 BUILT := $(VENV)/.built
 NEEDS := $(VENV)/.needs
 DEV := $(VENV)/.dev
+DOCS := $(VENV)/docs
 PACKAGE := setup.py pyproject.toml $(shell find csrc kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+# Torch's libraries, and CUDA's that come with it.
+EXCLUDED := libtorch.so libtorch_cpu.so libtorch_cuda.so libc10.so libc10_cuda.so libcudart.so.12 libcudart.so.13
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup train test lint format types cpp-test cuda-check bench bench-small clean
+.PHONY: help setup train test lint format types cpp-test cuda-check bench bench-small docs wheel sdist clean
 
 help:
-	@echo "make train | test | lint | format | types | cpp-test | cuda-check | bench | bench-small | clean"
+	@echo "make train | test | lint | format | types | cpp-test | cuda-check | bench | bench-small | docs | wheel | sdist | clean"
 
-# Prints what the package needs, and what its extras do that are named.
+# Prints what the extras need that are named; "package" is the package itself.
 define REQUIREMENTS
 import sys, tomllib
 project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+needs = {"package": project["dependencies"], **project["optional-dependencies"]}
 def of(extra):
-    for line in project["optional-dependencies"][extra]:
+    for line in needs[extra]:
         if line.startswith(project["name"] + "["):
             yield from (need for inner in line[:-1].split("[")[1].split(",") for need in of(inner))
         else:
             yield line
-print(*project["dependencies"], *(need for extra in sys.argv[1:] for need in of(extra)), sep="\n")
+print(*(need for extra in sys.argv[1:] for need in of(extra)), sep="\n")
 endef
 export REQUIREMENTS
 
@@ -47,12 +54,12 @@ $(BUILT): $(TORCH) $(PACKAGE)
 	@touch $@
 
 $(NEEDS): $(TORCH) pyproject.toml
-	@$(BIN)/python -c "$$REQUIREMENTS" >$@.txt
+	@$(BIN)/python -c "$$REQUIREMENTS" package >$@.txt
 	$(INSTALL) --requirement $@.txt
 	@touch $@
 
 $(DEV): $(TORCH) pyproject.toml
-	@$(BIN)/python -c "$$REQUIREMENTS" dev >$@.txt
+	@$(BIN)/python -c "$$REQUIREMENTS" package dev >$@.txt
 	$(INSTALL) --requirement $@.txt
 	@touch $@
 
@@ -103,6 +110,35 @@ bench: setup
 
 bench-small: setup
 	$(BIN)/python -m pytest benchmarks $(ARGS)
+
+# An environment of its own, without torch: the reference is made from the sources.
+$(DOCS)/.made: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(DOCS)
+	@$(DOCS)/bin/python -c "$$REQUIREMENTS" docs >$(DOCS)/needs.txt
+	$(DOCS)/bin/python -m pip install --quiet --no-compile --constraint constraints.txt --requirement $(DOCS)/needs.txt
+	@touch $@
+
+docs: $(DOCS)/.made
+	$(DOCS)/bin/mkdocs build --quiet --clean
+	$(DOCS)/bin/python docs/tools/check.py build/site
+
+# Wheels for Linux in dist/. The kernels are compiled once, what binds to a version of Python for each. Torch's libraries
+# are not put into a wheel: the process has loaded torch's own by the time it needs them.
+wheel: setup
+	rm -rf build/wheels
+	for python in $(WHEEL_PYTHONS); do \
+	  $$python -m venv build/wheels/python && build/wheels/python/bin/python -m pip install --quiet --no-compile \
+	    --constraint constraints.txt setuptools pybind11 && FASTMTL_BUILD_CPP=1 FASTMTL_BUILD_TORCH=$$($(BIN)/python -c \
+	    'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])') \
+	  build/wheels/python/bin/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheels . && \
+	  rm -r build/wheels/python || exit 1; \
+	done
+	for wheel in build/wheels/*.whl; do \
+	  PATH=$(abspath $(BIN)):$$PATH $(BIN)/python -m auditwheel repair --wheel-dir dist $(EXCLUDED:%=--exclude %) $$wheel || exit 1; \
+	done
+
+sdist: setup
+	$(BIN)/python -m build --sdist --no-isolation --outdir dist
 
 clean:
 	rm -rf build dist $(VENV) *.egg-info fastmtl/*.so fastmtl/_build.json compile_commands.json .mypy_cache .pytest_cache .ruff_cache .hypothesis

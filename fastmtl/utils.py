@@ -90,10 +90,11 @@ def count_improvement(
     new_result: Mapping[str, Sequence[float]],
     weight: Mapping[str, Sequence[int]],
 ) -> float:
-    r"""Return the relative improvement of ``new_result`` over ``base_result``, as a fraction (0.01 is one percent).
+    """Return the relative improvement of ``new_result`` over ``base_result``, as a fraction (0.01 is one percent).
 
-    .. math::
-        \Delta_p = \frac1T \sum_t \frac1{M_t} \sum_m (-1)^{w_{tm}} \frac{B_{tm} - N_{tm}}{|B_{tm}|}
+    With B the baseline's scores, N the new ones and s = -1 where higher is better, 1 elsewhere::
+
+        mean over the tasks t of mean over the metrics m of s_tm (B_tm - N_tm) / |B_tm|
 
     Where a baseline score is exactly 0 the difference is divided by 1. Baseline scores of NaN are left out, as are
     tasks without any other; a new score of NaN makes the improvement NaN.

@@ -19,7 +19,6 @@ from fastmtl.data import DATASETS
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES_WITH_LINKS = sorted([*DOCS.glob("*.md"), *ROOT.glob("*.md")])
-PAGES = ("new_dataset", "new_architecture", "new_strategy", "training")
 
 
 def _blocks(page: Path) -> list[str]:
@@ -29,13 +28,17 @@ def _blocks(page: Path) -> list[str]:
     return ["\n" * text[: block.start(1)].count("\n") + block[1] for block in found]
 
 
-def _run(page: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    blocks = _blocks(DOCS / f"{page}.md")
-    assert len(blocks) > 3
-    # One module, as the page says: later blocks see what earlier ones defined.
-    names: dict[str, Any] = {"__name__": page}
-    for block in blocks:
+def _module(page: str, **given: Any) -> dict[str, Any]:
+    """Run the code of a page as one module, as the page says: later blocks see what earlier ones defined."""
+    names: dict[str, Any] = {"__name__": page, **given}
+    for block in _blocks(DOCS / f"{page}.md"):
         exec(compile(block, f"{page}.md", "exec"), names)
+    return names
+
+
+def _run(page: str, capsys: pytest.CaptureFixture[str], least: int = 4) -> dict[str, Any]:
+    assert len(_blocks(DOCS / f"{page}.md")) >= least
+    names = _module(page)
     assert "Epoch: 0000 | TRAIN:" in capsys.readouterr().out
     return names
 
@@ -73,9 +76,7 @@ def test_training(capsys: pytest.CaptureFixture[str]) -> None:
 def test_experiments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("fastmtl.experiments.figures.curves", lambda summary: [])
-    names: dict[str, Any] = {"__name__": "experiments"}
-    for block in _blocks(DOCS / "experiments.md"):
-        exec(compile(block, "experiments.md", "exec"), names)
+    names = _module("experiments")
     assert list(names["results"].table.index) == ["STL", "EW", "Even", "CAGrad"]
     assert names["results"].missing == []
     assert "delta_m" in capsys.readouterr().out
@@ -86,6 +87,47 @@ def test_new_strategy(capsys: pytest.CaptureFixture[str]) -> None:
     assert (names["weights"] > 0).all()
     assert not names["trainer"].step.is_foreign
     assert names["by_hand"].step.is_foreign
+
+
+def test_index(capsys: pytest.CaptureFixture[str]) -> None:
+    names = _module("index")
+    assert all(loss < 0.7 for loss in names["losses"])
+    assert "tensor([" in capsys.readouterr().out
+
+
+def test_start(capsys: pytest.CaptureFixture[str]) -> None:
+    names = _run("start", capsys, least=3)
+    assert names["latest"].weights.sum().item() == pytest.approx(1)
+    assert all(param.grad is not None for param in names["encoder"].parameters())
+
+
+def test_missing_labels(capsys: pytest.CaptureFixture[str]) -> None:
+    names = _run("missing_labels", capsys, least=3)
+    assert names["PositiveOnly"]().compute_loss(torch.zeros(3), names["labels"]).item() == pytest.approx(0.5)
+
+
+def test_distributed() -> None:
+    loaders: dict[str, DataLoader[int]] = {"train_loader": DataLoader(range(2)), "test_loader": DataLoader(range(1))}
+    assert _module("distributed", **loaders)["train_loader"] is loaders["train_loader"]
+
+
+def test_libmtl(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run("libmtl", capsys, least=1)["trainer"].model.epoch == 1
+
+
+def test_methods(capsys: pytest.CaptureFixture[str]) -> None:
+    _module("methods")
+    assert capsys.readouterr().out == "-3.9 %\n"
+
+
+@pytest.mark.slow
+def test_compile(capsys: pytest.CaptureFixture[str]) -> None:
+    _run("compile", capsys, least=1)
+
+
+def test_every_page_with_code_is_run() -> None:
+    tested = set(re.findall(r'_(?:run|module)\("(\w+)"', Path(__file__).read_text()))
+    assert {page.stem for page in DOCS.glob("*.md") if _blocks(page)} == tested
 
 
 def test_readme(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,10 +18,11 @@ __all__ = ["CELoss", "FocalLoss", "SegLoss"]
 
 
 class CELoss(AbsLoss):
-    r"""Cross-entropy of logits ``(batch, classes, ...)`` and labels, averaged over the labelled entries.
+    """Cross-entropy of logits ``(batch, classes, ...)`` and labels, averaged over the labelled entries.
 
     Labels are class indices ``(batch, ...)`` or ``(batch, 1, ...)``, or probabilities ``(batch, classes, ...)``.
-    With class weights the mean is :math:`\sum_i w_{y_i} l_i / \sum_i w_{y_i}` for class indices, as in torch; for
+    The loss of an entry is ``-log softmax(pred)_gt``.
+    With class weights the mean is ``sum_i w_gt_i l_i / sum_i w_gt_i`` for class indices, as in torch; for
     probabilities the weights multiply the terms of the classes, and the mean is over entries.
 
     Args:
@@ -155,9 +156,9 @@ class SegLoss(AbsLoss):
 
 
 class FocalLoss(AbsLoss):
-    r"""Focal loss of logits, averaged over the labelled entries: :math:`-\alpha_t (1 - p_t)^\gamma \log p_t`.
+    """Focal loss of logits, averaged over the labelled entries: ``-alpha_t (1 - p_t)^gamma log p_t``.
 
-    :math:`p_t` is the probability of the true class; well-classified examples count less. Logits of the labels' shape
+    Here p_t is the probability of the true class; well-classified examples count less. Logits of the labels' shape
     are those of binary labels (sigmoid); logits ``(batch, classes, ...)`` with class indices ``(batch, ...)`` are those
     of several classes (softmax). The mean is over entries, not over weights; ``gamma=0`` without ``alpha`` is the
     cross-entropy.

@@ -50,19 +50,21 @@ class KLDivLoss(_EntryLoss):
 
 
 class L1Loss(_EntryLoss):
-    """Mean absolute error of the labelled entries."""
+    """Mean absolute error of the labelled entries, ``mean(|pred - gt|)``, of one shape but for dimensions of 1."""
 
     _entries = staticmethod(F.l1_loss)
 
 
 class MSELoss(_EntryLoss):
-    """Mean squared error of the labelled entries."""
+    """Mean squared error of the labelled entries, ``mean((pred - gt)^2)``, of one shape but for dimensions of 1."""
 
     _entries = staticmethod(F.mse_loss)
 
 
 class HuberLoss(_EntryLoss):
-    r"""Huber loss of the labelled entries: :math:`e^2 / 2` up to ``delta``, :math:`\delta (|e| - \delta / 2)` beyond.
+    """Huber loss of the labelled entries: ``e^2 / 2`` up to ``delta``, ``delta (|e| - delta / 2)`` beyond.
+
+    Here e is ``pred - gt``, of one shape but for dimensions of 1.
 
     Args:
         delta: The error above which the loss is linear.
@@ -82,9 +84,9 @@ class HuberLoss(_EntryLoss):
 
 
 class BCELoss(_EntryLoss):
-    r"""Binary cross-entropy of logits, averaged over the labelled entries.
+    """Binary cross-entropy of logits, averaged over the labelled entries.
 
-    An entry with label y from 0 to 1 has the loss :math:`-w y \log \sigma(x) - (1 - y) \log (1 - \sigma(x))`. Missing
+    A logit x with label y from 0 to 1 has the loss ``-w y log sigmoid(x) - (1 - y) log (1 - sigmoid(x))``. Missing
     labels are NaN, or ``ignore_index`` among integers.
 
     Args:

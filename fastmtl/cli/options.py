@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -71,8 +71,8 @@ def page() -> str:
         "",
         "Every option of a run: a flag of `fastmtl train` (`--weight-momentum 0.9`), a key of its YAML file",
         "(`weight_momentum: 0.9`) and, where the second column says so, an argument of `Trainer`.",
-        "An empty default means that the option is not given. `fastmtl train --help` also lists the hyper-parameters",
-        "of strategies and architectures.",
+        "An empty default means that the option is not given. The hyper-parameters of strategies (`weight_args` of",
+        "`Trainer`) and architectures (`arch_args`) are flags and keys too; they are at the end of the page.",
     ]
     of_trainer = _of_trainer()
     for panel in _PANELS:
@@ -89,7 +89,19 @@ def page() -> str:
                 shown = "" if default in (None, {}) else f"`{default}`"
                 cells = (f"`{name}`", "yes" if name in of_trainer else "", shown, spec.allowed(), spec.help)
                 lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_hyper_tables()]) + "\n"
+
+
+def _hyper_tables() -> Iterator[str]:
+    """Yield the tables of the hyper-parameters of strategies and of architectures."""
+    known: dict[str, Mapping[str, Any]] = {"strategies": WEIGHTINGS, "architectures": ARCHITECTURES}
+    for kind, classes in known.items():
+        yield from ("", f"## Hyper-parameters of {kind}", "")
+        yield from ("| Name | Of | Default | Allowed | What it does |", "|---|---|---|---|---|")
+        for owner, each in classes.items():
+            for name, spec in each.hyper.items():
+                shown = "" if spec.default in (None, (), "") else f"`{spec.default}`"
+                yield f"| `{name}` | {owner} | {shown} | {spec.allowed()} | {spec.help} |"
 
 
 def _of_trainer() -> set[str]:

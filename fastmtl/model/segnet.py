@@ -107,7 +107,8 @@ class SegNet_MTAN_encoder(SegNet):
 
     Args:
         task_num: The number of tasks.
-        channels, inputs: As of `SegNet`.
+        channels: As of `SegNet`.
+        inputs: As of `SegNet`.
     """
 
     def __init__(self, task_num: int = 3, channels: Sequence[int] = CHANNELS, inputs: int = 3) -> None:

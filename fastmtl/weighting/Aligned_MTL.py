@@ -13,6 +13,9 @@ __all__ = ["Aligned_MTL"]
 class Aligned_MTL(AbsWeighting):
     """Aligned-MTL: the principal components of the task gradients are brought to the length of the smallest.
 
+    With the eigenvalues and eigenvectors of G, ``w = sqrt(min_k lambda_k) sum_k v_k v_k^T 1 / sqrt(lambda_k)``; see
+    :func:`fastmtl.ops.aligned`.
+
     Source: Senushkin et al., "Independent Component Alignment for Multi-Task Learning", CVPR 2023.
     """
 

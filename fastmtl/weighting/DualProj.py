@@ -15,6 +15,8 @@ __all__ = ["DualProj"]
 class DualProj(AbsWeighting):
     """DualProj: the mean gradient, projected onto the cone of directions that harm no task.
 
+    The update is the d closest to g0, the mean, with ``<g_t, d> >= 0`` for all t; see :func:`fastmtl.ops.dual_cone`.
+
     Source: Lopez-Paz and Ranzato, "Gradient Episodic Memory for Continual Learning", NeurIPS 2017.
     """
 

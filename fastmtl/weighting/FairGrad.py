@@ -37,6 +37,8 @@ class Fair(AbsWeighting):
 class FairGrad(Fair):
     """FairGrad: alpha-fair allocation of the improvement, weights w > 0 with ``G w = w^(-1/alpha)``.
 
+    See :func:`fastmtl.ops.fairgrad`.
+
     Source: Ban and Ji, "Fair Resource Allocation in Multi-Task Learning", ICML 2024.
     """
 

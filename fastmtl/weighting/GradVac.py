@@ -15,6 +15,8 @@ __all__ = ["GradVac"]
 class GradVac(RandomOrders):
     """Gradient Vaccine: cosines below their moving average are raised to it, within each group of parameters.
 
+    The formula is in :func:`fastmtl.ops.gradvac`.
+
     Source: Wang et al., "Gradient Vaccine: Investigating and Improving Multi-task Optimization in Massively
     Multilingual Models", ICLR 2021.
     """

@@ -25,6 +25,9 @@ class RandomOrders(AbsWeighting):
 class PCGrad(RandomOrders):
     """PCGrad: each task's gradient is projected, in random order, off the gradients it conflicts with.
 
+    For j in random order ``p_i <- p_i - <p_i, g_j> / |g_j|^2 g_j`` where the product is negative; the update is the sum
+    of the p_i. It is carried out on the Gram matrix, see :func:`fastmtl.ops.pcgrad`.
+
     Source: Yu et al., "Gradient Surgery for Multi-Task Learning", NeurIPS 2020.
     """
 

@@ -16,6 +16,7 @@ REG_EPS = Hyper(type=float, default=1e-4, least=0.0, help="Added to the diagonal
 class UPGrad(AbsWeighting):
     """UPGrad: the mean of the task gradients, each projected onto the cone of directions that harm no task.
 
+    The projection of g_t is the p closest to it with ``<g_s, p> >= 0`` for all s; see :func:`fastmtl.ops.upgrad`.
     G is divided by its trace, or dropped where that is below ``UPGrad_norm_eps``, and ``UPGrad_reg_eps`` is added to
     its diagonal.
 
