@@ -2,7 +2,8 @@
 
 Torch is located, never imported: the kernels use LibTorch's stable ABI, so its headers and libraries are all that is
 needed. Nothing here looks at the hardware or the network; what is built follows from the tools and the variables
-``FASTMTL_BUILD_CPP`` and ``FASTMTL_BUILD_CUDA`` (0 never, 1 must, unset where possible) alone.
+``FASTMTL_BUILD_CPP`` and ``FASTMTL_BUILD_CUDA`` (0 never, 1 must, unset where possible) and ``FASTMTL_BUILD_TORCH`` (a
+torch elsewhere) alone.
 """
 
 from __future__ import annotations
@@ -63,6 +64,9 @@ def wish(name: str) -> bool | None:
 
 def torch_candidates() -> Iterator[Path]:
     """Yield where torch may be; pip's build isolation hides the environment it installs into from sys.path."""
+    if os.environ.get("FASTMTL_BUILD_TORCH"):
+        yield Path(os.environ["FASTMTL_BUILD_TORCH"])
+        return
     spec = importlib.util.find_spec("torch")
     if spec is not None and spec.origin is not None:
         yield Path(spec.origin).parent
@@ -249,7 +253,9 @@ class BuildExtensions(build_ext):
         ]
         if extension.name == "fastmtl._host":
             common.append(f"-DFASTMTL_BUILD_FLAGS={json.dumps(' '.join(extension.extra_compile_args))}")
-        key = hashlib.sha256(json.dumps([tool, common, self.torch and self.torch.version]).encode()).hexdigest()[:12]
+        # Objects of the stable ABI are those of every Python; torch's version says which headers they were made with.
+        shared = [flag for flag in common if not os.path.isabs(flag)] if extension.py_limited_api else common
+        key = hashlib.sha256(json.dumps([tool, shared, self.torch and self.torch.version]).encode()).hexdigest()[:12]
         folder = ROOT / "build" / "objects" / f"{extension.name}-{key}"
         folder.mkdir(parents=True, exist_ok=True)
         newest_header = max((os.path.getmtime(ROOT / path) for path in extension.depends), default=0.0)

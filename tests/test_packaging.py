@@ -146,6 +146,7 @@ def test_environment_variables_are_documented() -> None:
     elsewhere = {
         "FASTMTL_BUILD_CPP",
         "FASTMTL_BUILD_CUDA",
+        "FASTMTL_BUILD_TORCH",
         "FASTMTL_GOLDEN",
         "FASTMTL_LIBMTL",
         "FASTMTL_TEST_LARGE",
