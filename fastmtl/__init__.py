@@ -9,15 +9,18 @@ from fastmtl.support.stateful import Stateful
 from fastmtl.support.vision import repair_at_import
 
 __version__ = "0.1.0"
-__all__ = ["Stateful", "Trainer", "__version__", "balance", "balanced", "compare"]
+__all__ = ["Layerwise", "Sketch", "Stateful", "Trainer", "__version__", "balance", "balanced", "compare"]
 
 if TYPE_CHECKING:
     from fastmtl.balancing import balance, balanced
     from fastmtl.experiments import compare
+    from fastmtl.layerwise import Layerwise, Sketch
     from fastmtl.trainer import Trainer
 
 # What pulls in torch or the whole training stack is imported on first use, to keep `import fastmtl` cheap.
 _LATE = {
+    "Layerwise": "fastmtl.layerwise",
+    "Sketch": "fastmtl.layerwise",
     "Trainer": "fastmtl.trainer",
     "balance": "fastmtl.balancing",
     "balanced": "fastmtl.balancing",

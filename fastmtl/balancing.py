@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, cached_property, lru_cache
+from functools import cache, cached_property, lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from fastmtl.engine.comm import Comm
     from fastmtl.engine.graph import Node
     from fastmtl.engine.vjp import Cotangents
+    from fastmtl.layerwise import Layerwise
 
 __all__ = ["balance", "balanced"]
 
@@ -26,7 +28,12 @@ Shared = nn.Module | Iterable[Tensor]
 
 
 def balance(
-    losses: Losses, *, shared: Shared | None = None, weighting: str | Aggregator = "mgda", **hyper: Any
+    losses: Losses,
+    *,
+    shared: Shared | None = None,
+    weighting: str | Aggregator = "mgda",
+    vjps: Layerwise | None = None,
+    **hyper: Any,
 ) -> Tensor | None:
     """Differentiate the losses and add balanced gradients to ``.grad``.
 
@@ -41,13 +48,16 @@ def balance(
         losses: T scalar losses of one forward pass, as a list or by task.
         shared: The shared parameters, or the module that has them; those that several losses depend on if None.
         weighting: An aggregator of :mod:`fastmtl.aggregation`, or the name, in any case, of one without state.
+        vjps: A :class:`fastmtl.Layerwise` or :class:`fastmtl.Sketch`, kept over the calls, that computes the Gram
+            matrix without most of the gradients; None for one VJP per loss.
         hyper: Arguments of the named aggregator, such as ``c=0.4`` for ``"cagrad"``.
 
     Returns:
         The (T,) weights, None from an aggregator that has none.
 
     Raises:
-        UsageError: No losses, one that is no scalar, no shared parameter among their leaves, or an unknown weighting.
+        UsageError: No losses, one that is no scalar, no shared parameter among their leaves, an unknown weighting, or
+            ``vjps`` with a weighting that needs more than the Gram matrix.
 
     Example:
         >>> shared = torch.tensor([1.0, 2.0], requires_grad=True)
@@ -56,11 +66,16 @@ def balance(
         >>> shared.grad
         tensor([1.6000, 0.8000])
     """
-    return _Balance(losses, shared, weighting, hyper)(None)
+    return _Balance(losses, shared, weighting, vjps, hyper)(None)
 
 
 def balanced(
-    losses: Losses, *, shared: Shared | None = None, weighting: str | Aggregator = "mgda", **hyper: Any
+    losses: Losses,
+    *,
+    shared: Shared | None = None,
+    weighting: str | Aggregator = "mgda",
+    vjps: Layerwise | None = None,
+    **hyper: Any,
 ) -> Tensor:
     """Return the sum of the losses as a scalar whose ``backward()`` does what :func:`balance` does.
 
@@ -70,7 +85,7 @@ def balanced(
 
     Arguments and errors are those of :func:`balance`.
     """
-    work = _Balance(losses, shared, weighting, hyper)
+    work = _Balance(losses, shared, weighting, vjps, hyper)
     total = torch.stack([loss.detach() for loss in work.losses]).sum()
     if not torch.is_grad_enabled():
         return total
@@ -99,6 +114,20 @@ class _Deferred(torch.autograd.Function):
                 param.grad = grad
 
 
+@contextmanager
+def _added_to_grads(params: Sequence[Tensor]) -> Iterator[None]:
+    """Let ``.grad`` be None in the block, and add it to what was there before at the end."""
+    before = [param.grad for param in params]
+    for param in params:
+        param.grad = None
+    try:
+        yield
+    finally:
+        for param, grad in zip(params, before, strict=True):
+            if grad is not None:
+                param.grad = grad if param.grad is None else grad + param.grad
+
+
 @dataclass(frozen=True, slots=True)
 class _Params:
     """What losses depend on.
@@ -120,7 +149,12 @@ class _Balance:
     """The losses, the parameters they depend on, and the aggregator."""
 
     def __init__(
-        self, losses: Losses, shared: Shared | None, weighting: str | Aggregator, hyper: Mapping[str, Any]
+        self,
+        losses: Losses,
+        shared: Shared | None,
+        weighting: str | Aggregator,
+        vjps: Layerwise | None,
+        hyper: Mapping[str, Any],
     ) -> None:
         self.losses = list(losses.values() if isinstance(losses, Mapping) else losses)
         for index, loss in enumerate(self.losses):
@@ -132,6 +166,9 @@ class _Balance:
         self.aggregator = _named(weighting, hyper) if isinstance(weighting, str) else weighting
         if hyper and not isinstance(weighting, str):
             raise UsageError(f"weighting must be a name to take {', '.join(hyper)}, got {weighting}.")
+        self.vjps = vjps
+        if vjps is not None:
+            self._check_layers(vjps)
 
     def __call__(self, scale: Tensor | None) -> Tensor | None:
         """Add the gradients of the losses times ``scale``, those of all processes, to ``.grad``."""
@@ -146,19 +183,14 @@ class _Balance:
         # What is differentiated are the means of the losses over the processes.
         seeds = self._seeds(scale, comm.size)
         aggregate = self._by_gram if self.aggregator.works_on_gram() else self._by_rows
+        if self.vjps is not None:
+            aggregate = partial(self._by_layers, self.vjps)
         with refusing_inner_backward(self.params.closed):
-            if not comm.shares_batches:
+            if not comm.shares_batches and self.vjps is None:
                 return aggregate(seeds, comm)
-            before = [param.grad for param in params]
-            for param in params:
-                param.grad = None
-            try:
+            with _added_to_grads(params):
                 weights = aggregate(seeds, comm)
                 comm.set_grads(task_params, comm.all_reduce_row([param.grad for param in task_params]))
-            finally:
-                for param, grad in zip(params, before, strict=True):
-                    if grad is not None:
-                        param.grad = grad if param.grad is None else grad + param.grad
             return weights
 
     def _seeds(self, scale: Tensor | None, size: int) -> Cotangents:
@@ -191,6 +223,39 @@ class _Balance:
         else:
             add_combined_rows(shared, rows, weights.to(shared[0].device))
         return weights.to(torch.promote_types(shared[0].dtype, shared[-1].dtype))
+
+    def _by_layers(self, vjps: Layerwise, seeds: Cotangents, comm: Comm) -> Tensor:
+        """Leave out the gradients that the Gram matrix of some layers does not need."""
+        from fastmtl.aggregation.base import GramianWeightedAggregator
+        from fastmtl.engine.gradients import add_grads
+        from fastmtl.engine.weights import Weights
+
+        shared = self.params.shared
+        cotangents = [
+            torch.ones_like(loss) if seed is None else seed for loss, seed in zip(self.losses, seeds, strict=True)
+        ]
+        update = vjps.differentiate(
+            self.losses, cotangents, shared, comm, extras=self.params.by_loss, on_extra=add_grads
+        )
+        if update is None:
+            return self._by_gram(seeds, comm)
+        assert isinstance(self.aggregator, GramianWeightedAggregator)
+        with torch.no_grad():
+            update.rows = update.collect(update.rows, comm, final=True)
+            gram = update.gram(update.rows, None, comm, None)
+            weights = self.aggregator.weights_of_gram(gram, shared[0].dtype)
+        vjps.note_error(update.gram_error)
+        comm.broadcast([weights])
+        update.write(Weights(shared=weights.to(shared[0].device)), update, comm, ())
+        return weights.to(torch.promote_types(shared[0].dtype, shared[-1].dtype))
+
+    def _check_layers(self, vjps: object) -> None:
+        from fastmtl.layerwise import Layerwise
+
+        if not isinstance(vjps, Layerwise):
+            raise UsageError(f"vjps must be a fastmtl.Layerwise, a fastmtl.Sketch or None, got {vjps!r}.")
+        if not self.aggregator.works_on_gram():
+            raise UsageError(f"vjps must be None for {self.aggregator}, which needs more than the Gram matrix.")
 
     def _by_rows(self, seeds: Cotangents, comm: Comm) -> Tensor | None:
         """Let each process have the whole Jacobian."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.errors import UsageError
-from fastmtl.support.dtypes import wide_dtype
+from fastmtl.support.dtypes import HALF_TYPES, wide_dtype
 from fastmtl.support.running import Group, RunningMean
 
 __all__ = [
@@ -254,7 +254,7 @@ def mean_known(values: Tensor, known: Tensor) -> Tensor:
     """Return the mean of the values where ``known``, 0 if none is."""
     known = known.expand_as(values)
     # A float16 sum overflows at 65504.
-    dtype = torch.float32 if values.dtype in (torch.float16, torch.bfloat16) else values.dtype
+    dtype = torch.float32 if values.dtype in HALF_TYPES else values.dtype
     return (torch.where(known, values, 0).sum(dtype=dtype) / known.sum().clamp(min=1)).to(values.dtype)
 
 

@@ -16,6 +16,7 @@ from fastmtl.autogram.layers import SHORTCUTS, bias_gram, positions, weight_gram
 from fastmtl.autojac.jac import jac
 from fastmtl.engine.graph import graph_nodes, is_leaf
 from fastmtl.errors import UsageError
+from fastmtl.layerwise import Layerwise
 
 __all__ = ["Engine"]
 
@@ -36,8 +37,8 @@ class Engine:
 
     With independent samples (``batch_dim``) the Gram matrices of linear and convolutional layers follow from their
     inputs and the gradients of their outputs, which one backward pass computes for all samples; per-sample gradients
-    are built layer by layer where that is cheaper. All other parameters, and layers whose parameters are used elsewhere
-    too, need the rows of the Jacobian.
+    are built layer by layer where that is cheaper. All other layers go as those of :class:`fastmtl.Layerwise`, and what
+    is left needs the rows of the Jacobian.
 
     Typical use, with one loss per sample::
 
@@ -59,6 +60,7 @@ class Engine:
     def __init__(self, *modules: nn.Module, batch_dim: int | None) -> None:
         self._modules = modules
         self._batch_dim = batch_dim
+        self._layerwise = Layerwise()
         if batch_dim is not None:
             for layer in {layer for module in modules for layer in module.modules()}:
                 self._check(layer)
@@ -96,7 +98,9 @@ class Engine:
         gram, covered = self._by_layers(output)
         others = [param for param in params if param not in covered]
         if others:
-            rows = gram_of(jac(output, others, retain_graph=True))
+            rows = self._layerwise.gramian(output, others)
+            if rows is None:
+                rows = gram_of(jac(output, others, retain_graph=True))
             gram = rows if gram is None else gram + rows
         assert gram is not None
         return gram.to(output.dtype)

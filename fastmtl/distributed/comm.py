@@ -60,6 +60,10 @@ class DataParallel(Comm):
         return self.peers.all_reduce(tensor)
 
     @override
+    def any(self, flags: Sequence[bool]) -> list[bool]:
+        return self.peers.all_reduce_any(list(flags))
+
+    @override
     def all_reduce_coalesced(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return self.peers.all_reduce_coalesced(tensors)
 

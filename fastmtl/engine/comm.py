@@ -133,6 +133,10 @@ class Comm:
         """Return the sum of a tensor over the processes; may overwrite it."""
         return tensor
 
+    def any(self, flags: Sequence[bool]) -> list[bool]:
+        """Return which flags are set in any process."""
+        return list(flags)
+
     def all_reduce_coalesced(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return the sums of several tensors over the processes."""
         return list(tensors)

@@ -33,6 +33,7 @@ class Batch:
         share: (T,) weight of this batch, in this process, in the mean losses of the step; None for 1.
         factor: What the losses are multiplied by before differentiation, a scalar or (T,); None for 1.
         final: Whether its rows are final: no other batch's rows are added to them.
+        is_first: Whether it is the first of the step.
     """
 
     inputs: object
@@ -41,6 +42,7 @@ class Batch:
     share: Tensor | None = None
     factor: Tensor | None = None
     final: bool = True
+    is_first: bool = True
 
     def of(self, task: str) -> object:
         """Return the inputs of one task of a multi-input batch."""
@@ -110,8 +112,8 @@ class StepContext:
             row_shares = torch.cat([part.sum(0) for part in shares_of_rows]) if comm.shares_batches else None
         final = samples > 1 or len(batches) == 1
         of_step = [
-            Batch(inputs, of_batch, tasks, share=share, factor=scaling.factor(share), final=final)
-            for (inputs, _), of_batch, share in zip(batches, labels, shares, strict=True)
+            Batch(inputs, of_batch, tasks, share, scaling.factor(share), final, is_first=number == 0)
+            for number, ((inputs, _), of_batch, share) in enumerate(zip(batches, labels, shares, strict=True))
         ]
         return cls(batches=tuple(of_step), tasks=tasks, scaling=scaling, rates=rates, row_shares=row_shares)
 

@@ -21,6 +21,7 @@ from fastmtl.engine.trees import tensors_of
 from fastmtl.engine.vjp import vjp
 from fastmtl.engine.weights import Row
 from fastmtl.errors import UsageError
+from fastmtl.support.dtypes import HALF_TYPES
 
 __all__ = ["Structure"]
 
@@ -97,7 +98,7 @@ class Structure:
         finite = (
             self._learn_multi_input(batch) if self.problem.model.multi_input else self._learn_shared_input(batch, cuts)
         )
-        (proven,) = self.any([finite])
+        (proven,) = self.comm.any([finite])
         self._seen.update(self._labelled(batch) if proven else ())
         return self.against_cut is not None and before is None
 
@@ -110,7 +111,7 @@ class Structure:
             self._decoders_for.update(self._labelled(batch))
             with without_side_effects(problem):
                 self._heads(problem.trunk(batch.inputs), batch)
-            self._note_coupling(*self.any([self.coupled]))
+            self._note_coupling(*self.comm.any([self.coupled]))
 
     def learn_coupling(self, tasks: Tasks, losses: Sequence[Tensor], starts: Mapping[str, Sequence[Tensor]]) -> None:
         """Find out whether one of the T losses depends on the input of another task's decoder.
@@ -138,14 +139,8 @@ class Structure:
     def _labelled(self, batch: Batch) -> list[str]:
         """Return the tasks of a batch that have labels here or in another process."""
         tasks = batch.tasks
-        flags = self.any([batch.labels.get(task) is not None for task in tasks])
+        flags = self.comm.any([batch.labels.get(task) is not None for task in tasks])
         return [task for task, has_labels in zip(tasks, flags, strict=True) if has_labels]
-
-    def any(self, flags: Sequence[bool]) -> list[bool]:
-        """Return which flags are set in any process."""
-        if not self.comm.shares_batches:
-            return list(flags)
-        return (self.comm.all_reduce(torch.tensor(flags, device=self.problem.model.device).float()) > 0).tolist()
 
     def _note_coupling(self, coupled: bool) -> None:
         self.coupled = self.coupled or coupled
@@ -155,7 +150,7 @@ class Structure:
     def _learn_shared_input(self, batch: Batch, cuts: bool) -> bool:
         """Examine a batch that all tasks share; return whether its gradients were finite."""
         parts, whole = (self._parts(batch, True) if cuts else None), self._whole(batch, True, cuts)
-        (hides,) = self.any([whole is None])
+        (hides,) = self.comm.any([whole is None])
         if hides:
             self._learn_hidden([batch])
         if hides and cuts and self.by_backward is None:
@@ -172,7 +167,7 @@ class Structure:
 
     def _agree(self, stands: bool) -> bool:
         """Come to the same conclusions in all processes; return whether the network cannot be cut in one of them."""
-        coupled, stands = self.any([self.coupled, stands])
+        coupled, stands = self.comm.any([self.coupled, stands])
         self._note_coupling(coupled)
         if stands:
             self.against_cut = self.against_cut or "another process has found that they cannot be separated"
@@ -183,10 +178,10 @@ class Structure:
         if not self._agree(parts is None):
             assert whole is not None
             assert parts is not None
-            (differs,) = self.any([not self._same(whole, parts)])
+            (differs,) = self.comm.any([not self._same(whole, parts)])
             # A network or loss whose numbers differ from pass to pass proves nothing.
             again = self._whole(batch, False, True) if differs else None
-            (proven,) = self.any([again is not None and self._same(whole, again)])
+            (proven,) = self.comm.any([again is not None and self._same(whole, again)])
             if proven:
                 self.against_cut = _MORE
 
@@ -202,7 +197,7 @@ class Structure:
                 _refuse_freed_graph(task, oldest < first)
                 coupled, hides = coupled or oldest < start, hides or may_hide([loss])
                 del loss
-        coupled, hides = self.any([coupled, hides])
+        coupled, hides = self.comm.any([coupled, hides])
         self._note_coupling(coupled)
         if self.coupled and len(batch.tasks) < len(problem.tasks):
             _refuse_freed_graph(batch.tasks[0], True)
@@ -222,7 +217,7 @@ class Structure:
                 else:
                     losses = list(problem.whole(batch.inputs, batch.labels, batch.tasks)[0])
                 misses, by_backward = vjp_that_reaches_all(losses, params, problem.model.device)
-            if any(self.any([misses])):
+            if any(self.comm.any([misses])):
                 self.by_backward = by_backward
                 self.against_cut = self.against_cut or "a function of the network runs backward passes of its own"
 
@@ -312,7 +307,7 @@ class Structure:
     def _same(self, one: _Pass, other: _Pass) -> bool:
         """Return whether two passes have the same losses and gradients but for rounding."""
         halved = self.problem.low_precision is not None or any(
-            param.dtype in (torch.bfloat16, torch.float16) for param in self.problem.shared_params
+            param.dtype in HALF_TYPES for param in self.problem.shared_params
         )
         known = one.losses.isfinite() & other.losses.isfinite()
         near = torch.isclose(one.losses, other.losses, rtol=5e-2 if halved else 1e-4, atol=1e-6)

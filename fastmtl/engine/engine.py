@@ -90,10 +90,12 @@ class GradientEngine(Engine):
             losses.append(self.comm.mean(batch_grads.losses, batch.share))
             preds.append(batch_grads.preds)
             # Samples of the strategy stay separate, accumulated batches are added.
-            if not batches or batch.final:
-                batches.append(batch_grads)
-            else:
+            if batches and not batch.final:
                 batches[0].absorb(batch_grads)
+                continue
+            batches.append(batch_grads)
+            if len(batches) > 1:
+                batches[0].pullback.join(batch_grads.pullback)
         return Jacobian(batches, _stacked(losses), preds, ctx, self.problem, self.comm)
 
 

@@ -75,6 +75,9 @@ class Pullback:
         """Add another batch of the same step, whose rows are added to this one's."""
         raise NotImplementedError
 
+    def join(self, other: Pullback) -> None:
+        """Take another sample of the same step, whose rows follow this one's."""
+
     def write(self, weights: Weights, source: HasRows, comm: Comm, tasks: Tasks) -> None:
         """Fill ``.grad`` of the shared parameters, and all-reduce that of all others."""
         raise NotImplementedError
@@ -167,7 +170,7 @@ class Jacobian:
         self.losses = step_losses(problem, ctx, losses, comm)
         self.strategy_losses = losses if several else self.losses
         self.preds = preds[-1:] if several else preds
-        self.pullback = batches[-1].pullback
+        self.pullback = batches[0].pullback
         self._batches = batches
         self._ctx = ctx
         self._known = isinstance(self.pullback, Known)

@@ -16,6 +16,7 @@ from fastmtl.engine.model import Features, Labels, MTLModel, Tasks
 from fastmtl.engine.trees import detached_tree, leaves, map_tree
 from fastmtl.errors import UsageError
 from fastmtl.loss import AbsLoss
+from fastmtl.support.dtypes import HALF_TYPES
 
 __all__ = ["Problem", "Scored", "cut_features"]
 
@@ -166,7 +167,7 @@ class Problem:
         """Return 16-bit predictions in float32."""
 
         def full(leaf: object) -> object:
-            return leaf.float() if isinstance(leaf, Tensor) and leaf.dtype in (torch.bfloat16, torch.float16) else leaf
+            return leaf.float() if isinstance(leaf, Tensor) and leaf.dtype in HALF_TYPES else leaf
 
         return pred if self.low_precision is None else map_tree(full, pred)
 

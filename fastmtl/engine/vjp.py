@@ -11,7 +11,16 @@ from torch.autograd.graph import GradientEdge
 
 from fastmtl.ops._rows import is_dense
 
-__all__ = ["Cotangents", "batched_jacobians", "batched_vjps", "identity_rows", "jacobians", "seeded", "vjp"]
+__all__ = [
+    "Cotangents",
+    "batched_jacobians",
+    "batched_vjps",
+    "identity_rows",
+    "jacobians",
+    "seeded",
+    "vjp",
+    "vjp_of_present",
+]
 
 Cotangents = Sequence[Tensor | None]
 
@@ -34,6 +43,14 @@ def vjp(
         return list(grads)
     rest = iter(grads)
     return [next(rest) if _has_gradient(source) else None for source in inputs]
+
+
+def vjp_of_present(
+    outputs: Sequence[Tensor], cotangents: Cotangents, inputs: Sequence[Tensor | GradientEdge], retain: bool
+) -> list[Tensor | None]:
+    """Return `vjp` of those outputs that have a cotangent, whatever their shape."""
+    pairs = [pair for pair in zip(outputs, cotangents, strict=True) if pair[1] is not None]
+    return vjp([output for output, _ in pairs], [cotangent for _, cotangent in pairs], inputs, retain)
 
 
 def seeded(outputs: Sequence[Tensor], cotangents: Cotangents) -> list[tuple[Tensor, Tensor]]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["falls_below", "wide_dtype"]
+__all__ = ["HALF_TYPES", "falls_below", "wide_dtype"]
+
+HALF_TYPES = (torch.bfloat16, torch.float16)
 
 _ROUNDING = 1e-5
 

@@ -170,7 +170,7 @@ def test_gram_matrix_and_update_are_those_of_the_plain_network(
     torch.manual_seed(5)
     done = method(batch_of(trainer, *batch))
     rows, shared = plain_rows(trainer, *batch)
-    assert list(method.plan.ways.values()) == [way] * WEIGHTS[name]
+    assert list(method.vjps.plan.ways.values()) == [way] * WEIGHTS[name]
     gram = done.pullback.gram(done.rows, None, method.comm, None)
     torch.testing.assert_close(gram, gram_of(rows), rtol=1e-9, atol=1e-12 * float(gram_of(rows).max()))
     weights = torch.tensor([0.3, 1.0, -2.0], dtype=torch.float64)
@@ -201,7 +201,7 @@ def test_layers_in_a_checkpoint_and_frozen_ones_stay_as_they_are(monkeypatch: py
     batch = double_batch(trainer)
     done = trainer.step.engine.method(batch_of(trainer, *batch))
     names = {param: name for name, param in trainer.model.named_parameters()}
-    found = {names[weight] for weight in trainer.step.engine.method.plan.ways}
+    found = {names[weight] for weight in trainer.step.engine.method.vjps.plan.ways}
     assert found == {"encoder.first.weight", "encoder.last.weight", "encoder.wide.weight"}
     gram = done.pullback.gram(done.rows, None, trainer.step.comm, None)
     torch.testing.assert_close(gram, gram_of(plain_rows(trainer, *batch)[0]), rtol=1e-9, atol=1e-12)
@@ -265,7 +265,7 @@ def test_features_without_gradients_and_inputs_of_zeros(way: str, monkeypatch: p
     batch = double_batch(trainer)
     rows, shared = plain_rows(trainer, *batch)
     trainer.step([batch], StepBuffer())
-    assert list(trainer.step.engine.method.plan.ways.values()) == [way] * 3
+    assert list(trainer.step.engine.method.vjps.plan.ways.values()) == [way] * 3
     latest = trainer.step.latest
     torch.testing.assert_close(latest.gram, gram_of(rows), rtol=1e-9, atol=1e-12)
     for k, param in enumerate(shared):

@@ -11,14 +11,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastmtl.engine.layerwise import sketches
 from fastmtl.engine.layerwise.signs import Signs
+from fastmtl.engine.layerwise.sketches import SketchedVJPs
 from fastmtl.engine.layerwise.uses import weight_uses
-from fastmtl.engine.methods import sketch
-from fastmtl.engine.methods.sketch import Sketch
 from fastmtl.engine.trees import tensors_of
 from fastmtl.engine.weights import Weights
 from fastmtl.trainer.log.jsonl import JsonlLogger, read_jsonl
 from fastmtl.trainer.log.records import StepBuffer
+from fastmtl.trainer.tasks import step_tasks
 from tests.trainer.test_layerwise import (
     ENCODERS,
     TASKS,
@@ -40,7 +41,7 @@ STRATEGIES = [
 
 def _never_checks(trainer: Any) -> Any:
     """Let the steps to come have no exact Gram matrix."""
-    trainer.step.engine.method.left = 10**9
+    trainer.step.engine.method.vjps.left = 10**9
     return trainer
 
 
@@ -52,15 +53,16 @@ def test_pieces_are_the_gradients_times_the_signs(name: str, cotangents: str, mo
     batch = double_batch(trainer)
     method = trainer.step.engine.method
     torch.manual_seed(5)
-    state = method.signs.generator.get_state()
+    vjps = method.vjps
+    state = vjps.signs.generator.get_state()
     done = method(batch_of(trainer, *batch))
     rows, shared = plain_rows(trainer, *batch)
-    assert list(method.plan.ways.values()) == ["sketched"] * WEIGHTS[name]
-    method.signs.generator.set_state(state)
-    weights = list(method.plan.ways)
+    assert list(vjps.plan.ways.values()) == ["sketched"] * WEIGHTS[name]
+    vjps.signs.generator.set_state(state)
+    weights = list(vjps.plan.ways)
     names = {param: known for known, param in trainer.model.named_parameters()}
-    shapes = [method.layers[weight].omega for weight in weights]
-    signs = method.signs.draw([(groups, 4, fan_in) for groups, _, fan_in in shapes], torch.float64)
+    shapes = [vjps.layers[weight].omega for weight in weights]
+    signs = vjps.signs.draw([(groups, 4, fan_in) for groups, _, fan_in in shapes], torch.float64)
     torch.manual_seed(5)
     uses = weight_uses(tensors_of(trainer.model.trunk(batch[0])), weights)
     for weight, drawn in zip(weights, signs, strict=True):
@@ -89,7 +91,8 @@ def _estimates(trainer: Any, batch: Any, count: int) -> Tensor:
     method.prepare(whole)
     features, _, _, cotangents, _ = method.heads(method.trunk(whole), whole)
     for _ in range(count):
-        update = method._differentiated(features, cotangents, method.plan, whole.tasks, False)
+        method.vjps.begin(first=True)
+        update = method.vjps(features, cotangents, whole.tasks)
         grams.append(update.gram(update.rows, None, method.comm, None))
     return torch.stack(grams)
 
@@ -127,20 +130,19 @@ def test_the_bound_on_the_error_holds_and_is_not_far_off(monkeypatch: pytest.Mon
 
 def _bounds(trainer: Any, batch: Any, rows: Any, shared: Any) -> dict[Tensor, Tensor]:
     """The bounds on the variance of each layer's part."""
-    method = trainer.step.engine.method
+    vjps = trainer.step.engine.method.vjps
     places = {param: place for place, param in enumerate(shared)}
-    uses = weight_uses(tensors_of(trainer.model.trunk(batch[0])), method.layers)
-    totals = method._totals(list(uses), uses)
+    uses = weight_uses(tensors_of(trainer.model.trunk(batch[0])), vjps.layers)
+    totals = vjps._sums(list(uses), uses)
     return {
-        weight: method._variance(weight, totals[weight], [row[places[weight]] for row in rows])
-        for weight in method.layers
+        weight: vjps._variance(weight, totals[weight], [row[places[weight]] for row in rows]) for weight in vjps.layers
     }
 
 
 def test_layers_that_would_make_the_error_large_are_not_sketched(monkeypatch: pytest.MonkeyPatch) -> None:
     listener = Listener()
     force_way(monkeypatch, "sketched")
-    monkeypatch.setattr(sketch, "LARGEST_ERROR", 0.05)
+    monkeypatch.setattr(sketches, "LARGEST_ERROR", 0.05)
     trainer = wide_trainer(ENCODERS["images"], "sketch", logger=listener, sketch_width=8, cotangents="keep")
     batch = double_batch(trainer)
     rows, shared = plain_rows(trainer, *batch)
@@ -155,8 +157,8 @@ def test_layers_that_would_make_the_error_large_are_not_sketched(monkeypatch: py
         for weight, bound in _bounds(trainer, batch, rows, shared).items()
     }
     # All save as much.
-    assert [weight in method.plan.ways for weight in parts] == [part <= 0.05**2 / 4 for part in parts.values()]
-    count = len(method.plan.ways)
+    assert [weight in method.vjps.plan.ways for weight in parts] == [part <= 0.05**2 / 4 for part in parts.values()]
+    count = len(method.vjps.plan.ways)
     assert 0 < count < 4
     trainer.step([batch], StepBuffer())
     (message,) = listener.messages
@@ -243,10 +245,10 @@ def test_a_resumed_run_is_the_undisturbed_one(step: int, tmp_path: Path, monkeyp
         "gram_check_every": 3,
         "sketch_width": 8,
     }
-    monkeypatch.setattr(sketch, "LARGEST_ERROR", 0.1)
+    monkeypatch.setattr(sketches, "LARGEST_ERROR", 0.1)
     force = pytest.MonkeyPatch()
     force_way(force, "sketched")
-    force.setattr(sketch, "LARGEST_ERROR", 0.1)
+    force.setattr(sketches, "LARGEST_ERROR", 0.1)
     whole = wide_trainer(ENCODERS["mlp"], "sketch", **options)
     torch.manual_seed(5)
     whole.train(loaders(TASKS, shuffle=True), loaders(TASKS), 3)
@@ -258,7 +260,7 @@ def test_a_resumed_run_is_the_undisturbed_one(step: int, tmp_path: Path, monkeyp
     second = wide_trainer(ENCODERS["mlp"], "sketch", resume=str(tmp_path / "last.pt"), **options)
     second.train(loaders(TASKS, shuffle=True), loaders(TASKS), 3)
     force.undo()
-    assert isinstance(second.step.engine.method, Sketch)
+    assert isinstance(second.step.engine.method.vjps, SketchedVJPs)
     assert torch.equal(flat(second.model.parameters()), flat(whole.model.parameters()))
 
 
@@ -316,7 +318,7 @@ def test_a_run_that_went_another_way_goes_on_sketched(tmp_path: Path, monkeypatc
     first.train(loaders(TASKS), loaders(TASKS), 1)
     second = wide_trainer(ENCODERS["mlp"], "sketch", resume=str(tmp_path / "last.pt"), sketch_width=8)
     second.train(loaders(TASKS), loaders(TASKS), 2)
-    assert list(second.step.engine.method.plan.ways.values()) == ["sketched"] * 2
+    assert list(second.step.engine.method.vjps.plan.ways.values()) == ["sketched"] * 2
 
 
 @pytest.mark.parametrize("cotangents", ["keep", "recompute"])
@@ -366,11 +368,61 @@ def test_cotangents_are_kept_where_backward_passes_do_not_add_up(monkeypatch: py
     batch = double_batch(trainer)
     rows, shared = plain_rows(trainer, *batch)
     trainer.step([batch], StepBuffer())
-    assert trainer.step.engine.method.plan.kept
+    assert trainer.step.engine.method.vjps.plan.kept
     weights = trainer.step.latest.weights
     for k, param in enumerate(shared):
         want = sum(w * row[k] for w, row in zip(weights, rows, strict=True))
         torch.testing.assert_close(param.grad, want, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("cotangents", ["keep", "recompute"])
+@pytest.mark.parametrize("weighting", ["MoDo", "SDMGrad"])
+def test_batches_of_a_step_share_their_signs(weighting: str, cotangents: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    force_way(monkeypatch, "sketched")
+    trainer = wide_trainer(ENCODERS["images"], "sketch", weighting, cotangents=cotangents, sketch_width=5)
+    trainer = _never_checks(trainer)
+    trainer.model.double()
+    batches = [(x.double(), {**y, "task1": y["task1"].double()}) for x, y in list(loaders(TASKS, rows=24))[:3]]
+    rows = [plain_rows(trainer, *batch) for batch in batches]
+    shared = rows[0][1]
+    engine = trainer.step.engine
+    done = engine.differentiate(trainer.step._context(batches, step_tasks([0, 1, 2], trainer.task_name)), None)
+    omegas = engine.method.vjps._omegas
+    assert len(omegas) == 4
+    whole = [row for of_batch, _ in rows for row in of_batch]
+    # Signs are drawn in float32.
+    omegas = {param: omega.double() for param, omega in omegas.items()}
+
+    def pieces(row: list[Tensor]) -> list[Tensor]:
+        return [
+            grad.unflatten(0, (len(omegas[param]), -1)).flatten(2) @ omegas[param].mT if param in omegas else grad
+            for grad, param in zip(row, shared, strict=True)
+        ]
+
+    want = gram_of([pieces(row) for row in whole])
+    torch.testing.assert_close(done.gram(), want, rtol=1e-6, atol=1e-9 * float(want.max()))
+    weights = torch.linspace(-1, 2, 9, dtype=torch.float64)
+    done.write_grads(Weights(shared=weights, heads=torch.ones(9, dtype=torch.float64) if weighting == "MoDo" else None))
+    for k, param in enumerate(shared):
+        sums = sum(w * row[k] for w, row in zip(weights, whole, strict=True))
+        torch.testing.assert_close(param.grad, sums, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("weighting", ["MoDo", "SDMGrad"])
+def test_steps_of_several_batches_that_compare_are_exact(weighting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    force_way(monkeypatch, "sketched")
+    ends = []
+    for vjps in ("sequential", "sketch"):
+        trainer = wide_trainer(ENCODERS["signals"], vjps, weighting, gram_check_every=1)
+        trainer.model.double()
+        torch.manual_seed(5)
+        batches = [(x.double(), {**y, "task1": y["task1"].double()}) for x, y in loaders(TASKS, rows=48)]
+        for start in (0, 3):
+            trainer.step(batches[start : start + 3], StepBuffer())
+        ends.append(flat(trainer.model.parameters()))
+        if vjps == "sketch":
+            assert float(trainer.step.latest.gram_error) > 0
+    torch.testing.assert_close(*ends, rtol=1e-9, atol=1e-12)
 
 
 def test_signs_are_fair_and_go_on_where_they_were() -> None:

@@ -293,7 +293,7 @@ def test_what_cannot_be_batched_comes_one_after_the_other() -> None:
 @pytest.mark.parametrize("known", [True, False])
 def test_layerwise_rows_that_cannot_be_batched(known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not known:
-        monkeypatch.setattr("fastmtl.engine.methods.layerwise.batches_well", lambda features: True)
+        monkeypatch.setattr("fastmtl.engine.layerwise.vjps.batches_well", lambda features: True)
     encoder, batch = _mlp(_NoRule), _batch()
     want = _grads(_trainer(encoder, "sequential"), [batch])
     _assert_same(_grads(_trainer(encoder, "layerwise"), [batch]), want, 1e-4)

@@ -17,8 +17,8 @@ from fastmtl.engine import comm
 from fastmtl.engine.context import Batch
 from fastmtl.engine.engine import LossEngine
 from fastmtl.engine.halving import Halving, Pair
-from fastmtl.engine.layerwise import plan
-from fastmtl.engine.methods import base, layerwise, sketch, split
+from fastmtl.engine.layerwise import plan, sketches, vjps
+from fastmtl.engine.methods import base, layerwise, split
 from fastmtl.engine.methods.base import Method
 from fastmtl.engine.vjp import vjp
 from fastmtl.loss import CELoss, MSELoss
@@ -174,8 +174,8 @@ def force_way(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     def layer_of(*args: Any) -> plan.Layer:
         return replace(real(*args), costs={"direct": 1.0, way: 0.0})
 
-    monkeypatch.setattr(layerwise, "layer_of", layer_of)
-    monkeypatch.setattr(sketch, "LARGEST_ERROR", math.inf)
+    monkeypatch.setattr(vjps, "layer_of", layer_of)
+    monkeypatch.setattr(sketches, "LARGEST_ERROR", math.inf)
 
 
 def flat(params: Any) -> Tensor:

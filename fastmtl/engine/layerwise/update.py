@@ -10,13 +10,13 @@ from torch import Tensor
 
 from fastmtl import ops
 from fastmtl.engine.comm import Comm
-from fastmtl.engine.gradients import set_grads
+from fastmtl.engine.gradients import set_grads, sum_present
 from fastmtl.engine.jacobian import HasRows, Pullback
 from fastmtl.engine.layerwise.uses import Use
 from fastmtl.engine.layerwise.ways import Sketched, Way, gradient_of
 from fastmtl.engine.model import Tasks
 from fastmtl.engine.pullback import weighted
-from fastmtl.engine.vjp import vjp
+from fastmtl.engine.vjp import vjp_of_present
 from fastmtl.engine.weights import Row, Rows, Weights
 from fastmtl.support.profiling import part
 
@@ -36,7 +36,7 @@ class LayerwiseUpdate(Pullback):
         uses: The uses of those that this step uses.
         ways: Their ways.
         keeps: Whether the cotangents are kept.
-        features: What was differentiated.
+        outputs: What was differentiated.
         cotangents: Its cotangents, by task.
         tasks: The tasks of the step.
         shapes: The shapes of the entries of a row.
@@ -51,7 +51,7 @@ class LayerwiseUpdate(Pullback):
     uses: Mapping[Tensor, Sequence[Use]]
     ways: Mapping[Tensor, Way]
     keeps: bool
-    features: Sequence[Tensor]
+    outputs: Sequence[Tensor]
     cotangents: Rows
     tasks: Tasks
     shapes: Sequence[Sequence[int]]
@@ -63,6 +63,13 @@ class LayerwiseUpdate(Pullback):
     def __post_init__(self) -> None:
         self.kept = {weight: [] for weight in self.uses}
         self.exact_gram = not any(isinstance(way, Sketched) for way in self.ways.values())
+        self._parts = [self]
+
+    def join(self, other: Pullback) -> None:
+        """Take another graph of the step, whose rows follow this one's."""
+        assert isinstance(other, LayerwiseUpdate)
+        self._parts.append(other)
+        self.exact_rows = [*self.exact_rows, *other.exact_rows]
 
     def collect(self, rows: Rows, comm: Comm, final: bool) -> Rows:
         """Return the rows summed over the processes, whole: pieces are small."""
@@ -92,7 +99,9 @@ class LayerwiseUpdate(Pullback):
 
     def write(self, weights: Weights, source: HasRows, comm: Comm, tasks: Tasks) -> None:
         """Write the weighted sums of the gradients, and the gradients of the weighted cotangents."""
-        set_grads(self.covered, self._gradients(weights))
+        shares = weights.shared.chunk(len(self._parts), dim=-1)
+        grads = [part._gradients(share, weights.groups) for part, share in zip(self._parts, shares, strict=True)]
+        set_grads(self.covered, [sum_present(column) for column in zip(*grads, strict=True)])
         done = set(self.covered)
         rows = [
             [None if param in done else entry for param, entry in zip(self.params, row, strict=True)]
@@ -102,18 +111,19 @@ class LayerwiseUpdate(Pullback):
         complete = [param for param in self.params if param not in done] if comm.shards_rows else []
         comm.all_reduce_grads(tasks, complete)
 
-    def _gradients(self, weights: Weights) -> Row:
+    def _gradients(self, weights: Tensor, groups: Sequence[int] | None) -> Row:
+        """Return the gradients of what is covered, for the weights (T,) or, with groups, (L, T)."""
         if not self.keeps:
-            total = weighted(weights.shared, self.cotangents)
+            total = weighted(weights, self.cotangents)
             with part("VJPs"):
-                return vjp(self.features, total, self.covered, retain=False)
-        groups = weights.groups and dict(zip(self.params, weights.groups, strict=True))
+                return vjp_of_present(self.outputs, total, self.covered, retain=False)
+        group_of = groups and dict(zip(self.params, groups, strict=True))
         grads: Row = []
         for weight in self.covered:
             if weight not in self.uses:
                 grads.append(None)
                 continue
-            of_tasks = weights.shared if not groups else weights.shared[groups[weight]]
+            of_tasks = weights if not group_of else weights[group_of[weight]]
             total = weighted(of_tasks, self.kept.pop(weight))
             with part("VJPs"):
                 grad = gradient_of(self.uses[weight], total)

@@ -13,13 +13,14 @@ from fastmtl.engine.comm import Comm
 from fastmtl.engine.cut import Structure
 from fastmtl.engine.engine import Engine, ForeignEngine, GradientEngine, LossEngine
 from fastmtl.engine.inductor import cpp_compiler, is_compiled, traces_gradients
+from fastmtl.engine.layerwise.sketches import SketchedVJPs
+from fastmtl.engine.layerwise.vjps import LayerwiseVJPs
 from fastmtl.engine.lookahead import LookaheadEngine
 from fastmtl.engine.losses import Problem
 from fastmtl.engine.methods.base import Method
 from fastmtl.engine.methods.batched import Batched
 from fastmtl.engine.methods.layerwise import Layerwise
 from fastmtl.engine.methods.representation import ForwardRepresentation, Representation
-from fastmtl.engine.methods.sketch import Sketch
 from fastmtl.engine.methods.split import Split
 from fastmtl.engine.methods.traced import Traced, has_gradient_hooks
 from fastmtl.engine.methods.whole import Whole
@@ -123,16 +124,26 @@ def _other_vjps(
     if strategy.groups(**hyper) is not None:
         # A second backward pass would be one for each group.
         kept = True
-    one_process = "several processes have the layers' inputs" if plain.comm.shares_batches else None
-    sharded = "parameters are in shards" if options.shard != "none" else None
-    ways: dict[str, Engine | str] = {
-        "batched": batching or GradientEngine(batched),
-        "layerwise": layers or one_process or GradientEngine(Layerwise(*shared, tell, kept)),
-    }
+    params = plain.problem.shared_params
+    ways: dict[str, Engine | str] = {"batched": batching or GradientEngine(batched)}
+    ways["layerwise"] = (
+        layers
+        or _against_exact_layers(strategy, plain.comm)
+        or GradientEngine(Layerwise(*shared, LayerwiseVJPs(params, plain.comm, tell, kept)))
+    )
     if options.vjps == "sketch":
-        seed = _seed(plain.comm, plain.problem)
-        sizes = options.sketch_width, options.gram_check_every
-        ways["sketch"] = layers or sharded or GradientEngine(Sketch(*shared, tell, kept, *sizes, seed))
+        vjps = SketchedVJPs(
+            params,
+            plain.comm,
+            tell,
+            kept,
+            strategy.samples,
+            width=options.sketch_width,
+            check_every=options.gram_check_every,
+            seed=_seed(plain.comm, plain.problem),
+        )
+        sharded = "parameters are in shards" if options.shard != "none" else None
+        ways["sketch"] = layers or sharded or GradientEngine(Layerwise(*shared, vjps))
     return ways
 
 
@@ -241,9 +252,15 @@ def _against_layers(strategy: AbsWeighting, eager: Engine, options: StepOptions)
     model = eager.problem.model
     reasons = {
         "the strategy needs more than a Gram matrix": strategy.needs != "gram",
-        "the strategy takes several batches per step": strategy.samples > 1,
         "gradients are accumulated, so that the graphs are gone before the weights are known": options.accumulate > 1,
         "parts of the network are compiled": is_compiled(model),
         "the device has no float64": wide_dtype(model.device) != torch.float64,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _against_exact_layers(strategy: AbsWeighting, comm: Comm) -> str | None:
+    """Return why only sketches can take the place of rows, in a few words; None if nothing is known."""
+    if strategy.samples > 1:
+        return "the strategy takes several batches per step"
+    return "several processes have the layers' inputs" if comm.shares_batches else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,23 +10,20 @@ from typing_extensions import override
 
 from fastmtl import ops
 from fastmtl.engine.comm import Comm
-from fastmtl.engine.cut import Structure
-from fastmtl.engine.layerwise.plan import Plan
 from fastmtl.engine.layerwise.signs import Signs
 from fastmtl.engine.layerwise.uses import Use
+from fastmtl.engine.layerwise.vjps import LayerwiseVJPs
 from fastmtl.engine.layerwise.ways import Sketched, Way, omega_of
-from fastmtl.engine.methods.layerwise import Layerwise
-from fastmtl.engine.regions import Regions
 from fastmtl.engine.weights import Rows
 from fastmtl.support.kinds import Settings, State
 
-__all__ = ["LARGEST_ERROR", "Sketch"]
+__all__ = ["LARGEST_ERROR", "SketchedVJPs"]
 
 # Standard deviation of an entry of the Gram matrix, over the norms of its two gradients.
 LARGEST_ERROR = 0.03
 
 
-class Sketch(Layerwise):
+class SketchedVJPs(LayerwiseVJPs):
     """Layer by layer, with sketches of the gradients where they cost least.
 
     The first step, and one in ``check_every``, computes the gradients too, and its update is exact. From these follows
@@ -34,63 +31,82 @@ class Sketch(Layerwise):
     sketches save; others, such as a first convolution with most of the gradients' norm, are left out until the next.
 
     Args:
-        structure: What is known of the network.
-        regions: The network's functions.
+        params: The parameters that the rows are gradients of.
         comm: The other processes.
-        weighs_heads: Whether the gradients of the task-specific parameters are weighted.
         report: Called with the plan.
         kept: Whether the cotangents of the layers' outputs are kept; chosen if None.
+        samples: Graphs per step, whose rows make one Gram matrix.
         width: Columns k of Omega.
         check_every: Steps from one comparison with the exact Gram matrix to the next.
         seed: Of the random signs.
 
+    Attributes:
+        left: Steps to the next comparison.
     """
 
     def __init__(
         self,
-        structure: Structure,
-        regions: Regions,
+        params: Sequence[Tensor],
         comm: Comm,
-        weighs_heads: bool,
         report: Callable[[str], None],
-        kept: bool | None,
+        kept: bool | None = None,
+        samples: int = 1,
+        *,
         width: int,
         check_every: int,
         seed: int,
     ) -> None:
-        super().__init__(structure, regions, comm, weighs_heads, report, kept)
+        super().__init__(params, comm, report, kept, samples)
         self.width: int = width
         self.check_every = check_every
-        self.signs = Signs(self.problem.model.device, seed)
-        # Steps to the next check.
+        self.signs = Signs(self.device, seed)
         self.left = 0
-        self._means: dict[Tensor, Tensor] = {}
+        # The same for all graphs of a step: Omega, and the sums of the first one's inputs.
+        self._omegas: dict[Tensor, Tensor] = {}
+        self._totals: dict[Tensor, Tensor] = {}
+        self._begins = True
 
     @override
-    def _checks(self) -> bool:
-        self.left -= 1
-        return self.left < 0
+    def begin(self, first: bool) -> bool:
+        self._begins = first
+        if first:
+            self.left -= 1
+            self.checking = self.left < 0
+        return self.checking or super().begin(first)
 
     @override
-    def _ways(self, uses: Mapping[Tensor, Sequence[Use]], plan: Plan) -> dict[Tensor, Way]:
-        sketched = {weight: found for weight, found in uses.items() if plan.ways[weight] == "sketched"}
-        # The signs follow from the plan, whatever this step uses of it.
-        drawn = [weight for weight, way in plan.ways.items() if way == "sketched"]
-        shapes = [(groups, width - 1, fan_in) for groups, width, fan_in in (self.layers[one].omega for one in drawn)]
-        signs = dict(zip(drawn, self.signs.draw(shapes), strict=True))
-        totals = self._totals(drawn, sketched)
-        ways = super()._ways({weight: found for weight, found in uses.items() if weight not in sketched}, plan)
-        for weight, found in sketched.items():
-            ways[weight] = Sketched(found, omega_of(totals[weight], signs[weight]))
+    def _looked_at(self) -> Collection[Tensor]:
+        return self.layers if self.checking else super()._looked_at()
+
+    @override
+    def _ways(self, found: Mapping[Tensor, Sequence[Use]]) -> dict[Tensor, Way]:
+        if self._begins:
+            self._draw(found)
+        ways = super()._ways({weight: uses for weight, uses in found.items() if weight not in self._omegas})
+        for weight, omega in self._omegas.items():
+            if weight in found:
+                ways[weight] = Sketched(found[weight], omega)
         return ways
 
+    def _draw(self, found: Mapping[Tensor, Sequence[Use]]) -> None:
+        """Draw the matrices Omega of a step, which follow from the plan, whatever this process's graph uses of it."""
+        assert self.plan is not None
+        drawn = [weight for weight, way in self.plan.ways.items() if way == "sketched"]
+        candidates = [weight for weight, layer in self.layers.items() if layer.best(exact=False) == "sketched"]
+        self._totals = self._sums(candidates if self.checking else drawn, found)
+        shapes = [(groups, width - 1, fan_in) for groups, width, fan_in in (self.layers[one].omega for one in drawn)]
+        signs = self.signs.draw(shapes)
+        self._omegas = {
+            weight: omega_of(self._totals[weight], of_weight) for weight, of_weight in zip(drawn, signs, strict=True)
+        }
+
     @torch.no_grad()
-    def _totals(self, weights: Sequence[Tensor], uses: Mapping[Tensor, Sequence[Use]]) -> dict[Tensor, Tensor]:
+    def _sums(self, weights: Sequence[Tensor], uses: Mapping[Tensor, Sequence[Use]]) -> dict[Tensor, Tensor]:
         """Return the sums (g, fan_in) of the inputs of these weights' layers, over all processes."""
         sums = []
         for weight in weights:
             groups, _, fan_in = self.layers[weight].omega
-            total = torch.zeros(groups, fan_in, device=self.problem.model.device)
+            total = torch.zeros(groups, fan_in, device=self.device)
             for use in uses.get(weight, ()):
                 total = total + use.total()
             sums.append(total)
@@ -99,28 +115,23 @@ class Sketch(Layerwise):
         return dict(zip(weights, sums, strict=True))
 
     @override
-    def _look_at(self, uses: Mapping[Tensor, Sequence[Use]]) -> None:
-        candidates = [weight for weight, layer in self.layers.items() if layer.best(exact=False) == "sketched"]
-        self._means = self._totals(candidates, uses)
-
-    @override
     def _learn(self, rows: Rows, gram: Tensor) -> None:
         norms = gram.diagonal()
         products = norms[:, None] * norms
         products = products.where(products > 0, torch.inf)
-        places: dict[Tensor, int] = {param: place for place, param in enumerate(self.problem.shared_params)}
+        places: dict[Tensor, int] = {param: place for place, param in enumerate(self.params)}
         variances = [
             (self._variance(weight, total, [row[places[weight]] for row in rows]) / products).max()
-            for weight, total in self._means.items()
+            for weight, total in self._totals.items()
         ]
-        layers = [self.layers[weight] for weight in self._means]
+        layers = [self.layers[weight] for weight in self._totals]
         gains = [layer.costs[layer.best(exact=True)] - layer.costs["sketched"] for layer in layers]
         # All at once, as each read waits for the device.
         values = torch.stack(variances).tolist() if variances else []
         allowed = LARGEST_ERROR**2 / max(sum(gains), 1e-300)
-        shares = zip(self._means, values, gains, strict=True)
-        self._adopt({weight for weight, variance, gain in shares if not variance <= allowed * gain})
-        self._means = {}
+        shares = zip(self._totals, values, gains, strict=True)
+        tasks = len(rows) // self.samples
+        self._adopt(tasks, {weight for weight, variance, gain in shares if not variance <= allowed * gain})
         # A step of float16 that overflowed has shown nothing.
         self.left = self.check_every - 1 if bool(gram.isfinite().all()) else 0
         assert self.plan is not None
@@ -149,12 +160,12 @@ class Sketch(Layerwise):
         return squares * (2 / (width - 1))
 
     @override
-    def state_dict(self) -> State:
-        return super().state_dict() | {"left": self.left, "generator": self.signs.generator.get_state()}
+    def state_dict(self, names: Mapping[Tensor, str]) -> State:
+        return super().state_dict(names) | {"left": self.left, "generator": self.signs.generator.get_state()}
 
     @override
-    def load_state_dict(self, state: Settings) -> None:
-        super().load_state_dict(state)
+    def load_state_dict(self, state: Settings, names: Mapping[Tensor, str]) -> None:
+        super().load_state_dict(state, names)
         if self.plan is None:
             return
         self.left = state["left"]
