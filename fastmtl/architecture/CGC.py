@@ -6,7 +6,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from fastmtl.architecture.experts import IMG_SIZE, NUM_EXPERTS, Experts, count_experts, make_gate, mix
+from fastmtl.architecture.experts import IMG_SIZE, NUM_EXPERTS, Experts, count_experts, make_gate, mix, take_bottom
 from fastmtl.architecture.MMoE import MMoE
 
 __all__ = ["CGC"]
@@ -33,15 +33,18 @@ class CGC(MMoE):
         shared, *specific = count_experts(self.kwargs["num_experts"], self.task_num, "CGC")
         super()._make_network()
         counts = dict(zip(self.task_name, specific, strict=True))
-        self.experts_specific = nn.ModuleDict(
-            {task: Experts(self.encoder_class() for _ in range(count)) for task, count in counts.items()}
-        )
+        specific_experts = {task: [self.encoder_class() for _ in range(count)] for task, count in counts.items()}
+        for experts in specific_experts.values():
+            # The shared experts have it.
+            take_bottom(*experts)
+        self.experts_specific = nn.ModuleDict({task: Experts(experts) for task, experts in specific_experts.items()})
         self.gate_specific = nn.ModuleDict(
             {task: make_gate(self.input_size, shared + count) for task, count in counts.items()}
         )
 
     def trunk(self, inputs: Tensor, task_name: str | None = None) -> tuple[Tensor, ...]:
-        """Return the shared experts' outputs (E, B, ...) and the inputs."""
+        """Return the shared experts' outputs (E, B, ...) and what all experts read."""
+        inputs = self.bottom(inputs)
         return self.experts_shared(inputs), inputs
 
     def branch(self, features: tuple[Tensor, ...], task: str) -> Tensor:

@@ -9,7 +9,17 @@ from typing import cast
 from torch import Tensor, nn
 
 from fastmtl.architecture.abstract_arch import AbsArchitecture
-from fastmtl.architecture.experts import IMG_SIZE, Experts, feature_dim, image_size, integers, make_gate, mix, read
+from fastmtl.architecture.experts import (
+    IMG_SIZE,
+    Experts,
+    feature_dim,
+    integers,
+    make_gate,
+    mix,
+    read,
+    size_of_gates,
+    take_bottom,
+)
 from fastmtl.errors import UsageError
 from fastmtl.support.hyper import Hyper
 
@@ -21,7 +31,8 @@ class MMoE(AbsArchitecture):
 
     ``rep_t(x) = sum_e gate_t(z)_e expert_e(x)``, ``gate_t(z) = softmax(W_t z + b_t)``. With ``img_size`` z is the
     flattened input, as in LibMTL; without, for inputs of any size such as text, the mean features over experts and
-    positions. The experts are the shared parameters; gates belong to their tasks.
+    positions. Experts that are a ``FeatureEncoder`` share its tables, whose vectors are then z, as in the paper. The
+    experts are the shared parameters; gates belong to their tasks.
 
     Source: Ma et al., "Modeling Task Relationships in Multi-task Learning with Multi-gate Mixture-of-Experts", KDD
     2018.
@@ -41,12 +52,14 @@ class MMoE(AbsArchitecture):
     }
 
     def _make_network(self) -> None:
-        self.img_size = image_size(self.kwargs["img_size"])
         num_experts = self.kwargs["num_experts"]
         self.shared_experts = next(iter(integers(num_experts, "num_experts")), 0)
         if self.shared_experts < 1:
             raise UsageError(f"num_experts must be at least 1, got {num_experts}.")
-        self.experts_shared = Experts(self.encoder_class() for _ in range(self.shared_experts))
+        experts = [self.encoder_class() for _ in range(self.shared_experts)]
+        self.bottom = take_bottom(*experts)
+        self.img_size = size_of_gates(self.kwargs["img_size"], self.bottom)
+        self.experts_shared = Experts(experts)
         self.input_size = prod(self.img_size) if self.img_size else feature_dim(self.experts_shared[0])
         self.gate_specific: nn.ModuleDict | None = nn.ModuleDict(
             {task: make_gate(self.input_size, self.shared_experts) for task in self.task_name}
@@ -54,6 +67,7 @@ class MMoE(AbsArchitecture):
 
     def trunk(self, inputs: Tensor, task_name: str | None = None) -> tuple[Tensor, ...]:
         """Return the shared experts' outputs (E, B, ...), and the inputs where gates read them."""
+        inputs = self.bottom(inputs)
         reps = self.experts_shared(inputs)
         return (reps, inputs) if self.img_size else (reps,)
 
@@ -67,4 +81,4 @@ class MMoE(AbsArchitecture):
 
     def get_share_params(self) -> Iterable[nn.Parameter]:
         """Return the parameters of the shared experts."""
-        return self.experts_shared.parameters()
+        return [*self.bottom.parameters(), *self.experts_shared.parameters()]

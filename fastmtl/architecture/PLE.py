@@ -10,7 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl.architecture.abstract_arch import AbsArchitecture
-from fastmtl.architecture.experts import IMG_SIZE, NUM_EXPERTS, Experts, count_experts, image_size, make_gate, mix, read
+from fastmtl.architecture.experts import (
+    IMG_SIZE,
+    NUM_EXPERTS,
+    Experts,
+    count_experts,
+    make_gate,
+    mix,
+    read,
+    size_of_gates,
+    take_bottom,
+)
 from fastmtl.architecture.stages import Stages
 from fastmtl.support.hyper import Hyper
 
@@ -26,7 +36,8 @@ class PLE(AbsArchitecture):
     layers, or the stages of a ``fastmtl.model.StagedEncoder``.
 
     With ``img_size``, the size of an input, a gate reads the flattened mixture of level i - 1, as in LibMTL; without,
-    the mean features of the level's shared experts. The shared parameters are those of the shared experts.
+    the mean features of the level's shared experts. Experts that are a ``FeatureEncoder`` share its tables, whose
+    vectors are the inputs of the first level, also of its gates. The shared parameters are those of the shared experts.
 
     Source: Tang et al., "Progressive Layered Extraction (PLE): A Novel Multi-Task Learning (MTL) Model for Personalized
     Recommendations", RecSys 2020.
@@ -43,21 +54,20 @@ class PLE(AbsArchitecture):
 
     def _make_network(self) -> None:
         shared, *specific = count_experts(self.kwargs["num_experts"], self.task_num, "PLE")
-        self.encoder = _Extraction(
-            [self.encoder_class() for _ in range(shared)],
-            {task: [self.encoder_class() for _ in range(n)] for task, n in zip(self.task_name, specific, strict=True)},
-            image_size(self.kwargs["img_size"]),
-            bool(self.kwargs["shared_gate"]),
-        )
+        experts = [self.encoder_class() for _ in range(shared)]
+        own = {task: [self.encoder_class() for _ in range(n)] for task, n in zip(self.task_name, specific, strict=True)}
+        self.bottom = take_bottom(*experts, *(expert for of_task in own.values() for expert in of_task))
+        img_size = size_of_gates(self.kwargs["img_size"], self.bottom)
+        self.encoder = _Extraction(experts, own, img_size, bool(self.kwargs["shared_gate"]))
 
     def forward(self, inputs: Tensor, task_name: str | None = None) -> dict[str, Tensor]:
         """Return the predictions by task name, of ``task_name`` alone if it is given."""
-        reps = self.encoder(inputs, self.task_name if task_name is None else [task_name])
+        reps = self.encoder(self.bottom(inputs), self.task_name if task_name is None else [task_name])
         return {task: self.decoders[task](self._prepare_rep(rep, task, same_rep=False)) for task, rep in reps.items()}
 
     def get_share_params(self) -> Iterable[nn.Parameter]:
         """Return the parameters of the shared experts."""
-        return cast(_Extraction, self.encoder).shared_layer.parameters()
+        return [*self.bottom.parameters(), *cast(_Extraction, self.encoder).shared_layer.parameters()]
 
 
 def _by_level(experts: Sequence[nn.Module]) -> list[tuple[nn.Module, ...]]:

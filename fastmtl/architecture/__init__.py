@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from fastmtl.architecture.abstract_arch import AbsArchitecture
+from fastmtl.architecture.AITM import AITM
 from fastmtl.architecture.CGC import CGC
 from fastmtl.architecture.Cross_stitch import Cross_stitch
 from fastmtl.architecture.DSelect_k import DSelect_k
+from fastmtl.architecture.ESMM import ESMM
 from fastmtl.architecture.HPS import HPS
 from fastmtl.architecture.LTB import LTB
 from fastmtl.architecture.MMoE import MMoE
@@ -15,8 +17,10 @@ from fastmtl.architecture.STL import STL
 from fastmtl.support.hyper import Hyper
 
 __all__ = [
+    "AITM",
     "ARCHITECTURES",
     "CGC",
+    "ESMM",
     "HPS",
     "LTB",
     "MTAN",
@@ -31,5 +35,5 @@ __all__ = [
 
 ARCHITECTURES: dict[str, type[AbsArchitecture]] = {
     architecture.__name__: architecture
-    for architecture in (HPS, MTAN, Cross_stitch, MMoE, CGC, PLE, DSelect_k, LTB, STL)
+    for architecture in (HPS, MTAN, Cross_stitch, MMoE, CGC, PLE, DSelect_k, LTB, STL, ESMM, AITM)
 }

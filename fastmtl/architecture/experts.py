@@ -25,6 +25,8 @@ __all__ = [
     "make_gate",
     "mix",
     "read",
+    "size_of_gates",
+    "take_bottom",
 ]
 
 # Hyper-parameters that are one or several integers, possibly as text from LibMTL's command line.
@@ -108,6 +110,26 @@ def _anatomy(expert: nn.Module) -> list[object] | None:
 
 def _is_hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+
+
+def take_bottom(*encoders: nn.Module) -> nn.Module:
+    """Return what all experts begin with and share, and leave it out of them; an identity if they share nothing.
+
+    Encoders share their ``stem`` if they say so by ``shares_stem``, as a ``FeatureEncoder`` does: its tables.
+    """
+    if not all(getattr(encoder, "shares_stem", False) for encoder in encoders):
+        return nn.Identity()
+    bottom: nn.Module = encoders[0].get_submodule("stem")
+    for encoder in encoders:
+        encoder.stem = nn.Identity()
+    return bottom
+
+
+def size_of_gates(value: Integers, bottom: nn.Module) -> list[int]:
+    """Return ``img_size``, the size of what gates read; if it is empty, that of the vectors of a shared bottom."""
+    size = image_size(value)
+    width = getattr(bottom, "width", None)
+    return [width] if not size and isinstance(width, int) else size
 
 
 def make_gate(inputs: int, experts: int) -> nn.Sequential:

@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from fastmtl.errors import UsageError
+from fastmtl.model.features import Bag, Categorical, FeatureEncoder, FeatureTables, Numeric
 from fastmtl.model.segnet import SegNet, SegNet_MTAN_decoder, SegNet_MTAN_encoder
 from fastmtl.model.stages import ConvEncoder, MLPEncoder, StagedEncoder
 from fastmtl.model.text import LSTMEncoder
@@ -26,10 +27,15 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "Bag",
+    "Categorical",
     "ConvEncoder",
     "DeepLabHead",
+    "FeatureEncoder",
+    "FeatureTables",
     "LSTMEncoder",
     "MLPEncoder",
+    "Numeric",
     "SegNet",
     "SegNet_MTAN_decoder",
     "SegNet_MTAN_encoder",

@@ -16,7 +16,7 @@ __all__ = ["ENCODERS", "FEATURES", "GATED", "SPLITS", "TASKS", "build", "make_in
 TASKS = ["task0", "task1", "task2"]
 FEATURES = 8
 GATED = ["MMoE", "CGC", "PLE", "DSelect_k"]
-SPLITS = ["HPS", "MTAN", "Cross_stitch", "MMoE", "CGC", "DSelect_k", "LTB", "STL"]
+SPLITS = ["HPS", "MTAN", "Cross_stitch", "MMoE", "CGC", "DSelect_k", "LTB", "STL", "ESMM", "AITM"]
 
 
 class Text(nn.Module):

@@ -13,7 +13,7 @@ from typing import Any
 from fastmtl.architecture import ARCHITECTURES
 from fastmtl.errors import UsageError
 from fastmtl.weighting import WEIGHTINGS
-from tests.trainer.toy import loaders, make_trainer
+from tests.trainer.toy import loaders, make_trainer, steps_of
 
 __all__ = ["PAGE", "page"]
 
@@ -79,7 +79,7 @@ def _refusal(arch: str, weighting: str, **options: Any) -> str | None:
     data = loaders(3, multi_input=options.get("multi_input", False))
     with contextlib.redirect_stdout(io.StringIO()):
         try:
-            trainer = make_trainer(weighting, arch, 3, **options)
+            trainer = make_trainer(weighting, arch, 3, **options, **(steps_of(3) if arch == "ESMM" else {}))
             before = [param.detach().clone() for param in trainer.model.parameters()]
             trainer.train(data, data, 1)
         except UsageError as error:

@@ -21,7 +21,7 @@ from fastmtl.engine.layerwise import plan, sketches, vjps
 from fastmtl.engine.methods import base, layerwise, split
 from fastmtl.engine.methods.base import Method
 from fastmtl.engine.vjp import vjp
-from fastmtl.loss import CELoss, MSELoss
+from fastmtl.loss import BCELoss, CELoss, MSELoss
 from fastmtl.metrics import AccMetric, L1Metric
 from fastmtl.model import MLPEncoder
 from fastmtl.trainer.log.logger import Logger
@@ -38,6 +38,7 @@ __all__ = [
     "loaders",
     "make_trainer",
     "method_of",
+    "steps_of",
     "task_dict",
 ]
 
@@ -55,6 +56,13 @@ def task_dict(count: int = 2) -> dict[str, dict[str, Any]]:
             kind = {"metrics": ["L1"], "metrics_fn": L1Metric(), "loss_fn": MSELoss(), "weight": [0]}
         found[f"task{index}"] = kind
     return found
+
+
+def steps_of(count: int) -> dict[str, Any]:
+    """Tasks and decoders of logits, as an architecture takes them whose tasks are steps of one sequence."""
+    kind = {"metrics": ["L1"], "weight": [0]}
+    tasks = {f"task{t}": {**kind, "metrics_fn": L1Metric(), "loss_fn": BCELoss()} for t in range(count)}
+    return {"task_dict": tasks, "decoders": nn.ModuleDict({task: nn.Linear(8, 1) for task in tasks})}
 
 
 class _Labelled(TensorDataset):
