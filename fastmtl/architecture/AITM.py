@@ -16,10 +16,10 @@ __all__ = ["AITM"]
 class AITM(AbsArchitecture):
     """Adaptive Information Transfer Multi-task framework: each task of a sequence learns how much the one before helps.
 
-    Of the encoder's features x (B, D), or of those at each place of a map or a text, each task's tower makes ``q_t = relu(A_t x + a_t)``. The first task's
-    representation is ``z_1 = q_1``; then ``z_t = sum_u w_u V_t u`` over ``u`` in ``relu(B_t z_(t-1) + b_t)`` and q_t,
-    with ``w = softmax(<Q_t u, K_t u> / sqrt(D))``. The order of the tasks is that of the steps, such as click,
-    conversion. The encoder has the shared parameters.
+    Of the encoder's features x (B, D), or of those at each place of a map or a text, each task's tower makes ``q_t =
+    relu(A_t x + a_t)``. The first task's representation is ``z_1 = q_1``; then ``z_t = sum_u w_u V_t u`` over ``u`` in
+    ``relu(B_t z_(t-1) + b_t)`` and q_t, with ``w = softmax(<Q_t u, K_t u> / sqrt(D))``. The order of the tasks is that
+    of the steps, such as click, conversion. The encoder has the shared parameters.
 
     The paper's calibrator, a penalty where a later step is more probable than the one before it, is left out: it is a
     loss of two tasks. The predictions of ``ESMM`` are never in that order.

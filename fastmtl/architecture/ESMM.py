@@ -33,7 +33,7 @@ class ESMM(AbsArchitecture):
     def conditionals(self, inputs: Tensor) -> dict[str, Tensor]:
         """Return the logits of each task's own step, such as that of pCVR, by task."""
         features = self.trunk(inputs)
-        return {task: self.decoders[task].steps[-1](self.branch(features, task)) for task in self.task_name}  # type: ignore[index, union-attr, operator]
+        return {task: self.decoders[task].steps[-1](self.branch(features, task)) for task in self.task_name}  # type: ignore[index, operator]
 
 
 class _Joint(nn.Module):
@@ -54,8 +54,8 @@ class _Joint(nn.Module):
             logit = step(rep)
             if logit.shape != joint.shape:
                 raise UsageError(
-                    f"ESMM multiplies the probabilities of its tasks, so their decoders must have outputs of one shape, "
-                    f"got {tuple(joint.shape)} and {tuple(logit.shape)}."
+                    "ESMM multiplies the probabilities of its tasks, so their decoders must have outputs of one "
+                    f"shape, got {tuple(joint.shape)} and {tuple(logit.shape)}."
                 )
             joint = -torch.logsumexp(torch.stack([-joint, -logit, -joint - logit]), 0)
         return joint

@@ -58,10 +58,15 @@ def task_dict(count: int = 2) -> dict[str, dict[str, Any]]:
     return found
 
 
+class _OfSigns(BCELoss):
+    def compute_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
+        return super().compute_loss(pred, (gt > 0).to(pred.dtype))
+
+
 def steps_of(count: int) -> dict[str, Any]:
     """Tasks and decoders of logits, as an architecture takes them whose tasks are steps of one sequence."""
     kind = {"metrics": ["L1"], "weight": [0]}
-    tasks = {f"task{t}": {**kind, "metrics_fn": L1Metric(), "loss_fn": BCELoss()} for t in range(count)}
+    tasks = {f"task{t}": {**kind, "metrics_fn": L1Metric(), "loss_fn": _OfSigns()} for t in range(count)}
     return {"task_dict": tasks, "decoders": nn.ModuleDict({task: nn.Linear(8, 1) for task in tasks})}
 
 
