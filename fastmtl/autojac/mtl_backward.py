@@ -15,7 +15,7 @@ from fastmtl.autojac.jac_to_grad import jac_to_grad
 from fastmtl.engine.gradients import add_grads
 from fastmtl.engine.graph import Node, check_graphs, reach, root_nodes
 from fastmtl.engine.hidden import closed_nodes, refuse_hidden, refusing_inner_backward
-from fastmtl.engine.vjp import Cotangents, batched_jacobians, jacobians, vjp
+from fastmtl.engine.vjp import Cotangents, batched_jacobians, jacobians, vjp, without_losses
 from fastmtl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -157,11 +157,7 @@ def _through(
     if chunk is None:
         chunk = chunk_for(features, shared, count)
     if chunk == 1:
-        # Without a cotangent a scalar counts as a loss.
-        rows = [
-            [f.new_zeros(()) if c is None and not f.dim() else c for f, c in zip(features, row, strict=True)]
-            for row in cotangents
-        ]
+        rows = [without_losses(features, row) for row in cotangents]
         return jacobians(((features, row) for row in rows), count, shared, retain)
     stacked = [
         torch.stack([torch.zeros_like(feature) if cotangent is None else cotangent for cotangent in column])

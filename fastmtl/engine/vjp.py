@@ -20,6 +20,7 @@ __all__ = [
     "seeded",
     "vjp",
     "vjp_of_present",
+    "without_losses",
 ]
 
 Cotangents = Sequence[Tensor | None]
@@ -51,6 +52,14 @@ def vjp_of_present(
     """Return `vjp` of those outputs that have a cotangent, whatever their shape."""
     pairs = [pair for pair in zip(outputs, cotangents, strict=True) if pair[1] is not None]
     return vjp([output for output, _ in pairs], [cotangent for _, cotangent in pairs], inputs, retain)
+
+
+def without_losses(outputs: Sequence[Tensor], cotangents: Cotangents) -> list[Tensor | None]:
+    """Return the cotangents with zeros for scalars that have none, which `vjp` would take for losses."""
+    return [
+        torch.zeros_like(output) if cotangent is None and not output.dim() else cotangent
+        for output, cotangent in zip(outputs, cotangents, strict=True)
+    ]
 
 
 def seeded(outputs: Sequence[Tensor], cotangents: Cotangents) -> list[tuple[Tensor, Tensor]]:

@@ -523,3 +523,46 @@ def test_a_resumed_run_keeps_the_way_it_had_chosen(tmp_path: Path) -> None:
     for trainer in (first, second):
         trainer.step([next(iter(loaders(8)))], StepBuffer())
     assert torch.equal(flat(first.model.parameters()), flat(second.model.parameters()))
+
+
+class _WithScalar(nn.Module):
+    """Features with a scalar beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 8)
+
+    def forward(self, inputs: Tensor) -> dict[str, Tensor]:
+        hidden = self.layer(inputs).tanh()
+        return {"hidden": hidden, "size": hidden.square().mean()}
+
+
+class _Head(nn.Module):
+    """A decoder that reads the scalar or not."""
+
+    def __init__(self, outputs: int, reads: bool) -> None:
+        super().__init__()
+        self.layer, self.reads = nn.Linear(8, outputs), reads
+
+    def forward(self, features: dict[str, Tensor]) -> Tensor:
+        outputs: Tensor = self.layer(features["hidden"])
+        return outputs * features["size"] if self.reads else outputs
+
+
+@pytest.mark.parametrize("vjps", ["sequential", *WAYS])
+def test_a_scalar_among_the_features_is_no_loss(vjps: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    force_way(monkeypatch, "compressed")
+    torch.manual_seed(0)
+    decoders = nn.ModuleDict({"task0": _Head(3, True), "task1": _Head(1, False)})
+    trainer: Any = make_trainer("MGDA", encoder_class=_WithScalar, decoders=decoders, vjps=vjps)
+    trainer.model.double()
+    inputs, labels = next(iter(loaders()))
+    inputs, labels = inputs.double(), {**labels, "task1": labels["task1"].double()}
+    shared = list(trainer.model.get_share_params())
+    preds = trainer.model(inputs)
+    losses = [trainer.meter.losses[task].compute_loss(preds[task], labels[task]) for task in labels]
+    rows = [torch.autograd.grad(loss, shared, retain_graph=True) for loss in losses]
+    trainer.step([(inputs, labels)], StepBuffer())
+    for k, param in enumerate(shared):
+        want = sum(w * row[k] for w, row in zip(trainer.step.latest.weights, rows, strict=True))
+        torch.testing.assert_close(param.grad, want, rtol=1e-6, atol=1e-9)

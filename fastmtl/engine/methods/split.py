@@ -18,7 +18,7 @@ from fastmtl.engine.model import Features
 from fastmtl.engine.pullback import weighted
 from fastmtl.engine.regions import Regions
 from fastmtl.engine.trees import tensors_of
-from fastmtl.engine.vjp import vjp
+from fastmtl.engine.vjp import vjp, without_losses
 from fastmtl.engine.weights import Rows, Weights
 from fastmtl.support.profiling import part
 
@@ -91,4 +91,5 @@ class Split(Method):
         cut = [tensors_of(aliases[task]) for task in batch.tasks]
         with part("VJPs"):
             cotangents, task_grads = self.task_gradients(batch, losses, cut)
-        return tensors_of(features), losses, preds, cotangents, task_grads
+        outputs = tensors_of(features)
+        return outputs, losses, preds, [without_losses(outputs, row) for row in cotangents], task_grads
