@@ -18,6 +18,7 @@ STEPS = 5
 def _losses(run: Path, *more: str) -> np.ndarray:
     command = [sys.executable, "-m", "fastmtl", "train", "--arch", "mtan", "--weighting", "mgda", *more]
     command += ["--epochs", "1", "--limit-batches", str(STEPS), "--log-every", "1", "--no-validate"]
+    command += ["--batch-size", "16", "--test-batch-size", "16", "--no-plot", "--no-tensorboard"]
     command += ["--run-dir", str(run)]
     # With the threads of a run by hand, torch's caches have its compiled code.
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
@@ -35,4 +36,4 @@ def test_eager_and_compiled_runs_have_the_same_loss_curve(tmp_path: Path) -> Non
         np.testing.assert_allclose(compiled[step], eager[step], rtol=close)
     np.testing.assert_allclose(compiled, eager, rtol=0.15)
     np.testing.assert_allclose(compiled.mean(0), eager.mean(0), rtol=0.03)
-    assert eager[-2:].mean() < 0.9 * eager[:2].mean()
+    assert eager[-2:].mean() < 0.95 * eager[:2].mean()
