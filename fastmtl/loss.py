@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from fastmtl._loss.base import AbsLoss
 from fastmtl._loss.classes import CELoss, FocalLoss, SegLoss
+from fastmtl._loss.columns import FirstColumn
 from fastmtl._loss.entries import BCELoss, HuberLoss, KLDivLoss, L1Loss, MSELoss
 from fastmtl._loss.maps import DepthLoss, NormalLoss
 from fastmtl.errors import UsageError
@@ -23,6 +24,7 @@ __all__ = [
     "BCELoss",
     "CELoss",
     "DepthLoss",
+    "FirstColumn",
     "FocalLoss",
     "HuberLoss",
     "KLDivLoss",

@@ -18,15 +18,19 @@ from typing import NoReturn
 from fastmtl._metrics.base import AbsMetric
 from fastmtl._metrics.classes import AccMetric, F1Metric, SegMetric
 from fastmtl._metrics.distances import DepthMetric, L1Metric, NormalMetric
+from fastmtl._metrics.ranking import AUCMetric, GAUCMetric, LogLossMetric
 from fastmtl._metrics.torch_metric import TorchMetric
 from fastmtl.errors import UsageError
 
 __all__ = [
+    "AUCMetric",
     "AbsMetric",
     "AccMetric",
     "DepthMetric",
     "F1Metric",
+    "GAUCMetric",
     "L1Metric",
+    "LogLossMetric",
     "NormalMetric",
     "SegMetric",
     "TorchMetric",

@@ -85,7 +85,7 @@ class Splits:
     """The loaders of a data set, one per split, or per split and task.
 
     ``rows`` are the numbers of rows of the splits, with multi-input data those of the largest task; ``image_size`` is
-    (height, width) where the decoders need it.
+    (height, width) where the decoders need it; ``build_encoder`` makes an encoder that depends on the data.
     """
 
     train: Loaders
@@ -93,6 +93,7 @@ class Splits:
     test: Loaders
     rows: dict[str, int]
     image_size: tuple[int, int] | None = None
+    build_encoder: Callable[[], nn.Module] | None = None
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -247,7 +248,7 @@ def load(
         batch_size=options.batch_size,
         test_batch_size=options.test_batch_size,
         encoder=chosen,
-        encoder_class=partial(about.build, pretrained=True) if pretrained else about.build,
+        encoder_class=splits.build_encoder or (partial(about.build, pretrained=True) if pretrained else about.build),
         feature_dim=about.feature_dim,
         outputs=dict(info.outputs),
         make_head=info.make_head if splits.image_size is None else partial(info.make_head, size=splits.image_size),

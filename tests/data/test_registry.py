@@ -41,8 +41,14 @@ def test_a_bundle_fits_together(name: str) -> None:
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_encoders_give_the_channels_they_announce(name: str) -> None:
+    if name == "aliexpress":
+        with pytest.raises(UsageError, match="made with its data"):
+            ENCODERS[name].build()
+        return
     with torch.no_grad():
-        inputs = torch.ones(1, 12, dtype=torch.int32) if name == "lstm" else torch.zeros(1, 3, 32, 32)
+        inputs: Any = torch.ones(1, 12, dtype=torch.int32) if name == "lstm" else torch.zeros(1, 3, 32, 32)
+        if name in DATASETS:
+            inputs = next(iter(load(name, test_batch_size=2, n_train=256).test))[0]
         features = ENCODERS[name].build().eval()(inputs)
     assert features.shape[1] == ENCODERS[name].feature_dim
 

