@@ -9,10 +9,11 @@ from fastmtl.support.stateful import Stateful
 from fastmtl.support.vision import repair_at_import
 
 __version__ = "0.1.0"
-__all__ = ["Layerwise", "Sketch", "Stateful", "Trainer", "__version__", "balance", "balanced", "compare"]
+__all__ = ["Layerwise", "Sketch", "Stateful", "Trainer", "__version__", "balance", "balanced", "compare", "load"]
 
 if TYPE_CHECKING:
     from fastmtl.balancing import balance, balanced
+    from fastmtl.deploy.model import load
     from fastmtl.experiments import compare
     from fastmtl.layerwise import Layerwise, Sketch
     from fastmtl.trainer import Trainer
@@ -25,6 +26,7 @@ _LATE = {
     "balance": "fastmtl.balancing",
     "balanced": "fastmtl.balancing",
     "compare": "fastmtl.experiments",
+    "load": "fastmtl.deploy.model",
 }
 # LibMTL's modules, which `import LibMTL` brings with it.
 _MODULES = frozenset({"architecture", "config", "loss", "metrics", "model", "utils", "weighting"})

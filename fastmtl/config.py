@@ -12,13 +12,14 @@ Example::
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from typing import Any
 
 import torch
 
-from fastmtl.architecture import ARCHITECTURES, AbsArchitecture
+from fastmtl.architecture import ARCHITECTURES, AbsArchitecture, find_architecture
 from fastmtl.errors import UsageError
 from fastmtl.support.hyper import declared, fill_hyper
+from fastmtl.support.named import Found
 from fastmtl.trainer.optim.optimizer import OPTIMIZERS
 from fastmtl.trainer.optim.recipe import SCHEDULERS
 from fastmtl.trainer.run.config import TrainConfig
@@ -31,7 +32,7 @@ from fastmtl.trainer.run.settings import (
     scheduler_param,
     spelled_as,
 )
-from fastmtl.weighting import WEIGHTINGS, AbsWeighting
+from fastmtl.weighting import WEIGHTINGS, find_weighting
 
 __all__ = ["LibMTL_args", "prepare_args"]
 
@@ -92,10 +93,11 @@ def prepare_args(params: argparse.Namespace) -> tuple[Arguments, Arguments, Argu
     # LibMTL's own parser has fewer of them.
     defaults = {name: declared(TrainConfig)[name].default for name in _AS_IN_THE_COMMAND}
     params = argparse.Namespace(**{**defaults, **vars(params)})
-    weighting, weight_args = _hyper_of(params.weighting, WEIGHTINGS, "weighting", params)
+    weighting, weight_args = _hyper_of(find_weighting(params.weighting), params)
     # DIY is LibMTL's name for an architecture that the script itself defines.
-    architectures = {**ARCHITECTURES, "DIY": AbsArchitecture}
-    arch, arch_args = _hyper_of(params.arch, architectures, "architecture", params)
+    its_own = str(params.arch).upper() == "DIY"
+    architecture = Found("DIY", AbsArchitecture) if its_own else find_architecture(params.arch)
+    arch, arch_args = _hyper_of(architecture, params)
     optim = spelled_as(params.optim, OPTIMIZERS, "optimizer")
     optim_param = optimizer_param(optim, params)
     schedule = _scheduler_param(params)
@@ -123,15 +125,9 @@ def prepare_args(params: argparse.Namespace) -> tuple[Arguments, Arguments, Argu
     return {"weight_args": weight_args, "arch_args": arch_args}, optim_param, schedule
 
 
-def _hyper_of(
-    name: str,
-    classes: Mapping[str, type[AbsWeighting] | type[AbsArchitecture]],
-    what: str,
-    params: argparse.Namespace,
-) -> tuple[str, Arguments]:
+def _hyper_of(found: Found[Any], params: argparse.Namespace) -> tuple[str, Arguments]:
     """Return the name in its own spelling and all hyper-parameters of the class."""
-    owner = spelled_as(name, classes, what)
-    specs = classes[owner].hyper
+    owner, specs = found.name, found.value.hyper
     values = {hyper: getattr(params, hyper, None) for hyper in specs}
     return owner, fill_hyper(owner, specs, {hyper: value for hyper, value in values.items() if value is not None})
 

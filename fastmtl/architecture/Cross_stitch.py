@@ -27,6 +27,7 @@ class Cross_stitch(AbsArchitecture):
         UsageError: The encoder is not made of stages, or every task has its own inputs.
     """
 
+    needs_stages = True
     by_place = (r"^encoder\.resnet_layer\.\d+\.(\d+)\.", r"^encoder\.cross_unit$")
 
     def _make_network(self) -> None:

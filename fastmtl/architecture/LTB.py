@@ -36,6 +36,7 @@ class LTB(AbsArchitecture):
     epoch: int | None = None
     epochs: int | None = None
 
+    needs_stages = True
     by_place = (r"^encoder\.resnet_layer\.\d+\.(\d+)\.", r"^encoder\.alpha$")
 
     def _make_network(self) -> None:

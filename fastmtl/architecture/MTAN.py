@@ -28,13 +28,16 @@ class MTAN(AbsArchitecture):
         UsageError: The encoder is not made of stages.
     """
 
+    needs_stages = True
     by_place = (r"\bencoder_att\.\d+\.(\d+)\.",)
 
     def _make_network(self) -> None:
         encoder = self.encoder_class()
         inner = getattr(encoder, "resnet_network", encoder)
         stages = Stages.of(inner, "MTAN", ", a module that holds one as resnet_network,")
-        maps = any(isinstance(module, nn.Conv2d) for module in inner.modules())
+        maps = getattr(inner, "maps", None)
+        if maps is None:
+            maps = any(isinstance(module, nn.Conv2d) for module in inner.modules())
         attention = AttentionEncoder(stages, self.task_name, maps)
         if inner is encoder:
             self.encoder = attention

@@ -46,6 +46,7 @@ class PLE(AbsArchitecture):
         UsageError: The encoder is not made of stages, or ``num_experts`` does not fit the tasks.
     """
 
+    needs_stages = True
     hyper = {  # noqa: RUF012
         "img_size": IMG_SIZE,
         "num_experts": NUM_EXPERTS,

@@ -33,10 +33,12 @@ class AbsArchitecture(nn.Module):
     Attributes:
         by_place: Patterns of ``state_dict`` names that identify tasks by index, not by name: the group of a pattern is
             a task's index; without a group the tensor has one entry per task. Used to load weights of other tasks.
+        needs_stages: Whether it attaches something to the stages of the encoder, which must be made of some.
     """
 
     hyper: ClassVar[Mapping[str, Hyper]] = {}
     by_place: ClassVar[tuple[str, ...]] = ()
+    needs_stages: ClassVar[bool] = False
 
     encoder: nn.Module
 

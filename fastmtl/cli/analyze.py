@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fastmtl.cli.build import build_trainer, load_data
-from fastmtl.data import DATASETS
+from fastmtl.data import find_dataset
 from fastmtl.errors import UsageError
 from fastmtl.experiments.analysis import Look, look_at, section_of
 from fastmtl.experiments.reading import read_run
@@ -54,7 +54,9 @@ def _look(path: Path, batches: int, device: str | None) -> Look | None:
     if not batches or not run.best.exists():
         return None
     config = read_config(run.config)
-    if config.dataset not in DATASETS:
+    try:
+        find_dataset(config.dataset)
+    except UsageError:
         print(f"{path}: {config.dataset!r} is no data set of the command, so only the log is read.")
         return None
     config = replace(

@@ -14,6 +14,7 @@ from typing_extensions import override
 from fastmtl.cli.bench_commands import bench
 from fastmtl.cli.compare_commands import add_commands, compare_command
 from fastmtl.cli.data_commands import data
+from fastmtl.cli.deploy_commands import add_commands as add_deploy_commands
 from fastmtl.cli.spelling import Command
 
 __all__ = ["app"]
@@ -31,7 +32,7 @@ class _Commands(TyperGroup):
     @override
     def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:  # type: ignore[override]
         if args and args[0] == "train":
-            self.commands["train"] = _train_command()
+            self.commands["train"] = _train_command(args[1:])
         if args and args[0] == "compare":
             self.commands["compare"] = compare_command()
         return super().resolve_command(ctx, args)
@@ -72,21 +73,25 @@ def _train_stub() -> None:
     raise AssertionError("replaced by _train_command before it is called")
 
 
-def _train_command() -> TyperCommand:
-    """Return the whole `train` command, with an option for every setting and hyper-parameter."""
-    from fastmtl.cli.options import own_hyper_options, train_parameters
+def _train_command(words: list[str]) -> TyperCommand:
+    """Return the whole `train` command, with an option for every setting and hyper-parameter.
+
+    Those of classes of the user's that its ``words`` name are among them.
+    """
+    from fastmtl.cli.options import named_classes, own_hyper_options, train_parameters
     from fastmtl.cli.train import train
 
     def run(**values: Any) -> None:
         train(**values)
 
-    parameters = list(train_parameters())
+    others = named_classes(words)
+    parameters = list(train_parameters(others))
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
 
     class TrainCommand(Command):
         optional_values: ClassVar = {"--compile": "on"}
-        list_options: ClassVar = frozenset(hyper.option for hyper in own_hyper_options() if hyper.spec.many)
+        list_options: ClassVar = frozenset(hyper.option for hyper in own_hyper_options(others) if hyper.spec.many)
 
     alone = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
     alone.command("train", cls=TrainCommand, help=_TRAIN_HELP)(run)
@@ -94,6 +99,7 @@ def _train_command() -> TyperCommand:
 
 
 add_commands(app)
+add_deploy_commands(app)
 
 
 @app.command("eval", cls=Command)

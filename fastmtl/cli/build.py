@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fastmtl import data
+from fastmtl.architecture import find_architecture
 from fastmtl.data import DataBundle
 from fastmtl.errors import UsageError
 from fastmtl.trainer import Trainer
@@ -22,7 +23,7 @@ from fastmtl.trainer.setup.loaders import generators
 from fastmtl.trainer.setup.options import TrainerOptions
 from fastmtl.utils import set_random_seed
 
-__all__ = ["build_trainer", "load_data"]
+__all__ = ["build_trainer", "column_names", "first_inputs", "load_data"]
 
 
 def load_data(config: TrainConfig) -> tuple[TrainConfig, DataBundle]:
@@ -43,7 +44,13 @@ def load_data(config: TrainConfig) -> tuple[TrainConfig, DataBundle]:
         n_train=config.train_size,
         augment=config.aug,
         encoder=config.encoder,
+        encoder_args=config.encoder_args,
         pretrained=config.pretrained,
+        stages=find_architecture(config.arch).value.needs_stages,
+        loss=config.loss,
+        metric=config.metric,
+        inputs=tuple(column_names(config.inputs)),
+        tasks=config.tasks,
         num_workers=config.workers,
         pin_memory=torch.cuda.is_available() and config.device != "cpu",
     )
@@ -52,7 +59,7 @@ def load_data(config: TrainConfig) -> tuple[TrainConfig, DataBundle]:
         raise UsageError(f"multi_input is {config.multi_input}, but the data set {bundle.name} has {inputs}.")
     complete = replace(
         config,
-        dataset=bundle.name,
+        dataset=data.find_dataset(config.dataset).name,
         encoder=bundle.encoder,
         batch_size=bundle.batch_size,
         test_batch_size=bundle.test_batch_size,
@@ -60,6 +67,11 @@ def load_data(config: TrainConfig) -> tuple[TrainConfig, DataBundle]:
         train_size=bundle.rows["train"],
     )
     return complete, bundle
+
+
+def column_names(text: str | None) -> list[str]:
+    """Return the names in a list such as ``"length,width"``."""
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 
 def build_trainer(
@@ -93,7 +105,7 @@ def build_trainer(
         scheduler_param=config.scheduler_param,
         load_path=load_path,
         save_path=None if save_path is None else str(save_path),
-        example_inputs=partial(_first_inputs, bundle),
+        example_inputs=partial(first_inputs, bundle),
         logger=logger,
         profile=profile,
         resume=None if resume is None else str(resume),
@@ -117,7 +129,7 @@ def _look_at_cosines(trainer: Trainer) -> None:
     trainer.probe = GramProbe(trainer.step.problem)
 
 
-def _first_inputs(bundle: DataBundle) -> Any:
+def first_inputs(bundle: DataBundle) -> Any:
     """Return the inputs of a training batch; the random numbers that order the rows are the same afterwards."""
     drawn_by = generators(bundle.train, bundle.multi_input)
     before = rng_state(drawn_by)

@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shown_in_full |= env.read("FASTMTL_TRACEBACK") == "1"
         code = app(args=words, prog_name="fastmtl", standalone_mode=False)
     except FastmtlError as error:
-        return _report(error, str(error), USAGE, shown_in_full)
+        return _report(error, _in_own_code(error, str(error)), USAGE, shown_in_full)
     except _COMMAND_LINE_ERROR as error:
         return _report(error, _sentence(error), USAGE, shown_in_full)
     except (KeyboardInterrupt, typer.Abort):
@@ -51,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             text = f"{error.filename} cannot be used: {error.strerror}"
         else:
             text = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+            text = _in_own_code(error, text)
         return _report(error, f"{text} (--traceback shows where)", FAILED, shown_in_full)
     return code if isinstance(code, int) else 0
 
@@ -60,6 +61,14 @@ def _report(error: BaseException, sentence: str, code: int, shown_in_full: bool)
         traceback.print_exception(error)
     # Without a sentence, the command line was incomplete and the help has been shown.
     return _say(f"error: {sentence}", code) if sentence else code
+
+
+def _in_own_code(error: BaseException, text: str) -> str:
+    """Return what is said of an error, with the line in the user's file where it was raised, if it was in one."""
+    from fastmtl.support.named import line_in_own_code
+
+    place = line_in_own_code(error)
+    return text if place is None or text.startswith(place) else f"{place}: {text}"
 
 
 def _say(text: str, code: int) -> int:

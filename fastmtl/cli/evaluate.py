@@ -15,6 +15,7 @@ import torch
 from fastmtl.cli.build import build_trainer, load_data
 from fastmtl.data import DataBundle
 from fastmtl.errors import CheckpointError, UsageError
+from fastmtl.support.named import short_name
 from fastmtl.support.names import resolve_name
 from fastmtl.trainer.checkpoint.files import read_checkpoint
 from fastmtl.trainer.run.config import TrainConfig, read_config
@@ -64,12 +65,13 @@ def evaluate(
         return
     config, bundle = scores.config, scores.bundle
     rows = f"{bundle.rows[split]:,} {split} rows of {bundle.name}"
-    print(f"{config.arch} + {config.weighting} from {scores.weights}, {rows}")
+    print(f"{short_name(config.arch)} + {short_name(config.weighting)} from {scores.weights}, {rows}")
     for task, values in tasks.items():
         print(f"  {task}: " + ", ".join(f"{name} {_shown(value, '.4f')}" for name, value in values.items()))
     if base is not None and improvement is not None:
         shown = _shown(improvement, "+.2%")
-        print(f"Improvement over {base.config.arch} + {base.config.weighting} from {base.weights}: {shown}")
+        method = f"{short_name(base.config.arch)} + {short_name(base.config.weighting)}"
+        print(f"Improvement over {method} from {base.weights}: {shown}")
 
 
 def _shown(value: float, form: str) -> str:

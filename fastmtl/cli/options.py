@@ -5,23 +5,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import yaml
 
-from fastmtl.architecture import ARCHITECTURES
+from fastmtl.architecture import ARCHITECTURES, AbsArchitecture, find_architecture
 from fastmtl.support.hyper import Hyper, Option, declared
+from fastmtl.support.names import known_name
 from fastmtl.trainer.arguments import TrainerArguments
 from fastmtl.trainer.run.config import TrainConfig
 from fastmtl.trainer.run.settings import Arguments, HyperOption, hyper_options
-from fastmtl.weighting import WEIGHTINGS
+from fastmtl.weighting import WEIGHTINGS, AbsWeighting, find_weighting
 
-__all__ = ["own_hyper_options", "page", "split_values", "train_parameters"]
+__all__ = ["named_classes", "own_hyper_options", "page", "split_values", "train_parameters"]
 
+Classes = Sequence[type[AbsWeighting] | type[AbsArchitecture]]
 _PREFIX = "hyper_"
 _NAMES: dict[str, Collection[str]] = {"arch": ARCHITECTURES, "weighting": WEIGHTINGS}
 # Of more choices, the text tells.
@@ -34,25 +38,55 @@ _PATHS = {
 }
 
 
-def own_hyper_options() -> list[HyperOption]:
+def own_hyper_options(others: Classes = ()) -> list[HyperOption]:
     """Return the hyper-parameters of all architectures and weightings, without those that are settings too."""
     settings = declared(TrainConfig)
-    return [hyper for name, hyper in hyper_options().items() if name not in settings]
+    return [hyper for name, hyper in hyper_options(*others).items() if name not in settings]
 
 
-def train_parameters() -> Iterator[inspect.Parameter]:
+def named_classes(words: Sequence[str]) -> list[type[AbsWeighting] | type[AbsArchitecture]]:
+    """Return the classes that a command line names and that are not fastmtl's: their hyper-parameters are flags too.
+
+    They are named by ``--weighting`` and ``--arch``, or by the YAML file of ``--config`` or ``--resume``.
+
+    Raises:
+        UsageError: There is no such class.
+    """
+    given = {}
+    for place, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        following = words[place + 1] if place + 1 < len(words) else ""
+        given[name.lower().replace("_", "-")] = value if equals else following
+    file = given.get("--config") or (given["--resume"] + "/config.yaml" if given.get("--resume") else "")
+    of_file: Any = {}
+    if Path(file).is_file():
+        # What is wrong with the file is said where it is read.
+        with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
+            of_file = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    of_file = of_file if isinstance(of_file, dict) else {}
+    weighting, arch = (given.get(f"--{name}") or str(of_file.get(name, "")) for name in ("weighting", "arch"))
+    classes: list[type[AbsWeighting] | type[AbsArchitecture]] = []
+    if weighting and known_name(weighting, WEIGHTINGS) is None:
+        classes.append(find_weighting(weighting).value)
+    if arch and known_name(arch, ARCHITECTURES) is None:
+        classes.append(find_architecture(arch).value)
+    return classes
+
+
+def train_parameters(others: Classes = ()) -> Iterator[inspect.Parameter]:
     """Yield the parameters of the command: its paths, one per option of `TrainConfig`, then one per hyper-parameter.
 
-    All default to None, which means that neither the flag nor its negation was given.
+    All default to None, which means that neither the flag nor its negation was given. ``others`` are classes of the
+    user's whose hyper-parameters are wanted too.
     """
     for name, (about, kept) in _PATHS.items():
         yield _parameter(name, _flag(name), Path, about, "Run", kept)
     for name, spec in _ordered().items():
         if spec.flag:
             yield _declared(name, _flag(name), spec, spec.help, spec.panel, _NAMES.get(name, spec.choices))
-    for hyper in own_hyper_options():
-        text, (first, *others) = hyper.spec.help, hyper.owners
-        text += f" Also of {', '.join(others)}." if others else ""
+    for hyper in own_hyper_options(others):
+        text, (first, *further) = hyper.spec.help, hyper.owners
+        text += f" Also of {', '.join(further)}." if further else ""
         panel = f"Hyper-parameters of {first}"
         yield _declared(_PREFIX + hyper.name, hyper.option, hyper.spec, text, panel, hyper.spec.choices)
 
@@ -119,7 +153,7 @@ def _ordered() -> dict[str, Option]:
 def _declared(
     name: str, option: str, spec: Hyper, text: str, panel: str, choices: Collection[object] | None
 ) -> inspect.Parameter:
-    kind: type = str if spec.many or spec.words else spec.type
+    kind: type = str if spec.many or spec.words or spec.type is dict else spec.type
     words, metavar = [str(choice) for choice in choices or ()], None
     if spec.many:
         metavar = f"{spec.type.__name__.upper()}..."

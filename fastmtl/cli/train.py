@@ -11,12 +11,15 @@ from pathlib import Path
 
 import typer
 
-from fastmtl.cli.build import build_trainer, load_data
+from fastmtl.cli.build import build_trainer, first_inputs, load_data
 from fastmtl.cli.options import split_values
 from fastmtl.data import DataBundle
+from fastmtl.deploy.card import card_of
+from fastmtl.deploy.facts import ModelFacts, facts_of
 from fastmtl.distributed import elastic, shard, together
 from fastmtl.errors import CheckpointError, FastmtlError, UsageError
 from fastmtl.support.hyper import declared
+from fastmtl.support.named import short_name
 from fastmtl.trainer import Trainer
 from fastmtl.trainer.log.jsonl import JsonlLogger
 from fastmtl.trainer.log.logger import Logger
@@ -65,7 +68,9 @@ def _place(
     if resume is not None:
         return RunDirectory.open(resume)
     if run_dir is None:
-        return RunDirectory.create_named(bundle.name, config.arch, config.weighting, datetime.now())
+        return RunDirectory.create_named(
+            bundle.name, short_name(config.arch), short_name(config.weighting), datetime.now()
+        )
     run = RunDirectory.create(run_dir) if began is None else RunDirectory.create_again(run_dir)
     elastic.mark(run.path)
     return run
@@ -111,7 +116,9 @@ def _train_in(run: RunDirectory, config: TrainConfig, bundle: DataBundle, resume
                 logger=[*_file_loggers(config, run), progress],
             )
             write_atomically(run.config, config.as_yaml())
+            _model_facts(bundle).write(run.facts)
             _run(trainer, config, bundle)
+            write_atomically(run.card, card_of(run))
         except KeyboardInterrupt:
             progress.close()
             saved = f"interrupted: the state is in {run.last}; go on with `fastmtl train --resume {run.path}`"
@@ -124,6 +131,14 @@ def _train_in(run: RunDirectory, config: TrainConfig, bundle: DataBundle, resume
             raise
         print(f"Run directory: {run.path}")
         print(f"Evaluate it: fastmtl eval {run.path}")
+
+
+def _model_facts(bundle: DataBundle) -> ModelFacts:
+    inputs = first_inputs(bundle)
+    if bundle.multi_input:
+        # The inputs of all tasks have one form.
+        inputs = next(iter(inputs.values()))
+    return facts_of(bundle.task_dict, bundle.outputs, bundle.labels, inputs, bundle.facts)
 
 
 def _print_banner(config: TrainConfig, bundle: DataBundle, run: RunDirectory) -> None:
@@ -146,8 +161,8 @@ def _print_banner(config: TrainConfig, bundle: DataBundle, run: RunDirectory) ->
         [
             ("General", general),
             ("Data", data),
-            (config.weighting, config.weight_args),
-            (config.arch, config.arch_args),
+            (short_name(config.weighting), config.weight_args),
+            (short_name(config.arch), config.arch_args),
             ("Optimizer", config.optim_param),
             ("Scheduler", config.scheduler_param),
         ]

@@ -6,14 +6,26 @@ from __future__ import annotations
 from fastmtl.data import multimnist_sets as _multimnist_sets  # noqa: F401
 
 # isort: split
+from fastmtl.data import column_sets as _column_sets  # noqa: F401
 from fastmtl.data import dense_sets as _dense_sets  # noqa: F401
 from fastmtl.data import office as _office  # noqa: F401
 from fastmtl.data import reviews as _reviews  # noqa: F401
 from fastmtl.data import tables as _tables  # noqa: F401
 from fastmtl.data.clicks import ClickRows
 from fastmtl.data.columns import Columns, Vocabulary, given, read_parquet
-from fastmtl.data.encoders import ENCODERS
-from fastmtl.data.registry import DATASETS, DataBundle, DatasetInfo, describe_all, load
+from fastmtl.data.encoders import ENCODERS, find_encoder
+from fastmtl.data.loading import load
+from fastmtl.data.registry import (
+    DATASETS,
+    DataBundle,
+    DatasetInfo,
+    LoaderOptions,
+    Splits,
+    describe_all,
+    find_dataset,
+    register,
+)
+from fastmtl.data.tasks import TaskInfo, binary, classes, depth, normals, regression, segmentation
 
 __all__ = [
     "DATASETS",
@@ -22,9 +34,21 @@ __all__ = [
     "Columns",
     "DataBundle",
     "DatasetInfo",
+    "LoaderOptions",
+    "Splits",
+    "TaskInfo",
     "Vocabulary",
+    "binary",
+    "classes",
+    "depth",
     "describe_all",
+    "find_dataset",
+    "find_encoder",
     "given",
     "load",
+    "normals",
     "read_parquet",
+    "register",
+    "regression",
+    "segmentation",
 ]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
+from fastmtl.data.images import to_tensor
 from fastmtl.data.nyuv2 import TASKS, NYUv2
-from fastmtl.data.registry import DatasetInfo, LoaderOptions, Splits, Task, register
+from fastmtl.data.registry import DatasetInfo, Facts, LoaderOptions, Splits, Task, register
 from fastmtl.data.rooms import SIZE, default_folder, make_rooms
 from fastmtl.data.rooms_scene import CLASSES
 from fastmtl.errors import UsageError
@@ -94,9 +97,14 @@ def _rooms(options: LoaderOptions) -> Splits:
     return _splits(folder, options, {"train": train, "test": ROWS["test"]})
 
 
+def _read_row(row: Mapping[str, Any], facts: Facts) -> Tensor:
+    """Return an image in the size of the training images, pixels from 0 to 1."""
+    return to_tensor(row["image"], facts["image_size"])
+
+
 _OUTPUTS = dict(zip(TASKS, (len(CLASSES), 1, 3), strict=True))
 _ENCODERS = ("resnet18", "resnet34", "resnet50", "resnet18-dilated", "resnet50-dilated", "conv", "segnet")
-_dense = partial(DatasetInfo, multi_input=False, outputs=_OUTPUTS, make_task=dense_task)
+_dense = partial(DatasetInfo, multi_input=False, outputs=_OUTPUTS, make_task=dense_task, read_row=_read_row)
 
 register(
     [

@@ -17,12 +17,14 @@ from torch import Tensor
 from fastmtl.data.digits import SPLITS, Digits
 from fastmtl.data.tensors import GreyImages
 
-__all__ = ["TASKS", "draw_pairs", "multimnist", "overlay"]
+__all__ = ["MEAN", "SIZE", "STD", "TASKS", "draw_pairs", "multimnist", "overlay"]
 
 TASKS = ("left", "right")
 _CANVAS, _SIZE, _RIGHT, _BORDER = 36, 28, 6, 2
+# Height and width of the images.
+SIZE = (_SIZE + 2 * _BORDER, _SIZE + 2 * _BORDER)
 # Mean and standard deviation of MNIST's pixels, as the published code uses them.
-_MEAN, _STD = 0.1307, 0.3081
+MEAN, STD = 0.1307, 0.3081
 
 
 def draw_pairs(count: int, digits: int, seed: tuple[int, ...]) -> Tensor:
@@ -59,8 +61,8 @@ def multimnist(
         datasets[split] = GreyImages(
             F.pad(overlay(source.images[left], source.images[right]), (_BORDER,) * 4),
             {"left": source.labels[left], "right": source.labels[right]},
-            mean=_MEAN,
-            std=_STD,
+            mean=MEAN,
+            std=STD,
             max_shift=max_shift if split == "train" else 0,
         )
     return datasets

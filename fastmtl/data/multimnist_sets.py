@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastmtl.data.digits import SPLITS, embedded_digits, folder_digits
 from fastmtl.data.encoders import IMAGE_ENCODERS
-from fastmtl.data.multimnist import TASKS, multimnist
-from fastmtl.data.registry import DatasetInfo, Loader, LoaderOptions, Splits, Task, register
+from fastmtl.data.images import as_image, to_tensor
+from fastmtl.data.multimnist import MEAN, SIZE, STD, TASKS, multimnist
+from fastmtl.data.registry import DatasetInfo, Facts, Loader, LoaderOptions, Splits, Task, register
 from fastmtl.data.tensors import GreyImages
 from fastmtl.loss import CELoss
 from fastmtl.metrics import AccMetric
@@ -29,6 +32,11 @@ def classification_task(name: str) -> Task:
 def classification_head(feature_dim: int, outputs: int) -> nn.Module:
     """Return a decoder of feature maps: mean over positions and a linear layer."""
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(feature_dim, outputs))
+
+
+def _read_row(row: Mapping[str, Any], facts: Facts) -> Tensor:
+    """Return an image in grey, 32 x 32, as the training images are."""
+    return to_tensor(as_image(row["image"]), SIZE, [MEAN], [STD]).expand(3, -1, -1)
 
 
 def _images(options: LoaderOptions, stream: int = 0) -> dict[str, GreyImages]:
@@ -69,6 +77,7 @@ _multimnist = partial(
     encoders=IMAGE_ENCODERS,
     make_task=classification_task,
     make_head=classification_head,
+    read_row=_read_row,
 )
 
 register(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from fastmtl.data.digits import SPLITS
+from fastmtl.data.images import as_image, to_tensor
 from fastmtl.data.multimnist_sets import classification_head, classification_task
-from fastmtl.data.registry import DatasetInfo, Loader, LoaderOptions, Splits, register
+from fastmtl.data.registry import DatasetInfo, Facts, Loader, LoaderOptions, Splits, register
 from fastmtl.errors import UsageError
 from fastmtl.model._torchvision import import_torchvision
 
@@ -85,6 +88,11 @@ def _read_listing(path: Path) -> list[tuple[str, int]]:
     return rows
 
 
+def _read_row(row: Mapping[str, Any], facts: Facts) -> Tensor:
+    """Return an image, normalised as for ImageNet."""
+    return to_tensor(as_image(row["image"]), (_SIZE, _SIZE), _MEAN, _STD)
+
+
 def _splits(name: str, classes: int, options: LoaderOptions) -> Splits:
     """Load an Office data set from ``<path>/data_txt/<name>/<domain>_<split>.txt`` and the images."""
     assert options.path is not None
@@ -118,6 +126,7 @@ def _info(name: str, classes: int, rows: dict[str, int]) -> DatasetInfo:
         load_splits=partial(_splits, name, classes),
         make_task=classification_task,
         make_head=classification_head,
+        read_row=_read_row,
         needs_path=True,
         test_batch_size=64,
     )

@@ -1,44 +1,54 @@
-"""The data sets by name, each with the loaders, tasks, encoder and decoders of a run."""
+"""The data sets by name, and what is said of each."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from fastmtl.data.encoders import ENCODERS
+from fastmtl.data.collate import Collate
+from fastmtl.data.tasks import Task, TaskInfo
 from fastmtl.data.tensors import as_is, row_loader
 from fastmtl.errors import UsageError
-from fastmtl.loss import AbsLoss
-from fastmtl.metrics import AbsMetric
-from fastmtl.support.names import resolve_name
+from fastmtl.model.info import EncoderInfo
+from fastmtl.support.named import Found, Kind, place_of, short_name
 
-__all__ = ["DATASETS", "DataBundle", "DatasetInfo", "LoaderOptions", "Splits", "describe_all", "load", "register"]
+__all__ = [
+    "DATASETS",
+    "DataBundle",
+    "DatasetInfo",
+    "Facts",
+    "Loader",
+    "LoaderOptions",
+    "Loaders",
+    "Splits",
+    "Task",
+    "describe_all",
+    "find_dataset",
+    "register",
+]
 
 Row = TypeVar("Row")
 
 Loader = DataLoader[Any]
 Loaders = Loader | dict[str, Loader]
-
-
-class Task(TypedDict):
-    """The entry of a task in LibMTL's ``task_dict``."""
-
-    metrics: list[str]
-    metrics_fn: AbsMetric
-    loss_fn: AbsLoss
-    weight: list[int]
+# What a model needs to know of the data that it was trained on, as JSON has it.
+Facts = dict[str, Any]
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class LoaderOptions:
-    """The arguments of `load`, with the data set's defaults in place of None."""
+    """The arguments of `load`, with the data set's defaults in place of None.
+
+    Attributes:
+        encoder: What is known of the encoder: how it wants images or texts.
+        inputs: Columns that are the inputs, for data with columns.
+        tasks: What is said of each task, for data with columns.
+    """
 
     batch_size: int
     test_batch_size: int
@@ -48,6 +58,9 @@ class LoaderOptions:
     num_workers: int = 0
     pin_memory: bool = False
     augment: bool = False
+    encoder: EncoderInfo | None = None
+    inputs: tuple[str, ...] = ()
+    tasks: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "test_batch_size", "n_train"):
@@ -67,6 +80,7 @@ class LoaderOptions:
         """Return the loader of ``"train"``, shuffled, or of ``"val"`` or ``"test"``, in order.
 
         Loaders with another ``number`` shuffle differently; with ``in_batches`` the data set returns whole batches.
+        Texts are tokenized as the encoder wants them, graphs of torch_geometric joined to one.
         """
         train = split == "train"
         return row_loader(
@@ -76,7 +90,42 @@ class LoaderOptions:
             seed=self.seed + number,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
-            collate_fn=as_is if in_batches else None,
+            collate_fn=as_is if in_batches else Collate.of(self.encoder),
+        )
+
+    def splits(self, train: Dataset[Any], test: Dataset[Any], val: Dataset[Any] | None = None, **facts: Any) -> Splits:
+        """Return the loaders of data sets of rows (inputs, labels by task).
+
+        Args:
+            train: A data set with ``len``; the first ``n_train`` rows of it are used, if that is given.
+            test: The same, of test data.
+            val: The same, of validation data, which chooses the best epoch; None for none.
+            **facts: What a model has to know of the data, see `Splits`, such as ``image_size=(64, 64)``.
+
+        Raises:
+            UsageError: Fewer rows than a batch or than ``n_train``.
+        """
+        from torch.utils.data import Subset
+
+        rows = {"train": train, "val": val, "test": test}
+        counts = {split: len(data) for split, data in rows.items() if data is not None}  # type: ignore[arg-type]
+        if self.n_train is not None:
+            if self.n_train > counts["train"]:
+                raise UsageError(
+                    f"train_size must be at most the {counts['train']} rows there are, got {self.n_train}."
+                )
+            rows["train"], counts["train"] = Subset(train, range(self.n_train)), self.n_train
+        loaders = {split: None if data is None else self.loader(data, split) for split, data in rows.items()}
+        assert loaders["train"] is not None
+        assert loaders["test"] is not None
+        image_size = facts.pop("image_size", None)
+        return Splits(
+            train=loaders["train"],
+            val=loaders["val"],
+            test=loaders["test"],
+            rows=counts,
+            image_size=image_size,
+            facts=facts,
         )
 
 
@@ -85,7 +134,9 @@ class Splits:
     """The loaders of a data set, one per split, or per split and task.
 
     ``rows`` are the numbers of rows of the splits, with multi-input data those of the largest task; ``image_size`` is
-    (height, width) where the decoders need it; ``build_encoder`` makes an encoder that depends on the data.
+    (height, width) where the decoders need it; ``build_encoder`` makes an encoder that depends on the data. ``facts`` are
+    what a model has to know of the data it was trained on
+    when the data are no longer there, such as means or a vocabulary: a run keeps them, and ``read_row`` gets them.
     """
 
     train: Loaders
@@ -94,43 +145,82 @@ class Splits:
     rows: dict[str, int]
     image_size: tuple[int, int] | None = None
     build_encoder: Callable[[], nn.Module] | None = None
+    facts: Facts = field(default_factory=dict)
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class DatasetInfo:
     """The description of a data set, and the functions that load it.
 
+    The tasks are given as ``tasks``, or as ``outputs``, ``make_task`` and ``make_head``.
+
     Attributes:
-        name: Its name.
+        load_splits: Creates the loaders.
+        tasks: Task name to its `TaskInfo`; or a function that makes them of the facts of `Splits`.
+        name: Its name; of a data set that is named by module or file, that of the object if not given.
         description, source, licence: One line each.
         multi_input: Each task has inputs of its own.
         outputs: Task name to the number of outputs of its decoder.
         rows: Split to its number of rows by default.
-        encoders: Names in ``ENCODERS`` that fit; the first is the default.
-        load_splits: Creates the loaders.
+        encoders: Names in ``ENCODERS`` that fit, all if empty; the first is the default.
         make_task: Creates the entry of one task in ``task_dict``, with new metrics and losses.
         make_head: Creates a decoder from the encoder's channels and the number of outputs, and from ``size`` if the
             splits have an ``image_size``.
+        read_row: Makes the inputs of one example from a row of columns by name and the facts of `Splits`, as for
+            `fastmtl predict`; an image file is the column ``image``, a PIL image. Facts include ``image_size``.
         needs_path: The data must be given as a folder.
+        has_columns: Its tasks are told by the user, as columns.
         batch_size, test_batch_size: Default rows of a batch of training, and of validation and test.
         in_memory: The data are in memory, so that worker processes would only slow loading down.
     """
 
-    name: str
-    description: str
-    source: str
-    licence: str
-    multi_input: bool
-    outputs: dict[str, int]
-    rows: dict[str, int]
-    encoders: tuple[str, ...]
     load_splits: Callable[[LoaderOptions], Splits]
-    make_task: Callable[[str], Task]
-    make_head: Callable[..., nn.Module]
+    tasks: Mapping[str, TaskInfo] | Callable[[Facts], Mapping[str, TaskInfo]] | None = None
+    name: str = ""
+    description: str = ""
+    source: str = ""
+    licence: str = ""
+    multi_input: bool = False
+    outputs: dict[str, int] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)
+    encoders: tuple[str, ...] = ()
+    make_task: Callable[[str], Task] | None = None
+    make_head: Callable[..., nn.Module] | None = None
+    read_row: Callable[[Mapping[str, Any], Facts], Any] | None = None
     needs_path: bool = False
+    has_columns: bool = False
     batch_size: int = 64
     test_batch_size: int = 256
     in_memory: bool = False
+
+    def tasks_of(self, facts: Facts) -> dict[str, TaskInfo]:
+        """Return the tasks, given what is known of the data.
+
+        Raises:
+            UsageError: There are none.
+        """
+        if callable(self.tasks):
+            return dict(self.tasks(facts))
+        if self.tasks is not None:
+            return dict(self.tasks)
+        if not self.outputs or self.make_task is None or self.make_head is None:
+            raise UsageError(f"The data set {self.name} has no tasks: give it tasks={{name: classes(10), ...}}.")
+        return {task: self._task(task, units) for task, units in self.outputs.items()}
+
+    def _task(self, task: str, units: int) -> TaskInfo:
+        assert self.make_task is not None
+        assert self.make_head is not None
+        made = self.make_task(task)
+        return TaskInfo(
+            outputs=units,
+            make_loss=lambda: made["loss_fn"],
+            make_metric=lambda: made["metrics_fn"],
+            metrics=tuple(made["metrics"]),
+            weight=tuple(made["weight"]),
+            make_head=self.make_head,
+            # Such decoders take the image's size wherever the splits have one.
+            maps=True,
+        )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -138,7 +228,7 @@ class DataBundle:
     """A loaded data set, in the form ``Trainer`` takes.
 
     Attributes:
-        name, description, source, licence, outputs, batch_size, test_batch_size: As of `DatasetInfo`.
+        name, description, source, licence, batch_size, test_batch_size: As of `DatasetInfo`.
         multi_input: Each task has its own inputs; the loaders are then dictionaries by task.
         task_dict: LibMTL's ``task_dict``: per task ``metrics``, ``metrics_fn``, ``loss_fn``, ``weight``.
         train: Batches of ``(inputs, {task: labels})``, or of ``(inputs, labels)`` per task if ``multi_input``.
@@ -147,6 +237,10 @@ class DataBundle:
         encoder: Name of the encoder.
         encoder_class: Creates a new encoder at each call.
         feature_dim: Channels of the encoder's output.
+        outputs: Task name to the number of outputs of its decoder.
+        make_heads: Task name to the function that creates its decoder from ``feature_dim`` and the number of outputs.
+        facts: What a model has to know of the data, see `Splits`; ``image_size`` among it.
+        labels: Task name to the names of its classes, where they have any.
     """
 
     name: str
@@ -165,11 +259,15 @@ class DataBundle:
     encoder_class: Callable[[], nn.Module]
     feature_dim: int
     outputs: dict[str, int]
-    make_head: Callable[..., nn.Module] = field(repr=False)
+    make_heads: Mapping[str, Callable[[int, int], nn.Module]] = field(repr=False)
+    facts: Facts = field(default_factory=dict, repr=False)
+    labels: dict[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
 
     def decoders(self) -> nn.ModuleDict:
         """Return new decoders, one per task, for the encoder's output."""
-        return nn.ModuleDict({task: self.make_head(self.feature_dim, units) for task, units in self.outputs.items()})
+        return nn.ModuleDict(
+            {task: self.make_heads[task](self.feature_dim, units) for task, units in self.outputs.items()}
+        )
 
 
 DATASETS: dict[str, DatasetInfo] = {}
@@ -180,87 +278,27 @@ def register(infos: Iterable[DatasetInfo]) -> None:
     DATASETS.update({info.name: info for info in infos})
 
 
-def load(
-    name: str,
-    *,
-    batch_size: int | None = None,
-    test_batch_size: int | None = None,
-    seed: int = 0,
-    path: str | Path | None = None,
-    n_train: int | None = None,
-    num_workers: int | None = None,
-    pin_memory: bool = False,
-    augment: bool = False,
-    encoder: str | None = None,
-    pretrained: bool = False,
-) -> DataBundle:
-    """Load a data set by name, in any case.
+def find_dataset(name: str) -> Found[DatasetInfo]:
+    """Return the data set of a name.
 
-    Args:
-        name: A name of ``DATASETS``.
-        batch_size: Rows of a training batch (of each task, for multi-input data); the data set's default if None. The
-            last incomplete batch is dropped.
-        test_batch_size: Rows of a batch of validation and test; the data set's default if None.
-        seed: Seed of the order of the training rows; the rows do not depend on it.
-        path: A folder to read the data from, where the data set allows one.
-        n_train: Number of training rows; the data set's default if None.
-        num_workers: Worker processes of each loader. If None: none for data in memory or without ``pin_memory``,
-            otherwise up to 4, where the loaders of all tasks share all cores but one.
-        pin_memory: Page-lock the batches, for copies to a GPU.
-        augment: Use the random augmentation of the training rows, where the data set has one.
-        encoder: A name of ``ENCODERS`` that fits the data set; its default if None.
-        pretrained: Initialise the encoder with ImageNet's weights.
+    It is one of ``DATASETS``, of an entry point of the group ``fastmtl.datasets``, or ``module:name`` or
+    ``file.py:name`` of a `DatasetInfo` or of a function without arguments that returns one.
 
     Raises:
-        UsageError: An unknown name, a missing folder, an encoder without weights, or too few rows for a batch.
+        UsageError: There is no such name, or it is no data set.
     """
-    info = resolve_name(name, DATASETS, "data set")
-    chosen = resolve_name(encoder or info.encoders[0], {e: e for e in info.encoders}, f"encoder of {info.name}")
-    if pretrained and not ENCODERS[chosen].has_weights:
-        raise UsageError(f"pretrained must be off for the encoder {chosen}: it has no pretrained weights.")
-    if path is None and info.needs_path:
-        raise UsageError(f"The data set {info.name} is not in the package: give its folder as dataset_path.")
-    folder = None if path is None else Path(path).expanduser()
-    if folder is not None and not folder.is_dir():
-        raise UsageError(f"The data folder {str(path)!r} does not exist.")
-    options = LoaderOptions(
-        batch_size=info.batch_size if batch_size is None else batch_size,
-        test_batch_size=info.test_batch_size if test_batch_size is None else test_batch_size,
-        seed=seed,
-        path=folder,
-        n_train=n_train,
-        num_workers=_default_workers(info, pin_memory) if num_workers is None else num_workers,
-        pin_memory=pin_memory,
-        augment=augment,
-    )
-    splits, about = info.load_splits(options), ENCODERS[chosen]
-    return DataBundle(
-        name=info.name,
-        description=info.description,
-        source=info.source if folder is None else str(folder),
-        licence=info.licence if folder is None else "as of the folder's data",
-        multi_input=info.multi_input,
-        task_dict={task: dict(info.make_task(task)) for task in info.outputs},
-        train=splits.train,
-        val=splits.val,
-        test=splits.test,
-        rows=splits.rows,
-        batch_size=options.batch_size,
-        test_batch_size=options.test_batch_size,
-        encoder=chosen,
-        encoder_class=splits.build_encoder or (partial(about.build, pretrained=True) if pretrained else about.build),
-        feature_dim=about.feature_dim,
-        outputs=dict(info.outputs),
-        make_head=info.make_head if splits.image_size is None else partial(info.make_head, size=splits.image_size),
-    )
-
-
-def _default_workers(info: DatasetInfo, pin_memory: bool) -> int:
-    # Without a GPU the step keeps all cores busy; with one, the main process needs a core.
-    if info.in_memory or not pin_memory:
-        return 0
-    loaders = len(info.outputs) if info.multi_input else 1
-    return min(4, ((os.cpu_count() or 1) - 1) // loaders)
+    found = Kind("data set", "fastmtl.datasets").find(name, DATASETS)
+    info = found.value
+    if not isinstance(info, DatasetInfo):
+        made = info() if callable(info) and not isinstance(info, type) else info
+        if not isinstance(made, DatasetInfo):
+            what = f"returns a {type(made).__name__}" if made is not info else f"is a {type(made).__name__}"
+            raise UsageError(
+                f"{place_of(info, found.name)}: the data set {short_name(found.name)} must be a DatasetInfo of "
+                f"fastmtl.data or a function that returns one, it {what}."
+            )
+        info = made
+    return Found(found.name, info if info.name else replace(info, name=short_name(found.name)))
 
 
 def describe_all() -> list[dict[str, str]]:
@@ -269,10 +307,10 @@ def describe_all() -> list[dict[str, str]]:
         {
             "name": info.name,
             "description": info.description,
-            "tasks": ", ".join(f"{task} ({units})" for task, units in info.outputs.items()),
+            "tasks": ", ".join(f"{task} ({units})" for task, units in info.outputs.items()) or "columns, as you say",
             "inputs": "one per task" if info.multi_input else "shared",
-            "rows": ", ".join(f"{count:,} {split}" for split, count in info.rows.items()),
-            "encoders": ", ".join(info.encoders),
+            "rows": ", ".join(f"{count:,} {split}" for split, count in info.rows.items()) or "as of the folder",
+            "encoders": ", ".join(info.encoders) or "any that fits",
             "source": info.source,
             "licence": info.licence,
         }

@@ -16,9 +16,10 @@ import sys
 import tarfile
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from fastmtl.data.digits import SPLITS
 from fastmtl.data.encoders import VOCABULARY
-from fastmtl.data.registry import DatasetInfo, LoaderOptions, Splits, Task, register
+from fastmtl.data.registry import DatasetInfo, Facts, LoaderOptions, Splits, Task, register
 from fastmtl.data.tensors import Tensors as Texts
 from fastmtl.errors import UsageError
 from fastmtl.loss import CELoss
@@ -228,7 +229,17 @@ def _reviews(options: LoaderOptions) -> Splits:
         texts = Texts(words.encode([row.text for row in rows]), labels)
         loaders[split] = options.loader(texts, split, in_batches=True)
     counts = {split: len(rows) for split, rows in by_split.items()}
-    return Splits(train=loaders["train"], val=loaders["val"], test=loaders["test"], rows=counts)
+    facts = {"words": list(words.numbers)}
+    return Splits(train=loaders["train"], val=loaders["val"], test=loaders["test"], rows=counts, facts=facts)
+
+
+def _read_row(row: Mapping[str, Any], facts: Facts) -> Tensor:
+    """Return the numbers of the words in the column ``text``."""
+    if "text" not in row:
+        raise UsageError(f"A row has no column 'text', only {', '.join(row)}.")
+    words = Words(())
+    words.numbers = {token: number for number, token in enumerate(facts["words"], 2)}
+    return words.encode([str(row["text"])])[0]
 
 
 register(
@@ -247,6 +258,7 @@ register(
             load_splits=_reviews,
             make_task=text_task,
             make_head=nn.Linear,
+            read_row=_read_row,
         )
     ]
 )

@@ -6,19 +6,20 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from fastmtl.architecture import ARCHITECTURES, AbsArchitecture
+from fastmtl.architecture import ARCHITECTURES, AbsArchitecture, find_architecture
 from fastmtl.errors import UsageError
 from fastmtl.support.hyper import declared
+from fastmtl.support.named import Found, short_name
 from fastmtl.trainer.run.config import TrainConfig
 from fastmtl.trainer.run.settings import Arguments, hyper_options, spelled_as
-from fastmtl.weighting import WEIGHTINGS, AbsWeighting
+from fastmtl.weighting import WEIGHTINGS, AbsWeighting, find_weighting
 
 __all__ = ["Cell", "Grid", "Method", "read_seeds", "read_tuned"]
 
@@ -50,7 +51,11 @@ class Method:
     @property
     def name(self) -> str:
         """Architecture, strategy and hyper-parameters, as the name of a folder."""
-        parts = [self.arch, self.weighting, *(f"{name}={value}" for name, value in self.args.items())]
+        parts = [
+            short_name(self.arch),
+            short_name(self.weighting),
+            *(f"{name}={value}" for name, value in self.args.items()),
+        ]
         return _slug("-".join(parts))
 
     @classmethod
@@ -62,8 +67,8 @@ class Method:
         Raises:
             UsageError: An unknown name or hyper-parameter.
         """
-        arch_name, arch_class, arch_args = _taken(arch, ARCHITECTURES, "architecture")
-        weighting_name, weighting_class, weight_args = _taken(weighting, WEIGHTINGS, "weighting")
+        arch_name, arch_class, arch_args = _taken(arch, ARCHITECTURES, find_architecture)
+        weighting_name, weighting_class, weight_args = _taken(weighting, WEIGHTINGS, find_weighting)
         return cls(
             arch=arch_name,
             weighting=weighting_name,
@@ -74,12 +79,12 @@ class Method:
 
     def hyper(self) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         """Return the hyper-parameters that the architecture and the strategy declare."""
-        arch = self.arch_class or ARCHITECTURES[self.arch]
-        weighting = self.weighting_class or WEIGHTINGS[self.weighting]
+        arch = self.arch_class or find_architecture(self.arch).value
+        weighting = self.weighting_class or find_weighting(self.weighting).value
         return arch.hyper, weighting.hyper
 
 
-def _taken(entry: Any, known: Mapping[str, type], what: str) -> tuple[str, Any, Arguments]:
+def _taken(entry: Any, known: Mapping[str, type], find: Callable[[str], Found[Any]]) -> tuple[str, Any, Arguments]:
     args: Arguments = {}
     if isinstance(entry, Mapping):
         args = {str(name): value for name, value in entry.items() if name != "name"}
@@ -87,7 +92,7 @@ def _taken(entry: Any, known: Mapping[str, type], what: str) -> tuple[str, Any, 
     if isinstance(entry, type):
         built_in = known.get(entry.__name__) is entry
         return entry.__name__, None if built_in else entry, args
-    return spelled_as(entry, known, what), None, args
+    return find(entry).name, None, args
 
 
 def _slug(text: str) -> str:

@@ -12,6 +12,7 @@ import yaml
 
 from fastmtl.errors import UsageError
 from fastmtl.support.extras import need
+from fastmtl.support.named import short_name
 from fastmtl.trainer.log.jsonl import read_jsonl
 from fastmtl.trainer.run.directory import RunDirectory
 
@@ -77,12 +78,12 @@ class Run:
     @property
     def arch(self) -> str:
         """The architecture."""
-        return str(self.config["arch"])
+        return short_name(str(self.config["arch"]))
 
     @property
     def weighting(self) -> str:
         """The strategy."""
-        return str(self.config["weighting"])
+        return short_name(str(self.config["weighting"]))
 
     @property
     def seed(self) -> int:

@@ -33,7 +33,11 @@ class StagedEncoder(nn.Module):
 
     Attributes:
         feature_dim: Channels of the last stage's output.
+        maps: Whether features are images (batch, channels, h, w), not vectors (batch, channels) or sequences of them
+            (batch, length, channels); None if its layers say: they are with a convolution among them.
     """
+
+    maps: bool | None = None
 
     def __init__(self, stem: nn.Module, stages: Iterable[nn.Module], stage_dims: Sequence[int]) -> None:
         super().__init__()

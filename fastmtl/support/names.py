@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 from fastmtl.errors import UsageError
 
-__all__ = ["resolve_name"]
+__all__ = ["known_name", "resolve_name"]
 
 T = TypeVar("T")
 
 
 def _key(name: str) -> str:
     return name.lower().replace("-", "_")
+
+
+def known_name(name: str, choices: Iterable[str]) -> str | None:
+    """Return the one of the choices that a name is, ignoring case and treating ``-`` as ``_``; None if it is none."""
+    return {_key(choice): choice for choice in choices}.get(_key(name)) if isinstance(name, str) else None
 
 
 def resolve_name(name: str, choices: Mapping[str, T], what: str) -> T:

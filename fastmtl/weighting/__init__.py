@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastmtl.support.named import Found, Kind
 from fastmtl.weighting.abstract_weighting import AbsWeighting, Hyper, Rows, Weights
 from fastmtl.weighting.Aligned_MTL import Aligned_MTL as Aligned_MTL
 from fastmtl.weighting.AutoLambda import AutoLambda as AutoLambda
@@ -41,4 +42,15 @@ WEIGHTINGS: dict[str, type[AbsWeighting]] = {
     if isinstance(strategy, type) and issubclass(strategy, AbsWeighting) and strategy is not AbsWeighting
 }
 
-__all__ = ["WEIGHTINGS", "AbsWeighting", "Hyper", "Rows", "Weights", *WEIGHTINGS]
+__all__ = ["WEIGHTINGS", "AbsWeighting", "Hyper", "Rows", "Weights", "find_weighting", *WEIGHTINGS]
+
+
+def find_weighting(name: str) -> Found[type[AbsWeighting]]:
+    """Return the class of a strategy's name.
+
+    It is one of ``WEIGHTINGS``, of an entry point of the group ``fastmtl.weightings``, ``module:class`` or ``file.py:class``.
+
+    Raises:
+        UsageError: There is no such name, or it is no strategy.
+    """
+    return Kind("weighting", "fastmtl.weightings").find_class(name, WEIGHTINGS, AbsWeighting)

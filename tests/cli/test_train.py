@@ -39,6 +39,8 @@ def test_run_directory_holds_everything(finished: Path) -> None:
     names = {path.name for path in finished.iterdir()}
     assert names == {
         "config.yaml",
+        "model.json",
+        "README.md",
         "best.pt",
         "last.pt",
         "metrics.jsonl",

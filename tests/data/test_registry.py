@@ -49,7 +49,8 @@ def test_encoders_give_the_channels_they_announce(name: str) -> None:
         inputs: Any = torch.ones(1, 12, dtype=torch.int32) if name == "lstm" else torch.zeros(1, 3, 32, 32)
         if name in DATASETS:
             inputs = next(iter(load(name, test_batch_size=2, n_train=256).test))[0]
-        features = ENCODERS[name].build().eval()(inputs)
+        width = {"inputs": 5} if ENCODERS[name].takes_vectors else {}
+        features = ENCODERS[name].build(**width).eval()(torch.zeros(1, 5) if width else inputs)
     assert features.shape[1] == ENCODERS[name].feature_dim
 
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from fastmtl import data
-from fastmtl.data.registry import DATASETS, _default_workers
+from fastmtl.data.loading import _default_workers
+from fastmtl.data.registry import DATASETS
 from fastmtl.errors import UsageError
 from fastmtl.support import profiling
 from fastmtl.support.profiling import PARTS, StepProfiler, part

@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from fastmtl.architecture import ARCHITECTURES
+from fastmtl.architecture import find_architecture
 from fastmtl.errors import UsageError
-from fastmtl.support.hyper import Hyper, declared, fill_hyper, option
+from fastmtl.support.hyper import declared, fill_hyper, option
+from fastmtl.support.named import Found, is_spec, short_name
 from fastmtl.trainer.optim.optimizer import OPTIMIZERS, check_group_settings, refuse_optimizer
 from fastmtl.trainer.optim.recipe import PERIODS, SCHEDULERS
 from fastmtl.trainer.run.settings import (
@@ -23,7 +25,7 @@ from fastmtl.trainer.run.settings import (
     spelled_as,
 )
 from fastmtl.trainer.setup.options import TrainerOptions
-from fastmtl.weighting import WEIGHTINGS
+from fastmtl.weighting import find_weighting
 
 __all__ = ["TrainConfig", "read_config"]
 
@@ -42,8 +44,14 @@ class TrainConfig(TrainerOptions):
         UsageError: A value has the wrong type, lies outside its range or is none of the allowed ones.
     """
 
-    dataset: str = _data("multimnist", "Data set; `fastmtl data list` names them.")
+    dataset: str = _data("multimnist", "Data set; `fastmtl data list` names them. Also MODULE:NAME or FILE.py:NAME.")
     dataset_path: str | None = _data(None, "Folder of the data set, where it is not in the package.")
+    inputs: str | None = _data(None, "Columns that are the inputs, for data with columns: image, or length,width.")
+    tasks: Arguments = _data(
+        {},
+        "What each task is, for data with columns: price=regression,colour=classes. In YAML also `{kind:, column:, "
+        "labels:, outputs:}`; kinds are classes, binary, regression, segmentation, depth and normals.",
+    )
     train_size: int | None = _data(None, "Training examples; the data set's own number if not given.", least=1)
     aug: bool = _data(False, "Change the training examples at random, where the data set knows how.")
     batch_size: int | None = _data(
@@ -51,10 +59,17 @@ class TrainConfig(TrainerOptions):
     )
     test_batch_size: int | None = _data(None, "Examples in a batch of evaluation; 256 with MultiMNIST.", least=1)
 
-    arch: str = _model("HPS", "Architecture, in any case.")
-    weighting: str = _model("EW", "Weighting strategy, in any case.")
-    encoder: str | None = _model(None, "Encoder; the data set's own if not given.")
-    pretrained: bool = _model(False, "Start from torchvision's ImageNet weights of the encoder.")
+    arch: str = _model("HPS", "Architecture, in any case, or MODULE:NAME or FILE.py:NAME.")
+    weighting: str = _model("EW", "Weighting strategy, in any case, or MODULE:NAME or FILE.py:NAME.")
+    encoder: str | None = _model(
+        None,
+        "Encoder; the data set's own if not given. Also timm:NAME, torchvision:NAME, hf:NAME or hf:FOLDER, "
+        "torch_geometric:NAME.",
+    )
+    encoder_args: Arguments = _model({}, "Arguments of the encoder: drop_path_rate=0.1, or lora=8 with hf.")
+    pretrained: bool = _model(False, "Start from the weights that the encoder comes with, such as ImageNet's.")
+    loss: Arguments = _model({}, "Losses of tasks in place of the data set's: size=huber,shape=./my_loss.py:New.")
+    metric: Arguments = _model({}, "Metrics of tasks in place of the data set's; in YAML with arguments.")
     rep_grad: bool = _model(False, "Weight gradients of the representation, not of the shared parameters.")
     multi_input: bool | None = _model(
         None, "Each task has its own inputs. The command asks the data set, and refuses another value."
@@ -130,14 +145,13 @@ class TrainConfig(TrainerOptions):
         Raises:
             UsageError: An unknown architecture, weighting or hyper-parameter.
         """
-        arch = spelled_as(self.arch, ARCHITECTURES, "architecture")
-        weighting = spelled_as(self.weighting, WEIGHTINGS, "weighting")
+        arch, weighting = find_architecture(self.arch), find_weighting(self.weighting)
         return replace(
             self,
-            arch=arch,
-            weighting=weighting,
-            arch_args=_fill(arch, ARCHITECTURES[arch].hyper, self.arch_args),
-            weight_args=_fill(weighting, WEIGHTINGS[weighting].hyper, self.weight_args),
+            arch=arch.name,
+            weighting=weighting.name,
+            arch_args=_fill(arch, self.arch_args),
+            weight_args=_fill(weighting, self.weight_args),
         )
 
     def with_hyper(self, values: Mapping[str, object]) -> TrainConfig:
@@ -147,7 +161,7 @@ class TrainConfig(TrainerOptions):
             UsageError: A hyper-parameter of neither.
         """
         config, options = self.resolved(), hyper_options()
-        weighting, arch = WEIGHTINGS[config.weighting].hyper, ARCHITECTURES[config.arch].hyper
+        weighting, arch = find_weighting(config.weighting).value.hyper, find_architecture(config.arch).value.hyper
         for name in values:
             if name not in weighting and name not in arch:
                 owners = options[name].owners if name in options else ()
@@ -215,7 +229,11 @@ def read_config(path: str | Path, **overrides: object) -> TrainConfig:
     return TrainConfig(**{**settings, **overrides})
 
 
-def _fill(owner: str, specs: Mapping[str, Hyper], values: Mapping[str, object]) -> Arguments:
+def _fill(found: Found[Any], values: Mapping[str, object]) -> Arguments:
+    owner, specs = short_name(found.name), found.value.hyper
+    if not specs and is_spec(found.name):
+        # A class of the user's that declares no table takes whatever it is given.
+        return dict(values)
     spelled: dict[str, object] = {}
     for name, value in values.items():
         if specs:

@@ -16,11 +16,13 @@ __all__ = ["RunDirectory", "Tee", "write_atomically"]
 
 
 class RunDirectory:
-    """The files of a run: its configuration, checkpoints, metrics, curves, trace and log."""
+    """The files of a run: its configuration, checkpoints, metrics, curves, trace, log, facts of the model and card."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config = self.path / "config.yaml"
+        self.facts = self.path / "model.json"
+        self.card = self.path / "README.md"
         self.best = self.path / "best.pt"
         self.last = self.path / "last.pt"
         self.metrics = self.path / "metrics.jsonl"
@@ -54,7 +56,7 @@ class RunDirectory:
     def create_again(cls, path: str | Path) -> RunDirectory:
         """Take a folder whose run ended before it saved anything."""
         run = cls(path)
-        for file in (run.config, run.metrics):
+        for file in (run.config, run.metrics, run.facts):
             file.unlink(missing_ok=True)
         return cls.create(path)
 
@@ -101,7 +103,18 @@ class RunDirectory:
         """
         if not os.access(self.path, os.W_OK | os.X_OK):
             raise UsageError(f"The run directory {self.path} cannot be written to.")
-        for file in (self.config, self.best, self.last, self.metrics, self.curves, self.trace, self.log):
+        files = (
+            self.config,
+            self.facts,
+            self.card,
+            self.best,
+            self.last,
+            self.metrics,
+            self.curves,
+            self.trace,
+            self.log,
+        )
+        for file in files:
             for path in (file, part_of(file)):
                 if path.is_dir():
                     raise UsageError(f"The run directory {self.path} needs {path.name} as a file, but it is a folder.")

@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, SupportsFloat, SupportsInt
 
+import yaml
+
 from fastmtl.architecture import ARCHITECTURES, AbsArchitecture
 from fastmtl.errors import UsageError
 from fastmtl.support.hyper import Hyper
@@ -47,11 +49,11 @@ class HyperOption(NamedTuple):
         return "--" + self.name.lower().replace("_", "-")
 
 
-def hyper_options() -> dict[str, HyperOption]:
-    """Return the hyper-parameters of all weightings and architectures, by name; several may share one."""
+def hyper_options(*others: type[AbsWeighting] | type[AbsArchitecture]) -> dict[str, HyperOption]:
+    """Return the hyper-parameters of all weightings and architectures, and of others, by name; several may share one."""
     options: dict[str, HyperOption] = {}
     classes: dict[str, type[AbsWeighting] | type[AbsArchitecture]] = {**WEIGHTINGS, **ARCHITECTURES}
-    for owner, kind in classes.items():
+    for owner, kind in [*((kind.__name__, kind) for kind in others), *classes.items()]:
         for name, spec in kind.hyper.items():
             first = options.get(name, HyperOption(name, (), spec))
             options[name] = first._replace(owners=(*first.owners, owner))
@@ -151,6 +153,15 @@ def _to_str(value: object) -> str:
 
 
 def _to_dict(value: object) -> dict[str, object]:
+    if isinstance(value, str) and value.strip():
+        # NAME=VALUE,NAME=VALUE, as a flag has it.
+        parts = [part.partition("=") for part in value.split(",")]
+        if not all(name.strip() and equals for name, equals, _ in parts):
+            raise ValueError
+        try:
+            return {name.strip(): yaml.safe_load(text) for name, _, text in parts}
+        except yaml.YAMLError as cause:
+            raise ValueError from cause
     if not isinstance(value, Mapping):
         raise TypeError
     return {str(key): item for key, item in value.items()}

@@ -11,14 +11,13 @@ from typing import Any, NamedTuple, SupportsIndex, cast
 import torch
 from torch import nn
 
-from fastmtl.architecture import ARCHITECTURES, AbsArchitecture
+from fastmtl.architecture import ARCHITECTURES, AbsArchitecture, find_architecture
 from fastmtl.errors import UsageError
 from fastmtl.support.hyper import fill_hyper
 from fastmtl.support.kinds import State
-from fastmtl.support.names import resolve_name
 from fastmtl.trainer.setup.lazy import settle_shapes
 from fastmtl.trainer.setup.tasks import loss_params
-from fastmtl.weighting import WEIGHTINGS, AbsWeighting
+from fastmtl.weighting import WEIGHTINGS, AbsWeighting, find_weighting
 
 __all__ = ["MadeModel", "TrainedModel", "make_model", "model_class"]
 
@@ -156,10 +155,8 @@ def _resolved(
     weighting: str | type[AbsWeighting], architecture: str | type[AbsArchitecture], hyper: dict[str, State]
 ) -> tuple[type[AbsWeighting], type[AbsArchitecture]]:
     """Return the two classes, and fill in the defaults of their hyper-parameters."""
-    rule = resolve_name(weighting, WEIGHTINGS, "weighting") if isinstance(weighting, str) else weighting
-    network = (
-        architecture if isinstance(architecture, type) else resolve_name(architecture, ARCHITECTURES, "architecture")
-    )
+    rule = find_weighting(weighting).value if isinstance(weighting, str) else weighting
+    network = architecture if isinstance(architecture, type) else find_architecture(architecture).value
     for kind, known, name in ((rule, WEIGHTINGS, "weight_args"), (network, ARCHITECTURES, "arch_args")):
         # A class of the user's that declares no table takes whatever it is given.
         if kind.hyper or kind in known.values():

@@ -1,0 +1,270 @@
+"""Data sets of columns: which are inputs, which are labels, and how their values become tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fastmtl.data.images import as_image, is_image, to_map, to_tensor
+from fastmtl.data.registry import DatasetInfo, Facts, LoaderOptions, Splits, register
+from fastmtl.data.sources import Rows, split_rows
+from fastmtl.data.tasks import KINDS, TaskInfo, binary, classes, depth, normals, regression, segmentation
+from fastmtl.data.tensors import Tensors
+from fastmtl.errors import UsageError
+from fastmtl.model.info import ImageInput
+from fastmtl.support.names import resolve_name
+
+__all__ = ["read_row", "tasks_of"]
+
+_LARGEST = 256
+# Marks a missing class, as torch does; in maps -1.
+_MISSING = -100
+
+
+def tasks_of(facts: Facts) -> dict[str, TaskInfo]:
+    """Return the tasks that facts of columns describe."""
+    return {task: _task(about) for task, about in facts["tasks"].items()}
+
+
+def _task(about: Mapping[str, Any]) -> TaskInfo:
+    kind = about["kind"]
+    if kind == "classes":
+        return classes(about["labels"])
+    if kind == "segmentation":
+        return segmentation(about.get("labels") or about["outputs"])
+    if kind == "regression":
+        return regression(about["outputs"])
+    return {"binary": binary, "depth": depth, "normals": normals}[kind]()
+
+
+def read_row(row: Mapping[str, Any], facts: Facts) -> Any:
+    """Return the inputs of a row: an image (3, h, w), a text, or a vector.
+
+    Raises:
+        UsageError: A column is missing, or is of another kind than in training.
+    """
+    missing = [name for name in facts["inputs"] if name not in row]
+    if missing and facts["kind"] == "image" and "image" in row:
+        # A file of predict.
+        row, missing = {**row, facts["inputs"][0]: row["image"]}, []
+    if missing:
+        raise UsageError(f"A row has no column {missing[0]!r}, which is an input, only {', '.join(row) or 'none'}.")
+    folder = Path(facts["folder"]) if facts.get("folder") else None
+    if facts["kind"] == "image":
+        value = row[facts["inputs"][0]]
+        return to_tensor(as_image(value, folder), facts["image_size"], facts["image_mean"], facts["image_std"])
+    if facts["kind"] == "text":
+        return str(row[facts["inputs"][0]])
+    values = _vector([row[name] for name in facts["inputs"]])
+    if len(values) != len(facts["mean"]):
+        raise UsageError(f"A row has {len(values)} numbers as inputs in place of the {len(facts['mean'])} of training.")
+    return (values - torch.tensor(facts["mean"])) / torch.tensor(facts["std"])
+
+
+def _vector(values: Sequence[Any]) -> Tensor:
+    flat: list[float] = []
+    for value in values:
+        try:
+            part = np.asarray(math.nan if value is None else value, dtype=np.float32).reshape(-1)
+        except (TypeError, ValueError):
+            raise UsageError(f"An input must be a number or a list of numbers, got {value!r}.") from None
+        flat += part.tolist()
+    return torch.tensor(flat)
+
+
+class _Labels:
+    """Makes the labels of a row."""
+
+    def __init__(self, tasks: Mapping[str, Mapping[str, Any]], size: Sequence[int] | None, folder: Path) -> None:
+        self.tasks, self.size, self.folder = tasks, size, folder
+        self.numbers = {
+            task: {label: number for number, label in enumerate(about["labels"])}
+            for task, about in tasks.items()
+            if about["kind"] == "classes"
+        }
+
+    def __call__(self, row: Mapping[str, Any]) -> dict[str, Tensor]:
+        return {task: self._label(task, row[about["column"]], about["kind"]) for task, about in self.tasks.items()}
+
+    def _label(self, task: str, value: Any, kind: str) -> Tensor:
+        missing = value is None or (isinstance(value, float) and math.isnan(value))
+        if kind == "classes":
+            if missing:
+                return torch.tensor(_MISSING)
+            if str(value) not in self.numbers[task]:
+                raise UsageError(
+                    f"The column {self.tasks[task]['column']!r} has {value!r}, which is none of the classes of the "
+                    f"training rows: {', '.join(list(self.numbers[task])[:10])}."
+                )
+            return torch.tensor(self.numbers[task][str(value)])
+        if kind in ("regression", "binary"):
+            outputs = self.tasks[task].get("outputs", 1)
+            label = _vector([math.nan] * outputs if missing else [value])
+            if len(label) != outputs:
+                raise UsageError(f"The column {self.tasks[task]['column']!r} has {len(label)} numbers, not {outputs}.")
+            return label
+        assert self.size is not None
+        label = to_map(value, self.size, {"segmentation": 0, "depth": 1, "normals": 3}[kind], self.folder)
+        # The usual mark of unlabelled pixels in images of bytes.
+        return torch.where(label == 255, -1.0, label) if kind == "segmentation" else label
+
+
+class _Columns(Dataset[tuple[Any, dict[str, Tensor]]]):
+    def __init__(self, rows: Rows, facts: Facts, labels: _Labels, augment: bool) -> None:
+        self.rows, self.facts, self.labels, self.augment = rows, facts, labels, augment
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Any, dict[str, Tensor]]:
+        row = self.rows.row(index)
+        inputs = read_row(row, self.facts)
+        if self.augment and torch.rand(()) < 0.5:
+            inputs = inputs.flip(-1)
+        return inputs, self.labels(row)
+
+
+def load_columns(name: str, options: LoaderOptions) -> Splits:
+    """Return the loaders of a folder of columns.
+
+    Raises:
+        UsageError: A column is missing, or has values that cannot be what they are said to be.
+    """
+    assert options.path is not None
+    if not options.inputs or not options.tasks:
+        raise UsageError(
+            f"The data set {name} needs the columns that are inputs and the tasks: --inputs image --tasks "
+            "price=regression,colour=classes."
+        )
+    parts = split_rows(name, options.path)
+    train = parts["train"]
+    facts = _facts(train, options)
+    size = facts.pop("image_size", None)
+    labels = _Labels(facts["tasks"], size, options.path)
+    if options.augment and (facts["kind"] != "image" or any(about.maps for about in tasks_of(facts).values())):
+        raise UsageError(f"aug must be off for {name} with inputs of {facts['kind']} or with maps: it mirrors images.")
+    whole = facts if size is None else {**facts, "image_size": size}
+    if facts["kind"] == "vector":
+        return _in_memory(parts, whole, labels, options)
+    sets = {split: _Columns(rows, whole, labels, options.augment and split == "train") for split, rows in parts.items()}
+    return options.splits(sets["train"], sets["test"], sets.get("val"), image_size=size, **facts)
+
+
+def _in_memory(parts: Mapping[str, Rows], facts: Facts, labels: _Labels, options: LoaderOptions) -> Splits:
+    loaders, counts = {}, {}
+    for split, rows in parts.items():
+        names = {*facts["inputs"], *(about["column"] for about in facts["tasks"].values())}
+        columns = {name: rows.column(name) for name in names}
+        count = min(len(rows), options.n_train or len(rows)) if split == "train" else len(rows)
+        every = [{name: values[index] for name, values in columns.items()} for index in range(count)]
+        inputs = torch.stack([read_row(row, facts) for row in every])
+        own = [labels(row) for row in every]
+        stacked = {task: torch.stack([of_row[task] for of_row in own]) for task in facts["tasks"]}
+        loaders[split] = options.loader(Tensors(inputs, stacked), split, in_batches=True)
+        counts[split] = count
+    return Splits(train=loaders["train"], val=loaders.get("val"), test=loaders["test"], rows=counts, facts=facts)
+
+
+def _facts(rows: Rows, options: LoaderOptions) -> Facts:
+    """Return what the training rows say of inputs and tasks."""
+    there = rows.names()
+    for name in options.inputs:
+        resolve_name(name, {column: column for column in there}, "column of inputs")
+    first = rows.row(0)
+    values = [first[name] for name in options.inputs]
+    kinds = {_input_kind(value, options.path) for value in values}
+    if len(kinds) > 1 or (kinds != {"vector"} and len(values) > 1):
+        got = ", ".join(sorted(kinds))
+        raise UsageError(f"inputs must be one column of images, one of texts, or columns of numbers, got {got}.")
+    (kind,) = kinds
+    facts: Facts = {"kind": kind, "inputs": list(options.inputs)}
+    if kind == "image":
+        wanted = options.encoder.image if options.encoder is not None else None
+        width, height = as_image(values[0], options.path).size
+        own = (height, width) if max(height, width) <= _LARGEST else ImageInput().size
+        usual = wanted or ImageInput(size=own)
+        facts |= {"image_size": list(usual.size), "image_mean": list(usual.mean), "image_std": list(usual.std)}
+        facts["folder"] = str(options.path.resolve()) if options.path is not None else None
+    elif kind == "vector":
+        table = torch.stack([_vector(row) for row in zip(*(rows.column(name) for name in options.inputs), strict=True)])
+        spread, mean = torch.nan_to_num(_spread(table)), table.nanmean(0)
+        facts |= {"mean": mean.tolist(), "std": torch.where(spread > 0, spread, 1).tolist(), "width": table.shape[1]}
+    facts["tasks"] = {
+        str(task): _described(str(task), about, rows, first, there) for task, about in options.tasks.items()
+    }
+    return facts
+
+
+def _spread(table: Tensor) -> Tensor:
+    known = ~table.isnan()
+    centred = torch.where(known, table - table.nanmean(0), 0)
+    return (centred.square().sum(0) / known.sum(0)).sqrt()
+
+
+def _input_kind(value: Any, folder: Path | None) -> str:
+    if is_image(value, folder):
+        return "image"
+    return "text" if isinstance(value, str) else "vector"
+
+
+def _described(task: str, about: Any, rows: Rows, first: Mapping[str, Any], there: Sequence[str]) -> dict[str, Any]:
+    """Return kind, column, and outputs or labels of a task."""
+    given = dict(about) if isinstance(about, Mapping) else {"kind": about}
+    unknown = given.keys() - {"kind", "column", "labels", "outputs"}
+    if unknown:
+        raise UsageError(
+            f"The task {task} has {sorted(unknown)[0]!r}: only kind, column, labels and outputs are known."
+        )
+    kind = resolve_name(str(given.get("kind")), {name: name for name in KINDS}, f"kind of the task {task}")
+    column = resolve_name(str(given.get("column", task)), {name: name for name in there}, f"column of the task {task}")
+    told: dict[str, Any] = {"kind": kind, "column": column}
+    if kind == "classes":
+        labels = given.get("labels")
+        if labels is None:
+            found = {value for value in rows.column(column) if value is not None and value == value}
+            numbers = all(isinstance(value, int | np.integer) for value in found)
+            labels = sorted(found) if numbers else sorted(map(str, found))
+        if len(labels) < 2:
+            raise UsageError(f"The column {column!r} of the task {task} has {len(labels)} classes: two are the least.")
+        told["labels"] = [str(label) for label in labels]
+    elif kind == "segmentation":
+        if "labels" not in given and "outputs" not in given:
+            raise UsageError(f"The task {task} needs its number of classes: {{kind: segmentation, outputs: 13}}.")
+        told |= {key: given[key] for key in ("labels", "outputs") if key in given}
+    elif kind == "regression":
+        value = next((value for value in rows.column(column) if value is not None), first[column])
+        told["outputs"] = len(_vector([value]))
+    return told
+
+
+def _info(name: str, description: str) -> DatasetInfo:
+    return DatasetInfo(
+        name=name,
+        description=description,
+        source="a folder of yours",
+        licence="as of the folder's data",
+        load_splits=partial(load_columns, name),
+        tasks=tasks_of,
+        read_row=read_row,
+        needs_path=True,
+        has_columns=True,
+    )
+
+
+register(
+    [
+        _info("parquet", "Columns of parquet files: train.parquet, test.parquet, or folders train and test of them."),
+        _info("datasets", "A folder of Hugging Face's datasets: save_to_disk, or images, CSV or JSON in folders."),
+        _info(
+            "webdataset", "Shards of WebDataset: train-000.tar, ..., test-000.tar; columns by extension or in .json."
+        ),
+    ]
+)

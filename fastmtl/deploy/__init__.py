@@ -1,0 +1,1 @@
+"""What is trained, outside of the trainer: loaded, predicting, exported, described."""

@@ -1,0 +1,138 @@
+"""The model card: a ``README.md`` that says what a run's model is, in the layout of the Hugging Face Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from fastmtl.data.registry import find_dataset
+from fastmtl.deploy.facts import ModelFacts
+from fastmtl.support.named import short_name
+from fastmtl.trainer.log.jsonl import read_jsonl
+from fastmtl.trainer.run.config import TrainConfig, read_config
+from fastmtl.trainer.run.directory import RunDirectory
+
+__all__ = ["card_of"]
+
+_SPLITS = ("train", "val", "test")
+
+
+def card_of(run: RunDirectory) -> str:
+    """Return the card of a finished run: data, tasks, metrics of the best epoch, how it was trained and how to load it.
+
+    Raises:
+        FastmtlError: The run lacks a file.
+    """
+    config, facts = read_config(run.config).resolved(), ModelFacts.read(run.facts)
+    rows = read_jsonl(run.metrics)
+    begun = next((row for row in reversed(rows) if row["event"] == "run"), {})
+    ended = next((row for row in reversed(rows) if row["event"] == "end"), {})
+    info = find_dataset(config.dataset).value
+    title = f"{short_name(config.arch)} with {short_name(config.weighting)} on {info.name}"
+    epoch = ended.get("best_epoch", 0)
+    scores = {row["mode"]: row for row in rows if row["event"] == "epoch" and row["epoch"] == epoch}
+    front = {
+        "library_name": "fastmtl",
+        "tags": ["multi-task-learning", short_name(config.arch), short_name(config.weighting)],
+        "model-index": [{"name": title, "results": _results(info.name, facts, scores.get("test", {}))}],
+    }
+    folder = "" if config.dataset_path is None else f" Its folder: `{config.dataset_path}`."
+    lines = [
+        "---",
+        yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip(),
+        "---",
+        "",
+        f"# {title}",
+        "",
+        f"A network for {len(facts.tasks)} tasks, trained by fastmtl {_made(begun)}.",
+        "",
+        "## Data",
+        "",
+        f"`{config.dataset}`. {info.description}{folder} Source: {info.source or 'not said'}. "
+        f"Licence: {info.licence or 'not said'}.",
+        "",
+        "## Tasks",
+        "",
+        "| task | kind | outputs | classes |",
+        "|---|---|---|---|",
+        *(
+            f"| {name} | {about.kind} | {about.outputs} | {', '.join(about.labels)} |"
+            for name, about in facts.tasks.items()
+        ),
+        "",
+        f"## Metrics after epoch {epoch}, the best one",
+        "",
+        *_table(begun, scores),
+        "",
+        "## Training",
+        "",
+        *_training(config),
+        "",
+        "The whole configuration is in `config.yaml`, which repeats the run: `fastmtl train --config config.yaml`.",
+        "",
+        "## How to load it",
+        "",
+        "```python",
+        "import fastmtl",
+        "",
+        'model = fastmtl.load("path/of/this/folder")',
+        f"predictions = model(inputs)  # {_form(facts.inputs)}; a dictionary by task",
+        "```",
+        "",
+        "Or from the command line: `fastmtl predict FOLDER INPUTS`, `fastmtl export FOLDER --format onnx`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _made(begun: Mapping[str, Any]) -> str:
+    made = begun.get("made_with", {})
+    return f"{made.get('fastmtl', '?')} with torch {made.get('torch', '?')}"
+
+
+def _results(data: str, facts: ModelFacts, test: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the results as the Hub reads them."""
+    return [
+        {
+            "task": {"type": "other", "name": f"{task} ({facts.tasks[task].kind})"},
+            "dataset": {"name": data, "type": data, "split": "test"},
+            "metrics": [{"type": name, "name": name, "value": value} for name, value in scores.items()],
+        }
+        for task, scores in test.get("metric", {}).items()
+    ]
+
+
+def _table(begun: Mapping[str, Any], scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    splits = [split for split in _SPLITS if split in scores]
+    better = begun.get("better", {})
+    lines = [f"| task | metric | better | {' | '.join(splits)} |", f"|---|---|---|{'---|' * len(splits)}"]
+    for task, names in begun.get("metrics", {}).items():
+        for place, name in enumerate(names):
+            values = [scores[split]["metric"][task].get(name) for split in splits]
+            direction = "higher" if better.get(task, [1] * len(names))[place] else "lower"
+            shown = " | ".join("-" if value is None else f"{value:.4f}" for value in values)
+            lines.append(f"| {task} | {name} | {direction} | {shown} |")
+    return lines
+
+
+def _training(config: TrainConfig) -> list[str]:
+    facts = {
+        "architecture": f"{short_name(config.arch)} {config.arch_args or ''}",
+        "weighting": f"{short_name(config.weighting)} {config.weight_args or ''}",
+        "encoder": f"{config.encoder} {config.encoder_args or ''}"
+        + (", from its pretrained weights" if config.pretrained else ""),
+        "optimizer": f"{config.optim}, lr {config.lr:g}, weight decay {config.weight_decay:g}",
+        "epochs": str(config.epochs),
+        "batch size": str(config.batch_size),
+        "seed": str(config.seed),
+    }
+    return [f"- {name}: {str(value).strip()}" for name, value in facts.items()]
+
+
+def _form(form: Any) -> str:
+    if form is None:
+        return "as the data set gives them"
+    if "entries" in form:
+        return ", ".join(f"{name}: {_form(entry)}" for name, entry in form["entries"].items())
+    return f"{form['dtype']} ({', '.join(['batch', *map(str, form['shape'])])})"

@@ -1,0 +1,183 @@
+"""`fastmtl.load`: the model of a run, ready to predict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmtl.architecture import AbsArchitecture, find_architecture
+from fastmtl.data.collate import join_inputs
+from fastmtl.data.encoders import find_encoder
+from fastmtl.data.loading import Parts, parts_of
+from fastmtl.data.registry import find_dataset
+from fastmtl.deploy.facts import ModelFacts, TaskFacts, example_of
+from fastmtl.errors import CheckpointError, UsageError
+from fastmtl.trainer.checkpoint.files import differences, model_state, read_checkpoint
+from fastmtl.trainer.run.config import TrainConfig, read_config
+from fastmtl.trainer.run.directory import RunDirectory
+from fastmtl.trainer.setup.checks import find_device
+from fastmtl.trainer.setup.lazy import settle_shapes
+from fastmtl.trainer.setup.loaders import to_device
+
+__all__ = ["WEIGHTS", "RunModel", "load"]
+
+# The weights of an exported folder.
+WEIGHTS = "model.safetensors"
+
+
+class RunModel(nn.Module):
+    """The network of a run, in evaluation mode: ``model(inputs)`` gives the predictions by task.
+
+    Attributes:
+        network: The architecture with its encoder and decoders.
+        tasks: Task name to what its predictions are.
+        config: The configuration of the run.
+        facts: What is known of inputs and data.
+        weights: The file that the weights are from.
+    """
+
+    def __init__(
+        self, network: AbsArchitecture, parts: Parts, config: TrainConfig, facts: ModelFacts, weights: Path
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.config = config
+        self.facts = facts
+        self.weights = weights
+        self._parts = parts
+        self.eval()
+
+    @property
+    def tasks(self) -> dict[str, TaskFacts]:
+        """Task name to what its predictions are."""
+        return self.facts.tasks
+
+    @property
+    def multi_input(self) -> bool:
+        """Whether the tasks were trained on inputs of their own."""
+        return self.network.multi_input
+
+    def forward(self, inputs: Any, tasks: Sequence[str] | None = None) -> dict[str, Any]:
+        """Return the predictions by task, of some ``tasks`` or of all.
+
+        Args:
+            inputs: A batch, as the data set gives it: images (batch, 3, h, w), for example.
+            tasks: Names of tasks.
+        """
+        if self.multi_input:
+            names = list(self.tasks) if tasks is None else list(tasks)
+            return {task: self.network(inputs, task)[task] for task in names}
+        if tasks is not None and self.network.splits:
+            features = self.network.trunk(inputs)
+            return {task: self.network.decoders[task](self.network.branch(features, task)) for task in tasks}
+        predictions = self.network(inputs)
+        return {task: predictions[task] for task in (tasks or self.tasks)}
+
+    def read(self, rows: Sequence[Mapping[str, Any]]) -> Any:
+        """Return a batch of inputs, on the model's device.
+
+        Args:
+            rows: A row of columns for each example; an image is the column ``image``, a PIL image.
+
+        Raises:
+            UsageError: The data set does not say how rows are read, or a row cannot be.
+        """
+        read, info = self._parts.info.read_row, self._parts.info
+        if read is None:
+            raise UsageError(
+                f"The data set {info.name} does not say how new examples are read: give its DatasetInfo a read_row, "
+                f"or call the model with tensors."
+            )
+        inputs = [read(row, self.facts.data) for row in rows]
+        device = next(self.parameters()).device
+        return to_device(join_inputs(inputs, self._parts.encoder.value.tokenize), device)
+
+    def predict(self, rows: Sequence[Mapping[str, Any]], tasks: Sequence[str] | None = None) -> dict[str, Any]:
+        """Return the predictions for rows of columns, see :meth:`read`, without gradients."""
+        with torch.inference_mode():
+            return self(self.read(rows), tasks)
+
+
+def load(run: str | Path, *, checkpoint: str = "best", device: str | torch.device = "cpu") -> RunModel:
+    """Return the model of a run; the data it was trained on are not needed.
+
+    Args:
+        run: A run directory, or a folder that ``fastmtl export --format safetensors`` wrote.
+        checkpoint: ``"best"``, ``"last"``, or the path of a ``state_dict``.
+        device: Where it goes.
+
+    Raises:
+        UsageError: There is no such run, or an object that it names.
+        CheckpointError: There is no such checkpoint, or it does not fit.
+
+    Example::
+
+        model = fastmtl.load("runs/multimnist-hps-mgda-20261130-120000")
+        predictions = model(images)["left"].argmax(1)
+    """
+    folder = RunDirectory.open(run)
+    config, facts = read_config(folder.config).resolved(), ModelFacts.read(folder.facts)
+    weights, state = _weights(folder, checkpoint)
+    kind = find_architecture(config.arch).value
+    info = find_dataset(config.dataset).value
+    encoder = find_encoder(
+        config.encoder or (info.encoders or ("conv",))[0],
+        config.encoder_args,
+        stages=kind.needs_stages,
+        fitting=info.encoders,
+        of=info.name,
+    )
+    parts = parts_of(info, encoder, facts.data, loss=config.loss, metric=config.metric)
+    if list(parts.tasks) != list(facts.tasks):
+        raise CheckpointError(
+            f"{folder.path} was trained on the tasks {', '.join(facts.tasks)}, but {info.name} has "
+            f"{', '.join(parts.tasks)}."
+        )
+    place = find_device(device)
+    network = kind(
+        task_name=list(parts.tasks),
+        encoder_class=parts.encoder_class,
+        decoders=parts.decoders(),
+        rep_grad=False,
+        multi_input=info.multi_input,
+        device=place,
+        **config.arch_args,
+    )
+    if facts.inputs is not None:
+        settle_shapes(network, lambda: _examples(facts, info.multi_input))
+    _load_state(network, state, weights)
+    return RunModel(network.to(place), parts, config, facts, weights)
+
+
+def _examples(facts: ModelFacts, multi_input: bool) -> Any:
+    example = example_of(facts.inputs, 2)
+    return dict.fromkeys(facts.tasks, example) if multi_input else example
+
+
+def _weights(folder: RunDirectory, checkpoint: str) -> tuple[Path, Mapping[str, Tensor]]:
+    """Return the file of a checkpoint and the ``state_dict`` in it."""
+    exported = folder.path / WEIGHTS
+    if checkpoint == "best" and not folder.best.exists() and exported.exists():
+        from safetensors.torch import load_file
+
+        return exported, load_file(exported)
+    path = {"best": folder.best, "last": folder.last}.get(checkpoint.lower(), Path(checkpoint))
+    content = read_checkpoint(path, torch.device("cpu"))
+    if isinstance(content, Mapping) and "model" in content and "names" in content:
+        content = content["model"]
+    return path, model_state(content, path)
+
+
+def _load_state(network: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Load the network's part of a state; the rest is the strategy's and the losses'."""
+    mine = network.state_dict()
+    ours = {name: value for name, value in state.items() if name in mine}
+    told = differences(mine, ours)
+    if told:
+        more = f" and {len(told) - 2} more differences" if len(told) > 2 else ""
+        raise CheckpointError(f"The checkpoint {path} is of another model: {'; '.join(told[:2])}{more}.")
+    network.load_state_dict(ours)

@@ -1,0 +1,192 @@
+"""Models of Hugging Face's transformers as encoders: ``hf:distilbert-base-uncased``, ``hf:./folder``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmtl.errors import FastmtlError, UsageError
+from fastmtl.model.info import EncoderInfo, ImageInput
+from fastmtl.support.extras import need
+
+__all__ = ["HFEncoder", "hf_encoder"]
+
+# Arguments of ours; all others are LoraConfig's, or the configuration's.
+_LORA = ("lora_alpha", "lora_dropout", "target_modules")
+
+
+class HFEncoder(nn.Module):
+    """A model of transformers: of texts to one vector each, of images to maps.
+
+    Args:
+        model: The model.
+        pool: Of texts ``"mean"`` over their words, or ``"first"``, the vector of the first token.
+
+    Attributes:
+        feature_dim: Channels of its output.
+    """
+
+    def __init__(self, model: Any, pool: str = "mean") -> None:
+        super().__init__()
+        if pool not in ("mean", "first"):
+            raise UsageError(f"pool must be mean or first, got {pool!r}.")
+        self.model = model
+        self.pool = pool
+        self.reads_images = model.main_input_name == "pixel_values"
+        self.feature_dim = _width(model.config)
+
+    def forward(self, inputs: Any) -> Tensor:
+        """Return (batch, feature_dim) of a tokenizer's output, (batch, feature_dim, h, w) of images."""
+        if self.reads_images:
+            return self._maps(inputs)
+        if not isinstance(inputs, Mapping):
+            inputs = {"input_ids": inputs}
+        states: Tensor = self.model(**inputs).last_hidden_state
+        if self.pool == "first":
+            return states[:, 0]
+        mask = inputs.get("attention_mask")
+        if mask is None:
+            return states.mean(1)
+        known = mask.unsqueeze(2).to(states)
+        return (states * known).sum(1) / known.sum(1).clamp(min=1)
+
+    def _maps(self, images: Tensor) -> Tensor:
+        states: Tensor = self.model(pixel_values=images).last_hidden_state
+        if states.dim() == 4:
+            return states
+        patch = getattr(self.model.config, "patch_size", None)
+        if not isinstance(patch, int):
+            return states
+        height, width = (size // patch for size in images.shape[-2:])
+        tokens = states[:, states.shape[1] - height * width :]
+        return tokens.transpose(1, 2).unflatten(2, (height, width))
+
+
+def hf_encoder(name: str, args: Mapping[str, Any]) -> EncoderInfo:
+    """Return what is known of a model of transformers.
+
+    Args:
+        name: Its name on the hub, or a folder with its ``config.json``, and its weights if these are wanted.
+        args: ``pool`` (see `HFEncoder`); ``length``, of texts in tokens; ``lora``, the rank of low-rank adapters, with
+            peft's ``lora_alpha``, ``lora_dropout`` and ``target_modules``; anything else goes into the configuration.
+
+    Raises:
+        UsageError: transformers is not installed, or there is no such model.
+    """
+    config, rest = _config(name, args)
+    is_text = _reads_text(config)
+    size = getattr(config, "image_size", 224)
+    shape = (size, size) if isinstance(size, int) else tuple(size)
+    length = min(int(args.get("length", 128)), getattr(config, "max_position_embeddings", None) or 10**9)
+    return EncoderInfo(
+        build=partial(_build, name, dict(args), rest),
+        feature_dim=_width(config),
+        has_weights=True,
+        image=None if is_text else _image_input(name, shape),
+        tokenize=partial(_tokenize, name, length) if is_text else None,
+    )
+
+
+def _config(name: str, args: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    transformers = need("transformers", "hf", f"The encoder hf:{name}")
+    folder = Path(name).expanduser()
+    if (name.startswith((".", "/", "~")) or folder.exists()) and not (folder / "config.json").is_file():
+        raise UsageError(f"hf:{name} must be a folder with a config.json, or a name on the hub.")
+    rest = {key: value for key, value in args.items() if key not in ("pool", "length", "lora", *_LORA)}
+    try:
+        config = transformers.AutoConfig.from_pretrained(_place(name))
+    except (OSError, ValueError) as error:
+        raise FastmtlError(f"hf:{name} could not be found: {_first_line(error)}") from error
+    for key, value in rest.items():
+        if not hasattr(config, key):
+            raise UsageError(f"hf:{name} has no setting {key!r} in its configuration.")
+        setattr(config, key, value)
+    return config, rest
+
+
+def _build(name: str, args: Mapping[str, Any], rest: Mapping[str, Any], pretrained: bool = False) -> nn.Module:
+    transformers = need("transformers", "hf", f"The encoder hf:{name}")
+    config, _ = _config(name, args)
+    kinds = [transformers.AutoModel]
+    try:
+        model = kinds[0].from_pretrained(_place(name), config=config) if pretrained else kinds[0].from_config(config)
+    except (OSError, ValueError) as error:
+        raise FastmtlError(f"The weights of hf:{name} could not be loaded: {_first_line(error)}") from error
+    model = getattr(model, "encoder", model) if config.is_encoder_decoder else model
+    if not pretrained:
+        model = model.float()
+    if args.get("lora"):
+        model = _with_adapters(model, name, args)
+    del rest
+    return HFEncoder(model, args.get("pool", "mean"))
+
+
+def _with_adapters(model: Any, name: str, args: Mapping[str, Any]) -> Any:
+    peft = need("peft", "hf", f"lora of the encoder hf:{name}")
+    main_input = model.main_input_name
+    settings = {key: args[key] for key in _LORA if key in args}
+    settings.setdefault("target_modules", "all-linear")
+    try:
+        adapted = peft.get_peft_model(model, peft.LoraConfig(r=int(args["lora"]), **settings))
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"lora of hf:{name} cannot be as given: {_first_line(error)}") from error
+    adapted.main_input_name = main_input
+    return adapted
+
+
+def _tokenize(name: str, length: int, texts: Sequence[str]) -> dict[str, Tensor]:
+    """Return the tokens of texts, padded to the longest of them."""
+    encoded = _tokenizer(name)(list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt")
+    return dict(encoded)
+
+
+@cache
+def _tokenizer(name: str) -> Any:
+    transformers = need("transformers", "hf", f"The encoder hf:{name}")
+    try:
+        return transformers.AutoTokenizer.from_pretrained(_place(name))
+    except (OSError, ValueError) as error:
+        raise FastmtlError(f"The tokenizer of hf:{name} could not be loaded: {_first_line(error)}") from error
+
+
+def _image_input(name: str, size: tuple[int, ...]) -> ImageInput:
+    usual = ImageInput()
+    path = Path(name).expanduser() / "preprocessor_config.json"
+    if not path.is_file():
+        return ImageInput(size=(size[0], size[1]))
+    import json
+
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    mean, std = settings.get("image_mean", usual.mean), settings.get("image_std", usual.std)
+    return ImageInput(size=(size[0], size[1]), mean=tuple(mean), std=tuple(std))
+
+
+def _reads_text(config: Any) -> bool:
+    return getattr(config, "vocab_size", None) is not None and getattr(config, "num_channels", None) is None
+
+
+def _width(config: Any) -> int:
+    width = getattr(config, "hidden_size", None)
+    if width is None:
+        sizes = getattr(config, "hidden_sizes", None)
+        width = sizes[-1] if sizes else getattr(config, "d_model", None)
+    if not isinstance(width, int):
+        raise UsageError(f"hf: {type(config).__name__} does not say how many features its model gives.")
+    return width
+
+
+def _place(name: str) -> str:
+    folder = Path(name).expanduser()
+    return str(folder) if folder.is_dir() else name
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".") + "."
+
+
+_ = torch
