@@ -240,7 +240,7 @@ def _check(path: Path, program: nn.Module, call: Call, make_inputs: Callable[[in
             if not difference <= TOLERANCE:
                 path.unlink(missing_ok=True)
                 raise FastmtlError(
-                    f"{path.name} differs from the model by {difference:.2g} with {rows} rows, more than {TOLERANCE:g}, "
+                    f"{path.name} differs from the model by {difference:.2g} with {rows} rows, over {TOLERANCE:g}, "
                     "and was removed."
                 )
     return worst

@@ -92,8 +92,8 @@ class Kind(NamedTuple):
             parents = ", ".join(parent.__name__ for parent in getattr(found.value, "__bases__", ()))
             derived = f" derived from {parents}" if parents else ""
             raise UsageError(
-                f"{place_of(found.value, found.name)}: the {self.what} {short_name(found.name)} must be a class derived "
-                f"from {base.__name__} of {base.__module__.rpartition('.')[0]}, it is {kind}{derived}."
+                f"{place_of(found.value, found.name)}: the {self.what} {short_name(found.name)} must be a class "
+                f"derived from {base.__name__} of {base.__module__.rpartition('.')[0]}, it is {kind}{derived}."
             )
         return found
 

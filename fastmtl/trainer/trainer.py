@@ -24,6 +24,7 @@ from fastmtl.trainer.checkpoint.writer import Checkpoints
 from fastmtl.trainer.evaluation import evaluate
 from fastmtl.trainer.guard import FiniteGuard
 from fastmtl.trainer.log.logger import as_logger
+from fastmtl.trainer.log.named import named_logger
 from fastmtl.trainer.log.meter import PerformanceMeter
 from fastmtl.trainer.log.records import StepSignals
 from fastmtl.trainer.loop import run_epochs
@@ -81,7 +82,8 @@ class Trainer(TrainerState):
             that returns the optimizer.
         scheduler: In place of ``scheduler_param``: a function of the optimizer that returns the scheduler; an argument
             named ``total_steps`` gets the length of the run.
-        logger: A `Logger`, or several.
+        logger: A `Logger`, or several; or their names: ``csv``, ``jsonl``, ``tensorboard``, ``wandb``, ``mlflow``, whose
+            files go into ``save_path``.
         resume: A ``last.pt``, or the folder it is in, to go on from.
         profile: File for a Chrome trace of a few warm steps; where they went is printed too.
         weight_args: Hyper-parameters of the strategy.
@@ -143,8 +145,16 @@ class Trainer(TrainerState):
         if arguments.split_batch is not None:
             self.split_batch = arguments.split_batch  # type: ignore[method-assign, assignment]
         check_split_batch(self.split_batch)
-        self.logger = as_logger(arguments.logger if self.peers.is_main_process else None)
+        self.logger = as_logger(self._loggers(arguments.logger) if self.peers.is_main_process else None)
         self.batch_weight = np.zeros((self.task_num, 0, 0))
+
+    def _loggers(self, given: Any) -> Any:
+        """Return loggers with those in place of names that are named."""
+        if isinstance(given, str):
+            return named_logger(given, self.save_path)
+        if isinstance(given, list | tuple):
+            return [self._loggers(entry) if isinstance(entry, str) else entry for entry in given]
+        return given
 
     def _prepare_model(self, arguments: TrainerArguments) -> None:
         made = make_model(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import sys
 import time
@@ -28,7 +29,8 @@ _LOSSES_SHOWN = 4
 class ProgressLogger(Logger):
     """Shows the epoch, its losses, and the time left for the epoch and for the run.
 
-    On a terminal this is a bar below whatever else is printed; elsewhere a plain line at most every 30 seconds.
+    On a terminal this is a bar below whatever else is printed, in a notebook a widget (with the package ipywidgets);
+    elsewhere a plain line at most every 30 seconds.
     The time left is taken from the last log intervals, so the first, slow steps do not spoil it for long. Without a
     ``console`` it is shown on stdout; ``clock`` gives seconds, monotonic.
     """
@@ -50,6 +52,12 @@ class ProgressLogger(Logger):
         self._info, self._epoch, self._last_line = info, info.start_epoch, self._clock()
         shown = sys.stdout.stream if isinstance(sys.stdout, Tee) else None
         console = self._console or Console(file=shown)
+        if console.is_jupyter:
+            # A widget of its own; what is printed goes to the cell as it is. Without widgets, lines as in a log.
+            if importlib.util.find_spec("ipywidgets") is not None:
+                self._display = _Display(console, redirect=False)
+                self._display.show(self._title(), info.start_batch, info.batches_per_epoch, "")
+            return
         if not console.is_terminal:
             return
         # A tee keeps what is printed but must not keep the bar, so the bar is put between the tee and the terminal.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,7 @@ from typing_extensions import override
 
 from fastmtl.errors import UsageError
 from fastmtl.trainer.log.logger import Logger, RunInfo, StepRecords
+from fastmtl.trainer.log.scalars import of_epoch, of_steps
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -53,12 +53,7 @@ class TensorBoardLogger(Logger):
         if self._writer is None or self._info is None:
             return
         step = records.first_step + records.count
-        for group, values in records.means(self._info.task_names).items():
-            _add(self._writer, f"step_{group}", values, step)
-        self._writer.add_scalar("steps_per_second", records.steps_per_second, step)
-        if records.loss_scale is not None:
-            self._writer.add_scalar("loss_scale", records.loss_scale, step)
-            self._writer.add_scalar("skipped_steps", records.skipped, step)
+        _add(self._writer, of_steps(records, self._info), step)
 
     @override
     def on_epoch(
@@ -67,10 +62,7 @@ class TensorBoardLogger(Logger):
         if self._writer is None or self._info is None:
             return
         step = (epoch + 1) * self._info.batches_per_epoch
-        _add(self._writer, f"{mode}_loss", losses, step)
-        for task, values in metrics.items():
-            for name, value in zip(self._info.metric_names[task], values, strict=True):
-                _add(self._writer, f"{mode}_{name}", {task: value}, step)
+        _add(self._writer, of_epoch(mode, losses, metrics, self._info), step)
         self._writer.flush()
 
     @override
@@ -80,7 +72,6 @@ class TensorBoardLogger(Logger):
             self._writer = None
 
 
-def _add(writer: SummaryWriter, group: str, values: dict[str, float], step: int) -> None:
-    for name, value in values.items():
-        if math.isfinite(value):
-            writer.add_scalar(f"{group}/{name}", value, step)
+def _add(writer: SummaryWriter, values: dict[str, float], step: int) -> None:
+    for tag, value in values.items():
+        writer.add_scalar(tag, value, step)

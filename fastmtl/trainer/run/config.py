@@ -121,6 +121,11 @@ class TrainConfig(TrainerOptions):
     )
 
     validate: bool = _logging(True, "Choose best.pt by the validation split, not by the test split.")
+    logger: str | None = _logging(
+        None,
+        "Further loggers: csv, wandb, mlflow, or MODULE:NAME or FILE.py:NAME; several as csv,wandb.",
+        resumable=True,
+    )
     tensorboard: bool = _logging(True, "Write TensorBoard events.", resumable=True)
     cosines: bool = _logging(
         False,
