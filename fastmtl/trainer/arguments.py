@@ -44,7 +44,7 @@ class TrainerArguments(TrainerOptions):
     split_batch: Callable[[Any, Any], Any] | None = field(default=None, kw_only=True)
     optimizer: MakesOptimizer | None = field(default=None, kw_only=True)
     scheduler: Callable[..., Any] | None = field(default=None, kw_only=True)
-    logger: Logger | Sequence[Logger] | None = field(default=None, kw_only=True)
+    logger: Logger | str | Sequence[Logger | str] | None = field(default=None, kw_only=True)
     resume: str | Path | None = field(default=None, kw_only=True)
     profile: str | Path | None = field(default=None, kw_only=True)
     weight_args: Mapping[str, Any] | None = field(default=None, kw_only=True)

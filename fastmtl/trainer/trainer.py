@@ -24,8 +24,8 @@ from fastmtl.trainer.checkpoint.writer import Checkpoints
 from fastmtl.trainer.evaluation import evaluate
 from fastmtl.trainer.guard import FiniteGuard
 from fastmtl.trainer.log.logger import as_logger
-from fastmtl.trainer.log.named import named_logger
 from fastmtl.trainer.log.meter import PerformanceMeter
+from fastmtl.trainer.log.named import named_logger
 from fastmtl.trainer.log.records import StepSignals
 from fastmtl.trainer.loop import run_epochs
 from fastmtl.trainer.precision import set_tf32
@@ -82,8 +82,8 @@ class Trainer(TrainerState):
             that returns the optimizer.
         scheduler: In place of ``scheduler_param``: a function of the optimizer that returns the scheduler; an argument
             named ``total_steps`` gets the length of the run.
-        logger: A `Logger`, or several; or their names: ``csv``, ``jsonl``, ``tensorboard``, ``wandb``, ``mlflow``, whose
-            files go into ``save_path``.
+        logger: A `Logger`, or several; or their names: ``csv``, ``jsonl``, ``tensorboard``, ``wandb``, ``mlflow``;
+            files of these go into ``save_path``.
         resume: A ``last.pt``, or the folder it is in, to go on from.
         profile: File for a Chrome trace of a few warm steps; where they went is printed too.
         weight_args: Hyper-parameters of the strategy.

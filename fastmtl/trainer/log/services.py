@@ -34,8 +34,8 @@ class _Service(Logger):
 
     @override
     def on_start(self, info: RunInfo) -> None:
-        self._info = info
         self._begin(info, self._config(info))
+        self._info = info
 
     @override
     def on_steps(self, records: StepRecords) -> None:

@@ -50,7 +50,7 @@ class HyperOption(NamedTuple):
 
 
 def hyper_options(*others: type[AbsWeighting] | type[AbsArchitecture]) -> dict[str, HyperOption]:
-    """Return the hyper-parameters of all weightings and architectures, and of others, by name; several may share one."""
+    """Return the hyper-parameters of all weightings and architectures, and others, by name; several may share one."""
     options: dict[str, HyperOption] = {}
     classes: dict[str, type[AbsWeighting] | type[AbsArchitecture]] = {**WEIGHTINGS, **ARCHITECTURES}
     for owner, kind in [*((kind.__name__, kind) for kind in others), *classes.items()]:
