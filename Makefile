@@ -22,10 +22,10 @@ EXCLUDED := libtorch.so libtorch_cpu.so libtorch_cuda.so libc10.so libc10_cuda.s
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup train test lint format types cpp-test cuda-check bench bench-small docs wheel sdist clean
+.PHONY: help setup train test test-extras lint format types cpp-test cuda-check bench bench-small docs wheel sdist clean
 
 help:
-	@echo "make train | test | lint | format | types | cpp-test | cuda-check | bench | bench-small | docs | wheel | sdist | clean"
+	@echo "make train | test | test-extras | lint | format | types | cpp-test | cuda-check | bench | bench-small | docs | wheel | sdist | clean"
 
 # Prints what the extras need that are named; "package" is the package itself.
 define REQUIREMENTS
@@ -77,6 +77,15 @@ train:
 # compile networks or start many processes, are left out: `make test ARGS="-m slow"` runs them, as .ci/run does.
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark -n auto --dist loadfile --no-loadscope-reorder -m "not slow" $(ARGS)
+
+# What needs optional packages: they go into an environment of their own, which has the packages of the first one too.
+EXTRAS := $(VENV)-extras
+test-extras: setup
+	@test -e $(EXTRAS)/bin/python || $(BIN)/python -m venv $(EXTRAS)
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >$$($(EXTRAS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/first.pth
+	@$(BIN)/python -c "$$REQUIREMENTS" byo >$(EXTRAS)/.needs.txt
+	$(EXTRAS)/bin/python -m pip install --quiet --no-compile --constraint constraints.txt --requirement $(EXTRAS)/.needs.txt nbclient ipykernel
+	OMP_NUM_THREADS=1 FASTMTL_EXTRAS=1 $(EXTRAS)/bin/python -m pytest -p no:benchmark -q tests/extras $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

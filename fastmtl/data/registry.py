@@ -157,7 +157,7 @@ class DatasetInfo:
     Attributes:
         load_splits: Creates the loaders.
         tasks: Task name to its `TaskInfo`; or a function that makes them of the facts of `Splits`.
-        name: Its name; of a data set that is named by module or file, that of the object if not given.
+        name: Its name; of a data set that is named by module or file, that of the module if not given.
         description, source, licence: One line each.
         multi_input: Each task has inputs of its own.
         outputs: Task name to the number of outputs of its decoder.
@@ -298,7 +298,9 @@ def find_dataset(name: str) -> Found[DatasetInfo]:
                 f"fastmtl.data or a function that returns one, it {what}."
             )
         info = made
-    return Found(found.name, info if info.name else replace(info, name=short_name(found.name)))
+    place = found.name.rpartition(":")[0]
+    stem = Path(place).stem if place.endswith(".py") else place.rpartition(".")[2]
+    return Found(found.name, info if info.name else replace(info, name=stem or found.name))
 
 
 def describe_all() -> list[dict[str, str]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fastmtl.architecture import AbsArchitecture, find_architecture
 from fastmtl.data.collate import join_inputs
@@ -176,7 +177,8 @@ def _load_state(network: nn.Module, state: Mapping[str, Tensor], path: Path) -> 
     """Load the network's part of a state; the rest is the strategy's and the losses'."""
     mine = network.state_dict()
     ours = {name: value for name, value in state.items() if name in mine}
-    told = differences(mine, ours)
+    # A layer that has no shape yet takes any.
+    told = differences({name: ours.get(name, value) if is_lazy(value) else value for name, value in mine.items()}, ours)
     if told:
         more = f" and {len(told) - 2} more differences" if len(told) > 2 else ""
         raise CheckpointError(f"The checkpoint {path} is of another model: {'; '.join(told[:2])}{more}.")

@@ -52,32 +52,18 @@ class TimmEncoder(nn.Module):
 
 
 class _Embedding(nn.Module):
-    """What a vision transformer of timm does before its blocks."""
+    """What a vision transformer of timm does before its blocks: images to tokens."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        self.patch_embed = model.patch_embed
-        self.position = _Position(model)
+        model.blocks, model.norm = nn.Sequential(), nn.Identity()
+        self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.position(self.patch_embed(images))
-
-
-class _Position(nn.Module):
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        for name in ("cls_token", "dist_token", "reg_token", "pos_embed", "patch_drop", "norm_pre", "pos_drop"):
-            setattr(self, name, getattr(model, name, None))
-        for name in ("no_embed_class", "dynamic_img_size", "num_prefix_tokens"):
-            setattr(self, name, getattr(model, name, None))
-        # Its code reads the attributes above.
-        self._embed = type(model)._pos_embed
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        tokens = self._embed(self, tokens)
+        model: Any = self.model
+        tokens: Tensor = model._pos_embed(model.patch_embed(images))
         for part in ("patch_drop", "norm_pre"):
-            module: Any = getattr(self, part)
-            tokens = tokens if module is None else module(tokens)
+            tokens = getattr(model, part)(tokens) if hasattr(model, part) else tokens
         return tokens
 
 
@@ -163,12 +149,16 @@ def _staged(features: Any, name: str, size: Sequence[int]) -> StagedEncoder:
     elif hasattr(whole, "patch_embed") and hasattr(whole, "layers") and channels_last:
         groups = [[whole.patch_embed], *([layer] for layer in whole.layers)]
     else:
-        groups = _of_graph(features, name, image)
+        raise _uncut(name)
     if channels_last:
         # The images themselves have their channels first.
         first = next(place for place, group in enumerate(groups) if group)
         groups = [_channels_first(group, first=place == first) for place, group in enumerate(groups)]
-    return staged(groups[0], groups[1:], image, f"timm:{name}")
+    try:
+        return staged(groups[0], groups[1:], image, f"timm:{name}")
+    except (AttributeError, RuntimeError, TypeError) as error:
+        # Its stages do more than pass one tensor on.
+        raise _uncut(name) from error
 
 
 def _by_layer(chain: list[tuple[str, nn.Module]], ends: Mapping[str, Any]) -> list[list[nn.Module]]:
@@ -201,5 +191,5 @@ def _of_blocks(model: Any) -> list[list[nn.Module]]:
     return [[_Embedding(model)], *groups]
 
 
-def _of_graph(features: Any, name: str, image: Tensor) -> list[list[nn.Module]]:
-    raise UsageError(f"timm:{name} cannot be cut into stages: take it with HPS, MMoE, CGC, DSelect_k or STL.")
+def _uncut(name: str) -> UsageError:
+    return UsageError(f"timm:{name} cannot be cut into stages: take it with HPS, MMoE, CGC, DSelect_k or STL.")

@@ -81,7 +81,8 @@ def _build(name: str, args: Mapping[str, Any], stages: bool, pretrained: bool = 
         raise UsageError(f"torchvision:{name} cannot be made with {dict(args)}: {error}.") from error
     except OSError as error:
         raise FastmtlError(f"The weights of torchvision:{name} could not be downloaded ({error}).") from error
-    image = torch.zeros(1, 3, 64, 64)
+    size = models.get_model_weights(name).DEFAULT.transforms().crop_size[0]
+    image = torch.zeros(1, 3, size, size)
     if hasattr(model, "_process_input"):
         if stages:
             raise UsageError(f"torchvision:{name} is not made of stages: take timm's, or HPS, MMoE, CGC or DSelect_k.")

@@ -48,7 +48,8 @@ __all__ = ["WEIGHTINGS", "AbsWeighting", "Hyper", "Rows", "Weights", "find_weigh
 def find_weighting(name: str) -> Found[type[AbsWeighting]]:
     """Return the class of a strategy's name.
 
-    It is one of ``WEIGHTINGS``, of an entry point of the group ``fastmtl.weightings``, ``module:class`` or ``file.py:class``.
+    It is one of ``WEIGHTINGS``, of an entry point of the group ``fastmtl.weightings``, ``module:class`` or
+    ``file.py:class``.
 
     Raises:
         UsageError: There is no such name, or it is no strategy.

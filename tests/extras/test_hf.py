@@ -1,0 +1,124 @@
+"""Models of transformers, made from a configuration in a folder: texts with their tokenizer, images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastmtl import load
+from fastmtl.cli import main
+from fastmtl.data import find_encoder
+from fastmtl.errors import UsageError
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "phone", "a", "the", "very"]
+
+
+@pytest.fixture
+def bert(tmp_path: Path) -> Path:
+    """A folder with a small BERT's configuration, its weights and its tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    folder = tmp_path / "bert"
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=len(WORDS), max_position_embeddings=32, **sizes)).save_pretrained(folder)
+    inner = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
+    return folder
+
+
+def _texts(folder: Path) -> Path:
+    """Write a data set of texts as a module, and return its file."""
+    file = folder / "texts.py"
+    file.write_text(
+        """
+import torch
+from fastmtl.data import DatasetInfo, classes
+
+TEXTS = ["a good film", "the bad phone", "a very very bad film", "good phone"] * 8
+
+def labels(text):
+    return {"mood": torch.tensor(int("good" in text)), "topic": torch.tensor(int("film" in text))}
+
+ROWS = [(text, labels(text)) for text in TEXTS]
+
+def make():
+    return DatasetInfo(
+        tasks={"mood": classes(["bad", "good"]), "topic": classes(["phone", "film"])},
+        load_splits=lambda options: options.splits(train=ROWS, test=ROWS[:8]),
+        read_row=lambda row, facts: row["text"],
+    )
+"""
+    )
+    return file
+
+
+def test_texts_are_pooled_over_their_words(bert: Path) -> None:
+    about = find_encoder(f"hf:{bert}").value
+    assert (about.feature_dim, about.has_weights) == (16, True)
+    encoder = about.build().eval()
+    short, long = about.tokenize(["good film"]), about.tokenize(["good film", "a very very very bad film"])
+    with torch.no_grad():
+        alone, beside = encoder(short), encoder(long)
+    # Padding changes nothing.
+    torch.testing.assert_close(alone[0], beside[0], atol=1e-6, rtol=1e-5)
+    first = find_encoder(f"hf:{bert}", {"pool": "first"}).value.build()
+    assert first(short).shape == (1, 16)
+
+
+def test_weights_are_the_folder_s_if_asked_for(bert: Path) -> None:
+    build = find_encoder(f"hf:{bert}").value.build
+    one, two, fresh = build(pretrained=True), build(pretrained=True), build()
+    key = "model.encoder.layer.0.attention.self.query.weight"
+    torch.testing.assert_close(one.state_dict()[key], two.state_dict()[key], rtol=0, atol=0)
+    assert not torch.equal(one.state_dict()[key], fresh.state_dict()[key])
+
+
+def test_the_command_trains_exports_and_predicts_texts(bert: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = ["--dataset", f"{_texts(tmp_path)}:make", "--encoder", f"hf:{bert}", "--pretrained", "--weighting", "mgda"]
+    assert main(["train", *words, "--batch-size", "8", "--lr", "3e-3", "--epochs", "8", "--run-dir", str(run)]) == 0
+    new = tmp_path / "new.jsonl"
+    new.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("a good film", "the bad phone")))
+    assert main(["predict", str(run), str(new)]) == 0
+    lines = [json.loads(line) for line in (run / "predictions" / "predictions.jsonl").read_text().splitlines()]
+    assert [(line["mood"]["class"], line["topic"]["class"]) for line in lines] == [("good", "film"), ("bad", "phone")]
+    assert main(["export", str(run), "--format", "pt2"]) == 0
+    model = load(run)
+    assert set(model.predict([{"text": "good film"}])) == {"mood", "topic"}
+
+
+def test_images_give_maps(tmp_path: Path) -> None:
+    from transformers import ConvNextConfig, ViTConfig
+
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+    }
+    ViTConfig(image_size=32, patch_size=8, **sizes).save_pretrained(tmp_path / "vit")
+    ConvNextConfig(hidden_sizes=[8, 8, 8, 24], depths=[1, 1, 1, 1], image_size=64).save_pretrained(tmp_path / "conv")
+    for name, size, shape in (("vit", 32, (2, 16, 4, 4)), ("conv", 64, (2, 24, 2, 2))):
+        about = find_encoder(f"hf:{tmp_path / name}").value
+        assert about.image.size == (size, size)
+        assert about.build()(torch.randn(2, 3, size, size)).shape == shape
+
+
+def test_mistakes_are_one_sentence(bert: Path, tmp_path: Path) -> None:
+    for name, args, message in (
+        (f"hf:{tmp_path / 'nothing'}", {}, "must be a folder with a config.json"),
+        (f"hf:{bert}", {"hiden": 3}, "has no setting 'hiden'"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            find_encoder(name, args)
+    with pytest.raises(UsageError, match="pool must be mean or first"):
+        find_encoder(f"hf:{bert}", {"pool": "last"}).value.build()
