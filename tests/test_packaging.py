@@ -147,6 +147,7 @@ def test_environment_variables_are_documented() -> None:
         "FASTMTL_BUILD_CPP",
         "FASTMTL_BUILD_CUDA",
         "FASTMTL_BUILD_TORCH",
+        "FASTMTL_EXTRAS",
         "FASTMTL_GOLDEN",
         "FASTMTL_LIBMTL",
         "FASTMTL_TEST_LARGE",

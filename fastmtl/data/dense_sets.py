@@ -103,8 +103,11 @@ def _read_row(row: Mapping[str, Any], facts: Facts) -> Tensor:
 
 
 _OUTPUTS = dict(zip(TASKS, (len(CLASSES), 1, 3), strict=True))
+_LABELS = {"segmentation": tuple(CLASSES)}
 _ENCODERS = ("resnet18", "resnet34", "resnet50", "resnet18-dilated", "resnet50-dilated", "conv", "segnet")
-_dense = partial(DatasetInfo, multi_input=False, outputs=_OUTPUTS, make_task=dense_task, read_row=_read_row)
+_dense = partial(
+    DatasetInfo, multi_input=False, outputs=_OUTPUTS, make_task=dense_task, read_row=_read_row, labels=_LABELS
+)
 
 register(
     [

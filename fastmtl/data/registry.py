@@ -134,8 +134,8 @@ class Splits:
     """The loaders of a data set, one per split, or per split and task.
 
     ``rows`` are the numbers of rows of the splits, with multi-input data those of the largest task; ``image_size`` is
-    (height, width) where the decoders need it; ``build_encoder`` makes an encoder that depends on the data. ``facts`` are
-    what a model has to know of the data it was trained on
+    (height, width) where the decoders need it; ``build_encoder`` makes an encoder that depends on the data. ``facts``
+    are what a model has to know of the data it was trained on
     when the data are no longer there, such as means or a vocabulary: a run keeps them, and ``read_row`` gets them.
     """
 
@@ -161,6 +161,7 @@ class DatasetInfo:
         description, source, licence: One line each.
         multi_input: Each task has inputs of its own.
         outputs: Task name to the number of outputs of its decoder.
+        labels: Task name to the names of its classes, where ``outputs`` are given.
         rows: Split to its number of rows by default.
         encoders: Names in ``ENCODERS`` that fit, all if empty; the first is the default.
         make_task: Creates the entry of one task in ``task_dict``, with new metrics and losses.
@@ -182,6 +183,7 @@ class DatasetInfo:
     licence: str = ""
     multi_input: bool = False
     outputs: dict[str, int] = field(default_factory=dict)
+    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
     encoders: tuple[str, ...] = ()
     make_task: Callable[[str], Task] | None = None
@@ -218,6 +220,7 @@ class DatasetInfo:
             metrics=tuple(made["metrics"]),
             weight=tuple(made["weight"]),
             make_head=self.make_head,
+            labels=self.labels.get(task, ()),
             # Such decoders take the image's size wherever the splits have one.
             maps=True,
         )

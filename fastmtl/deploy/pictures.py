@@ -40,6 +40,8 @@ def draw(path: Path, image: Any, maps: Mapping[str, np.ndarray], tasks: Mapping[
     axes = list(figure.subplots(1, panels, squeeze=False)[0])
     for axis in axes:
         axis.set_axis_off()
+        # A scale or a legend below a panel makes it no lower than the others.
+        axis.set_anchor("N")
     if image is not None:
         axis = axes.pop(0)
         axis.imshow(_shown(image), extent=(0, width, height, 0), cmap="gray", interpolation="nearest")

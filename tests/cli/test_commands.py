@@ -112,7 +112,7 @@ def test_help_of_train_groups_every_setting_and_hyper_parameter(
     assert main(["train", "--help"]) == 0
     text = capsys.readouterr().out
     for name, spec in declared(TrainConfig).items():
-        assert (f"--{name.replace('_', '-')} " in text) == (not name.endswith("_args"))
+        assert (f"--{name.replace('_', '-')} " in text) == spec.flag
         assert f"─ {spec.panel} ─" in text
     assert "--mgda-gn" in text
     assert "─ Hyper-parameters of MGDA ─" in text
