@@ -22,9 +22,7 @@ def of_steps(records: StepRecords, info: RunInfo) -> dict[str, float]:
     return {tag: value for tag, value in values.items() if math.isfinite(value)}
 
 
-def of_epoch(
-    mode: str, losses: dict[str, float], metrics: dict[str, list[float]], info: RunInfo
-) -> dict[str, float]:
+def of_epoch(mode: str, losses: dict[str, float], metrics: dict[str, list[float]], info: RunInfo) -> dict[str, float]:
     """Return the results of a pass: ``<mode>_loss/<task>`` and ``<mode>_<metric>/<task>``; finite ones only."""
     values = {f"{mode}_loss/{task}": value for task, value in losses.items()}
     for task, of_task in metrics.items():
