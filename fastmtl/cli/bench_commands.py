@@ -207,6 +207,36 @@ def _autojac(
     _end(all("median_ms" in row for row in rows))
 
 
+@bench.command("sparse", cls=Command)
+def _sparse(
+    rows: Annotated[list[int], typer.Option(min=1, help="Rows of the table; may be repeated.")] = [1_000_000],  # noqa: B006
+    optim: Annotated[
+        list[str] | None, typer.Option(help="sgd or sparseadam; may be repeated, both if not given.")
+    ] = None,
+    weighting: Annotated[
+        list[str] | None, typer.Option(help="Strategy to measure; may be repeated, four if not given.")
+    ] = None,
+    dense: Annotated[bool, typer.Option("--dense", help="A table with dense gradients, and sgd.")] = False,
+    tasks: Annotated[int, typer.Option("--tasks", "--t", "-T", min=1, help="Number of tasks.")] = 2,
+    batch: Annotated[int, typer.Option(min=1, help="Bags of a batch.")] = 512,
+    ids: Annotated[int, typer.Option(min=1, help="Ids of a bag.")] = 20,
+    dim: Annotated[int, typer.Option(min=1, help="Width of the table.")] = 32,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")] = "cpu",
+    csv: Annotated[Path | None, typer.Option(help="File to write the rows to.")] = None,
+    seconds: Annotated[float, typer.Option(help="Time for each size and optimizer.")] = 10.0,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; PyTorch's choice if not given.")] = None,
+) -> None:
+    """Time steps of a network with one large embedding table, beside a plain loop and the floor."""
+    from fastmtl.benchmarks.sparse import OPTIMIZERS, STRATEGIES, run_sparse
+
+    _use_threads(threads)
+    found = run_sparse(
+        rows, optim or (("sgd",) if dense else OPTIMIZERS), weighting or STRATEGIES, dense=dense, tasks=tasks,
+        batch=batch, ids=ids, dim=dim, device=device, csv_path=csv, seconds=seconds,
+    )  # fmt: skip
+    _end(all("median_ms" in row for row in found))
+
+
 @bench.command("list", cls=Command)
 def _list() -> None:
     """List the operators that can be measured."""

@@ -37,6 +37,7 @@ class _Use:
         ids: (n,) rows of the table.
         source: (n,) the vector or bag of each; None where each has its own.
         scale: (n,) its factor in the bag; None for 1.
+        gain: (B,) the factor of each bag; None for 1.
         sparse: Whether autograd makes a sparse gradient of it.
     """
 
@@ -44,6 +45,7 @@ class _Use:
     ids: Tensor
     source: Tensor | None
     scale: Tensor | None
+    gain: Tensor | None
     sparse: bool
 
 
@@ -83,13 +85,18 @@ class _Table:
         if all(cotangent is None for cotangent in cotangents):
             return None
         parts = [
-            self.weight.new_zeros(self._length(use), width) if one is None else one.reshape(-1, width)
+            self.weight.new_zeros(self._length(use), width) if one is None else self._looked_up(use, one)
             for use, one in zip(self.uses, cotangents, strict=True)
         ]
         touched, order, starts = self.groups
         source, scale = self.places
         (values,) = ops.sum_rows([parts[0] if len(parts) == 1 else torch.cat(parts)], order, starts, source, scale)
         return touched.sparse(values)
+
+    def _looked_up(self, use: _Use, cotangent: Tensor) -> Tensor:
+        """Return the cotangents (vectors or bags, d) of what is looked up, before a bag's mean is taken."""
+        rows = cotangent.reshape(-1, self.weight.shape[1])
+        return rows if use.gain is None else rows * use.gain[:, None]
 
     def _length(self, use: _Use) -> int:
         """Return how many vectors or bags a use looks up."""
@@ -163,7 +170,7 @@ def _use(node: Node, kind: str) -> _Use | None:
         return None
     edge, sparse = GradientEdge(node, 0), bool(node._saved_sparse)
     ids, padding = node._saved_indices.detach().flatten().long(), _signed(node._saved_padding_idx)
-    source = scale = None
+    source = scale = gain = None
     if kind == "EmbeddingBagBackward0":
         if node._saved_mode not in (_SUM, _MEAN):
             return None
@@ -171,13 +178,12 @@ def _use(node: Node, kind: str) -> _Use | None:
         weights = node._saved_per_sample_weights
         scale = None if weights is None else weights.detach()
         if node._saved_mode == _MEAN:
-            sizes = node._saved_result2.detach().clamp(min=1)
-            scale = sizes.to(_dtype_of(node)).reciprocal()[source]
+            gain = node._saved_result2.detach().clamp(min=1).to(_dtype_of(node)).reciprocal()
     if padding >= 0:
         kept = (ids != padding).nonzero().squeeze(1)
         ids, source = ids[kept], kept if source is None else source[kept]
         scale = None if scale is None else scale[kept]
-    return _Use(edge, ids, source, scale, sparse)
+    return _Use(edge, ids, source, scale, gain, sparse)
 
 
 def _signed(number: int) -> int:

@@ -70,11 +70,26 @@ def compacted(flat: Flat, num_rows: int) -> tuple[list[Tensor | None], list[Touc
 
 def aligned_rows(flat: Flat, num_rows: int) -> list[Tensor | None]:
     """Return the gradients with sparse ones coalesced, and at the same indices in all rows."""
+    if _are_aligned(flat, num_rows):
+        return list(flat)
     dense, touched = compacted(flat, num_rows)
     return [
         value if value is None or (places := touched[index % len(touched)]) is None else places.sparse(value)
         for index, value in enumerate(dense)
     ]
+
+
+def _are_aligned(flat: Flat, num_rows: int) -> bool:
+    """Return whether the sparse gradients of each parameter have the same indices already, each once."""
+    width = len(flat) // num_rows
+    for k in range(width):
+        column = [row for row in flat[k::width] if row is not None and row.is_sparse]
+        if column and not (
+            len(column) == sum(row is not None for row in flat[k::width])
+            and all(row.is_coalesced() and _is_same(row._indices(), column[0]._indices()) for row in column)
+        ):
+            return False
+    return True
 
 
 def sparse_rows(values: Sequence[Tensor], touched: Sequence[Touched | None]) -> list[Tensor]:
