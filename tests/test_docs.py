@@ -106,6 +106,12 @@ def test_missing_labels(capsys: pytest.CaptureFixture[str]) -> None:
     assert names["PositiveOnly"]().compute_loss(torch.zeros(3), names["labels"]).item() == pytest.approx(0.5)
 
 
+def test_recommender(capsys: pytest.CaptureFixture[str]) -> None:
+    names = _run("recommender", capsys)
+    assert names["trainer"].model.encoder.stem.tables["0_user"].weight.grad.is_sparse
+    assert names["labels"]["conversion"].isnan().tolist() == [False, True]
+
+
 def test_distributed() -> None:
     loaders: dict[str, DataLoader[int]] = {"train_loader": DataLoader(range(2)), "test_loader": DataLoader(range(1))}
     assert _module("distributed", **loaders)["train_loader"] is loaders["train_loader"]

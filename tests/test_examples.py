@@ -40,6 +40,13 @@ def test_the_same_network_with_gradnorm(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert trainer.model.epoch == 2
 
 
+def test_recommenders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    module = example("recommender", monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    assert module.census("PLE", epochs=1, rows=5_000).meter.results["marital"][0] > 0.9
+    assert module.clicks(rows=5_000).model.encoder.stem.tables["0_user"].weight.grad.is_sparse
+
+
 @pytest.mark.slow
 def test_a_hydra_learns_all_its_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     module = example("hydranet", monkeypatch)
