@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from fastmtl.engine.comm import Comm, Local
@@ -14,6 +15,7 @@ from fastmtl.engine.layerwise.vjps import LayerwiseVJPs
 from fastmtl.engine.vjp import identity_rows
 from fastmtl.engine.weights import Rows
 from fastmtl.errors import UsageError
+from fastmtl.support.dtypes import wide_dtype
 from fastmtl.support.kinds import Settings, State
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ class Layerwise:
     that costs less than T gradients ``D_t^T X`` the layer's T gradients are not computed. All other parameters are
     differentiated as ever; the results are the same up to rounding.
 
+    The losses' graph is kept as long as the losses are: delete them before the next forward pass where memory is short.
     One object serves one model. Its first call compares the layers' gradients with autograd's, by a few more backward
     passes of random cotangents, and plans the ways of the layers; so does a call with other shared parameters.
 
@@ -108,7 +111,9 @@ class Layerwise:
     def _of(self, params: Sequence[Tensor], comm: Comm) -> LayerwiseVJPs:
         """Return the VJPs with respect to some parameters, with what is known of them."""
         vjps = self._vjps
-        if vjps is None or len(params) != len(vjps.params) or any(map(_differ, params, vjps.params)):
+        if vjps is None or not _serves(vjps, params, comm):
+            if wide_dtype(params[0].device) != torch.float64:
+                raise UsageError("vjps must be None on a device without float64.")
             vjps = self._vjps = self._made(params, comm)
             if self._state is not None:
                 vjps.load_state_dict(self._state, _names(params))
@@ -179,5 +184,7 @@ def _names(params: Sequence[Tensor]) -> dict[Tensor, str]:
     return {param: str(place) for place, param in enumerate(params)}
 
 
-def _differ(one: Tensor, other: Tensor) -> bool:
-    return one is not other
+def _serves(vjps: LayerwiseVJPs, params: Sequence[Tensor], comm: Comm) -> bool:
+    """Return whether what is known holds for these parameters and processes."""
+    same = len(params) == len(vjps.params) and all(one is other for one, other in zip(params, vjps.params, strict=True))
+    return same and comm.shares_batches == vjps.comm.shares_batches
