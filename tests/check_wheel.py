@@ -18,7 +18,7 @@ from typing import Any
 
 CONSTRAINTS = Path(__file__).resolve().parents[1] / "constraints.txt"
 MAIN_JOB = ["train", "--arch", "mtan", "--weighting", "mgda", "--device", "cpu"]
-FEW = ["--epochs", "1", "--limit-batches", "3"]
+FEW = ["--epochs", "1", "--limit-batches", "2", "--batch-size", "8", "--test-batch-size", "8"]
 
 
 def fitting(folder: Path) -> Path:
