@@ -16,7 +16,7 @@ FILE = Path(__file__).with_suffix(".txt")
 # What a user may import names from; `__all__` of each lists them.
 MODULES = (
     *("fastmtl", "fastmtl.aggregation", "fastmtl.architecture", "fastmtl.autogram", "fastmtl.autojac"),
-    *("fastmtl.config", "fastmtl.data", "fastmtl.data.registry", "fastmtl.distributed", "fastmtl.errors"),
+    *("fastmtl.config", "fastmtl.data", "fastmtl.distributed", "fastmtl.errors"),
     *("fastmtl.experiments", "fastmtl.linalg", "fastmtl.loss", "fastmtl.metrics", "fastmtl.model", "fastmtl.ops"),
     *("fastmtl.scalarization", "fastmtl.utils", "fastmtl.weighting"),
 )

@@ -18,7 +18,7 @@ from fastmtl.engine.context import Batch
 from fastmtl.engine.engine import LossEngine
 from fastmtl.engine.halving import Halving, Pair
 from fastmtl.engine.layerwise import plan, sketches, vjps
-from fastmtl.engine.methods import base, layerwise, split
+from fastmtl.engine.methods import base, split
 from fastmtl.engine.methods.base import Method
 from fastmtl.engine.vjp import vjp
 from fastmtl.loss import BCELoss, CELoss, MSELoss
@@ -174,7 +174,7 @@ def count_vjps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         calls.append(1)
         return vjp(*args, **kwargs)
 
-    for module in (comm, base, split, layerwise):
+    for module in (comm, base, split):
         assert module.vjp is vjp
         monkeypatch.setattr(module, "vjp", counted)
     return calls

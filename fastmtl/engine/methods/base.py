@@ -73,15 +73,20 @@ class Method:
         """Return the function that computes VJPs of this network; see `fastmtl.engine.vjp.vjp`."""
         return self.structure.by_backward or vjp
 
-    def tables_of(self, outputs: Sequence[Tensor]) -> VJP:
-        """Return the function for VJPs of ``outputs``, the gradients of whose tables have only the touched rows."""
-        if self.structure.by_backward is not None or self.comm.shares_batches or self._has_tables is False:
-            return self.vjp
+    def tables_of(self, outputs: Sequence[Tensor]) -> VJP | None:
+        """Return the function for VJPs of ``outputs``, the gradients of whose tables have only the touched rows.
+
+        None if plain VJPs do.
+        """
+        # A graph that is being compiled has nothing to walk through.
+        plain = self.comm.shares_batches or self._has_tables is False or torch.compiler.is_compiling()
+        if self.structure.by_backward is not None or plain:
+            return self.structure.by_backward
         tables = TableVJP(outputs, self.problem.shared_params)
         if self._has_tables is None:
             self._has_tables = bool(tables.tables)
         self.comm.combination.dense |= tables.dense
-        return tables if tables.tables else vjp
+        return tables if tables.tables else None
 
     def __call__(self, batch: Batch) -> BatchGradients:
         """Run the forward pass and the VJPs of all tasks."""

@@ -57,6 +57,8 @@ class ProgressLogger(Logger):
             if importlib.util.find_spec("ipywidgets") is not None:
                 self._display = _Display(console, redirect=False)
                 self._display.show(self._title(), info.start_batch, info.batches_per_epoch, "")
+                # A widget that the thread which draws makes may belong to no cell.
+                self._display.draw()
             return
         if not console.is_terminal:
             return
@@ -181,12 +183,15 @@ class _Display:
         self.end_compiling()
         self._spinner = self._compiling.add_task(message, total=None)
         # Compilation may keep the thread that draws waiting.
-        self._live.refresh()
+        self.draw()
 
     def end_compiling(self) -> None:
         if self._spinner is not None:
             self._compiling.remove_task(self._spinner)
             self._spinner = None
+
+    def draw(self) -> None:
+        self._live.refresh()
 
     def close(self) -> None:
         self._live.stop()
