@@ -22,6 +22,7 @@ SINGLE = ["Cross_stitch", "LTB"]
 
 def fitting(name: str) -> dict[str, Any]:
     """Return the tasks and decoders of an architecture that does not take any."""
+    torch.manual_seed(0)
     return steps_of(3) if name == "ESMM" else {}
 
 

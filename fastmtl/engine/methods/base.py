@@ -78,10 +78,11 @@ class Method:
 
         None if plain VJPs do.
         """
-        # A graph that is being compiled has nothing to walk through.
-        plain = self.comm.shares_batches or self._has_tables is False or torch.compiler.is_compiling()
-        if self.structure.by_backward is not None or plain:
+        # A graph that is being compiled has nothing to walk through, and must not depend on what is known of tables.
+        if torch.compiler.is_compiling() or self.structure.by_backward is not None:
             return self.structure.by_backward
+        if self.comm.shares_batches or self._has_tables is False:
+            return None
         tables = TableVJP(outputs, self.problem.shared_params)
         if self._has_tables is None:
             self._has_tables = bool(tables.tables)
