@@ -229,14 +229,13 @@ class _Balance:
         from fastmtl.aggregation.base import GramianWeightedAggregator
         from fastmtl.engine.gradients import add_grads
         from fastmtl.engine.weights import Weights
+        from fastmtl.layerwise import differentiated, note_error
 
         shared = self.params.shared
         cotangents = [
             torch.ones_like(loss) if seed is None else seed for loss, seed in zip(self.losses, seeds, strict=True)
         ]
-        update = vjps.differentiate(
-            self.losses, cotangents, shared, comm, extras=self.params.by_loss, on_extra=add_grads
-        )
+        update = differentiated(vjps, self.losses, cotangents, shared, comm, self.params.by_loss, add_grads)
         if update is None:
             return self._by_gram(seeds, comm)
         assert isinstance(self.aggregator, GramianWeightedAggregator)
@@ -244,7 +243,7 @@ class _Balance:
             update.rows = update.collect(update.rows, comm, final=True)
             gram = update.gram(update.rows, None, comm, None)
             weights = self.aggregator.weights_of_gram(gram, shared[0].dtype)
-        vjps.note_error(update.gram_error)
+        note_error(vjps, update.gram_error)
         comm.broadcast([weights])
         update.write(Weights(shared=weights.to(shared[0].device)), update, comm, ())
         return weights.to(torch.promote_types(shared[0].dtype, shared[-1].dtype))

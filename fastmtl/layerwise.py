@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +13,7 @@ from fastmtl.engine.comm import Comm, Local
 from fastmtl.engine.layerwise.sketches import SketchedVJPs
 from fastmtl.engine.layerwise.vjps import LayerwiseVJPs
 from fastmtl.engine.vjp import identity_rows
-from fastmtl.engine.weights import Rows
+from fastmtl.engine.weights import Row, Rows
 from fastmtl.errors import UsageError
 from fastmtl.support.dtypes import wide_dtype
 from fastmtl.support.kinds import Settings, State
@@ -68,46 +68,6 @@ class Layerwise:
     def _report(self, plan: str) -> None:
         self.plan = plan
 
-    def differentiate(
-        self,
-        losses: Sequence[Tensor],
-        cotangents: Sequence[Tensor],
-        params: Sequence[Tensor],
-        comm: Comm,
-        **extras: Any,
-    ) -> LayerwiseUpdate | None:
-        """Run the VJPs of T losses; return None if plain VJPs are as good.
-
-        Args:
-            losses: T tensors.
-            cotangents: One for each.
-            params: The shared parameters.
-            comm: The other processes.
-            extras: ``extras`` and ``on_extra`` of :class:`fastmtl.engine.layerwise.vjps.LayerwiseVJPs`.
-        """
-        vjps = self._of(params, comm)
-        if vjps.plan is None:
-            vjps.find(losses, len(losses))
-        if not vjps.begin(first=True):
-            return None
-        rows = [[seed if s == t else None for s in range(len(losses))] for t, seed in enumerate(cotangents)]
-        return vjps(losses, rows, **extras)
-
-    def gramian(self, output: Tensor, params: Sequence[Tensor]) -> Tensor | None:
-        """Return the Gram matrix (m, m) of the gradients of all m entries of ``output``; keeps the graph.
-
-        None if plain VJPs are as good.
-        """
-        comm = Local(params, params)
-        vjps = self._of(params, comm)
-        if vjps.plan is None:
-            vjps.find([output], output.numel())
-        if not vjps.begin(first=True):
-            return None
-        rows: Rows = [[one] for _, (one,) in identity_rows([output])]
-        update = vjps([output], rows)
-        return update.gram(update.rows, None, comm, None)
-
     def _of(self, params: Sequence[Tensor], comm: Comm) -> LayerwiseVJPs:
         """Return the VJPs with respect to some parameters, with what is known of them."""
         vjps = self._vjps
@@ -120,9 +80,6 @@ class Layerwise:
         self._state = None
         vjps.comm = comm
         return vjps
-
-    def note_error(self, error: Tensor | None) -> None:
-        """Learn the error of the Gram matrix, where it was measured."""
 
     def state_dict(self) -> State:
         """Return what a resumed run needs."""
@@ -168,16 +125,64 @@ class Sketch(Layerwise):
     def _made(self, params: Sequence[Tensor], comm: Comm) -> LayerwiseVJPs:
         return SketchedVJPs(params, comm, self._report, width=self.width, check_every=self.check_every, seed=self.seed)
 
-    def note_error(self, error: Tensor | None) -> None:
-        """Remember the error of a call that measured it, and warn of a large one."""
-        if error is None:
-            return
-        self.gram_error = error
-        if bool(error > _LARGE):
-            warnings.warn(
-                f"The sketched Gram matrix is off by {float(error):.0%} of the gradients' norms: use a larger width.",
-                stacklevel=2,
-            )
+
+def differentiated(
+    layerwise: Layerwise,
+    losses: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    params: Sequence[Tensor],
+    comm: Comm,
+    extras: Sequence[Sequence[Tensor]],
+    on_extra: Callable[[Sequence[Tensor], Row], None],
+) -> LayerwiseUpdate | None:
+    """Run the VJPs of T losses; return None if plain VJPs are as good.
+
+    Args:
+        layerwise: What is known of the model.
+        losses: T tensors.
+        cotangents: One for each.
+        params: The shared parameters.
+        comm: The other processes.
+        extras: For each loss further tensors to differentiate with respect to.
+        on_extra: Called with them and their gradients for each loss.
+    """
+    vjps = layerwise._of(params, comm)
+    if vjps.plan is None:
+        vjps.find(losses, len(losses))
+    if not vjps.begin(first=True):
+        return None
+    rows = [[seed if s == t else None for s in range(len(losses))] for t, seed in enumerate(cotangents)]
+    return vjps(losses, rows, (), extras, on_extra)
+
+
+def gramian_of(layerwise: Layerwise, output: Tensor, params: Sequence[Tensor]) -> Tensor | None:
+    """Return the Gram matrix (m, m) of the gradients of all m entries of ``output``; keeps the graph.
+
+    None if plain VJPs are as good.
+    """
+    if wide_dtype(output.device) != torch.float64:
+        return None
+    comm = Local(params, params)
+    vjps = layerwise._of(params, comm)
+    if vjps.plan is None:
+        vjps.find([output], output.numel())
+    if not vjps.begin(first=True):
+        return None
+    rows: Rows = [[one] for _, (one,) in identity_rows([output])]
+    update = vjps([output], rows)
+    return update.gram(update.rows, None, comm, None)
+
+
+def note_error(layerwise: Layerwise, error: Tensor | None) -> None:
+    """Remember the error of a sketch whose call measured it, and warn of a large one."""
+    if error is None or not isinstance(layerwise, Sketch):
+        return
+    layerwise.gram_error = error
+    if bool(error > _LARGE):
+        warnings.warn(
+            f"The sketched Gram matrix is off by {float(error):.0%} of the gradients' norms: use a larger width.",
+            stacklevel=2,
+        )
 
 
 def _names(params: Sequence[Tensor]) -> dict[Tensor, str]:

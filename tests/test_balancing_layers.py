@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import fastmtl
 from fastmtl.aggregation import UPGrad
@@ -172,6 +173,17 @@ def test_gram_matrices_of_an_engine(way: str, monkeypatch: pytest.MonkeyPatch) -
     matrix = torch.stack([torch.cat([grad.flatten() for grad in row]) for row in rows])
     torch.testing.assert_close(gram, matrix @ matrix.T, rtol=1e-9, atol=1e-12)
     losses.backward(UPGrad().weighting(gram))
+
+
+def test_an_engine_refuses_what_hides_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    force_way(monkeypatch, "ghost")
+    net = _Net()
+    engine = Engine(net.trunk, net.heads, batch_dim=None)
+    inputs = torch.ones(2, 3, 6, 6, dtype=torch.float64, requires_grad=True)
+    features = checkpoint(net.trunk, inputs, use_reentrant=True)
+    losses = torch.stack([head(features).mean() for head in net.heads])
+    with pytest.raises(UsageError, match="use_reentrant must be False"):
+        engine.compute_gramian(losses)
 
 
 def test_errors_name_the_argument() -> None:

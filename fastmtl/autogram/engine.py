@@ -13,10 +13,10 @@ from torch.autograd.graph import GradientEdge
 
 from fastmtl.aggregation.rows import gram_of
 from fastmtl.autogram.layers import SHORTCUTS, bias_gram, positions, weight_gram
-from fastmtl.autojac.jac import jac
+from fastmtl.autojac.jac import jac, showing_all
 from fastmtl.engine.graph import graph_nodes, is_leaf
 from fastmtl.errors import UsageError
-from fastmtl.layerwise import Layerwise
+from fastmtl.layerwise import Layerwise, gramian_of
 
 __all__ = ["Engine"]
 
@@ -98,7 +98,8 @@ class Engine:
         gram, covered = self._by_layers(output)
         others = [param for param in params if param not in covered]
         if others:
-            rows = self._layerwise.gramian(output, others)
+            with showing_all([output], others, "modules"):
+                rows = gramian_of(self._layerwise, output, others)
             if rows is None:
                 rows = gram_of(jac(output, others, retain_graph=True))
             gram = rows if gram is None else gram + rows

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from fastmtl.engine.hidden import closed_nodes, refuse_hidden, refusing_inner_ba
 from fastmtl.engine.vjp import batched_jacobians, identity_rows, jacobians
 from fastmtl.errors import UsageError
 
-__all__ = ["chunk_for", "jac", "jacobians_of"]
+__all__ = ["chunk_for", "jac", "jacobians_of", "showing_all"]
 
 # With fewer rows batching costs more than separate backward passes; with longer rows the arithmetic dominates, and the
 # number of calls does not matter.
@@ -58,13 +59,20 @@ def jac(
         if not source.requires_grad:
             raise UsageError(f"inputs[{index}] must require grad, got a tensor that does not.")
     tensors = as_list(outputs)
-    reached = reach(root_nodes(tensors))
-    closed = closed_nodes(reached.nodes)
-    refuse_hidden(closed, reached, wanted, "inputs")
-    with refusing_inner_backward(closed):
+    with showing_all(tensors, wanted, "inputs"):
         jacs = jacobians_of(tensors, wanted, jac_outputs, "outputs", retain_graph, parallel_chunk_size)
     by_input = dict(zip(wanted, jacs, strict=True))
     return tuple(by_input[source] for source in repeated)
+
+
+@contextmanager
+def showing_all(outputs: Sequence[Tensor], inputs: Sequence[Tensor], name: str) -> Iterator[None]:
+    """Refuse graphs that may hide the use of ``inputs``, before VJPs in the block and while they run."""
+    reached = reach(root_nodes(outputs))
+    closed = closed_nodes(reached.nodes)
+    refuse_hidden(closed, reached, list(inputs), name)
+    with refusing_inner_backward(closed):
+        yield
 
 
 def jacobians_of(
