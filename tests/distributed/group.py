@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -193,6 +194,8 @@ def _member(rank: int, size: int, folder: str, work: Any, given: Any) -> None:
 
 def in_processes(size: int, folder: Path, work: Any, given: Any) -> list[Any]:
     """Return what ``work(given)`` returns in each of ``size`` processes; both must be picklable."""
+    # A folder for each call: in one that has been used, processes may read where those of the call before have met.
+    folder = Path(tempfile.mkdtemp(dir=folder))
     mp.start_processes(_member, (size, str(folder), work, given), nprocs=size, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]
 
