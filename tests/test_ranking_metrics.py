@@ -58,6 +58,23 @@ def test_auc_leaves_out_what_is_missing(bins: int | None) -> None:
         AUCMetric(bins=1)
 
 
+@pytest.mark.parametrize("bins", [None, 100])
+def test_auc_of_predictions_that_are_nan(bins: int | None) -> None:
+    pred, gt = torch.tensor([0.1, 2.0, torch.nan]), torch.tensor([0.0, 1.0, 1.0])
+    assert math.isnan(_scored(AUCMetric(bins), pred, gt))
+    assert math.isnan(_scored(AUCMetric(bins), pred, gt, size=2))
+    # It has no label.
+    assert _scored(AUCMetric(bins), pred, torch.tensor([0.0, 1.0, -1.0])) == 1
+
+
+def test_auc_in_the_precision_of_the_predictions() -> None:
+    gt = torch.tensor([0.0, 1.0])
+    # One number in float32.
+    assert _scored(AUCMetric(), torch.tensor([1.0, 1.0 + 1e-12], dtype=torch.float64), gt) == 1
+    # Logits of bfloat16 whose sigmoids in bfloat16 are one number.
+    assert _scored(AUCMetric(bins=2**14), torch.tensor([7.0, 7.5], dtype=torch.bfloat16), gt) == 1
+
+
 @pytest.mark.parametrize("metric", [AUCMetric(), AUCMetric(bins=64), LogLossMetric()])
 def test_updates_read_nothing_on_the_host(metric: Any) -> None:
     pred, gt = _batches(False)
@@ -71,6 +88,23 @@ def test_log_loss() -> None:
     known = ~gt.isnan()
     want = F.binary_cross_entropy_with_logits(pred[known].squeeze(1).double(), gt[known].double())
     assert _scored(LogLossMetric(), pred, gt) == pytest.approx(float(want), rel=1e-6)
+    soft = torch.where(known, gt * 0.5 + 0.25, -1.0)
+    want = F.binary_cross_entropy_with_logits(pred[known].squeeze(1).double(), soft[known].double())
+    assert _scored(LogLossMetric(), pred, soft) == pytest.approx(float(want), rel=1e-6)
+    with pytest.raises(UsageError, match="no batch to score"):
+        LogLossMetric().score_fun()
+
+
+@pytest.mark.parametrize("label", [2.0, 1.01, -0.5])
+def test_log_loss_refuses_labels_that_are_no_probabilities(label: float) -> None:
+    with pytest.raises(UsageError, match="LogLossMetric needs labels from 0 to 1, got 2 others"):
+        _scored(LogLossMetric(), torch.zeros(3), torch.tensor([label, 1.0, label]))
+
+
+def test_log_loss_of_half_precision_is_computed_in_float32() -> None:
+    pred, gt = torch.tensor([1.0, -3.0], dtype=torch.bfloat16), torch.tensor([1.0, 0.3])
+    want = F.binary_cross_entropy_with_logits(pred.double(), gt.double())
+    assert _scored(LogLossMetric(), pred, gt) == pytest.approx(float(want), rel=1e-6)
 
 
 def test_gauc_is_the_mean_of_the_users_areas() -> None:
@@ -83,6 +117,29 @@ def test_gauc_is_the_mean_of_the_users_areas() -> None:
         GAUCMetric().update_fun(pred, labels[:, 0])
     with pytest.raises(UsageError, match="no batch to score"):
         GAUCMetric().score_fun()
+
+
+def test_gauc_of_predictions_that_are_nan() -> None:
+    pred, labels = torch.tensor([0.0, 1.0, torch.nan]), torch.tensor([[0, 1], [1, 1], [1, 1]]).double()
+    assert math.isnan(_scored(GAUCMetric(), pred, labels))
+    labels[2, 0] = torch.nan
+    assert _scored(GAUCMetric(), pred, labels) == 1
+
+
+def test_gauc_refuses_labels_that_are_not_0_or_1() -> None:
+    labels = torch.tensor([[0.0, 1.0], [2.0, 1.0], [-1.0, 1.0]])
+    with pytest.raises(UsageError, match="GAUCMetric needs labels 0 and 1, got 1 others"):
+        _scored(GAUCMetric(), torch.zeros(3), labels)
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, 24), (torch.float64, 53), (torch.int64, 53)], ids=str)
+def test_gauc_refuses_users_that_their_dtype_cannot_tell_apart(dtype: torch.dtype, bits: int) -> None:
+    pred = torch.tensor([0.0, 1.0, 3.0, 2.0])
+    labels = torch.tensor([[0, 2**bits - 2], [1, 2**bits - 2], [0, 2**bits - 1], [1, 2**bits - 1]]).to(dtype)
+    assert _scored(GAUCMetric(), pred, labels) == 0.5
+    labels[2:, 1] += 2
+    with pytest.raises(UsageError, match="cannot tell its users apart"):
+        _scored(GAUCMetric(), pred, labels)
 
 
 def test_a_loss_of_the_first_column() -> None:
