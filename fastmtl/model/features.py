@@ -165,7 +165,8 @@ class FeatureTables(nn.Module):
 
         Raises:
             UsageError: The inputs are no dictionary, or lack a feature; or one has another shape or dtype than its
-                kind, or on the CPU a category that the table does not have.
+                kind, or on the CPU a category that the table does not have. Compiled code and other devices raise a
+                ``RuntimeError`` of such a category, the latter at a later time.
         """
         if not isinstance(inputs, Mapping):
             raise UsageError(
@@ -221,19 +222,18 @@ def _check_categories(feature: Categorical, values: Tensor) -> None:
             f"The feature {feature.name} must be {wanted} int64 or int32 categories, got shape {tuple(values.shape)}, "
             f"{values.dtype}."
         )
-    if torch.compiler.is_compiling() or not values.numel():
-        return
-    if values.device.type != "cpu":
-        # Reading the numbers would wait for the device.
+    what = f"The feature {feature.name} must have categories from 0 to {feature.size - 1}"
+    advice = "fastmtl.data.Vocabulary numbers values, those it has not seen too."
+    if torch.compiler.is_compiling() or values.device.type != "cpu":
+        # Reading the numbers would wait for the device, or break the graph.
         in_range = (values < feature.size).all() & (is_bag | (values >= 0).all())
-        torch._assert_async(in_range, f"The feature {feature.name} has categories that its table does not have.")
+        torch._assert_async(in_range, f"{what}: {advice}")
+        return
+    if not values.numel():
         return
     least, greatest = (int(value) for value in torch.aminmax(values))
     if greatest >= feature.size or (least < 0 and not is_bag):
-        raise UsageError(
-            f"The feature {feature.name} must have categories from 0 to {feature.size - 1}, got {least} to {greatest}: "
-            "fastmtl.data.Vocabulary numbers values, those it has not seen too."
-        )
+        raise UsageError(f"{what}, got {least} to {greatest}: {advice}")
 
 
 class FeatureEncoder(StagedEncoder):

@@ -7,6 +7,7 @@ from dataclasses import replace
 from fastmtl.trainer.arguments import TrainerArguments
 from fastmtl.trainer.optim.optimizer import group_names, make_optimizer
 from fastmtl.trainer.optim.schedule import make_schedule
+from fastmtl.trainer.optim.tables import sparse_tables
 from fastmtl.trainer.setup.options import StepOptions
 from fastmtl.trainer.state import TrainerState
 
@@ -27,7 +28,7 @@ def prepare_update(trainer: TrainerState, options: StepOptions, arguments: Train
         arguments.optim_param,
         trainer.device,
         make=arguments.optimizer,
-        sparse=any(getattr(module, "sparse", False) for module in trainer.model.modules()),
+        sparse=sparse_tables(trainer.model),
         sharded=trainer.storage.is_sharded,
     )
     trainer.optimizer_groups = group_names(trainer.optimizer, named)

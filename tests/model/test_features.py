@@ -108,6 +108,20 @@ def test_inputs_that_do_not_fit(inputs: Any, message: str) -> None:
         stem({**INPUTS, **inputs} if complete else inputs)
 
 
+@pytest.mark.parametrize(
+    ("name", "ids"), [("job", [0, 5]), ("job", [-1, 0]), ("one", [4, 0]), ("one", [0, -1]), ("seen", [[0], [4]])]
+)
+def test_compiled_code_refuses_categories_that_a_table_does_not_have(name: str, ids: Any) -> None:
+    # A table that a bag reads has a row more, which only fills up.
+    features = [Categorical("job", 5, 3), Bag("seen", 4, 2), Categorical("one", 4, 2, table="seen")]
+    stem = FeatureTables(features)
+    compiled = torch.compile(stem, fullgraph=True, backend="aot_eager")
+    inputs = {"job": torch.tensor([0, 4]), "seen": torch.tensor([[3], [-1]]), "one": torch.tensor([0, 3])}
+    torch.testing.assert_close(compiled(inputs), stem(inputs))
+    with pytest.raises(RuntimeError, match=f"The feature {name} must have categories from 0 to"):
+        compiled({**inputs, name: torch.tensor(ids)})
+
+
 def test_no_rows() -> None:
     empty: dict[str, Tensor] = {name: values[:0] for name, values in INPUTS.items()}
     assert FeatureEncoder([Numeric("age"), Categorical("job", 5, 3), Bag("seen", 4, 2)])(empty).shape == (0, 64)

@@ -16,7 +16,10 @@ from fastmtl import aggregation
 from fastmtl.autojac import jac_to_grad, mtl_backward
 from fastmtl.engine.tables import TableVJP, table_uses
 from fastmtl.errors import UsageError
+from fastmtl.trainer.optim.masking import MaskedOptimizer
 from fastmtl.trainer.optim.tables import SparseAdam
+from fastmtl.trainer.setup.combinations import check_distributed
+from fastmtl.trainer.setup.options import StepOptions
 from fastmtl.weighting import WEIGHTINGS
 from tests.trainer.toy import flat, loaders, make_trainer
 
@@ -160,14 +163,77 @@ def test_a_step_that_is_not_finite_changes_no_table(optim: str) -> None:
     assert all(torch.equal(param, old) for param, old in zip(trainer.model.parameters(), before, strict=True))
 
 
-def test_rows_are_undone_where_the_flag_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("groups", [False, True])
+@pytest.mark.parametrize(
+    ("optim", "setting"),
+    [
+        ("sgd", {"weight_decay": 0.1}),
+        ("sgd", {"momentum": 0.9, "dampening": 0.5}),
+        ("adagrad", {"weight_decay": 0.1}),
+        ("sparseadam", {"weight_decay": 0.1}),
+        ("sparseadam", {"amsgrad": True}),
+    ],
+)
+def test_what_no_optimizer_can_do_with_tables_is_refused(optim: str, setting: dict[str, Any], groups: bool) -> None:
+    encoder = partial(Tables, True)
+    settings = {"params": {"encoder": setting}} if groups else setting
+    message = f"{list(setting)[-1]} of {optim}.* must be .* in a group with sparse gradients .encoder.bags.weight."
+    with pytest.raises(UsageError, match=f"(?i){message}"):
+        make_trainer("EW", encoder_class=encoder, optim_param={"optim": optim, "lr": 0.1, **settings})
+    # Other parameters may have it.
+    for elsewhere in ({"params": {"encoder.out": setting, "decoders": setting}}, {"momentum": 0.5}):
+        if "momentum" not in elsewhere or optim == "sgd":
+            make_trainer("EW", encoder_class=encoder, optim_param={"optim": optim, "lr": 0.1, **elsewhere})
+
+
+@pytest.mark.parametrize("setting", [{"weight_decay": 0.1}, {"amsgrad": True}])
+def test_sparse_adam_itself_refuses_what_it_would_leave_out(setting: dict[str, Any]) -> None:
+    table, dense = nn.Parameter(torch.ones(4, 2)), nn.Parameter(torch.ones(3))
+    optimizer = SparseAdam([table, dense], lr=0.1, **setting)
+    dense.grad = torch.ones(3)
+    optimizer.step()
+    table.grad = torch.sparse_coo_tensor([[1]], torch.ones(1, 2), (4, 2), check_invariants=True)
+    before = dense.detach().clone()
+    with pytest.raises(UsageError, match=f"{list(setting)[0]} of SparseAdam must be"):
+        optimizer.step()
+    assert torch.equal(dense, before)
+
+
+@pytest.mark.parametrize("optim", ["sgd", "sparseadam", "adagrad"])
+def test_steps_on_tables_are_the_same_on_other_devices(optim: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"optim_param": {"optim": optim, "lr": 0.1, **({"momentum": 0.9} if optim == "sgd" else {})}}
+    here = train(True, **options)
+    elsewhere = property(lambda self: False, lambda self, value: None)
+    monkeypatch.setattr(MaskedOptimizer, "on_host", elsewhere, raising=False)
+    agree(here, train(True, **options), rtol=0, atol=0)
+
+
+def test_several_processes_take_no_table_of_a_task_either() -> None:
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.out = nn.Embedding(5, 8, sparse=True), nn.Linear(8, 3)
+
+        def forward(self, rep: Tensor) -> Tensor:
+            out: Tensor = self.out(rep + self.table((rep[:, 0] > 0).long()))
+            return out
+
+    heads = nn.ModuleDict({"task0": Head(), "task1": nn.Linear(8, 1)})
+    trainer = make_trainer("EW", decoders=heads, optim_param={"optim": "sgd", "lr": 0.1})
+    with pytest.raises(UsageError, match=r"sparse gradients.* \(sparse=False for decoders.task0.table.weight\)"):
+        check_distributed(trainer.model, "EW", StepOptions())
+    # Strategies that keep numbers of shared parameters do not look at it.
+    make_trainer("MoCo", decoders=heads, optim_param={"optim": "sgd", "lr": 0.1})
+
+
+def test_rows_are_undone_where_the_flag_cannot_be_read() -> None:
     trainer = make_trainer(
         "MGDA", encoder_class=partial(Tables, True), count=3, optim_param={"optim": "sparseadam", "lr": 0.1}
     )
     data = loaders(3, rows=8)
     trainer.train(data, data, 1)
     masked = trainer.step.optimizer
-    monkeypatch.setattr(type(masked), "_has_sparse", lambda self: False)
+    masked.on_host = False
     kept = {id(param): param.detach().clone() for param in trainer.model.parameters()}
     moments = trainer.optimizer.state[trainer.model.encoder.bags.weight]["exp_avg"]
     before = moments.clone()

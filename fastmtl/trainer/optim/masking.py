@@ -52,6 +52,7 @@ class MaskedOptimizer:
         self.optimizer = optimizer
         self.found_inf = found_inf
         self.fused = is_fused(optimizer)
+        self.on_host = found_inf.device.type == "cpu"
         self.reads = skips and not can_be_masked(optimizer)
         self._has_run = False
         if self.fused:
@@ -64,19 +65,28 @@ class MaskedOptimizer:
             self._start_momentum(self.optimizer)
         if self.fused:
             self._run()
-        elif self.reads or self._has_sparse():
+        elif self.reads or self._reads_for_tables():
             if not self.found_inf.item():
                 with torch.no_grad():
                     self._run()
         else:
             self._run_undone()
 
-    def _has_sparse(self) -> bool:
-        """Return whether a sparse gradient is on the CPU, where reading the flag costs less than copies of its rows."""
-        return self.found_inf.device.type == "cpu" and any(
-            param.grad is not None and param.grad.is_sparse
+    def _reads_for_tables(self) -> bool:
+        """Return whether there are sparse gradients for which the flag is read.
+
+        On the CPU that costs less than copies of their rows. Momentum is sparse too, with rows of many steps, so that no
+        rows that a step changes stand for it.
+        """
+        tables = [
+            param
             for group in self.optimizer.param_groups
             for param in group["params"]
+            if param.grad is not None and param.grad.is_sparse
+        ]
+        state = self.optimizer.state
+        return bool(tables) and (
+            self.on_host or any(tensor.is_sparse for param in tables for _, tensor in _tensors(state.get(param, {})))
         )
 
     def _run(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -15,7 +15,7 @@ from fastmtl.errors import UsageError
 from fastmtl.support.kinds import Settings, State
 from fastmtl.support.names import resolve_name
 from fastmtl.trainer.optim.recipe import as_number
-from fastmtl.trainer.optim.tables import SparseAdam
+from fastmtl.trainer.optim.tables import TABLE_OPTIMIZERS, SparseAdam, check_table_group
 
 __all__ = [
     "OPTIMIZERS",
@@ -74,7 +74,7 @@ def make_optimizer(
     device: torch.device,
     *,
     make: MakesOptimizer | None = None,
-    sparse: bool = False,
+    sparse: Collection[str] = (),
     sharded: bool = False,
 ) -> torch.optim.Optimizer:
     """Return the optimizer that ``{"optim": name or class, ...}`` describes; fused where torch has that.
@@ -85,7 +85,7 @@ def make_optimizer(
             their parameters, of which the longest counts.
         device: The device of the parameters.
         make: Makes the optimizer, in place of ``optim_param``.
-        sparse: Some gradients are sparse.
+        sparse: The names of those that may have sparse gradients.
         sharded: The parameters are parts of those of the model.
 
     Raises:
@@ -97,8 +97,8 @@ def make_optimizer(
             raise UsageError("optimizer and optim_param say the same: give one of them, and None for the other.")
         optimizer, name = _called(make, named), "optimizer"
     else:
-        optimizer, name = _described(named, optim_param, device, sparse), "optim_param"
-    _check_kind(type(optimizer), sparse, sharded)
+        optimizer, name = _described(named, optim_param, device, bool(sparse)), "optim_param"
+    _check_kind(optimizer, {id(named[key]): key for key in sparse}, sharded)
     _check_groups(optimizer, named, name)
     return optimizer
 
@@ -221,13 +221,19 @@ def _checked(optimizer: object) -> torch.optim.Optimizer:
     return optimizer
 
 
-def _check_kind(kind: type[torch.optim.Optimizer], sparse: bool, sharded: bool) -> None:
+def _check_kind(optimizer: torch.optim.Optimizer, sparse: Mapping[int, str], sharded: bool) -> None:
+    """Refuse an optimizer that cannot update parameters with sparse gradients, names by identity, or parts of them."""
+    kind = type(optimizer)
     refuse_optimizer(kind)
-    if sparse and kind in OPTIMIZERS.values() and kind not in (torch.optim.SGD, torch.optim.Adagrad, SparseAdam):
+    if sparse and kind in OPTIMIZERS.values() and kind not in TABLE_OPTIMIZERS:
         raise UsageError(
             f"{kind.__name__.lower()} takes no sparse gradients, which an embedding has: use sgd, adagrad or "
             "sparseadam, or sparse=False."
         )
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if id(param) in sparse:
+                check_table_group(kind, group, sparse[id(param)])
     if sharded and kind not in _BY_NUMBER:
         raise UsageError(
             f"shard='fsdp' cuts parameters, of which {kind.__name__} may need the whole: use one of "

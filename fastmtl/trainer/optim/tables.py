@@ -1,22 +1,24 @@
-"""Adam for networks with embedding tables, which takes sparse and dense gradients in one run."""
+"""Optimizers of networks with embedding tables, and an Adam that takes sparse and dense gradients in one run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim._functional import sparse_adam
 
-__all__ = ["SparseAdam"]
+from fastmtl.errors import UsageError
+
+__all__ = ["TABLE_OPTIMIZERS", "SparseAdam", "check_table_group", "sparse_tables"]
 
 
 class SparseAdam(torch.optim.Adam):
     """Adam, and for parameters with sparse gradients the rule of :class:`torch.optim.SparseAdam`.
 
-    That rule moves only the rows that a gradient has values for; the moments of the others do not decay, and there is
-    no weight decay. The step count is the parameter's.
+    That rule moves only the rows that a gradient has values for; the moments of the others do not decay. The step count
+    is the parameter's. In a group with sparse gradients ``weight_decay`` and ``amsgrad`` must be off.
 
     Args:
         params: As of :class:`torch.optim.Adam`, as all other arguments are.
@@ -24,7 +26,14 @@ class SparseAdam(torch.optim.Adam):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update the parameters from their gradients."""
+        """Update the parameters from their gradients.
+
+        Raises:
+            UsageError: A sparse gradient in a group with weight decay or ``amsgrad``.
+        """
+        for group in self.param_groups:
+            if any(param.grad is not None and param.grad.is_sparse for param in group["params"]):
+                check_table_group(SparseAdam, group)
         sparse: list[tuple[dict[str, Any], Tensor, Tensor]] = []
         for group in self.param_groups:
             for param in group["params"]:
@@ -61,3 +70,43 @@ class SparseAdam(torch.optim.Adam):
             lr=float(group["lr"]),
             maximize=group["maximize"],
         )
+
+
+# Those of torch that take sparse gradients, and what they cannot do with them, or leave out without a word.
+TABLE_OPTIMIZERS: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
+    torch.optim.SGD: ("weight_decay", "dampening"),
+    torch.optim.Adagrad: ("weight_decay",),
+    SparseAdam: ("weight_decay", "amsgrad"),
+}
+
+
+def check_table_group(kind: type[torch.optim.Optimizer], group: Mapping[str, Any], table: str = "") -> None:
+    """Refuse settings of a group of parameters that an optimizer cannot follow where gradients are sparse.
+
+    Args:
+        kind: The optimizer's class.
+        group: The group, in which a parameter has sparse gradients.
+        table: That parameter's name.
+
+    Raises:
+        UsageError: There is such a setting.
+    """
+    for name in TABLE_OPTIMIZERS.get(kind, ()):
+        # Without momentum there is nothing to dampen.
+        if group[name] and (name != "dampening" or group["momentum"]):
+            off = "False" if isinstance(group[name], bool) else "0"
+            raise UsageError(
+                f"{name} of {kind.__name__} must be {off} in a group with sparse gradients{table and f' ({table})'}, of "
+                "which only some rows are known: give the table a group of its own, or set sparse=False."
+            )
+
+
+def sparse_tables(model: nn.Module) -> list[str]:
+    """Return the names of the parameters whose gradients modules let be sparse."""
+    found = {
+        id(param)
+        for module in model.modules()
+        if getattr(module, "sparse", False) is True
+        for param in module.parameters(recurse=False)
+    }
+    return [name for name, param in model.named_parameters() if id(param) in found]

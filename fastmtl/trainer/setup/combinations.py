@@ -8,6 +8,7 @@ from typing import Any
 
 from fastmtl.errors import UsageError
 from fastmtl.support.kinds import Settings
+from fastmtl.trainer.optim.tables import sparse_tables
 from fastmtl.trainer.setup.options import StepOptions
 from fastmtl.weighting import AbsWeighting
 
@@ -37,7 +38,7 @@ def check_options(model: Any, weighting: str, hyper: Settings, options: StepOpti
             "looks at every example of a step at once": model.needs == "reps",
         }
         _refuse(f"accumulate must be 1 for {weighting}, which {{}}.", reasons)
-    if model.needs == "rows" and (tables := _sparse_tables(model)):
+    if model.needs == "rows" and (tables := _shared_tables(model)):
         raise UsageError(
             f"{weighting} keeps numbers of the size of all shared parameters for each task, which change in every row "
             f"of a table in every step: it needs sparse=False for {', '.join(tables[:3])}, or choose a strategy that "
@@ -57,13 +58,12 @@ def check_distributed(model: Any, weighting: str, options: StepOptions) -> StepO
     from torch.distributed.tensor import DTensor
 
     on_mesh = [name for name, param in model.named_parameters() if isinstance(param, DTensor)]
+    tables = sparse_tables(model)
     reasons = {
         f"parameters on a mesh, such as those of tensor parallelism ({', '.join(on_mesh[:2])})": bool(on_mesh),
         f"{weighting}, which runs backward passes of its own": _is_legacy(model),
         f"gram='local' and {weighting}, which remembers gradients": model.needs == "rows" and options.gram == "local",
-        f"sparse gradients, which they do not exchange (sparse=False for {', '.join(_sparse_tables(model)[:3])})": bool(
-            _sparse_tables(model)
-        ),
+        f"sparse gradients, which they do not exchange (sparse=False for {', '.join(tables[:3])})": bool(tables),
         "cuda_graph": options.cuda_graph is True,
     }
     _refuse("Several processes cannot train with {}: start one.", reasons)
@@ -77,16 +77,10 @@ def check_distributed(model: Any, weighting: str, options: StepOptions) -> StepO
     return replace(options, cuda_graph=False)
 
 
-def _sparse_tables(model: Any) -> list[str]:
+def _shared_tables(model: Any) -> list[str]:
     """Return the names of the shared parameters whose gradients modules let be sparse."""
-    shared = {id(param) for param in model.get_share_params()}
-    return [
-        f"{name}.{kind}" if name else kind
-        for name, module in model.named_modules()
-        if getattr(module, "sparse", False) is True
-        for kind, param in module.named_parameters(recurse=False)
-        if id(param) in shared
-    ]
+    shared, named = {id(param) for param in model.get_share_params()}, dict(model.named_parameters())
+    return [name for name in sparse_tables(model) if id(named[name]) in shared]
 
 
 def _is_legacy(model: Any) -> bool:
