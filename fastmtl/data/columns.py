@@ -88,7 +88,7 @@ class Vocabulary:
     Values that are not known share ``unseen`` numbers, by a hash of their text that is the same in every process.
 
     Args:
-        values: A column of texts or integers.
+        values: A column of texts or integers; booleans are 0 and 1.
         most: The greatest number of known values; the most frequent ones are kept. All if None.
         unseen: How many numbers the others share, at least 1.
 
@@ -110,21 +110,19 @@ class Vocabulary:
         self.known = distinct[order]
         self.unseen = unseen
         self.size = len(self.known) + unseen
-        self._sorted = np.argsort(self.known, kind="stable")
+        # Python's integers are equal across dtypes, and never to a text.
+        self._numbers: dict[int | str, int] = {value: number for number, value in enumerate(self.known.tolist())}
 
     def encode(self, values: Any) -> Tensor:
         """Return the numbers, int64 of the shape of the values."""
         column = _as_array(values)
         distinct, inverse = np.unique(column, return_inverse=True)
-        numbers = np.fromiter((self._number(value) for value in distinct), np.int64, len(distinct))
+        numbers = np.fromiter((self._number(value) for value in distinct.tolist()), np.int64, len(distinct))
         return torch.from_numpy(numbers[inverse].reshape(column.shape))
 
-    def _number(self, value: Any) -> int:
-        if len(self.known) and np.can_cast(np.asarray(value).dtype.kind, self.known.dtype.kind):
-            place = int(np.searchsorted(self.known, value, sorter=self._sorted))
-            if place < len(self.known) and self.known[self._sorted[place]] == value:
-                return int(self._sorted[place])
-        return len(self.known) + zlib.crc32(str(value).encode()) % self.unseen
+    def _number(self, value: int | str) -> int:
+        known = self._numbers.get(value)
+        return len(self.known) + zlib.crc32(str(value).encode()) % self.unseen if known is None else known
 
 
 def _as_array(values: Any) -> np.ndarray:
@@ -132,8 +130,12 @@ def _as_array(values: Any) -> np.ndarray:
     if column.dtype.kind == "O":
         if any(value is None or value != value for value in column.flat):
             raise UsageError("A vocabulary takes texts or integers, got a missing value: fill it in first.")
-        column = column.astype(str)
-    if column.dtype.kind not in "iuUb":
+        # Pandas keeps integers and booleans as objects where both are in one column.
+        numbers = all(isinstance(value, int | np.integer | np.bool_) for value in column.flat)
+        column = np.array(column.tolist()) if numbers else column.astype(str)
+    if column.dtype.kind == "b":
+        column = column.astype(np.int64)
+    if column.dtype.kind not in "iuU":
         raise UsageError(f"A vocabulary takes texts or integers, got {column.dtype}.")
     return column
 
@@ -159,13 +161,16 @@ def read_parquet(path: str | Path, columns: Sequence[str] | None = None) -> dict
     if not Path(path).expanduser().exists():
         raise UsageError(f"There is no Parquet file {str(path)!r}.")
     try:
-        table = parquet.read_table(Path(path).expanduser(), memory_map=True)
+        data = parquet.ParquetDataset(Path(path).expanduser(), memory_map=True)
+        known = data.schema.names
+        names = list(known if columns is None else columns)
+        missing = [name for name in names if name not in known]
+        if missing:
+            raise UsageError(f"{str(path)!r} has no column {missing[0]}: there are {', '.join(known)}.")
+        table = data.read(columns=names)
     except (arrow.ArrowInvalid, OSError) as error:
         raise UsageError(f"{str(path)!r} cannot be read as Parquet: {str(error).splitlines()[0]}.") from error
-    missing = [name for name in columns or () if name not in table.column_names]
-    if missing:
-        raise UsageError(f"{str(path)!r} has no column {missing[0]}: there are {', '.join(table.column_names)}.")
-    return {name: _column(table.column(name), arrow) for name in columns or table.column_names}
+    return {name: _column(table.column(name), arrow) for name in names}
 
 
 def _column(column: Any, arrow: Any) -> np.ndarray:

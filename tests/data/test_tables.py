@@ -71,24 +71,30 @@ def test_values_are_numbered_by_frequency() -> None:
             make()
 
 
-def test_parquet(tmp_path: Path) -> None:
-    arrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    table = arrow.table({"user": ["a", "b"], "age": [1.5, None], "seen": [[1, 2, 3], [4]], "click": [0, 1]})
-    parquet.write_table(table, tmp_path / "rows.parquet")
-    for path in (tmp_path / "rows.parquet", tmp_path):
-        columns = read_parquet(path)
-        assert list(columns) == ["user", "age", "seen", "click"]
-        assert columns["seen"].tolist() == [[1, 2, 3], [4, -1, -1]]
-        assert np.isnan(columns["age"]).tolist() == [False, True]
-        assert columns["click"].dtype == np.int64
-        assert Vocabulary(columns["user"]).encode(columns["user"]).tolist() == [0, 1]
-    assert list(read_parquet(tmp_path, ["click"])) == ["click"]
-    with pytest.raises(UsageError, match="has no column buy: there are user, age, seen, click"):
-        read_parquet(tmp_path, ["buy"])
-    (tmp_path / "bad.txt").write_text("no table")
-    with pytest.raises(UsageError, match="cannot be read as Parquet"):
-        read_parquet(tmp_path / "bad.txt")
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint64, np.int8, np.int64])
+def test_integers_of_all_kinds_are_numbered_by_value(dtype: Any) -> None:
+    numbers = Vocabulary(np.array([7, 7, 9], dtype=dtype))
+    assert numbers.encode(np.array([9, 7, 8], dtype=dtype)).tolist() == [1, 0, 2]
+    for other in (np.int64, np.uint16):
+        assert numbers.encode(np.array([9, 7, 8], dtype=other)).tolist() == [1, 0, 2]
+    assert numbers.encode(["7"]).tolist() == [2]
+
+
+def test_large_unsigned_numbers_stay_apart() -> None:
+    large = np.array([2**63 + 1, 2**63, 2**63], dtype=np.uint64)
+    numbers = Vocabulary(large)
+    assert numbers.encode(large).tolist() == [1, 0, 0]
+    assert numbers.encode(np.array([-(2**63), 1])).tolist() == [2, 2]
+
+
+def test_booleans_are_0_and_1() -> None:
+    values = Vocabulary([True, False, True], unseen=100)
+    for column in ([False, True], [0, 1], np.array([0, True], dtype=object), torch.tensor([False, True])):
+        assert values.encode(column).tolist() == [1, 0]
+    mixed = Vocabulary(np.array([True, 2, 2], dtype=object), unseen=100)
+    assert mixed.encode([2, 1]).tolist() == [0, 1]
+    # Not known here, they have one number too.
+    assert torch.equal(Vocabulary([5], unseen=100).encode([True]), Vocabulary([5], unseen=100).encode([1]))
 
 
 def test_a_missing_parquet_file_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fastmtl.cli import main
-from fastmtl.data import load
+from fastmtl.data import Vocabulary, load, read_parquet
 from fastmtl.errors import UsageError
 
 TASKS = {"price": "regression", "colour": "classes"}
@@ -159,3 +159,40 @@ def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
             load("parquet", **(given | changed))
     with pytest.raises(UsageError, match="are for data with columns"):
         load("multimnist", inputs=["a"])
+
+
+def test_tables_are_read_by_column(tmp_path: Path) -> None:
+    import pyarrow as arrow
+    from pyarrow import parquet
+
+    table = arrow.table({"user": ["a", "b"], "age": [1.5, None], "seen": [[1, 2, 3], [4]], "click": [0, 1]})
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    for path in (tmp_path / "rows.parquet", tmp_path):
+        columns = read_parquet(path)
+        assert list(columns) == ["user", "age", "seen", "click"]
+        assert columns["seen"].tolist() == [[1, 2, 3], [4, -1, -1]]
+        assert np.isnan(columns["age"]).tolist() == [False, True]
+        assert columns["click"].dtype == np.int64
+        assert Vocabulary(columns["user"]).encode(columns["user"]).tolist() == [0, 1]
+    assert list(read_parquet(tmp_path, ["click"])) == ["click"]
+    with pytest.raises(UsageError, match="has no column buy: there are user, age, seen, click"):
+        read_parquet(tmp_path, ["buy"])
+    (tmp_path / "bad.txt").write_text("no table")
+    with pytest.raises(UsageError, match="cannot be read as Parquet"):
+        read_parquet(tmp_path / "bad.txt")
+
+
+def test_columns_that_are_not_asked_for_are_not_read(tmp_path: Path) -> None:
+    from pyarrow import parquet
+
+    _parquet(tmp_path, {"click": [0, 1, 1], "text": ["a", "b", "c"]}, "rows.parquet")
+    path = tmp_path / "rows.parquet"
+    chunk = parquet.ParquetFile(path).metadata.row_group(0).column(1)
+    content = bytearray(path.read_bytes())
+    begin = chunk.dictionary_page_offset
+    content[begin : begin + chunk.total_compressed_size] = b"\xff" * chunk.total_compressed_size
+    path.write_bytes(content)
+    assert read_parquet(path, ["click"])["click"].tolist() == [0, 1, 1]
+    assert read_parquet(path, []) == {}
+    with pytest.raises(UsageError, match="cannot be read as Parquet"):
+        read_parquet(path)
