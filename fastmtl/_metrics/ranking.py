@@ -160,8 +160,8 @@ class GAUCMetric(AbsMetric):
         _refuse_labels(self, int((~labelled & ~_is_missing(rows[:, 1])).sum()), "0 and 1")
         if rows[:, 3].any():
             raise UsageError(
-                "The dtype of GAUCMetric's labels cannot tell its users apart, whose numbers are too large: pass labels "
-                "in float64 or int64, with users below 2**53."
+                "The numbers of users in GAUCMetric's labels are too large for their dtype, which cannot tell them "
+                "apart: pass labels in float64 or int64, with users below 2**53."
             )
         rows = rows[labelled]
         if rows[:, 0].isnan().any():

@@ -6,7 +6,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from fastmtl.architecture.experts import IMG_SIZE, NUM_EXPERTS, Experts, count_experts, make_gate, mix, take_bottom
+from fastmtl.architecture.experts import IMG_SIZE, NUM_EXPERTS, Experts, count_experts, make_experts, make_gate, mix
 from fastmtl.architecture.MMoE import MMoE
 
 __all__ = ["CGC"]
@@ -33,11 +33,8 @@ class CGC(MMoE):
         shared, *specific = count_experts(self.kwargs["num_experts"], self.task_num, "CGC")
         super()._make_network()
         counts = dict(zip(self.task_name, specific, strict=True))
-        specific_experts = {task: [self.encoder_class() for _ in range(count)] for task, count in counts.items()}
-        for experts in specific_experts.values():
-            # The shared experts have it.
-            take_bottom(*experts)
-        self.experts_specific = nn.ModuleDict({task: Experts(experts) for task, experts in specific_experts.items()})
+        own = {task: make_experts(self.encoder_class, count, self.bottom)[0] for task, count in counts.items()}
+        self.experts_specific = nn.ModuleDict({task: Experts(experts) for task, experts in own.items()})
         self.gate_specific = nn.ModuleDict(
             {task: make_gate(self.input_size, shared + count) for task, count in counts.items()}
         )

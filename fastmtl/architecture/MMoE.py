@@ -14,11 +14,11 @@ from fastmtl.architecture.experts import (
     Experts,
     feature_dim,
     integers,
+    make_experts,
     make_gate,
     mix,
     read,
     size_of_gates,
-    take_bottom,
 )
 from fastmtl.errors import UsageError
 from fastmtl.support.hyper import Hyper
@@ -56,8 +56,7 @@ class MMoE(AbsArchitecture):
         self.shared_experts = next(iter(integers(num_experts, "num_experts")), 0)
         if self.shared_experts < 1:
             raise UsageError(f"num_experts must be at least 1, got {num_experts}.")
-        experts = [self.encoder_class() for _ in range(self.shared_experts)]
-        self.bottom = take_bottom(*experts)
+        experts, self.bottom = make_experts(self.encoder_class, self.shared_experts)
         self.img_size = size_of_gates(self.kwargs["img_size"], self.bottom)
         self.experts_shared = Experts(experts)
         self.input_size = prod(self.img_size) if self.img_size else feature_dim(self.experts_shared[0])

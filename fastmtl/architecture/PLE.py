@@ -15,11 +15,11 @@ from fastmtl.architecture.experts import (
     NUM_EXPERTS,
     Experts,
     count_experts,
+    make_experts,
     make_gate,
     mix,
     read,
     size_of_gates,
-    take_bottom,
 )
 from fastmtl.architecture.stages import Stages
 from fastmtl.support.hyper import Hyper
@@ -55,9 +55,9 @@ class PLE(AbsArchitecture):
 
     def _make_network(self) -> None:
         shared, *specific = count_experts(self.kwargs["num_experts"], self.task_num, "PLE")
-        experts = [self.encoder_class() for _ in range(shared)]
-        own = {task: [self.encoder_class() for _ in range(n)] for task, n in zip(self.task_name, specific, strict=True)}
-        self.bottom = take_bottom(*experts, *(expert for of_task in own.values() for expert in of_task))
+        experts, self.bottom = make_experts(self.encoder_class, shared)
+        counts = zip(self.task_name, specific, strict=True)
+        own = {task: make_experts(self.encoder_class, count, self.bottom)[0] for task, count in counts}
         img_size = size_of_gates(self.kwargs["img_size"], self.bottom)
         self.encoder = _Extraction(experts, own, img_size, bool(self.kwargs["shared_gate"]))
 

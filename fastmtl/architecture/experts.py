@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import prod
 from operator import index
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from fastmtl.errors import UsageError
+from fastmtl.model.features import undrawn_tables
 from fastmtl.model.stages import StagedEncoder
 from fastmtl.support.hyper import Hyper
 
@@ -22,11 +23,11 @@ __all__ = [
     "feature_dim",
     "image_size",
     "integers",
+    "make_experts",
     "make_gate",
     "mix",
     "read",
     "size_of_gates",
-    "take_bottom",
 ]
 
 # Hyper-parameters that are one or several integers, possibly as text from LibMTL's command line.
@@ -112,17 +113,42 @@ def _is_hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
-def take_bottom(*encoders: nn.Module) -> nn.Module:
-    """Return what all experts begin with and share, and leave it out of them; an identity if they share nothing.
+def make_experts(
+    make: Callable[[], nn.Module], count: int, bottom: nn.Module | None = None
+) -> tuple[list[nn.Module], nn.Module]:
+    """Return experts, and what they begin with and share, which is left out of them; an identity if that is nothing.
 
-    Encoders share their ``stem`` if they say so by ``shares_stem``, as a ``FeatureEncoder`` does: its tables.
+    Encoders share their ``stem`` if they say so by ``shares_stem``, as a ``FeatureEncoder`` does: its tables, which are
+    made once.
+
+    Args:
+        make: Makes an encoder.
+        count: The number of experts.
+        bottom: What other experts share with these; that of the first one if None.
+
+    Raises:
+        UsageError: Some encoders share their stem, and others do not.
     """
-    if not all(getattr(encoder, "shares_stem", False) for encoder in encoders):
-        return nn.Identity()
-    bottom: nn.Module = encoders[0].get_submodule("stem")
-    for encoder in encoders:
-        encoder.stem = nn.Identity()
-    return bottom
+    experts = []
+    for _ in range(count):
+        if bottom is None or isinstance(bottom, nn.Identity):
+            expert = make()
+        else:
+            with undrawn_tables() as made:
+                expert = make()
+            if any(tables is not getattr(expert, "stem", None) for tables in made):
+                # Some of them will be read.
+                expert = make()
+        stem = expert.get_submodule("stem") if getattr(expert, "shares_stem", False) else None
+        if bottom is None:
+            bottom = nn.Identity() if stem is None else stem
+        if (stem is None) != isinstance(bottom, nn.Identity) and not isinstance(stem, nn.Identity):
+            raise UsageError("encoder_class must return encoders of one kind: only some of these share their tables.")
+        if stem is not None:
+            expert.stem = nn.Identity()
+        experts.append(expert)
+    assert bottom is not None
+    return experts, bottom
 
 
 def size_of_gates(value: Integers, bottom: nn.Module) -> list[int]:

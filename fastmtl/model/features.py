@@ -10,7 +10,9 @@ The inputs of a batch are a dictionary of tensors by feature::
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar, Literal, TypeAlias
@@ -21,7 +23,10 @@ from torch import Tensor, nn
 from fastmtl.errors import UsageError
 from fastmtl.model.stages import StagedEncoder
 
-__all__ = ["Bag", "Categorical", "Feature", "FeatureEncoder", "FeatureTables", "Numeric"]
+__all__ = ["Bag", "Categorical", "Feature", "FeatureEncoder", "FeatureTables", "Numeric", "undrawn_tables"]
+
+# The tables that are made in a block in which none are drawn.
+_undrawn: ContextVar[list[FeatureTables] | None] = ContextVar("undrawn", default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +121,8 @@ class FeatureTables(nn.Module):
 
     Attributes:
         width: The length of the vector.
-        tables: The tables by name, (size, dim), with one row more where a bag reads it. Entries are drawn from a normal
-            distribution with variance 1 / dim.
+        tables: The tables by name, embeddings (size, dim), with one row more where a bag reads it. Entries are drawn
+            from a normal distribution with variance 1 / dim. What is set at an embedding, such as ``max_norm``, counts.
 
     Raises:
         UsageError: No feature, one name twice, or features that share a table of two kinds.
@@ -148,13 +153,11 @@ class FeatureTables(nn.Module):
         # Names of features may have dots, those of parameters must not.
         self._keys = {name: f"{index}_{name}".replace(".", "_") for index, name in enumerate(kinds)}
         bags = {feature.table_name for feature in self.features if isinstance(feature, Bag)}
-        tables = {
-            self._keys[name]: nn.Embedding(kind.size + (name in bags), kind.dim, sparse=kind.sparse)
-            for name, kind in kinds.items()
-        }
-        for table in tables.values():
-            nn.init.normal_(table.weight, std=table.embedding_dim**-0.5)
-        self.tables = nn.ModuleDict(tables)
+        self.tables = nn.ModuleDict(
+            {self._keys[name]: _make_table(kind, kind.size + (name in bags)) for name, kind in kinds.items()}
+        )
+        if (undrawn := _undrawn.get()) is not None:
+            undrawn.append(self)
 
     def extra_repr(self) -> str:
         """Return the features' names."""
@@ -164,9 +167,10 @@ class FeatureTables(nn.Module):
         """Return the vectors, (B, width).
 
         Raises:
-            UsageError: The inputs are no dictionary, or lack a feature; or one has another shape or dtype than its
-                kind, or on the CPU a category that the table does not have. Compiled code and other devices raise a
-                ``RuntimeError`` of such a category, the latter at a later time.
+            UsageError: The inputs are no dictionary, or lack a feature; a table that a bag reads has hooks or a
+                ``padding_idx``; or a feature has another shape or dtype than its kind, or on the CPU a category that
+                the table does not have. Compiled code and other devices raise a ``RuntimeError`` of such a category,
+                the latter at a later time.
         """
         if not isinstance(inputs, Mapping):
             raise UsageError(
@@ -188,18 +192,61 @@ class FeatureTables(nn.Module):
         if isinstance(feature, Numeric):
             return _numbers(feature, values, next(self.parameters(), values).dtype)
         _check_categories(feature, values)
-        weight = self._table(feature).weight
+        table = self.tables[self._keys[feature.table_name]]
         if not isinstance(feature, Bag):
-            return nn.functional.embedding(values, weight, sparse=feature.sparse)
+            vectors: Tensor = table(values)
+            return vectors
+        table = _table_of_bag(feature, table)
         # The row behind the categories, which gets no gradient.
         filling = feature.size
-        ids = torch.where(values < 0, filling, values)
-        return nn.functional.embedding_bag(ids, weight, mode=feature.mode, padding_idx=filling, sparse=feature.sparse)
+        return nn.functional.embedding_bag(
+            torch.where(values < 0, filling, values),
+            table.weight,
+            max_norm=table.max_norm,
+            norm_type=table.norm_type,
+            scale_grad_by_freq=table.scale_grad_by_freq,
+            mode=feature.mode,
+            sparse=table.sparse,
+            padding_idx=filling,
+        )
 
-    def _table(self, feature: Categorical) -> nn.Embedding:
-        table = self.tables[self._keys[feature.table_name]]
-        assert isinstance(table, nn.Embedding)
+
+def _make_table(kind: Categorical, rows: int) -> nn.Embedding:
+    weight = torch.empty(rows, kind.dim)
+    if _undrawn.get() is None:
+        nn.init.normal_(weight, std=kind.dim**-0.5)
+    return nn.Embedding.from_pretrained(weight, freeze=False, sparse=kind.sparse)
+
+
+@contextmanager
+def undrawn_tables() -> Iterator[list[FeatureTables]]:
+    """A block in which tables get no numbers, and so cost no time, and no memory that is written to.
+
+    Yields:
+        Those that were made, which are to be thrown away.
+    """
+    made: list[FeatureTables] = []
+    token = _undrawn.set(made)
+    try:
+        yield made
+    finally:
+        _undrawn.reset(token)
+
+
+def _table_of_bag(feature: Bag, table: nn.Module) -> nn.Embedding:
+    """Return a table, unless its module does more than a bag can ask for, which reads the rows itself."""
+    if not isinstance(table, nn.Embedding):
+        what = f"a {type(table).__name__}"
+    elif table.padding_idx is not None:
+        what = "an Embedding with a padding_idx"
+    elif table._forward_hooks or table._forward_pre_hooks or table._backward_hooks or table._backward_pre_hooks:
+        what = "an Embedding with hooks"
+    else:
         return table
+    raise UsageError(
+        f"The table {feature.table_name} is {what}, of which the bag {feature.name} reads the rows without a call: "
+        "hooks may be at the FeatureTables, and categories below 0 only fill up."
+    )
 
 
 def _numbers(feature: Numeric, values: Tensor, dtype: torch.dtype) -> Tensor:

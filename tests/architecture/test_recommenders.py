@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from fastmtl.architecture import AITM, ARCHITECTURES, ESMM
 from fastmtl.errors import UsageError
-from fastmtl.model import Bag, Categorical, FeatureEncoder, Numeric
+from fastmtl.model import Bag, Categorical, FeatureEncoder, FeatureTables, MLPEncoder, Numeric
 from fastmtl.trainer.log.records import StepBuffer
 from tests.trainer.toy import flat, make_trainer, steps_of
 
-FEATURES = [Numeric("age", mean=40.0, std=10.0), Categorical("job", 50, 4, sparse=True), Bag("seen", 60, 3)]
+FEATURES = [Numeric("age", mean=40.0, std=10.0), Categorical("job", 50, 4, sparse=True), Bag("seen", 60, 5)]
+# Of the features' vectors, unlike that of what follows.
+WIDTH = 1 + 4 + 5
 
 
 def make_inputs(rows: int = 6) -> dict[str, Tensor]:
@@ -35,7 +37,7 @@ def build(kind: type[Any], tasks: int = 3, **options: Any) -> Any:
     names = [f"task{t}" for t in range(tasks)]
     given = {"encoder_class": encoder, "rep_grad": False, "multi_input": False, "device": torch.device("cpu")}
     decoders = nn.ModuleDict({name: nn.Linear(8, 1) for name in names})
-    return kind(task_name=names, decoders=decoders, **given, **options)
+    return kind(task_name=names, decoders=decoders, **{**given, **options})
 
 
 def test_esmm_predicts_products_of_probabilities() -> None:
@@ -113,12 +115,45 @@ def test_experts_share_their_tables(name: str) -> None:
     assert calls == [1]
     assert {pred.shape for pred in preds.values()} == {(6, 1)}
     # Gates read the features' vectors: a number, a category, a bag.
-    widths = {
-        module.in_features
+    gates = [
+        module
         for key, module in network.named_modules()
-        if isinstance(module, nn.Linear) and "decoders" not in key
-    }
-    assert 1 + 4 + 3 in widths
+        if isinstance(module, nn.Linear) and ("gate" in key or "logits" in key)
+    ]
+    assert {gate.in_features for gate in gates} == ({WIDTH, 8} if name == "PLE" else {WIDTH})
+
+
+@pytest.mark.parametrize("name", ["MMoE", "CGC", "PLE", "DSelect_k"])
+def test_the_tables_of_all_experts_are_made_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn, draw = [], nn.init.normal_
+
+    def record(weight: Tensor, **options: float) -> Tensor:
+        drawn.append(weight.shape)
+        return draw(weight, **options)
+
+    monkeypatch.setattr(nn.init, "normal_", record)
+    network = build(ARCHITECTURES[name], num_experts=[3] if name in ("MMoE", "DSelect_k") else [2, 1])
+    assert drawn == [table.weight.shape for table in network.bottom.tables.values()]
+
+
+class _MoreTables(FeatureEncoder):
+    """An encoder with tables behind the shared ones."""
+
+    def __init__(self) -> None:
+        super().__init__(FEATURES, (8, 8))
+        self.more = FeatureTables([Categorical("job", 50, 8)])
+
+
+def test_tables_of_an_expert_of_its_own_are_drawn() -> None:
+    network = build(ARCHITECTURES["MMoE"], num_experts=[3], encoder_class=_MoreTables)
+    for expert in network.experts_shared:
+        assert float(expert.more.tables["0_job"].weight.detach().std()) == pytest.approx(8**-0.5, rel=0.2)
+
+
+def test_experts_share_their_tables_all_or_none() -> None:
+    kinds = iter([encoder, lambda: MLPEncoder(WIDTH, [8, 8])])
+    with pytest.raises(UsageError, match="encoder_class must return encoders of one kind"):
+        build(ARCHITECTURES["MMoE"], num_experts=[2], encoder_class=lambda: next(kinds)())
 
 
 @pytest.mark.parametrize("weighting", ["EW", "MGDA", "UPGrad"])

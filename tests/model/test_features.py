@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmtl.errors import UsageError
 from fastmtl.model import Bag, Categorical, FeatureEncoder, FeatureTables, Numeric
@@ -56,6 +56,54 @@ def test_sparse_tables_have_sparse_gradients() -> None:
     assert encoder.feature_dim == 4
     encoder(INPUTS).sum().backward()
     assert [table.weight.grad.is_sparse for table in encoder.stem.tables.values()] == [True, True]
+
+
+def test_what_is_set_at_a_table_counts() -> None:
+    features = [Categorical("job", 5, 3), Bag("seen", 4, 2), Categorical("one", 4, 2, table="seen")]
+    stem = FeatureTables(features)
+    tables: dict[str, Any] = dict(stem.tables)
+    jobs, seen = tables["0_job"], tables["1_seen"]
+    inputs = {**INPUTS, "one": torch.tensor([0, 1, 2])}
+    jobs.max_norm = seen.max_norm = 0.1
+    vectors = stem(inputs)
+    assert vectors[:, :3].norm(dim=1).max() <= 0.1 + 1e-6
+    assert seen.weight[[1, 2, 3]].norm(dim=1).max() <= 0.1 + 1e-6
+    jobs.max_norm = seen.max_norm = None
+    jobs.padding_idx, jobs.scale_grad_by_freq = 0, True
+    seen.scale_grad_by_freq = True
+    stem(inputs).sum().backward()
+    assert jobs.weight.grad[:, 0].tolist() == [0, 0, 0, 0, 1]
+    # Read twice by a bag of three, which makes 1/3 of 2/3, and once as a category.
+    torch.testing.assert_close(seen.weight.grad[1], torch.full((2,), 1 / 3 + 1))
+    jobs.register_forward_hook(lambda module, args, out: out * 0)
+    assert stem(inputs)[:, :3].count_nonzero() == 0
+
+
+def _with_hook(table: nn.Embedding) -> nn.Module:
+    table.register_forward_hook(lambda module, args, out: out)
+    return table
+
+
+def _padded(table: nn.Embedding) -> nn.Module:
+    table.padding_idx = 0
+    return table
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (_with_hook, "an Embedding with hooks"),
+        (_padded, "an Embedding with a padding_idx"),
+        (lambda table: nn.Sequential(table), "a Sequential"),
+    ],
+)
+def test_tables_whose_rows_a_bag_cannot_read(change: Any, what: str) -> None:
+    stem = FeatureTables([Bag("seen", 4, 2), Categorical("one", 5, 2)])
+    for name in stem.tables:
+        stem.tables[name] = change(stem.tables[name])
+    inputs = {"seen": torch.tensor([[1, 2]]), "one": torch.tensor([3])}
+    with pytest.raises(UsageError, match=f"The table seen is {what}, of which the bag seen reads"):
+        stem(inputs)
 
 
 def test_double_precision() -> None:

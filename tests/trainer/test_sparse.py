@@ -194,7 +194,7 @@ def test_sparse_adam_itself_refuses_what_it_would_leave_out(setting: dict[str, A
     optimizer.step()
     table.grad = torch.sparse_coo_tensor([[1]], torch.ones(1, 2), (4, 2), check_invariants=True)
     before = dense.detach().clone()
-    with pytest.raises(UsageError, match=f"{list(setting)[0]} of SparseAdam must be"):
+    with pytest.raises(UsageError, match=f"{next(iter(setting))} of SparseAdam must be"):
         optimizer.step()
     assert torch.equal(dense, before)
 

@@ -75,8 +75,8 @@ class MaskedOptimizer:
     def _reads_for_tables(self) -> bool:
         """Return whether there are sparse gradients for which the flag is read.
 
-        On the CPU that costs less than copies of their rows. Momentum is sparse too, with rows of many steps, so that no
-        rows that a step changes stand for it.
+        On the CPU that costs less than copies of their rows. Momentum is sparse too, with rows of many steps, of which
+        a step changes all.
         """
         tables = [
             param

@@ -94,10 +94,10 @@ def check_table_group(kind: type[torch.optim.Optimizer], group: Mapping[str, Any
     for name in TABLE_OPTIMIZERS.get(kind, ()):
         # Without momentum there is nothing to dampen.
         if group[name] and (name != "dampening" or group["momentum"]):
-            off = "False" if isinstance(group[name], bool) else "0"
+            off, named = "False" if isinstance(group[name], bool) else "0", f" ({table})" if table else ""
             raise UsageError(
-                f"{name} of {kind.__name__} must be {off} in a group with sparse gradients{table and f' ({table})'}, of "
-                "which only some rows are known: give the table a group of its own, or set sparse=False."
+                f"{name} of {kind.__name__} must be {off} in a group with sparse gradients{named}, of which only some "
+                "rows are known: give the table a group of its own, or set sparse=False."
             )
 
 
