@@ -16,6 +16,8 @@ from fastmtl.cli import main
 from fastmtl.data import DatasetInfo, find_dataset, find_encoder, load
 from fastmtl.errors import UsageError
 from fastmtl.support import named
+from fastmtl.support.named import whole_spec
+from fastmtl.trainer.run.config import TrainConfig
 from fastmtl.weighting import MGDA, find_weighting
 
 RULE = '''"""Rules."""
@@ -267,3 +269,55 @@ def test_new_files_pass_their_tests(kind: str, folder: Path, capsys: pytest.Capt
         test()
     assert main(["new", kind, "MyOwnThing"]) == 2
     assert "my_own_thing.py exists" in capsys.readouterr().err
+
+
+OF_TASKS = """
+import torch
+from fastmtl.metrics import AccMetric
+from fastmtl.trainer.log.logger import Logger
+
+def loss(pred, gt):
+    return torch.nn.functional.cross_entropy(pred, gt)
+
+class Metric(AccMetric):
+    weight = [1]
+    metrics_names = ["mine"]
+
+class Log(Logger):
+    def __init__(self, folder):
+        pass
+"""
+
+
+def test_a_run_with_code_of_files_is_evaluated_from_any_folder(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "of_tasks_of_test.py").write_text(OF_TASKS)
+    words = ["--loss", "left=./of_tasks_of_test.py:loss", "--metric", "left=./of_tasks_of_test.py:Metric"]
+    words += ["--logger", "csv,./of_tasks_of_test.py:Log"]
+    assert main(["train", *words, *SMALL, *QUIET, "--run-dir", "run"]) == 0
+    (folder / "elsewhere").mkdir()
+    monkeypatch.chdir(folder / "elsewhere")
+    capsys.readouterr()
+    assert main(["eval", str(folder / "run"), "--json"]) == 0
+    assert "mine" in capsys.readouterr().out
+    resumed = ["train", "--resume", str(folder / "run"), "--epochs", "2"]
+    assert main(resumed) == 0
+
+
+def test_paths_of_a_configuration_become_absolute(folder: Path) -> None:
+    (folder / "bert").mkdir()
+    config = TrainConfig(
+        dataset="./data.py:make",
+        dataset_path="rows",
+        encoder="hf:bert",
+        loss={"a": {"name": "./my.py:Loss", "delta": 2}, "b": "huber"},
+        logger="csv, ./my.py:Log",
+    ).resolved()
+    assert config.dataset == f"{folder}/data.py:make"
+    assert config.dataset_path == f"{folder}/rows"
+    assert config.encoder == f"hf:{folder}/bert"
+    assert config.loss == {"a": {"name": f"{folder}/my.py:Loss", "delta": 2}, "b": "huber"}
+    assert config.logger == f"csv,{folder}/my.py:Log"
+    names = ("timm:convnext_tiny", "hf:distilbert-base-uncased", "mypkg.rules:New", "resnet18")
+    assert [whole_spec(name) for name in names] == list(names)

@@ -18,12 +18,12 @@ from fastmtl.trainer import Trainer
 from fastmtl.trainer.checkpoint.files import rng_state, set_rng_state
 from fastmtl.trainer.log.logger import Logger
 from fastmtl.trainer.probe import GramProbe
-from fastmtl.trainer.run.config import TrainConfig
+from fastmtl.trainer.run.config import TrainConfig, names_in
 from fastmtl.trainer.setup.loaders import generators
 from fastmtl.trainer.setup.options import TrainerOptions
 from fastmtl.utils import set_random_seed
 
-__all__ = ["build_trainer", "column_names", "first_inputs", "load_data"]
+__all__ = ["build_trainer", "first_inputs", "load_data"]
 
 
 def load_data(config: TrainConfig) -> tuple[TrainConfig, DataBundle]:
@@ -49,7 +49,7 @@ def load_data(config: TrainConfig) -> tuple[TrainConfig, DataBundle]:
         stages=find_architecture(config.arch).value.needs_stages,
         loss=config.loss,
         metric=config.metric,
-        inputs=tuple(column_names(config.inputs)),
+        inputs=tuple(names_in(config.inputs)),
         tasks=config.tasks,
         num_workers=config.workers,
         pin_memory=torch.cuda.is_available() and config.device != "cpu",
@@ -67,11 +67,6 @@ def load_data(config: TrainConfig) -> tuple[TrainConfig, DataBundle]:
         train_size=bundle.rows["train"],
     )
     return complete, bundle
-
-
-def column_names(text: str | None) -> list[str]:
-    """Return the names in a list such as ``"length,width"``."""
-    return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 
 def build_trainer(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import typer
 
-from fastmtl.cli.build import build_trainer, column_names, first_inputs, load_data
+from fastmtl.cli.build import build_trainer, first_inputs, load_data
 from fastmtl.cli.options import split_values
 from fastmtl.data import DataBundle
 from fastmtl.deploy.card import card_of
@@ -27,7 +27,7 @@ from fastmtl.trainer.log.named import named_logger
 from fastmtl.trainer.log.plot import PlotLogger
 from fastmtl.trainer.log.progress import ProgressLogger
 from fastmtl.trainer.log.tensorboard import TensorBoardLogger
-from fastmtl.trainer.run.config import TrainConfig, read_config
+from fastmtl.trainer.run.config import TrainConfig, names_in, read_config
 from fastmtl.trainer.run.directory import RunDirectory, Tee, write_atomically
 from fastmtl.trainer.run.settings import print_settings
 
@@ -175,7 +175,7 @@ def _file_loggers(config: TrainConfig, run: RunDirectory) -> list[Logger]:
     loggers: list[Logger] = [JsonlLogger(run.metrics)]
     if config.tensorboard:
         loggers.append(TensorBoardLogger(run.tensorboard))
-    names = [name for name in column_names(config.logger) if name.lower() not in ("jsonl", "tensorboard")]
+    names = [name for name in names_in(config.logger) if name.lower() not in ("jsonl", "tensorboard")]
     loggers += [named_logger(name, run.path) for name in names]
     if config.plot:
         loggers.append(PlotLogger(run.curves, run.metrics))

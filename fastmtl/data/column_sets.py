@@ -48,8 +48,10 @@ def _task(about: Mapping[str, Any]) -> TaskInfo:
 def read_row(row: Mapping[str, Any], facts: Facts) -> Any:
     """Return the inputs of a row: an image (3, h, w), a text, or a vector.
 
+    Relative paths begin in the folder of the facts that is called ``folder``, which is no fact of the training data.
+
     Raises:
-        UsageError: A column is missing, or is of another kind than in training.
+        UsageError: A column or its value is missing, or is of another kind than in training.
     """
     missing = [name for name in facts["inputs"] if name not in row]
     if missing and facts["kind"] == "image" and "image" in row:
@@ -62,22 +64,35 @@ def read_row(row: Mapping[str, Any], facts: Facts) -> Any:
         value = row[facts["inputs"][0]]
         return to_tensor(as_image(value, folder), facts["image_size"], facts["image_mean"], facts["image_std"])
     if facts["kind"] == "text":
-        return str(row[facts["inputs"][0]])
-    values = _vector([row[name] for name in facts["inputs"]])
+        (column,) = facts["inputs"]
+        if row[column] is None:
+            raise _no_value(column, None)
+        return str(row[column])
+    values = torch.from_numpy(np.concatenate([_known(name, row[name]) for name in facts["inputs"]]))
     if len(values) != len(facts["mean"]):
         raise UsageError(f"A row has {len(values)} numbers as inputs in place of the {len(facts['mean'])} of training.")
     return (values - torch.tensor(facts["mean"])) / torch.tensor(facts["std"])
 
 
-def _vector(values: Sequence[Any]) -> Tensor:
-    flat: list[float] = []
-    for value in values:
-        try:
-            part = np.asarray(math.nan if value is None else value, dtype=np.float32).reshape(-1)
-        except (TypeError, ValueError):
-            raise UsageError(f"An input must be a number or a list of numbers, got {value!r}.") from None
-        flat += part.tolist()
-    return torch.tensor(flat)
+def _no_value(column: str, value: Any) -> UsageError:
+    got = "no value" if value is None else repr(value)
+    return UsageError(f"The column {column!r} is an input and has {got} in a row: leave such rows out, or fill them.")
+
+
+def _known(column: str, value: Any) -> np.ndarray:
+    """Return the numbers of a value that is an input."""
+    numbers = _numbers(column, value)
+    if not np.isfinite(numbers).all():
+        raise _no_value(column, value)
+    return numbers
+
+
+def _numbers(column: str, value: Any) -> np.ndarray:
+    """Return the numbers of a value as one dimension of float32; a missing one is NaN."""
+    try:
+        return np.asarray(math.nan if value is None else value, dtype=np.float32).reshape(-1)
+    except (TypeError, ValueError):
+        raise UsageError(f"The column {column!r} must have numbers or lists of numbers, got {value!r}.") from None
 
 
 class _Labels:
@@ -106,10 +121,10 @@ class _Labels:
                 )
             return torch.tensor(self.numbers[task][str(value)])
         if kind in ("regression", "binary"):
-            outputs = self.tasks[task].get("outputs", 1)
-            label = _vector([math.nan] * outputs if missing else [value])
+            outputs, column = self.tasks[task].get("outputs", 1), self.tasks[task]["column"]
+            label = torch.from_numpy(_numbers(column, [math.nan] * outputs if missing else value))
             if len(label) != outputs:
-                raise UsageError(f"The column {self.tasks[task]['column']!r} has {len(label)} numbers, not {outputs}.")
+                raise UsageError(f"The column {column!r} has {len(label)} numbers, not {outputs}.")
             return label
         assert self.size is not None
         label = to_map(value, self.size, {"segmentation": 0, "depth": 1, "normals": 3}[kind], self.folder)
@@ -151,9 +166,9 @@ def load_columns(name: str, options: LoaderOptions) -> Splits:
     labels = _Labels(facts["tasks"], size, options.path)
     if options.augment and (facts["kind"] != "image" or any(about.maps for about in tasks_of(facts).values())):
         raise UsageError(f"aug must be off for {name} with inputs of {facts['kind']} or with maps: it mirrors images.")
-    whole = facts if size is None else {**facts, "image_size": size}
+    whole = {**facts, "folder": str(options.path)} | ({} if size is None else {"image_size": size})
     if facts["kind"] == "vector":
-        return _in_memory(parts, whole, labels, options)
+        return _in_memory(parts, facts, labels, options)
     sets = {split: _Columns(rows, whole, labels, options.augment and split == "train") for split, rows in parts.items()}
     return options.splits(sets["train"], sets["test"], sets.get("val"), image_size=size, **facts)
 
@@ -163,7 +178,11 @@ def _in_memory(parts: Mapping[str, Rows], facts: Facts, labels: _Labels, options
     for split, rows in parts.items():
         names = {*facts["inputs"], *(about["column"] for about in facts["tasks"].values())}
         columns = {name: rows.column(name) for name in names}
-        count = min(len(rows), options.n_train or len(rows)) if split == "train" else len(rows)
+        count = len(rows)
+        if split == "train" and options.n_train is not None:
+            if options.n_train > count:
+                raise UsageError(f"train_size must be at most the {count} rows there are, got {options.n_train}.")
+            count = options.n_train
         every = [{name: values[index] for name, values in columns.items()} for index in range(count)]
         inputs = torch.stack([read_row(row, facts) for row in every])
         own = [labels(row) for row in every]
@@ -192,10 +211,9 @@ def _facts(rows: Rows, options: LoaderOptions) -> Facts:
         own = (height, width) if max(height, width) <= _LARGEST else ImageInput().size
         usual = wanted or ImageInput(size=own)
         facts |= {"image_size": list(usual.size), "image_mean": list(usual.mean), "image_std": list(usual.std)}
-        facts["folder"] = str(options.path.resolve()) if options.path is not None else None
     elif kind == "vector":
-        table = torch.stack([_vector(row) for row in zip(*(rows.column(name) for name in options.inputs), strict=True)])
-        spread, mean = torch.nan_to_num(_spread(table)), table.nanmean(0)
+        table = _table(rows, options.inputs)
+        spread, mean = table.std(0, correction=0), table.mean(0)
         facts |= {"mean": mean.tolist(), "std": torch.where(spread > 0, spread, 1).tolist(), "width": table.shape[1]}
     facts["tasks"] = {
         str(task): _described(str(task), about, rows, first, there) for task, about in options.tasks.items()
@@ -203,10 +221,18 @@ def _facts(rows: Rows, options: LoaderOptions) -> Facts:
     return facts
 
 
-def _spread(table: Tensor) -> Tensor:
-    known = ~table.isnan()
-    centred = torch.where(known, table - table.nanmean(0), 0)
-    return (centred.square().sum(0) / known.sum(0)).sqrt()
+def _table(rows: Rows, names: Sequence[str]) -> Tensor:
+    """Return the numbers of columns.
+
+    Raises:
+        UsageError: One is missing or is no number, or a row has more of them than another.
+    """
+    columns = [[_known(name, value) for value in rows.column(name)] for name in names]
+    found = [np.concatenate(row) for row in zip(*columns, strict=True)]
+    widths = sorted({len(row) for row in found})
+    if len(widths) > 1:
+        raise UsageError(f"Every row must have as many numbers as inputs, got {' and '.join(map(str, widths[:2]))}.")
+    return torch.from_numpy(np.stack(found))
 
 
 def _input_kind(value: Any, folder: Path | None) -> str:
@@ -218,12 +244,11 @@ def _input_kind(value: Any, folder: Path | None) -> str:
 def _described(task: str, about: Any, rows: Rows, first: Mapping[str, Any], there: Sequence[str]) -> dict[str, Any]:
     """Return kind, column, and outputs or labels of a task."""
     given = dict(about) if isinstance(about, Mapping) else {"kind": about}
-    unknown = given.keys() - {"kind", "column", "labels", "outputs"}
+    unknown = sorted(given.keys() - {"kind", "column", "labels", "outputs"})
     if unknown:
-        raise UsageError(
-            f"The task {task} has {sorted(unknown)[0]!r}: only kind, column, labels and outputs are known."
-        )
+        raise UsageError(f"The task {task} has {unknown[0]!r}: only kind, column, labels and outputs are known.")
     kind = resolve_name(str(given.get("kind")), {name: name for name in KINDS}, f"kind of the task {task}")
+    _check_settings(task, kind, given)
     column = resolve_name(str(given.get("column", task)), {name: name for name in there}, f"column of the task {task}")
     told: dict[str, Any] = {"kind": kind, "column": column}
     if kind == "classes":
@@ -236,13 +261,33 @@ def _described(task: str, about: Any, rows: Rows, first: Mapping[str, Any], ther
             raise UsageError(f"The column {column!r} of the task {task} has {len(labels)} classes: two are the least.")
         told["labels"] = [str(label) for label in labels]
     elif kind == "segmentation":
-        if "labels" not in given and "outputs" not in given:
-            raise UsageError(f"The task {task} needs its number of classes: {{kind: segmentation, outputs: 13}}.")
         told |= {key: given[key] for key in ("labels", "outputs") if key in given}
     elif kind == "regression":
         value = next((value for value in rows.column(column) if value is not None), first[column])
-        told["outputs"] = len(_vector([value]))
+        told["outputs"] = len(_numbers(column, value))
     return told
+
+
+# What else than the column may be said of a task.
+_SETTINGS = {"classes": ("labels",), "segmentation": ("labels", "outputs")}
+
+
+def _check_settings(task: str, kind: str, given: Mapping[str, Any]) -> None:
+    for name in ("labels", "outputs"):
+        if name in given and name not in _SETTINGS.get(kind, ()):
+            others = " or ".join(other for other, names in _SETTINGS.items() if name in names)
+            raise UsageError(f"The task {task} is {kind} and has {name!r}, which is for {others}: leave it out.")
+    labels, outputs = given.get("labels"), given.get("outputs")
+    if labels is not None and (isinstance(labels, str) or not isinstance(labels, Sequence)):
+        raise UsageError(f"labels of the task {task} must be a list of names, got {labels!r}.")
+    if kind != "segmentation":
+        return
+    if labels is None and outputs is None:
+        raise UsageError(f"The task {task} needs its number of classes: {{kind: segmentation, outputs: 13}}.")
+    if outputs is not None and (not isinstance(outputs, int) or outputs < 2):
+        raise UsageError(f"outputs of the task {task} must be a number of classes from 2 on, got {outputs!r}.")
+    if labels is not None and outputs is not None and len(labels) != outputs:
+        raise UsageError(f"The task {task} has {len(labels)} labels, but outputs is {outputs}.")
 
 
 def _info(name: str, description: str) -> DatasetInfo:

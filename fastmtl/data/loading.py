@@ -29,7 +29,6 @@ class Parts:
         info: The data set.
         encoder: The encoder's name and what is known of it.
         encoder_class: Creates a new encoder at each call.
-        task_dict: LibMTL's ``task_dict``.
         tasks: The tasks.
         make_heads: Task name to the function that creates its decoder from the channels and the number of outputs.
         facts: What is known of the data.
@@ -38,7 +37,6 @@ class Parts:
     info: DatasetInfo
     encoder: Found[EncoderInfo]
     encoder_class: Callable[[], nn.Module]
-    task_dict: dict[str, dict[str, Any]]
     tasks: dict[str, TaskInfo]
     make_heads: dict[str, Callable[[int, int], nn.Module]]
     facts: Facts
@@ -55,8 +53,6 @@ def parts_of(
     facts: Facts,
     *,
     pretrained: bool = False,
-    loss: Mapping[str, Any] | None = None,
-    metric: Mapping[str, Any] | None = None,
 ) -> Parts:
     """Return what a network on a data set is made of.
 
@@ -65,11 +61,9 @@ def parts_of(
         encoder: The encoder, as of `find_encoder`.
         facts: What is known of the data, ``image_size`` among it.
         pretrained: Start from the encoder's weights.
-        loss: Losses of tasks by name, see `with_named`.
-        metric: Metrics of tasks by name.
 
     Raises:
-        UsageError: The encoder has no weights, or there is no such loss or metric.
+        UsageError: The encoder has no weights.
     """
     if pretrained and not encoder.value.has_weights:
         raise UsageError(f"pretrained must be off for the encoder {encoder.name}: it has no pretrained weights.")
@@ -83,7 +77,6 @@ def parts_of(
         info=info,
         encoder=encoder,
         encoder_class=partial(encoder.value.build, **options) if options else encoder.value.build,
-        task_dict=with_named({name: dict(task.task()) for name, task in tasks.items()}, loss or {}, metric or {}),
         tasks=tasks,
         make_heads={
             name: partial(task.make_head, size=tuple(size)) if task.maps and size else task.make_head
@@ -174,14 +167,16 @@ def load(
     )
     splits = info.load_splits(options)
     size = {} if splits.image_size is None else {"image_size": list(splits.image_size)}
-    parts = parts_of(info, chosen, {**splits.facts, **size}, pretrained=pretrained, loss=loss, metric=metric)
+    parts = parts_of(info, chosen, {**splits.facts, **size}, pretrained=pretrained)
     return DataBundle(
         name=info.name,
         description=info.description,
         source=info.source if folder is None else str(folder),
         licence=info.licence if folder is None else "as of the folder's data",
         multi_input=info.multi_input,
-        task_dict=parts.task_dict,
+        task_dict=with_named(
+            {task: dict(about.task()) for task, about in parts.tasks.items()}, loss or {}, metric or {}
+        ),
         train=splits.train,
         val=splits.val,
         test=splits.test,
@@ -202,5 +197,7 @@ def _default_workers(info: DatasetInfo, pin_memory: bool) -> int:
     # Without a GPU the step keeps all cores busy; with one, the main process needs a core.
     if info.in_memory or not pin_memory:
         return 0
-    loaders = len(info.outputs) if info.multi_input else 1
+    given = info.tasks if isinstance(info.tasks, Mapping) else info.outputs
+    # Tasks that are made of facts are not known before the data are loaded.
+    loaders = max(len(given), 1) if info.multi_input else 1
     return min(4, ((os.cpu_count() or 1) - 1) // loaders)

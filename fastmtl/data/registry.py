@@ -168,7 +168,8 @@ class DatasetInfo:
         make_head: Creates a decoder from the encoder's channels and the number of outputs, and from ``size`` if the
             splits have an ``image_size``.
         read_row: Makes the inputs of one example from a row of columns by name and the facts of `Splits`, as for
-            `fastmtl predict`; an image file is the column ``image``, a PIL image. Facts include ``image_size``.
+            `fastmtl predict`; an image file is the column ``image``, a PIL image. Facts include ``image_size``, and
+            ``folder``, where relative paths in the row begin.
         needs_path: The data must be given as a folder.
         has_columns: Its tasks are told by the user, as columns.
         batch_size, test_batch_size: Default rows of a batch of training, and of validation and test.
@@ -312,7 +313,7 @@ def describe_all() -> list[dict[str, str]]:
         {
             "name": info.name,
             "description": info.description,
-            "tasks": ", ".join(f"{task} ({units})" for task, units in info.outputs.items()) or "columns, as you say",
+            "tasks": ", ".join(f"{task} ({units})" for task, units in _outputs_of(info).items()) or _untold(info),
             "inputs": "one per task" if info.multi_input else "shared",
             "rows": ", ".join(f"{count:,} {split}" for split, count in info.rows.items()) or "as of the folder",
             "encoders": ", ".join(info.encoders) or "any that fits",
@@ -321,3 +322,14 @@ def describe_all() -> list[dict[str, str]]:
         }
         for info in DATASETS.values()
     ]
+
+
+def _outputs_of(info: DatasetInfo) -> dict[str, int]:
+    """Return the outputs of the tasks as far as they are known without the data."""
+    if isinstance(info.tasks, Mapping):
+        return {task: about.outputs for task, about in info.tasks.items()}
+    return info.outputs
+
+
+def _untold(info: DatasetInfo) -> str:
+    return "columns, as you say" if info.has_columns else "as of the data"

@@ -225,6 +225,12 @@ def _files(folder: Path, suffix: str) -> dict[str, list[Path]]:
         if not files:
             raise UsageError(f"{folder} has no {suffix} files: train{suffix} and test{suffix}, or train/ and test/.")
         found = {"train": files}
+        print(f"{folder}: no file is named after a split, so that all {len(files)} are training data")
+    unread = sorted(set(folder.glob(f"*{suffix}")).difference(*found.values()))
+    if unread:
+        more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
+        first = ", ".join(file.name for file in unread[:3])
+        print(f"{folder}: not read, as not named after a split: {first}{more}")
     if "train" not in found:
         raise UsageError(f"{folder} has no {suffix} files to train on, only {', '.join(found)}.")
     return found

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from fastmtl.data.registry import find_dataset
 from fastmtl.deploy.facts import ModelFacts
 from fastmtl.support.named import short_name
+from fastmtl.trainer.checkpoint.files import read_checkpoint
 from fastmtl.trainer.log.jsonl import read_jsonl
 from fastmtl.trainer.run.config import TrainConfig, read_config
 from fastmtl.trainer.run.directory import RunDirectory
@@ -19,26 +22,32 @@ __all__ = ["card_of"]
 _SPLITS = ("train", "val", "test")
 
 
-def card_of(run: RunDirectory) -> str:
-    """Return the card of a finished run: data, tasks, metrics of the best epoch, how it was trained and how to load it.
+def card_of(run: RunDirectory, weights: Path | None = None) -> str:
+    """Return the card of a run's model: data, tasks, metrics of its epoch, how it was trained and how to load it.
+
+    Args:
+        run: The run.
+        weights: The file of the weights, ``best.pt`` if not given. Nothing is said of metrics and training where they
+            are another run's.
 
     Raises:
         FastmtlError: The run lacks a file.
     """
-    config, facts = read_config(run.config).resolved(), ModelFacts.read(run.facts)
+    config, facts = read_config(run.config), ModelFacts.read(run.facts)
     rows = read_jsonl(run.metrics)
     begun = next((row for row in reversed(rows) if row["event"] == "run"), {})
-    ended = next((row for row in reversed(rows) if row["event"] == "end"), {})
     info = find_dataset(config.dataset).value
     title = f"{short_name(config.arch)} with {short_name(config.weighting)} on {info.name}"
-    epoch = ended.get("best_epoch", 0)
+    which = _which(run, weights)
+    epoch = _epoch_of(run, rows, which)
     scores = {row["mode"]: row for row in rows if row["event"] == "epoch" and row["epoch"] == epoch}
     front = {
         "library_name": "fastmtl",
         "tags": ["multi-task-learning", short_name(config.arch), short_name(config.weighting)],
         "model-index": [{"name": title, "results": _results(info.name, facts, scores.get("test", {}))}],
     }
-    folder = "" if config.dataset_path is None else f" Its folder: `{config.dataset_path}`."
+    made = _made(begun) if which else "or another program: its weights are not those of the run beside them"
+    folder = "" if config.dataset_path is None else " --dataset-path FOLDER"
     lines = [
         "---",
         yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip(),
@@ -46,11 +55,11 @@ def card_of(run: RunDirectory) -> str:
         "",
         f"# {title}",
         "",
-        f"A network for {len(facts.tasks)} tasks, trained by fastmtl {_made(begun)}.",
+        f"A network for {len(facts.tasks)} tasks, trained by fastmtl {made}.",
         "",
         "## Data",
         "",
-        f"`{config.dataset}`. {info.description}{folder} Source: {info.source or 'not said'}. "
+        f"`{config.dataset}`. {info.description} Source: {info.source or 'not said'}. "
         f"Licence: {info.licence or 'not said'}.",
         "",
         "## Tasks",
@@ -62,16 +71,8 @@ def card_of(run: RunDirectory) -> str:
             for name, about in facts.tasks.items()
         ),
         "",
-        f"## Metrics after epoch {epoch}, the best one",
-        "",
-        *_table(begun, scores),
-        "",
-        "## Training",
-        "",
-        *_training(config),
-        "",
-        "The whole configuration is in `config.yaml`, which repeats the run: `fastmtl train --config config.yaml`.",
-        "",
+        *(_told_metrics(which, epoch, begun, scores) if which else []),
+        *(_told_training(config, folder) if which else []),
         "## How to load it",
         "",
         "```python",
@@ -84,6 +85,48 @@ def card_of(run: RunDirectory) -> str:
         "Or from the command line: `fastmtl predict FOLDER INPUTS`, `fastmtl export FOLDER --format onnx`.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _which(run: RunDirectory, weights: Path | None) -> str | None:
+    """Return ``"best"`` or ``"last"``; None for weights that are none of the run's."""
+    if weights is None:
+        return "best"
+    named = {run.best.resolve(): "best", run.last.resolve(): "last"}
+    return named.get(weights.resolve())
+
+
+def _epoch_of(run: RunDirectory, rows: Sequence[Mapping[str, Any]], which: str | None) -> int | None:
+    """Return the epoch after which a run had these weights, where that is known."""
+    ended = next((row for row in reversed(rows) if row["event"] == "end"), None)
+    if which == "best" and ended is not None:
+        return None if ended["best_epoch"] is None else int(ended["best_epoch"])
+    if which is None or not run.last.exists():
+        return None
+    state: Any = read_checkpoint(run.last, torch.device("cpu"))
+    if which == "best":
+        return int(state["best_result"]["epoch"])
+    # In the middle of an epoch the weights are those of no epoch that was evaluated.
+    return None if state["batch"] else int(state["epoch"]) - 1
+
+
+def _told_metrics(
+    which: str, epoch: int | None, begun: Mapping[str, Any], scores: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
+    if epoch is None:
+        return ["## Metrics", "", "These weights were not evaluated.", ""]
+    return [f"## Metrics after epoch {epoch}, the {which} one", "", *_table(begun, scores), ""]
+
+
+def _told_training(config: TrainConfig, folder: str) -> list[str]:
+    repeated = f"`fastmtl train --config config.yaml{folder}`"
+    return [
+        "## Training",
+        "",
+        *_training(config),
+        "",
+        f"The whole configuration is in `config.yaml`, which repeats the run: {repeated}.",
+        "",
+    ]
 
 
 def _made(begun: Mapping[str, Any]) -> str:

@@ -5,22 +5,23 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-import shutil
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastmtl.deploy.card import card_of
 from fastmtl.deploy.facts import example_of
 from fastmtl.deploy.model import WEIGHTS, RunModel
 from fastmtl.engine.trees import leaves
 from fastmtl.errors import FastmtlError, UsageError
 from fastmtl.support.extras import need
 from fastmtl.support.names import resolve_name
-from fastmtl.trainer.run.directory import RunDirectory
+from fastmtl.trainer.run.directory import RunDirectory, write_atomically
 
 __all__ = ["FORMATS", "PARTS", "TOLERANCE", "export"]
 
@@ -251,16 +252,24 @@ def _write_weights(model: RunModel, out: Path) -> dict[str, float]:
     from safetensors.torch import load_file, save_file
 
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.network.state_dict().items()}
-    path = out / WEIGHTS
+    path, target = out / WEIGHTS, RunDirectory(out)
+    held = next((file for file in (target.last, target.best, target.metrics) if file.exists()), None)
+    if held is not None:
+        raise UsageError(f"{out} holds a run ({held.name}), whose files the exported ones would replace: name another.")
     save_file(state, path, metadata={"format": "pt"})
     read = load_file(path)
     worst = max(
         (float((read[name] - tensor).abs().max()) for name, tensor in state.items() if tensor.numel()), default=0
     )
-    source, target = RunDirectory(model.weights.parent), RunDirectory(out)
-    for file, beside in ((source.config, target.config), (source.facts, target.facts), (source.card, target.card)):
-        if file.exists() and file.resolve() != beside.resolve():
-            shutil.copyfile(file, beside)
+    write_atomically(target.config, replace(model.config, dataset_path=None).as_yaml())
+    model.facts.write(target.facts)
+    if model.weights == model.run.path / WEIGHTS:
+        # An exported folder has the card of its weights.
+        card = model.run.card.read_text(encoding="utf-8") if model.run.card.exists() else None
+    else:
+        card = card_of(model.run, model.weights)
+    if card is not None:
+        write_atomically(target.card, card)
     return {WEIGHTS: worst}
 
 

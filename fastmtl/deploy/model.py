@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from fastmtl.trainer.run.directory import RunDirectory
 from fastmtl.trainer.setup.checks import find_device
 from fastmtl.trainer.setup.lazy import settle_shapes
 from fastmtl.trainer.setup.loaders import to_device
+from fastmtl.weighting import WEIGHTINGS
 
 __all__ = ["WEIGHTS", "RunModel", "load"]
 
@@ -38,16 +39,24 @@ class RunModel(nn.Module):
         tasks: Task name to what its predictions are.
         config: The configuration of the run.
         facts: What is known of inputs and data.
+        run: The run directory, or the exported folder.
         weights: The file that the weights are from.
     """
 
     def __init__(
-        self, network: AbsArchitecture, parts: Parts, config: TrainConfig, facts: ModelFacts, weights: Path
+        self,
+        network: AbsArchitecture,
+        parts: Parts,
+        config: TrainConfig,
+        facts: ModelFacts,
+        run: RunDirectory,
+        weights: Path,
     ) -> None:
         super().__init__()
         self.network = network
         self.config = config
         self.facts = facts
+        self.run = run
         self.weights = weights
         self._parts = parts
         self.eval()
@@ -78,11 +87,12 @@ class RunModel(nn.Module):
         predictions = self.network(inputs)
         return {task: predictions[task] for task in (tasks or self.tasks)}
 
-    def read(self, rows: Sequence[Mapping[str, Any]]) -> Any:
+    def read(self, rows: Sequence[Mapping[str, Any]], folder: str | Path = ".") -> Any:
         """Return a batch of inputs, on the model's device.
 
         Args:
             rows: A row of columns for each example; an image is the column ``image``, a PIL image.
+            folder: Where relative paths in the rows begin.
 
         Raises:
             UsageError: The data set does not say how rows are read, or a row cannot be.
@@ -93,18 +103,24 @@ class RunModel(nn.Module):
                 f"The data set {info.name} does not say how new examples are read: give its DatasetInfo a read_row, "
                 f"or call the model with tensors."
             )
-        inputs = [read(row, self.facts.data) for row in rows]
+        facts = {**self.facts.data, "folder": str(folder)}
+        inputs = [read(row, facts) for row in rows]
         device = next(self.parameters()).device
         return to_device(join_inputs(inputs, self._parts.encoder.value.tokenize), device)
 
-    def predict(self, rows: Sequence[Mapping[str, Any]], tasks: Sequence[str] | None = None) -> dict[str, Any]:
+    def predict(
+        self, rows: Sequence[Mapping[str, Any]], tasks: Sequence[str] | None = None, folder: str | Path = "."
+    ) -> dict[str, Any]:
         """Return the predictions for rows of columns, see :meth:`read`, without gradients."""
         with torch.inference_mode():
-            return self(self.read(rows), tasks)
+            return self(self.read(rows, folder), tasks)
 
 
 def load(run: str | Path, *, checkpoint: str = "best", device: str | torch.device = "cpu") -> RunModel:
     """Return the model of a run; the data it was trained on are not needed.
+
+    The code that the run's configuration names as its data set, architecture and encoder is imported and called: load
+    only runs that you trust. Its losses, metrics, strategy and loggers are not.
 
     Args:
         run: A run directory, or a folder that ``fastmtl export --format safetensors`` wrote.
@@ -121,7 +137,8 @@ def load(run: str | Path, *, checkpoint: str = "best", device: str | torch.devic
         predictions = model(images)["left"].argmax(1)
     """
     folder = RunDirectory.open(run)
-    config, facts = read_config(folder.config).resolved(), ModelFacts.read(folder.facts)
+    # Losses, metrics, strategy and loggers may be code of others too, and a network needs none of them.
+    config, facts = read_config(folder.config).for_network(), ModelFacts.read(folder.facts)
     weights, state = _weights(folder, checkpoint)
     kind = find_architecture(config.arch).value
     info = find_dataset(config.dataset).value
@@ -132,7 +149,7 @@ def load(run: str | Path, *, checkpoint: str = "best", device: str | torch.devic
         fitting=info.encoders,
         of=info.name,
     )
-    parts = parts_of(info, encoder, facts.data, loss=config.loss, metric=config.metric)
+    parts = parts_of(info, encoder, facts.data)
     if list(parts.tasks) != list(facts.tasks):
         raise CheckpointError(
             f"{folder.path} was trained on the tasks {', '.join(facts.tasks)}, but {info.name} has "
@@ -150,8 +167,8 @@ def load(run: str | Path, *, checkpoint: str = "best", device: str | torch.devic
     )
     if facts.inputs is not None:
         settle_shapes(network, lambda: _examples(facts, info.multi_input))
-    _load_state(network, state, weights)
-    return RunModel(network.to(place), parts, config, facts, weights)
+    _load_state(network, state, weights, config.weighting)
+    return RunModel(network.to(place), parts, config, facts, folder, weights)
 
 
 def _examples(facts: ModelFacts, multi_input: bool) -> Any:
@@ -173,13 +190,24 @@ def _weights(folder: RunDirectory, checkpoint: str) -> tuple[Path, Mapping[str, 
     return path, model_state(content, path)
 
 
-def _load_state(network: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    """Load the network's part of a state; the rest is the strategy's and the losses'."""
+def _load_state(network: nn.Module, state: Mapping[str, Tensor], path: Path, weighting: str) -> None:
+    """Load the network's part of a state; the rest must be the strategy's and the losses'."""
     mine = network.state_dict()
-    ours = {name: value for name, value in state.items() if name in mine}
+    ours = {name: value for name, value in state.items() if name in mine or not _of_training(name, mine, weighting)}
     # A layer that has no shape yet takes any.
     told = differences({name: ours.get(name, value) if is_lazy(value) else value for name, value in mine.items()}, ours)
     if told:
         more = f" and {len(told) - 2} more differences" if len(told) > 2 else ""
         raise CheckpointError(f"The checkpoint {path} is of another model: {'; '.join(told[:2])}{more}.")
     network.load_state_dict(ours)
+
+
+def _of_training(name: str, network: Iterable[str], weighting: str) -> bool:
+    """Return whether a tensor that is not in the network may be a loss's or the strategy's."""
+    top, _, below = name.partition(".")
+    if any(top == mine.partition(".")[0] for mine in network):
+        return False
+    if below:
+        # The package's own strategies have no modules.
+        return top.rstrip("_") == "loss_fn" or weighting not in WEIGHTINGS
+    return True

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastmtl.data.images import as_image
 from fastmtl.deploy.facts import TaskFacts
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ def draw(path: Path, image: Any, maps: Mapping[str, np.ndarray], tasks: Mapping[
 def _shown(image: Any) -> np.ndarray:
     if isinstance(image, np.ndarray):
         return image if image.dtype == np.uint8 else np.clip(image, 0, 1)
-    return np.asarray(as_image(image).convert("RGB"))
+    return np.asarray(image.convert("RGB"))
 
 
 def _draw_map(axis: Axes, values: np.ndarray, about: TaskFacts) -> None:

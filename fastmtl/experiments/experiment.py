@@ -17,6 +17,7 @@ from fastmtl.experiments.reading import Run, check_alike, find_runs, read_run
 from fastmtl.experiments.runner import Pool, Watcher, work_off
 from fastmtl.experiments.statistics import Selection
 from fastmtl.experiments.tuning import Choice, choose
+from fastmtl.support.named import short_name
 from fastmtl.trainer.run.directory import write_atomically
 
 __all__ = ["Experiment", "Missing", "Tuning", "check_data", "load_experiment", "run_experiment"]
@@ -224,7 +225,8 @@ def _add(experiment: Experiment, folder: Path, manifest: Mapping[str, Any]) -> N
         if half is not None:
             experiment.missing.remove(half)
         reason = _reason(folder, cell, tuning) or (half.reason if half is not None else "not run yet")
-        about = {name: cell[name] for name in ("name", "arch", "weighting", "args", "seed")}
+        about = {name: cell[name] for name in ("name", "args", "seed")}
+        about |= {name: short_name(cell[name]) for name in ("arch", "weighting")}
         experiment.missing.append(Missing(**about, reason=reason))
 
 

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -35,8 +36,8 @@ class Method:
     """An architecture and a strategy, with the hyper-parameters that were given for this method alone.
 
     Attributes:
-        arch: Name of the architecture.
-        weighting: Name of the strategy.
+        arch: Name of the architecture; ``place:name`` of a class that is not one of `fastmtl.architecture`.
+        weighting: Name of the strategy, likewise.
         args: Hyper-parameters by name.
         arch_class: The class, where it is not one of `fastmtl.architecture`.
         weighting_class: The class, where it is not one of `fastmtl.weighting`.
@@ -50,10 +51,10 @@ class Method:
 
     @property
     def name(self) -> str:
-        """Architecture, strategy and hyper-parameters, as the name of a folder."""
+        """Architecture, strategy and hyper-parameters, as the name of a folder; no two methods have the same."""
         parts = [
-            short_name(self.arch),
-            short_name(self.weighting),
+            _folder_name(self.arch),
+            _folder_name(self.weighting),
             *(f"{name}={value}" for name, value in self.args.items()),
         ]
         return _slug("-".join(parts))
@@ -91,8 +92,21 @@ def _taken(entry: Any, known: Mapping[str, type], find: Callable[[str], Found[An
         entry = entry.get("name")
     if isinstance(entry, type):
         built_in = known.get(entry.__name__) is entry
-        return entry.__name__, None if built_in else entry, args
+        return (entry.__name__, None, args) if built_in else (_spec_of(entry), entry, args)
     return find(entry).name, None, args
+
+
+def _spec_of(kind: type) -> str:
+    """Return ``module:name`` of a class, or ``file.py:name`` where the module is the running script."""
+    main = sys.modules.get(kind.__module__) if kind.__module__ == "__main__" else None
+    file = getattr(main, "__file__", None)
+    return f"{kind.__module__ if file is None else Path(file).resolve()}:{kind.__name__}"
+
+
+def _folder_name(name: str) -> str:
+    """Return the short name; with a few digits that tell it from the same name of another module or file."""
+    short = short_name(name)
+    return short if short == name else f"{short}.{hashlib.sha256(name.encode()).hexdigest()[:6]}"
 
 
 def _slug(text: str) -> str:
@@ -157,7 +171,8 @@ class Grid:
         names = [method.name for method in self.methods]
         for method in self.methods:
             if names.count(method.name) > 1:
-                raise UsageError(f"{method.arch} with {method.weighting} is in the grid twice with the same settings.")
+                arch, weighting = short_name(method.arch), short_name(method.weighting)
+                raise UsageError(f"{arch} with {weighting} is in the grid twice with the same settings.")
         owned = {name for method in self.methods for specs in method.hyper() for name in specs}
         own = any(method.arch_class or method.weighting_class for method in self.methods)
         for name in self.hyper:
@@ -222,7 +237,9 @@ class Grid:
             return config.with_hyper(args)
         for name in args:
             if of_arch and of_weighting and name not in of_arch and name not in of_weighting:
-                raise UsageError(f"{name} is no hyper-parameter of {method.weighting} or {method.arch}.")
+                raise UsageError(
+                    f"{name} is no hyper-parameter of {short_name(method.weighting)} or {short_name(method.arch)}."
+                )
         return replace(
             config,
             arch_args={name: value for name, value in args.items() if name in of_arch},

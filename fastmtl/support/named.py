@@ -25,7 +25,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from fastmtl.errors import FastmtlError, UsageError
 from fastmtl.support.names import known_name, resolve_name
 
-__all__ = ["Found", "Kind", "is_spec", "line_in_own_code", "place_of", "short_name"]
+__all__ = ["Found", "Kind", "is_spec", "line_in_own_code", "place_of", "short_name", "whole_spec"]
 
 T = TypeVar("T")
 
@@ -108,6 +108,16 @@ def short_name(name: str) -> str:
     return name.rpartition(":")[2]
 
 
+def whole_spec(name: str) -> str:
+    """Return a name with the absolute path of the file or folder that is in it, any other name as it is."""
+    place, colon, rest = name.rpartition(":")
+    if place == "hf":
+        # A model of transformers, in a folder or on the hub.
+        folder = Path(rest).expanduser()
+        return f"hf:{folder.resolve()}" if rest.startswith((".", "/", "~")) or folder.is_dir() else name
+    return f"{Path(place).expanduser().resolve()}:{rest}" if colon and _is_file(place) else name
+
+
 def place_of(value: object, name: str = "") -> str:
     """Return ``file:line`` of a class or function, or the part of ``name`` before the colon."""
     owner: Any = value if isinstance(value, type) or inspect.isroutine(value) else type(value)
@@ -151,8 +161,7 @@ def _from_spec(spec: str, what: str) -> Found[Any]:
     place, _, name = spec.rpartition(":")
     if not place or not name.replace(".", "").isidentifier():
         raise UsageError(f"{what} {spec!r} must be MODULE:NAME or FILE.py:NAME.")
-    is_file = place.endswith(".py") or "/" in place or os.sep in place
-    if is_file:
+    if _is_file(place):
         path = Path(place).expanduser().resolve()
         if not path.is_file():
             raise UsageError(f"{what} {spec!r}: there is no file {place}.")
@@ -170,6 +179,10 @@ def _from_spec(spec: str, what: str) -> Found[Any]:
             raise UsageError(_no_such(module, part, what))
         value = getattr(value, part)
     return Found(f"{place}:{name}", value)
+
+
+def _is_file(place: str) -> bool:
+    return place.endswith(".py") or "/" in place or os.sep in place
 
 
 def _module_of_file(path: Path) -> ModuleType:

@@ -3,34 +3,21 @@
 from __future__ import annotations
 
 import json
-import shutil
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
 
 import fastmtl
 from fastmtl.cli import main
 from fastmtl.data import load as load_data
 from fastmtl.deploy import export as exporting
-from fastmtl.deploy.facts import TaskFacts
-from fastmtl.deploy.predict import said_of
-from fastmtl.errors import CheckpointError, FastmtlError, UsageError
+from fastmtl.errors import FastmtlError, UsageError
 
 QUIET = ["--no-plot", "--no-tensorboard", "--device", "cpu"]
-SMALL = ["--encoder", "conv", "--train-size", "64", "--batch-size", "16", "--limit-batches", "3", *QUIET]
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    assert main(["train", "--weighting", "uw", *SMALL, "--run-dir", str(folder)]) == 0
-    return folder
 
 
 def test_a_loaded_model_scores_what_the_run_did(run: Path) -> None:
@@ -49,22 +36,6 @@ def test_a_loaded_model_scores_what_the_run_did(run: Path) -> None:
     assert (right / rows).tolist() == pytest.approx(wanted)
     with torch.no_grad():
         torch.testing.assert_close(model(images, ["right"])["right"], predictions["right"])
-
-
-def test_best_and_last_and_what_is_missing(run: Path, tmp_path: Path) -> None:
-    best, last = fastmtl.load(run), fastmtl.load(run, checkpoint="last")
-    # One epoch: they are the same.
-    for one, other in zip(best.parameters(), last.parameters(), strict=True):
-        assert torch.equal(one, other)
-    with pytest.raises(UsageError, match="There is no run directory"):
-        fastmtl.load(tmp_path / "nothing")
-    with pytest.raises(CheckpointError, match="There is no checkpoint"):
-        fastmtl.load(run, checkpoint="other.pt")
-    copied = tmp_path / "run"
-    shutil.copytree(run, copied)
-    (copied / "model.json").unlink()
-    with pytest.raises(CheckpointError, match=r"model\.json, which `fastmtl train` writes"):
-        fastmtl.load(copied)
 
 
 def test_pt2_with_another_batch_size(run: Path, tmp_path: Path) -> None:
@@ -104,13 +75,38 @@ def test_safetensors_load_without_the_run(run: Path, tmp_path: Path) -> None:
     assert all(torch.equal(one[task], other[task]) for task in one)
 
 
-@pytest.mark.slow
-def test_a_program_that_differs_is_refused(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = exporting._write_pt2
+def test_the_files_beside_exported_weights_are_theirs(run: Path, tmp_path: Path) -> None:
+    text = (run / "README.md").read_text()
+    assert "## Metrics after epoch 0, the best one" in text
+    longer, out = tmp_path / "longer", tmp_path / "out"
+    words = ["--encoder", "conv", "--train-size", "64", "--limit-batches", "2", "--run-dir", str(longer), *QUIET]
+    # Such a learning rate makes the first epoch the best.
+    assert main(["train", "--epochs", "2", "--lr", "10", *words]) == 0
+    exporting.export(fastmtl.load(longer, checkpoint="last"), out, format="safetensors")
+    card = (out / "README.md").read_text()
+    rows = [json.loads(line) for line in (longer / "metrics.jsonl").read_text().splitlines()]
+    scores = {row["epoch"]: row["metric"]["left"]["Acc"] for row in rows if row.get("mode") == "test"}
+    assert "## Metrics after epoch 1, the last one" in card
+    about = yaml.safe_load(card.split("---\n", 2)[1])
+    assert about["model-index"][0]["results"][0]["metrics"][0]["value"] == scores[1]
+    # Weights from elsewhere, into the folder of the others: nothing of these stays.
+    exporting.export(fastmtl.load(run, checkpoint=str(longer / "best.pt")), out, format="safetensors")
+    card = (out / "README.md").read_text()
+    assert "its weights are not those of the run" in card
+    assert "## Metrics" not in card
+    assert not yaml.safe_load(card.split("---\n", 2)[1])["model-index"][0]["results"]
+    assert yaml.safe_load((out / "config.yaml").read_text())["weighting"] == "UW"
+    again = tmp_path / "again"
+    exporting.export(fastmtl.load(out), again, format="safetensors")
+    assert (again / "README.md").read_text() == card
+    with pytest.raises(UsageError, match=r"holds a run \(last\.pt\)"):
+        exporting.export(fastmtl.load(run), longer, format="safetensors")
 
+
+def test_a_program_that_differs_is_refused(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(program: Any, inputs: Any, path: Path) -> Any:
-        call = write(program, inputs, path)
-        return lambda given: {task: pred + 1e-3 for task, pred in call(given).items()}
+        path.touch()
+        return lambda given: {task: pred + 1e-3 for task, pred in program(given).items()}
 
     monkeypatch.setattr(exporting, "_write_pt2", wrong)
     with pytest.raises(FastmtlError, match=r"model.pt2 differs from the model by 0\.001 with 1 rows"):
@@ -136,32 +132,6 @@ def test_mistakes_of_export_and_predict(run: Path, tmp_path: Path, capsys: pytes
         assert message in capsys.readouterr().err
 
 
-def test_predictions_for_a_folder_of_images(run: Path, tmp_path: Path) -> None:
-    bundle: Any = load_data("multimnist", n_train=64, encoder="conv")
-    pixels = bundle.test.dataset.images[:5]
-    for index, image in enumerate(pixels):
-        Image.fromarray(image.numpy()).save(tmp_path / f"{index}.png")
-    assert main(["predict", str(run), str(tmp_path), "--batch-size", "2", "--out", str(tmp_path / "out")]) == 0
-    lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
-    assert [line["input"] for line in lines] == [f"{index}.png" for index in range(5)]
-    images, _ = bundle.test.dataset.__getitems__(range(5))
-    with torch.no_grad():
-        wanted = fastmtl.load(run)(images)
-    for task, pred in wanted.items():
-        assert [line[task]["class"] for line in lines] == pred.argmax(1).tolist()
-        shares = torch.tensor([line[task]["probabilities"] for line in lines])
-        torch.testing.assert_close(shares, pred.softmax(1), atol=1e-5, rtol=1e-5)
-
-
-def test_what_is_said_of_predictions() -> None:
-    classes = TaskFacts(kind="classes", outputs=2, labels=("cat", "dog"))
-    assert said_of(torch.tensor([0.0, 20.0]), classes)["class"] == "dog"
-    assert said_of(torch.tensor([3.0]), TaskFacts(kind="binary", outputs=1))["yes"] is True
-    assert said_of(torch.tensor([3.0]), TaskFacts(kind="regression", outputs=1)) == 3
-    assert said_of(torch.tensor([3.0, 4.0]), TaskFacts(kind="regression", outputs=2)) == [3, 4]
-    assert said_of(torch.zeros(1, 4, 4), TaskFacts(kind="depth", outputs=1)) is None
-
-
 def test_the_card_is_the_hub_s(run: Path) -> None:
     text = (run / "README.md").read_text()
     _, front, body = text.split("---\n", 2)
@@ -171,54 +141,3 @@ def test_the_card_is_the_hub_s(run: Path) -> None:
     assert result["metrics"][0]["type"] == "Acc"
     for line in ("# HPS with UW on multimnist", "| left | Acc | higher |", "model = fastmtl.load(", "CC BY-SA 3.0"):
         assert line in body
-
-
-DENSE = """
-import torch
-from fastmtl.data import DatasetInfo, depth, normals, segmentation
-from fastmtl.data.images import to_tensor
-
-def row(index):
-    generator = torch.Generator().manual_seed(index)
-    normal = torch.nn.functional.normalize(torch.randn(3, 12, 16, generator=generator), dim=0)
-    labels = {"parts": torch.randint(3, (12, 16), generator=generator).float(), "depth": torch.rand(1, 12, 16)}
-    labels["up"] = normal
-    return torch.rand(3, 12, 16, generator=generator), labels
-
-def make():
-    rows = [row(index) for index in range(8)]
-    return DatasetInfo(
-        tasks={"parts": segmentation(["wall", "floor", "chair"]), "depth": depth(), "up": normals()},
-        load_splits=lambda options: options.splits(train=rows, test=rows[:4], image_size=(12, 16)),
-        read_row=lambda row, facts: to_tensor(row["image"], facts["image_size"]),
-    )
-"""
-
-
-@pytest.mark.slow
-def test_maps_are_drawn_and_written(tmp_path: Path) -> None:
-    (tmp_path / "dense.py").write_text(DENSE)
-    (tmp_path / "images" / "of").mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for index in range(2):
-        pixels = rng.integers(0, 255, (24, 32, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "images" / "of" / f"{index}.png")
-    run = tmp_path / "run"
-    words = ["--dataset", f"{tmp_path / 'dense.py'}:make", "--encoder", "conv", "--batch-size", "4", *QUIET]
-    assert main(["train", *words, "--run-dir", str(run)]) == 0
-    assert main(["predict", str(run), str(tmp_path / "images")]) == 0
-    out = run / "predictions"
-    lines = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
-    assert lines[1] == {
-        "input": "of/1.png",
-        "parts": {"map": "of_1.parts.npy"},
-        "depth": {"map": "of_1.depth.npy"},
-        "up": {"map": "of_1.up.npy"},
-    }
-    parts, up = np.load(out / "of_1.parts.npy"), np.load(out / "of_1.up.npy")
-    assert (parts.shape, parts.dtype, parts.max() < 3) == ((12, 16), np.uint8, True)
-    np.testing.assert_allclose(np.linalg.norm(up, axis=0), 1, rtol=1e-5)
-    for index in range(2):
-        with Image.open(out / f"of_{index}.png") as picture:
-            # Four panels beside each other.
-            assert picture.size[0] > 3 * picture.size[1] / 2

@@ -11,6 +11,8 @@ from fastmtl.cli import main
 from fastmtl.errors import UsageError
 from fastmtl.experiments.experiment import check_data
 from fastmtl.experiments.grid import Grid, read_seeds, read_tuned
+from fastmtl.support.named import short_name
+from fastmtl.weighting import find_weighting
 
 
 def _grid(**changes: Any) -> Grid:
@@ -48,6 +50,32 @@ def test_hyper_parameters_go_to_the_methods_that_have_them() -> None:
     grid = _grid(weightings=["EW", "CAGrad", {"name": "CAGrad", "calpha": 0.2}], hyper={"calpha": 0.7})
     given = {method.name: grid.config_of(method, 0, {}).weight_args.get("calpha") for method in grid.methods}
     assert given == {"stl-ew": None, "hps-ew": None, "hps-cagrad": 0.7, "hps-cagrad-calpha=0.2": 0.2}
+
+
+RULE = """
+from fastmtl.weighting import AbsWeighting
+
+class New(AbsWeighting):
+    needs = "losses"
+"""
+
+
+def test_rules_of_one_name_in_two_files_share_no_folder(tmp_path: Path) -> None:
+    rules = [tmp_path / "one_of_test.py", tmp_path / "two_of_test.py"]
+    for file in rules:
+        file.write_text(RULE)
+    specs = [f"{file}:New" for file in rules]
+    one, two = (_grid(weightings=[spec], baseline=False) for spec in specs)
+    assert one.default_folder() != two.default_folder()
+    assert one.default_folder() == _grid(weightings=[specs[0]], baseline=False).default_folder()
+    cells = _grid(weightings=specs, baseline=False).cells(Path("out"), {one.methods[0].name: {}})
+    assert [cell.config.weighting for cell in cells] == [specs[0]] * 2
+    # The same of classes that are given themselves.
+    classes = [find_weighting(spec).value for spec in specs]
+    named = [_grid(weightings=[kind], baseline=False).methods[0] for kind in classes]
+    assert named[0].name != named[1].name
+    assert short_name(named[0].weighting) == "New"
+    assert len(_grid(weightings=classes, baseline=False).methods) == 2
 
 
 @pytest.mark.parametrize(

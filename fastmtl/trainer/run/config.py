@@ -13,7 +13,7 @@ import yaml
 from fastmtl.architecture import find_architecture
 from fastmtl.errors import UsageError
 from fastmtl.support.hyper import declared, fill_hyper, option
-from fastmtl.support.named import Found, is_spec, short_name
+from fastmtl.support.named import Found, is_spec, short_name, whole_spec
 from fastmtl.trainer.optim.optimizer import OPTIMIZERS, check_group_settings, refuse_optimizer
 from fastmtl.trainer.optim.recipe import PERIODS, SCHEDULERS
 from fastmtl.trainer.run.settings import (
@@ -27,7 +27,7 @@ from fastmtl.trainer.run.settings import (
 from fastmtl.trainer.setup.options import TrainerOptions
 from fastmtl.weighting import find_weighting
 
-__all__ = ["TrainConfig", "read_config"]
+__all__ = ["TrainConfig", "names_in", "read_config"]
 
 _data, _model, _training = (partial(option, panel=title) for title in ("Data", "Model", "Optimisation"))
 _machine, _logging = (partial(option, panel=title) for title in ("Machine", "Logging"))
@@ -147,17 +147,32 @@ class TrainConfig(TrainerOptions):
     def resolved(self) -> TrainConfig:
         """Return the configuration with names in their own spelling and every hyper-parameter filled in.
 
+        Paths become absolute, so that they mean the same from any folder.
+
         Raises:
             UsageError: An unknown architecture, weighting or hyper-parameter.
         """
-        arch, weighting = find_architecture(self.arch), find_weighting(self.weighting)
+        config, weighting = self.for_network(), find_weighting(self.weighting)
         return replace(
-            self,
-            arch=arch.name,
+            config,
             weighting=weighting.name,
-            arch_args=_fill(arch, self.arch_args),
             weight_args=_fill(weighting, self.weight_args),
+            dataset=whole_spec(self.dataset),
+            dataset_path=None if self.dataset_path is None else str(Path(self.dataset_path).expanduser().resolve()),
+            encoder=None if self.encoder is None else whole_spec(self.encoder),
+            loss={task: _whole(given) for task, given in self.loss.items()},
+            metric={task: _whole(given) for task, given in self.metric.items()},
+            logger=None if self.logger is None else ",".join(map(whole_spec, names_in(self.logger))),
         )
+
+    def for_network(self) -> TrainConfig:
+        """Return the configuration with the architecture resolved, and no other code that it names imported.
+
+        Raises:
+            UsageError: An unknown architecture, or a hyper-parameter that it does not have.
+        """
+        arch = find_architecture(self.arch)
+        return replace(self, arch=arch.name, arch_args=_fill(arch, self.arch_args))
 
     def with_hyper(self, values: Mapping[str, object]) -> TrainConfig:
         """Return the configuration with hyper-parameters, by name, given to the weighting or architecture they are of.
@@ -232,6 +247,18 @@ def read_config(path: str | Path, **overrides: object) -> TrainConfig:
         if name in overrides and str(overrides[name]).lower() != str(settings.get(name)).lower():
             settings.pop(args, None)
     return TrainConfig(**{**settings, **overrides})
+
+
+def names_in(text: str | None) -> list[str]:
+    """Return the names in a list such as ``"length,width"``."""
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
+def _whole(given: Any) -> Any:
+    """Return a name, or a mapping with a name and arguments, with the whole path of the file that it names."""
+    if isinstance(given, Mapping) and isinstance(given.get("name"), str):
+        return {**given, "name": whole_spec(given["name"])}
+    return whole_spec(given) if isinstance(given, str) else given
 
 
 def _fill(found: Found[Any], values: Mapping[str, object]) -> Arguments:
