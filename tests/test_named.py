@@ -309,13 +309,11 @@ def test_paths_of_a_configuration_become_absolute(folder: Path) -> None:
     (folder / "bert").mkdir()
     config = TrainConfig(
         dataset="./data.py:make",
-        dataset_path="rows",
         encoder="hf:bert",
         loss={"a": {"name": "./my.py:Loss", "delta": 2}, "b": "huber"},
         logger="csv, ./my.py:Log",
     ).resolved()
     assert config.dataset == f"{folder}/data.py:make"
-    assert config.dataset_path == f"{folder}/rows"
     assert config.encoder == f"hf:{folder}/bert"
     assert config.loss == {"a": {"name": f"{folder}/my.py:Loss", "delta": 2}, "b": "huber"}
     assert config.logger == f"csv,{folder}/my.py:Log"

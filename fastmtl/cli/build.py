@@ -23,7 +23,7 @@ from fastmtl.trainer.setup.loaders import generators
 from fastmtl.trainer.setup.options import TrainerOptions
 from fastmtl.utils import set_random_seed
 
-__all__ = ["build_trainer", "first_inputs", "load_data"]
+__all__ = ["build_trainer", "first_inputs", "load_data", "whole_path"]
 
 
 def load_data(config: TrainConfig) -> tuple[TrainConfig, DataBundle]:
@@ -60,6 +60,8 @@ def load_data(config: TrainConfig) -> tuple[TrainConfig, DataBundle]:
     complete = replace(
         config,
         dataset=data.find_dataset(config.dataset).name,
+        # Not before, so that what is wrong with the folder is told with the path as it was given.
+        dataset_path=None if config.dataset_path is None else whole_path(config.dataset_path),
         encoder=bundle.encoder,
         batch_size=bundle.batch_size,
         test_batch_size=bundle.test_batch_size,
@@ -67,6 +69,11 @@ def load_data(config: TrainConfig) -> tuple[TrainConfig, DataBundle]:
         train_size=bundle.rows["train"],
     )
     return complete, bundle
+
+
+def whole_path(path: str) -> str:
+    """Return the absolute path of a folder, which means the same from any other."""
+    return str(Path(path).expanduser().resolve())
 
 
 def build_trainer(

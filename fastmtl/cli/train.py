@@ -11,7 +11,7 @@ from pathlib import Path
 
 import typer
 
-from fastmtl.cli.build import build_trainer, first_inputs, load_data
+from fastmtl.cli.build import build_trainer, first_inputs, load_data, whole_path
 from fastmtl.cli.options import split_values
 from fastmtl.data import DataBundle
 from fastmtl.deploy.card import card_of
@@ -91,6 +91,8 @@ def _config_to_resume(run: RunDirectory, settings: Mapping[str, object], hyper: 
         raise CheckpointError(f"{run.path} has no {run.last.name} to go on from: it ended before its first checkpoint.")
     run.check_writable()
     before = read_config(run.config).resolved()
+    if settings.get("dataset_path") is not None:
+        settings = {**settings, "dataset_path": whole_path(str(settings["dataset_path"]))}
     after = read_config(run.config, **settings).with_hyper(hyper)
     specs = declared(TrainConfig)
     for name, spec in specs.items():

@@ -172,7 +172,8 @@ def test_paths_in_a_table_begin_where_it_is(
         "dataset: webdataset\ninputs: png\nencoder: conv\nbatch_size: 2\n"
         "tasks: {parts: {kind: segmentation, column: mask.npy, outputs: 2}}\n"
     )
-    words = ["--config", str(tmp_path / "train.yaml"), "--dataset-path", str(data), "--run-dir", str(run)]
+    words = ["--config", "train.yaml", "--dataset-path", "data", "--run-dir", "run"]
+    monkeypatch.chdir(tmp_path)
     assert main(["train", *words, *QUIET]) == 0
     assert str(tmp_path) not in (run / "model.json").read_text()
     # A folder with other images of the same names, as those of the training may lie elsewhere by then.
@@ -180,6 +181,8 @@ def test_paths_in_a_table_begin_where_it_is(
     (new / "rows.jsonl").write_text(json.dumps({"png": "0.png"}) + "\n")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
+    assert main(["eval", str(run)]) == 0
+    assert main(["train", "--resume", str(run), "--dataset-path", "../data", "--epochs", "2"]) == 0
     shown: list[Any] = []
 
     def show(image: Any) -> np.ndarray:

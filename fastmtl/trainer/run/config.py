@@ -147,7 +147,7 @@ class TrainConfig(TrainerOptions):
     def resolved(self) -> TrainConfig:
         """Return the configuration with names in their own spelling and every hyper-parameter filled in.
 
-        Paths become absolute, so that they mean the same from any folder.
+        Files of code, and folders of encoders, get absolute paths, so that they are the same from any folder.
 
         Raises:
             UsageError: An unknown architecture, weighting or hyper-parameter.
@@ -158,7 +158,6 @@ class TrainConfig(TrainerOptions):
             weighting=weighting.name,
             weight_args=_fill(weighting, self.weight_args),
             dataset=whole_spec(self.dataset),
-            dataset_path=None if self.dataset_path is None else str(Path(self.dataset_path).expanduser().resolve()),
             encoder=None if self.encoder is None else whole_spec(self.encoder),
             loss={task: _whole(given) for task, given in self.loss.items()},
             metric={task: _whole(given) for task, given in self.metric.items()},
