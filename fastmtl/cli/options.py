@@ -16,6 +16,7 @@ import typer
 import yaml
 
 from fastmtl.architecture import ARCHITECTURES, AbsArchitecture, find_architecture
+from fastmtl.recipes import find_recipe
 from fastmtl.support.hyper import Hyper, Option, declared
 from fastmtl.support.names import known_name
 from fastmtl.trainer.arguments import TrainerArguments
@@ -31,10 +32,12 @@ _NAMES: dict[str, Collection[str]] = {"arch": ARCHITECTURES, "weighting": WEIGHT
 # Of more choices, the text tells.
 _MOST_IN_PLACE = 3
 _PANELS = ("Data", "Model", "Optimisation", "Machine", "Logging")
-_PATHS = {
-    "config": ("YAML file with any of the settings below.", "FILE"),
-    "run_dir": (r"Run directory to make. [dim]\[runs/<data set>-<arch>-<weighting>-<time>][/dim]", "DIR"),
-    "resume": ("Go on with the run in this directory; --epochs may be raised.", "RUN"),
+_PATHS: dict[str, tuple[type, str, str]] = {
+    "config": (Path, "YAML file with any of the settings below.", "FILE"),
+    "recipe": (str, "Recipe to start from, as `fastmtl recipes` lists them, or a YAML file of one.", "NAME"),
+    "scale": (str, "Reduction of the recipe, such as small.", "NAME"),
+    "run_dir": (Path, r"Run directory to make. [dim]\[runs/<data set>-<arch>-<weighting>-<time>][/dim]", "DIR"),
+    "resume": (Path, "Go on with the run in this directory; --epochs may be raised.", "RUN"),
 }
 
 
@@ -47,7 +50,8 @@ def own_hyper_options(others: Classes = ()) -> list[HyperOption]:
 def named_classes(words: Sequence[str]) -> list[type[AbsWeighting] | type[AbsArchitecture]]:
     """Return the classes that a command line names and that are not fastmtl's: their hyper-parameters are flags too.
 
-    They are named by ``--weighting`` and ``--arch``, or by the YAML file of ``--config`` or ``--resume``.
+    They are named by ``--weighting`` and ``--arch``, or by the YAML file of ``--config``, ``--recipe`` or
+    ``--resume``.
 
     Raises:
         UsageError: There is no such class.
@@ -63,7 +67,9 @@ def named_classes(words: Sequence[str]) -> list[type[AbsWeighting] | type[AbsArc
         # What is wrong with the file is said where it is read.
         with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
             of_file = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    of_file = of_file if isinstance(of_file, dict) else {}
+    if given.get("--recipe"):
+        of_file = find_recipe(given["--recipe"]).settings
+    of_file = of_file if isinstance(of_file, Mapping) else {}
     weighting, arch = (given.get(f"--{name}") or str(of_file.get(name, "")) for name in ("weighting", "arch"))
     classes: list[type[AbsWeighting] | type[AbsArchitecture]] = []
     if weighting and known_name(weighting, WEIGHTINGS) is None:
@@ -79,8 +85,8 @@ def train_parameters(others: Classes = ()) -> Iterator[inspect.Parameter]:
     All default to None, which means that neither the flag nor its negation was given. ``others`` are classes of the
     user's whose hyper-parameters are wanted too.
     """
-    for name, (about, kept) in _PATHS.items():
-        yield _parameter(name, _flag(name), Path, about, "Run", kept)
+    for name, (kind, about, kept) in _PATHS.items():
+        yield _parameter(name, _flag(name), kind, about, "Run", kept)
     for name, spec in _ordered().items():
         if spec.flag:
             yield _declared(name, _flag(name), spec, spec.help, spec.panel, _NAMES.get(name, spec.choices))

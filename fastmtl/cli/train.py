@@ -18,6 +18,7 @@ from fastmtl.deploy.card import card_of
 from fastmtl.deploy.facts import ModelFacts, facts_of
 from fastmtl.distributed import elastic, shard, together
 from fastmtl.errors import CheckpointError, FastmtlError, UsageError
+from fastmtl.recipes import find_recipe
 from fastmtl.support.hyper import declared
 from fastmtl.support.named import short_name
 from fastmtl.trainer import Trainer
@@ -27,30 +28,39 @@ from fastmtl.trainer.log.named import named_logger
 from fastmtl.trainer.log.plot import PlotLogger
 from fastmtl.trainer.log.progress import ProgressLogger
 from fastmtl.trainer.log.tensorboard import TensorBoardLogger
-from fastmtl.trainer.run.config import TrainConfig, names_in, read_config
+from fastmtl.trainer.run.config import TrainConfig, config_of, names_in, read_config
 from fastmtl.trainer.run.directory import RunDirectory, Tee, write_atomically
 from fastmtl.trainer.run.settings import print_settings
 
 __all__ = ["train"]
 
 
-def train(*, config: Path | None, run_dir: Path | None, resume: Path | None, **values: object) -> None:
-    """Run the command with a YAML file, the directory to make or to go on with, and flags, None where not given.
+def train(
+    *,
+    config: Path | None,
+    recipe: str | None,
+    scale: str | None,
+    run_dir: Path | None,
+    resume: Path | None,
+    **values: object,
+) -> None:
+    """Run the command with a YAML file or recipe, the directory to make or to go on with, and flags, None if not given.
 
     Raises:
         FastmtlError: Anything about the run cannot be as asked.
         typer.Exit: Ctrl-C, with exit code 130.
     """
-    if resume is not None and (config is not None or run_dir is not None):
-        raise UsageError("--resume goes on with a run as it is configured: leave out --config and --run-dir.")
+    if resume is not None and any(given is not None for given in (config, recipe, scale, run_dir)):
+        raise UsageError(
+            "--resume goes on with a run as it is configured: leave out --config, --recipe, --scale and --run-dir."
+        )
     settings, hyper = split_values(values)
     # torchrun may have started this process again, to go on with the run.
     began = RunDirectory(run_dir) if run_dir is not None and elastic.was_restarted(run_dir) else None
     if began is not None and began.last.exists():
         resume = began.path
     if resume is None:
-        asked = read_config(config, **settings) if config is not None else TrainConfig(**settings)
-        asked = asked.with_hyper(hyper)
+        asked = _config(config, recipe, scale, settings).with_hyper(hyper)
     else:
         asked = _config_to_resume(RunDirectory.open(resume), settings, hyper)
     with together(asked.peer_timeout) as peers:
@@ -60,6 +70,19 @@ def train(*, config: Path | None, run_dir: Path | None, resume: Path | None, **v
             _run(build_trainer(complete, bundle, resume=last), complete, bundle)
         else:
             _train_in(_place(run_dir, resume, began, complete, bundle), complete, bundle, resume=last)
+
+
+def _config(config: Path | None, recipe: str | None, scale: str | None, settings: Mapping[str, object]) -> TrainConfig:
+    if config is not None:
+        if recipe is not None or scale is not None:
+            raise UsageError("--config and --recipe both say how to train: give one of them.")
+        return read_config(config, **settings)
+    if recipe is None:
+        if scale is not None:
+            raise UsageError("--scale is that of a recipe: give --recipe.")
+        return TrainConfig(**settings)  # type: ignore[arg-type]
+    found = find_recipe(recipe)
+    return config_of(found.at(scale), found.file, **settings)
 
 
 def _place(

@@ -41,6 +41,7 @@ ENCODERS: dict[str, EncoderInfo] = {
     "conv": EncoderInfo(build=partial(_make, "ConvEncoder", channels=3, stage_dims=(16, 32, 64)), feature_dim=64),
     "segnet": EncoderInfo(build=partial(_make, "SegNet"), feature_dim=64),
     "lstm": EncoderInfo(build=partial(_make, "LSTMEncoder", VOCABULARY), feature_dim=256),
+    "nnconv": EncoderInfo(build=partial(_make, "MoleculeEncoder"), feature_dim=64),
     "mlp": EncoderInfo(build=partial(_make, "MLPEncoder"), feature_dim=128, takes_vectors=True),
 }
 IMAGE_ENCODERS = ("resnet18", "resnet34", "resnet50", "conv")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from fastmtl.errors import UsageError
 from fastmtl.model.features import Bag, Categorical, FeatureEncoder, FeatureTables, Numeric
+from fastmtl.model.nnconv import EdgeConv, MoleculeEncoder
 from fastmtl.model.segnet import SegNet, SegNet_MTAN_decoder, SegNet_MTAN_encoder
 from fastmtl.model.stages import ConvEncoder, MLPEncoder, StagedEncoder
 from fastmtl.model.text import LSTMEncoder
@@ -31,10 +32,12 @@ __all__ = [
     "Categorical",
     "ConvEncoder",
     "DeepLabHead",
+    "EdgeConv",
     "FeatureEncoder",
     "FeatureTables",
     "LSTMEncoder",
     "MLPEncoder",
+    "MoleculeEncoder",
     "Numeric",
     "SegNet",
     "SegNet_MTAN_decoder",

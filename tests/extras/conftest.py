@@ -14,6 +14,7 @@ PACKAGES = {
     "test_hf": ("transformers", "tokenizers"),
     "test_lora": ("peft",),
     "test_graphs": ("torch_geometric",),
+    "test_qm9": ("torch_geometric", "rdkit"),
     "test_columns": ("pyarrow", "datasets"),
     "test_onnx": ("onnxruntime", "onnxscript"),
     "test_services": ("wandb", "mlflow"),

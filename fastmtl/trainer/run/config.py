@@ -27,7 +27,7 @@ from fastmtl.trainer.run.settings import (
 from fastmtl.trainer.setup.options import TrainerOptions
 from fastmtl.weighting import find_weighting
 
-__all__ = ["TrainConfig", "names_in", "read_config"]
+__all__ = ["TrainConfig", "config_of", "names_in", "read_config"]
 
 _data, _model, _training = (partial(option, panel=title) for title in ("Data", "Model", "Optimisation"))
 _machine, _logging = (partial(option, panel=title) for title in ("Machine", "Logging"))
@@ -106,7 +106,7 @@ class TrainConfig(TrainerOptions):
     )
     step_size: int = _schedule(100, "Epochs (steps) between two decays, for step.", least=1)
     gamma: float = _schedule(0.5, "Factor of a decay, for step, exp and reduce.", least=0)
-    eta_min: float = _schedule(0.0, "Last learning rate, for cos.", least=0)
+    eta_min: float = _schedule(0.0, "Last learning rate, for cos, and the lowest one, for reduce.", least=0)
     power: float = _schedule(1.0, "Power of the decay, for poly.", above=0)
     patience: int = _schedule(10, "Epochs without improvement before a decay, for reduce.", least=0)
     # Numpy's seeds have 32 bits.
@@ -234,8 +234,20 @@ def read_config(path: str | Path, **overrides: object) -> TrainConfig:
         content = {}
     if not isinstance(content, dict):
         raise UsageError(f"The configuration file {path} must hold `key: value` lines, got a {type(content).__name__}.")
+    return config_of(content, path, **overrides)
+
+
+def config_of(content: Mapping[str, Any], place: str | Path, **overrides: object) -> TrainConfig:
+    """Return the configuration in settings by name, with `overrides` in place of what they say.
+
+    If they name another weighting or architecture, the settings' hyper-parameters of that go too. ``place`` is where
+    the settings are written.
+
+    Raises:
+        UsageError: An unknown key or a value that cannot be.
+    """
     specs = declared(TrainConfig)
-    settings: Arguments = {spelled_as(str(key), specs, f"key in {path}:"): value for key, value in content.items()}
+    settings: Arguments = {spelled_as(str(key), specs, f"key in {place}:"): value for key, value in content.items()}
     for name, spec in specs.items():
         if spec.same_as is not None and {name, spec.same_as} & overrides.keys():
             # Both names of the option in the file give way to either of them.

@@ -83,7 +83,12 @@ def scheduler_param(scheduler: str, settings: Any, length: int | None) -> Argume
         "exp": {"gamma": settings.gamma},
         "cos": ({} if length is None else {"T_max": length}) | {"eta_min": settings.eta_min},
         # The trainer steps it with the improvement over the first epoch, which is better when larger.
-        "reduce": {"mode": "max", "factor": settings.gamma, "patience": settings.patience},
+        "reduce": {
+            "mode": "max",
+            "factor": settings.gamma,
+            "patience": settings.patience,
+            "min_lr": settings.eta_min,
+        },
         "poly": {"power": settings.power},
     }
     when = {"warmup": settings.warmup, "per": settings.schedule_per}
