@@ -156,6 +156,33 @@ def test_experts_share_their_tables_all_or_none() -> None:
         build(ARCHITECTURES["MMoE"], num_experts=[2], encoder_class=lambda: next(kinds)())
 
 
+@pytest.mark.parametrize("weighting", ["EW", "MGDA"])
+@pytest.mark.parametrize(
+    ("name", "before", "of_task"),
+    [
+        ("ESMM", ["decoders.task0.steps.0"], ["decoders.task1.steps.1"]),
+        ("AITM", ["towers.task0.0"], ["decoders.task1", "towers.task1.0"]),
+        ("MMoE", [], ["decoders.task1", "gate_specific.task1.0"]),
+    ],
+)
+def test_a_task_without_labels_moves_for_the_steps_after_it_only(
+    name: str, before: list[str], of_task: list[str], weighting: str
+) -> None:
+    trainer = make_trainer(
+        weighting, name, 2, encoder_class=encoder, optim_param={"optim": "sparseadam", "lr": 0.01}, **steps_of(2)
+    )
+    labels = {"task0": torch.ones(6, 1), "task1": torch.zeros(6, 1)}
+    trainer.train([(make_inputs(), labels)], [(make_inputs(), labels)], 1)
+    old = {key: param.detach().clone() for key, param in trainer.model.named_parameters()}
+    trainer.train([(make_inputs(), {"task1": labels["task1"]})], [(make_inputs(), labels)], 1)
+    moved = {
+        key.rpartition(".")[0]
+        for key, param in trainer.model.named_parameters()
+        if key.startswith(("decoders", "towers", "gate")) and not torch.equal(param, old[key])
+    }
+    assert moved == {*before, *of_task}
+
+
 @pytest.mark.parametrize("weighting", ["EW", "MGDA", "UPGrad"])
 @pytest.mark.parametrize("name", ["HPS", "MMoE", "CGC", "PLE", "ESMM", "AITM"])
 def test_every_one_trains_on_features(name: str, weighting: str) -> None:
