@@ -207,6 +207,25 @@ def _autojac(
     _end(all("median_ms" in row for row in rows))
 
 
+@bench.command("engine", cls=Command)
+def _engine(
+    tasks: Annotated[list[int], typer.Option("--tasks", "--t", "-T", help="Number of tasks; may be repeated.")] = [16],  # noqa: B006
+    net: Annotated[str, typer.Option(help="resnet18, or mlp (128-512-512-512).")] = "mlp",
+    batch: Annotated[int, typer.Option(help="Rows of the batch.")] = 256,
+    size: Annotated[int, typer.Option(help="Height and width of the images.")] = 64,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")] = "cpu",
+    csv: Annotated[Path | None, typer.Option(help="File to write the rows to.")] = None,
+    seconds: Annotated[float, typer.Option(help="Time for each number of tasks.")] = 20.0,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; PyTorch's choice if not given.")] = None,
+) -> None:
+    """Time Gram matrices of autogram.Engine beside those of the Jacobian's rows, in turn."""
+    from fastmtl.benchmarks.engine import run_engine
+
+    _use_threads(threads)
+    rows = run_engine(tasks, net, batch, size, device=device, csv_path=csv, seconds=seconds)
+    _end(all("median_ms" in row for row in rows))
+
+
 @bench.command("sparse", cls=Command)
 def _sparse(
     rows: Annotated[list[int], typer.Option(min=1, help="Rows of the table; may be repeated.")] = [1_000_000],  # noqa: B006
