@@ -214,6 +214,7 @@ _CENSUS = "Census Bureau of the United States, Current Population Surveys 1994 a
 _table = partial(
     DatasetInfo, multi_input=False, make_task=binary_task, make_head=nn.Linear, in_memory=True, batch_size=256
 )
+_impressions = partial(_table, outputs={"click": 1, "conversion": 1}, test_batch_size=10_000)
 register(
     [
         *(
@@ -233,28 +234,24 @@ register(
                 "census-education": "a college degree, and never married",
             }.items()
         ),
-        _table(
+        _impressions(
             name="clicks",
             description="Generated impressions of 50,000 items to 100,000 users: click, and click with conversion.",
             source="generated as they are read, with known probabilities",
             licence="as fastmtl's",
-            outputs={"click": 1, "conversion": 1},
             rows={"train": 200_000, "val": 20_000, "test": 50_000},
             encoders=("clicks",),
             load_splits=_load_clicks,
-            test_batch_size=10_000,
         ),
-        _table(
+        _impressions(
             name="aliexpress",
             description="Impressions of one country in AliExpress's search: click, and click with conversion.",
             source="a folder with train.csv and test.csv in the layout of MTReclib",
             licence="as of the folder's data",
-            outputs={"click": 1, "conversion": 1},
             rows={"train": 12_200_000, "test": 5_600_000},
             encoders=("aliexpress",),
             load_splits=_load_aliexpress,
             needs_path=True,
-            test_batch_size=10_000,
         ),
     ]
 )

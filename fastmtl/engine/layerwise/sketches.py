@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from fastmtl import ops
-from fastmtl.engine.comm import Comm
 from fastmtl.engine.layerwise.signs import Signs
 from fastmtl.engine.layerwise.uses import Use
 from fastmtl.engine.layerwise.vjps import LayerwiseVJPs
@@ -23,6 +23,7 @@ __all__ = ["LARGEST_ERROR", "SketchedVJPs"]
 LARGEST_ERROR = 0.03
 
 
+@dataclass(eq=False)
 class SketchedVJPs(LayerwiseVJPs):
     """Layer by layer, with sketches of the gradients where they cost least.
 
@@ -30,12 +31,9 @@ class SketchedVJPs(LayerwiseVJPs):
     the variance of each layer's part, of which a layer may have as large a share of `LARGEST_ERROR`'s as it has of what
     sketches save; others, such as a first convolution with most of the gradients' norm, are left out until the next.
 
+    Args are those of `LayerwiseVJPs`, and:
+
     Args:
-        params: The parameters that the rows are gradients of.
-        comm: The other processes.
-        report: Called with the plan.
-        kept: Whether the cotangents of the layers' outputs are kept; chosen if None.
-        samples: Graphs per step, whose rows make one Gram matrix.
         width: Columns k of Omega.
         check_every: Steps from one comparison with the exact Gram matrix to the next.
         seed: Of the random signs.
@@ -44,22 +42,13 @@ class SketchedVJPs(LayerwiseVJPs):
         left: Steps to the next comparison.
     """
 
-    def __init__(
-        self,
-        params: Sequence[Tensor],
-        comm: Comm,
-        report: Callable[[str], None],
-        kept: bool | None = None,
-        samples: int = 1,
-        *,
-        width: int,
-        check_every: int,
-        seed: int,
-    ) -> None:
-        super().__init__(params, comm, report, kept, samples)
-        self.width: int = width
-        self.check_every = check_every
-        self.signs = Signs(self.device, seed)
+    width: int = field(kw_only=True)
+    check_every: int = field(kw_only=True)
+    seed: int = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.signs = Signs(self.device, self.seed)
         self.left = 0
         # The same for all graphs of a step: Omega, and the sums of the first one's inputs.
         self._omegas: dict[Tensor, Tensor] = {}

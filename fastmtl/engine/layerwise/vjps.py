@@ -7,7 +7,7 @@ With the inputs X (n, in) and the cotangents D_t (n, out) of its outputs, a laye
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ _SMALL = 2**18
 _WAYS = ("direct", "sketched", "compressed", "ghost")
 
 
+@dataclass(eq=False)
 class LayerwiseVJPs:
     """The VJPs of T cotangents, after which each layer has gone the way that costs least.
 
@@ -57,22 +58,16 @@ class LayerwiseVJPs:
         checking: Whether the exact rows are computed too.
     """
 
-    width: int | None = None
     checking = False
 
-    def __init__(
-        self,
-        params: Sequence[Tensor],
-        comm: Comm,
-        report: Callable[[str], None],
-        kept: bool | None = None,
-        samples: int = 1,
-    ) -> None:
-        self.params = params
-        self.comm = comm
-        self.report = report
-        self.kept = kept
-        self.samples = samples
+    params: Sequence[Tensor]
+    comm: Comm
+    report: Callable[[str], None]
+    kept: bool | None = None
+    samples: int = 1
+    width: int | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
         self.layers: dict[Tensor, Layer] = {}
         self.plan: Plan | None = None
         self._batches: bool | None = None

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from typing_extensions import override
 
 from fastmtl.trainer.log.facts import made_with, peak_memory
-from fastmtl.trainer.log.logger import Logger, RunInfo, StepRecords
-from fastmtl.trainer.run.directory import write_atomically
+from fastmtl.trainer.log.files import FileLogger
+from fastmtl.trainer.log.logger import RunInfo, StepRecords
 
 __all__ = ["JsonlLogger", "read_jsonl"]
 
@@ -20,7 +20,7 @@ __all__ = ["JsonlLogger", "read_jsonl"]
 Row = dict[str, Any]
 
 
-class JsonlLogger(Logger):
+class JsonlLogger(FileLogger):
     """Writes one JSON object a line, told apart by ``event``: ``run``, ``steps``, ``epoch``, ``checkpoint``, ``end``.
 
     A ``steps`` line holds the means over a log interval and ``step``, the number of steps done by then; those of
@@ -33,18 +33,9 @@ class JsonlLogger(Logger):
     ``metrics.jsonl``.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self._file: TextIO | None = None
-        self._info: RunInfo | None = None
-
     @override
     def on_start(self, info: RunInfo) -> None:
-        kept = [row for row in read_jsonl(self.path) if _stays(row, info)] if info.start_step else []
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._file = self.path.open("a", encoding="utf-8")
-        self._info = info
+        super().on_start(info)
         same = ("epochs", "batches_per_epoch", "weighting", "architecture", "device")
         self._write(
             "run",
@@ -92,15 +83,15 @@ class JsonlLogger(Logger):
     @override
     def on_end(self, best_epoch: int, best_result: dict[str, list[float]]) -> None:
         self._write("end", best_epoch=best_epoch, best_result=best_result)
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        super().on_end(best_epoch, best_result)
+
+    @override
+    def _begun(self, info: RunInfo) -> str:
+        kept = [row for row in read_jsonl(self.path) if _stays(row, info)] if info.start_step else []
+        return "".join(json.dumps(row) + "\n" for row in kept)
 
     def _write(self, event: str, **facts: object) -> None:
-        # Evaluation outside of train() has no open run to belong to.
-        if self._file is not None:
-            self._file.write(json.dumps(_finite({"event": event, **facts}), allow_nan=False) + "\n")
-            self._file.flush()
+        self._append(json.dumps(_finite({"event": event, **facts}), allow_nan=False) + "\n")
 
 
 def read_jsonl(path: str | Path) -> list[Row]:
