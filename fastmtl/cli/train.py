@@ -61,6 +61,7 @@ def train(
         resume = began.path
     if resume is None:
         asked = _config(config, recipe, scale, settings).with_hyper(hyper)
+        _check_adapters(asked)
     else:
         asked = _config_to_resume(RunDirectory.open(resume), settings, hyper)
     with together(asked.peer_timeout) as peers:
@@ -83,6 +84,14 @@ def _config(config: Path | None, recipe: str | None, scale: str | None, settings
         return TrainConfig(**settings)  # type: ignore[arg-type]
     found = find_recipe(recipe)
     return config_of(found.at(scale), found.file, **settings)
+
+
+def _check_adapters(config: TrainConfig) -> None:
+    if config.encoder_args.get("lora") and not config.pretrained and config.load_path is None:
+        raise UsageError(
+            "lora trains adapters beside weights that stay as they are, which would be random: give --pretrained, or "
+            "--load-path of weights."
+        )
 
 
 def _place(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastmtl.errors import FastmtlError, UsageError
@@ -72,19 +72,20 @@ def hf_encoder(name: str, args: Mapping[str, Any]) -> EncoderInfo:
 
     Args:
         name: Its name on the hub, or a folder with its ``config.json``, and its weights if these are wanted.
-        args: ``pool`` (see `HFEncoder`); ``length``, of texts in tokens; ``lora``, the rank of low-rank adapters, with
+        args: ``pool`` (see `HFEncoder`); ``length``, the number of tokens of a text that are
+            read, 128 if not given; ``lora``, the rank of low-rank adapters, with
             peft's ``lora_alpha``, ``lora_dropout`` and ``target_modules``; anything else goes into the configuration.
 
     Raises:
         UsageError: transformers is not installed, or there is no such model.
     """
-    config, rest = _config(name, args)
+    config = _config(name, args)
     is_text = _reads_text(config)
     size = getattr(config, "image_size", 224)
     shape = (size, size) if isinstance(size, int) else tuple(size)
-    length = min(int(args.get("length", 128)), getattr(config, "max_position_embeddings", None) or 10**9)
+    length = _length(name, args, config)
     return EncoderInfo(
-        build=partial(_build, name, dict(args), rest),
+        build=partial(_build, name, dict(args)),
         feature_dim=_width(config),
         has_weights=True,
         image=None if is_text else _image_input(name, shape),
@@ -92,7 +93,18 @@ def hf_encoder(name: str, args: Mapping[str, Any]) -> EncoderInfo:
     )
 
 
-def _config(name: str, args: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _length(name: str, args: Mapping[str, Any], config: Any) -> int:
+    """Return how many tokens of a text are read."""
+    most = getattr(config, "max_position_embeddings", None) or 10**9
+    length = args.get("length", min(128, most))
+    if not isinstance(length, int) or not 1 <= length <= most:
+        raise UsageError(
+            f"length must be a number of tokens from 1 to {most}, which hf:{name} can read, got {length!r}."
+        )
+    return length
+
+
+def _config(name: str, args: Mapping[str, Any]) -> Any:
     transformers = need("transformers", "hf", f"The encoder hf:{name}")
     folder = Path(name).expanduser()
     if (name.startswith((".", "/", "~")) or folder.exists()) and not (folder / "config.json").is_file():
@@ -106,15 +118,14 @@ def _config(name: str, args: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         if not hasattr(config, key):
             raise UsageError(f"hf:{name} has no setting {key!r} in its configuration.")
         setattr(config, key, value)
-    return config, rest
+    return config
 
 
-def _build(name: str, args: Mapping[str, Any], rest: Mapping[str, Any], pretrained: bool = False) -> nn.Module:
-    transformers = need("transformers", "hf", f"The encoder hf:{name}")
-    config, _ = _config(name, args)
-    kinds = [transformers.AutoModel]
+def _build(name: str, args: Mapping[str, Any], pretrained: bool = False) -> nn.Module:
+    auto = need("transformers", "hf", f"The encoder hf:{name}").AutoModel
+    config = _config(name, args)
     try:
-        model = kinds[0].from_pretrained(_place(name), config=config) if pretrained else kinds[0].from_config(config)
+        model = auto.from_pretrained(_place(name), config=config) if pretrained else auto.from_config(config)
     except (OSError, ValueError) as error:
         raise FastmtlError(f"The weights of hf:{name} could not be loaded: {_first_line(error)}") from error
     model = getattr(model, "encoder", model) if config.is_encoder_decoder else model
@@ -122,7 +133,6 @@ def _build(name: str, args: Mapping[str, Any], rest: Mapping[str, Any], pretrain
         model = model.float()
     if args.get("lora"):
         model = _with_adapters(model, name, args)
-    del rest
     return HFEncoder(model, args.get("pool", "mean"))
 
 
@@ -155,15 +165,35 @@ def _tokenizer(name: str) -> Any:
 
 
 def _image_input(name: str, size: tuple[int, ...]) -> ImageInput:
+    """Return how a model wants its images: as its preprocessor's settings say, as of ImageNet where it has none."""
+    settings = _preprocessor(name)
     usual = ImageInput()
-    path = Path(name).expanduser() / "preprocessor_config.json"
-    if not path.is_file():
-        return ImageInput(size=(size[0], size[1]))
-    import json
+    # Pixels are from 0 to 1 here, and where they are normalised there they have been multiplied by this.
+    scale = 255 * settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 255
+    mean, std = settings.get("image_mean") or usual.mean, settings.get("image_std") or usual.std
+    if not settings.get("do_normalize", True):
+        mean, std = [0.0] * len(mean), [1.0] * len(std)
+    return ImageInput(
+        size=(size[0], size[1]),
+        mean=tuple(value / scale for value in mean),
+        std=tuple(value / scale for value in std),
+    )
 
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    mean, std = settings.get("image_mean", usual.mean), settings.get("image_std", usual.std)
-    return ImageInput(size=(size[0], size[1]), mean=tuple(mean), std=tuple(std))
+
+def _preprocessor(name: str) -> dict[str, Any]:
+    """Return the settings of a model's image processor, from its folder or the hub; none where it has none."""
+    cached_file = need("transformers.utils", "hf", f"The encoder hf:{name}").cached_file
+    try:
+        for file in ("processor_config.json", "preprocessor_config.json"):
+            path = cached_file(_place(name), file, _raise_exceptions_for_missing_entries=False)
+            content = {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+            # Newer models have it as a part of a whole processor.
+            settings = content.get("image_processor") if file.startswith("processor") else content
+            if settings:
+                return dict(settings)
+    except (OSError, ValueError) as error:
+        raise FastmtlError(f"How hf:{name} wants its images could not be read: {_first_line(error)}") from error
+    return {}
 
 
 def _reads_text(config: Any) -> bool:
@@ -187,6 +217,3 @@ def _place(name: str) -> str:
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".") + "."
-
-
-_ = torch

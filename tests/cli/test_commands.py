@@ -23,6 +23,10 @@ from fastmtl.ops._registry import OPS
         ("train --arch mtann", "error: Unknown architecture 'mtann'. Did you mean 'MTAN'? Known: HPS, MTAN"),
         ("train --weighting mgd", "error: Unknown weighting 'mgd'. Did you mean 'MGDA'?"),
         ("train --dataset multimnis", "error: Unknown data set 'multimnis'. Did you mean 'multimnist'?"),
+        (
+            "train --encoder hf:bert --encoder-args lora=8",
+            "error: lora trains adapters beside weights that stay as they are",
+        ),
         ("train --dataset-path nowhere", "error: The data folder 'nowhere' does not exist."),
         ("train --multi-input", "error: multi_input is True, but the data set multimnist has inputs"),
         ("train --epochs 0", "error: epochs must be at least 1, got 0."),

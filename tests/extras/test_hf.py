@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -113,10 +116,57 @@ def test_images_give_maps(tmp_path: Path) -> None:
         assert about.build()(torch.randn(2, 3, size, size)).shape == shape
 
 
+STATED = """
+import json, sys
+from pathlib import Path
+from fastmtl.data import find_encoder
+
+stated = []
+for file, content, _ in json.loads(sys.argv[2]):
+    (Path(sys.argv[1]) / file).write_text(json.dumps(content))
+    for name in ("me/tiny", sys.argv[1]):
+        image = find_encoder(f"hf:{name}").value.image
+        stated.append([image.mean[0], image.std[0]])
+print(json.dumps(stated))
+"""
+
+
+def test_images_are_normalised_as_the_model_s_preprocessor_says(tmp_path: Path) -> None:
+    from transformers import ViTConfig
+
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    # As the hub's cache has a model after a download.
+    repository = tmp_path / "hub" / "models--me--tiny"
+    folder = repository / "snapshots" / "0123456789012345678901234567890123456789"
+    ViTConfig(image_size=32, patch_size=8, intermediate_size=16, **sizes).save_pretrained(folder)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(folder.name)
+
+    written: dict[str, Any] = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+    cases: list[tuple[str, dict[str, Any], list[float]]] = [
+        ("other.json", {}, [0.485, 0.229]),
+        ("preprocessor_config.json", written, [0.5, 0.25]),
+        ("preprocessor_config.json", {**written, "do_normalize": False}, [0, 1]),
+        # Mean and deviation of pixels from 0 to 2.
+        ("preprocessor_config.json", {**written, "rescale_factor": 2 / 255}, [0.25, 0.125]),
+        ("processor_config.json", {"image_processor": {"image_mean": [0.4] * 3, "image_std": [0.2] * 3}}, [0.4, 0.2]),
+    ]
+    # The hub's settings are read when it is imported.
+    env = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    words = [sys.executable, "-c", STATED, str(folder), json.dumps(cases)]
+    done = subprocess.run(words, env=env, capture_output=True, text=True, check=True)
+    stated = json.loads(done.stdout)
+    assert len(stated) == 2 * len(cases)
+    for place, numbers in enumerate(stated):
+        assert numbers == pytest.approx(cases[place // 2][2]), (place, cases[place // 2])
+
+
 def test_mistakes_are_one_sentence(bert: Path, tmp_path: Path) -> None:
     for name, args, message in (
         (f"hf:{tmp_path / 'nothing'}", {}, "must be a folder with a config.json"),
         (f"hf:{bert}", {"hiden": 3}, "has no setting 'hiden'"),
+        (f"hf:{bert}", {"length": 33}, "must be a number of tokens from 1 to 32, which .* can read, got 33"),
+        (f"hf:{bert}", {"length": "all"}, "must be a number of tokens from 1 to 32"),
     ):
         with pytest.raises(UsageError, match=message):
             find_encoder(name, args)
