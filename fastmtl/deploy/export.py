@@ -38,7 +38,8 @@ def export(
 ) -> dict[str, float]:
     """Write a model as one program, or its backbone and its heads as one each; return the differences from eager.
 
-    The first dimension of all inputs may have any size. Each program is read back and compared with the model on other
+    The first dimension of all inputs may have any size, and texts any number of tokens; where the model does not allow
+    that, a line says so. Each program is read back and compared with the model on other
     batch sizes than it was exported with.
 
     Args:
@@ -68,20 +69,38 @@ def export(
     differences: dict[str, float] = {}
     for name, program, make_inputs in _programs(model, names, parts):
         path = out / f"{name}.{format}"
-        example = make_inputs(_ROWS)
-        with _quiet():
+        if isinstance(make_inputs, _Texts):
             try:
-                call = write(_only_used(program, example), example, path)
-            except FastmtlError:
+                differences[path.name] = _written(path, program, make_inputs, write, any_length=True)
+                continue
+            except UsageError:
                 raise
-            except Exception as error:
-                # The exporters raise what they like.
-                path.unlink(missing_ok=True)
-                raise FastmtlError(
-                    f"{name} cannot be exported as {format}: {type(error).__name__}: {_first_line(error)}"
-                ) from error
-        differences[path.name] = _check(path, program, call, make_inputs)
+            except FastmtlError as error:
+                print(f"{path}: for texts of {make_inputs.length} tokens alone, padded or cut to these, as {error}")
+        differences[path.name] = _written(path, program, make_inputs, write)
     return differences
+
+
+def _written(path: Path, program: nn.Module, make_inputs: MakeInputs, write: Write, any_length: bool = False) -> float:
+    """Write a program and return its greatest difference from the module.
+
+    Raises:
+        FastmtlError: It cannot be written, or differs.
+    """
+    example = make_inputs(_ROWS)
+    with _quiet():
+        try:
+            call = write(_exported(program, example, _dynamic(example, any_length)), example, path)
+        except FastmtlError:
+            raise
+        except Exception as error:
+            # The exporters raise what they like.
+            path.unlink(missing_ok=True)
+            raise FastmtlError(
+                f"{path.stem} cannot be exported as {path.suffix[1:]}: {type(error).__name__}: {_first_line(error)}"
+            ) from error
+    others = make_inputs.of_other_lengths if any_length and isinstance(make_inputs, _Texts) else make_inputs
+    return _check(path, program, call, others)
 
 
 class _Whole(nn.Module):
@@ -121,41 +140,59 @@ class _Head(nn.Module):
         return {self.task: network.decoders[self.task](network.branch(tuple(inputs.values()), self.task))}
 
 
-def _only_used(program: nn.Module, inputs: Any) -> nn.Module:
-    """Return a copy of a program without the modules whose parameters its outputs do not depend on."""
+def _exported(program: nn.Module, inputs: Any, dims: Any) -> torch.export.ExportedProgram:
+    """Return a program without the modules whose parameters its outputs do not depend on."""
+    exported = torch.export.export(program, (inputs,), dynamic_shapes=(dims,))
+    exported.graph_module.graph.eliminate_dead_code()
+    names = exported.graph_signature.inputs_to_parameters
+    used = [names[node.name] for node in exported.graph.nodes if node.name in names and node.users]
     copied = copy.deepcopy(program)
-    for param in copied.parameters():
-        param.requires_grad_(param.is_floating_point())
-        param.grad = None
-    with torch.enable_grad():
-        outputs = [leaf for leaf in leaves(copied(inputs)) if leaf.requires_grad]
-        if not outputs:
-            return copied
-        params = list(copied.parameters())
-        grads = torch.autograd.grad([leaf.sum() for leaf in outputs], params, allow_unused=True)
-    used = {id(param) for param, grad in zip(params, grads, strict=True) if grad is not None}
-    _prune(copied, used)
-    return copied.requires_grad_(False).eval()
+    if not _prune(copied, {id(copied.get_parameter(name)) for name in used}):
+        return exported
+    return torch.export.export(copied, (inputs,), dynamic_shapes=(dims,))
 
 
-def _prune(module: nn.Module, used: Collection[int]) -> None:
+def _prune(module: nn.Module, used: Collection[int]) -> bool:
+    """Take away the modules below one that have parameters, but none that is used; return whether there were any."""
+    found = False
     for name, child in list(module.named_children()):
         params = list(child.parameters())
         if params and not any(id(param) in used for param in params):
             setattr(module, name, nn.Identity())
+            found = True
         else:
-            _prune(child, used)
+            found |= _prune(child, used)
+    return found
 
 
-Made = tuple[str, nn.Module, Callable[[int], Any]]
+MakeInputs = Callable[[int], Any]
+Made = tuple[str, nn.Module, MakeInputs]
+
+
+class _Texts:
+    """Makes inputs of a model that reads tokens of texts, for a number of rows."""
+
+    def __init__(self, form: Any) -> None:
+        self.form = form
+        shapes = [entry["shape"] for entry in form.get("entries", {"": form}).values()]
+        self.length = max(shape[0] for shape in shapes)
+
+    def __call__(self, rows: int) -> Any:
+        """Return texts of the length that was seen."""
+        return example_of(self.form, rows, seed=rows)
+
+    def of_other_lengths(self, rows: int) -> Any:
+        """Return texts of another length, which depends on the number of rows."""
+        return example_of(self.form, rows, seed=rows, length=max(2, self.length - rows))
 
 
 def _programs(model: RunModel, tasks: Sequence[str], parts: str) -> Iterator[Made]:
     """Yield the name of each program, the module, and what makes inputs for it, given a number of rows."""
 
-    def inputs(rows: int) -> Any:
+    def plain(rows: int) -> Any:
         return example_of(model.facts.inputs, rows, seed=rows)
 
+    inputs: MakeInputs = _Texts(model.facts.inputs) if model.reads_texts else plain
     if parts == "whole":
         yield "model", _Whole(model, tasks), inputs
         return
@@ -179,39 +216,37 @@ def _programs(model: RunModel, tasks: Sequence[str], parts: str) -> Iterator[Mad
         yield f"head-{task}", _Head(model, task), features
 
 
-def _dynamic(inputs: Any) -> Any:
-    """Return which dimensions may have any size: the first of all tensors."""
+def _dynamic(inputs: Any, any_length: bool) -> Any:
+    """Return which dimensions may have any size: the first of all tensors, and the second of texts."""
     if isinstance(inputs, Tensor):
-        return {0: torch.export.Dim("batch", min=1, max=2**20)}
-    return {name: _dynamic(entry) for name, entry in inputs.items()}
+        batch = {0: torch.export.Dim("batch", min=1, max=2**20)}
+        return batch | ({1: torch.export.Dim.AUTO} if any_length else {})
+    return {name: _dynamic(entry, any_length) for name, entry in inputs.items()}
 
 
 Call = Callable[[Any], dict[str, Any]]
+Write = Callable[[torch.export.ExportedProgram, Any, Path], Call]
 
 
-def _write_pt2(program: nn.Module, inputs: Any, path: Path) -> Call:
-    exported = torch.export.export(program, (inputs,), dynamic_shapes=(_dynamic(inputs),))
-    torch.export.save(exported, path)
+def _write_pt2(program: torch.export.ExportedProgram, inputs: Any, path: Path) -> Call:
+    torch.export.save(program, path)
     loaded = torch.export.load(path).module()
     return lambda given: loaded(given)
 
 
-def _write_onnx(program: nn.Module, inputs: Any, path: Path) -> Call:
+def _write_onnx(program: torch.export.ExportedProgram, inputs: Any, path: Path) -> Call:
     need("onnxscript", "export", "The format onnx")
     runtime = need("onnxruntime", "export", "The format onnx")
     names = ["input"] if isinstance(inputs, Tensor) else list(inputs)
     with torch.no_grad():
-        outputs = list(program(inputs))
+        outputs = list(program.module()(inputs))
     torch.onnx.export(
         program,
         (),
         str(path),
-        # As an argument without a name, a dictionary would be taken for named arguments.
-        kwargs={"inputs": inputs},
         dynamo=True,
         input_names=names,
         output_names=outputs,
-        dynamic_shapes={"inputs": _dynamic(inputs)},
         external_data=False,
         verbose=False,
     )
@@ -227,7 +262,7 @@ def _write_onnx(program: nn.Module, inputs: Any, path: Path) -> Call:
     return call
 
 
-def _check(path: Path, program: nn.Module, call: Call, make_inputs: Callable[[int], Any]) -> float:
+def _check(path: Path, program: nn.Module, call: Call, make_inputs: MakeInputs) -> float:
     """Return the greatest difference of a program that was read back from the eager one; refuse what differs."""
     worst = 0.0
     for rows in _CHECKED:

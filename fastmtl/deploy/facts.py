@@ -138,5 +138,9 @@ def example_of(form: Any, rows: int, seed: int = 0, length: int | None = None) -
         shape = (rows, length)
     if form["high"] <= 1:
         # A mask, or a kind of token.
-        return torch.full(shape, form["high"], dtype=dtype)
+        values = torch.full(shape, form["high"], dtype=dtype)
+        if rows > 1:
+            # One row is padded, so that a mask counts.
+            values[0, ..., -1:] = 0
+        return values
     return torch.randint(1, form["high"] + 1, shape, generator=generator).to(dtype)

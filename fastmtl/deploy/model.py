@@ -71,6 +71,11 @@ class RunModel(nn.Module):
         """Whether the tasks were trained on inputs of their own."""
         return self.network.multi_input
 
+    @property
+    def reads_texts(self) -> bool:
+        """Whether its inputs are tokens of texts, of any length."""
+        return self._parts.encoder.value.tokenize is not None
+
     def forward(self, inputs: Any, tasks: Sequence[str] | None = None) -> dict[str, Any]:
         """Return the predictions by task, of some ``tasks`` or of all.
 

@@ -49,6 +49,45 @@ def test_pt2_with_another_batch_size(run: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(got["left"], wanted["left"], rtol=1e-5, atol=1e-5)
 
 
+HARD = """
+import torch
+from torch import nn
+from fastmtl.architecture import HPS
+
+class Hard(HPS):
+    # One of two experts, chosen by what has no gradient.
+    def _make_network(self):
+        super()._make_network()
+        self.gate, self.first = nn.Linear(3, 2), nn.Linear(3, 64)
+        self.second, self.idle = nn.Linear(3, 64), nn.Linear(3, 64)
+
+    def trunk(self, inputs, task_name=None):
+        (features,) = super().trunk(inputs, task_name)
+        means = inputs.mean((2, 3))
+        chosen = self.gate(10 * means).argmax(1)[:, None]
+        expert = torch.where(chosen == 0, self.first(means), self.second(means))
+        return (features + expert[:, :, None, None],)
+"""
+
+
+def test_what_has_no_gradient_is_exported_and_what_nothing_reads_is_not(tmp_path: Path) -> None:
+    (tmp_path / "hard_of_test.py").write_text(HARD)
+    words = ["--arch", f"{tmp_path / 'hard_of_test.py'}:Hard", "--encoder", "conv", "--limit-batches", "2", *QUIET]
+    assert main(["train", *words, "--run-dir", str(tmp_path / "run")]) == 0
+    model = fastmtl.load(tmp_path / "run")
+    exporting.export(model, tmp_path, format="pt2")
+    program: Any = torch.export.load(tmp_path / "model.pt2")
+    images = torch.randn(64, 3, 32, 32) + torch.randn(64, 3, 1, 1)
+    with torch.no_grad():
+        assert set(model.network.gate(10 * images.mean((2, 3))).argmax(1).tolist()) == {0, 1}  # type: ignore[operator]
+        got, wanted = program.module()(images), model(images)
+    for task, pred in wanted.items():
+        torch.testing.assert_close(got[task], pred, rtol=1e-5, atol=1e-5)
+    held = set(program.state_dict)
+    assert any("gate" in name for name in held)
+    assert not any("idle" in name for name in held)
+
+
 def test_backbone_and_heads_apart(run: Path, tmp_path: Path) -> None:
     model = fastmtl.load(run)
     written = exporting.export(model, tmp_path, format="pt2", parts="apart")
@@ -106,7 +145,7 @@ def test_the_files_beside_exported_weights_are_theirs(run: Path, tmp_path: Path)
 def test_a_program_that_differs_is_refused(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(program: Any, inputs: Any, path: Path) -> Any:
         path.touch()
-        return lambda given: {task: pred + 1e-3 for task, pred in program(given).items()}
+        return lambda given: {task: pred + 1e-3 for task, pred in program.module()(given).items()}
 
     monkeypatch.setattr(exporting, "_write_pt2", wrong)
     with pytest.raises(FastmtlError, match=r"model.pt2 differs from the model by 0\.001 with 1 rows"):

@@ -94,9 +94,38 @@ def test_the_command_trains_exports_and_predicts_texts(bert: Path, tmp_path: Pat
     assert main(["predict", str(run), str(new)]) == 0
     lines = [json.loads(line) for line in (run / "predictions" / "predictions.jsonl").read_text().splitlines()]
     assert [(line["mood"]["class"], line["topic"]["class"]) for line in lines] == [("good", "film"), ("bad", "phone")]
-    assert main(["export", str(run), "--format", "pt2"]) == 0
     model = load(run)
     assert set(model.predict([{"text": "good film"}])) == {"mood", "topic"}
+    # Two texts, of which one is padded; five; and longer ones than any of the training.
+    batches = [["a good film", "phone"], ["film"] * 5, ["the very very very very very very bad film", "a phone"]]
+    read = [model.read([{"text": text} for text in texts]) for texts in batches]
+    assert len({inputs["input_ids"].shape[1] for inputs in read}) == 3
+    for format in ("pt2", "onnx"):
+        assert main(["export", str(run), "--format", format]) == 0
+        call = _program(run / "export" / f"model.{format}")
+        for inputs in read:
+            with torch.no_grad():
+                wanted = model(inputs)
+            got = call(inputs)
+            for task, pred in wanted.items():
+                torch.testing.assert_close(got[task], pred, rtol=1e-4, atol=1e-4)
+
+
+def _program(path: Path) -> Any:
+    """Return what calls an exported program."""
+    if path.suffix == ".pt2":
+        return torch.export.load(path).module()
+    import onnxruntime
+
+    session: Any = onnxruntime.InferenceSession(path)
+    names = [output.name for output in session.get_outputs()]
+    wanted = [entry.name for entry in session.get_inputs()]
+
+    def call(inputs: Any) -> dict[str, torch.Tensor]:
+        values = session.run(None, {name: inputs[name].numpy() for name in wanted})
+        return dict(zip(names, map(torch.from_numpy, values), strict=True))
+
+    return call
 
 
 def test_images_give_maps(tmp_path: Path) -> None:
