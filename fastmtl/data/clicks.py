@@ -16,8 +16,7 @@ from fastmtl.errors import UsageError
 
 __all__ = ["ClickRows", "click_features"]
 
-USERS, ITEMS, WATCHED = 100_000, 50_000, 5
-_GROUPS = 20
+USERS, ITEMS, WATCHED, GROUPS = 100_000, 50_000, 5, 20
 # Weyl constants of splitmix64, as signed numbers.
 _STEP, _MIX1, _MIX2 = -7046029254386353131, -4658895280553007687, -7723592293110705685
 
@@ -72,7 +71,7 @@ class ClickRows(Dataset[tuple[dict[str, Tensor], dict[str, Tensor]]]):
         inputs = {
             "user": user,
             "item": item,
-            "group": (self._uniform(user, 7) * _GROUPS).long(),
+            "group": (self._uniform(user, 7) * GROUPS).long(),
             "watched": torch.where(torch.arange(WATCHED) < length[:, None], watched, -1),
             "price": self._normal(item, 8).float(),
         }
@@ -129,7 +128,7 @@ def click_features(users: int = USERS, items: int = ITEMS, dim: int = 16, sparse
     return [
         Categorical("user", users, dim, sparse=sparse),
         Categorical("item", items, dim, table="items", sparse=sparse),
-        Categorical("group", _GROUPS, 8),
+        Categorical("group", GROUPS, 8),
         Bag("watched", items, dim, table="items", sparse=sparse),
         Numeric("price"),
     ]

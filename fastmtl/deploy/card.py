@@ -82,6 +82,7 @@ def card_of(run: RunDirectory, weights: Path | None = None) -> str:
         f"predictions = model(inputs)  # {_form(facts.inputs)}; a dictionary by task",
         "```",
         "",
+        *_prepared(facts.data),
         "Or from the command line: `fastmtl predict FOLDER INPUTS`, `fastmtl export FOLDER --format onnx`.",
     ]
     return "\n".join(lines) + "\n"
@@ -171,6 +172,21 @@ def _training(config: TrainConfig) -> list[str]:
         "seed": str(config.seed),
     }
     return [f"- {name}: {str(value).strip()}" for name, value in facts.items()]
+
+
+def _prepared(data: Mapping[str, Any]) -> list[str]:
+    """Return how inputs are made of what a user has, where that is known."""
+    if "image_mean" in data:
+        height, width = data["image_size"]
+        mean, std = (", ".join(f"{value:.4g}" for value in data[name]) for name in ("image_mean", "image_std"))
+        said = (
+            f"Inputs are images of {height} x {width} pixels from 0 to 1, less the mean {mean}, by the deviation {std}"
+        )
+    elif "mean" in data and "std" in data:
+        said = "Inputs are numbers, less the `mean` in `model.json`, by the `std`"
+    else:
+        return []
+    return [f"{said}; `model.predict(rows)` and `fastmtl predict` do that.", ""]
 
 
 def _form(form: Any) -> str:

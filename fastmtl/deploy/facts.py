@@ -139,7 +139,7 @@ def example_of(form: Any, rows: int, seed: int = 0, length: int | None = None) -
     if form["high"] <= 1:
         # A mask, or a kind of token.
         values = torch.full(shape, form["high"], dtype=dtype)
-        if rows > 1:
+        if rows > 1 and len(shape) > 1:
             # One row is padded, so that a mask counts.
             values[0, ..., -1:] = 0
         return values

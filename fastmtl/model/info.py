@@ -36,6 +36,7 @@ class EncoderInfo:
         image: How it wants images, where that is known.
         tokenize: Makes its inputs of texts, for encoders of texts.
         takes_vectors: Whether it reads vectors.
+        takes_facts: Whether it depends on the data: ``build(facts=facts)`` makes it, see `fastmtl.data.Splits`.
     """
 
     build: Callable[..., nn.Module]
@@ -44,3 +45,4 @@ class EncoderInfo:
     image: ImageInput | None = None
     tokenize: Callable[[Sequence[str]], dict[str, Tensor]] | None = None
     takes_vectors: bool = False
+    takes_facts: bool = False

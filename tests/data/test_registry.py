@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fastmtl.data import DATASETS, ENCODERS, describe_all, load
+from fastmtl.data import DATASETS, ENCODERS, classes, describe_all, load, regression
 from fastmtl.errors import UsageError
 from fastmtl.loss import CELoss
 from fastmtl.metrics import AccMetric
@@ -132,6 +133,15 @@ def test_mistakes_are_one_sentence(options: dict[str, Any], message: str) -> Non
 def test_a_folder_without_the_files_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"has no file train-images"):
         load("multimnist", batch_size=10, path=tmp_path)
+
+
+def test_the_list_has_tasks_that_are_given_as_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    info = replace(DATASETS["multimnist"], name="mine", outputs={}, tasks={"kind": classes(3), "size": regression()})
+    monkeypatch.setitem(DATASETS, "mine", info)
+    monkeypatch.setitem(DATASETS, "later", replace(info, name="later", tasks=lambda facts: {}))
+    tasks = {row["name"]: row["tasks"] for row in describe_all()}
+    assert (tasks["mine"], tasks["later"]) == ("kind (3), size (1)", "as of the data")
+    assert tasks["parquet"] == "columns, as you say"
 
 
 def test_the_list_names_source_and_licence() -> None:

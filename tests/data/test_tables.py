@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from fastmtl import load as load_run
+from fastmtl.cli import main
 from fastmtl.data import ClickRows, Columns, Vocabulary, given, load, read_parquet
 from fastmtl.data.clicks import ITEMS, WATCHED
-from fastmtl.data.tables import census, census_features, read_aliexpress
+from fastmtl.data.tables import _LOGARITHMS, _census, census, census_features, read_aliexpress
+from fastmtl.deploy.export import export
 from fastmtl.errors import UsageError
 from fastmtl.metrics import AUCMetric
 from fastmtl.model import FeatureEncoder
@@ -221,3 +226,48 @@ def test_aliexpress_in_the_layout_of_mtreclib(tmp_path: Path) -> None:
     (tmp_path / "test.csv").write_text("index,a,b\n0,x,2\n")
     with pytest.raises(UsageError, match="must be numbers with commas"):
         read_aliexpress(tmp_path, "test")
+
+
+def _row(name: str, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Return the row of columns that has these inputs."""
+    row: dict[str, Any] = {column: value.tolist() for column, value in inputs.items()}
+    if name == "clicks":
+        return {**row, "watched": [item for item in row["watched"] if item >= 0]}
+    if name == "aliexpress":
+        return row
+    _, categories = _census()
+    amounts = {column: round(math.expm1(row[column])) for column in _LOGARITHMS}
+    names = {column: categories[column][value] for column, value in row.items() if column in categories}
+    return row | amounts | names
+
+
+@pytest.mark.parametrize("name", ["census-income", "census-education", "clicks", "aliexpress"])
+def test_a_run_predicts_rows_of_features_by_name(name: str, tmp_path: Path) -> None:
+    words = ["--dataset", name, "--limit-batches", "2", "--batch-size", "16", "--train-size", "40"]
+    if name == "aliexpress":
+        for split, count in (("train", 40), ("test", 20)):
+            _write_aliexpress(tmp_path, split, count)
+        words += ["--dataset-path", str(tmp_path)]
+    words += ["--run-dir", str(tmp_path / "run"), "--no-plot", "--no-tensorboard", "--device", "cpu"]
+    assert main(["train", *words]) == 0
+    given = {"path": tmp_path} if name == "aliexpress" else {}
+    bundle: Any = load(name, n_train=40, batch_size=16, **given)
+    inputs, _ = bundle.test.dataset.__getitems__(range(8))
+    rows = [_row(name, {column: values[index] for column, values in inputs.items()}) for index in range(8)]
+    model = load_run(tmp_path / "run")
+    for column, values in model.read(rows).items():
+        torch.testing.assert_close(values, inputs[column], rtol=1e-5, atol=1e-6)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["predict", str(tmp_path / "run"), str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "out")]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    with torch.no_grad():
+        wanted = model(inputs)
+    for task, pred in wanted.items():
+        said = torch.tensor([line[task]["probability"] for line in lines])
+        torch.testing.assert_close(said, pred.sigmoid().flatten(), rtol=1e-4, atol=1e-5)
+    assert export(model, tmp_path, format="pt2")["model.pt2"] <= 1e-5
+    column = next(iter(rows[0]))
+    with pytest.raises(UsageError, match=f"A row has no value of the column '{column}'"):
+        model.read([{**rows[0], column: None}])
+    with pytest.raises(UsageError, match=f"The column '{column}' "):
+        model.read([{**rows[0], column: "nonsense"}])

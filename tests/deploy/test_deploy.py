@@ -79,7 +79,7 @@ def test_what_has_no_gradient_is_exported_and_what_nothing_reads_is_not(tmp_path
     program: Any = torch.export.load(tmp_path / "model.pt2")
     images = torch.randn(64, 3, 32, 32) + torch.randn(64, 3, 1, 1)
     with torch.no_grad():
-        assert set(model.network.gate(10 * images.mean((2, 3))).argmax(1).tolist()) == {0, 1}  # type: ignore[operator]
+        assert set(model.network.gate(10 * images.mean((2, 3))).argmax(1).tolist()) == {0, 1}
         got, wanted = program.module()(images), model(images)
     for task, pred in wanted.items():
         torch.testing.assert_close(got[task], pred, rtol=1e-5, atol=1e-5)

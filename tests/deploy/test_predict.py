@@ -176,6 +176,9 @@ def test_paths_in_a_table_begin_where_it_is(
     monkeypatch.chdir(tmp_path)
     assert main(["train", *words, *QUIET]) == 0
     assert str(tmp_path) not in (run / "model.json").read_text()
+    assert (
+        "Inputs are images of 24 x 32 pixels from 0 to 1, less the mean 0.485, 0.456" in (run / "README.md").read_text()
+    )
     # A folder with other images of the same names, as those of the training may lie elsewhere by then.
     _pictures(new, ["other.png", "0.png"])
     (new / "rows.jsonl").write_text(json.dumps({"png": "0.png"}) + "\n")
