@@ -127,6 +127,10 @@ class _Labels:
                 raise UsageError(f"The column {column!r} has {len(label)} numbers, not {outputs}.")
             return label
         assert self.size is not None
+        if missing:
+            # Pixels without a label: a class of -1, depths and normals of 0.
+            shape = {"segmentation": (), "depth": (1,), "normals": (3,)}[kind]
+            return torch.full((*shape, *self.size), -1.0 if kind == "segmentation" else 0.0)
         label = to_map(value, self.size, {"segmentation": 0, "depth": 1, "normals": 3}[kind], self.folder)
         # The usual mark of unlabelled pixels in images of bytes.
         return torch.where(label == 255, -1.0, label) if kind == "segmentation" else label

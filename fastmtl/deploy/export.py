@@ -76,7 +76,7 @@ def export(
             except UsageError:
                 raise
             except FastmtlError as error:
-                print(f"{path}: for texts of {make_inputs.length} tokens alone, padded or cut to these, as {error}")
+                print(f"{path}: for texts of {make_inputs.length} tokens alone, padded or cut to these: {error}")
         differences[path.name] = _written(path, program, make_inputs, write)
     return differences
 
@@ -88,19 +88,19 @@ def _written(path: Path, program: nn.Module, make_inputs: MakeInputs, write: Wri
         FastmtlError: It cannot be written, or differs.
     """
     example = make_inputs(_ROWS)
+    others = make_inputs.of_other_lengths if any_length and isinstance(make_inputs, _Texts) else make_inputs
     with _quiet():
         try:
             call = write(_exported(program, example, _dynamic(example, any_length)), example, path)
+            return _check(path, program, call, others)
         except FastmtlError:
             raise
         except Exception as error:
-            # The exporters raise what they like.
+            # The exporters, and networks that take no other sizes, raise what they like.
             path.unlink(missing_ok=True)
             raise FastmtlError(
                 f"{path.stem} cannot be exported as {path.suffix[1:]}: {type(error).__name__}: {_first_line(error)}"
             ) from error
-    others = make_inputs.of_other_lengths if any_length and isinstance(make_inputs, _Texts) else make_inputs
-    return _check(path, program, call, others)
 
 
 class _Whole(nn.Module):

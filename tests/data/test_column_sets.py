@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fastmtl.data import DatasetInfo, binary, classes, load
-from fastmtl.data.column_sets import read_row
+from fastmtl.data.column_sets import _Labels, read_row
 from fastmtl.data.loading import _default_workers
 from fastmtl.errors import UsageError
 
@@ -69,6 +69,20 @@ def test_an_input_without_a_value_is_refused(tmp_path: Path) -> None:
     _shard(tmp_path / "train.tar", [*ROWS, {**ROWS[0], "width": None}])
     with pytest.raises(UsageError, match="'width' is an input and has no value in a row"):
         _load(tmp_path)
+
+
+def test_missing_labels_are_marked_as_the_losses_know_them() -> None:
+    tasks = {
+        "a": {"kind": "classes", "column": "a", "labels": ["x", "y"]},
+        "b": {"kind": "regression", "column": "b", "outputs": 2},
+        **{kind: {"kind": kind, "column": kind, "outputs": 2} for kind in ("segmentation", "depth", "normals")},
+    }
+    labels = _Labels(tasks, (2, 3), Path())(dict.fromkeys(("a", "b", "segmentation", "depth", "normals")))
+    assert labels["a"] == -100
+    assert labels["b"].isnan().tolist() == [True, True]
+    assert (labels["segmentation"].shape, labels["segmentation"].unique().tolist()) == ((2, 3), [-1])
+    assert (labels["depth"].shape, labels["depth"].unique().tolist()) == ((1, 2, 3), [0])
+    assert (labels["normals"].shape, labels["normals"].unique().tolist()) == ((3, 2, 3), [0])
 
 
 def test_what_a_task_cannot_have_is_refused(tmp_path: Path) -> None:

@@ -88,6 +88,54 @@ def test_what_has_no_gradient_is_exported_and_what_nothing_reads_is_not(tmp_path
     assert not any("idle" in name for name in held)
 
 
+EIGHT = """
+import torch
+from torch import nn
+from fastmtl.data import DatasetInfo, classes
+
+ROWS = [(text, {"mood": torch.tensor(index % 2)}) for index, text in enumerate(["good", "very bad"] * 4)]
+
+class Encoder(nn.Module):
+    # Reads eight letters, no more and no less.
+    feature_dim = 4
+
+    def __init__(self):
+        super().__init__()
+        self.letters, self.layer = nn.Embedding(256, 3), nn.Linear(24, 4)
+
+    def tokenize(self, texts):
+        padded = [[*text.encode()[:8], *[0] * (8 - len(text))] for text in texts]
+        return {"letters": torch.tensor(padded)}
+
+    def forward(self, inputs):
+        return self.layer(self.letters(inputs["letters"]).flatten(1))
+
+def make():
+    return DatasetInfo(
+        tasks={"mood": classes(["good", "bad"])},
+        load_splits=lambda options: options.splits(train=ROWS, test=ROWS),
+        read_row=lambda row, facts: row["text"],
+    )
+"""
+
+
+def test_a_model_of_texts_of_one_length_is_exported_for_that(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "eight_of_test.py"
+    file.write_text(EIGHT)
+    words = ["--dataset", f"{file}:make", "--encoder", f"{file}:Encoder", "--batch-size", "4", *QUIET]
+    assert main(["train", *words, "--run-dir", str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+    assert main(["export", str(tmp_path / "run"), "--format", "pt2"]) == 0
+    assert "model.pt2: for texts of 8 tokens alone" in capsys.readouterr().out
+    model = fastmtl.load(tmp_path / "run")
+    inputs = model.read([{"text": text} for text in ("good", "bad", "very good")])
+    program: Any = torch.export.load(tmp_path / "run" / "export" / "model.pt2").module()
+    with torch.no_grad():
+        torch.testing.assert_close(program(inputs)["mood"], model(inputs)["mood"])
+
+
 def test_backbone_and_heads_apart(run: Path, tmp_path: Path) -> None:
     model = fastmtl.load(run)
     written = exporting.export(model, tmp_path, format="pt2", parts="apart")
