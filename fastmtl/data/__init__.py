@@ -9,6 +9,7 @@ from fastmtl.data import multimnist_sets as _multimnist_sets  # noqa: F401
 from fastmtl.data import column_sets as _column_sets  # noqa: F401
 from fastmtl.data import dense_sets as _dense_sets  # noqa: F401
 from fastmtl.data import office as _office  # noqa: F401
+from fastmtl.data import pinns as _pinns  # noqa: F401
 from fastmtl.data import qm9 as _qm9  # noqa: F401
 from fastmtl.data import reviews as _reviews  # noqa: F401
 from fastmtl.data import tables as _tables  # noqa: F401

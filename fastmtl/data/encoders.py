@@ -42,6 +42,8 @@ ENCODERS: dict[str, EncoderInfo] = {
     "segnet": EncoderInfo(build=partial(_make, "SegNet"), feature_dim=64),
     "lstm": EncoderInfo(build=partial(_make, "LSTMEncoder", VOCABULARY), feature_dim=256),
     "nnconv": EncoderInfo(build=partial(_make, "MoleculeEncoder"), feature_dim=64),
+    "pinn-burgers": EncoderInfo(build=partial(_make, "PhysicsEncoder"), feature_dim=1),
+    "pinn-kovasznay": EncoderInfo(build=partial(_make, "PhysicsEncoder", fields=3), feature_dim=3),
     "mlp": EncoderInfo(build=partial(_make, "MLPEncoder"), feature_dim=128, takes_vectors=True),
 }
 IMAGE_ENCODERS = ("resnet18", "resnet34", "resnet50", "conv")

@@ -120,15 +120,7 @@ class _Region:
         return result
 
     def _run(self, *args: Any) -> Any:
-        return self.function(*args)
-
-
-class _Traced(_Region):
-    """A region with its backward passes, as exactly one graph."""
-
-    fullgraph = True
-
-    def _run(self, *args: Any) -> Any:
+        """Call the compiled function; a network's own derivatives, as those of its inputs, are traced with it."""
         import torch._dynamo.config as dynamo_config
 
         # Restored afterwards: the user's code may rely on torch's default.
@@ -138,6 +130,12 @@ class _Traced(_Region):
             return self.function(*args)
         finally:
             dynamo_config.trace_autograd_ops = before
+
+
+class _Traced(_Region):
+    """A region with its backward passes, as exactly one graph."""
+
+    fullgraph = True
 
 
 def _with_copied_code(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from fastmtl.errors import UsageError
 from fastmtl.model.features import Bag, Categorical, FeatureEncoder, FeatureTables, Numeric
 from fastmtl.model.nnconv import EdgeConv, MoleculeEncoder
+from fastmtl.model.pinn import PhysicsEncoder
 from fastmtl.model.segnet import SegNet, SegNet_MTAN_decoder, SegNet_MTAN_encoder
 from fastmtl.model.stages import ConvEncoder, MLPEncoder, StagedEncoder
 from fastmtl.model.text import LSTMEncoder
@@ -39,6 +40,7 @@ __all__ = [
     "MLPEncoder",
     "MoleculeEncoder",
     "Numeric",
+    "PhysicsEncoder",
     "SegNet",
     "SegNet_MTAN_decoder",
     "SegNet_MTAN_encoder",
