@@ -64,10 +64,7 @@ def compare(
     found = None if recipe is None else find_recipe(recipe)
     rows = _published_rows(published, found)
     selection = _selection(last, best, found)
-    content = _content(config, found, scale)
-    grid = _grid(
-        content, config or recipe, arch=arch, weighting=weighting, seeds=seeds, stl=stl, tune=tune, values=values
-    )
+    grid = _grid(config, found, scale, arch=arch, weighting=weighting, seeds=seeds, stl=stl, tune=tune, values=values)
     check_data(grid)
     folder = grid.default_folder() if out is None else out
     if (folder / PROGRAM).exists():
@@ -117,8 +114,9 @@ def _content(config: Path | None, recipe: Recipe | None, scale: str | None) -> d
 
 
 def _grid(
-    content: dict[str, Any],
-    place: Path | str | None,
+    config: Path | None,
+    recipe: Recipe | None = None,
+    scale: str | None = None,
     *,
     arch: str | None,
     weighting: str | None,
@@ -127,12 +125,13 @@ def _grid(
     tune: str | None,
     values: Mapping[str, Any],
 ) -> Grid:
-    """Return the grid of what a YAML file or recipe says at ``place``, and of flags, which win."""
+    """Return the grid of a YAML file or recipe, and of flags, which win."""
     settings, hyper = split_values(values)
+    content = _content(config, recipe, scale)
     of_file = {name: content.pop(name, None) for name in ("arch", "weighting", "seeds", "stl", "tune")}
     tuned = of_file["tune"] or {}
     if not isinstance(tuned, Mapping):
-        raise UsageError(f"tune in {place} must be a mapping of settings to lists of values, got {tuned!r}.")
+        raise UsageError(f"tune in {config} must be a mapping of settings to lists of values, got {tuned!r}.")
     given = _words(seeds)
     numbers: Any = given if len(given) > 1 else (given[0] if given else of_file["seeds"])
     return Grid.of(

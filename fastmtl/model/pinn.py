@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -37,7 +38,7 @@ class PhysicsEncoder(nn.Module):
         self.feature_dim = fields
         widths = [coordinates, *[width] * depth]
         layers: list[nn.Module] = []
-        for before, after in zip(widths, widths[1:], strict=False):
+        for before, after in itertools.pairwise(widths):
             layers += [nn.Linear(before, after), nn.Tanh()]
         self.network = nn.Sequential(*layers, nn.Linear(width, fields))
         for layer in self.network:
@@ -47,9 +48,7 @@ class PhysicsEncoder(nn.Module):
 
     def forward(self, points: Mapping[str, Tensor]) -> dict[str, Any]:
         """Return the `Jet` of the points ``inside``, and the value (m, fields) at each other set of points (m, 2)."""
-        features: dict[str, Any] = {
-            name: self.network(where) for name, where in points.items() if name != "inside"
-        }
+        features: dict[str, Any] = {name: self.network(where) for name, where in points.items() if name != "inside"}
         keep = torch.is_grad_enabled()
         with torch.enable_grad():
             where = points["inside"].detach().requires_grad_()
@@ -57,7 +56,9 @@ class PhysicsEncoder(nn.Module):
             first = _derivatives(value, where)
             second = torch.stack(
                 [
-                    torch.stack([_derivative(first[:, field, axis], where)[:, axis] for axis in range(where.shape[1])], 1)
+                    torch.stack(
+                        [_derivative(first[:, field, axis], where)[:, axis] for axis in range(where.shape[1])], 1
+                    )
                     for field in range(value.shape[1])
                 ],
                 1,

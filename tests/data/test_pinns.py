@@ -90,9 +90,7 @@ def test_a_step_has_the_gradients_of_a_plain_program(
     torch.set_default_dtype(torch.float64)
     try:
         bundle = data.load(name, batch_size=20, n_train=20)
-        inputs, labels = (
-            {key: value.double() for key, value in part.items()} for part in next(iter(bundle.train))
-        )
+        inputs, labels = ({key: value.double() for key, value in part.items()} for part in next(iter(bundle.train)))
         trainer = Trainer(
             task_dict=bundle.task_dict,
             weighting="ConFIG",
@@ -108,14 +106,9 @@ def test_a_step_has_the_gradients_of_a_plain_program(
         network = trainer.model.encoder.network
         losses = _losses(network, name, inputs, labels)
         parameters = list(network.parameters())
-        rows = torch.stack(
-            [
-                torch.cat([part.flatten() for part in _gradients(loss, parameters)])
-                for loss in losses
-            ]
-        )
+        rows = torch.stack([torch.cat([part.flatten() for part in _gradients(loss, parameters)]) for loss in losses])
         old = nn.utils.parameters_to_vector(parameters).detach().clone()
-        batches = DataLoader([(inputs, labels)], batch_size=None)
+        batches: DataLoader[Any] = DataLoader([(inputs, labels)], batch_size=None)
         trainer.train(batches, batches, 1)
         update = (old - nn.utils.parameters_to_vector(parameters).detach()) / 0.1
         torch.testing.assert_close(update, aggregation.ConFIG()(rows), rtol=1e-6, atol=1e-9)
