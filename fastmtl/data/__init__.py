@@ -6,9 +6,11 @@ from __future__ import annotations
 from fastmtl.data import multimnist_sets as _multimnist_sets  # noqa: F401
 
 # isort: split
+from fastmtl.data import celeba as _celeba  # noqa: F401
 from fastmtl.data import column_sets as _column_sets  # noqa: F401
 from fastmtl.data import dense_sets as _dense_sets  # noqa: F401
 from fastmtl.data import office as _office  # noqa: F401
+from fastmtl.data import pawsx as _pawsx  # noqa: F401
 from fastmtl.data import pinns as _pinns  # noqa: F401
 from fastmtl.data import qm9 as _qm9  # noqa: F401
 from fastmtl.data import reviews as _reviews  # noqa: F401

@@ -14,17 +14,18 @@ from fastmtl.model.info import EncoderInfo
 
 __all__ = ["Collate", "join_inputs"]
 
-Tokenize = Callable[[Sequence[str]], dict[str, Tensor]]
+Tokenize = Callable[[Sequence[Any]], dict[str, Tensor]]
 
 
 def join_inputs(rows: Sequence[Any], tokenize: Tokenize | None) -> Any:
-    """Return the inputs of a batch, given those of each row.
+    """Return the inputs of a batch, given those of each row; texts, or pairs of texts, are tokenized.
 
     Raises:
         UsageError: They are texts, and the encoder takes none.
     """
     first = rows[0]
-    if isinstance(first, str):
+    pair = isinstance(first, tuple) and len(first) == 2 and all(isinstance(text, str) for text in first)
+    if isinstance(first, str) or pair:
         if tokenize is None:
             raise UsageError("The inputs are texts, which need an encoder of texts, such as hf:<name or folder>.")
         return tokenize(rows)

@@ -1,4 +1,4 @@
-"""Data sets of segmentation, depth and surface normals: NYUv2 from a folder, and rendered rooms."""
+"""Data sets of segmentation, depth and surface normals: NYUv2 and Cityscapes from folders, and rendered rooms."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from fastmtl.data.images import to_tensor
-from fastmtl.data.nyuv2 import TASKS, NYUv2
+from fastmtl.data.nyuv2 import TASKS, Cityscapes, NYUv2
 from fastmtl.data.registry import DatasetInfo, Facts, LoaderOptions, Splits, Task, register
 from fastmtl.data.rooms import SIZE, default_folder, make_rooms
 from fastmtl.data.rooms_scene import CLASSES
@@ -24,12 +24,14 @@ __all__ = ["ROWS", "DenseHead", "dense_task"]
 
 ROWS = {"train": 256, "test": 64}
 _WIDTH = 128
+# The least channels that a ResNet's output has.
+_OF_RESNETS = 512
 
 
-def dense_task(task: str) -> Task:
-    """Return the entry of a task of NYUv2 in ``task_dict``, as LibMTL's example has it."""
+def dense_task(task: str, classes: int = len(CLASSES)) -> Task:
+    """Return the entry of a task of NYUv2 or Cityscapes in ``task_dict``, as LibMTL's examples have it."""
     if task == "segmentation":
-        names, metric = ["mIoU", "pixAcc"], SegMetric(len(CLASSES))
+        names, metric = ["mIoU", "pixAcc"], SegMetric(classes)
         return Task(metrics=names, metrics_fn=metric, loss_fn=SegLoss(), weight=[1, 1])
     if task == "depth":
         return Task(metrics=["abs_err", "rel_err"], metrics_fn=DepthMetric(), loss_fn=DepthLoss(), weight=[0, 0])
@@ -60,16 +62,24 @@ def _light_head(feature_dim: int, outputs: int, size: tuple[int, int]) -> nn.Mod
     return DenseHead(convs, size)
 
 
-def _deeplab_head(feature_dim: int, outputs: int, size: tuple[int, int]) -> nn.Module:
-    from fastmtl.model import DeepLabHead
+def _map_head(feature_dim: int, outputs: int, size: tuple[int, int]) -> nn.Module:
+    """Return DeepLab's head for a ResNet's features, SegNet's two convolutions for fewer channels."""
+    from fastmtl.model import DeepLabHead, SegNet_MTAN_decoder
 
-    return DenseHead(DeepLabHead(feature_dim, outputs), size)
+    if feature_dim >= _OF_RESNETS:
+        return DenseHead(DeepLabHead(feature_dim, outputs), size)
+    return DenseHead(SegNet_MTAN_decoder("map", outputs, feature_dim), size)
 
 
-def _splits(folder: Path, options: LoaderOptions, counts: dict[str, int | None]) -> Splits:
+def _splits(
+    folder: Path,
+    options: LoaderOptions,
+    counts: dict[str, int | None],
+    read: type[NYUv2] | type[Cityscapes] = NYUv2,
+) -> Splits:
     loaders, rows = {}, {}
     for split, count in counts.items():
-        whole = NYUv2(folder, split, augmentation=options.augment and split == "train")
+        whole = read(folder, split, augmentation=options.augment and split == "train")
         if count is not None and count > len(whole):
             raise UsageError(f"{str(folder)!r} has {len(whole)} rows of {split}, fewer than the {count} asked for.")
         rows[split] = count or len(whole)
@@ -79,9 +89,9 @@ def _splits(folder: Path, options: LoaderOptions, counts: dict[str, int | None])
     return Splits(train=loaders["train"], val=None, test=loaders["test"], rows=rows, image_size=(height, width))
 
 
-def _nyuv2(options: LoaderOptions) -> Splits:
+def _from_folder(read: type[NYUv2] | type[Cityscapes], options: LoaderOptions) -> Splits:
     assert options.path is not None
-    return _splits(options.path, options, {"train": options.n_train, "test": None})
+    return _splits(options.path, options, {"train": options.n_train, "test": None}, read)
 
 
 def _rooms(options: LoaderOptions) -> Splits:
@@ -104,7 +114,16 @@ def _read_row(row: Mapping[str, Any], facts: Facts) -> Tensor:
 
 _OUTPUTS = dict(zip(TASKS, (len(CLASSES), 1, 3), strict=True))
 _LABELS = {"segmentation": tuple(CLASSES)}
-_ENCODERS = ("resnet18", "resnet34", "resnet50", "resnet18-dilated", "resnet50-dilated", "conv", "segnet")
+_ENCODERS = (
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet18-dilated",
+    "resnet50-dilated",
+    "conv",
+    "segnet",
+    "segnet-mtan",
+)
 _dense = partial(
     DatasetInfo, multi_input=False, outputs=_OUTPUTS, make_task=dense_task, read_row=_read_row, labels=_LABELS
 )
@@ -131,11 +150,27 @@ register(
             rows={"train": 795, "test": 654},
             # LibMTL's example trains a dilated ResNet-50.
             encoders=("resnet50-dilated", *(name for name in _ENCODERS if name != "resnet50-dilated")),
-            load_splits=_nyuv2,
-            make_head=_deeplab_head,
+            load_splits=partial(_from_folder, NYUv2),
+            make_head=_map_head,
             needs_path=True,
             batch_size=8,
             test_batch_size=8,
+        ),
+        DatasetInfo(
+            name="cityscapes",
+            description="Cityscapes: segmentation in 7 classes and inverse depth of street scenes, 128 x 256.",
+            source="a folder in the layout of LibMTL's example, or of MTAN's authors",
+            licence="as of the folder's data",
+            outputs={"segmentation": Cityscapes.classes, "depth": 1},
+            make_task=partial(dense_task, classes=Cityscapes.classes),
+            read_row=_read_row,
+            rows={"train": 2975, "test": 500},
+            encoders=("resnet50-dilated", *(name for name in _ENCODERS if name != "resnet50-dilated")),
+            load_splits=partial(_from_folder, Cityscapes),
+            make_head=_map_head,
+            needs_path=True,
+            batch_size=64,
+            test_batch_size=64,
         ),
     ]
 )

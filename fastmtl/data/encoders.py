@@ -40,13 +40,16 @@ ENCODERS: dict[str, EncoderInfo] = {
     "resnet50-dilated": _resnet(2048, "resnet_dilated", "resnet50"),
     "conv": EncoderInfo(build=partial(_make, "ConvEncoder", channels=3, stage_dims=(16, 32, 64)), feature_dim=64),
     "segnet": EncoderInfo(build=partial(_make, "SegNet"), feature_dim=64),
+    "segnet-mtan": EncoderInfo(build=partial(_make, "SegNet_MTAN_encoder"), feature_dim=64),
+    "lenet": EncoderInfo(build=partial(_make, "LeNet"), feature_dim=50),
+    "conv9": EncoderInfo(build=partial(_make, "CelebANet"), feature_dim=512),
     "lstm": EncoderInfo(build=partial(_make, "LSTMEncoder", VOCABULARY), feature_dim=256),
     "nnconv": EncoderInfo(build=partial(_make, "MoleculeEncoder"), feature_dim=64),
     "pinn-burgers": EncoderInfo(build=partial(_make, "PhysicsEncoder"), feature_dim=1),
     "pinn-kovasznay": EncoderInfo(build=partial(_make, "PhysicsEncoder", fields=3), feature_dim=3),
     "mlp": EncoderInfo(build=partial(_make, "MLPEncoder"), feature_dim=128, takes_vectors=True),
 }
-IMAGE_ENCODERS = ("resnet18", "resnet34", "resnet50", "conv")
+IMAGE_ENCODERS = ("resnet18", "resnet34", "resnet50", "conv", "lenet")
 
 
 def _timm(name: str, args: Mapping[str, Any], stages: bool) -> EncoderInfo:

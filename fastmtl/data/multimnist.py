@@ -43,24 +43,33 @@ def overlay(left: Tensor, right: Tensor) -> Tensor:
 
 
 def multimnist(
-    digits: dict[str, Digits], counts: dict[str, int], *, seed: int = 0, stream: int = 0, max_shift: int = 0
+    digits: dict[str, Digits],
+    counts: dict[str, int],
+    *,
+    right: dict[str, Digits] | None = None,
+    seed: int = 0,
+    stream: int = 0,
+    max_shift: int = 0,
 ) -> dict[str, GreyImages]:
     """Return the splits as data sets of ``(3, 32, 32)`` float32 images with int64 labels ``left`` and ``right``.
 
     Args:
         digits: The source digits of each split.
         counts: How many images to make of each split.
+        right: The source of the right digits, if it is another one.
         seed: Seed of the pairs, which are independent of the other splits and their counts.
         stream: Selects one of several independent sets of pairs per seed.
         max_shift: Random shift of the training images in pixels.
     """
     datasets = {}
     for number, split in enumerate(SPLITS):
-        source = digits[split]
-        left, right = draw_pairs(counts[split], len(source.labels), (seed, stream, number))
+        first, second = digits[split], (right or digits)[split]
+        left, other = draw_pairs(counts[split], len(first.labels), (seed, stream, number))
+        if right is not None:
+            _, other = draw_pairs(counts[split], len(second.labels), (seed, stream, number, 1))
         datasets[split] = GreyImages(
-            F.pad(overlay(source.images[left], source.images[right]), (_BORDER,) * 4),
-            {"left": source.labels[left], "right": source.labels[right]},
+            F.pad(overlay(first.images[left], second.images[other]), (_BORDER,) * 4),
+            {"left": first.labels[left], "right": second.labels[other]},
             mean=MEAN,
             std=STD,
             max_shift=max_shift if split == "train" else 0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,12 +15,15 @@ from fastmtl.data.images import as_image, to_tensor
 from fastmtl.data.multimnist import MEAN, SIZE, STD, TASKS, multimnist
 from fastmtl.data.registry import DatasetInfo, Facts, Loader, LoaderOptions, Splits, Task, register
 from fastmtl.data.tensors import GreyImages
+from fastmtl.errors import UsageError
 from fastmtl.loss import CELoss
 from fastmtl.metrics import AccMetric
 
-__all__ = ["ROWS", "classification_head", "classification_task"]
+__all__ = ["FASHION", "ROWS", "classification_head", "classification_task"]
 
 ROWS = {"train": 20_000, "val": 2_000, "test": 2_000}
+# Where Debian's package puts Fashion-MNIST.
+FASHION = Path("/usr/share/datasets/fashion-mnist")
 _CLASSES = 10
 _SHIFT = 2
 
@@ -46,7 +50,26 @@ def _images(options: LoaderOptions, stream: int = 0) -> dict[str, GreyImages]:
 
 
 def _shared_images(options: LoaderOptions) -> Splits:
-    images = _images(options)
+    return _loaders(_images(options), options)
+
+
+def _fashion_images(mixed: bool, options: LoaderOptions) -> Splits:
+    """Return pairs of clothes, or of clothes on the left and digits on the right if ``mixed``."""
+    folder = FASHION if options.path is None else options.path
+    if not folder.is_dir():
+        raise UsageError(
+            f"Fashion-MNIST is not in {str(folder)!r}: install Debian's package dataset-fashion-mnist, or give a "
+            "folder with its four IDX files as dataset_path."
+        )
+    digits = None
+    if mixed:
+        digits = folder_digits(folder / "mnist") if (folder / "mnist").is_dir() else embedded_digits()
+    counts = {**ROWS, "train": options.n_train or ROWS["train"]}
+    shift = _SHIFT if options.augment else 0
+    return _loaders(multimnist(folder_digits(folder), counts, right=digits, max_shift=shift), options)
+
+
+def _loaders(images: dict[str, GreyImages], options: LoaderOptions) -> Splits:
     loaders = {split: options.loader(images[split], split, in_batches=True) for split in SPLITS}
     rows = {split: len(images[split]) for split in SPLITS}
     return Splits(train=loaders["train"], val=loaders["val"], test=loaders["test"], rows=rows)
@@ -93,6 +116,22 @@ register(
             description="As multimnist, but each task has images of its own (multi-input).",
             multi_input=True,
             load_splits=_images_per_task,
+        ),
+        _multimnist(
+            name="multifashion",
+            description="As multimnist, with two pieces of clothing of Fashion-MNIST.",
+            source="Fashion-MNIST (Xiao et al., 2017): Debian's dataset-fashion-mnist, or a folder with its files",
+            licence="MIT",
+            multi_input=False,
+            load_splits=partial(_fashion_images, False),
+        ),
+        _multimnist(
+            name="multi-fashion-mnist",
+            description="As multimnist, with a piece of clothing of Fashion-MNIST left and a digit right.",
+            source="as multifashion, and 5,000 digits of MNIST, or MNIST's files in the folder mnist there",
+            licence="MIT, and CC BY-SA 3.0 of the digits",
+            multi_input=False,
+            load_splits=partial(_fashion_images, True),
         ),
     ]
 )

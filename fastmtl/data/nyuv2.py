@@ -1,9 +1,10 @@
-"""NYUv2 in the folders LibMTL reads: an image, and maps of segmentation, depth and surface normals."""
+"""NYUv2 and Cityscapes in the folders LibMTL reads: an image, and maps of segmentation, depth and surface normals."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -13,12 +14,9 @@ from torch.utils.data import Dataset
 
 from fastmtl.errors import UsageError
 
-__all__ = ["TASKS", "NYUv2", "RandomScaleCrop"]
+__all__ = ["TASKS", "Cityscapes", "NYUv2", "RandomScaleCrop"]
 
-Maps = tuple[Tensor, Tensor, Tensor, Tensor]
 TASKS = ("segmentation", "depth", "normal")
-_CHANNELS = {"image": (3,), "label": (), "depth": (1,), "normal": (3,)}
-_CLASSES = 13
 
 
 class RandomScaleCrop:
@@ -33,8 +31,8 @@ class RandomScaleCrop:
     def __init__(self, scale: Sequence[float] = (1.0, 1.2, 1.5)) -> None:
         self.scale = tuple(scale)
 
-    def __call__(self, image: Tensor, label: Tensor, depth: Tensor, normal: Tensor) -> Maps:
-        """Return the four maps in their original sizes.
+    def __call__(self, image: Tensor, label: Tensor, depth: Tensor, *normal: Tensor) -> tuple[Tensor, ...]:
+        """Return the maps in their original sizes; there may be no normals.
 
         ``image`` and ``normal`` ``(3, h, w)`` are interpolated bilinearly, normals neither rotated nor normalised;
         ``label`` ``(h, w)``, floating point, and ``depth`` ``(1, h, w)`` take the nearest pixel.
@@ -53,7 +51,7 @@ class RandomScaleCrop:
             enlarge(image, "bilinear"),
             enlarge(label[None], "nearest")[0],
             enlarge(depth, "nearest") / scale,
-            enlarge(normal, "bilinear"),
+            *(enlarge(part, "bilinear") for part in normal),
         )
 
 
@@ -61,33 +59,34 @@ def _below(count: int) -> int:
     return int(torch.randint(count, ()))
 
 
-def _flip(image: Tensor, label: Tensor, depth: Tensor, normal: Tensor) -> Maps:
+def _flip(image: Tensor, label: Tensor, depth: Tensor, *normal: Tensor) -> tuple[Tensor, ...]:
     """Flip horizontally; the first component of normals changes its sign."""
-    mirrored = normal.flip(-1) * torch.tensor([-1.0, 1.0, 1.0])[:, None, None]
-    return image.flip(-1), label.flip(-1), depth.flip(-1), mirrored
+    signs = torch.tensor([-1.0, 1.0, 1.0])[:, None, None]
+    return image.flip(-1), label.flip(-1), depth.flip(-1), *(part.flip(-1) * signs for part in normal)
 
 
-class NYUv2(Dataset[tuple[Tensor, dict[str, Tensor]]]):
-    """Rows ``(image, {"segmentation", "depth", "normal"})``, all float32.
+class _Maps(Dataset[tuple[Tensor, dict[str, Tensor]]]):
+    """Rows of an image and maps, from folders of .npy files.
 
-    ``image`` is ``(3, h, w)``, ``segmentation`` ``(h, w)`` with -1 for pixels without label, ``depth`` ``(1, h, w)`` in
-    metres with 0 for unknown, ``normal`` ``(3, h, w)`` with zeros for unknown.
-
-    Args:
-        root: Folder with ``train`` and ``val``, each with ``image``, ``label``, ``depth`` and ``normal``, in which the
-            files are ``0.npy``, ``1.npy``, ...; of shape ``(h, w, channels)``, and ``(h, w)`` for ``label``.
-        mode: ``"train"``; anything else reads ``val``, as in LibMTL.
-        augmentation: Scale, cut and mirror each row at random.
-
-    Raises:
-        UsageError: A folder or a file is missing.
+    Attributes:
+        channels: Kind of map to its channels; the folder has the kind's name.
+        classes: Number of classes of ``label``.
+        other_names: Kind of map to another name that its folder may have.
     """
+
+    channels: ClassVar[Mapping[str, tuple[int, ...]]]
+    classes: ClassVar[int]
+    other_names: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, root: str | Path, mode: str = "train", augmentation: bool = False) -> None:
         self.folder = Path(root).expanduser() / ("train" if mode == "train" else "val")
         self.augmentation = augmentation
         self._scale_crop = RandomScaleCrop()
-        self._count = _count_rows(self.folder)
+        self._names = {kind: kind for kind in self.channels}
+        for kind, other in self.other_names.items():
+            if not (self.folder / kind).is_dir() and (self.folder / other).is_dir():
+                self._names[kind] = other
+        self._count = _count_rows(self.folder, list(self._names.values()))
 
     def __len__(self) -> int:
         return self._count
@@ -101,25 +100,26 @@ class NYUv2(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         """
         if not 0 <= index < self._count:
             raise IndexError(index)
-        files = [self._read(kind, index) for kind in _CHANNELS]
-        for (kind, channels), values in zip(_CHANNELS.items(), files, strict=True):
+        files = [self._read(kind, index) for kind in self.channels]
+        for (kind, channels), values in zip(self.channels.items(), files, strict=True):
             shape = (*files[0].shape[:2], *channels)
             if values.shape != shape:
                 raise UsageError(f"{str(self._path(kind, index))!r} must have the shape {shape}, got {values.shape}.")
-        image, label, depth, normal = map(_channels_first, files)
-        if ((label < -1) | (label >= _CLASSES)).any():
+        maps = tuple(map(_channels_first, files))
+        label = maps[1]
+        if ((label < -1) | (label >= self.classes)).any():
             raise UsageError(
-                f"{str(self._path('label', index))!r} must hold the classes 0 to {_CLASSES - 1}, and -1 for no label, "
-                f"got values from {label.min():g} to {label.max():g}."
+                f"{str(self._path('label', index))!r} must hold the classes 0 to {self.classes - 1}, and -1 for no "
+                f"label, got values from {label.min():g} to {label.max():g}."
             )
         if self.augmentation:
-            image, label, depth, normal = self._scale_crop(image, label, depth, normal)
+            maps = self._scale_crop(*maps)
             if _below(2):
-                image, label, depth, normal = _flip(image, label, depth, normal)
-        return image, {"segmentation": label, "depth": depth, "normal": normal}
+                maps = _flip(*maps)
+        return maps[0], dict(zip(TASKS, maps[1:], strict=False))
 
     def _path(self, kind: str, index: int) -> Path:
-        return self.folder / kind / f"{index}.npy"
+        return self.folder / self._names[kind] / f"{index}.npy"
 
     def _read(self, kind: str, index: int) -> np.ndarray:
         path = self._path(kind, index)
@@ -129,21 +129,62 @@ class NYUv2(Dataset[tuple[Tensor, dict[str, Tensor]]]):
             raise UsageError(f"{str(path)!r} cannot be read ({error}).") from error
 
 
+class NYUv2(_Maps):
+    """Rows ``(image, {"segmentation", "depth", "normal"})``, all float32.
+
+    ``image`` is ``(3, h, w)``, ``segmentation`` ``(h, w)`` of 13 classes with -1 for pixels without label, ``depth``
+    ``(1, h, w)`` in metres with 0 for unknown, ``normal`` ``(3, h, w)`` with zeros for unknown.
+
+    Args:
+        root: Folder with ``train`` and ``val``, each with ``image``, ``label``, ``depth`` and ``normal``, in which the
+            files are ``0.npy``, ``1.npy``, ...; of shape ``(h, w, channels)``, and ``(h, w)`` for ``label``.
+        mode: ``"train"``; anything else reads ``val``, as in LibMTL.
+        augmentation: Scale, cut and mirror each row at random.
+
+    Raises:
+        UsageError: A folder or a file is missing.
+    """
+
+    channels: ClassVar = {"image": (3,), "label": (), "depth": (1,), "normal": (3,)}
+    classes = 13
+
+
+class Cityscapes(_Maps):
+    """Rows ``(image, {"segmentation", "depth"})`` of street scenes, all float32, as `NYUv2` has them.
+
+    ``segmentation`` has 7 classes, ``depth`` is the inverse depth (disparity).
+
+    Args:
+        root: Folder with ``train`` and ``val``, each with ``image``, ``label`` (or ``label_7``, as MTAN's authors have
+            it) and ``depth``, with files as of `NYUv2`.
+        mode: ``"train"``; anything else reads ``val``.
+        augmentation: Scale, cut and mirror each row at random.
+
+    Raises:
+        UsageError: A folder or a file is missing.
+    """
+
+    channels: ClassVar = {"image": (3,), "label": (), "depth": (1,)}
+    classes = 7
+    other_names: ClassVar = {"label": "label_7"}
+
+
 def _channels_first(values: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(np.moveaxis(values, 2, 0) if values.ndim == 3 else values))
 
 
-def _count_rows(folder: Path) -> int:
-    for kind in _CHANNELS:
+def _count_rows(folder: Path, kinds: Sequence[str]) -> int:
+    for kind in kinds:
         if not (folder / kind).is_dir():
+            *others, last = kinds
             raise UsageError(
-                f"{str(folder.parent)!r} must hold train and val, each with image, label, depth and normal, but has no "
+                f"{str(folder.parent)!r} must hold train and val, each with {', '.join(others)} and {last}, but has no "
                 f"{folder.name}/{kind}."
             )
     count = sum(path.suffix == ".npy" for path in (folder / "image").iterdir())
     if count == 0:
         raise UsageError(f"{str(folder / 'image')!r} holds no .npy files.")
-    for kind in _CHANNELS:
+    for kind in kinds:
         missing = next((i for i in range(count) if not (folder / kind / f"{i}.npy").is_file()), None)
         if missing is not None:
             raise UsageError(

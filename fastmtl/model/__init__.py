@@ -9,6 +9,7 @@ from fastmtl.errors import UsageError
 from fastmtl.model.features import Bag, Categorical, FeatureEncoder, FeatureTables, Numeric
 from fastmtl.model.nnconv import EdgeConv, MoleculeEncoder
 from fastmtl.model.pinn import PhysicsEncoder
+from fastmtl.model.published_nets import CelebANet, LeNet
 from fastmtl.model.segnet import SegNet, SegNet_MTAN_decoder, SegNet_MTAN_encoder
 from fastmtl.model.stages import ConvEncoder, MLPEncoder, StagedEncoder
 from fastmtl.model.text import LSTMEncoder
@@ -31,12 +32,14 @@ if TYPE_CHECKING:
 __all__ = [
     "Bag",
     "Categorical",
+    "CelebANet",
     "ConvEncoder",
     "DeepLabHead",
     "EdgeConv",
     "FeatureEncoder",
     "FeatureTables",
     "LSTMEncoder",
+    "LeNet",
     "MLPEncoder",
     "MoleculeEncoder",
     "Numeric",

@@ -149,7 +149,7 @@ def _with_adapters(model: Any, name: str, args: Mapping[str, Any]) -> Any:
     return adapted
 
 
-def _tokenize(name: str, length: int, texts: Sequence[str]) -> dict[str, Tensor]:
+def _tokenize(name: str, length: int, texts: Sequence[Any]) -> dict[str, Tensor]:
     """Return the tokens of texts, padded to the longest of them."""
     encoded = _tokenizer(name)(list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt")
     return dict(encoded)

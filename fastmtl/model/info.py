@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -34,7 +35,7 @@ class EncoderInfo:
         feature_dim: Channels of its output.
         has_weights: Whether it has weights to start from.
         image: How it wants images, where that is known.
-        tokenize: Makes its inputs of texts, for encoders of texts.
+        tokenize: Makes its inputs of texts, or of pairs of texts, for encoders of texts.
         takes_vectors: Whether it reads vectors.
         takes_facts: Whether it depends on the data: ``build(facts=facts)`` makes it, see `fastmtl.data.Splits`.
     """
@@ -43,6 +44,6 @@ class EncoderInfo:
     feature_dim: int
     has_weights: bool = False
     image: ImageInput | None = None
-    tokenize: Callable[[Sequence[str]], dict[str, Tensor]] | None = None
+    tokenize: Callable[[Sequence[Any]], dict[str, Tensor]] | None = None
     takes_vectors: bool = False
     takes_facts: bool = False

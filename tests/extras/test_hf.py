@@ -32,7 +32,9 @@ def bert(tmp_path: Path) -> Path:
     inner = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     inner.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
     PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
     return folder
@@ -75,6 +77,31 @@ def test_texts_are_pooled_over_their_words(bert: Path) -> None:
     torch.testing.assert_close(alone[0], beside[0], atol=1e-6, rtol=1e-5)
     first = find_encoder(f"hf:{bert}", {"pool": "first"}).value.build()
     assert first(short).shape == (1, 16)
+
+
+def test_pairs_of_sentences_train_by_the_recipe_of_pawsx(bert: Path, tmp_path: Path) -> None:
+    about = find_encoder(f"hf:{bert}").value
+    assert about.tokenize is not None
+    pair = about.tokenize([("good film", "bad phone")])
+    assert pair["input_ids"].tolist() == [[2, 5, 7, 3, 6, 8, 3]]
+    data = tmp_path / "pawsx"
+    data.mkdir()
+    for language in ("en", "zh", "de", "es"):
+        for split in ("train", "dev", "test"):
+            lines = ["sentence1\tsentence2\tlabel", *(f"good film\tvery good phone\t{row % 2}" for row in range(8))]
+            (data / f"{split}-{language}.tsv").write_text("\n".join(lines) + "\n")
+    command = ["train", "--recipe", "pawsx", "--scale", "small", "--encoder", f"hf:{bert}", "--batch-size", "4"]
+    command += [
+        "--train-size",
+        "8",
+        "--dataset-path",
+        str(data),
+        "--weighting",
+        "mgda",
+        "--run-dir",
+        str(tmp_path / "run"),
+    ]
+    assert main([*command, "--no-plot", "--no-tensorboard"]) == 0
 
 
 def test_weights_are_the_folder_s_if_asked_for(bert: Path) -> None:
