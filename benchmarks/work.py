@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl.errors import UsageError
-from fastmtl.model import MLPEncoder, resnet18, resnet_dilated
+from fastmtl.model import MLPEncoder, MoleculeEncoder, resnet18, resnet_dilated
+from fastmtl.support.extras import need
 
 __all__ = ["NETS", "Work", "image_size"]
 
-NETS = ("resnet18", "resnet50", "mlp", "tiny", "transformer")
+NETS = ("resnet18", "resnet50", "mlp", "tiny", "transformer", "nnconv")
 # Words, and numbers for each.
 _WORDS, _WIDTH = 64, 256
 # Layers, the first of which are the inputs.
@@ -28,7 +29,7 @@ class Work:
     Attributes:
         net: ``"resnet18"``, or ``"resnet50"`` with dilations in place of its last strides, on images; ``"mlp"``
             (128-512-512-512) or ``"tiny"`` (16-32-32) on vectors; or ``"transformer"``, an encoder of 4 layers of width
-            256, on 64 words.
+            256, on 64 words; or ``"nnconv"``, the network of QM9, on graphs of as many atoms as molecules there have.
         arch: The architecture.
         count: Tasks.
         batch: Rows of the batch.
@@ -44,20 +45,24 @@ class Work:
     size: int | str
     device: torch.device
     lr: float = 1e-3
-    inputs: Tensor = field(init=False)
+    inputs: Any = field(init=False)
     labels: Mapping[str, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
         if self.net not in NETS:
             raise UsageError(f"net must be one of {', '.join(NETS)}, got {self.net!r}.")
         generator = torch.Generator().manual_seed(0)
-        of_one = _WIDTHS[self.net][:1] if self.net in _WIDTHS else (3, *image_size(self.size))
-        of_one = (_WORDS, _WIDTH) if self.net == "transformer" else of_one
-        shape = (self.batch, *of_one)
-        self.inputs = torch.randn(shape, generator=generator).to(self.device)
+        if self.net == "nnconv":
+            self.inputs = _molecules(self.batch, generator).to(self.device)
+        else:
+            self.inputs = torch.randn((self.batch, *self._of_one()), generator=generator).to(self.device)
         self.labels = {
             task: torch.randint(0, 10, (self.batch,), generator=generator).to(self.device) for task in self.tasks
         }
+
+    def _of_one(self) -> tuple[int, ...]:
+        of_one = _WIDTHS[self.net][:1] if self.net in _WIDTHS else (3, *image_size(self.size))
+        return (_WORDS, _WIDTH) if self.net == "transformer" else of_one
 
     @property
     def tasks(self) -> list[str]:
@@ -67,7 +72,7 @@ class Work:
     @property
     def arch_args(self) -> dict[str, Any]:
         """Return the architecture's hyper-parameters: two shared experts, or one beside one of each task."""
-        gated = {"img_size": list(self.inputs.shape[1:])}
+        gated = {} if self.net == "nnconv" else {"img_size": list(self.inputs.shape[1:])}
         args: dict[str, dict[str, Any]] = {
             "MMoE": {**gated, "num_experts": [2]},
             "CGC": {**gated, "num_experts": [1] * (self.count + 1)},
@@ -82,7 +87,7 @@ class Work:
             torch.manual_seed(0)
             encoder = self._encoder()
             head = [nn.AdaptiveAvgPool2d(1), nn.Flatten()] if self.net.startswith("resnet") else []
-            widths = {"resnet18": 512, "resnet50": 2048, "transformer": _WIDTH}
+            widths = {"resnet18": 512, "resnet50": 2048, "transformer": _WIDTH, "nnconv": 64}
             width = _WIDTHS[self.net][-1] if self.net in _WIDTHS else widths[self.net]
             decoders = nn.ModuleDict({task: nn.Sequential(*head, nn.Linear(width, 10)) for task in self.tasks})
         return encoder.to(self.device), decoders.to(self.device)
@@ -93,6 +98,8 @@ class Work:
             return MLPEncoder(first, hidden)
         if self.net == "transformer":
             return _Words()
+        if self.net == "nnconv":
+            return MoleculeEncoder()
         return resnet18() if self.net == "resnet18" else resnet_dilated("resnet50", pretrained=False)
 
     def loss(self, pred: Tensor, task: str) -> Tensor:
@@ -112,6 +119,25 @@ class _Words(nn.Module):
         """Return (B, width) from (B, words, width)."""
         encoded: Tensor = self.layers(words)
         return encoded.mean(1)
+
+
+def _molecules(count: int, generator: torch.Generator) -> Any:
+    """Return a batch of complete graphs with as many vertices as QM9's molecules have atoms: 18 +- 3."""
+    data = need("torch_geometric.data", "graphs", "The network nnconv")
+    sizes = (18 + 3 * torch.randn(count, generator=generator)).round().long().clamp(3, 29)
+    ptr = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+    edges = []
+    for first, size in zip(ptr.tolist(), sizes.tolist(), strict=False):
+        pairs = torch.cartesian_prod(torch.arange(size), torch.arange(size))
+        edges.append(pairs[pairs[:, 0] != pairs[:, 1]].T + first)
+    edge_index = torch.cat(edges, 1)
+    return data.Batch(
+        x=torch.randn(int(ptr[-1]), 11, generator=generator),
+        edge_index=edge_index,
+        edge_attr=torch.randn(edge_index.shape[1], 5, generator=generator),
+        batch=torch.repeat_interleave(torch.arange(count), sizes),
+        ptr=ptr,
+    )
 
 
 def image_size(size: int | str) -> tuple[int, int]:

@@ -11,7 +11,7 @@ import importlib
 import io
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,8 @@ def libmtl_step(work: Work, weighting: str, checkout: Path) -> LocalContender:
     def make_encoder() -> nn.Module:
         if work.net in ("mlp", "tiny"):
             return work.modules()[0]
+        if work.net == "nnconv":
+            return _edge_matrices(state)
         # What an encoder's initial weights take from the generator is not to be missing elsewhere.
         with torch.random.fork_rng():
             deep = work.net == "resnet50"
@@ -123,6 +125,37 @@ def libmtl_step(work: Work, weighting: str, checkout: Path) -> LocalContender:
         trainer.optimizer.step()
 
     return LocalContender(run=step, shared=list(trainer.model.get_share_params()))
+
+
+def _edge_matrices(state: Mapping[str, Tensor]) -> nn.Module:
+    """Return the network of QM9 in LibMTL's form: NNConv, which makes a matrix for each edge, and a GRU."""
+    import torch_geometric.nn as graphs
+
+    class Network(nn.Module):
+        def __init__(self, width: int = 64) -> None:
+            super().__init__()
+            self.lin0 = nn.Linear(11, width)
+            matrices = nn.Sequential(nn.Linear(5, 128), nn.ReLU(), nn.Linear(128, width * width))
+            self.conv = graphs.NNConv(width, width, matrices, aggr="mean")
+            self.gru = nn.GRU(width, width)
+            self.set2set = graphs.aggr.Set2Set(width, processing_steps=3)
+            self.lin1 = nn.Linear(2 * width, width)
+
+        def forward(self, data: Any) -> Tensor:
+            atoms = self.lin0(data.x).relu()
+            hidden = atoms.unsqueeze(0)
+            for _ in range(3):
+                messages = self.conv(atoms, data.edge_index, data.edge_attr).relu()
+                atoms, hidden = self.gru(messages.unsqueeze(0), hidden)
+                atoms = atoms.squeeze(0)
+            features: Tensor = self.lin1(self.set2set(atoms, data.batch)).relu()
+            return features
+
+    with torch.random.fork_rng():
+        network = Network()
+    names = {name: f"{name}_l0" if name.startswith("gru.") else name for name in state}
+    network.load_state_dict({names[name]: value for name, value in state.items()})
+    return network
 
 
 class _OnDevice:

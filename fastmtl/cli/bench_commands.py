@@ -68,7 +68,10 @@ def _step(
     arch: Annotated[str, typer.Option(help="Architecture.")] = "HPS",
     tasks: Annotated[list[int], typer.Option("--tasks", "--t", "-T", help="Number of tasks; may be repeated.")] = [3],  # noqa: B006
     net: Annotated[
-        str, typer.Option(help="resnet18, resnet50 (dilated), mlp (128-512-512-512), tiny (16-32-32) or transformer.")
+        str,
+        typer.Option(
+            help="resnet18, resnet50 (dilated), mlp (128-512-512-512), tiny (16-32-32), transformer, or nnconv (QM9's)."
+        ),
     ] = "resnet18",
     batch: Annotated[int, typer.Option(help="Rows of the batch.")] = 32,
     size: Annotated[str, typer.Option(help="Height and width of the images, as 64 or 288x384.")] = "64",
