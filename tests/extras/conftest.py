@@ -11,7 +11,7 @@ import pytest
 
 PACKAGES = {
     "test_timm": ("timm",),
-    "test_hf": ("transformers", "tokenizers"),
+    "test_hf": ("transformers", "tokenizers", "onnxruntime", "onnxscript"),
     "test_lora": ("peft",),
     "test_graphs": ("torch_geometric",),
     "test_qm9": ("torch_geometric", "rdkit"),
