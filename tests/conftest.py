@@ -17,6 +17,10 @@ settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     settings.load_profile("ci")
 
+# Inductor would start processes that compile beside each that trains: they import torch first, which takes longer than
+# what they compile, and `make test` keeps all cores busy already. Children take it over.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 # Files of few and long tests. They come first, so that of several processes none is left alone with one at the end.
 LONG = (
     *("tests/test_packaging.py", "tests/ops/test_triton.py", "tests/ops/test_registry.py", "tests/distributed/"),
@@ -74,6 +78,18 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     perturb(_M_PERTURB, 0x01)
     yield
     perturb(_M_PERTURB, 0)
+
+
+@pytest.fixture
+def eager_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let compiled graphs, backward passes too, run as torch traces them, without inductor and the C++ compiler.
+
+    For tests of what is compiled and how often; test_compile and test_ways compare what inductor makes of graphs.
+    """
+    from torch._dynamo.backends.debugging import aot_eager
+
+    monkeypatch.setattr("fastmtl.engine.regions.compile_graph", aot_eager)
+    torch.compiler.reset()
 
 
 @pytest.fixture

@@ -183,12 +183,15 @@ def test_resumes_exactly(name: str, tmp_path: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["PLE", "DSelect_k"])
-def test_compiled_gradients_are_the_eager_ones(name: str) -> None:
+@pytest.mark.parametrize(("name", "count"), [("PLE", 3), ("DSelect_k", 2)])
+def test_compiled_gradients_are_the_eager_ones(name: str, count: int, request: pytest.FixtureRequest) -> None:
     torch.compiler.reset()
-    eager, compiled = (make_trainer("MGDA", name, 3, compile=compile) for compile in (False, True))
+    if name == "PLE":
+        # Whether torch traces it is asked; what inductor makes of gates shows the other.
+        request.getfixturevalue("eager_kernels")
+    eager, compiled = (make_trainer("MGDA", name, count, compile=compile) for compile in (False, True))
     compiled.model.load_state_dict(eager.model.state_dict())
-    batch = next(iter(loaders(3)))
+    batch = next(iter(loaders(count)))
     for _ in range(2):
         for trainer in (eager, compiled):
             trainer.model.epochs, trainer.model.epoch = 100, 0

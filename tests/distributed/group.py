@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch._dynamo.backends.debugging import aot_eager
 from torch.utils.data import DataLoader, default_collate
 
 from fastmtl.architecture.MTAN import MTAN
@@ -141,6 +142,9 @@ def _train(case: Case, epochs: int) -> tuple[Tensor, Tensor, list[float]]:
         if case.options.get("vjps") == "sketch":
             # What a layer costs depends on the rows in a process.
             force_way(patch, "sketched")
+        if case.options.get("compile"):
+            # Inductor would take most of the time of all cases, in each process.
+            patch.setattr("fastmtl.engine.regions.compile_graph", aot_eager)
         return _trained(case, epochs)
 
 

@@ -173,6 +173,7 @@ def test_looking_leaves_no_trace_in_losses() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("eager_kernels")
 @pytest.mark.parametrize("kind", ["product", "kept"])
 def test_compiled_steps_are_those_of_eager_ones(kind: str) -> None:
     found = []

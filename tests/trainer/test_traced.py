@@ -21,22 +21,10 @@ from tests.trainer.toy import Listener, flat, loaders, make_trainer, method_of
 TASKS = 3
 # Torch's own, while it traces.
 pytestmark = [
+    pytest.mark.usefixtures("eager_kernels"),
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def traced_and_differentiated_but_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Graphs run as torch traces them, backward passes too; what inductor makes of them test_ways compares."""
-    from torch._dynamo.backends.debugging import aot_eager
-
-    def backend(region: Any, graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-        region.graphs += 1
-        return aot_eager(graph, inputs)
-
-    monkeypatch.setattr("fastmtl.engine.regions._Region._backend", backend)
-    torch.compiler.reset()
 
 
 class _Reversed(torch.autograd.Function):

@@ -352,6 +352,7 @@ def test_a_network_compiled_before_is_not_compressed() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("eager_kernels")
 @pytest.mark.parametrize("way", ["batched", "layerwise"])
 def test_compiling_leaves_the_trunk_eager_where_its_vjps_have_a_way_of_their_own(way: str) -> None:
     listener = Listener()
@@ -364,6 +365,7 @@ def test_compiling_leaves_the_trunk_eager_where_its_vjps_have_a_way_of_their_own
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("eager_kernels")
 def test_compiled_steps_of_many_tasks_measure_the_ways_too() -> None:
     listener = Listener()
     trainer = _trainer(ENCODERS["mlp"], "auto", count=8, compile=True, logger=listener)

@@ -57,26 +57,26 @@ def _wide() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 64), nn.Tanh(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 8))
 
 
-def _batches(sizes: tuple[int, ...], shift: float) -> list[tuple[Tensor, dict[str, Tensor]]]:
+def _batches(tasks: int, sizes: tuple[int, ...], shift: float) -> list[tuple[Tensor, dict[str, Tensor]]]:
     """Return all rows in batches, some without labels, the inputs shifted."""
-    ((x, labels),) = loaders(TASKS, rows=ROWS, batch=ROWS)
+    ((x, labels),) = loaders(tasks, rows=ROWS, batch=ROWS)
     labels["task0"][:5], labels["task1"][2::7] = -100, torch.nan
     split = {task: each.split(sizes) for task, each in labels.items()}
     return [(part, {task: split[task][k] for task in labels}) for k, part in enumerate((x + shift).split(sizes))]
 
 
-def _gradients(dtype: str, captured: bool = False, **way: Any) -> list[Tensor]:
+def _gradients(dtype: str, tasks: int, captured: bool = False, **way: Any) -> list[Tensor]:
     """Return the gradients of a step for each task, with that task's alone for the shared network, and a Gram matrix.
 
     The last is the strategy's.
     """
     precision = "fp32" if dtype == "float64" else dtype
     optimizer = {"optim": "sgd", "lr": 0.0}
-    trainer = make_trainer(OneTask, count=TASKS, encoder_class=_wide, precision=precision, optim_param=optimizer, **way)
+    trainer = make_trainer(OneTask, count=tasks, encoder_class=_wide, precision=precision, optim_param=optimizer, **way)
     trainer.model.epoch = 0
     sizes = (11, 8, 5) if trainer.step.batches == 3 else (ROWS,)
     # Only the last step's batch counts.
-    steps = [_batches(sizes, shift) for shift in ([4.0, 3.0, 2.0, 1.0, 0.0] if captured else [0.0])]
+    steps = [_batches(tasks, sizes, shift) for shift in ([4.0, 3.0, 2.0, 1.0, 0.0] if captured else [0.0])]
     if dtype == "float64":
         trainer.model.double()
         steps = [
@@ -85,7 +85,7 @@ def _gradients(dtype: str, captured: bool = False, **way: Any) -> list[Tensor]:
     if isinstance(trainer.step.scaler, LossScaler):
         trainer.step.scaler.scale.fill_(2.0**8)
     found = []
-    for task in range(TASKS):
+    for task in range(tasks):
         rule: Any = trainer.model
         rule.which = task
         if captured:
@@ -108,7 +108,10 @@ def _gradients(dtype: str, captured: bool = False, **way: Any) -> list[Tensor]:
 def test_every_way_gives_every_tasks_gradient(way: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     force_way(monkeypatch, "compressed")
     torch.compiler.reset()
-    want, got = _gradients(dtype, vjps="sequential"), _gradients(dtype, way == "captured", **WAYS[way])
+    # A third task makes for more to compile, but for no other code.
+    tasks = 2 if "compile" in WAYS[way] else TASKS
+    want = _gradients(dtype, tasks, vjps="sequential")
+    got = _gradients(dtype, tasks, way == "captured", **WAYS[way])
     for expected, found in zip(want, got, strict=True):
         assert expected.norm() > 0
         assert (found - expected).norm() <= TOLERANCES[dtype] * expected.norm()
