@@ -21,8 +21,8 @@ from tests.trainer.toy import loaders, make_trainer
 ROOT = Path(__file__).parents[2]
 SCRIPT = str(Path(__file__).with_name("doomed.py"))
 OPTIONS = (
-    "train --weighting mgda --train-size 64 --batch-size 16 --epochs 3 --limit-batches 4 --device cpu "
-    "--no-plot --no-tensorboard --checkpoint-every 2 --peer-timeout {timeout} --run-dir"
+    "train --weighting mgda --encoder conv --train-size 64 --batch-size 16 --test-batch-size 16 --epochs 3 "
+    "--limit-batches 4 --device cpu --no-plot --no-tensorboard --checkpoint-every 2 --peer-timeout {timeout} --run-dir"
 )
 
 

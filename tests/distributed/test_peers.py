@@ -280,7 +280,8 @@ def test_one_process_goes_on_where_two_stopped_and_two_where_one_did(tmp_path: P
 @pytest.mark.parametrize("more", ["", " --shard fsdp"], ids=["whole", "shards"])
 def test_the_command_in_two_processes(tmp_path: Path, more: str) -> None:
     options = (
-        "--weighting mgda --train-size 64 --batch-size 16 --limit-batches 2 --device cpu --no-plot --no-tensorboard"
+        "--weighting mgda --encoder conv --train-size 64 --batch-size 16 --test-batch-size 16 --limit-batches 2 "
+        "--device cpu --no-plot --no-tensorboard"
     )
     launched = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     done = subprocess.run(
