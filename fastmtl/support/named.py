@@ -25,7 +25,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from fastmtl.errors import FastmtlError, UsageError
 from fastmtl.support.names import known_name, resolve_name
 
-__all__ = ["Found", "Kind", "is_spec", "line_in_own_code", "place_of", "short_name", "whole_spec"]
+__all__ = ["Found", "Kind", "is_spec", "line_in_own_code", "own_place", "place_of", "short_name", "whole_spec"]
 
 T = TypeVar("T")
 
@@ -131,6 +131,16 @@ def place_of(value: object, name: str = "") -> str:
     except (OSError, TypeError):
         return getattr(module, "__file__", None) or place or repr(value)
     return f"{_relative(Path(file or ''))}:{line}"
+
+
+def own_place(value: object) -> str:
+    """Return ``"file:line: "`` of a class or function of the user's, ``""`` of one that is installed."""
+    owner: Any = value if isinstance(value, type) or inspect.isroutine(value) else type(value)
+    try:
+        file, line = inspect.getsourcefile(owner), inspect.getsourcelines(owner)[1]
+    except (OSError, TypeError):
+        return ""
+    return "" if file is None or _is_installed(Path(file).resolve()) else f"{_relative(Path(file))}:{line}: "
 
 
 def line_in_own_code(error: BaseException) -> str | None:

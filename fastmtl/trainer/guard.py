@@ -21,6 +21,7 @@ class FiniteGuard:
 
     Attributes:
         refusal: What the strategy needs of losses, as the end of a sentence.
+        weigher: What gives the weights, where it is code of the user's.
         found_inf: Scalar float tensor, 1 from that step on. Optimizers leave the parameters alone while it is 1, so
             what is saved afterwards is still finite.
 
@@ -32,6 +33,7 @@ class FiniteGuard:
     def __init__(self, device: torch.device, task_name: list[str]) -> None:
         self.task_name = task_name
         self.refusal = ""
+        self.weigher = ""
         self.found_inf = torch.zeros((), dtype=torch.float32, device=device)
         # The number of the next step, and of the first bad one.
         self._steps = torch.zeros(2, dtype=torch.int64, device=device)
@@ -69,8 +71,9 @@ class FiniteGuard:
         what, bad_tasks = next((what, bad) for what, bad in flags if any(bad))
         tasks = [task for task, bad in zip(self.task_name, bad_tasks, strict=True) if bad]
         if what != "refused":
+            source = f" from {self.weigher}" if what == "weight" and self.weigher else ""
             raise NonFiniteError(
-                f"The {what} of {', '.join(tasks)} became NaN or infinite in training step {step}; {kept}."
+                f"The {what} of {', '.join(tasks)}{source} became NaN or infinite in training step {step}; {kept}."
             )
         refused = [f"{loss:.4g}" for loss, bad in zip(losses, bad_tasks, strict=True) if bad]
         raise UsageError(

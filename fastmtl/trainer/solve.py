@@ -15,9 +15,11 @@ from fastmtl.engine.jacobian import Jacobian
 from fastmtl.engine.lookahead import LookedAhead
 from fastmtl.engine.pullback import Representations
 from fastmtl.engine.weights import Weights
+from fastmtl.errors import UsageError
 from fastmtl.support.kinds import Settings
 from fastmtl.support.profiling import part
 from fastmtl.weighting import AbsWeighting
+from fastmtl.weighting.checks import check_weights, gave
 
 __all__ = ["make_solver"]
 
@@ -46,7 +48,9 @@ def make_solver(strategy: AbsWeighting, hyper: Hypers, comm: Comm) -> Solver:
 
 def _from_losses(strategy: AbsWeighting, hyper: Hypers, losses: LossSum) -> Weights:
     with part("solver"):
-        return strategy.weigh(losses.strategy_losses, None, **hyper)
+        weights = strategy.weigh(losses.strategy_losses, None, **hyper)
+    check_weights(strategy, "weigh", weights, losses.strategy_losses.numel())
+    return weights
 
 
 def _from_gram(strategy: AbsWeighting, hyper: Hypers, jacobian: Jacobian) -> Weights:
@@ -54,6 +58,7 @@ def _from_gram(strategy: AbsWeighting, hyper: Hypers, jacobian: Jacobian) -> Wei
     gram = jacobian.gram(groups)
     with part("solver"):
         weights = strategy.weigh(jacobian.strategy_losses, gram, **hyper)
+    check_weights(strategy, "weigh", weights, jacobian.strategy_losses.numel(), grouped=groups is not None)
     return replace(weights, groups=groups, gram=jacobian.mean_gram(gram))
 
 
@@ -61,6 +66,7 @@ def _from_rows(strategy: AbsWeighting, hyper: Hypers, jacobian: Jacobian) -> Wei
     rows = jacobian.unscaled_rows()
     with part("solver"):
         weights = strategy.weigh_rows(jacobian.strategy_losses, rows, **hyper)
+    check_weights(strategy, "weigh_rows", weights, jacobian.strategy_losses.numel())
     return replace(weights, rows=weights.rows or rows)
 
 
@@ -81,6 +87,18 @@ def _from_lookahead(strategy: AbsWeighting, hyper: Hypers, looked: LookedAhead) 
 def _from_backward(strategy: AbsWeighting, hyper: Hypers, losses: ForeignLosses) -> Weights:
     with part("VJPs"):
         weights = strategy.backward(losses.attached, **hyper)
+    trained = [param for param in strategy.parameters() if param.requires_grad]
+    if trained and all(param.grad is None for param in trained):
+        raise UsageError(
+            f"{gave(strategy, 'backward')} has given no parameter a gradient: call _backward_new_grads, or backward of a "
+            "sum of the losses."
+        )
     if weights is None:
         return Weights(shared=torch.ones_like(losses.losses), reports=False)
-    return Weights(shared=torch.as_tensor(weights).to(losses.losses))
+    shown = torch.as_tensor(weights)
+    if shown.numel() != losses.losses.numel():
+        raise UsageError(
+            f"{gave(strategy, 'backward')} must return one weight for each of {losses.losses.numel()} tasks, or None, "
+            f"got the shape {tuple(shown.shape)}."
+        )
+    return Weights(shared=shown.flatten().to(losses.losses))

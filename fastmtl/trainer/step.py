@@ -32,6 +32,7 @@ from fastmtl.trainer.tasks import StepTasks, TaskSampler, step_tasks
 from fastmtl.trainer.unreached import UnreachedParameters
 from fastmtl.trainer.weight_state import WeightState
 from fastmtl.weighting import AbsWeighting
+from fastmtl.weighting.checks import own_method
 
 __all__ = ["Predictions", "TrainingStep"]
 
@@ -109,6 +110,7 @@ class TrainingStep:
         self.problem = problem
         self.guard = guard
         guard.refusal = strategy.refusal(**hyper)
+        guard.weigher = own_method(strategy)
         self.hyper = hyper
         self.options = options
         self.comm = comm

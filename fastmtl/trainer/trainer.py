@@ -45,6 +45,7 @@ from fastmtl.trainer.setup.tasks import check_reductions, hold_losses, loss_para
 from fastmtl.trainer.state import TrainerState
 from fastmtl.trainer.update import prepare_update
 from fastmtl.utils import count_parameters
+from fastmtl.weighting.checks import check_rule
 
 __all__ = ["Trainer"]
 
@@ -179,6 +180,7 @@ class Trainer(TrainerState):
             synchronize(self.model, self.peers)
         if self.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        check_rule(rule, self.kwargs["weight_args"])
         needs = rule.needs_of_step()
         if needs != "backward":
             check_weighting(self.model, rule, self.architecture, self.rep_grad)

@@ -157,6 +157,10 @@ class AbsWeighting(Strategy):
 
         With ``rep_grad`` the sum is that of ``per_grads``, the gradients of the tasks' representations.
         """
+        if len(batch_weight) != self.task_num:
+            raise UsageError(
+                f"_backward_new_grads takes a weight for each of {self.task_num} tasks, got {len(batch_weight)}."
+            )
         task_grads = per_grads if self.rep_grad else grads
         weighted = (batch_weight[t] * task_grads[t] for t in range(self.task_num))
         if not self.rep_grad:
