@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl.errors import UsageError
+from fastmtl.support.named import own_place
 
 __all__ = ["Columns", "Stages"]
 
@@ -56,7 +57,7 @@ class Stages:
             stages = list(cast(nn.ModuleList, encoder.stages))
             return cls(cast(nn.Module, encoder.stem), stages, list(cast(list[int], encoder.stage_dims)))
         raise UsageError(
-            f"{owner} needs an encoder made of stages (a ResNet{also} or a StagedEncoder), "
+            f"{own_place(type(encoder))}{owner} needs an encoder made of stages (a ResNet{also} or a StagedEncoder), "
             f"got {type(encoder).__name__}."
         )
 

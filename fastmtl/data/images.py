@@ -89,7 +89,7 @@ def to_tensor(
         if whole.shape[-2:] != tuple(size):
             whole = F.interpolate(whole[None], tuple(size), mode="bilinear", antialias=True)[0]
         return (whole - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
-    image = image.convert("RGB" if len(mean) == 3 else "L")
+    image = as_image(image).convert("RGB" if len(mean) == 3 else "L")
     if image.size != (size[1], size[0]):
         image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
     pixels = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255)

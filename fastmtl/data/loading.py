@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,11 +13,11 @@ from typing import Any
 from torch import nn
 
 from fastmtl.data.encoders import find_encoder
-from fastmtl.data.registry import DataBundle, DatasetInfo, Facts, LoaderOptions, find_dataset
+from fastmtl.data.registry import DataBundle, DatasetInfo, Facts, LoaderOptions, Splits, find_dataset
 from fastmtl.data.tasks import TaskInfo, with_named
 from fastmtl.errors import UsageError
 from fastmtl.model.info import EncoderInfo
-from fastmtl.support.named import Found
+from fastmtl.support.named import Found, own_place
 
 __all__ = ["Parts", "load", "parts_of"]
 
@@ -80,12 +81,24 @@ def parts_of(
         encoder=encoder,
         encoder_class=partial(encoder.value.build, **options) if options else encoder.value.build,
         tasks=tasks,
-        make_heads={
-            name: partial(task.make_head, size=tuple(size)) if task.maps and size else task.make_head
-            for name, task in tasks.items()
-        },
+        make_heads={name: _head(info, name, task, size) for name, task in tasks.items()},
         facts=facts,
     )
+
+
+def _head(info: DatasetInfo, name: str, task: TaskInfo, size: Sequence[int] | None) -> Callable[[int, int], nn.Module]:
+    """Return what creates the decoder of a task from the channels and the number of outputs."""
+    if not task.maps:
+        return task.make_head
+    if size:
+        return partial(task.make_head, size=tuple(size))
+    needed = inspect.signature(task.make_head).parameters.get("size")
+    if needed is not None and needed.default is inspect.Parameter.empty:
+        raise UsageError(
+            f"{own_place(info.load_splits)}The task {name} of the data set {info.name} predicts maps, whose size it "
+            "must say: options.splits(..., image_size=(height, width))."
+        )
+    return task.make_head
 
 
 def load(
@@ -168,6 +181,12 @@ def load(
         tasks=dict(tasks or {}),
     )
     splits = info.load_splits(options)
+    if not isinstance(splits, Splits):
+        raise UsageError(
+            f"{own_place(info.load_splits)}load_splits of the data set {info.name} must return Splits, as "
+            f"options.splits(train=..., test=...) makes them, it returned "
+            f"{'nothing' if splits is None else f'a {type(splits).__name__}'}."
+        )
     size = {} if splits.image_size is None else {"image_size": list(splits.image_size)}
     parts = parts_of(info, chosen, {**splits.facts, **size}, pretrained=pretrained)
     return DataBundle(

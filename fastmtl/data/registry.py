@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from fastmtl.data.tasks import Task, TaskInfo
 from fastmtl.data.tensors import as_is, row_loader
 from fastmtl.errors import UsageError
 from fastmtl.model.info import EncoderInfo
-from fastmtl.support.named import Found, Kind, place_of, short_name
+from fastmtl.support.named import Found, Kind, own_place, place_of, short_name
 
 __all__ = [
     "DATASETS",
@@ -90,7 +91,7 @@ class LoaderOptions:
             seed=self.seed + number,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
-            collate_fn=as_is if in_batches else Collate.of(self.encoder),
+            collate_fn=as_is if in_batches else Collate.of(self.encoder, dataset),
         )
 
     def splits(self, train: Dataset[Any], test: Dataset[Any], val: Dataset[Any] | None = None, **facts: Any) -> Splits:
@@ -200,12 +201,23 @@ class DatasetInfo:
         """Return the tasks, given what is known of the data.
 
         Raises:
-            UsageError: There are none.
+            UsageError: There are none, or they are not made as tasks are.
         """
-        if callable(self.tasks):
-            return dict(self.tasks(facts))
         if self.tasks is not None:
-            return dict(self.tasks)
+            made = dict(self.tasks(facts) if callable(self.tasks) else self.tasks)
+            place = own_place(self.load_splits)
+            if not made:
+                raise UsageError(
+                    f"{place}The data set {self.name} has no tasks: give it tasks={{name: classes(10), ...}}."
+                )
+            for task, about in made.items():
+                if not isinstance(about, TaskInfo):
+                    raise UsageError(
+                        f"{place}The task {task} of the data set {self.name} must be made by classes, binary, "
+                        "regression, segmentation, depth or normals of fastmtl.data, it is a "
+                        f"{type(about).__name__}."
+                    )
+            return made
         if not self.outputs or self.make_task is None or self.make_head is None:
             raise UsageError(f"The data set {self.name} has no tasks: give it tasks={{name: classes(10), ...}}.")
         return {task: self._task(task, units) for task, units in self.outputs.items()}
@@ -294,17 +306,33 @@ def find_dataset(name: str) -> Found[DatasetInfo]:
     found = Kind("data set", "fastmtl.datasets").find(name, DATASETS)
     info = found.value
     if not isinstance(info, DatasetInfo):
-        made = info() if callable(info) and not isinstance(info, type) else info
+        made, what = info, "is a class" if isinstance(info, type) else f"is a {type(info).__name__}"
+        if callable(info) and not isinstance(info, type):
+            if _needs_arguments(info):
+                what = "takes arguments"
+            else:
+                made = info()
+                what = f"returns {'nothing' if made is None else f'a {type(made).__name__}'}"
         if not isinstance(made, DatasetInfo):
-            what = f"returns a {type(made).__name__}" if made is not info else f"is a {type(made).__name__}"
             raise UsageError(
                 f"{place_of(info, found.name)}: the data set {short_name(found.name)} must be a DatasetInfo of "
-                f"fastmtl.data or a function that returns one, it {what}."
+                f"fastmtl.data or a function without arguments that returns one, it {what}."
             )
         info = made
     place = found.name.rpartition(":")[0]
     stem = Path(place).stem if place.endswith(".py") else place.rpartition(".")[2]
     return Found(found.name, info if info.name else replace(info, name=stem or found.name))
+
+
+def _needs_arguments(function: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(function).bind()
+    except TypeError:
+        return True
+    except ValueError:
+        # A function of C has no signature that can be read.
+        return False
+    return False
 
 
 def describe_all() -> list[dict[str, str]]:

@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from fastmtl.architecture import AbsArchitecture, find_architecture
 from fastmtl.data.collate import join_inputs
 from fastmtl.data.encoders import find_encoder
+from fastmtl.data.images import IMAGE_SUFFIXES, as_image, is_image
 from fastmtl.data.loading import Parts, parts_of
 from fastmtl.data.registry import find_dataset
 from fastmtl.deploy.facts import ModelFacts, TaskFacts, example_of
@@ -96,7 +97,8 @@ class RunModel(nn.Module):
         """Return a batch of inputs, on the model's device.
 
         Args:
-            rows: A row of columns for each example; an image is the column ``image``, a PIL image.
+            rows: A row of columns for each example; an image is the column ``image``, a PIL image, its bytes, or the
+                path of a file.
             folder: Where relative paths in the rows begin.
 
         Raises:
@@ -109,7 +111,7 @@ class RunModel(nn.Module):
                 f"or call the model with tensors."
             )
         facts = {**self.facts.data, "folder": str(folder)}
-        inputs = [read(row, facts) for row in rows]
+        inputs = [read(_Row(_with_image(row, Path(folder))), facts) for row in rows]
         device = next(self.parameters()).device
         return to_device(join_inputs(inputs, self._parts.encoder.value.tokenize), device)
 
@@ -119,6 +121,20 @@ class RunModel(nn.Module):
         """Return the predictions for rows of columns, see :meth:`read`, without gradients."""
         with torch.inference_mode():
             return self(self.read(rows, folder), tasks)
+
+
+class _Row(dict[str, Any]):
+    """The columns of a row; one that there is not is named to the user."""
+
+    def __missing__(self, name: str) -> Any:
+        raise UsageError(f"A row has no column {name!r}, which is an input, only {', '.join(self) or 'none'}.")
+
+
+def _with_image(row: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
+    """Return a row whose image, if it has one, is that of PIL, or an array."""
+    value = row.get("image")
+    named = isinstance(value, str) and value.lower().endswith(IMAGE_SUFFIXES)
+    return {**row, "image": as_image(value, folder)} if named or is_image(value) else row
 
 
 def load(run: str | Path, *, checkpoint: str = "best", device: str | torch.device = "cpu") -> RunModel:

@@ -68,7 +68,7 @@ def _draw_map(axis: Axes, values: np.ndarray, about: TaskFacts) -> None:
         # Of several channels without a meaning that is known, their mean.
         plane = values.mean(0) if values.ndim == 3 else values
         drawn = axis.imshow(plane, cmap="viridis", interpolation="nearest")
-        figure.colorbar(drawn, ax=axis, orientation="horizontal", fraction=0.05, pad=0.03)
+        figure.colorbar(drawn, ax=axis, orientation="horizontal", fraction=0.05, pad=0.03, panchor=False)
 
 
 def _draw_classes(axis: Axes, values: np.ndarray, about: TaskFacts) -> None:

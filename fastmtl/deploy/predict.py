@@ -66,27 +66,31 @@ def predict(
     count = drawn = 0
     part = out / f"{PREDICTIONS}.part"
     names_of_files = _FileNames()
-    with part.open("w", encoding="utf-8") as file:
-        for batch in _batches(_examples(inputs, out), batch_size):
-            predictions = model.predict([example.row for example in batch], names or None, folder)
-            for place, example in enumerate(batch):
-                of_example = {task: pred[place].float().cpu() for task, pred in predictions.items()}
-                line: dict[str, Any] = {"input": example.name}
-                maps, stem = {}, names_of_files.of(example.name)
-                for task, pred in of_example.items():
-                    if not _is_map(pred, model.tasks[task]):
-                        line[task] = said_of(pred, model.tasks[task])
-                    else:
-                        maps[task] = _as_map(pred, model.tasks[task])
-                        line[task] = {"map": f"{stem}.{task}.npy"}
-                        np.save(out / line[task]["map"], maps[task])
-                if maps and pictures:
-                    from fastmtl.deploy.pictures import draw
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            for batch in _batches(_examples(inputs, out), batch_size):
+                predictions = model.predict([example.row for example in batch], names or None, folder)
+                for place, example in enumerate(batch):
+                    of_example = {task: pred[place].float().cpu() for task, pred in predictions.items()}
+                    line: dict[str, Any] = {"input": example.name}
+                    maps, stem = {}, names_of_files.of(example.name)
+                    for task, pred in of_example.items():
+                        if not _is_map(pred, model.tasks[task]):
+                            line[task] = said_of(pred, model.tasks[task])
+                        else:
+                            maps[task] = _as_map(pred, model.tasks[task])
+                            line[task] = {"map": f"{stem}.{task}.npy"}
+                            np.save(out / line[task]["map"], maps[task])
+                    if maps and pictures:
+                        from fastmtl.deploy.pictures import draw
 
-                    draw(out / f"{stem}.png", _image(example.row, model, folder), maps, model.tasks)
-                    drawn += 1
-                file.write(json.dumps(line, allow_nan=False) + "\n")
-            count += len(batch)
+                        draw(out / f"{stem}.png", _image(example.row, model, folder), maps, model.tasks)
+                        drawn += 1
+                    file.write(json.dumps(line, allow_nan=False) + "\n")
+                count += len(batch)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
     part.replace(out / PREDICTIONS)
     return count, drawn
 

@@ -18,10 +18,18 @@ from fastmtl.errors import UsageError
 from fastmtl.loss import AbsLoss
 from fastmtl.support.dtypes import HALF_TYPES
 
-__all__ = ["Problem", "Scored", "cut_features"]
+__all__ = ["LabelError", "Problem", "Scored", "cut_features"]
 
 Result = TypeVar("Result")
 Scored: TypeAlias = tuple[tuple[Tensor, ...], Mapping[str, object]]
+
+
+class LabelError(UsageError):
+    """Labels do not fit the loss of a ``task``."""
+
+    def __init__(self, message: str, task: str) -> None:
+        super().__init__(message)
+        self.task = task
 
 
 class Problem:
@@ -186,13 +194,16 @@ class Problem:
             return _nothing(pred)
         try:
             loss = self.losses[task].compute_loss(pred, labels)
+        except UsageError as cause:
+            raise LabelError(f"Task {task}: {cause}", task).with_traceback(cause.__traceback__) from cause
         except IndexError as cause:
             label = re.fullmatch(r"Target (-?\d+) is out of bounds\.", str(cause))
             if label is None:
                 raise
-            raise UsageError(
+            raise LabelError(
                 f"A label of {task} is {label[1]}, but its predictions have no such class: classes count from 0, and a "
-                "missing label is marked by the ignore_index of the loss."
+                "missing label is marked by the ignore_index of the loss.",
+                task,
             ) from cause
         if isinstance(loss, Tensor) and not loss.dim() and loss.dtype == torch.float32:
             return loss

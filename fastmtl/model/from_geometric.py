@@ -37,6 +37,11 @@ class GraphEncoder(nn.Module):
 
     def forward(self, graphs: Any) -> Tensor:
         """Return (graphs, feature_dim), or (nodes, feature_dim) without pooling, of a batch of torch_geometric."""
+        if not hasattr(graphs, "edge_index"):
+            raise UsageError(
+                "A network of torch_geometric reads graphs (torch_geometric.data.Data), but the inputs are "
+                f"{_form(graphs)}."
+            )
         given = {name: graphs[name] for name in ("edge_weight", "edge_attr") if name in graphs and self._takes(name)}
         features: Tensor = self.network(graphs.x.float(), graphs.edge_index, **given)
         if self.pool == "none":
@@ -49,6 +54,12 @@ class GraphEncoder(nn.Module):
     def _takes(self, name: str) -> bool:
         support = {"edge_weight": "supports_edge_weight", "edge_attr": "supports_edge_attr"}
         return bool(getattr(self.network, support[name], False))
+
+
+def _form(inputs: object) -> str:
+    if isinstance(inputs, Tensor):
+        return f"tensors of shape {tuple(inputs.shape)}"
+    return f"of type {type(inputs).__name__}"
 
 
 def geometric_encoder(name: str, args: Mapping[str, Any]) -> EncoderInfo:

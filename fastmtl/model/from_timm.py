@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from fastmtl.errors import FastmtlError, UsageError
 from fastmtl.model.chain import STAGES, ChannelsFirst, ChannelsLast, by_size, staged
@@ -99,7 +100,9 @@ def _build(name: str, args: Mapping[str, Any], stages: bool, pretrained: bool = 
     timm = need("timm", "timm", f"The encoder timm:{name}")
     make = partial(timm.create_model, name, pretrained=pretrained, **args)
     if not stages:
-        return TimmEncoder(_made(partial(make, num_classes=0), name, args))
+        encoder = TimmEncoder(_made(partial(make, num_classes=0), name, args))
+        _freeze_unreached(encoder, _input_size(name))
+        return encoder
     try:
         features = make(features_only=True)
     except OSError as error:
@@ -109,6 +112,26 @@ def _build(name: str, args: Mapping[str, Any], stages: bool, pretrained: bool = 
             f"timm:{name} has no features_only form, which an architecture over stages needs ({error or 'none'})."
         ) from error
     return _staged(features, name, _input_size(name))
+
+
+def _freeze_unreached(encoder: nn.Module, size: Sequence[int]) -> None:
+    """Freeze what features do not go through, such as the norm of the classifier that is left out."""
+    shapes = {
+        name: torch.empty_like(tensor, device="meta").requires_grad_(isinstance(tensor, nn.Parameter))
+        for name, tensor in (*encoder.named_parameters(), *encoder.named_buffers())
+    }
+    params = dict(encoder.named_parameters())
+    was_training = encoder.training
+    try:
+        features = functional_call(encoder.eval(), shapes, (torch.empty(1, *size, device="meta"),))
+        grads = torch.autograd.grad(features.sum(), [shapes[name] for name in params], allow_unused=True)
+    except (NotImplementedError, RuntimeError):
+        # It computes something that has no shapes without values: all of it stays as it is.
+        return
+    finally:
+        encoder.train(was_training)
+    for param, grad in zip(params.values(), grads, strict=True):
+        param.requires_grad_(grad is not None)
 
 
 def _input_size(name: str) -> tuple[int, int, int]:

@@ -8,9 +8,12 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
+from torch.utils.data import Subset
 
 from fastmtl.engine.labels import are_complete, present_tasks
+from fastmtl.engine.losses import LabelError
 from fastmtl.errors import UsageError
+from fastmtl.support.named import own_place
 from fastmtl.support.profiling import part
 from fastmtl.trainer.checkpoint.files import rng_state, set_rng_state
 from fastmtl.trainer.checkpoint.writer import Checkpoints
@@ -88,7 +91,10 @@ class TrainingEpoch:
                     complete = all(are_complete(meter.losses, of_batch) for of_batch in labels)
                     present = None if complete else present_tasks(meter.losses, labels)
                     ready = [trainer.prepared(batch) for batch in fetched]
-                losses, preds = self._step(ready, present, complete)
+                try:
+                    losses, preds = self._step(ready, present, complete)
+                except LabelError as error:
+                    raise self._of_data_set(error) from error
                 self._last = None if trainer.probe is None else ready[-1]
                 trainer.schedule.after_step()
                 self._score(losses, preds, ready, fetched)
@@ -162,6 +168,16 @@ class TrainingEpoch:
         scored = zip(batches[-count:], fetched[-count:], strict=True)
         for ((_, labels), (_, on_host)), pred in zip(scored, preds, strict=bool(preds)):
             trainer.meter.update(losses, pred, labels, on_host, others)
+
+    def _of_data_set(self, error: LabelError) -> LabelError:
+        """Return the error with the place of the user's data set, unless the loss is the user's as well."""
+        if own_place(type(self._trainer.meter.losses[error.task])):
+            return error
+        loader = self._loaders[error.task] if self._trainer.multi_input else self._loaders
+        dataset = getattr(loader, "dataset", None)
+        while isinstance(dataset, Subset):
+            dataset = dataset.dataset
+        return LabelError(f"{own_place(type(dataset))}{error}", error.task)
 
     def _keep_losses(self) -> None:
         """Keep the epoch's losses for strategies; a task without any label in it keeps that of the one before."""

@@ -90,8 +90,8 @@ def _from_backward(strategy: AbsWeighting, hyper: Hypers, losses: ForeignLosses)
     trained = [param for param in strategy.parameters() if param.requires_grad]
     if trained and all(param.grad is None for param in trained):
         raise UsageError(
-            f"{gave(strategy, 'backward')} has given no parameter a gradient: call _backward_new_grads, or backward of a "
-            "sum of the losses."
+            f"{gave(strategy, 'backward')} has given no parameter a gradient: call _backward_new_grads, or backward of "
+            "a sum of the losses."
         )
     if weights is None:
         return Weights(shared=torch.ones_like(losses.losses), reports=False)

@@ -56,9 +56,7 @@ def check_rule(rule: type[Any], hyper: Mapping[str, Any]) -> None:
         inspect.signature(method).bind(None, *inputs, **hyper)
     except TypeError as error:
         taken = ", ".join(("self", *inputs, "**hyper"))
-        raise UsageError(
-            f"{own_place(method)}{rule.__name__}.{name} must take ({taken}): {error}."
-        ) from error
+        raise UsageError(f"{own_place(method)}{rule.__name__}.{name} must take ({taken}): {error}.") from error
 
 
 def check_weights(strategy: Strategy, method: str, weights: Any, count: int, *, grouped: bool = False) -> None:

@@ -202,3 +202,31 @@ def test_paths_in_a_table_begin_where_it_is(
     assert model.read([{"png": "0.png"}], new).shape == (1, 3, 24, 32)
     with pytest.raises(UsageError, match=r"The image '0\.png' cannot be read"):
         model.read([{"png": "0.png"}])
+
+
+def test_images_of_a_table_are_opened_for_the_read_row_of_a_data_set(dense_run: Path, tmp_path: Path) -> None:
+    _pictures(tmp_path, ["a.png"])
+    model = fastmtl.load(dense_run)
+    wanted = model.read([{"image": Image.open(tmp_path / "a.png")}])
+    for given in ("a.png", (tmp_path / "a.png").read_bytes(), {"bytes": None, "path": "a.png"}):
+        torch.testing.assert_close(model.read([{"image": given}], tmp_path), wanted, rtol=0, atol=0)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"image": "a.png"}))
+    assert main(["predict", str(dense_run), str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "0.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        ({"img": "a.png"}, "A row has no column 'image', which is an input, only img."),
+        ({"image": 3}, "An image must be a PIL image, bytes or a path, got a int."),
+        ({"image": "missing.png"}, "missing.png' cannot be read"),
+    ],
+)
+def test_rows_that_cannot_be_read_leave_nothing_behind(
+    dense_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], row: dict[str, Any], sentence: str
+) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    assert main(["predict", str(dense_run), str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "out")]) == 2
+    assert sentence in capsys.readouterr().err
+    assert list((tmp_path / "out").iterdir()) == []

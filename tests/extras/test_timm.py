@@ -91,3 +91,16 @@ def test_the_command_trains_one(tmp_path: Any) -> None:
     wrong = main(["train", "--encoder", "timm:test_convnext", "--arch", "mtan", *settings, "--run-dir", run])
     assert wrong == 0
     assert main(["eval", run]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "unused"), [("test_convnext", ["head.norm.weight", "head.norm.bias"]), ("test_vit2", ["fc_norm.weight", "fc_norm.bias"])]
+)
+def test_what_features_do_not_go_through_is_frozen(name: str, unused: list[str]) -> None:
+    encoder: Any = find_encoder(f"timm:{name}").value.build()
+    assert encoder.training
+    encoder(torch.randn(2, 3, 160, 160)).square().sum().backward()
+    frozen = [key for key, param in encoder.model.named_parameters() if not param.requires_grad]
+    reached = [key for key, param in encoder.model.named_parameters() if param.grad is not None]
+    assert frozen == unused
+    assert set(frozen) | set(reached) == {key for key, _ in encoder.model.named_parameters()}

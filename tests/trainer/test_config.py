@@ -251,3 +251,9 @@ def test_settings_of_groups_are_checked_before_data_are_there(tmp_path: Path) ->
         path.write_text(f"group_args: {value}\n")
         with pytest.raises(UsageError, match=message):
             read_config(path)
+
+
+def test_lists_in_yaml_are_names_with_commas(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("logger: [csv, jsonl]\ninputs: [length, width]\n")
+    config = read_config(tmp_path / "c.yaml")
+    assert (config.logger, config.inputs) == ("csv,jsonl", "length,width")

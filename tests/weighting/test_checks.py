@@ -66,7 +66,10 @@ def test_weights_that_are_not_finite_name_their_rule(run: Run) -> None:
 @pytest.mark.parametrize(
     ("body", "sentence"),
     [
-        ("    def weigh(self, losses):\n        pass\n", "mine.py:9: Mine.weigh must take (self, losses, gram, **hyper): "),
+        (
+            "    def weigh(self, losses):\n        pass\n",
+            "mine.py:9: Mine.weigh must take (self, losses, gram, **hyper): ",
+        ),
         ("    pass\n", "mine.py:6: Mine must override weigh, the method that belongs to needs = 'gram'."),
         ("    needs = 'rows'\n", "mine.py:6: Mine must override weigh_rows, "),
         ("    needs = 'grams'\n", "mine.py:6: needs of Mine must be one of 'losses', 'gram', "),

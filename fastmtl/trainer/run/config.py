@@ -248,6 +248,10 @@ def config_of(content: Mapping[str, Any], place: str | Path, **overrides: object
     """
     specs = declared(TrainConfig)
     settings: Arguments = {spelled_as(str(key), specs, f"key in {place}:"): value for key, value in content.items()}
+    for name in ("inputs", "logger"):
+        value = settings.get(name)
+        if isinstance(value, list) and all(isinstance(word, str) for word in value):
+            settings[name] = ",".join(value)
     for name, spec in specs.items():
         if spec.same_as is not None and {name, spec.same_as} & overrides.keys():
             # Both names of the option in the file give way to either of them.

@@ -1,0 +1,147 @@
+"""Data sets of the user's that do not work are reported in one sentence, with file and line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fastmtl.cli import main
+
+HEAD = """import torch
+from torch.utils.data import Dataset
+
+from fastmtl.data import DatasetInfo, classes, regression, segmentation
+
+
+class Rows(Dataset):
+    def __len__(self):
+        return 32
+
+    def __getitem__(self, row):
+        return image(row), {"kind": 1, "b": label(row)}
+
+
+def load_splits(options):
+    return splits(options)
+
+
+def image(row):
+    return torch.rand(3, 32, 32)
+
+
+def label(row):
+    return torch.ones(1)
+
+
+def splits(options):
+    return options.splits(train=Rows(), test=Rows())
+
+
+def tasks():
+    return {"kind": classes(2), "b": regression()}
+
+
+def make():
+    return DatasetInfo(tasks=tasks(), load_splits=load_splits)
+
+
+"""
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def train(body: str, *flags: str) -> str:
+        (tmp_path / "mine.py").write_text(HEAD + body)
+        small = ["--encoder", "conv", "--batch-size", "16", "--limit-batches", "1"]
+        code = main(
+            ["train", "--dataset", "./mine.py:make", *small, "--no-plot", "--no-tensorboard", "--device", "cpu", *flags]
+        )
+        said = capsys.readouterr().err.strip()
+        return said.splitlines()[-1].removeprefix("error: ") if code else ""
+
+    return train
+
+
+def test_the_data_set_works_without_a_mistake(run: Run) -> None:
+    assert run("") == ""
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        ("def tasks():\n    return {}\n", "mine.py:15: The data set mine has no tasks: give it tasks="),
+        (
+            "def tasks():\n    return {'kind': 'classes'}\n",
+            "mine.py:15: The task kind of the data set mine must be made by classes, binary, regression, segmentation, "
+            "depth or normals of fastmtl.data, it is a str.",
+        ),
+        (
+            "def tasks():\n    return {'kind': classes(2), 'b': segmentation(3)}\n",
+            "mine.py:15: The task b of the data set mine predicts maps, whose size it must say: "
+            "options.splits(..., image_size=(height, width)).",
+        ),
+        ("def splits(options):\n    pass\n", "mine.py:15: load_splits of the data set mine must return Splits, as "),
+        (
+            "def make(folder):\n    return None\n",
+            "mine.py:39: the data set make must be a DatasetInfo of fastmtl.data or a function without arguments that "
+            "returns one, it takes arguments.",
+        ),
+    ],
+)
+def test_a_description_that_cannot_be(run: Run, body: str, sentence: str) -> None:
+    assert run(body).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        (
+            "def label(row):\n    return None\n",
+            "mine.py:7: The labels of b of a batch cannot be joined, as they must be tensors of one shape: they are "
+            "None.",
+        ),
+        (
+            "def image(row):\n    return torch.rand(3, 32, 32 + row % 2)\n",
+            "mine.py:7: The inputs of a batch cannot be joined, as they must be tensors of one shape: they are tensors "
+            "of shape (3, 32, 32), tensors of shape (3, 32, 33).",
+        ),
+        (
+            "class Some(Rows):\n    def __getitem__(self, row):\n        image, labels = super().__getitem__(row)\n"
+            "        return image, labels if row % 2 else {'kind': 1}\n\n\nRows = Some\n",
+            "mine.py:39: Some rows of a batch have no label of b, others have: a missing one is NaN, or -100 for a "
+            "class.",
+        ),
+    ],
+)
+def test_rows_that_make_no_batch(run: Run, body: str, sentence: str) -> None:
+    assert run(body) == sentence
+
+
+# Dynamo looks at the traceback's tensors.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("compiled", [(), ("--compile",)], ids=["eager", "compiled"])
+def test_labels_that_do_not_fit_the_loss(run: Run, compiled: tuple[str, ...]) -> None:
+    said = run("def label(row):\n    return torch.ones(2)\n", *compiled)
+    assert said.startswith(
+        "mine.py:7: Task b: MSELoss: predictions of shape (16, 1) do not match labels of shape (16, 2)"
+    )
+
+
+def test_a_class_that_there_is_not(run: Run) -> None:
+    said = run("def tasks():\n    return {'kind': classes(2), 'b': classes(2)}\n\n\ndef label(row):\n    return 7\n")
+    assert said.startswith("mine.py:7: Task b: CELoss: labels must be from 0 to 1 for predictions of shape (16, 2)")
+
+
+def test_labels_and_loss_of_the_user_name_the_loss(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "my_loss.py").write_text(
+        "from fastmtl.errors import UsageError\nfrom fastmtl.loss import AbsLoss\n\n\nclass Mine(AbsLoss):\n"
+        "    def compute_loss(self, pred, gt):\n        raise UsageError('Not these labels.')\n"
+    )
+    assert run("", "--loss", "b=./my_loss.py:Mine") == "my_loss.py:7: Task b: Not these labels."
