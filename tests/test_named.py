@@ -237,7 +237,7 @@ def test_what_a_file_makes_is_described(folder: Path) -> None:
     found = find_dataset("./own_of_test.py:make")
     assert isinstance(found.value, DatasetInfo)
     assert find_encoder("own_of_test:Encoder").value.feature_dim == 5
-    with pytest.raises(UsageError, match="needs an encoder made of stages"):
+    with pytest.raises(UsageError, match=r"^own_of_test.py:16: MTAN needs an encoder made of stages"):
         find_architecture("mtan").value(
             task_name=["a"],
             encoder_class=find_encoder("own_of_test:Encoder").value.build,

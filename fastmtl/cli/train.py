@@ -173,7 +173,7 @@ def _model_facts(bundle: DataBundle) -> ModelFacts:
     if bundle.multi_input:
         # The inputs of all tasks have one form.
         inputs = next(iter(inputs.values()))
-    return facts_of(bundle.task_dict, bundle.outputs, bundle.labels, inputs, bundle.facts)
+    return facts_of(bundle.task_dict, bundle.outputs, bundle.labels, bundle.kinds, inputs, bundle.facts)
 
 
 def _print_banner(config: TrainConfig, bundle: DataBundle, run: RunDirectory) -> None:

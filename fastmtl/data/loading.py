@@ -14,7 +14,7 @@ from torch import nn
 
 from fastmtl.data.encoders import find_encoder
 from fastmtl.data.registry import DataBundle, DatasetInfo, Facts, LoaderOptions, Splits, find_dataset
-from fastmtl.data.tasks import TaskInfo, with_named
+from fastmtl.data.tasks import TaskInfo, kind_of, with_named
 from fastmtl.errors import UsageError
 from fastmtl.model.info import EncoderInfo
 from fastmtl.support.named import Found, own_place
@@ -189,15 +189,14 @@ def load(
         )
     size = {} if splits.image_size is None else {"image_size": list(splits.image_size)}
     parts = parts_of(info, chosen, {**splits.facts, **size}, pretrained=pretrained)
+    task_dict = {task: dict(about.task()) for task, about in parts.tasks.items()}
     return DataBundle(
         name=info.name,
         description=info.description,
         source=info.source if folder is None else str(folder),
         licence=info.licence if folder is None else "as of the folder's data",
         multi_input=info.multi_input,
-        task_dict=with_named(
-            {task: dict(about.task()) for task, about in parts.tasks.items()}, loss or {}, metric or {}
-        ),
+        task_dict=with_named(task_dict, loss or {}, metric or {}),
         train=splits.train,
         val=splits.val,
         test=splits.test,
@@ -211,6 +210,7 @@ def load(
         make_heads=parts.make_heads,
         facts=parts.facts,
         labels={task: about.labels for task, about in parts.tasks.items() if about.labels},
+        kinds={task: kind_of(about) for task, about in task_dict.items()},
     )
 
 

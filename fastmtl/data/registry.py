@@ -257,6 +257,7 @@ class DataBundle:
         make_heads: Task name to the function that creates its decoder from ``feature_dim`` and the number of outputs.
         facts: What a model has to know of the data, see `Splits`; ``image_size`` among it.
         labels: Task name to the names of its classes, where they have any.
+        kinds: Task name to what it is by the data set's own loss: ``"classes"``, ``"regression"``, ... or ``"other"``.
     """
 
     name: str
@@ -278,6 +279,7 @@ class DataBundle:
     make_heads: Mapping[str, Callable[[int, int], nn.Module]] = field(repr=False)
     facts: Facts = field(default_factory=dict, repr=False)
     labels: dict[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
+    kinds: dict[str, str] = field(default_factory=dict, repr=False)
 
     def decoders(self) -> nn.ModuleDict:
         """Return new decoders, one per task, for the encoder's output."""

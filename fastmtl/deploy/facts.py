@@ -82,6 +82,7 @@ def facts_of(
     task_dict: Mapping[str, Mapping[str, Any]],
     outputs: Mapping[str, int],
     labels: Mapping[str, tuple[str, ...]],
+    kinds: Mapping[str, str],
     inputs: Tree,
     data: Mapping[str, Any],
 ) -> ModelFacts:
@@ -91,12 +92,18 @@ def facts_of(
         task_dict: Its tasks, as the trainer takes them.
         outputs: Outputs of each task's decoder.
         labels: Names of the classes of tasks that have them.
+        kinds: What each task is by its data set, for losses that do not tell.
         inputs: Those of a batch.
         data: Facts of the data.
     """
+    by_loss = {name: kind_of(about) for name, about in task_dict.items()}
     tasks = {
-        name: TaskFacts(kind=kind_of(about), outputs=outputs[name], labels=labels.get(name, ()))
-        for name, about in task_dict.items()
+        name: TaskFacts(
+            kind=kinds[name] if by_loss[name] == "other" else by_loss[name],
+            outputs=outputs[name],
+            labels=labels.get(name, ()),
+        )
+        for name in task_dict
     }
     return ModelFacts(tasks=tasks, inputs=_form(inputs), data=dict(data))
 

@@ -81,3 +81,14 @@ def test_loading_runs_no_code_of_losses_metrics_strategies_and_loggers(copied: P
     assert set(fastmtl.load(copied)(torch.randn(1, 3, 32, 32))) == {"left", "right"}
     assert main(["export", str(copied), "--format", "safetensors", "--out", str(out)]) == 0
     assert not list(tmp_path.glob("*.imported"))
+
+
+def test_a_loss_of_the_user_s_leaves_a_task_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "my_losses.py").write_text(
+        "import torch\n\n\ndef mine(pred, gt):\n    return torch.nn.functional.multi_margin_loss(pred, gt)\n"
+    )
+    words = ["--encoder", "conv", "--train-size", "48", "--batch-size", "16", "--limit-batches", "1", "--no-plot"]
+    words += ["--no-tensorboard", "--device", "cpu", "--loss", f"left={tmp_path / 'my_losses.py'}:mine"]
+    assert main(["train", *words, "--run-dir", str(tmp_path / "run")]) == 0
+    assert [about.kind for about in fastmtl.load(tmp_path / "run").tasks.values()] == ["classes", "classes"]
+    assert "| left | classes | 10 |" in (tmp_path / "run" / "README.md").read_text()

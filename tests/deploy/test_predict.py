@@ -230,3 +230,17 @@ def test_rows_that_cannot_be_read_leave_nothing_behind(
     assert main(["predict", str(dense_run), str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "out")]) == 2
     assert sentence in capsys.readouterr().err
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_panels_of_one_size_begin_at_one_height(tmp_path: Path) -> None:
+    tasks = {
+        "parts": TaskFacts(kind="segmentation", outputs=2, labels=("a", "b")),
+        "depth": TaskFacts(kind="depth", outputs=1, labels=()),
+    }
+    maps = {"parts": np.zeros((16, 16), dtype=np.uint8), "depth": np.linspace(1, 2, 256).reshape(16, 16)}
+    pictures.draw(tmp_path / "a.png", Image.new("RGB", (16, 16)), maps, tasks)
+    pixels = np.asarray(Image.open(tmp_path / "a.png").convert("L"))
+    width = pixels.shape[1]
+    # In the middle of each panel, beside its title.
+    tops = [int((pixels[:, round(width * middle)] < 250).argmax()) for middle in (1 / 6, 1 / 2, 5 / 6)]
+    assert max(tops) - min(tops) <= 2, tops

@@ -66,3 +66,9 @@ def test_mistakes_are_one_sentence() -> None:
         find_encoder("torch_geometric:GCM")
     with pytest.raises(UsageError, match="pool must be"):
         find_encoder("torch_geometric:GCN", {"pool": "middle"}).value.build()
+
+
+def test_inputs_that_are_no_graphs_are_refused() -> None:
+    encoder = find_encoder("torch_geometric:GCN").value.build()
+    with pytest.raises(UsageError, match=r"reads graphs .*, but the inputs are tensors of shape \(4, 3, 8, 8\)"):
+        encoder(torch.rand(4, 3, 8, 8))

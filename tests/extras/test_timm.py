@@ -94,7 +94,8 @@ def test_the_command_trains_one(tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "unused"), [("test_convnext", ["head.norm.weight", "head.norm.bias"]), ("test_vit2", ["fc_norm.weight", "fc_norm.bias"])]
+    ("name", "unused"),
+    [("test_convnext", ["head.norm.weight", "head.norm.bias"]), ("test_vit2", ["fc_norm.weight", "fc_norm.bias"])],
 )
 def test_what_features_do_not_go_through_is_frozen(name: str, unused: list[str]) -> None:
     encoder: Any = find_encoder(f"timm:{name}").value.build()
