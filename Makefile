@@ -78,11 +78,12 @@ train:
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark -n auto --dist loadfile --no-loadscope-reorder -m "not slow" $(ARGS)
 
-# What needs optional packages: they go into an environment of their own, which has the packages of the first one too.
+# What needs optional packages: they go into an environment of their own, which has the packages of the first one too, as
+# Python would add them there: this package is among them by a .pth file.
 EXTRAS := $(VENV)-extras
 test-extras: setup
 	@test -e $(EXTRAS)/bin/python || $(BIN)/python -m venv $(EXTRAS)
-	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >$$($(EXTRAS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/first.pth
+	@$(BIN)/python -c 'import sysconfig; name = "purelib"; print(f"import site; site.addsitedir({sysconfig.get_path(name)!r})")' >$$($(EXTRAS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/first.pth
 	@$(BIN)/python -c "$$REQUIREMENTS" byo >$(EXTRAS)/.needs.txt
 	$(EXTRAS)/bin/python -m pip install --quiet --no-compile --constraint constraints.txt --requirement $(EXTRAS)/.needs.txt nbclient ipykernel
 	OMP_NUM_THREADS=1 FASTMTL_EXTRAS=1 $(EXTRAS)/bin/python -m pytest -p no:benchmark -q tests/extras $(ARGS)
