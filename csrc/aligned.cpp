@@ -12,8 +12,9 @@ struct Aligned {
   double const* gram;
   double* weights;
 
-  FASTMTL_TEAM_TEMPLATE FASTMTL_HD void solve(Team const& team, int, double* memory) const {
-    aligned(team, n, gram, weights, memory);
+  FASTMTL_TEAM_TEMPLATE FASTMTL_HD void solve(Team const& team, int group, double* memory) const {
+    int64_t const at = int64_t{group} * n;
+    aligned(team, n, gram + at * n, weights + at, memory);
   }
 };
 

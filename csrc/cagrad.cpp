@@ -14,20 +14,22 @@ struct Cagrad {
   double c;
   double const* gram;
   double* weights;
-  double* update;  // Or null.
+  bool updates;  // Whether the update's coefficients follow the weights.
 
-  FASTMTL_TEAM_TEMPLATE FASTMTL_HD void solve(Team const& team, int, double* memory) const {
-    cagrad(team, n, c, gram, weights, memory);
-    if (update != nullptr) cagrad_step(team, n, c, gram, weights, update);
+  FASTMTL_TEAM_TEMPLATE FASTMTL_HD void solve(Team const& team, int group, double* memory) const {
+    double const* const matrix = gram + int64_t{group} * n * n;
+    double* const result = weights + int64_t{group} * n * (updates ? 2 : 1);
+    cagrad(team, n, c, matrix, result, memory);
+    if (updates) cagrad_step(team, n, c, matrix, result, result + n);
   }
 };
 
 Tensor solve(Gram const& gram, double c, bool updates) {
   STD_TORCH_CHECK(c >= 0 && c <= DBL_MAX, "c must be finite and at least 0");
   int const n = gram.n;
-  Tensor result = updates ? gram.on.empty({2, n}) : gram.on.empty({n});
-  double* const weights = mutable_data_of(result);
-  launch_solver(gram.on, Cagrad{n, c, gram.data(), weights, updates ? weights + n : nullptr}, n, cagrad_workspace(n));
+  Tensor result = !updates ? gram.room() : gram.grouped ? gram.on.empty({gram.count, 2, n}) : gram.on.empty({2, n});
+  launch_solver(gram.on, Cagrad{n, c, gram.data(), mutable_data_of(result), updates}, n, cagrad_workspace(n),
+                gram.count);
   return result;
 }
 

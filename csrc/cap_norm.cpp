@@ -13,21 +13,24 @@ struct CapNorm {
   int n;
   double const* gram;
   double* capped;
+  int count;
   double const* weights;
   double most;
 
   FASTMTL_TEAM_TEMPLATE FASTMTL_HD void solve(Team const& team, int, double*) const {
-    cap_norm(team, n, gram, weights, most, capped);
+    cap_norm(team, n, count, gram, weights, most, capped);
   }
 };
-
-int64_t no_workspace(int) { return 0; }
 
 Tensor cap_norm_op(Tensor matrix, Tensor weights, double most) {
   Gram const gram(matrix);
   STD_TORCH_CHECK(most > 0, "max_norm must be above 0");
-  std::optional<Tensor> const dense_weights = dense_vector(gram.on, weights, gram.n, "weights");
-  return gram.solve<CapNorm>(no_workspace, data_of(dense_weights), most);
+  std::optional<Tensor> const dense_weights = gram.vectors(weights, "weights");
+  Tensor capped = gram.room();
+  CapNorm const problem{
+      gram.n, gram.data(), mutable_data_of(capped), static_cast<int>(gram.count), data_of(dense_weights), most};
+  launch_solver(gram.on, problem, gram.n, 0);
+  return capped;
 }
 
 FASTMTL_KERNEL(cap_norm, cap_norm_op);

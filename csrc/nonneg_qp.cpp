@@ -13,14 +13,15 @@ struct Program {
   double* solution;
   double const* linear;
 
-  FASTMTL_TEAM_TEMPLATE FASTMTL_HD void solve(Team const& team, int, double* memory) const {
-    nonneg_qp(team, n, gram, linear, solution, memory);
+  FASTMTL_TEAM_TEMPLATE FASTMTL_HD void solve(Team const& team, int group, double* memory) const {
+    int64_t const at = int64_t{group} * n;
+    nonneg_qp(team, n, gram + at * n, linear + at, solution + at, memory);
   }
 };
 
 Tensor nonneg_qp_op(Tensor matrix, Tensor linear) {
   Gram const gram(matrix);
-  std::optional<Tensor> const right = dense_vector(gram.on, linear, gram.n, "linear");
+  std::optional<Tensor> const right = gram.vectors(linear, "linear");
   return gram.solve<Program>(nonneg_qp_workspace, data_of(right));
 }
 

@@ -52,27 +52,48 @@ inline double const* data_of(Tensor const& tensor) { return static_cast<double c
 inline double const* data_of(std::optional<Tensor> const& tensor) { return tensor ? data_of(*tensor) : nullptr; }
 inline double* mutable_data_of(Tensor& tensor) { return static_cast<double*>(tensor.mutable_data_ptr()); }
 
-/// A checked (T, T) Gram matrix as dense float64, and where it is.
+/// A checked Gram matrix (T, T), or those of L groups of parameters (L, T, T), as dense float64, and where they are.
 struct Gram {
   Place on;
   Tensor tensor;
+  bool grouped;
   int n;
+  int64_t count;  // L, or 1.
 
-  explicit Gram(Tensor const& gram) : on(gram), tensor(checked(on, gram)), n(static_cast<int>(gram.size(0))) {}
+  explicit Gram(Tensor const& gram)
+      : on(gram),
+        tensor(checked(on, gram)),
+        grouped(gram.dim() == 3),
+        n(static_cast<int>(gram.size(gram.dim() - 1))),
+        count(grouped ? gram.size(0) : 1) {}
 
   double const* data() const { return data_of(tensor); }
 
-  /// The (T,) weights of one Problem{n, gram, weights, options...}.
+  /// Room for the weights: (T,), or (L, T).
+  Tensor room() const { return grouped ? on.empty({count, n}) : on.empty({n}); }
+
+  /// Checked vectors, one for each matrix, as dense float64; nothing stays nothing.
+  std::optional<Tensor> vectors(std::optional<Tensor> const& vector, char const* name) const {
+    if (!vector || !grouped) return dense_vector(on, vector, n, name);
+    STD_TORCH_CHECK(is_real_float(*vector) && on.holds(*vector) && vector->dim() == 2 && vector->size(0) == count &&
+                        vector->size(1) == n,
+                    name, " must hold one float per row of gram, on its device");
+    return dense(on, *vector);
+  }
+
+  /// The weights of one Problem{n, gram, weights, options...} for each group.
   template <class Problem, class... Options>
   Tensor solve(int64_t (*doubles)(int), Options... options) const {
-    Tensor weights = on.empty({n});
-    launch_solver(on, Problem{n, data(), mutable_data_of(weights), options...}, n, doubles(n));
+    Tensor weights = room();
+    launch_solver(on, Problem{n, data(), mutable_data_of(weights), options...}, n, doubles(n), count);
     return weights;
   }
 
  private:
   static Tensor checked(Place const& on, Tensor const& gram) {
-    STD_TORCH_CHECK(gram.dim() == 2 && gram.size(0) == gram.size(1) && gram.size(0) > 0, "gram must be (T, T)");
+    int64_t const dims = gram.dim();
+    STD_TORCH_CHECK((dims == 2 || dims == 3) && gram.size(dims - 1) == gram.size(dims - 2) && gram.numel() > 0,
+                    "gram must be (T, T) or (L, T, T)");
     STD_TORCH_CHECK(is_real_float(gram), "gram must be floats");
     return dense(on, gram);
   }

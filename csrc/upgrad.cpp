@@ -14,8 +14,9 @@ struct Upgrad {
   double norm_eps;
   double reg_eps;
 
-  FASTMTL_TEAM_TEMPLATE FASTMTL_HD void solve(Team const& team, int, double* memory) const {
-    upgrad(team, n, norm_eps, reg_eps, gram, weights, memory);
+  FASTMTL_TEAM_TEMPLATE FASTMTL_HD void solve(Team const& team, int group, double* memory) const {
+    int64_t const at = int64_t{group} * n;
+    upgrad(team, n, norm_eps, reg_eps, gram + at * n, weights + at, memory);
   }
 };
 

@@ -23,8 +23,8 @@ class PSDMatrix(Matrix):
 
 
 def normalized(gram: Tensor, norm_eps: float) -> Tensor:
-    """Return G divided by its trace, zero where that is below ``norm_eps``."""
-    trace = gram.diagonal().sum()
+    """Return G, or each of (L, T, T), divided by its trace, zero where that is below ``norm_eps``."""
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
     return torch.where(trace < norm_eps, 0.0, gram / torch.where(trace > 0, trace, 1.0))
 
 
@@ -33,7 +33,10 @@ class DualConeProjector(ABC):
 
     @abstractmethod
     def __call__(self, U: Tensor, G: Tensor) -> Tensor:
-        """Return the (..., T) weights v >= u that minimise v^T G v with the (T, T) Gram matrix, for each u in ``U``."""
+        """Return the (..., T) weights v >= u that minimise v^T G v with the (T, T) Gram matrix, for each u in ``U``.
+
+        With those of L groups of parameters, (L, T, T), each has its own u: they are (L, ..., T).
+        """
 
 
 class QuadprogProjector(Declared, DualConeProjector):
@@ -54,7 +57,7 @@ class QuadprogProjector(Declared, DualConeProjector):
     def __call__(self, U: Tensor, G: Tensor) -> Tensor:
         """Return the weights, in the dtype of ``G``."""
         wide = G.to(wide_dtype(G.device))
-        identity = torch.eye(len(G), dtype=wide.dtype, device=G.device)
+        identity = torch.eye(G.shape[-1], dtype=wide.dtype, device=G.device)
         matrix = normalized(wide, self.norm_eps) + self.reg_eps * identity
-        projected = ops.dual_cone(matrix, U.to(wide).reshape(-1, len(G)))
+        projected = ops.dual_cone(matrix, U.to(wide).reshape(*G.shape[:-2], -1, G.shape[-1]))
         return projected.reshape(U.shape).to(G.dtype)

@@ -1,4 +1,4 @@
-"""min_norm on Triton, for up to 32 tasks: Wolfe's algorithm in one program, in float64."""
+"""min_norm on Triton, for up to 32 tasks: Wolfe's algorithm in one program for each Gram matrix, in float64."""
 
 from __future__ import annotations
 
@@ -65,11 +65,13 @@ def min_norm_fwd_kernel(
     TASKS: tl.constexpr,
     PADDED: tl.constexpr,
 ) -> None:
-    """Write the min-norm weights of one Gram matrix.
+    """Write the min-norm weights of the Gram matrix of each program.
 
     It works on v = w d with d_i = sqrt(G_ii): the matrix is C = G / (d d^T) plus a ridge, the constraint b^T v = 1 with
     b = min(d) / d. A minor step that drops a task counts as a step of the loop.
     """
+    gram += tl.program_id(0) * TASKS * TASKS
+    weights += tl.program_id(0) * TASKS
     task = tl.arange(0, PADDED)
     real = task < TASKS
     both = real[:, None] & real[None, :]
@@ -123,11 +125,11 @@ def min_norm(gram: Tensor, warm_start: Tensor | None = None) -> Tensor:
     """
     check_gram(gram)
     check_vector("warm_start", warm_start, gram)
-    tasks = len(gram)
+    tasks = gram.shape[-1]
     if tasks > _MAX_TASKS:
         return implementation("min_norm", "reference")(gram, warm_start)
-    weights = torch.empty(tasks, dtype=torch.float64, device=gram.device)
-    min_norm_fwd_kernel[(1,)](
+    weights = torch.empty(gram.shape[:-1], dtype=torch.float64, device=gram.device)
+    min_norm_fwd_kernel[(weights.numel() // tasks,)](
         gram.double().contiguous(),
         weights,
         2.0**-42,

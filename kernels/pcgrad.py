@@ -1,4 +1,4 @@
-"""pcgrad on Triton, for up to 32 tasks: one program advances the coefficients of all projected gradients together."""
+"""pcgrad on Triton, for up to 32 tasks: a program for each Gram matrix advances all projected gradients together."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ def pcgrad_fwd_kernel(
     PADDED: tl.constexpr,
     BY_KEY: tl.constexpr,
 ) -> None:
-    """Write PCGrad's weights, the column sums of the coefficients of all projected gradients."""
+    """Write PCGrad's weights, the column sums of the coefficients of all projected gradients, for each program's G."""
+    gram += tl.program_id(0) * TASKS * TASKS
+    weights += tl.program_id(0) * TASKS
     task = tl.arange(0, PADDED)
     real = task < TASKS
     both = real[:, None] & real[None, :]
@@ -67,11 +69,11 @@ def pcgrad(gram: Tensor, orders: Tensor) -> Tensor:
     """Return PCGrad's weights; see :func:`fastmtl.ops.pcgrad`. More than 32 tasks run on torch operators."""
     check_gram(gram)
     check_orders(orders, gram)
-    tasks = len(gram)
+    tasks = gram.shape[-1]
     if tasks > _MAX_TASKS:
         return implementation("pcgrad", "reference")(gram, orders)
-    weights = torch.empty(tasks, dtype=torch.float64, device=gram.device)
-    pcgrad_fwd_kernel[(1,)](
+    weights = torch.empty(gram.shape[:-1], dtype=torch.float64, device=gram.device)
+    pcgrad_fwd_kernel[(weights.numel() // tasks,)](
         gram.double().contiguous(),
         orders.contiguous(),
         weights,

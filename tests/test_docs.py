@@ -82,6 +82,10 @@ def test_experiments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "delta_m" in capsys.readouterr().out
 
 
+def test_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run("groups", capsys, least=1)["trainer"].model.grouping.of == [0, 0, 1, 1]
+
+
 def test_new_strategy(capsys: pytest.CaptureFixture[str]) -> None:
     names = _run("new_strategy", capsys)
     assert (names["weights"] > 0).all()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,22 @@ from fastmtl.engine.context import StepContext, step_losses
 from fastmtl.engine.gradients import TaskGradients, aligned, dense_rows, set_grads, summed
 from fastmtl.engine.losses import Problem
 from fastmtl.engine.model import Tasks
+from fastmtl.engine.scaling import LossScale
 from fastmtl.engine.trees import detached_tree
 from fastmtl.engine.weights import Rows, Weights
 from fastmtl.support.profiling import part
 
-__all__ = ["BatchGradients", "Combine", "Differentiated", "HasRows", "Jacobian", "Known", "Pullback", "detached"]
+__all__ = [
+    "BatchGradients",
+    "Combine",
+    "Decide",
+    "Differentiated",
+    "HasRows",
+    "Jacobian",
+    "Known",
+    "Pullback",
+    "detached",
+]
 
 
 class Differentiated(Protocol):
@@ -40,6 +51,10 @@ class Differentiated(Protocol):
 
     def write_grads(self, weights: Weights) -> None:
         """Fill all ``.grad`` of the network."""
+
+
+# From Gram matrices, and the places of their groups if they are not all, to weights.
+Decide: TypeAlias = Callable[[Tensor, Sequence[int] | None], Weights]
 
 
 class HasRows(Protocol):
@@ -70,6 +85,15 @@ class Pullback:
     def gram(self, rows: Rows, groups: Sequence[int] | None, comm: Comm, shares: Tensor | None) -> Tensor:
         """Return the Gram matrix of collected rows; (L, T, T) with L groups of parameters."""
         return comm.gram(rows, groups, shares)
+
+    @property
+    def limits_by_gram(self) -> bool:
+        """Whether the norm of the update is limited by its Gram matrix, not by the gradients that are written."""
+        return self.exact_gram
+
+    def decided(self, source: Jacobian, groups: Sequence[int] | None, decide: Decide) -> Weights:
+        """Return the weights that ``decide`` gives to the Gram matrix, or to those of some groups at a time."""
+        return decide(source.gram(groups), None)
 
     def absorb(self, other: Pullback) -> None:
         """Add another batch of the same step, whose rows are added to this one's."""
@@ -173,7 +197,6 @@ class Jacobian:
         self.pullback = batches[0].pullback
         self._batches = batches
         self._ctx = ctx
-        self._known = isinstance(self.pullback, Known)
         self._comm = comm
         self._rows: Rows | None = None
 
@@ -196,18 +219,29 @@ class Jacobian:
             gram = self.pullback.gram(self.rows, groups, self._comm, self._ctx.row_shares)
             return self._ctx.scaling.gram(gram)
 
+    def decided(self, groups: Sequence[int] | None, decide: Decide) -> Weights:
+        """Return the weights of groups of parameters, None for one group.
+
+        ``decide`` is called with Gram matrices as :meth:`gram` returns them, of all groups or of those it gets the
+        places of.
+        """
+        return self.pullback.decided(self, groups, decide)
+
+    @property
+    def scaling(self) -> LossScale:
+        """Return what float16 multiplies the losses by."""
+        return self._ctx.scaling
+
     def unscaled_rows(self) -> Rows:
         """Return the rows without the loss scale of float16, all of them dense."""
         return dense_rows(self._ctx.scaling.rows(self.rows))
 
     def mean_gram(self, gram: Tensor) -> Tensor:
-        """Return a (T, T) matrix from the result of :meth:`gram`: the sum over groups, or the mean over samples."""
-        if gram.dim() == 3:
-            return gram.sum(0)
-        size = self.losses.shape[0]
-        if gram.shape[0] == size:
+        """Return (T, T), or (L, T, T), matrices from the result of :meth:`gram`: the mean over samples."""
+        size, rows = self.losses.shape[0], gram.shape[-1]
+        if rows == size:
             return gram
-        return torch.stack([gram[a : a + size, a : a + size] for a in range(0, len(gram), size)]).mean(0)
+        return torch.stack([gram[..., a : a + size, a : a + size] for a in range(0, rows, size)]).mean(0)
 
     def write_grads(self, weights: Weights) -> None:
         """Fill ``.grad``, of the shared parameters with the weighted sum of the rows.
@@ -218,14 +252,15 @@ class Jacobian:
         with part("combine"):
             for batch, head_weights in zip(self._batches, heads, strict=True):
                 batch.task_grads.write(head_weights)
-        # The norm follows from the Gram matrix; with weights known beforehand there is none, an estimate gives none.
-        by_gram = weights.gram is not None and self.pullback.exact_gram
+        # The norm follows from the Gram matrix; weights that are held come without one, an estimate gives none.
+        gram = weights.gram if weights.grams is None else weights.grams
+        by_gram = gram is not None and self.pullback.limits_by_gram
         if weights.max_norm is not None and by_gram:
-            assert weights.gram is not None
-            weights = replace(weights, shared=ops.cap_norm(weights.gram, weights.shared, weights.max_norm))
+            assert gram is not None
+            weights = replace(weights, shared=ops.cap_norm(gram, weights.shared, weights.max_norm))
         if weights.rows is not None:
             # The strategy made them without the loss scale that all other gradients carry.
             weights = replace(weights, shared=self._ctx.scaling.up(weights.shared))
         self.pullback.write(weights, self, self._comm, self._ctx.tasks)
-        if weights.max_norm is not None and (self._known or not self.pullback.exact_gram):
+        if weights.max_norm is not None and not by_gram:
             self._comm.clip_grad_norm(self._ctx.scaling.limit(weights.max_norm), shared_only=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
-__all__ = ["Row", "Rows", "Weights"]
+__all__ = ["Row", "Rows", "Weights", "joined"]
 
 Row = list[Tensor | None]
 Rows = list[Row]
@@ -22,12 +23,13 @@ class Weights:
             with several groups of parameters (L, T), with k samples (k T,).
         heads: (T,), or (k T,), weights of the task-specific parameters' gradients. A strategy that ``weighs_heads``
             gives them; for the others they are ones. With ``needs = "losses"`` everything has the weights ``shared``.
-        logged: (T,). The task weights for the log; ``shared`` if None, its mean over groups.
+        logged: (T,), or (L, T). The task weights for the log, as means over groups; ``shared`` if None.
         rows: The rows that ``shared`` combines in place of the task gradients.
         groups: The group of each shared parameter, if groups have separate weights.
         reps: Gradients of the representations, in place of their weighted ones.
         reports: Whether there are weights to report.
         gram: (T, T) Gram matrix of the rows, where one was computed, for ``max_norm`` and the log.
+        grams: (L, T, T) those of the groups, which add up to ``gram``; None without.
         max_norm: Greatest 2-norm of the shared update.
         known: (T,) booleans, False for tasks without labels in this step, which averages of weights leave out; None for
             all True.
@@ -42,6 +44,7 @@ class Weights:
     reps: Sequence[Tensor] | None = None
     reports: bool = True
     gram: Tensor | None = None
+    grams: Tensor | None = None
     max_norm: float | None = None
     known: Tensor | None = None
     own_grads: Mapping[str, Tensor] = field(default_factory=dict)
@@ -49,6 +52,41 @@ class Weights:
     @property
     def reported(self) -> Tensor | None:
         """Return the (T,) task weights for the log."""
-        if self.logged is not None or not self.reports:
-            return self.logged
-        return self.shared if self.shared.dim() == 1 else self.shared.mean(0)
+        weights = self.by_group
+        return weights if weights is None or weights.dim() == 1 else weights.mean(0)
+
+    @property
+    def by_group(self) -> Tensor | None:
+        """Return the (T,), or (L, T), task weights for the log."""
+        return self.shared if self.logged is None and self.reports else self.logged
+
+
+def joined(parts: Sequence[Weights], order: Sequence[int]) -> Weights:
+    """Return the weights of L groups of parameters from those of parts of the groups.
+
+    Args:
+        parts: Weights whose ``shared`` are (l, T), l >= 1.
+        order: The places of the groups 0 .. L-1 among those of the parts.
+    """
+
+    def of_groups(values: Sequence[Tensor | None]) -> Tensor | None:
+        known = [value for value in values if value is not None]
+        return torch.cat(known)[list(order)] if known else None
+
+    first, counts = parts[0], [len(weights.shared) for weights in parts]
+    shared = of_groups([weights.shared for weights in parts])
+    assert shared is not None
+    heads = None
+    if first.heads is not None:
+        # Each part has the mean over its groups.
+        of_parts = [
+            weights.heads * count for weights, count in zip(parts, counts, strict=True) if weights.heads is not None
+        ]
+        heads = torch.stack(of_parts).sum(0) / sum(counts)
+    return replace(
+        first,
+        shared=shared,
+        heads=heads,
+        logged=of_groups([weights.logged for weights in parts]),
+        grams=of_groups([weights.grams for weights in parts]),
+    )

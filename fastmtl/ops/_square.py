@@ -1,7 +1,8 @@
-"""What the ops on a (T, T) Gram matrix share: checks, which raise a UsageError, and references that run on the CPU."""
+"""What the ops on a Gram matrix share: checks, which raise a UsageError, and references that run on the CPU."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Concatenate, ParamSpec
 
@@ -18,20 +19,22 @@ P = ParamSpec("P")
 
 
 def check_gram(gram: Tensor) -> None:
-    """Refuse what is not a square matrix of floats with at least one row."""
-    if gram.dim() != 2 or gram.shape[0] != gram.shape[1] or gram.shape[0] == 0 or not gram.is_floating_point():
+    """Refuse what is neither a square matrix of floats with at least one row nor one for each of L groups."""
+    square = gram.dim() in (2, 3) and gram.shape[-1] == gram.shape[-2]
+    if not square or 0 in gram.shape or not gram.is_floating_point():
         raise UsageError(
-            f"gram must be a (T, T) matrix of floats with T >= 1, got shape {tuple(gram.shape)} and dtype {gram.dtype}."
+            "gram must be a (T, T) matrix or (L, T, T) matrices of floats with L, T >= 1, "
+            f"got shape {tuple(gram.shape)} and dtype {gram.dtype}."
         )
 
 
 def check_vector(name: str, vector: Tensor | None, gram: Tensor) -> None:
-    """Refuse a vector that does not hold one number per row of ``gram``; None passes."""
+    """Refuse a vector, for L groups L of them, that does not hold one number per row of ``gram``; None passes."""
     if vector is None:
         return
-    if vector.shape != gram.shape[:1] or not vector.is_floating_point():
+    if vector.shape != gram.shape[:-1] or not vector.is_floating_point():
         raise UsageError(
-            f"{name} must hold {gram.shape[0]} floats, one per row of gram, "
+            f"{name} must hold {math.prod(gram.shape[:-1])} floats, one per row of gram, "
             f"got shape {tuple(vector.shape)} and dtype {vector.dtype}."
         )
     if vector.device != gram.device:
@@ -44,24 +47,33 @@ def check_warm(gram: Tensor, warm_start: Tensor | None = None) -> None:
     check_vector("warm_start", warm_start, gram)
 
 
-def _on_host(value: object) -> object:
-    """Return a tensor on the CPU, floats as float64; anything else unchanged."""
-    if not isinstance(value, Tensor):
-        return value
-    value = value.detach().to("cpu")
-    return value.double() if value.is_floating_point() else value
+def _on_host(tensor: Tensor) -> Tensor:
+    """Return a tensor on the CPU, floats as float64."""
+    tensor = tensor.detach().to("cpu")
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def solved(solve: Callable[..., Tensor], shape: torch.Size, gram: Tensor, *args: object, **named: object) -> Tensor:
     """Return the weights of a solver in plain torch on the device of ``gram``, all NaN where G is not finite.
 
-    The solver gets a finite float64 Gram matrix and the other arguments, all on the CPU, and returns float64 weights.
+    The solver gets a finite float64 (T, T) Gram matrix and the other arguments, all on the CPU, and returns float64
+    weights. It is called for each of L groups, whose tensors are those at its place in the other arguments.
     """
-    matrix = gram.detach().to("cpu").double()
-    if matrix.isfinite().all():
-        weights = solve(matrix, *map(_on_host, args), **{name: _on_host(value) for name, value in named.items()})
-    else:
-        weights = torch.full(shape, torch.nan, dtype=matrix.dtype)
+    grams = _on_host(gram)
+
+    def of_group(place: int | None, value: object) -> object:
+        if not isinstance(value, Tensor):
+            return value
+        return _on_host(value if place is None else value[place])
+
+    def weights_of(place: int | None) -> Tensor:
+        matrix = grams if place is None else grams[place]
+        if not matrix.isfinite().all():
+            return torch.full(shape if place is None else shape[1:], torch.nan, dtype=matrix.dtype)
+        others = {name: of_group(place, value) for name, value in named.items()}
+        return solve(matrix, *(of_group(place, value) for value in args), **others)
+
+    weights = weights_of(None) if gram.dim() == 2 else torch.stack([weights_of(place) for place in range(len(grams))])
     return weights.to(wide_dtype(gram.device)).to(gram.device)
 
 
@@ -74,13 +86,14 @@ def declare_solver(
     shape: Callable[Concatenate[Tensor, P], torch.Size] | None = None,
     check_contents: Callable[Concatenate[Tensor, P], object] | None = None,
 ) -> Callable[Concatenate[Tensor, P], Tensor]:
-    """Declare an op that turns a (T, T) Gram matrix and more into weights, (T,) unless ``shape`` says otherwise.
+    """Declare an op that turns a Gram matrix and more into weights, (T,) unless ``shape`` says otherwise.
 
+    Given those of L groups of parameters, (L, T, T), and L of everything else that is a tensor, it returns L weights.
     The reference is a ``solve`` as :func:`solved` takes it; all else is as in :func:`fastmtl.ops._registry.declare`.
     """
 
     def shape_of(gram: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> torch.Size:
-        return gram.shape[:1] if shape is None else shape(gram, *args, **kwargs)
+        return gram.shape[:-1] if shape is None else shape(gram, *args, **kwargs)
 
     def reference(gram: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> Tensor:
         return solved(solve, shape_of(gram, *args, **kwargs), gram, *args, **kwargs)

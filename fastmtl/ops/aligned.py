@@ -35,9 +35,9 @@ def aligned(gram: Tensor, preference: Tensor | None = None, scale: Scale = "min"
     largest entry on the right. The weights do not change when G is scaled. If G is zero, so are the weights.
 
     Args:
-        gram: (T, T) Gram matrix.
-        preference: (T,) weights of the aligned gradients in place of ones. With it, or with another ``scale``, the
-            closed form is computed by plain operators on the CPU.
+        gram: (T, T) Gram matrix, or (L, T, T) those of L groups of parameters, for (L, T).
+        preference: (T,), or (L, T), weights of the aligned gradients in place of ones. With it, or with another
+            ``scale``, the closed form is computed by plain operators on the CPU.
         scale: What the eigenvalues are brought to: the smallest one, their ``"median"`` or, for ``"rmse"``, their mean.
 
     Source:
@@ -54,5 +54,5 @@ def aligned(gram: Tensor, preference: Tensor | None = None, scale: Scale = "min"
         return _aligned(gram)
     check_gram(gram)
     check_vector("preference", preference, gram)
-    wanted = torch.ones_like(gram[0]) if preference is None else preference
-    return solved(_aligned_form, gram.shape[:1], gram, wanted, scale)
+    wanted = torch.ones_like(gram[..., 0]) if preference is None else preference
+    return solved(_aligned_form, gram.shape[:-1], gram, wanted, scale)

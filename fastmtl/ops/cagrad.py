@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from fastmtl.errors import UsageError
-from fastmtl.ops._registry import declare, implementation
+from fastmtl.ops._registry import implementation
 from fastmtl.ops._square import check_gram, declare_solver
-from fastmtl.support.dtypes import wide_dtype
 
 __all__ = ["cagrad", "cagrad_update"]
 
@@ -57,21 +56,20 @@ def _bisect(gram: Tensor, c: float) -> Tensor:
 _cagrad = declare_solver("cagrad", "(Tensor gram, float c) -> Tensor", check=_check, solve=_bisect)
 
 
-def _update_reference(gram: Tensor, c: float) -> Tensor:
-    weights: Tensor = implementation("cagrad", "reference")(gram, c)
-    matrix = gram.to(weights.dtype)
-    size = (weights @ matrix @ weights).clamp(min=0).sqrt()
-    radius = c * matrix.mean().clamp(min=0).sqrt()
+def _update(gram: Tensor, c: float) -> Tensor:
+    weights = _bisect(gram, c)
+    size = (weights @ gram @ weights).clamp(min=0).sqrt()
+    radius = c * gram.mean().clamp(min=0).sqrt()
     reach = torch.where(size > 0, radius / size, 0.0 * radius)
     return torch.stack([weights, 1 / len(gram) + reach * weights])
 
 
-_cagrad_update = declare(
+_cagrad_update = declare_solver(
     "cagrad_update",
     "(Tensor gram, float c) -> Tensor",
     check=_check,
-    reference=_update_reference,
-    fake=lambda gram, c: gram.new_empty((2, len(gram)), dtype=wide_dtype(gram.device)),
+    solve=_update,
+    shape=lambda gram, c: torch.Size((*gram.shape[:-2], 2, gram.shape[-1])),
 )
 
 
@@ -93,7 +91,7 @@ def cagrad(gram: Tensor, c: float) -> Tensor:
     <g_i, g_0> has all weight. The weights are nonnegative, have sum one and are those of any multiple of G.
 
     Args:
-        gram: (T, T) Gram matrix, positive semidefinite.
+        gram: (T, T) Gram matrix, positive semidefinite, or (L, T, T) those of L groups of parameters, for (L, T).
         c: Radius of the ball around the mean gradient in which the update is sought, in units of |g_0|; finite, at
             least 0. Below 1 CAGrad converges to a minimum of the mean loss.
 
@@ -110,7 +108,7 @@ def cagrad(gram: Tensor, c: float) -> Tensor:
 def cagrad_update(gram: Tensor, c: float) -> Tensor:
     """Return (2, T): CAGrad's weights w, and the coefficients of its update d = g_0 + (c |g_0| / |g_w|) g_w.
 
-    They are as :func:`cagrad` defines them; where g_w is zero the update is g_0.
+    They are as :func:`cagrad` defines them; where g_w is zero the update is g_0. With L groups the result is (L, 2, T).
 
     Example:
         >>> cagrad_update(torch.tensor([[1.0, 0.0], [0.0, 4.0]]), c=0.4)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastmtl.errors import UsageError
-from fastmtl.ops._square import check_gram, check_vector, declare_solver
+from fastmtl.ops._registry import declare
+from fastmtl.ops._square import check_gram, check_vector
+from fastmtl.support.dtypes import wide_dtype
 
 __all__ = ["cap_norm"]
 
@@ -17,13 +19,19 @@ def _check(gram: Tensor, weights: Tensor, max_norm: float) -> None:
         raise UsageError(f"max_norm must be above 0, got {max_norm}.")
 
 
-def _capped(gram: Tensor, weights: Tensor, max_norm: float) -> Tensor:
-    norm = (weights @ gram @ weights).clamp(min=0).sqrt()
-    return weights * (max_norm / (norm + 1e-6)).clamp(max=1)
+def _reference(gram: Tensor, weights: Tensor, max_norm: float) -> Tensor:
+    wide = wide_dtype(gram.device)
+    numbers = weights.detach().to(wide)
+    square = (numbers[..., None, :] @ gram.detach().to(wide) @ numbers[..., None]).sum()
+    return numbers * (max_norm / (square.clamp(min=0).sqrt() + 1e-6)).clamp(max=1)
 
 
-_cap_norm = declare_solver(
-    "cap_norm", "(Tensor gram, Tensor weights, float max_norm) -> Tensor", check=_check, solve=_capped
+_cap_norm = declare(
+    "cap_norm",
+    "(Tensor gram, Tensor weights, float max_norm) -> Tensor",
+    check=_check,
+    reference=_reference,
+    fake=lambda gram, weights, max_norm: gram.new_empty(weights.shape, dtype=wide_dtype(gram.device)),
 )
 
 
@@ -31,8 +39,9 @@ def cap_norm(gram: Tensor, weights: Tensor, max_norm: float) -> Tensor:
     """Return weights times ``min(1, max_norm / (|w^T J| + 1e-6))``, so that the update has at most that norm.
 
     Args:
-        gram: (T, T) Gram matrix G; the norm is the root of ``w^T G w``.
-        weights: (T,).
+        gram: (T, T) Gram matrix G; the norm is the root of ``w^T G w``, for those of L groups of parameters (L, T, T)
+            that of the sum of all ``w^T G w``.
+        weights: (T,), or (L, T).
         max_norm: The greatest norm, above 0.
 
     Example:

@@ -39,9 +39,9 @@ def config(gram: Tensor, preference: Tensor | None = None) -> Tensor:
     has equal positive cosines, as for opposite gradients, all weights are zero.
 
     Args:
-        gram: (T, T) Gram matrix.
-        preference: (T,) numbers that the cosines of the update are to be proportional to: x = pinv(C) preference. Equal
-            ones if None. With it, the closed form is computed by plain operators on the CPU.
+        gram: (T, T) Gram matrix, or (L, T, T) those of L groups of parameters, for (L, T).
+        preference: (T,), or (L, T), numbers that the cosines of the update are to be proportional to: x = pinv(C)
+            preference. Equal ones if None. With it, the closed form is computed by plain operators on the CPU.
 
     Source:
         Liu, Chu and Thuerey, "ConFIG: towards conflict-free training of physics informed neural networks", ICLR 2025.
@@ -54,4 +54,4 @@ def config(gram: Tensor, preference: Tensor | None = None) -> Tensor:
         return _config(gram)
     check_gram(gram)
     check_vector("preference", preference, gram)
-    return solved(_config_form, gram.shape[:1], gram, preference)
+    return solved(_config_form, gram.shape[:-1], gram, preference)

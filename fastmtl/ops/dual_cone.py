@@ -14,10 +14,15 @@ __all__ = ["dual_cone"]
 
 def _check(gram: Tensor, targets: Tensor) -> None:
     check_gram(gram)
-    size = gram.shape[0]
-    if targets.dim() not in (1, 2) or targets.shape[-1] != size or not targets.is_floating_point():
+    size, groups = gram.shape[-1], gram.shape[:-2]
+    fits = (
+        targets.dim() - len(groups) in (1, 2) and targets.shape[: len(groups)] == groups and targets.shape[-1] == size
+    )
+    if not fits or not targets.is_floating_point():
+        each = "".join(f"{count}, " for count in groups)
+        one = f"({each}{size})" if groups else f"({size},)"
         raise UsageError(
-            f"targets must be a ({size},) or (M, {size}) tensor of floats, one column per row of gram, "
+            f"targets must be a {one} or ({each}M, {size}) tensor of floats, one column per row of gram, "
             f"got shape {tuple(targets.shape)} and dtype {targets.dtype}."
         )
     if targets.device != gram.device:
@@ -71,8 +76,9 @@ def dual_cone(gram: Tensor, targets: Tensor) -> Tensor:
     up to rounding of v. Rows of length zero keep v_i = u_i. A NaN or infinity in u makes the weights of its row NaN.
 
     Args:
-        gram: (T, T) Gram matrix.
-        targets: (M, T) or (T,) weights of the vectors to project, one per row, of any sign; the result has this shape.
+        gram: (T, T) Gram matrix, or (L, T, T) those of L groups of parameters.
+        targets: (M, T) or (T,) weights of the vectors to project, one per row, of any sign, with L groups (L, M, T) or
+            (L, T); the result has this shape.
 
     Source:
         Quinton and Rey, "Jacobian descent for multi-objective optimization", 2024; Lawson and Hanson, "Solving least

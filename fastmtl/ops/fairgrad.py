@@ -112,10 +112,10 @@ def fairgrad(gram: Tensor, alpha: float, warm_start: Tensor | None = None) -> Te
     Rows of length zero have weight zero; without them, the other weights are the same.
 
     Args:
-        gram: (T, T) Gram matrix.
+        gram: (T, T) Gram matrix, or (L, T, T) those of L groups of parameters, for (L, T).
         alpha: Fairness, positive and finite.
-        warm_start: (T,) weights of an earlier, similar G. Near the solution they save time; elsewhere they are not
-            used. The guarantee stays as it is.
+        warm_start: (T,), or (L, T), weights of an earlier, similar G. Near the solution they save time; elsewhere they
+            are not used. The guarantee stays as it is.
 
     Source:
         Ban and Ji, "Fair Resource Allocation in Multi-Task Learning", ICML 2024.

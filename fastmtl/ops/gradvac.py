@@ -8,6 +8,7 @@ from torch import Tensor
 from fastmtl.errors import UsageError
 from fastmtl.ops._orders import as_orders, check_orders, check_tasks
 from fastmtl.ops._registry import declare
+from fastmtl.ops._square import check_gram
 from fastmtl.support.dtypes import wide_dtype
 
 __all__ = ["gradvac"]
@@ -18,12 +19,7 @@ _RESOLUTION = 2.0**-44
 
 
 def _check(gram: Tensor, orders: Tensor, rho: Tensor, beta: float) -> None:
-    square = gram.dim() in (2, 3) and gram.shape[-1] == gram.shape[-2]
-    if not square or 0 in gram.shape or not gram.is_floating_point():
-        raise UsageError(
-            "gram must be a (T, T) matrix or (L, T, T) matrices of floats with L, T >= 1, "
-            f"got shape {tuple(gram.shape)} and dtype {gram.dtype}."
-        )
+    check_gram(gram)
     check_orders(orders, gram)
     if rho.shape != gram.shape or not rho.is_floating_point():
         raise UsageError(

@@ -68,9 +68,9 @@ def min_norm(gram: Tensor, warm_start: Tensor | None = None) -> Tensor:
     Rows of length zero share the weight equally.
 
     Args:
-        gram: (T, T) Gram matrix.
-        warm_start: (T,) weights of an earlier, similar G. The solver starts from the tasks that had weight there, which
-            saves time and changes no bound.
+        gram: (T, T) Gram matrix, or (L, T, T) those of L groups of parameters, for (L, T).
+        warm_start: (T,), or (L, T), weights of an earlier, similar G. The solver starts from the tasks that had weight
+            there, which saves time and changes no bound.
 
     Source:
         Désidéri, "Multiple-gradient descent algorithm (MGDA) for multiobjective optimization", 2012; Sener and Koltun,

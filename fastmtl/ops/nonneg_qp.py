@@ -85,8 +85,8 @@ def nonneg_qp(gram: Tensor, linear: Tensor) -> Tensor:
     or infinity in b gives NaN too.
 
     Args:
-        gram: (T, T) Gram matrix.
-        linear: (T,) the numbers b.
+        gram: (T, T) Gram matrix, or (L, T, T) those of L groups of parameters, for (L, T).
+        linear: (T,), or (L, T), the numbers b.
 
     Source:
         Lawson and Hanson, "Solving least squares problems", 1974.

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from fastmtl.ops._orders import as_orders, check_orders, check_tasks
-from fastmtl.ops._square import check_gram, declare_solver
+from fastmtl.ops._registry import declare
+from fastmtl.ops._square import check_gram, solved
+from fastmtl.support.dtypes import wide_dtype
 
 __all__ = ["pcgrad"]
 
@@ -16,11 +20,11 @@ def _check(gram: Tensor, orders: Tensor) -> None:
     check_orders(orders, gram)
 
 
-def _project(gram: Tensor, orders: Tensor) -> Tensor:
+def _project(orders: Tensor, gram: Tensor) -> Tensor:
     """Return the column sums of the coefficients, all rows together, every product computed anew."""
     square = gram.diagonal()
     coefficients = torch.eye(len(gram), dtype=gram.dtype)
-    for others in as_orders(orders).unbind(1):
+    for others in orders.unbind(1):
         product = (coefficients * gram[others]).sum(dim=1)
         conflicts = (product < 0) & (square[others] > 0)
         amount = torch.where(conflicts, -product / square[others], 0)
@@ -28,11 +32,13 @@ def _project(gram: Tensor, orders: Tensor) -> Tensor:
     return coefficients.sum(dim=0)
 
 
-_pcgrad = declare_solver(
+_pcgrad = declare(
     "pcgrad",
     "(Tensor gram, Tensor orders) -> Tensor",
     check=_check,
-    solve=_project,
+    # All groups meet in the same orders.
+    reference=lambda gram, orders: solved(partial(_project, as_orders(orders.cpu())), gram.shape[:-1], gram),
+    fake=lambda gram, orders: gram.new_empty(gram.shape[:-1], dtype=wide_dtype(gram.device)),
     check_contents=lambda gram, orders: check_tasks(orders),
 )
 
@@ -51,12 +57,12 @@ def pcgrad(gram: Tensor, orders: Tensor) -> Tensor:
     Weights do not depend on the scale of G.
 
     Args:
-        gram: (T, T) Gram matrix.
-        orders: (T, L) int64 tasks that each gradient is projected against, L >= 0, usually a random permutation per
-            row. A row may name its own task, under the same rule, or a task more than once. Or (T, T) float keys:
-            each row's order is that of its rising keys, so that random keys need not be sorted before. Entries that
-            are no tasks are refused on the CPU; kernels on other devices skip them, as a check would wait for the
-            device.
+        gram: (T, T) Gram matrix, or (L, T, T) those of L groups of parameters, for (L, T).
+        orders: (T, K) int64 tasks that each gradient is projected against in all groups, K >= 0, usually a random
+            permutation per row. A row may name its own task, under the same rule, or a task more than once. Or (T, T)
+            float keys: each row's order is that of its rising keys, so that random keys need not be sorted before.
+            Entries that are no tasks are refused on the CPU; kernels on other devices skip them, as a check would wait
+            for the device.
 
     Source:
         Yu et al., "Gradient surgery for multi-task learning", NeurIPS 2020.

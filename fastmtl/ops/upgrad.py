@@ -41,7 +41,7 @@ def upgrad(gram: Tensor, norm_eps: float = 1e-4, reg_eps: float = 1e-4) -> Tenso
     :func:`dual_cone`, up to the bounds given there.
 
     Args:
-        gram: (T, T) Gram matrix.
+        gram: (T, T) Gram matrix, or (L, T, T) those of L groups of parameters, for (L, T).
         norm_eps: Where tr(G) is below it, G counts as zero and all weights are 1 / T.
         reg_eps: Regularisation of the normalised matrix, at least 0 as ``norm_eps`` is.
 

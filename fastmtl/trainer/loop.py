@@ -104,4 +104,5 @@ def _run_info(trainer: TrainerState, epochs: int, steps: int) -> RunInfo:
         start_batch=trainer.start["batch"],
         save_path=trainer.save_path,
         metric_weights={task: list(trainer.task_dict[task]["weight"]) for task in trainer.task_name},
+        group_names=[] if trainer.model.grouping is None else trainer.model.grouping.names,
     )

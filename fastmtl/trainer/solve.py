@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastmtl.engine.comm import Comm
 from fastmtl.engine.engine import ForeignLosses, LossSum
 from fastmtl.engine.jacobian import Jacobian
 from fastmtl.engine.lookahead import LookedAhead
 from fastmtl.engine.pullback import Representations
-from fastmtl.engine.weights import Weights
+from fastmtl.engine.weights import Weights, joined
 from fastmtl.errors import UsageError
 from fastmtl.support.kinds import Settings
 from fastmtl.support.profiling import part
+from fastmtl.trainer.setup.groups import at_groups
 from fastmtl.weighting import AbsWeighting
 from fastmtl.weighting.checks import check_weights, gave
 
@@ -54,12 +57,41 @@ def _from_losses(strategy: AbsWeighting, hyper: Hypers, losses: LossSum) -> Weig
 
 
 def _from_gram(strategy: AbsWeighting, hyper: Hypers, jacobian: Jacobian) -> Weights:
-    groups = strategy.groups(**hyper)
-    gram = jacobian.gram(groups)
-    with part("solver"):
-        weights = strategy.weigh(jacobian.strategy_losses, gram, **hyper)
-    check_weights(strategy, "weigh", weights, jacobian.strategy_losses.numel(), grouped=groups is not None)
-    return replace(weights, groups=groups, gram=jacobian.mean_gram(gram))
+    losses, groups = jacobian.strategy_losses, strategy.groups(**hyper)
+    weigh = _one_by_one if strategy.grouping is not None and not strategy.takes_groups else _at_once
+
+    def decide(gram: Tensor, places: Sequence[int] | None) -> Weights:
+        of_some = nullcontext() if places is None else at_groups(strategy, list(places))
+        with part("solver"), torch.no_grad(), of_some:
+            weights = weigh(strategy, losses, gram, hyper)
+        check_weights(strategy, "weigh", weights, losses.numel(), grouped=groups is not None)
+        shown = jacobian.mean_gram(gram)
+        return replace(weights, gram=shown) if groups is None else replace(weights, grams=shown)
+
+    strategy.weighed_before = False
+    weights = jacobian.decided(groups, decide)
+    return weights if weights.grams is None else replace(weights, groups=groups, gram=weights.grams.sum(0))
+
+
+def _at_once(strategy: AbsWeighting, losses: Tensor, gram: Tensor, hyper: Hypers) -> Weights:
+    return strategy.weigh(losses, gram, **hyper)
+
+
+def _one_by_one(strategy: AbsWeighting, losses: Tensor, grams: Tensor, hyper: Hypers) -> Weights:
+    """Return the weights of a rule that takes one Gram matrix, for each of those of L groups (L, T, T)."""
+    parts = []
+    for place, gram in enumerate(grams):
+        with at_groups(strategy, place):
+            weights = strategy.weigh(losses, gram, **hyper)
+        check_weights(strategy, "weigh", weights, losses.numel())
+        if weights.own_grads:
+            raise UsageError(
+                f"groups must be all for {gave(strategy, 'weigh')}, which returned gradients of its own parameters: "
+                "they would be those of each group."
+            )
+        logged = None if weights.logged is None else weights.logged[None]
+        parts.append(replace(weights, shared=weights.shared[None], logged=logged))
+    return joined(parts, range(len(parts)))
 
 
 def _from_rows(strategy: AbsWeighting, hyper: Hypers, jacobian: Jacobian) -> Weights:

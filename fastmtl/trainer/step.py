@@ -53,6 +53,7 @@ class Outcome(NamedTuple):
         gram: (T, T) Gram matrix.
         refused: (T,) booleans: the losses the strategy has no use for; None if it takes any.
         gram_error: The error of a Gram matrix that was estimated, where it was measured.
+        by_group: (L, T) weights and (L, T, T) Gram matrices of groups of parameters, where the trainer has made some.
     """
 
     losses: Tensor
@@ -61,6 +62,7 @@ class Outcome(NamedTuple):
     gram: Tensor | None
     refused: Tensor | None = None
     gram_error: Tensor | None = None
+    by_group: tuple[Tensor | None, Tensor | None] = (None, None)
 
     def spread(self, tasks: StepTasks, fill: float) -> Outcome:
         """Return what is of some tasks as of all, ``fill`` for those that are not in the step."""
@@ -69,7 +71,9 @@ class Outcome(NamedTuple):
         losses = tasks.spread(self.losses, fill)
         assert losses is not None
         weights, gram = tasks.spread(self.weights, fill), tasks.spread(self.gram, fill)
-        return Outcome(losses, self.preds, weights, gram, tasks.spread(self.refused, False), self.gram_error)
+        refused = tasks.spread(self.refused, False)
+        group_weights, group_grams = (tasks.spread_groups(values, fill) for values in self.by_group)
+        return Outcome(losses, self.preds, weights, gram, refused, self.gram_error, (group_weights, group_grams))
 
 
 class TrainingStep:
@@ -161,8 +165,16 @@ class TrainingStep:
         with Complete(known) if complete else _NOTHING:
             done = self.capture(partial(self._run, tasks), batches, tasks.are_all)
         self.unreached.look(tasks.names)
-        self.latest = StepSignals(losses=done.losses, weights=done.weights, gram=done.gram, gram_error=done.gram_error)
-        buffer.add(done.losses, done.weights, done.gram, done.gram_error)
+        weights, grams = done.by_group
+        self.latest = StepSignals(
+            losses=done.losses,
+            weights=done.weights,
+            gram=done.gram,
+            gram_error=done.gram_error,
+            group_weights=weights,
+            group_grams=grams,
+        )
+        buffer.add(self.latest)
         return StepLosses(tasks.names, tasks.places, done.losses), done.preds
 
     def _run(self, tasks: StepTasks, batches: Batches) -> Outcome:
@@ -196,7 +208,8 @@ class TrainingStep:
         jacobian.write_grads(decided)
         refused = self.strategy.refused(jacobian.losses, **self.hyper)
         shown = decided.reported, decided.gram
-        return Outcome(jacobian.losses, jacobian.preds, *shown, refused, jacobian.gram_error)
+        by_group = (None, None) if self.strategy.grouping is None else (decided.by_group, decided.grams)
+        return Outcome(jacobian.losses, jacobian.preds, *shown, refused, jacobian.gram_error, by_group)
 
     def _update(self, tasks: StepTasks, done: Outcome) -> None:
         """Let the optimizer use the gradients, unless something was not finite."""

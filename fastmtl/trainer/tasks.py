@@ -66,6 +66,10 @@ class StepTasks:
         """Return values of the tasks of the step, (k,) or (k, k), as (T,) or (T, T), ``fill`` elsewhere."""
         return values
 
+    def spread_groups(self, values: Tensor | None, fill: float) -> Tensor | None:
+        """Return values of L groups of parameters likewise, (L, k) or (L, k, k) as (L, T) or (L, T, T)."""
+        return values
+
     def alone(self, strategy: AbsWeighting) -> AbstractContextManager[None]:
         """Let a strategy see these tasks alone; what it remembers of the others stays as it is."""
         return nullcontext()
@@ -87,6 +91,14 @@ class SomeTasks(StepTasks):
     def spread(self, values: Tensor | None, fill: float) -> Tensor | None:
         """Return the values of all tasks."""
         return None if values is None else spread(values, self.places, self.count, fill)
+
+    def spread_groups(self, values: Tensor | None, fill: float) -> Tensor | None:
+        """Return the values of all tasks."""
+        return (
+            None
+            if values is None
+            else torch.stack([spread(of_one, self.places, self.count, fill) for of_one in values])
+        )
 
     @contextmanager
     def alone(self, strategy: AbsWeighting) -> Iterator[None]:

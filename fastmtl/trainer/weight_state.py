@@ -77,7 +77,7 @@ class WeightState:
         for param, grad in weights.own_grads.items():
             self.strategy.get_parameter(param).grad = scaling.up(grad)
         if self.every > 1:
-            self.kept, self._since_solved = self._completed(replace(weights, gram=None)), 1
+            self.kept, self._since_solved = self._completed(replace(weights, gram=None, grams=None)), 1
         return weights
 
     def _completed(self, weights: Weights) -> Weights:

@@ -20,6 +20,7 @@ class Aligned_MTL(AbsWeighting):
     """
 
     needs = "gram"
+    takes_groups = True
 
     def weigh(self, losses: Tensor, gram: Tensor, **hyper: object) -> Weights:
         """Return the weights of the gradients for the sum of the aligned ones."""

@@ -20,6 +20,7 @@ class CAGrad(AbsWeighting):
     """
 
     needs = "gram"
+    takes_groups = True
     allows_rep_grad = False
     hyper = {  # noqa: RUF012
         "calpha": Hyper(
@@ -32,5 +33,5 @@ class CAGrad(AbsWeighting):
 
     def weigh(self, losses: Tensor, gram: Tensor, *, calpha: float = 0.5, rescale: int = 1, **hyper: object) -> Weights:
         """Return the weights of the update; the dual solution is what is logged."""
-        weights, update = ops.cagrad_update(gram, calpha).unbind()
+        weights, update = ops.cagrad_update(gram, calpha).unbind(-2)
         return Weights(shared=update / (1.0, 1 + calpha**2, 1 + calpha)[rescale], logged=weights)

@@ -21,6 +21,7 @@ class ConFIG(AbsWeighting):
     """
 
     needs = "gram"
+    takes_groups = True
 
     def weigh(self, losses: Tensor, gram: Tensor, **hyper: object) -> Weights:
         """Return the weights of the conflict-free update."""

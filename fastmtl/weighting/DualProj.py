@@ -21,6 +21,7 @@ class DualProj(AbsWeighting):
     """
 
     needs = "gram"
+    takes_groups = True
     allows_rep_grad = False
     hyper = {"DualProj_norm_eps": NORM_EPS, "DualProj_reg_eps": REG_EPS}  # noqa: RUF012
 
@@ -35,4 +36,4 @@ class DualProj(AbsWeighting):
     ) -> Weights:
         """Return the projection's weights."""
         project = QuadprogProjector(norm_eps=DualProj_norm_eps, reg_eps=DualProj_reg_eps)
-        return Weights(shared=project(torch.full_like(gram[0], 1 / len(gram)), gram))
+        return Weights(shared=project(torch.full_like(gram[..., 0], 1 / gram.shape[-1]), gram))

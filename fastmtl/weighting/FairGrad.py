@@ -15,6 +15,7 @@ class Fair(AbsWeighting):
     """Base of strategies whose weights solve ``G w = w^(-1/alpha)``, each time from the last solution on."""
 
     needs = "gram"
+    takes_groups = True
     weighs_heads = True
     allows_rep_grad = False
     last_weights: Tensor
@@ -26,11 +27,13 @@ class Fair(AbsWeighting):
     def settled(self, weights: Tensor, max_norm: float | None = None) -> Weights:
         """Return a solution as the weights, of decoders too, and remember it.
 
+        With groups of parameters, decoders get the mean of their weights.
         A task without a shared gradient has weight 0; its decoder gets weight 1, since beside a frozen encoder, or with
         weights that start at zero, it would otherwise learn nothing.
         """
         self.last_weights.copy_(weights)
         heads = weights.masked_fill(weights == 0, 1)
+        heads = heads if heads.dim() == 1 else heads.mean(0)
         return Weights(shared=weights, heads=heads, max_norm=max_norm)
 
 

@@ -25,6 +25,7 @@ class GradNorm(AbsWeighting):
 
     needs = "gram"
     needs_losses = "non-negative"
+    against_groups = "it learns one weight for each task"
     use_of_losses = "it compares them by their ratios"
     hyper = {  # noqa: RUF012
         "alpha": Hyper(type=float, default=1.5, help="How strongly slowly training tasks are favoured.")

@@ -21,6 +21,7 @@ class GradVac(RandomOrders):
     Multilingual Models", ICLR 2021.
     """
 
+    against_groups = "it has groups of its own, GradVac_group_type"
     hyper = {  # noqa: RUF012
         "GradVac_beta": Hyper(
             type=float, default=0.5, least=0.0, most=1.0, help="Decay of the moving average of the cosines."
@@ -57,6 +58,6 @@ class GradVac(RandomOrders):
     def weigh(self, losses: Tensor, gram: Tensor, *, GradVac_beta: float = 0.5, **hyper: object) -> Weights:
         """Return the sums of the raised gradients' coefficients (T,), with groups (L, T)."""
         grams = gram if gram.dim() == 3 else gram[None]
-        weights, rho = ops.gradvac(grams, self.draw_orders(grams[0]), self.rho[: len(grams)], GradVac_beta)
+        weights, rho = ops.gradvac(grams, self.draw_orders(grams), self.rho[: len(grams)], GradVac_beta)
         self.rho[: len(grams)] = rho
         return Weights(shared=weights if gram.dim() == 3 else weights[0])

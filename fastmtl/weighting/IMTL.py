@@ -21,6 +21,7 @@ class IMTL(AbsWeighting):
     """
 
     needs = "gram"
+    takes_groups = True
     needs_losses = "non-negative"
     use_of_losses = "with others the scales it learns grow without end"
     weighs_heads = True

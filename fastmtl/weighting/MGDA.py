@@ -23,6 +23,7 @@ class MGDA(AbsWeighting):
     """
 
     needs = "gram"
+    takes_groups = True
     use_of_losses = "it divides the gradients by them"
     hyper = {  # noqa: RUF012
         "mgda_gn": Hyper(
@@ -41,9 +42,10 @@ class MGDA(AbsWeighting):
         # A task that takes no part is replaced by a copy of one that does, which gets the weights of its copies.
         place = torch.arange(len(losses), device=losses.device)
         place = torch.where(known, place, known.to(torch.uint8).argmax())
-        scale = self._scale(losses.to(gram.dtype), gram.diagonal(), mgda_gn)[place]
-        solution = ops.min_norm(scale[:, None] * gram[place][:, place] * scale)
-        weights = torch.where(known, torch.zeros_like(solution).index_add(0, place, solution), 0.0)
+        squared_norms = gram.diagonal(dim1=-2, dim2=-1)
+        scale = self._scale(losses.to(gram.dtype), squared_norms, mgda_gn)[..., place]
+        solution = ops.min_norm(scale[..., None] * gram[..., place, :][..., place] * scale[..., None, :])
+        weights = torch.where(known, torch.zeros_like(solution).index_add(-1, place, solution), 0.0)
         return Weights(shared=weights if self.rep_grad else weights * scale, logged=weights, known=known)
 
     def loss_needs(self, *, mgda_gn: str = "none", **hyper: object) -> LossNeeds:

@@ -15,11 +15,14 @@ class RandomOrders(AbsWeighting):
     """Base of strategies in which each task meets the others in random order."""
 
     needs = "gram"
+    takes_groups = True
     allows_rep_grad = False
 
     def draw_orders(self, like: Tensor) -> Tensor:
-        """Return for each task random keys of all tasks, by which they are ordered; of the shape of ``like``."""
-        return torch.rand_like(like)
+        """Return (T, T) random keys, by which each task orders all tasks, in all groups; ``like`` is a Gram matrix."""
+        if not self.weighed_before:
+            self._keys = torch.rand_like(like if like.dim() == 2 else like[0])
+        return self._keys
 
 
 class PCGrad(RandomOrders):

@@ -24,6 +24,7 @@ class UPGrad(AbsWeighting):
     """
 
     needs = "gram"
+    takes_groups = True
     allows_rep_grad = False
     hyper = {"UPGrad_norm_eps": NORM_EPS, "UPGrad_reg_eps": REG_EPS}  # noqa: RUF012
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -16,11 +16,23 @@ from fastmtl.engine.weights import Rows, Weights
 from fastmtl.support.dtypes import falls_below
 from fastmtl.support.hyper import Hyper
 
-__all__ = ["LossNeeds", "Needs", "StepNeeds", "Strategy"]
+__all__ = ["Groups", "LossNeeds", "Needs", "StepNeeds", "Strategy"]
 
 Needs = Literal["losses", "gram", "rows", "reps", "lookahead"]
 StepNeeds = Literal[Needs, "backward"]
 LossNeeds = Literal["any", "non-negative", "positive"]
+
+
+class Groups(NamedTuple):
+    """Groups of parameters.
+
+    Attributes:
+        names: The names of the L groups.
+        of: The group, 0 .. L-1, of each parameter.
+    """
+
+    names: list[str]
+    of: list[int]
 
 
 class Strategy(nn.Module):
@@ -45,6 +57,11 @@ class Strategy(nn.Module):
         reads_losses: Whether the weights depend on the losses of the step.
         looks_back: Whether :meth:`after_step` gets the batch's losses after the update, from a second forward pass.
         allows_rep_grad: Whether ``rep_grad`` can be on.
+        takes_groups: Whether :meth:`weigh` takes the Gram matrices (L, T, T) of L groups of parameters at once, and
+            returns ``shared`` (L, T). Else it is called for each group in turn, and what it remembers is of that group.
+        against_groups: Why groups have no meaning for the rule, as the end of a sentence; ``""`` if they have.
+        grouping: The groups of the shared parameters that the trainer's ``groups`` asks for; None for one of all.
+        weighed_before: Whether other groups have been weighed in this step.
         active: Indices of the tasks of this step if it has only some; ``task_num`` is then their number.
         row_states: State that is as large as the task gradients, by name.
         sum_parts: Sums a tensor over the processes that each have a part of every gradient; None if this process has
@@ -61,7 +78,11 @@ class Strategy(nn.Module):
     reads_losses: ClassVar[bool] = True
     looks_back: ClassVar[bool] = False
     allows_rep_grad: ClassVar[bool] = True
+    takes_groups: ClassVar[bool] = False
+    against_groups: ClassVar[str] = ""
 
+    grouping: Groups | None = None
+    weighed_before = False
     active: list[int] | None = None
     row_states: Mapping[str, RowShapedState] = MappingProxyType({})
     sum_parts: Callable[[Tensor], Tensor] | None = None
@@ -107,14 +128,14 @@ class Strategy(nn.Module):
 
     def groups(self, **hyper: Any) -> list[int] | None:
         """Return the group of each shared parameter, 0 .. L-1, where groups have weights of their own; None for one."""
-        return None
+        return None if self.grouping is None else self.grouping.of
 
     def weigh(self, losses: Tensor, gram: Any, **hyper: Any) -> Weights:
         """Return the weights of this step's losses or gradients.
 
-        ``gram`` is the float64 Gram matrix of the task gradients if ``needs`` is ``"gram"``, else None: (T, T), with L
-        groups of parameters (L, T, T), with k samples (k T, k T), sample by sample. With ``rep_grad`` the gradients are
-        those of the representation, summed over the batch.
+        ``gram`` is the float64 Gram matrix of the task gradients if ``needs`` is ``"gram"``, else None: (T, T), with k
+        samples (k T, k T), sample by sample; with ``takes_groups`` those of L groups are (L, T, T). With ``rep_grad``
+        the gradients are those of the representation, summed over the batch.
         """
         raise NotImplementedError(f"{type(self).__name__} overrides neither weigh nor backward.")
 

@@ -68,6 +68,11 @@ CASES = [
             ("GradVac", {"architecture": FixedMTAN}),
         )
     ),
+    Case("groups", "Nash_MTL", options={"groups": "layer", "update_weights_every": 2}),
+    *(
+        Case(f"groups {name}", name, options={"groups": "module"}, partial=True)
+        for name in ("PCGrad", "CAGrad", "UPGrad")
+    ),
     Case("adam", "UPGrad", options={"optim_param": {"optim": "adam", "lr": 1e-2, "weight_decay": 1e-3}}),
 ]
 NORMED = {"encoder_class": normed_encoder, "sync_batch_norm": True}
@@ -84,6 +89,7 @@ FIRST = (
     *(
         "accumulate",
         "tasks per step",
+        "groups",
         "learned",
         "partial UW",
         "partial MoCo",
@@ -93,7 +99,7 @@ FIRST = (
         "sketch PCGrad",
     ),
 )
-KEPT = ("MTAN", "GradDrop", "multi", "accumulate")
+KEPT = ("MTAN", "GradDrop", "multi", "accumulate", "groups")
 # Batches of nine give parts of two and three rows.
 IN_FOUR = [
     *(Case(name, name, batch=9) for name in ("MGDA", "Nash_MTL", "RLW")),

@@ -29,6 +29,7 @@ PLAIN = [
     Case("MMoE rows", "MoCo", options=MMOE),
     Case("MTAN", "MGDA", options={"architecture": FixedMTAN}),
     Case("MTAN of groups", "GradVac", options={"architecture": FixedMTAN}),
+    Case("groups", "Nash_MTL", options={"groups": "layer"}),
     Case("batch norm", "MGDA", options={"encoder_class": normed_encoder, "sync_batch_norm": True}),
     Case("rep", "MGDA", options={"rep_grad": True}),
     Case("GradDrop", "GradDrop", options={"rep_grad": True}),

@@ -268,15 +268,17 @@ def test_deterministic(solver: Solver) -> None:
     assert torch.equal(solver(gram, 0.5), solver(gram, 0.5))
 
 
-@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (0, 0), (2, 2, 2)])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (0, 0), (2, 2, 3), (0, 2, 2), (1, 2, 2, 2)])
 def test_gram_must_be_square(shape: tuple[int, ...]) -> None:
-    with pytest.raises(UsageError, match=r"gram must be a \(T, T\) matrix of floats with T >= 1, got shape"):
+    with pytest.raises(
+        UsageError, match=r"gram must be a \(T, T\) matrix or \(L, T, T\) matrices of floats with L, T >= 1, got shape"
+    ):
         cagrad(torch.zeros(shape, dtype=torch.float64), 0.5)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex128])
 def test_gram_must_be_floats(dtype: torch.dtype) -> None:
-    with pytest.raises(UsageError, match=r"gram must be a .* matrix of floats"):
+    with pytest.raises(UsageError, match=r"gram must be a .* of floats"):
         cagrad(torch.eye(3).to(dtype), 0.5)
 
 

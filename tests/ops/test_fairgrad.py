@@ -259,9 +259,11 @@ def test_deterministic(solver: Solver) -> None:
     assert torch.equal(solver(gram, 2.0), solver(gram, 2.0))
 
 
-@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (0, 0), (2, 2, 2)])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (0, 0), (2, 2, 3), (0, 2, 2), (1, 2, 2, 2)])
 def test_gram_must_be_square(shape: tuple[int, ...]) -> None:
-    with pytest.raises(UsageError, match=r"gram must be a \(T, T\) matrix of floats with T >= 1, got shape"):
+    with pytest.raises(
+        UsageError, match=r"gram must be a \(T, T\) matrix or \(L, T, T\) matrices of floats with L, T >= 1, got shape"
+    ):
         fairgrad(torch.zeros(shape, dtype=torch.float64), 1.0)
 
 

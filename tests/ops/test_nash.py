@@ -93,7 +93,9 @@ def test_warm_start_keeps_the_bound(solver: Solver, size: int) -> None:
 
 
 def test_gram_must_be_square() -> None:
-    with pytest.raises(UsageError, match=r"gram must be a \(T, T\) matrix of floats with T >= 1, got shape"):
+    with pytest.raises(
+        UsageError, match=r"gram must be a \(T, T\) matrix or \(L, T, T\) matrices of floats with L, T >= 1, got shape"
+    ):
         nash(torch.zeros(2, 3))
 
 

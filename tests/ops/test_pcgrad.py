@@ -213,15 +213,17 @@ def test_deterministic(solver: Solver) -> None:
     assert torch.equal(solver(gram, orders), solver(gram, orders))
 
 
-@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (0, 0), (2, 2, 2)])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (0, 0), (2, 2, 3), (0, 2, 2), (1, 2, 2, 2)])
 def test_gram_must_be_square(shape: tuple[int, ...]) -> None:
-    with pytest.raises(UsageError, match=r"gram must be a \(T, T\) matrix of floats with T >= 1, got shape"):
+    with pytest.raises(
+        UsageError, match=r"gram must be a \(T, T\) matrix or \(L, T, T\) matrices of floats with L, T >= 1, got shape"
+    ):
         pcgrad(torch.zeros(shape, dtype=torch.float64), torch.zeros(2, 2, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex128])
 def test_gram_must_be_floats(dtype: torch.dtype) -> None:
-    with pytest.raises(UsageError, match=r"gram must be a .* matrix of floats"):
+    with pytest.raises(UsageError, match=r"gram must be a .* of floats"):
         pcgrad(torch.eye(3).to(dtype), permutations(3))
 
 

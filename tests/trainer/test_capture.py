@@ -34,7 +34,7 @@ class _Places(list[Any]):
     """Where an outcome will be, once a replay has filled it in."""
 
     losses, preds, weights, gram = (property(itemgetter(index)) for index in range(4))
-    gram_error = None
+    gram_error, by_group = None, (None, None)
 
 
 class Rerun(CudaGraph):

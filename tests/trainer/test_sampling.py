@@ -50,7 +50,7 @@ def test_the_other_tasks_stay_as_they_are(name: str) -> None:
         losses, _ = trainer.step(batches, buffer)
         assert len(losses) == 2
         idle = [t for t, task in enumerate(trainer.task_name) if task not in losses]
-        assert buffer._losses[0].isnan().nonzero().flatten().tolist() == idle
+        assert buffer._steps[0].losses.isnan().nonzero().flatten().tolist() == idle
         for key, value in model.state_dict().items():
             if any(key.startswith(f"decoders.task{t}.") for t in idle):
                 assert torch.equal(value, before[key]), key

@@ -173,7 +173,10 @@ def test_names_in_any_case_and_classes() -> None:
         *(({"tasks_per_step": count}, "tasks_per_step must be a whole number, got") for count in (1.5, 2.0, "2", True)),
         *(({"weight_momentum": decay}, "weight_momentum must be a number, got") for decay in (math.nan, "0.5", None)),
         ({"weight_momentum": 1.0}, "weight_momentum must be below 1, got 1.0"),
-        ({"vjps": None}, "vjps must be one of auto, sequential, batched, layerwise, compressed, sketch, traced"),
+        (
+            {"vjps": None},
+            "vjps must be one of auto, sequential, batched, layerwise, compressed, blockwise, sketch, traced",
+        ),
         ({"precision": None}, "precision must be one of fp32, bf16, fp16, got None"),
         ({"precision": torch.bfloat16}, "precision must be one of fp32, bf16, fp16, got torch.bfloat16"),
         ({"gram": 1}, "gram must be one of exact, local, got 1"),

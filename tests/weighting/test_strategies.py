@@ -208,13 +208,13 @@ def test_momentum_averages_the_weights(name: str) -> None:
     first, second = StepBuffer(), StepBuffer()
     for trainer, buffer in ((plain, first), (smooth, second)):
         trainer.step(batches, buffer)
-    torch.testing.assert_close(first._weights[0], second._weights[0])
+    torch.testing.assert_close(first._steps[0].weights, second._steps[0].weights)
     # From equal parameters on: the second weights of the one are the mean of both of the other.
     plain.model.load_state_dict(smooth.model.state_dict())
     for trainer, buffer in ((plain, first), (smooth, second)):
         trainer.step(batches, buffer)
-    want = 0.75 * second._weights[0] + 0.25 * first._weights[1]
-    torch.testing.assert_close(second._weights[1], want)
+    want = 0.75 * second._steps[0].weights + 0.25 * first._steps[1].weights
+    torch.testing.assert_close(second._steps[1].weights, want)
 
 
 def test_momentum_of_groups_is_logged_as_their_mean() -> None:
@@ -320,7 +320,7 @@ def test_constant_weights_scale_the_gradients() -> None:
     batches, buffer = _batches(plain), StepBuffer()
     plain.step(batches, StepBuffer())
     halved.step(batches, buffer)
-    assert buffer._weights[0].tolist() == [1.0, 0.5, 0.0]
+    assert buffer._steps[0].weights.tolist() == [1.0, 0.5, 0.0]
     decoders = [trainer.model.decoders for trainer in (plain, halved)]
     torch.testing.assert_close(decoders[1]["task1"].weight.grad, 0.5 * decoders[0]["task1"].weight.grad)
     assert not decoders[1]["task2"].weight.grad.any()

@@ -19,6 +19,7 @@ from fastmtl.engine.lookahead import LookaheadEngine
 from fastmtl.engine.losses import Problem
 from fastmtl.engine.methods.base import Method
 from fastmtl.engine.methods.batched import Batched
+from fastmtl.engine.methods.blockwise import Blockwise
 from fastmtl.engine.methods.layerwise import Layerwise
 from fastmtl.engine.methods.representation import ForwardRepresentation, Representation
 from fastmtl.engine.methods.split import Split
@@ -113,7 +114,7 @@ def _other_vjps(
     if not isinstance(plain, GradientEngine):
         assert batching is not None
         assert layers is not None
-        return {"batched": batching, "layerwise": layers, "sketch": layers}
+        return {"batched": batching, "layerwise": layers, "sketch": layers, "blockwise": layers}
     # Compiled backward passes have no batching rules and no layers.
     regions = plain.regions.with_trunk(plain.problem.trunk)
     shared = plain.method.structure, regions, plain.comm, plain.method.weighs_heads
@@ -121,7 +122,8 @@ def _other_vjps(
     convolutions = plain.problem.model.device.type == "cuda"
     batched = Batched(*shared, tell, forced=options.vjps == "batched", convolutions=convolutions)
     kept = {"auto": None, "keep": True, "recompute": False}[options.cotangents]
-    if strategy.groups(**hyper) is not None:
+    groups = strategy.groups(**hyper)
+    if groups is not None:
         # A second backward pass would be one for each group.
         kept = True
     params = plain.problem.shared_params
@@ -130,6 +132,11 @@ def _other_vjps(
         layers
         or _against_exact_layers(strategy, plain.comm)
         or GradientEngine(Layerwise(*shared, LayerwiseVJPs(params, plain.comm, tell, kept)))
+    )
+    ways["blockwise"] = (
+        layers
+        or _against_blocks(strategy, plain.comm, options)
+        or GradientEngine(Blockwise(*shared, strategy.grouping.of if strategy.grouping else []))
     )
     if options.vjps == "sketch":
         vjps = SketchedVJPs(
@@ -255,6 +262,17 @@ def _against_layers(strategy: AbsWeighting, eager: Engine, options: StepOptions)
         "gradients are accumulated, so that the graphs are gone before the weights are known": options.accumulate > 1,
         "parts of the network are compiled": is_compiled(model),
         "the device has no float64": wide_dtype(model.device) != torch.float64,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _against_blocks(strategy: AbsWeighting, comm: Comm, options: StepOptions) -> str | None:
+    """Return why groups of parameters must be weighed together, in a few words; None if nothing is known."""
+    reasons = {
+        "groups is all": strategy.grouping is None,
+        "the strategy takes several batches per step": strategy.samples > 1,
+        "weight_momentum changes the weights after all are known": options.weight_momentum > 0,
+        "several processes have parts of the gradients": comm.shares_batches,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 

@@ -11,7 +11,7 @@ import numpy as np
 from fastmtl.trainer.log.jsonl import read_jsonl
 from fastmtl.trainer.log.logger import RunInfo, pair_names
 
-__all__ = ["Curve", "History"]
+__all__ = ["Curve", "History", "mean_cosines"]
 
 
 class Curve:
@@ -65,6 +65,13 @@ def _averaged(rows: np.ndarray, count: int) -> np.ndarray:
     return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
+def mean_cosines(cosines: np.ndarray) -> np.ndarray:
+    """Return the means (n, L) of (n, L, pairs) cosines, NaN left out."""
+    known = ~np.isnan(cosines)
+    counts = known.sum(axis=2)
+    return np.where(counts > 0, np.where(known, cosines, 0.0).sum(axis=2) / np.maximum(counts, 1), np.nan)
+
+
 def _window_sums(rows: np.ndarray, window: int) -> np.ndarray:
     before = (window - 1) // 2
     sums = np.concatenate([np.zeros((1, rows.shape[1])), np.cumsum(rows, axis=0, dtype=float)])
@@ -76,13 +83,15 @@ def _window_sums(rows: np.ndarray, window: int) -> np.ndarray:
 class History:
     """The curves of one run, (n, T) or (n, T(T-1)/2) and empty where the strategy has none, and its epochs' results.
 
-    ``results`` are the task metrics of an epoch by (mode, epoch).
+    ``groups`` are the mean cosines (n, L) of the pairs of tasks in each group of shared parameters. ``results`` are the
+    task metrics of an epoch by (mode, epoch).
     """
 
     info: RunInfo
     losses: Curve = field(default_factory=Curve)
     weights: Curve = field(default_factory=Curve)
     cosines: Curve = field(default_factory=Curve)
+    groups: Curve = field(default_factory=Curve)
     results: dict[tuple[str, int], dict[str, list[float]]] = field(default_factory=dict)
 
     def read_earlier(self, path: Path) -> None:
@@ -99,6 +108,9 @@ class History:
                 for key, names, curve in columns:
                     if row.get(key):
                         curve.add(middle, np.array([[row[key][name] for name in names]], dtype=float))
+                if row.get("groups"):
+                    cosines = [list(row["groups"][name].get("cosine", {}).values()) for name in info.group_names]
+                    self.groups.add(middle, mean_cosines(np.array([cosines], dtype=float)))
             elif row["event"] == "epoch" and row["epoch"] < info.start_epoch:
                 # JSON has null for a score that there is not.
                 self.results[row["mode"], row["epoch"]] = {

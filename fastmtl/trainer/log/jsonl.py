@@ -25,7 +25,8 @@ class JsonlLogger(FileLogger):
 
     A ``steps`` line holds the means over a log interval and ``step``, the number of steps done by then; those of
     float16 also the ``loss_scale``, and how many steps of the run so far were ``skipped``. Its ``conflict`` has the
-    ``share`` of pairs of tasks with opposed gradients, and for each pair the share of steps. A ``run`` line has
+    ``share`` of pairs of tasks with opposed gradients, and for each pair the share of steps; its ``groups`` have the
+    means of each group of shared parameters that is weighed apart. A ``run`` line has
     ``better``, 1 for metrics where higher is better, and what the process is ``made_with``; the ``epoch`` line of a
     training pass has the ``peak_memory`` of the process so far in bytes, on CUDA that of the device. Every line is
     flushed, so the file is whole whenever the process dies. When a run goes on, the lines of steps that will be done
@@ -55,6 +56,10 @@ class JsonlLogger(FileLogger):
         means = records.means(self._info.task_names)
         if "conflict" in means:
             means["conflict"] |= records.conflicts_of_pairs(self._info.task_names)
+        groups = {
+            name: {key: value for key, value in of_group.means(self._info.task_names).items() if key != "loss"}
+            for name, of_group in records.by_group(self._info.group_names).items()
+        }
         self._write(
             "steps",
             epoch=records.epoch,
@@ -62,6 +67,7 @@ class JsonlLogger(FileLogger):
             count=records.count,
             steps_per_second=records.steps_per_second,
             **means,
+            **({"groups": groups} if groups else {}),
             **({} if records.skipped is None else {"loss_scale": records.loss_scale, "skipped": records.skipped}),
         )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +34,8 @@ class RunInfo:
         start_batch: First batch within that epoch.
         save_path: Where checkpoints go, or None.
         metric_weights: For each metric of each task 1 if higher is better, else 0.
+        group_names: The groups of shared parameters that are weighed apart, in the order of every array's group axis;
+            none without.
     """
 
     task_names: list[str]
@@ -47,6 +49,7 @@ class RunInfo:
     start_batch: int
     save_path: Path | None
     metric_weights: dict[str, list[int]] = field(default_factory=dict)
+    group_names: list[str] = field(default_factory=list)
 
     @property
     def start_step(self) -> int:
@@ -66,6 +69,8 @@ class StepRecords:
         gram: (n, T, T) inner products of the task gradients, or None where the strategy needs none.
         gram_errors: (n,) errors of Gram matrices that were estimated: the greatest of an entry, over the norms of the
             two gradients; NaN for steps in which it was not measured, None where it was in none.
+        group_weights: (n, L, T) task weights of groups of shared parameters, or None without.
+        group_grams: (n, L, T, T) inner products of the task gradients in each group, or None likewise.
         seconds: Wall time the n steps took.
         loss_scale: Factor on the losses of float16 steps after these n; None in other precisions.
         skipped: Steps of the run so far that changed nothing, as a float16 gradient overflowed; None likewise.
@@ -78,6 +83,8 @@ class StepRecords:
     gram: np.ndarray | None
     seconds: float
     gram_errors: np.ndarray | None = None
+    group_weights: np.ndarray | None = None
+    group_grams: np.ndarray | None = None
     loss_scale: float | None = None
     skipped: int | None = None
 
@@ -128,6 +135,23 @@ class StepRecords:
         products = self.gram[:, i, j]
         shares = _column_means(np.where(np.isfinite(products), products < 0, np.nan))
         return dict(zip(pair_names(task_names), shares, strict=True))
+
+    def by_group(self, group_names: Sequence[str]) -> dict[str, StepRecords]:
+        """Return the records of each group of shared parameters, as if the network had no others; none without."""
+        weights, grams = self.group_weights, self.group_grams
+        if grams is None:
+            return {}
+        return {
+            name: replace(
+                self,
+                weights=None if weights is None else weights[:, place],
+                gram=grams[:, place],
+                gram_errors=None,
+                group_weights=None,
+                group_grams=None,
+            )
+            for place, name in enumerate(group_names)
+        }
 
     def means(self, task_names: Sequence[str]) -> dict[str, dict[str, float]]:
         """Means over the n steps, NaN left out: ``{"loss": {task: mean}, "weight": ..., "norm": ..., "cosine": ...}``.

@@ -12,7 +12,7 @@ import numpy as np
 from typing_extensions import override
 
 from fastmtl.errors import UsageError
-from fastmtl.trainer.log.history import Curve, History
+from fastmtl.trainer.log.history import Curve, History, mean_cosines
 from fastmtl.trainer.log.logger import Logger, RunInfo, StepRecords, pair_names
 
 if TYPE_CHECKING:
@@ -73,6 +73,9 @@ class PlotLogger(Logger):
             self.history.weights.add(steps, records.weights)
         if records.cosines is not None and records.cosines.shape[1]:
             self.history.cosines.add(steps, records.cosines)
+        groups = [of_group.cosines for of_group in records.by_group(self.history.info.group_names).values()]
+        if groups and groups[0] is not None and groups[0].shape[1]:
+            self.history.groups.add(steps, mean_cosines(np.stack(groups, axis=1)))  # type: ignore[arg-type]
 
     @override
     def on_epoch(
@@ -102,7 +105,7 @@ class PlotLogger(Logger):
 
 
 def draw(history: History) -> Figure:
-    """Return the picture: one panel each for losses, weights, cosines (where there are any) and up to three metrics."""
+    """Return the picture: a panel each for losses, weights, cosines and groups, if any, and up to three metrics."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -110,6 +113,7 @@ def draw(history: History) -> Figure:
     metrics = _metric_panels(info, history)
     cosines = len(history.cosines.steps) > 0 and not np.isnan(history.cosines.values).all()
     there = {"loss": True, "weight": len(history.weights.steps) > 0, "cosine": cosines}
+    there["group"] = len(history.groups.steps) > 0
     panels = [*(panel for panel in there if there[panel]), *(f"metric {name}" for name in metrics)]
     grid = [panels[i : i + 2] for i in range(0, len(panels), 2)]
     grid[-1] = grid[-1] * (2 // len(grid[-1]))
@@ -132,6 +136,8 @@ def draw(history: History) -> Figure:
         _draw_curve(axes["weight"], history.weights, colors, "Task weight", "Weight")
     if "cosine" in axes:
         _draw_cosines(axes["cosine"], history)
+    if "group" in axes:
+        _draw_groups(axes["group"], history)
     for name in metrics:
         _draw_metric(axes[f"metric {name}"], history, name, colors)
     _name_tasks(figure, names, colors)
@@ -193,6 +199,28 @@ def _draw_cosines(axis: Axes, history: History) -> None:
     axis.axhspan(-1.05, 0.0, color="#D55E00", alpha=0.05, linewidth=0)
     axis.axhline(0.0, color="#888888", linewidth=0.8)
     axis.set_ylim(-1.05, 1.05)
+
+
+def _draw_groups(axis: Axes, history: History) -> None:
+    """Draw the mean cosine of each group of parameters over the steps as a map of colours."""
+    curve, names = history.groups, history.info.group_names
+    width = max(1, len(curve.steps) // 200)
+    smooth = curve.smooth(width)[::width].T
+    first, last = curve.steps[0], curve.steps[-1]
+    image = axis.imshow(
+        smooth,
+        aspect="auto",
+        cmap="RdBu",
+        vmin=-1,
+        vmax=1,
+        interpolation="nearest",
+        extent=(first - 0.5, last + 0.5, len(names) - 0.5, -0.5),
+    )
+    axis.grid(visible=False)
+    stride = -(-len(names) // 14)
+    axis.set_yticks(range(0, len(names), stride), names[::stride], fontsize=7)
+    axis.figure.colorbar(image, ax=axis)
+    _label(axis, "Mean cosine in each group of parameters (red: conflict)", "Step", "")
 
 
 def _draw_metric(axis: Axes, history: History, name: str, colors: Sequence[Color]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -51,12 +51,16 @@ class StepSignals:
         weights: (T,) task weights, None if the strategy has none.
         gram: (T, T) inner products of the task gradients, None if the strategy needs none.
         gram_error: How far an estimate of them is off, in the steps in which it is measured.
+        group_weights: (L, T) task weights of groups of parameters; None without groups.
+        group_grams: (L, T, T) inner products of the task gradients in each group, None likewise.
     """
 
     losses: Tensor
     weights: Tensor | None
     gram: Tensor | None
     gram_error: Tensor | None = None
+    group_weights: Tensor | None = None
+    group_grams: Tensor | None = None
 
     @property
     def norms(self) -> Tensor | None:
@@ -77,33 +81,25 @@ class StepSignals:
         return None if self.gram is None else conflict_share(self.gram)
 
 
+_SIGNALS = tuple(entry.name for entry in fields(StepSignals))
+
+
 class StepBuffer:
-    """Collects losses, weights and Gram matrices of training steps."""
+    """Collects what training steps show."""
 
     def __init__(self) -> None:
         self._clear()
 
     def _clear(self) -> None:
-        self._losses: list[Tensor] = []
-        self._weights: list[Tensor | None] = []
-        self._grams: list[Tensor | None] = []
-        self._errors: list[Tensor | None] = []
+        self._steps: list[StepSignals] = []
         self._since = time.perf_counter()
 
     def __len__(self) -> int:
-        return len(self._losses)
+        return len(self._steps)
 
-    def add(
-        self, losses: Tensor, weights: Tensor | None, gram: Tensor | None, gram_error: Tensor | None = None
-    ) -> None:
-        """Keep one step: (T,) losses, (T,) weights, (T, T) Gram matrix, the error of a Gram matrix that was estimated.
-
-        A step without one has NaN among others'.
-        """
-        self._losses.append(losses)
-        self._weights.append(weights)
-        self._grams.append(gram)
-        self._errors.append(gram_error)
+    def add(self, step: StepSignals) -> None:
+        """Keep one step; what one step lacks and others have is NaN."""
+        self._steps.append(step)
 
     def flush(self, epoch: int, next_step: int, numbers: Sequence[Tensor] = ()) -> StepRecords:
         """Read everything and empty the buffer; the only place where the loop waits for the device.
@@ -112,13 +108,13 @@ class StepBuffer:
         steps and how many were skipped so far, none in another precision.
         """
         now = time.perf_counter()
-        device = self._losses[0].device
-        kept = [_stacked(values) for values in (self._losses, self._weights, self._grams, self._errors)]
+        device = self._steps[0].losses.device
+        kept = [_stacked([getattr(step, name) for step in self._steps]) for name in _SIGNALS]
         kept += [number.reshape(1) for number in numbers]
         wide = [stack.to(device, wide_dtype(device)).flatten() for stack in kept if stack is not None]
         values = torch.cat(wide).cpu().numpy()
         ends = np.cumsum([0 if stack is None else stack.numel() for stack in kept])
-        losses, weights, gram, errors, *counts = (
+        losses, weights, gram, errors, group_weights, group_grams, *counts = (
             None if stack is None else part.reshape(stack.shape)
             for stack, part in zip(kept, np.split(values, ends[:-1]), strict=True)
         )
@@ -131,6 +127,8 @@ class StepBuffer:
             weights=weights,
             gram=gram,
             gram_errors=errors,
+            group_weights=group_weights,
+            group_grams=group_grams,
             seconds=now - self._since,
             loss_scale=None if scale is None else float(scale[0]),
             skipped=None if skipped is None else int(skipped[0]),

@@ -10,12 +10,19 @@ __all__ = ["of_epoch", "of_steps"]
 
 
 def of_steps(records: StepRecords, info: RunInfo) -> dict[str, float]:
-    """Return the means over a log interval: ``step_loss/<task>``, ..., ``steps_per_second``; finite ones only."""
+    """Return the means over a log interval: ``step_loss/<task>``, ..., ``steps_per_second``; finite ones only.
+
+    Of groups of parameters there are ``group_weight/<group>/<task>`` and ``group_conflict/<group>``.
+    """
     values = {
         f"step_{group}/{name}": value
         for group, named in records.means(info.task_names).items()
         for name, value in named.items()
     }
+    for group, of_group in records.by_group(info.group_names).items():
+        means = of_group.means(info.task_names)
+        values |= {f"group_weight/{group}/{task}": value for task, value in means.get("weight", {}).items()}
+        values |= {f"group_conflict/{group}": value for value in means.get("conflict", {}).values()}
     values["steps_per_second"] = records.steps_per_second
     if records.loss_scale is not None and records.skipped is not None:
         values |= {"loss_scale": records.loss_scale, "skipped_steps": records.skipped}

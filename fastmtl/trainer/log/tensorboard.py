@@ -21,7 +21,8 @@ class TensorBoardLogger(Logger):
     """Writes means over each log interval and the results of each epoch as TensorBoard scalars.
 
     Tags are ``step_loss/<task>``, ``step_weight/<task>``, ``step_norm/<task>``, ``step_cosine/<a>:<b>`` and
-    ``steps_per_second``, with float16 ``loss_scale`` and ``skipped_steps``; ``<mode>_loss/<task>`` and
+    ``steps_per_second``, with groups of parameters ``group_weight/<group>/<task>`` and ``group_conflict/<group>``, with
+    float16 ``loss_scale`` and ``skipped_steps``; ``<mode>_loss/<task>`` and
     ``<mode>_<metric>/<task>`` for the epochs. The x axis of all is the number of training steps done. Needs the
     package tensorboard.
 

@@ -123,6 +123,8 @@ def converted(name: str, value: object, spec: Hyper) -> object:
     word = WORDS.get(str(value).lower())
     if spec.words and word is not None:
         return word
+    if isinstance(value, Mapping) and dict in spec.accepts:
+        return dict(value)
     try:
         return _CONVERTERS[spec.type](value)
     except (TypeError, ValueError):

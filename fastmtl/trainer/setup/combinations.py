@@ -9,6 +9,7 @@ from typing import Any
 from fastmtl.errors import UsageError
 from fastmtl.support.kinds import Settings
 from fastmtl.trainer.optim.tables import sparse_tables
+from fastmtl.trainer.setup.groups import ALL
 from fastmtl.trainer.setup.options import StepOptions
 from fastmtl.weighting import AbsWeighting
 
@@ -44,6 +45,14 @@ def check_options(model: Any, weighting: str, hyper: Settings, options: StepOpti
             f"of a table in every step: it needs sparse=False for {', '.join(tables[:3])}, or choose a strategy that "
             "keeps none, such as UPGrad or EW."
         )
+    if options.groups != ALL:
+        reasons = {
+            "runs backward passes of its own": legacy,
+            "needs no Gram matrix": model.needs != "gram",
+            f"cannot weigh them apart: {model.against_groups}": bool(model.against_groups),
+            "weighs gradients of the representation with rep_grad": model.rep_grad,
+        }
+        _refuse(f"groups must be {ALL} for {weighting}, which {{}}.", reasons)
     if options.vjps == "traced" and not options.compile:
         raise UsageError("vjps='traced' is a way to compile a step: it needs compile=True or 'auto'.")
     return replace(options, tasks_per_step=_sampled(model, weighting, options))

@@ -16,6 +16,7 @@ import torch
 from fastmtl.support.hyper import check, option
 from fastmtl.trainer.optim.schedule import RESUMED
 from fastmtl.trainer.precision import PRECISIONS
+from fastmtl.trainer.setup.groups import settled_groups
 
 __all__ = ["StepOptions", "TrainerOptions"]
 
@@ -64,6 +65,13 @@ class StepOptions:
         "others stay as they are. All if not given.",
         least=1,
     )
+    groups: str | dict[str, str] = _training(
+        "all",
+        "Groups of shared parameters, each with a Gram matrix and weights of its own, for strategies that use one: all "
+        "in one; module, by the blocks of the network; layer, by the modules that have them; or by regular expressions "
+        "of their names, the first that is found counts, REGEX=NAME,REGEX=NAME. Task-specific parameters get the mean "
+        "of the groups' weights.",
+    )
     gram: str = _training(
         "exact",
         "For several processes. exact: the Gram matrix of the whole batch's gradients; training equals that of one "
@@ -96,14 +104,16 @@ class StepOptions:
     )
     vjps: str = _machine(
         "auto",
-        "How the tasks' gradients are computed in the shared network: sequential, one task after the other; batched, "
-        "together, by torch's batching rules; layerwise (or compressed), layer by layer, as far as the Gram matrix "
-        "needs them, and one gradient for the update; sketch, likewise, with an unbiased estimate of the Gram matrix; "
-        "traced, compiled in one graph with the forward pass. Where a method is not supported, sequential takes its "
-        "place. auto tries the methods from 8 tasks on, on CUDA from 3, keeps the fastest and says which; below, it is "
-        "sequential, or traced if compile is on and the network small and without convolutions. batched, layerwise and "
-        "sketch leave the shared network eager if compile is on.",
-        choices=("auto", "sequential", "batched", "layerwise", "compressed", "sketch", "traced"),
+        "How the tasks' gradients are computed in the shared network: sequential, one task after the other; "
+        "batched, together, by torch's batching rules; layerwise (or compressed), layer by layer, as far as the "
+        "Gram matrix needs them, and one gradient for the update; sketch, likewise, with an unbiased estimate of "
+        "the Gram matrix; blockwise, with groups, one block of the network after the other, so that the gradients "
+        "of one at most are in memory; traced, compiled in one graph with the forward pass. Where a method is not "
+        "supported, sequential takes its place. auto tries the methods from 8 tasks on, on CUDA from 3, keeps the "
+        "fastest and says which; below, it is sequential, or traced if compile is on and the network small and "
+        "without convolutions. batched, layerwise, blockwise and sketch leave the shared network eager if compile "
+        "is on.",
+        choices=("auto", "sequential", "batched", "layerwise", "compressed", "blockwise", "sketch", "traced"),
     )
     sketch_width: int = _machine(
         32, "With vjps=sketch: rows of the random matrices; the error falls with their square root.", least=2
@@ -123,6 +133,7 @@ class StepOptions:
 
     def __post_init__(self) -> None:
         check(self)
+        object.__setattr__(self, "groups", settled_groups(self.groups))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,144 @@
+"""Where a trunk's graph can be cut, so that groups of its parameters are differentiated one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from fastmtl.engine.graph import graph_nodes, is_leaf, reached_leaves, root_nodes
+
+__all__ = ["Blocks", "Segment", "find_blocks"]
+
+# A module and the number of its call.
+Place = tuple[nn.Module, int]
+
+
+class Segment(NamedTuple):
+    """A part of a graph between two cuts.
+
+    Attributes:
+        outputs: Where it begins, as a backward pass goes.
+        end: The output of an earlier module, where it ends; None where the graph does.
+        block: The indices of the parameters in it.
+    """
+
+    outputs: Sequence[Tensor]
+    end: Tensor | None
+    block: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A chain of blocks of parameters, each with whole groups, from the last one to the first.
+
+    Attributes:
+        cuts: The modules between whose outputs the blocks lie.
+        blocks: The indices of each block's parameters.
+    """
+
+    cuts: Sequence[Place]
+    blocks: Sequence[Sequence[int]]
+
+    @contextmanager
+    def watching(self) -> Iterator[dict[Place, Tensor]]:
+        """Collect the outputs of the modules at the cuts in the block."""
+        with _outputs_of([module for module, _ in self.cuts]) as outputs:
+            yield outputs
+
+    def segments(
+        self, features: Sequence[Tensor], outputs: Mapping[Place, Tensor], params: Sequence[Tensor]
+    ) -> list[Segment] | None:
+        """Return the segments of this graph, None if it is not a chain of the blocks."""
+        places = {param: place for place, param in enumerate(params)}
+        segments, begin = [], features
+        for cut, block in zip([*self.cuts, None], self.blocks, strict=True):
+            end = None if cut is None else outputs.get(cut)
+            leaves = None if cut is not None and end is None else _leaves_down_to(begin, end)
+            if leaves is None or not {places[leaf] for leaf in leaves if leaf in places}.issubset(block):
+                return None
+            segments.append(Segment(begin, end, block))
+            begin = [] if end is None else [end]
+        return segments
+
+
+def find_blocks(
+    run: Callable[[], Sequence[Tensor]], modules: Iterable[nn.Module], params: Sequence[Tensor], groups: Sequence[int]
+) -> Blocks | None:
+    """Return the smallest blocks that a network can be cut into, None if it cannot.
+
+    Args:
+        run: Runs the trunk, and returns its features.
+        modules: The modules of the network.
+        params: Its shared parameters.
+        groups: The group of each.
+    """
+    group_of = dict(zip(params, groups, strict=True))
+    with _outputs_of(modules) as outputs:
+        features = run()
+    shared = reached_leaves(features) & set(params)
+    # For each set of parameters below a cut the smallest tensor, of which there will be one gradient per task.
+    cuts: dict[frozenset[Tensor], tuple[Place, Tensor]] = {}
+    for place, output in outputs.items():
+        above = _leaves_down_to(features, output)
+        below = frozenset(reached_leaves([output]) & shared)
+        if above is None or not below or below == shared or not below.isdisjoint(above):
+            continue
+        apart = {group_of[param] for param in below}.isdisjoint(group_of[param] for param in shared - below)
+        if apart and (below not in cuts or output.numel() < cuts[below][1].numel()):
+            cuts[below] = place, output
+    if not cuts:
+        return None
+    chain: list[frozenset[Tensor]] = []
+    for below in sorted(cuts, key=len, reverse=True):
+        # Of branches side by side one is cut off.
+        if not chain or below < chain[-1]:
+            chain.append(below)
+    groups_of_blocks = [
+        {group_of[param] for param in larger - smaller}
+        for larger, smaller in zip([frozenset(shared), *chain], [*chain, frozenset[Tensor]()], strict=True)
+    ]
+    # What this batch does not reach is in no graph.
+    groups_of_blocks[-1] |= set(groups) - set().union(*groups_of_blocks)
+    blocks = [[k for k, group in enumerate(groups) if group in of_block] for of_block in groups_of_blocks]
+    return Blocks([cuts[key][0] for key in chain], blocks)
+
+
+def _leaves_down_to(outputs: Sequence[Tensor], end: Tensor | None) -> set[Tensor] | None:
+    """Return the leaves of outputs that are reached otherwise than through ``end``.
+
+    None if they are not only reached through it but also through another output of the same function.
+    """
+    stop = None if end is None else end.grad_fn
+    number = None if end is None else end.output_nr
+    if any(output.grad_fn is stop and output.output_nr != number for output in outputs if stop is not None):
+        return None
+    leaves = set()
+    for node in graph_nodes(root_nodes(outputs), () if stop is None else (stop,)):
+        if stop is not None and any(child is stop and place != number for child, place in node.next_functions):
+            return None
+        if is_leaf(node):
+            leaves.add(node.variable)
+    return leaves
+
+
+@contextmanager
+def _outputs_of(modules: Iterable[nn.Module]) -> Iterator[dict[Place, Tensor]]:
+    """Collect the output of each call of some modules in the block, where it is one tensor with a graph."""
+    outputs: dict[Place, Tensor] = {}
+    calls: dict[nn.Module, int] = {}
+
+    def keep(module: nn.Module, args: object, output: object) -> None:
+        calls[module] = calls.get(module, -1) + 1
+        if isinstance(output, Tensor) and output.grad_fn is not None:
+            outputs[module, calls[module]] = output
+
+    hooks = [module.register_forward_hook(keep) for module in dict.fromkeys(modules)]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()

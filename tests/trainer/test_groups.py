@@ -1,0 +1,510 @@
+"""Groups of shared parameters have Gram matrices, solves and weights of their own."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastmtl.errors import UsageError
+from fastmtl.trainer.log.jsonl import JsonlLogger
+from fastmtl.trainer.log.plot import PlotLogger
+from fastmtl.trainer.log.records import StepBuffer
+from fastmtl.trainer.log.tensorboard import TensorBoardLogger
+from fastmtl.trainer.setup.groups import find_groups, settled_groups
+from fastmtl.weighting import WEIGHTINGS, AbsWeighting, Weights
+from fastmtl.weighting.PCGrad import RandomOrders
+from tests.live_memory import LiveMemory
+from tests.trainer.toy import Listener, fill_grads, flat, loaders, make_trainer
+
+TASKS = 3
+GRAM = sorted(name for name, rule in WEIGHTINGS.items() if rule.needs == "gram" and not rule.against_groups)
+LAYERS = ["encoder.stages.0.0", "encoder.stages.1.0"]
+
+
+def double_trainer(weighting: Any, **options: Any) -> Any:
+    torch.set_default_dtype(torch.float64)
+    try:
+        return make_trainer(weighting, count=TASKS, **({"groups": "layer"} | options))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def batches_of(trainer: Any) -> list[Any]:
+    """Batches in float64, as many as a step takes."""
+    given = list(loaders(TASKS, rows=8 * trainer.step.batches))
+    return [
+        (inputs.double(), {task: y.double() if y.is_floating_point() else y for task, y in labels.items()})
+        for inputs, labels in given
+    ]
+
+
+def rows_of(trainer: Any, batches: list[Any]) -> list[list[Tensor]]:
+    """The gradients of each task of each batch, by plain autograd."""
+    shared = [param for param in trainer.model.get_share_params() if param.requires_grad]
+    rows = []
+    for inputs, labels in batches:
+        preds = trainer.model(inputs)
+        for task in trainer.task_name:
+            loss = trainer.task_dict[task]["loss_fn"].compute_loss(preds[task], labels[task])
+            rows.append(list(torch.autograd.grad(loss, shared, retain_graph=True)))
+    return rows
+
+
+@pytest.mark.parametrize("name", GRAM)
+def test_each_group_has_what_the_rule_gives_it_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps, so that what is remembered of each group counts."""
+    orders = torch.rand(TASKS, TASKS, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    monkeypatch.setattr(RandomOrders, "draw_orders", lambda self, like: orders)
+    trainer = double_trainer(name)
+    # A rule of one Gram matrix for each group, never told of groups.
+    alone = [double_trainer(name, groups="all") for _ in LAYERS]
+    for _ in range(2):
+        batches = batches_of(trainer)
+        rows = rows_of(trainer, batches)
+        losses = torch.stack([torch.zeros(TASKS, dtype=torch.float64) for _ in batches]).squeeze(0)
+        fill_grads(trainer, batches)
+        shared = [param for param in trainer.model.get_share_params() if param.requires_grad]
+        assert trainer.model.grouping.names == LAYERS
+        assert trainer.model.grouping.of == [0, 0, 1, 1]
+        total = 0.0
+        wants: list[Tensor] = []
+        for place, other in enumerate(alone):
+            columns = [k for k, group in enumerate(trainer.model.grouping.of) if group == place]
+            matrix = torch.stack([torch.cat([row[k].flatten() for k in columns]) for row in rows])
+            with torch.no_grad():
+                weights = other.model.weigh(losses, matrix @ matrix.T, **other.kwargs["weight_args"])
+            update = weights.shared.double() @ matrix
+            total += float(update.square().sum())
+            wants += [
+                part.view_as(shared[k]) for part, k in zip(_parted(update, shared, columns), columns, strict=True)
+            ]
+            most = weights.max_norm
+        scale = 1.0 if most is None else min(1.0, most / (total**0.5 + 1e-6))
+        for param, want in zip(shared, wants, strict=True):
+            torch.testing.assert_close(param.grad, want * scale, rtol=1e-7, atol=1e-10)
+
+
+def _parted(update: Tensor, shared: list[Tensor], columns: list[int]) -> tuple[Tensor, ...]:
+    return update.split([shared[k].numel() for k in columns])
+
+
+def test_heads_get_the_mean_of_the_groups() -> None:
+    trainer = double_trainer("Nash_MTL", weight_args={"max_norm": 0.0})
+    batches = batches_of(trainer)
+    (inputs, labels) = batches[0]
+    preds = trainer.model(inputs)
+    params = [list(trainer.model.decoders[task].parameters()) for task in trainer.task_name]
+    grads = [
+        torch.autograd.grad(
+            trainer.task_dict[task]["loss_fn"].compute_loss(preds[task], labels[task]), own, retain_graph=True
+        )
+        for task, own in zip(trainer.task_name, params, strict=True)
+    ]
+    fill_grads(trainer, batches)
+    weights = trainer.model.last_weights
+    assert weights.shape == (len(LAYERS), TASKS)
+    assert not torch.allclose(weights[0], weights[1])
+    for own, of_task, weight in zip(params, grads, weights.mean(0), strict=True):
+        for param, grad in zip(own, of_task, strict=True):
+            torch.testing.assert_close(param.grad, weight * grad)
+
+
+class _Counts(AbsWeighting):
+    """A rule of a user's that knows nothing of groups."""
+
+    needs = "gram"
+    seen: Tensor
+
+    def init_param(self) -> None:
+        self.remember("seen", torch.zeros(self.task_num, dtype=torch.float64))
+
+    def weigh(self, losses: Tensor, gram: Tensor, **hyper: Any) -> Weights:
+        assert gram.shape == (TASKS, TASKS)
+        self.seen = self.seen + gram.diagonal()
+        return Weights(shared=self.seen / self.seen.sum())
+
+
+def test_a_rule_of_one_matrix_is_asked_for_each_group() -> None:
+    trainer = double_trainer(_Counts)
+    batches = batches_of(trainer)
+    rows = rows_of(trainer, batches)
+    trainer.step(batches, StepBuffer())
+    squares = torch.tensor(
+        [[float(row[k].square().sum() + row[k + 1].square().sum()) for row in rows] for k in (0, 2)]
+    ).double()
+    torch.testing.assert_close(trainer.model.seen, squares)
+    torch.testing.assert_close(trainer.step.latest.group_weights, squares / squares.sum(1, keepdim=True))
+    torch.testing.assert_close(trainer.step.latest.weights, (squares / squares.sum(1, keepdim=True)).mean(0))
+
+
+class _Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.zeros(6))
+        self.first = nn.Linear(6, 8)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)) for _ in range(2))
+        self.last = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.first(inputs + self.token)
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return self.last(hidden[:, None])[:, 0]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "names"),
+    [
+        ("all", None),
+        ("module", ["encoder", "encoder.first", "encoder.layers.0.0", "encoder.layers.0.1"]),
+        ("layer", ["encoder", "encoder.first", "encoder.layers.0.0", "encoder.layers.0.1"]),
+        ({r"layers\.0": "low", r"layers": "high"}, ["other", "low", "high"]),
+        ("first|token=front,.=back", ["front", "back"]),
+    ],
+)
+def test_the_names_of_groups(wanted: Any, names: list[str] | None) -> None:
+    trainer = make_trainer("MGDA", encoder_class=_Blocks, groups=wanted)
+    grouping = trainer.model.grouping
+    if names is None:
+        assert grouping is None
+        return
+    assert grouping.names[: len(names)] == names
+    last = [name for name in grouping.names if name.startswith("encoder.last")]
+    assert len(last) == {"module": 1, "layer": 6}.get(wanted if isinstance(wanted, str) else "", 0)
+
+
+def test_residual_blocks_are_groups() -> None:
+    from fastmtl.model import resnet18
+
+    network = nn.ModuleDict({"encoder": resnet18()})
+    params = list(network.parameters())
+    grouping = find_groups(network, params, "module")
+    assert grouping is not None
+    blocks = [f"encoder.layer{stage}.{block}" for stage in (1, 2, 3, 4) for block in (0, 1)]
+    assert grouping.names[:10] == ["encoder.conv1", "encoder.bn1", *blocks]
+    assert find_groups(network, params[:4], settled_groups("ALL")) is None
+
+
+@pytest.mark.parametrize(
+    ("weighting", "options", "message"),
+    [
+        ("MGDA", {"groups": "blocks"}, "groups must be all, module, layer or regular expressions .* got 'blocks'"),
+        ("MGDA", {"groups": {"(": "a"}}, "groups has '\\(', which is no regular expression"),
+        ("MGDA", {"groups": {"a": 1}}, "groups must have a name for each regular expression"),
+        ("MGDA", {"groups": {"decoder": "a"}}, "'decoder' comes first for none of the shared parameters"),
+        ("MGDA", {"groups": 3}, "groups must be text"),
+        ("MGDA", {"rep_grad": True}, "groups must be all for MGDA, which weighs gradients of the representation"),
+        ("EW", {}, "groups must be all for EW, which needs no Gram matrix"),
+        ("MoCo", {}, "groups must be all for MoCo, which needs no Gram matrix"),
+        ("GradVac", {}, "groups must be all for GradVac, which cannot weigh them apart: it has groups of its own"),
+        ("GradNorm", {}, "groups must be all for GradNorm, which cannot weigh them apart: it learns one weight"),
+    ],
+)
+def test_what_groups_cannot_be(weighting: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        make_trainer(weighting, **({"groups": "layer"} | options))
+
+
+class _Learns(AbsWeighting):
+    needs = "gram"
+
+    def init_param(self) -> None:
+        self.loss_scale = nn.Parameter(torch.ones(self.task_num))
+
+    def weigh(self, losses: Tensor, gram: Tensor, **hyper: Any) -> Weights:
+        return Weights(shared=torch.ones_like(losses), own_grads={"loss_scale": torch.ones_like(losses)})
+
+
+def test_a_rule_that_learns_parameters_of_its_own_is_refused() -> None:
+    trainer = double_trainer(_Learns)
+    batches = batches_of(trainer)
+    with pytest.raises(UsageError, match=r"test_groups.py:\d+: .*gradients of its own parameters"):
+        trainer.step(batches, StepBuffer())
+
+
+@pytest.mark.parametrize("name", ["Nash_MTL", "PCD", "MoDo"])
+def test_resumes_exactly(name: str, tmp_path: Path) -> None:
+    def run(epochs: int, **more: Any) -> Tensor:
+        trainer: Any = make_trainer(name, count=TASKS, groups="layer", **more)
+        if "resume" not in more:
+            torch.manual_seed(5)
+        trainer.train(loaders(TASKS, rows=48), loaders(TASKS), epochs)
+        return flat([*trainer.model.parameters(), *trainer.model.buffers()])
+
+    run(1, save_path=str(tmp_path))
+    assert torch.equal(run(2, resume=str(tmp_path / "last.pt")), run(2))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"vjps": "layerwise"},
+        {"vjps": "batched"},
+        {"accumulate": 2},
+        {"update_weights_every": 2},
+        {"weight_momentum": 0.5},
+        {"compile": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["MGDA", "Nash_MTL"])
+def test_every_way_does_the_same(name: str, options: dict[str, Any]) -> None:
+    """One way is the plain one: with the same option, or without it where it only says how."""
+    how = {"vjps", "compile"} & set(options)
+    ends = []
+    for given in ({} if how else options | {"vjps": "sequential"}, options):
+        trainer = double_trainer(name, clip_grad_norm=0.3, **given)
+        data = [
+            (x.double(), {task: y.double() if y.is_floating_point() else y for task, y in labels.items()})
+            for x, labels in loaders(TASKS, rows=48)
+        ]
+        count = trainer.step.batches
+        for first in range(0, len(data), count):
+            trainer.step(data[first : first + count], StepBuffer())
+        ends.append(flat(trainer.model.parameters()))
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-7, atol=1e-9)
+
+
+def test_held_weights_keep_the_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = double_trainer("Nash_MTL", weight_args={"max_norm": 0.01}, update_weights_every=2)
+    shared = [param for param in trainer.model.get_share_params() if param.requires_grad]
+    for _ in range(2):
+        trainer.step(batches_of(trainer), StepBuffer())
+        norm = torch.cat([param.grad.flatten() for param in shared]).norm()
+        assert 0.009 < float(norm) <= 0.01 + 1e-9
+
+
+class _Norms(nn.Module):
+    """A chain of two blocks, of which the second is used in between again."""
+
+    def __init__(self, again: bool = False) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.again = again
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.first(inputs).relu_()
+        if self.again:
+            hidden = hidden + self.second(self.second(hidden))
+        middle = self.second(hidden).tanh()
+        return self.third(middle) + hidden
+
+
+class _Skips(nn.Module):
+    """What the first layer returns goes round the second one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        one, other = self.first(inputs).tanh().chunk(2, dim=1)
+        return self.third(self.second(torch.cat([one, one], 1)).tanh() + torch.cat([other, other], 1))
+
+
+class _Crossed(nn.Module):
+    """Layers side by side, of which only one is cut off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.first, self.second = nn.Linear(6, 1), nn.Linear(6, 8), nn.Linear(6, 8)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        product: Tensor = self.first(inputs).tanh() * self.second(inputs) * self.before(inputs)
+        return product
+
+
+def end_of(name: str, encoder: Any, vjps: str, steps: int = 3, **options: Any) -> tuple[Tensor, list[str], Any]:
+    listener = Listener()
+    trainer = double_trainer(name, encoder_class=encoder, vjps=vjps, logger=listener, **options)
+    torch.manual_seed(3)
+    for _ in range(steps):
+        trainer.step(batches_of(trainer), StepBuffer())
+    latest = trainer.step.latest
+    return (
+        torch.cat([flat(trainer.model.parameters()), latest.group_weights.flatten(), latest.gram.flatten()]),
+        listener.messages,
+        trainer,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("MGDA", {}),
+        ("PCGrad", {}),
+        ("CAGrad", {"groups": "module"}),
+        ("UPGrad", {"clip_grad_norm": 0.1}),
+        ("Nash_MTL", {"weight_args": {"max_norm": 0.05}}),
+        ("Nash_MTL", {"update_weights_every": 2}),
+        ("FairGrad", {"groups": {"first|token": "low", ".": "high"}}),
+        ("IMTL", {}),
+        ("PCD", {}),
+        (_Counts, {}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("encoder", [_Blocks, _Norms, partial(_Norms, again=True), _Skips, _Crossed], ids=str)
+def test_blocks_one_after_the_other_give_the_numbers_of_all_at_once(
+    encoder: Any, name: Any, options: dict[str, Any]
+) -> None:
+    want, _, _ = end_of(name, encoder, "sequential", **options)
+    have, messages, trainer = end_of(name, encoder, "blockwise", **options)
+    assert trainer.step.engine.possible
+    assert "blocks one after the other" in messages[0]
+    torch.testing.assert_close(have, want, rtol=1e-8, atol=1e-10)
+
+
+class _Tied(nn.Module):
+    """The weight of its first layer is used at its end too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 6)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return nn.functional.linear(self.second(self.first(inputs).tanh()), self.first.weight)
+
+
+class _Layers(nn.Module):
+    """Twelve layers of a transformer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 32)
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(32, 2, 128, dropout=0.0, batch_first=True) for _ in range(12)
+        )
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.first(inputs)[:, None]
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return hidden[:, 0]
+
+
+def test_at_most_one_block_has_the_gradients_of_all_tasks() -> None:
+    """Beside what one backward pass takes, the T gradients of the largest block, with some room."""
+    tasks, peaks = 4, []
+    for name, options in (("EW", {}), ("MGDA", {"groups": "module", "vjps": "blockwise"})):
+        decoders = nn.ModuleDict({f"task{t}": nn.Linear(32, 1 if t % 2 else 3) for t in range(tasks)})
+        trainer: Any = make_trainer(
+            name,
+            count=tasks,
+            encoder_class=_Layers,
+            decoders=decoders,
+            optim_param={"optim": "sgd", "lr": 1e-3},
+            **options,
+        )
+        batch = next(iter(loaders(tasks, rows=1, batch=1)))
+        # The first step looks at the network.
+        trainer.step([batch], StepBuffer())
+        trainer.optimizer.zero_grad()
+        for combination in getattr(trainer.step.engine.method, "_combinations", []) if options else []:
+            combination._update = [None] * len(combination.params)
+        with LiveMemory() as live:
+            trainer.step([batch], StepBuffer())
+        peaks.append(live.peak)
+    largest = sum(param.numel() for param in trainer.model.encoder.layers[0].parameters())
+    assert peaks[1] <= peaks[0] + 1.3 * tasks * largest
+
+
+class _Sometimes(_Norms):
+    """Its first layer can reach the features beside the chain."""
+
+    bypass = False
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.first(inputs).tanh()
+        features: Tensor = self.third(self.second(hidden).tanh())
+        return features + hidden if self.bypass else features
+
+
+@pytest.mark.parametrize(
+    ("encoder", "options", "message"),
+    [
+        (_Tied, {}, "vjps: all groups at once, as the network is no chain of them"),
+        (_Norms, {"weight_momentum": 0.5}, "vjps: one after the other, as weight_momentum changes the weights"),
+        (_Norms, {"accumulate": 2}, "vjps: one after the other, as gradients are accumulated"),
+        (_Norms, {"groups": {"first|third": "a", "second": "b"}}, "vjps: all groups at once"),
+    ],
+)
+def test_what_is_no_chain_is_said(encoder: Any, options: dict[str, Any], message: str) -> None:
+    want, _, _ = end_of("MGDA", encoder, "sequential", **options)
+    have, messages, _ = end_of("MGDA", encoder, "blockwise", **options)
+    assert message in " ".join(messages)
+    torch.testing.assert_close(have, want, rtol=1e-8, atol=1e-10)
+
+
+def test_a_step_that_is_no_chain_is_taken_at_once() -> None:
+    trainer = double_trainer("MGDA", encoder_class=_Sometimes, vjps="blockwise", logger=(listener := Listener()))
+    plain = double_trainer("MGDA", encoder_class=_Sometimes)
+    for bypass in (False, True, False, True):
+        for some in (trainer, plain):
+            some.model.encoder.bypass = bypass
+            some.step(batches_of(some), StepBuffer())
+        torch.testing.assert_close(flat(trainer.model.parameters()), flat(plain.model.parameters()))
+    assert trainer.step.engine.possible
+    assert listener.messages[1:] == ["vjps: all groups at once in a step in which the network is no chain of them"]
+
+
+@pytest.mark.parametrize("name", ["Nash_MTL", "CAGrad", "PCD"])
+def test_steps_of_some_tasks(name: str) -> None:
+    trainer = double_trainer(name)
+    before = {key: getattr(trainer.model, key).clone() for key in trainer.model.remembered()}
+    ((inputs, labels),) = batches_of(trainer)
+    buffer = StepBuffer()
+    trainer.step([(inputs, {task: labels[task] for task in ("task0", "task2")})], buffer, present=[0, 2])
+    latest = trainer.step.latest
+    assert latest.group_weights.shape == (len(LAYERS), TASKS)
+    assert latest.group_weights[:, 1].isnan().all()
+    assert latest.group_grams[:, [0, 2]][..., [0, 2]].isfinite().all()
+    for key, value in before.items():
+        assert torch.equal(getattr(trainer.model, key)[:, 1], value[:, 1])
+        assert not torch.equal(getattr(trainer.model, key)[:, 0], value[:, 0])
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_reduced_precision(precision: str) -> None:
+    """The loss scale of float16 does not show in the Gram matrices of groups."""
+    grams = []
+    for given in (precision, "fp32"):
+        trainer: Any = make_trainer("Nash_MTL", count=TASKS, groups="layer", precision=given)
+        # Steps of float16 whose gradients overflow change nothing.
+        for _ in range(12):
+            trainer.step([next(iter(loaders(TASKS)))], StepBuffer())
+            if trainer.step.latest.group_grams.isfinite().all():
+                break
+        grams.append(trainer.step.latest.group_grams)
+    torch.testing.assert_close(grams[0], grams[1], rtol=0.1, atol=0.1)
+
+
+def test_groups_are_logged_and_drawn(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    loggers = [JsonlLogger(file), PlotLogger(tmp_path / "curves.png", file), TensorBoardLogger(tmp_path / "tb")]
+    trainer: Any = make_trainer("CAGrad", count=TASKS, groups="layer", logger=loggers, save_path=str(tmp_path))
+    trainer.train(loaders(TASKS), loaders(TASKS), 2)
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    steps = [line for line in lines if line["event"] == "steps"]
+    assert all(set(line["groups"]) == set(LAYERS) for line in steps)
+    for line in steps:
+        weights = [[line["groups"][group]["weight"][task] for group in LAYERS] for task in trainer.task_name]
+        np.testing.assert_allclose(np.mean(weights, axis=1), list(line["weight"].values()), rtol=1e-5)
+        # Squared norms of groups add up.
+        assert set(line["groups"][LAYERS[0]]) == {"weight", "norm", "cosine", "conflict"}
+    drawn = loggers[1].history
+    assert drawn is not None
+    assert drawn.groups.values.shape == (6, len(LAYERS))
+    again: Any = PlotLogger(tmp_path / "again.png", file)
+    make_trainer("CAGrad", count=TASKS, groups="layer", logger=again, resume=str(tmp_path / "last.pt")).train(
+        loaders(TASKS), loaders(TASKS), 3
+    )
+    assert len(again.history.groups.steps) == 5
+    assert (tmp_path / "again.png").stat().st_size > 10_000
