@@ -135,13 +135,15 @@ class _Params:
     Attributes:
         shared: The shared parameters.
         others: All others.
-        by_loss: For each loss the others that it may depend on.
+        by_loss: For each loss the others that it depends on.
+        places: For each loss the places of the shared parameters that it depends on; None for all of them.
         closed: The functions of the graph that may use parameters it does not show.
     """
 
     shared: list[Tensor]
     others: list[Tensor]
     by_loss: list[list[Tensor]]
+    places: list[list[int] | None]
     closed: list[Node]
 
 
@@ -211,7 +213,8 @@ class _Balance:
         assert isinstance(self.aggregator, GramianWeightedAggregator)
         shared, rows, last = self.params.shared, [], len(self.losses) - 1
         for t, (loss, seed, own) in enumerate(zip(self.losses, seeds, self.params.by_loss, strict=True)):
-            row, own_grads = comm.row([loss], [seed], own, t < last, final=True)
+            places = self.params.places[t]
+            row, own_grads = comm.row([loss], [seed], own, t < last, final=True, reached=places)
             rows.append(row)
             add_grads(own, own_grads)
         rows = comm.collect(rows, final=True)
@@ -274,7 +277,7 @@ class _Balance:
     @cached_property
     def params(self) -> _Params:
         """What the losses depend on; looked up once, as the graph stays the same."""
-        from fastmtl.engine.graph import check_graphs, reach, root_nodes
+        from fastmtl.engine.graph import Reached, check_graphs, reach, root_nodes
         from fastmtl.engine.hidden import closed_nodes, refuse_hidden
 
         check_graphs(self.losses, "losses")
@@ -282,19 +285,17 @@ class _Balance:
         closed = closed_nodes(reached.nodes)
         refuse_hidden(closed, reached, None, "losses")
         if self.shared is None:
-            wanted = {leaf for leaf, owner in reached.leaves.items() if owner is None or len(self.losses) == 1}
+            wanted = set(reached.leaves if len(self.losses) == 1 else reached.shared)
         else:
             wanted = set(self.shared.parameters() if isinstance(self.shared, nn.Module) else self.shared)
             refuse_hidden(closed, reached, list(wanted), "shared")
         shared = [leaf for leaf in reached.leaves if leaf in wanted]
         if not shared:
             raise UsageError("shared must hold parameters that the losses depend on, got none of them.")
-        others = {leaf: owner for leaf, owner in reached.leaves.items() if leaf not in wanted}
-        by_loss = [
-            [leaf for leaf, owner in others.items() if owner is None or owner == index]
-            for index in range(len(self.losses))
-        ]
-        return _Params(shared, list(others), by_loss, closed)
+        others = [leaf for leaf in reached.leaves if leaf not in wanted]
+        count = len(self.losses)
+        by_loss = Reached([], {leaf: reached.leaves[leaf] for leaf in others}).by_output(count)
+        return _Params(shared, others, by_loss, reached.places_of(shared, count), closed)
 
 
 def _named(name: str, hyper: Mapping[str, Any]) -> Aggregator:

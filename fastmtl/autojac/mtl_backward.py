@@ -114,7 +114,7 @@ def _parameters(
     trunk, heads = reach(root_nodes(features)), reach(root_nodes(tasks), root_nodes(features))
     shared = list(trunk.leaves) if shared_params is None else unique(shared_params)
     if tasks_params is None:
-        by_task = [heads.leaves_of(index) for index in range(len(tasks))]
+        by_task = heads.by_output(len(tasks))
     else:
         check_lengths(tasks_params, tasks, "tasks_params", "tensors")
         by_task = [unique(params) for params in tasks_params]

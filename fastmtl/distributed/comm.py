@@ -233,6 +233,7 @@ class ShardedDataParallel(ExactDataParallel):
         retain: bool,
         final: bool,
         differentiate: VJP | None = None,
+        reached: Sequence[int] | None = None,
     ) -> tuple[Row, Row]:
         if differentiate is not None:
             raise UsageError(

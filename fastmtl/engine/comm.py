@@ -153,6 +153,7 @@ class Comm:
         retain: bool,
         final: bool,
         differentiate: VJP | None = None,
+        reached: Sequence[int] | None = None,
     ) -> tuple[Row, Row]:
         """Run a VJP; return the row of the shared parameters, or its handle, and the gradients of ``task_params``.
 
@@ -163,10 +164,16 @@ class Comm:
             retain: Keep the graph.
             final: No other batch's row will be added to this one: it is sent.
             differentiate: Computes the VJP in place of ``vjp``.
+            reached: The places of the shared parameters that the outputs depend on; all of them if None.
         """
-        grads = (differentiate or vjp)(outputs, cotangents, [*self.shared, *task_params], retain)
-        row = grads[: len(self.shared)]
-        return self.send(row) if final else row, grads[len(self.shared) :]
+        shared = self.shared if reached is None else [self.shared[place] for place in reached]
+        grads = (differentiate or vjp)(outputs, cotangents, [*shared, *task_params], retain)
+        row, own = grads[: len(shared)], grads[len(shared) :]
+        if reached is not None:
+            found, row = row, [None] * len(self.shared)
+            for place, grad in zip(reached, found, strict=True):
+                row[place] = grad
+        return self.send(row) if final else row, own
 
     def send(self, row: Row) -> Row:
         """Start to reduce a row over the processes; return a handle, which :meth:`collect` takes."""

@@ -16,6 +16,7 @@ __all__ = [
     "Node",
     "Reached",
     "batches_well",
+    "bits_of",
     "check_graphs",
     "graph_nodes",
     "inner_nodes",
@@ -28,8 +29,6 @@ __all__ = [
 
 # A node of an autograd graph.
 Node: TypeAlias = Any
-# In the place of an output's number: several depend on a node.
-_SEVERAL = -1
 
 
 def graph_nodes(roots: Iterable[Node], excluded: Iterable[Node] = ()) -> Iterator[Node]:
@@ -54,40 +53,75 @@ class Reached:
 
     Attributes:
         nodes: All nodes, each once.
-        leaves: The leaves, each with the number of the output that depends on it, None if several do.
+        leaves: The leaves, each with a number whose bit t is set where output t depends on it.
     """
 
     nodes: list[Node]
-    leaves: dict[Tensor, int | None]
+    leaves: dict[Tensor, int]
 
-    def leaves_of(self, index: int) -> list[Tensor]:
-        """Return the leaves of an output, and those of several outputs, which may be others' alone."""
-        return [leaf for leaf, owner in self.leaves.items() if owner is None or owner == index]
+    @property
+    def shared(self) -> list[Tensor]:
+        """Return the leaves that several outputs depend on."""
+        return [leaf for leaf, outputs in self.leaves.items() if outputs & (outputs - 1)]
+
+    def by_output(self, count: int) -> list[list[Tensor]]:
+        """Return the leaves that each of ``count`` outputs depends on."""
+        found: list[list[Tensor]] = [[] for _ in range(count)]
+        for leaf, outputs in self.leaves.items():
+            for index in bits_of(outputs):
+                found[index].append(leaf)
+        return found
+
+    def places_of(self, leaves: Sequence[Tensor], count: int) -> list[list[int] | None]:
+        """Return the places of those of ``leaves`` that each of ``count`` outputs depends on, None for all of them."""
+        places: list[list[int]] = [[] for _ in range(count)]
+        for place, leaf in enumerate(leaves):
+            for index in bits_of(self.leaves.get(leaf, 0)):
+                places[index].append(place)
+        return [None if len(of_output) == len(leaves) else of_output for of_output in places]
 
 
 def reach(roots: Sequence[Node], excluded: Sequence[Node] = ()) -> Reached:
     """Return what is reachable from ``roots``, one per output, without ``excluded`` and what only they reach.
 
-    Each node is asked for its inputs once and passed through at most twice, however many outputs share it.
+    Each node is asked for its inputs and passed through once, however many outputs share it.
     """
-    owners: dict[Node, int] = dict.fromkeys(excluded, _SEVERAL)
     inputs: dict[Node, list[Node]] = {}
+    # Each node after all those that it leads to.
+    ordered: list[Node] = []
+    outputs = dict.fromkeys(excluded, 0)
     for index, root in enumerate(roots):
-        pending = [root]
-        while pending:
-            node = pending.pop()
-            owner = owners.get(node)
-            if owner is None:
-                owners[node] = index
-                inputs[node] = [child for child, _ in node.next_functions if child is not None]
-            elif owner in (index, _SEVERAL):
-                continue
-            else:
-                owners[node] = _SEVERAL
-            pending.extend(inputs[node])
-    ends = [node for node in inputs if is_leaf(node)]
-    found = [(node.variable, owners[node]) for node in ends]
-    return Reached(list(inputs), {leaf: None if owner == _SEVERAL else owner for leaf, owner in found})
+        if root not in outputs:
+            _order(root, inputs, ordered, outputs)
+        outputs[root] |= 1 << index
+    for node in reversed(ordered):
+        of_node = outputs[node]
+        for child in inputs[node]:
+            outputs[child] |= of_node
+    leaves = [node for node in inputs if is_leaf(node)]
+    return Reached(list(inputs), {node.variable: outputs[node] for node in leaves})
+
+
+def bits_of(number: int) -> Iterator[int]:
+    """Yield the bits that are set in a number, from the lowest on."""
+    while number:
+        lowest = number & -number
+        yield lowest.bit_length() - 1
+        number ^= lowest
+
+
+def _order(root: Node, inputs: dict[Node, list[Node]], ordered: list[Node], seen: dict[Node, int]) -> None:
+    """Add the nodes that a root leads to, without those that are ``seen``, after their inputs; mark them seen."""
+    pending: list[tuple[Node, bool]] = [(root, False)]
+    while pending:
+        node, is_done = pending.pop()
+        if is_done:
+            ordered.append(node)
+        elif node not in seen:
+            seen[node] = 0
+            inputs[node] = [child for child, _ in node.next_functions if child is not None]
+            pending.append((node, True))
+            pending.extend((child, False) for child in inputs[node] if child not in seen)
 
 
 def check_graphs(tensors: Sequence[Tensor], name: str) -> None:

@@ -17,30 +17,31 @@ def leaves(*values: float) -> list[Tensor]:
     return [torch.tensor(value, requires_grad=True) for value in values]
 
 
-def test_each_leaf_has_the_output_that_alone_depends_on_it() -> None:
+def test_each_leaf_has_the_outputs_that_depend_on_it() -> None:
     shared, below, a, b, both = leaves(1.0, 2.0, 3.0, 4.0, 5.0)
     features = shared * (2 * below)
     first, second, third = a * features, (b + both) * features, both.exp()
     reached = reach(root_nodes([first, second, third]))
-    assert reached.leaves == {shared: None, below: None, a: 0, b: 1, both: None}
+    assert reached.leaves == {shared: 0b11, below: 0b11, a: 0b1, b: 0b10, both: 0b110}
     assert set(reached.nodes) == set(graph_nodes(root_nodes([first, second, third])))
-    assert reached.leaves_of(0) == [leaf for leaf in reached.leaves if leaf is not b]
+    assert reached.by_output(3)[0] == [leaf for leaf in reached.leaves if leaf not in (b, both)]
+    assert set(reached.shared) == {shared, below, both}
 
 
 def test_what_only_the_excluded_reach_is_left_out() -> None:
     shared, a, b = leaves(1.0, 2.0, 3.0)
     features = shared.exp()
     reached = reach(root_nodes([a * features, b * features]), root_nodes([features]))
-    assert reached.leaves == {a: 0, b: 1}
+    assert reached.leaves == {a: 0b1, b: 0b10}
     beside = reach(root_nodes([a * features + shared]), root_nodes([features]))
-    assert beside.leaves == {shared: 0, a: 0}
+    assert beside.leaves == {shared: 0b1, a: 0b1}
 
 
 def test_an_output_within_another_is_shared() -> None:
     a, b = leaves(1.0, 2.0)
     inner = a.exp()
-    assert reach(root_nodes([inner, b * inner])).leaves == {a: None, b: 1}
-    assert reach(root_nodes([b * inner, inner])).leaves == {a: None, b: 0}
+    assert reach(root_nodes([inner, b * inner])).leaves == {a: 0b11, b: 0b10}
+    assert reach(root_nodes([b * inner, inner])).leaves == {a: 0b11, b: 0b1}
 
 
 def test_deep_graphs_do_not_recurse() -> None:
@@ -48,7 +49,7 @@ def test_deep_graphs_do_not_recurse() -> None:
     value = leaf
     for _ in range(3000):
         value = value + 1
-    assert reach(root_nodes([value, 2 * value])).leaves == {leaf: None}
+    assert reach(root_nodes([value, 2 * value])).leaves == {leaf: 0b11}
 
 
 def test_loops_of_ones_own_walk_through_a_graph_once() -> None:

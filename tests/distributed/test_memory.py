@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 from fastmtl.distributed import find_peers, gradient_shards, shard
 from fastmtl.model import MLPEncoder

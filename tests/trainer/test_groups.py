@@ -250,7 +250,7 @@ def test_resumes_exactly(name: str, tmp_path: Path) -> None:
         {"accumulate": 2},
         {"update_weights_every": 2},
         {"weight_momentum": 0.5},
-        {"compile": True},
+        pytest.param({"compile": True}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import cast
 
+import torch
 from torch import Tensor
 
 from fastmtl.engine.comm import Comm
 from fastmtl.engine.context import Batch
 from fastmtl.engine.cut import Structure
 from fastmtl.engine.gradients import TaskGradients
+from fastmtl.engine.graph import reach, root_nodes
 from fastmtl.engine.jacobian import BatchGradients, Combine, detached
 from fastmtl.engine.methods.base import Method
 from fastmtl.engine.methods.whole import Whole
@@ -73,10 +75,28 @@ class Split(Method):
     def rows_of(self, features: Sequence[Tensor], cotangents: Rows, batch: Batch) -> Rows:
         """Return the VJPs through the trunk, one row per cotangent."""
         last, differentiate = len(cotangents) - 1, self.tables_of(features)
+        places = self._places(features, cotangents)
         return [
-            self.comm.row(features, cotangent, [], t < last, batch.final, differentiate)[0]
-            for t, cotangent in enumerate(cotangents)
+            self.comm.row(features, cotangent, [], t < last, batch.final, differentiate, of_task)[0]
+            for t, (cotangent, of_task) in enumerate(zip(cotangents, places, strict=True))
         ]
+
+    def _places(self, features: Sequence[Tensor], cotangents: Rows) -> list[list[int] | None]:
+        """Return the places of the shared parameters that each task reaches, by the features that it uses."""
+        attached = [k for k, feature in enumerate(features) if feature.grad_fn is not None]
+        used = [[cotangent[k] is not None for k in attached] for cotangent in cotangents]
+        if all(map(all, used)) or torch.compiler.is_compiling():
+            return [None] * len(cotangents)
+        shared = self.problem.shared_params
+        by_feature = reach(root_nodes(features)).places_of(shared, len(attached))
+        everything = range(len(shared))
+        found: list[list[int] | None] = []
+        for of_task in used:
+            parts = [
+                everything if part is None else part for part, uses in zip(by_feature, of_task, strict=True) if uses
+            ]
+            found.append(sorted(set().union(*parts)))
+        return found
 
     def trunk(self, batch: Batch) -> Features:
         """Return the shared features."""

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from fastmtl.engine.context import Batch
 from fastmtl.engine.gradients import TaskGradients, WeightedGradients
+from fastmtl.engine.graph import reach, root_nodes
 from fastmtl.engine.jacobian import BatchGradients, Combine, detached
 from fastmtl.engine.methods.base import Method, forward
 from fastmtl.engine.weights import Weights
 from fastmtl.support.profiling import part
 
 __all__ = ["Whole"]
+
+# With fewer losses, what they do not reach costs less than to find out.
+_MANY = 8
 
 
 class Whole(Method):
@@ -38,6 +44,7 @@ class Whole(Method):
         rows, parts = [], []
         differentiate = None if apart else self.tables_of(losses)
         factors = batch.factors()
+        places = [None] * len(batch.tasks) if apart else self._places(losses)
         for t, task in enumerate(batch.tasks):
             if apart:
                 with part("forward"):
@@ -49,10 +56,19 @@ class Whole(Method):
                 retain = not apart and t + 1 < len(batch.tasks)
                 if apart:
                     differentiate = self.tables_of(losses[t:])
-                row, grads = self.comm.row([losses[t]], [seed], problem.task_params, retain, batch.final, differentiate)
+                row, grads = self.comm.row(
+                    [losses[t]], [seed], problem.task_params, retain, batch.final, differentiate, places[t]
+                )
             rows.append(row)
             parts.append(grads)
         return BatchGradients(*detached(losses, preds), rows, TaskGradients(problem.task_params, parts), Combine())
+
+    def _places(self, losses: Sequence[Tensor]) -> list[list[int] | None]:
+        """Return the places of the shared parameters that each of many losses reaches; of few, all of them."""
+        few = len(losses) < _MANY or torch.compiler.is_compiling() or self.structure.by_backward is not None
+        if few or any(loss.grad_fn is None for loss in losses):
+            return [None] * len(losses)
+        return reach(root_nodes(losses)).places_of(self.problem.shared_params, len(losses))
 
     def combined(self, batch: Batch, weights: Weights) -> BatchGradients:
         """Differentiate one weighted sum of the losses, or two where a parameter belongs to some of the tasks."""
