@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -33,12 +33,12 @@ class Cross_stitch(AbsArchitecture):
     def _make_network(self) -> None:
         if self.multi_input:
             raise UsageError("Cross_stitch mixes features of one input: multi_input must be False.")
-        self.encoder = _CrossStitched([self.encoder_class() for _ in self.task_name], self.task_name)
+        self.encoder = _CrossStitched(self.encoder_class, self.task_name)
 
 
 class _CrossStitched(Columns):
-    def __init__(self, encoders: Sequence[nn.Module], task_name: list[str]) -> None:
-        super().__init__(encoders, task_name, "Cross_stitch")
+    def __init__(self, encoder_class: Callable[[], nn.Module], task_name: list[str]) -> None:
+        super().__init__(encoder_class, task_name, "Cross_stitch")
         # One per stage, as in LibMTL's checkpoints; the last is unused.
         self.cross_unit = nn.Parameter(torch.ones(len(self.resnet_layer), len(task_name), len(task_name)))
 

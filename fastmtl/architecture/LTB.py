@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from math import sqrt
 from typing import Any, Literal, cast
 
@@ -42,7 +42,7 @@ class LTB(AbsArchitecture):
     def _make_network(self) -> None:
         if self.multi_input:
             raise UsageError("LTB chooses between features of one input: multi_input must be False.")
-        self.encoder = _Branched([self.encoder_class() for _ in self.task_name], self.task_name)
+        self.encoder = _Branched(self.encoder_class, self.task_name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; each new epoch, or number of epochs, anneals the choices."""
@@ -54,8 +54,8 @@ class LTB(AbsArchitecture):
 class _Branched(Columns):
     tau: Tensor
 
-    def __init__(self, encoders: Sequence[nn.Module], task_name: list[str]) -> None:
-        super().__init__(encoders, task_name, "LTB")
+    def __init__(self, encoder_class: Callable[[], nn.Module], task_name: list[str]) -> None:
+        super().__init__(encoder_class, task_name, "LTB")
         # Two more than stages, as in LibMTL's checkpoints; the first and the last are unused.
         self.alpha = nn.Parameter(torch.ones(len(self.resnet_layer) + 2, len(task_name), len(task_name)))
         # A tensor, so that compiled code is not recompiled in each epoch.

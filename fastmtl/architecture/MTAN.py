@@ -34,7 +34,7 @@ class MTAN(AbsArchitecture):
     def _make_network(self) -> None:
         encoder = self.encoder_class()
         inner = getattr(encoder, "resnet_network", encoder)
-        stages = Stages.of(inner, "MTAN", ", a module that holds one as resnet_network,")
+        stages = Stages.of(inner, "MTAN", ", a module that holds one as resnet_network,", self.encoder_class)
         maps = getattr(inner, "maps", None)
         if maps is None:
             maps = any(isinstance(module, nn.Conv2d) for module in inner.modules())

@@ -57,6 +57,7 @@ class PLE(AbsArchitecture):
         shared, *specific = count_experts(self.kwargs["num_experts"], self.task_num, "PLE")
         experts, self.bottom = make_experts(self.encoder_class, shared)
         counts = zip(self.task_name, specific, strict=True)
+        Stages.of(experts[0], "PLE", made_by=self.encoder_class)
         own = {task: make_experts(self.encoder_class, count, self.bottom)[0] for task, count in counts}
         img_size = size_of_gates(self.kwargs["img_size"], self.bottom)
         self.encoder = _Extraction(experts, own, img_size, bool(self.kwargs["shared_gate"]))

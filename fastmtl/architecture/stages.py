@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -34,8 +34,10 @@ class Stages:
     stem_dim: int | None = None
 
     @classmethod
-    def of(cls, encoder: nn.Module, owner: str, also: str = "") -> Stages:
-        """Return the stages of an encoder; ``owner``, and what it accepts ``also``, are for errors.
+    def of(
+        cls, encoder: nn.Module, owner: str, also: str = "", made_by: Callable[[], nn.Module] | None = None
+    ) -> Stages:
+        """Return the stages of an encoder; ``owner``, what it accepts ``also`` and ``made_by`` are for errors.
 
         Raises:
             UsageError: The encoder has no stages, or none of known width.
@@ -56,8 +58,10 @@ class Stages:
         if all(hasattr(encoder, name) for name in ("stem", "stages", "stage_dims")):
             stages = list(cast(nn.ModuleList, encoder.stages))
             return cls(cast(nn.Module, encoder.stem), stages, list(cast(list[int], encoder.stage_dims)))
+        # A function of the user's may make a module of torch's.
+        place = own_place(type(encoder)) or ("" if made_by is None else own_place(made_by))
         raise UsageError(
-            f"{own_place(type(encoder))}{owner} needs an encoder made of stages (a ResNet{also} or a StagedEncoder), "
+            f"{place}{owner} needs an encoder made of stages (a ResNet{also} or a StagedEncoder), "
             f"got {type(encoder).__name__}."
         )
 
@@ -80,9 +84,10 @@ class Columns(nn.Module):
     Module names are those of LibMTL's ResNets.
     """
 
-    def __init__(self, encoders: Sequence[nn.Module], task_name: list[str], owner: str) -> None:
+    def __init__(self, encoder_class: Callable[[], nn.Module], task_name: list[str], owner: str) -> None:
         super().__init__()
-        columns = [Stages.of(encoder, owner) for encoder in encoders]
+        encoders = [encoder_class() for _ in task_name]
+        columns = [Stages.of(encoder, owner, made_by=encoder_class) for encoder in encoders]
         self.resnet_conv = nn.ModuleDict({task: column.stem for task, column in zip(task_name, columns, strict=True)})
         self.resnet_layer = nn.ModuleDict(
             {str(i): nn.ModuleList(column.stages[i] for column in columns) for i in range(len(columns[0].stages))}

@@ -51,11 +51,11 @@ class Collate:
     place: str = ""
 
     @classmethod
-    def of(cls, encoder: EncoderInfo | None, dataset: Dataset[Any]) -> Collate:
-        """Return what makes the batches of a data set that an encoder reads."""
+    def of(cls, encoder: EncoderInfo | None, dataset: Dataset[Any], place: str = "") -> Collate:
+        """Return what makes the batches of a data set that an encoder reads; ``place`` is that of its maker."""
         while isinstance(dataset, Subset):
             dataset = dataset.dataset
-        return cls(None if encoder is None else encoder.tokenize, own_place(type(dataset)))
+        return cls(None if encoder is None else encoder.tokenize, own_place(type(dataset)) or place)
 
     def __call__(self, rows: Sequence[Any]) -> Any:
         """Return the batch.

@@ -179,6 +179,7 @@ def load(
         encoder=chosen.value,
         inputs=tuple(inputs),
         tasks=dict(tasks or {}),
+        place=own_place(info.load_splits),
     )
     splits = info.load_splits(options)
     if not isinstance(splits, Splits):

@@ -49,6 +49,7 @@ class LoaderOptions:
         encoder: What is known of the encoder: how it wants images or texts.
         inputs: Columns that are the inputs, for data with columns.
         tasks: What is said of each task, for data with columns.
+        place: File and line of the data set's function, where it is the user's, for messages.
     """
 
     batch_size: int
@@ -62,6 +63,7 @@ class LoaderOptions:
     encoder: EncoderInfo | None = None
     inputs: tuple[str, ...] = ()
     tasks: Mapping[str, Any] = field(default_factory=dict)
+    place: str = ""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "test_batch_size", "n_train"):
@@ -91,7 +93,7 @@ class LoaderOptions:
             seed=self.seed + number,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
-            collate_fn=as_is if in_batches else Collate.of(self.encoder, dataset),
+            collate_fn=as_is if in_batches else Collate.of(self.encoder, dataset, self.place),
         )
 
     def splits(self, train: Dataset[Any], test: Dataset[Any], val: Dataset[Any] | None = None, **facts: Any) -> Splits:

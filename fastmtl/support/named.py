@@ -134,7 +134,12 @@ def place_of(value: object, name: str = "") -> str:
 
 
 def own_place(value: object) -> str:
-    """Return ``"file:line: "`` of a class or function of the user's, ``""`` of one that is installed."""
+    """Return ``"file:line: "`` of a class or function of the user's, ``""`` of one that is installed.
+
+    Of a ``functools.partial`` it is that of its function.
+    """
+    while isinstance(value, functools.partial):
+        value = value.func
     owner: Any = value if isinstance(value, type) or inspect.isroutine(value) else type(value)
     try:
         file, line = inspect.getsourcefile(owner), inspect.getsourcelines(owner)[1]

@@ -8,17 +8,16 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
-from torch.utils.data import Subset
 
 from fastmtl.engine.labels import are_complete, present_tasks
 from fastmtl.engine.losses import LabelError
-from fastmtl.errors import UsageError
-from fastmtl.support.named import own_place
+from fastmtl.errors import FastmtlError, UsageError
 from fastmtl.support.profiling import part
 from fastmtl.trainer.checkpoint.files import rng_state, set_rng_state
 from fastmtl.trainer.checkpoint.writer import Checkpoints
 from fastmtl.trainer.compile.report import measure_compiled
 from fastmtl.trainer.evaluation import report
+from fastmtl.trainer.faults import check_labels, of_data_set, unfit_inputs
 from fastmtl.trainer.log.records import StepBuffer
 from fastmtl.trainer.optim.optimizer import check_optimized, set_mode
 from fastmtl.trainer.run.interrupt import DeferredInterrupt
@@ -92,9 +91,16 @@ class TrainingEpoch:
                     present = None if complete else present_tasks(meter.losses, labels)
                     ready = [trainer.prepared(batch) for batch in fetched]
                 try:
+                    if index == skip:
+                        check_labels(meter.losses, labels[0])
                     losses, preds = self._step(ready, present, complete)
                 except LabelError as error:
-                    raise self._of_data_set(error) from error
+                    raise of_data_set(error, meter.losses, self._loaders) from error
+                except (RuntimeError, TypeError, ValueError) as error:
+                    told = self._told(error, ready[0][0])
+                    if told is None:
+                        raise
+                    raise told from error
                 self._last = None if trainer.probe is None else ready[-1]
                 trainer.schedule.after_step()
                 self._score(losses, preds, ready, fetched)
@@ -169,15 +175,11 @@ class TrainingEpoch:
         for ((_, labels), (_, on_host)), pred in zip(scored, preds, strict=bool(preds)):
             trainer.meter.update(losses, pred, labels, on_host, others)
 
-    def _of_data_set(self, error: LabelError) -> LabelError:
-        """Return the error with the place of the user's data set, unless the loss is the user's as well."""
-        if own_place(type(self._trainer.meter.losses[error.task])):
-            return error
-        loader = self._loaders[error.task] if self._trainer.multi_input else self._loaders
-        dataset = getattr(loader, "dataset", None)
-        while isinstance(dataset, Subset):
-            dataset = dataset.dataset
-        return LabelError(f"{own_place(type(dataset))}{error}", error.task)
+    def _told(self, error: Exception, inputs: Any) -> UsageError | None:
+        """Return a sentence on inputs that the encoder cannot read; None for what is told already or is another."""
+        if isinstance(error, FastmtlError):
+            return None
+        return unfit_inputs(self._trainer, inputs, self._loaders, error)
 
     def _keep_losses(self) -> None:
         """Keep the epoch's losses for strategies; a task without any label in it keeps that of the one before."""

@@ -139,6 +139,60 @@ def test_a_class_that_there_is_not(run: Run) -> None:
     assert said.startswith("mine.py:7: Task b: CELoss: labels must be from 0 to 1 for predictions of shape (16, 2)")
 
 
+@pytest.mark.parametrize(
+    ("image", "form", "encoder"),
+    [
+        ("torch.rand(1, 32, 32)", "float32 of shape (16, 1, 32, 32)", "conv"),
+        ("torch.ones(3, 32, 32, dtype=torch.uint8)", "uint8 of shape (16, 3, 32, 32)", "./mine.py:network"),
+    ],
+)
+def test_inputs_that_the_encoder_cannot_read(run: Run, image: str, form: str, encoder: str) -> None:
+    network = (
+        "from torch import nn\n\n\ndef network():\n    made = nn.Sequential(nn.Conv2d(3, 4, 3))\n"
+        "    made.feature_dim = 4\n    return made\n\n\n"
+    )
+    said = run(f"{network}def image(row):\n    return {image}\n", "--encoder", encoder)
+    name = "ConvEncoder" if encoder == "conv" else "Sequential of mine.py:42"
+    assert said.startswith(f"mine.py:7: The inputs of the data set, {form}, do not fit the encoder, {name}: ")
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        ("[(torch.rand(1, 32, 32), {'kind': 1, 'b': torch.ones(1)})] * 32", "The inputs of the data set, float32 of "),
+        (
+            "torch.utils.data.TensorDataset(torch.rand(32, 3, 32, 32), torch.ones(32))",
+            "The labels of a batch must be a dictionary by task, got Tensor.",
+        ),
+    ],
+)
+def test_rows_in_a_list_are_known_by_the_function_that_made_them(run: Run, rows: str, sentence: str) -> None:
+    said = run(f"def splits(options):\n    rows = {rows}\n    return options.splits(train=rows, test=rows)\n")
+    assert said.startswith(f"mine.py:15: {sentence}")
+
+
+@pytest.mark.parametrize(
+    ("labels", "sentence"),
+    [
+        ("torch.tensor([1.0 + row % 2])", "got 2; a missing one is NaN."),
+        ("torch.tensor([2 * (row % 2) - 1])", "got -1; a missing one is -100."),
+        ("torch.tensor([0.5 if row % 2 else float('nan')])", ""),
+        ("torch.tensor([1 if row % 2 else -100])", ""),
+    ],
+)
+def test_binary_labels_that_there_are_not(run: Run, labels: str, sentence: str) -> None:
+    of_tasks = "from fastmtl.data import binary\n\n\ndef tasks():\n    return {'kind': classes(2), 'b': binary()}\n"
+    said = run(f"{of_tasks}\n\ndef label(row):\n    return {labels}\n", "--metric", "b=l1")
+    assert said == (sentence and f"mine.py:7: Task b: binary labels must be 0 or 1, or between them, {sentence}")
+
+
+@pytest.mark.parametrize("arch", ["MTAN", "PLE", "LTB", "Cross_stitch"])
+def test_a_network_without_stages_is_known_by_the_function_that_made_it(run: Run, arch: str) -> None:
+    network = "def network():\n    made = torch.nn.Flatten()\n    made.feature_dim = 3072\n    return made\n"
+    said = run(network, "--encoder", "./mine.py:network", "--arch", arch)
+    assert said.startswith(f"mine.py:39: {arch} needs an encoder made of stages")
+
+
 def test_labels_and_loss_of_the_user_name_the_loss(run: Run, tmp_path: Path) -> None:
     (tmp_path / "my_loss.py").write_text(
         "from fastmtl.errors import UsageError\nfrom fastmtl.loss import AbsLoss\n\n\nclass Mine(AbsLoss):\n"

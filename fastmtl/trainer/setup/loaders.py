@@ -8,9 +8,11 @@ from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.utils.data import Subset
 
 from fastmtl.engine.trees import map_tree
 from fastmtl.errors import UsageError
+from fastmtl.support.named import own_place
 
 __all__ = [
     "Loader",
@@ -19,6 +21,7 @@ __all__ = [
     "count_batches",
     "eval_batches",
     "generators",
+    "place_of_data",
     "to_channels_last",
     "to_device",
     "train_batches",
@@ -129,7 +132,7 @@ def train_batches(loaders: Loaders, tasks: list[str], multi_input: bool, count: 
             yield {task: pair[0] for task, pair in batch.items()}, {task: pair[1] for task, pair in batch.items()}
         else:
             inputs, labels = batch[None]
-            yield inputs, _checked(labels, tasks)
+            yield inputs, _checked(labels, tasks, by_task[None])
 
 
 def eval_batches(
@@ -139,8 +142,18 @@ def eval_batches(
     by_task = _by_task(loaders, multi_input)
     for task, name in _names(tasks, multi_input, what):
         for batch in islice(by_task[task], limit):
-            inputs, labels = _pair(batch, name)
-            yield task, inputs, labels if multi_input else _checked(labels, tasks)
+            inputs, labels = _pair(batch, name, by_task[task])
+            yield task, inputs, labels if multi_input else _checked(labels, tasks, by_task[task])
+
+
+def place_of_data(loader: Any) -> str:
+    """Return ``"file:line: "`` of the data set of a loader where it is the user's, else ``""``."""
+    dataset = getattr(loader, "dataset", None)
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    # Rows in a list or in a data set of torch's are known by the function that put them there.
+    place: str = own_place(type(dataset)) or getattr(getattr(loader, "collate_fn", None), "place", "")
+    return place
 
 
 def _endless(loader: Loader, what: str) -> Iterator[Pair]:
@@ -148,7 +161,7 @@ def _endless(loader: Loader, what: str) -> Iterator[Pair]:
         empty = True
         for batch in loader:
             empty = False
-            yield _pair(batch, what)
+            yield _pair(batch, what, loader)
         if empty:
             raise UsageError(
                 f"{what} has a length of {len(loader)} but gave no batch: a loader must start again whenever it is "
@@ -156,20 +169,25 @@ def _endless(loader: Loader, what: str) -> Iterator[Pair]:
             )
 
 
-def _pair(batch: object, what: str) -> Pair:
+def _pair(batch: object, what: str, loader: Loader) -> Pair:
     # A tensor or a dictionary of two could be unpacked as well, into rows or keys.
     if isinstance(batch, list | tuple) and len(batch) == 2:
         inputs, labels = batch
         return inputs, labels
     got = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, list | tuple) else type(batch).__name__
-    raise UsageError(f"{what} must yield batches that are pairs (inputs, labels), got {got}.")
+    raise UsageError(f"{place_of_data(loader)}{what} must yield batches that are pairs (inputs, labels), got {got}.")
 
 
-def _checked(labels: object, tasks: list[str]) -> Mapping[str, object]:
+def _checked(labels: object, tasks: list[str], loader: Loader) -> Mapping[str, object]:
     if not isinstance(labels, Mapping):
-        raise UsageError(f"The labels of a batch must be a dictionary by task, got {type(labels).__name__}.")
+        raise UsageError(
+            f"{place_of_data(loader)}The labels of a batch must be a dictionary by task, got {type(labels).__name__}."
+        )
     missing = [task for task in tasks if task not in labels]
     # A name nobody knows is a slip of the pen; a task left out has no labels in this batch.
     if missing and (len(missing) == len(tasks) or any(name not in tasks for name in labels)):
-        raise UsageError(f"A batch has no labels for the task {missing[0]!r}, only for {', '.join(map(str, labels))}.")
+        raise UsageError(
+            f"{place_of_data(loader)}A batch has no labels for the task {missing[0]!r}, only for "
+            f"{', '.join(map(str, labels))}."
+        )
     return labels
