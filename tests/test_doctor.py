@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +73,15 @@ def test_render_shows_every_section(facts: dict[str, Any]) -> None:
     lines = doctor.render(facts).splitlines()
     assert [name for name in SECTIONS if name not in lines] == []
     assert any("gram on cpu" in line for line in lines)
+
+
+def test_ops_on_a_gpu_are_told_where_there_is_one(facts: dict[str, Any]) -> None:
+    cpu = {"device": "cpu", "name": "one", "threads": 1, "cores": 1, "isa": None}
+    without = doctor.render({**facts, "devices": [cpu]})
+    assert re.findall(r"\w+ on cuda", without) == ["all on cuda"]
+    with_one = doctor.render({**facts, "devices": [cpu, {"device": "cuda:0", "name": "two"}]})
+    assert "gram on cuda" in with_one
+    assert "all on cuda" not in with_one
 
 
 def test_a_missing_host_module_leaves_a_measurement(without: Any, monkeypatch: pytest.MonkeyPatch) -> None:

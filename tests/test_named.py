@@ -141,6 +141,18 @@ def test_the_command_trains_with_a_rule_of_a_file(folder: Path, capsys: pytest.C
     assert "the architecture Mine must be a class derived from AbsArchitecture" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["lr", "epochs", "run_dir"])
+def test_a_hyper_parameter_with_the_name_of_an_option(
+    folder: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (folder / "my_lr.py").write_text(RULE.replace("sharp", name))
+    assert main(["train", *SMALL, *QUIET, "--weighting", "./my_lr.py:Mine"]) == 2
+    assert capsys.readouterr().err == (
+        f"error: my_lr.py:6: The hyper-parameter {name} of Mine has the name of the option --{name.replace('_', '-')} "
+        f"of `fastmtl train`: give it another, such as mine_{name}.\n"
+    )
+
+
 OWN = """
 import torch
 from torch import nn

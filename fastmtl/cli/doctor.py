@@ -171,7 +171,7 @@ def render(data: Facts) -> str:
         "versions": lambda versions: [(name, version or "not installed") for name, version in versions.items()],
         "build": _render_build,
         "devices": _render_devices,
-        "ops": _render_ops,
+        "ops": lambda ops: _render_ops(ops, data["devices"]),
         "memory": _render_memory,
         "compile": _render_compile,
         "environment": lambda variables: variables.items(),
@@ -209,10 +209,16 @@ def _render_devices(devices: Iterable[Facts]) -> Rows:
         yield device["device"], ", ".join(facts)
 
 
-def _render_ops(ops: Iterable[Mapping[str, str]]) -> Rows:
+def _render_ops(ops: Iterable[Mapping[str, str]], devices: Any) -> Rows:
+    # Devices are a list, or why they could not be gathered.
+    no_gpu = isinstance(devices, list) and not any(device["device"].startswith("cuda") for device in devices)
     for row in ops:
+        if no_gpu and row["device"] == "cuda":
+            continue
         reason = f"  ({row['absent']})" if row["absent"] else ""
         yield f"{row['op']} on {row['device']}", f"{row['backend']}{reason}"
+    if no_gpu:
+        yield "all on cuda", "torch finds no CUDA GPU here; --json has what each op would use on one"
 
 
 def _render_memory(memory: Facts) -> Rows:

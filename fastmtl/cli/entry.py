@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import sys
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 
 import typer
 
@@ -35,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = [word for word in words if word != "--traceback"]
     try:
         shown_in_full |= env.read("FASTMTL_TRACEBACK") == "1"
-        code = app(args=words, prog_name="fastmtl", standalone_mode=False)
+        with contextlib.nullcontext() if shown_in_full else _plain_warnings():
+            code = app(args=words, prog_name="fastmtl", standalone_mode=False)
     except FastmtlError as error:
         return _report(error, _in_own_code(error, str(error)), USAGE, shown_in_full)
     except _COMMAND_LINE_ERROR as error:
@@ -54,6 +58,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
             text = _in_own_code(error, text)
         return _report(error, f"{text} (--traceback shows where)", FAILED, shown_in_full)
     return code if isinstance(code, int) else 0
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Show warnings as a sentence each, without the file and line of the code that gives them."""
+    before = warnings.formatwarning
+    warnings.formatwarning = _as_sentence
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
+
+
+def _as_sentence(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    # Torch adds the place in its C++ code.
+    text = re.sub(r"\(Triggered internally at .*\)$", "", " ".join(str(message).split()))
+    return f"warning: {text.strip()}\n"
 
 
 def _report(error: BaseException, sentence: str, code: int, shown_in_full: bool) -> int:

@@ -16,8 +16,10 @@ import typer
 import yaml
 
 from fastmtl.architecture import ARCHITECTURES, AbsArchitecture, find_architecture
+from fastmtl.errors import UsageError
 from fastmtl.recipes import find_recipe
 from fastmtl.support.hyper import Hyper, Option, declared
+from fastmtl.support.named import own_place
 from fastmtl.support.names import known_name
 from fastmtl.trainer.arguments import TrainerArguments
 from fastmtl.trainer.run.config import TrainConfig
@@ -54,7 +56,7 @@ def named_classes(words: Sequence[str]) -> list[type[AbsWeighting] | type[AbsArc
     ``--resume``.
 
     Raises:
-        UsageError: There is no such class.
+        UsageError: There is no such class, or a hyper-parameter of it has the name of an option.
     """
     given = {}
     for place, word in enumerate(words):
@@ -76,7 +78,23 @@ def named_classes(words: Sequence[str]) -> list[type[AbsWeighting] | type[AbsArc
         classes.append(find_weighting(weighting).value)
     if arch and known_name(arch, ARCHITECTURES) is None:
         classes.append(find_architecture(arch).value)
+    for kind in classes:
+        _check_names(kind)
     return classes
+
+
+def _check_names(kind: type[AbsWeighting] | type[AbsArchitecture]) -> None:
+    """Refuse a hyper-parameter whose flag would set an option of the command."""
+    options = {_flag(name): name for name in (*_PATHS, *declared(TrainConfig), "help", "traceback")}
+    of_package = hyper_options()
+    for name in kind.hyper:
+        option = options.get(_flag(name.lower()))
+        # Some strategies of the package share one with the trainer.
+        if option is not None and name not in of_package:
+            raise UsageError(
+                f"{own_place(kind)}The hyper-parameter {name} of {kind.__name__} has the name of the option "
+                f"{_flag(option)} of `fastmtl train`: give it another, such as {kind.__name__.lower()}_{name}."
+            )
 
 
 def train_parameters(others: Classes = ()) -> Iterator[inspect.Parameter]:

@@ -6,6 +6,7 @@ import contextlib
 import sys
 import traceback
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -173,7 +174,8 @@ def _model_facts(bundle: DataBundle) -> ModelFacts:
     if bundle.multi_input:
         # The inputs of all tasks have one form.
         inputs = next(iter(inputs.values()))
-    return facts_of(bundle.task_dict, bundle.outputs, bundle.labels, bundle.kinds, inputs, bundle.facts)
+    facts = facts_of(bundle.task_dict, bundle.outputs, bundle.labels, bundle.kinds, inputs, bundle.facts)
+    return replace(facts, builds_encoder=bundle.builds_encoder)
 
 
 def _print_banner(config: TrainConfig, bundle: DataBundle, run: RunDirectory) -> None:

@@ -212,6 +212,7 @@ def load(
         facts=parts.facts,
         labels={task: about.labels for task, about in parts.tasks.items() if about.labels},
         kinds={task: kind_of(about) for task, about in task_dict.items()},
+        builds_encoder=splits.build_encoder is not None,
     )
 
 

@@ -260,6 +260,7 @@ class DataBundle:
         facts: What a model has to know of the data, see `Splits`; ``image_size`` among it.
         labels: Task name to the names of its classes, where they have any.
         kinds: Task name to what it is by the data set's own loss: ``"classes"``, ``"regression"``, ... or ``"other"``.
+        builds_encoder: Whether the data set makes the encoder of its data, see `Splits`.
     """
 
     name: str
@@ -282,6 +283,7 @@ class DataBundle:
     facts: Facts = field(default_factory=dict, repr=False)
     labels: dict[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
     kinds: dict[str, str] = field(default_factory=dict, repr=False)
+    builds_encoder: bool = field(default=False, repr=False)
 
     def decoders(self) -> nn.ModuleDict:
         """Return new decoders, one per task, for the encoder's output."""

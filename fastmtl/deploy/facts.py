@@ -46,11 +46,13 @@ class ModelFacts:
         inputs: The form of its inputs, without rows: a tensor is ``{"shape": ..., "dtype": ..., "high": ...}``, with
             the greatest integer that was seen; None for what is no tensor.
         data: Facts of the data, see `fastmtl.data.Splits`.
+        builds_encoder: Whether the encoder is made of the data, which have to be there for it.
     """
 
     tasks: dict[str, TaskFacts]
     inputs: Any
     data: dict[str, Any] = field(default_factory=dict)
+    builds_encoder: bool = False
 
     def write(self, path: Path) -> None:
         """Write the facts as JSON."""
@@ -69,7 +71,12 @@ class ModelFacts:
                 name: TaskFacts(kind=about["kind"], outputs=about["outputs"], labels=tuple(about["labels"]))
                 for name, about in content["tasks"].items()
             }
-            return cls(tasks=tasks, inputs=content["inputs"], data=content["data"])
+            return cls(
+                tasks=tasks,
+                inputs=content["inputs"],
+                data=content["data"],
+                builds_encoder=content.get("builds_encoder", False),
+            )
         except FileNotFoundError:
             raise CheckpointError(
                 f"There is no {path}, which `fastmtl train` writes: a run of another program has none."

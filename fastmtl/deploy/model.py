@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,12 @@ from fastmtl.data.collate import join_inputs
 from fastmtl.data.encoders import find_encoder
 from fastmtl.data.images import IMAGE_SUFFIXES, as_image, is_image
 from fastmtl.data.loading import Parts, parts_of
+from fastmtl.data.loading import load as load_data
 from fastmtl.data.registry import find_dataset
 from fastmtl.deploy.facts import ModelFacts, TaskFacts, example_of
-from fastmtl.errors import CheckpointError, UsageError
+from fastmtl.errors import CheckpointError, FastmtlError, UsageError
 from fastmtl.trainer.checkpoint.files import differences, model_state, read_checkpoint
-from fastmtl.trainer.run.config import TrainConfig, read_config
+from fastmtl.trainer.run.config import TrainConfig, names_in, read_config
 from fastmtl.trainer.run.directory import RunDirectory
 from fastmtl.trainer.setup.checks import find_device
 from fastmtl.trainer.setup.lazy import settle_shapes
@@ -138,7 +139,7 @@ def _with_image(row: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
 
 
 def load(run: str | Path, *, checkpoint: str = "best", device: str | torch.device = "cpu") -> RunModel:
-    """Return the model of a run; the data it was trained on are not needed.
+    """Return the model of a run; the data it was trained on are not needed, unless its encoder is made of them.
 
     The code that the run's configuration names as its data set, architecture and encoder is imported and called: load
     only runs that you trust. Its losses, metrics, strategy and loggers are not.
@@ -150,7 +151,7 @@ def load(run: str | Path, *, checkpoint: str = "best", device: str | torch.devic
 
     Raises:
         UsageError: There is no such run, or an object that it names.
-        CheckpointError: There is no such checkpoint, or it does not fit.
+        CheckpointError: There is no such checkpoint, it does not fit, or data that the encoder is made of are missing.
 
     Example::
 
@@ -179,7 +180,7 @@ def load(run: str | Path, *, checkpoint: str = "best", device: str | torch.devic
     place = find_device(device)
     network = kind(
         task_name=list(parts.tasks),
-        encoder_class=parts.encoder_class,
+        encoder_class=_encoder_of_data(config, kind, folder) if facts.builds_encoder else parts.encoder_class,
         decoders=parts.decoders(),
         rep_grad=False,
         multi_input=info.multi_input,
@@ -190,6 +191,30 @@ def load(run: str | Path, *, checkpoint: str = "best", device: str | torch.devic
         settle_shapes(network, lambda: _examples(facts, info.multi_input))
     _load_state(network, state, weights, config.weighting)
     return RunModel(network.to(place), parts, config, facts, folder, weights)
+
+
+def _encoder_of_data(config: TrainConfig, kind: type[AbsArchitecture], folder: RunDirectory) -> Callable[[], nn.Module]:
+    """Return what makes the encoder that a data set makes of its data, ``Splits.build_encoder``."""
+    try:
+        return load_data(
+            config.dataset,
+            batch_size=config.batch_size,
+            test_batch_size=config.test_batch_size,
+            seed=config.seed,
+            path=config.dataset_path,
+            n_train=config.train_size,
+            num_workers=0,
+            encoder=config.encoder,
+            encoder_args=config.encoder_args,
+            stages=kind.needs_stages,
+            inputs=tuple(names_in(config.inputs)),
+            tasks=config.tasks,
+        ).encoder_class
+    except (OSError, FastmtlError) as error:
+        raise CheckpointError(
+            f"The encoder of {folder.path} is made of its data (build_encoder of Splits), which cannot be loaded: "
+            f"{str(error).rstrip('.')}."
+        ) from error
 
 
 def _examples(facts: ModelFacts, multi_input: bool) -> Any:

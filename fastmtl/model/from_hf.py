@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -15,6 +16,11 @@ from fastmtl.model.info import EncoderInfo, ImageInput
 from fastmtl.support.extras import need
 
 __all__ = ["HFEncoder", "hf_encoder"]
+
+# Seconds to wait for the hub's answer.
+_PATIENCE = 5.0
+# Seconds after which it is asked again whether it can be reached.
+_KEEPS = 60.0
 
 # Arguments of ours; all others are LoraConfig's, or the configuration's.
 _LORA = ("lora_alpha", "lora_dropout", "target_modules")
@@ -111,8 +117,13 @@ def _config(name: str, args: Mapping[str, Any]) -> Any:
         raise UsageError(f"hf:{name} must be a folder with a config.json, or a name on the hub.")
     rest = {key: value for key, value in args.items() if key not in ("pool", "length", "lora", *_LORA)}
     try:
-        config = transformers.AutoConfig.from_pretrained(_place(name))
+        config = transformers.AutoConfig.from_pretrained(_place(name), local_files_only=_is_out_of_reach(name))
     except (OSError, ValueError) as error:
+        if _is_out_of_reach(name) and not folder.is_dir():
+            raise FastmtlError(
+                f"hf:{name} is not among the models that have been downloaded, and Hugging Face's hub cannot be "
+                "reached: give a folder with its config.json, as hf:./folder."
+            ) from error
         raise FastmtlError(f"hf:{name} could not be found: {_first_line(error)}") from error
     for key, value in rest.items():
         if not hasattr(config, key):
@@ -125,7 +136,10 @@ def _build(name: str, args: Mapping[str, Any], pretrained: bool = False) -> nn.M
     auto = need("transformers", "hf", f"The encoder hf:{name}").AutoModel
     config = _config(name, args)
     try:
-        model = auto.from_pretrained(_place(name), config=config) if pretrained else auto.from_config(config)
+        if pretrained:
+            model = auto.from_pretrained(_place(name), config=config, local_files_only=_is_out_of_reach(name))
+        else:
+            model = auto.from_config(config)
     except (OSError, ValueError) as error:
         raise FastmtlError(f"The weights of hf:{name} could not be loaded: {_first_line(error)}") from error
     model = getattr(model, "encoder", model) if config.is_encoder_decoder else model
@@ -159,7 +173,7 @@ def _tokenize(name: str, length: int, texts: Sequence[Any]) -> dict[str, Tensor]
 def _tokenizer(name: str) -> Any:
     transformers = need("transformers", "hf", f"The encoder hf:{name}")
     try:
-        return transformers.AutoTokenizer.from_pretrained(_place(name))
+        return transformers.AutoTokenizer.from_pretrained(_place(name), local_files_only=_is_out_of_reach(name))
     except (OSError, ValueError) as error:
         raise FastmtlError(f"The tokenizer of hf:{name} could not be loaded: {_first_line(error)}") from error
 
@@ -185,7 +199,12 @@ def _preprocessor(name: str) -> dict[str, Any]:
     cached_file = need("transformers.utils", "hf", f"The encoder hf:{name}").cached_file
     try:
         for file in ("processor_config.json", "preprocessor_config.json"):
-            path = cached_file(_place(name), file, _raise_exceptions_for_missing_entries=False)
+            path = cached_file(
+                _place(name),
+                file,
+                local_files_only=_is_out_of_reach(name),
+                _raise_exceptions_for_missing_entries=False,
+            )
             content = {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
             # Newer models have it as a part of a whole processor.
             settings = content.get("image_processor") if file.startswith("processor") else content
@@ -213,6 +232,25 @@ def _width(config: Any) -> int:
 def _place(name: str) -> str:
     folder = Path(name).expanduser()
     return str(folder) if folder.is_dir() else name
+
+
+def _is_out_of_reach(name: str) -> bool:
+    """Return whether only what has been downloaded can be had: transformers itself would try for half a minute."""
+    return not Path(name).expanduser().is_dir() and not _answers(name, int(time.monotonic() / _KEEPS))
+
+
+@cache
+def _answers(name: str, now: int) -> bool:
+    """Return whether the hub answers a question about a model, if only that there is none."""
+    hub = need("huggingface_hub", "hf", f"The encoder hf:{name}")
+    try:
+        hub.get_hf_file_metadata(hub.hf_hub_url(name, "config.json"), timeout=_PATIENCE)
+    except (hub.errors.HfHubHTTPError, ValueError):
+        return True
+    except Exception:
+        # Whatever the network, a proxy or HF_HUB_OFFLINE raises.
+        return False
+    return True
 
 
 def _first_line(error: Exception) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import pairwise
@@ -17,6 +16,7 @@ from fastmtl.model.chain import STAGES, ChannelsFirst, ChannelsLast, by_size, st
 from fastmtl.model.info import EncoderInfo, ImageInput
 from fastmtl.model.stages import StagedEncoder
 from fastmtl.support.extras import need
+from fastmtl.support.names import did_you_mean
 
 __all__ = ["timm_encoder"]
 
@@ -81,8 +81,7 @@ def timm_encoder(name: str, args: Mapping[str, Any], *, stages: bool) -> Encoder
     """
     timm = need("timm", "timm", f"The encoder timm:{name}")
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=1)
-        raise UsageError(f"timm has no model {name!r}.{f' Did you mean {near[0]!r}?' if near else ''}")
+        raise UsageError(f"timm has no model {name!r}.{did_you_mean(name, timm.list_models())}")
     make = partial(_build, name, dict(args), stages)
     with torch.random.fork_rng([]):
         made: Any = make()

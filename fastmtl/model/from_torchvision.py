@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -14,6 +13,7 @@ from fastmtl.errors import FastmtlError, UsageError
 from fastmtl.model._torchvision import import_torchvision
 from fastmtl.model.chain import ChannelsFirst, ChannelsLast, by_size, staged
 from fastmtl.model.info import EncoderInfo, ImageInput
+from fastmtl.support.names import did_you_mean
 
 __all__ = ["torchvision_encoder"]
 
@@ -61,8 +61,7 @@ def torchvision_encoder(name: str, args: Mapping[str, Any], *, stages: bool) -> 
     models = import_torchvision().models
     names = models.list_models(module=models)
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=1)
-        raise UsageError(f"torchvision has no model {name!r}.{f' Did you mean {near[0]!r}?' if near else ''}")
+        raise UsageError(f"torchvision has no model {name!r}.{did_you_mean(name, names)}")
     make = partial(_build, name, dict(args), stages)
     with torch.random.fork_rng([]):
         made: Any = make()

@@ -8,7 +8,10 @@ from typing import TypeVar
 
 from fastmtl.errors import UsageError
 
-__all__ = ["known_name", "resolve_name"]
+__all__ = ["did_you_mean", "known_name", "resolve_name"]
+
+# Names that are suggested at most.
+_MOST = 5
 
 T = TypeVar("T")
 
@@ -39,3 +42,14 @@ def resolve_name(name: str, choices: Mapping[str, T], what: str) -> T:
     spelled = {_key(choice): choice for choice in choices}
     hint = f" Did you mean {spelled[near[0]]!r}?" if near else ""
     raise UsageError(f"Unknown {what} {name!r}.{hint} Known: {', '.join(choices)}.")
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """Return `` Did you mean 'a', 'b' or 'c'?``: the shortest names that begin so, else the nearest one."""
+    known = list(choices)
+    longer = sorted((choice for choice in known if name and choice.startswith(name)), key=lambda it: (len(it), it))
+    near = longer[:_MOST] or difflib.get_close_matches(name, known, n=1)
+    if not near:
+        return ""
+    *first, last = map(repr, near)
+    return f" Did you mean {', '.join(first)}{' or ' if first else ''}{last}?"

@@ -118,6 +118,8 @@ class TrainingEpoch:
             profiler.finish()
         meter.end()
         refuse_unknown(trainer)
+        if self._index == 0:
+            _tell_unlabelled(trainer)
         report(trainer, "train", self._index)
         self._keep_losses()
         self._check_interrupt(steps)
@@ -225,6 +227,19 @@ class TrainingEpoch:
                 f"{next_step}; a larger sketch_width makes it more exact"
             )
         trainer.guard.check(self._checkpoints.last_one())
+
+
+def _tell_unlabelled(trainer: TrainerState) -> None:
+    """Name the tasks that had no label in the first epoch, which may be meant or not."""
+    # Of tasks that are drawn, some may not have had their turn.
+    if not trainer.meter.unlabelled or trainer.step.options.tasks_per_step:
+        return
+    names = [task for task in trainer.task_name if task in trainer.meter.unlabelled]
+    one = len(names) == 1
+    print(
+        f"No label of {', '.join(names)} was seen in the first epoch: {'the task is' if one else 'the tasks are'} not "
+        f"trained, and - stands for {'its' if one else 'their'} losses and scores"
+    )
 
 
 def refuse_unknown(trainer: TrainerState) -> None:

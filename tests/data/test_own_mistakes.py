@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,12 +58,14 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
 
-    def train(body: str, *flags: str) -> str:
+    def train(body: str, *flags: str, then: Callable[[], str] | None = None) -> str:
         (tmp_path / "mine.py").write_text(HEAD + body)
         small = ["--encoder", "conv", "--batch-size", "16", "--limit-batches", "1"]
         code = main(
             ["train", "--dataset", "./mine.py:make", *small, "--no-plot", "--no-tensorboard", "--device", "cpu", *flags]
         )
+        if then is not None:
+            return then()
         said = capsys.readouterr().err.strip()
         return said.splitlines()[-1].removeprefix("error: ") if code else ""
 
@@ -199,3 +202,23 @@ def test_labels_and_loss_of_the_user_name_the_loss(run: Run, tmp_path: Path) -> 
         "    def compute_loss(self, pred, gt):\n        raise UsageError('Not these labels.')\n"
     )
     assert run("", "--loss", "b=./my_loss.py:Mine") == "my_loss.py:7: Task b: Not these labels."
+
+
+def test_a_task_without_labels_is_told_once(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    body = "def label(row):\n    return torch.full((1,), float('nan'))\n"
+    said = run(body, "--epochs", "2", then=lambda: capsys.readouterr().out)
+    told = [line for line in said.splitlines() if line.startswith("No label")]
+    assert told == [
+        "No label of b was seen in the first epoch: the task is not trained, and - stands for its losses and scores"
+    ]
+
+
+def test_warnings_are_a_sentence_each(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    # As they are shown; pytest takes those that are given.
+    shown = "print(warnings.formatwarning('Once\\nmore. (Triggered internally at a.cpp:3.)', UserWarning, 'a.py', 3))"
+    before = warnings.formatwarning
+    body = f"import warnings\n\n\ndef image(row):\n    {shown}\n    return torch.rand(3, 32, 32)\n"
+    said = run(body, then=lambda: capsys.readouterr().out)
+    assert "warning: Once more.\n" in said
+    assert "Triggered" not in said
+    assert warnings.formatwarning is before

@@ -92,3 +92,38 @@ def test_a_loss_of_the_user_s_leaves_a_task_what_it_is(tmp_path: Path) -> None:
     assert main(["train", *words, "--run-dir", str(tmp_path / "run")]) == 0
     assert [about.kind for about in fastmtl.load(tmp_path / "run").tasks.values()] == ["classes", "classes"]
     assert "| left | classes | 10 |" in (tmp_path / "run" / "README.md").read_text()
+
+
+OF_DATA = """
+import os
+
+import torch
+from torch import nn
+
+from fastmtl.data import DatasetInfo, classes
+
+
+def load_splits(options):
+    if os.environ.get("GONE"):
+        raise FileNotFoundError(2, "No such file", "rows.csv")
+    rows = [(torch.randn(6), {"a": row % 2, "b": row % 3}) for row in range(16)]
+    splits = options.splits(train=rows, test=rows)
+    width = len(rows[0][0])
+    splits.build_encoder = lambda: nn.Linear(width, 64)
+    return splits
+
+
+def make():
+    return DatasetInfo(tasks={"a": classes(2), "b": classes(3)}, load_splits=load_splits)
+"""
+
+
+def test_an_encoder_that_is_made_of_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "of_data.py").write_text(OF_DATA)
+    words = ["--dataset", f"{tmp_path / 'of_data.py'}:make", "--batch-size", "8", "--no-plot", "--no-tensorboard"]
+    run = tmp_path / "run"
+    assert main(["train", *words, "--epochs", "1", "--device", "cpu", "--run-dir", str(run)]) == 0
+    assert fastmtl.load(run)(torch.randn(3, 6))["b"].shape == (3, 3)
+    monkeypatch.setenv("GONE", "1")
+    with pytest.raises(CheckpointError, match=r"is made of its data \(build_encoder of Splits\), .*: .*rows.csv"):
+        fastmtl.load(run)

@@ -15,7 +15,7 @@ import torch
 from fastmtl import load
 from fastmtl.cli import main
 from fastmtl.data import find_encoder
-from fastmtl.errors import UsageError
+from fastmtl.errors import FastmtlError, UsageError
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "phone", "a", "the", "very"]
 
@@ -228,3 +228,19 @@ def test_mistakes_are_one_sentence(bert: Path, tmp_path: Path) -> None:
             find_encoder(name, args)
     with pytest.raises(UsageError, match="pool must be mean or first"):
         find_encoder(f"hf:{bert}", {"pool": "last"}).value.build()
+
+
+def test_a_name_that_nobody_can_look_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    asked: list[float] = []
+
+    def unreachable(url: str, timeout: float) -> None:
+        asked.append(timeout)
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", unreachable)
+    with pytest.raises(FastmtlError, match=r"hf:nobody/nothing is not among the models .* cannot be reached: give a"):
+        find_encoder("hf:nobody/nothing")
+    # Once, and not for long.
+    assert asked == [5.0]

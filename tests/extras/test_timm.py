@@ -78,6 +78,7 @@ def test_arguments_and_mistakes() -> None:
     assert any(getattr(module, "drop_prob", 0) > 0 for module in build().modules())
     for name, args, stages, message in (
         ("timm:test_convnex", {}, False, "Did you mean 'test_convnext'?"),
+        ("timm:convnext", {}, False, "Did you mean .*'convnext_pico' or 'convnext_tiny'?"),
         ("timm:test_convnext", {"drop_pat": 1}, False, "unexpected keyword argument 'drop_pat'"),
         ("timm:crossvit_9_240", {}, True, "timm:crossvit_9_240 cannot be cut into stages"),
     ):
