@@ -194,6 +194,9 @@ class TrainingStep:
 
     def _context(self, batches: Batches, tasks: StepTasks) -> StepContext:
         """Return the facts of this step."""
+        if self.strategy.steers_adam:
+            # A schedule may change it.
+            self.strategy.first_decay = float(self.optimizer.optimizer.param_groups[0]["betas"][0])
         return StepContext.of(batches, tasks.names, self.problem, self.comm, self.samples, self.scaler, self.rates)
 
     def _gradients(self, ctx: StepContext, weights: WeightState) -> Outcome:

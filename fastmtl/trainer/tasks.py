@@ -106,9 +106,10 @@ class SomeTasks(StepTasks):
         index = _index(self.places, strategy.device)
         whole: dict[str, Tensor] = {name: getattr(strategy, name) for name in strategy.remembered()}
         dims = strategy.task_dims
+        parts = {name: _narrow(value, dims[name], index) for name, value in whole.items() if dims[name]}
         strategy.task_num, strategy.active = len(self.places), list(self.places)
-        for name, value in whole.items():
-            setattr(strategy, name, _narrow(value, dims[name], index))
+        for name, value in parts.items():
+            setattr(strategy, name, value)
         scale = _own_parameter(strategy)
         if scale is not None:
             strategy.loss_scale = nn.Parameter(scale.detach().index_select(0, index))
@@ -118,8 +119,9 @@ class SomeTasks(StepTasks):
             strategy.task_num, strategy.active = self.count, None
             for name, value in whole.items():
                 part = getattr(strategy, name)
-                setattr(strategy, name, value)
-                _write_back(value, part, dims[name], index)
+                if part is not value:
+                    setattr(strategy, name, value)
+                    _write_back(value, part, dims[name], index)
             if scale is not None:
                 grad = strategy.loss_scale.grad
                 strategy.loss_scale = scale

@@ -8,6 +8,7 @@ from fastmtl.trainer.arguments import TrainerArguments
 from fastmtl.trainer.optim.optimizer import group_names, make_optimizer
 from fastmtl.trainer.optim.schedule import make_schedule
 from fastmtl.trainer.optim.tables import sparse_tables
+from fastmtl.trainer.setup.combinations import check_steered
 from fastmtl.trainer.setup.options import StepOptions
 from fastmtl.trainer.state import TrainerState
 
@@ -31,6 +32,7 @@ def prepare_update(trainer: TrainerState, options: StepOptions, arguments: Train
         sparse=sparse_tables(trainer.model),
         sharded=trainer.storage.is_sharded,
     )
+    check_steered(trainer.model, trainer.weighting, trainer.optimizer)
     trainer.optimizer_groups = group_names(trainer.optimizer, named)
     trainer.storage.follow(trainer.optimizer)
     tell = print if trainer.peers.is_main_process else _say_nothing

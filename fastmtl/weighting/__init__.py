@@ -22,6 +22,7 @@ from fastmtl.weighting.GradDrop import GradDrop as GradDrop
 from fastmtl.weighting.GradNorm import GradNorm as GradNorm
 from fastmtl.weighting.GradVac import GradVac as GradVac
 from fastmtl.weighting.IMTL import IMTL as IMTL
+from fastmtl.weighting.MConFIG import MConFIG as MConFIG
 from fastmtl.weighting.MGDA import MGDA as MGDA
 from fastmtl.weighting.MoCo import MoCo as MoCo
 from fastmtl.weighting.MoDo import MoDo as MoDo

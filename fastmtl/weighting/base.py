@@ -62,6 +62,10 @@ class Strategy(nn.Module):
         against_groups: Why groups have no meaning for the rule, as the end of a sentence; ``""`` if they have.
         grouping: The groups of the shared parameters that the trainer's ``groups`` asks for; None for one of all.
         weighed_before: Whether other groups have been weighed in this step.
+        tasks_per_step: Tasks of a step, where the option of this name is not given; all if None.
+        steers_adam: Whether the update is made for Adam, so that its first moment becomes what the rule wants: other
+            optimizers are refused.
+        first_decay: Adam's beta1 in this step, where ``steers_adam``.
         active: Indices of the tasks of this step if it has only some; ``task_num`` is then their number.
         row_states: State that is as large as the task gradients, by name.
         sum_parts: Sums a tensor over the processes that each have a part of every gradient; None if this process has
@@ -80,9 +84,12 @@ class Strategy(nn.Module):
     allows_rep_grad: ClassVar[bool] = True
     takes_groups: ClassVar[bool] = False
     against_groups: ClassVar[str] = ""
+    tasks_per_step: ClassVar[int | None] = None
+    steers_adam: ClassVar[bool] = False
 
     grouping: Groups | None = None
     weighed_before = False
+    first_decay: float = 0.9
     active: list[int] | None = None
     row_states: Mapping[str, RowShapedState] = MappingProxyType({})
     sum_parts: Callable[[Tensor], Tensor] | None = None

@@ -14,14 +14,21 @@ __all__ = ["RowState"]
 
 
 class RowState:
-    """(T, P) numbers that a strategy remembers under a name, seen as T rows in the shapes of the shared parameters."""
+    """(T, P) numbers that a strategy remembers under a name, seen as T rows in the shapes of the shared parameters.
 
-    def __init__(self, owner: AbsWeighting, name: str) -> None:
+    Args:
+        owner: The strategy.
+        name: The name.
+        count: Number of rows, if they are not one for each task: a step of some tasks then sees all of them.
+    """
+
+    def __init__(self, owner: AbsWeighting, name: str, count: int | None = None) -> None:
         self._owner = owner
         self._name = name
         self._rows: list[list[Tensor | None]] = []
         self._shapes: list[torch.Size] | None = None
-        owner.remember(name, torch.zeros(owner.task_num, 0))
+        rows = owner.task_num if count is None else count
+        owner.remember(name, torch.zeros(rows, 0), task_dims=None if count is None else ())
         self.cut([param.shape for param in owner.get_share_params() if param.requires_grad])
         owner.row_states = {**owner.row_states, name: self}
 

@@ -26,6 +26,7 @@ from fastmtl.metrics import AccMetric, L1Metric
 from fastmtl.model import MLPEncoder
 from fastmtl.trainer.log.logger import Logger
 from fastmtl.trainer.tasks import step_tasks
+from fastmtl.weighting import WEIGHTINGS
 
 __all__ = [
     "Listener",
@@ -137,6 +138,9 @@ def make_trainer(
         "scheduler_param": None,
         "device": "cpu",
     }
+    if getattr(WEIGHTINGS.get(weighting) if isinstance(weighting, str) else weighting, "steers_adam", False):
+        tasks = len(options.get("task_dict", given["task_dict"]))
+        given |= {"optim_param": {"optim": "adam", "lr": 0.01}, "tasks_per_step": tasks}
     given.update(options)
     return trainer_class(weighting=weighting, architecture=architecture, **given)
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from fastmtl.errors import UsageError
 from fastmtl.support.kinds import Settings
 from fastmtl.trainer.optim.tables import sparse_tables
@@ -13,7 +15,7 @@ from fastmtl.trainer.setup.groups import ALL
 from fastmtl.trainer.setup.options import StepOptions
 from fastmtl.weighting import AbsWeighting
 
-__all__ = ["check_distributed", "check_options"]
+__all__ = ["check_distributed", "check_options", "check_steered"]
 
 
 def check_options(model: Any, weighting: str, hyper: Settings, options: StepOptions) -> StepOptions:
@@ -53,6 +55,10 @@ def check_options(model: Any, weighting: str, hyper: Settings, options: StepOpti
             "weighs gradients of the representation with rep_grad": model.rep_grad,
         }
         _refuse(f"groups must be {ALL} for {weighting}, which {{}}.", reasons)
+    if model.steers_adam and options.clip_grad_norm is not None:
+        raise UsageError(
+            f"{weighting} decides what Adam's first moment becomes, which clip_grad_norm would change: leave it out."
+        )
     if options.vjps == "traced" and not options.compile:
         raise UsageError("vjps='traced' is a way to compile a step: it needs compile=True or 'auto'.")
     return replace(options, tasks_per_step=_sampled(model, weighting, options))
@@ -86,6 +92,24 @@ def check_distributed(model: Any, weighting: str, options: StepOptions) -> StepO
     return replace(options, cuda_graph=False)
 
 
+def check_steered(model: Any, weighting: str, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer that does not go with a strategy which decides what Adam's first moment becomes.
+
+    Raises:
+        UsageError: It is not Adam or AdamW, or its groups differ in beta1.
+    """
+    if not model.steers_adam:
+        return
+    name = type(optimizer).__name__
+    if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
+        raise UsageError(
+            f"{weighting} decides what the first moment of Adam becomes: the optimizer must be Adam or AdamW, got "
+            f"{name}."
+        )
+    if len({float(group["betas"][0]) for group in optimizer.param_groups}) > 1:
+        raise UsageError(f"{weighting} needs one beta1 for all parameters, but the groups of {name} have several.")
+
+
 def _shared_tables(model: Any) -> list[str]:
     """Return the names of the shared parameters whose gradients modules let be sparse."""
     shared, named = {id(param) for param in model.get_share_params()}, dict(model.named_parameters())
@@ -106,7 +130,8 @@ def _refuse(sentence: str, reasons: Mapping[str, bool]) -> None:
 
 def _sampled(model: Any, weighting: str, options: StepOptions) -> int | None:
     """Return the tasks of a step if they are not all."""
-    count = options.tasks_per_step
+    given = options.tasks_per_step
+    count = model.tasks_per_step if given is None else given
     if count is None or count == model.task_num:
         return None
     if count > model.task_num:
@@ -117,5 +142,6 @@ def _sampled(model: Any, weighting: str, options: StepOptions) -> int | None:
         "update_weights_every": options.update_weights_every > 1,
         f"{weighting}, which is written for all tasks": _is_legacy(model),
     }
-    _refuse("tasks_per_step cannot be combined with {}.", reasons)
+    asked = "tasks_per_step" if given is not None else f"{weighting}, whose steps do not have all tasks,"
+    _refuse(f"{asked} cannot be combined with {{}}.", reasons)
     return count
