@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -51,7 +53,8 @@ class MConFIG(AbsWeighting):
         decay, wide = self.first_decay, wide_dtype(losses.device)
         averages, places = self.averages.rows, range(len(rows)) if self.active is None else self.active
         # Numbers from the host would be a copy that waits; these are filled in on the device.
-        keep = torch.stack([losses.new_full((), decay if t in places else 1.0, dtype=wide) for t in range(len(averages))])
+        decays = [decay if task in places else 1.0 for task in range(len(averages))]
+        keep = torch.stack([losses.new_full((), value, dtype=wide) for value in decays])
         of_all: Rows = [[None] * len(row) for row in averages]
         for place, row in zip(places, rows, strict=True):
             of_all[place] = row
@@ -60,8 +63,8 @@ class MConFIG(AbsWeighting):
         self.steps.add_(1)
         unbias = torch.where(self.mass > 0, 1 / self.mass.to(wide), 0.0)
         weights = ops.config(gram * unbias * unbias[:, None])
-        moment: Row = list(ops.combine(averages, weights * unbias * (1 - decay ** self.steps.to(wide))))
-        pseudo = self._follow(moment, decay)
+        moment = ops.combine(averages, weights * unbias * (1 - decay ** self.steps.to(wide)))
+        pseudo = self._follow(cast(Row, moment), decay)
         return Weights(
             shared=weights.new_ones(1), rows=[pseudo], logged=torch.stack([weights[place] for place in places])
         )

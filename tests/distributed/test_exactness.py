@@ -41,6 +41,7 @@ CASES = [
     Case("momentum and clip", "MGDA", options={"weight_momentum": 0.5, "clip_grad_norm": 0.1}),
     Case("compiled partial", "MGDA", options={"compile": True}, partial=True),
     Case("tasks per step", "PCGrad", options={"tasks_per_step": 2}),
+    Case("one task's row", "MConFIG", options={"tasks_per_step": None}),
     *(Case(f"partial {name}", name, partial=True) for name in ("UW", "FAMO", "GradVac", "MoCo", "MoDo", "AutoLambda")),
     *(
         Case(f"accumulate partial {name}", name, batch=5, options={"accumulate": 2} | options, partial=True)
@@ -90,6 +91,7 @@ FIRST = (
         "accumulate",
         "tasks per step",
         "groups",
+        "one task's row",
         "learned",
         "partial UW",
         "partial MoCo",

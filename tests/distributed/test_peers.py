@@ -219,6 +219,7 @@ RESUMED: dict[str, tuple[str, dict[str, Any]]] = {
     "ExcessMTL": ("ExcessMTL", {}),
     "shards": ("MGDA", {"shard": "fsdp", **ADAM}),
     "shards of rows": ("DB_MTL", {"shard": "fsdp"}),
+    "shards of one task's row": ("MConFIG", {"shard": "fsdp", "tasks_per_step": 1}),
     "shards and own parameters": ("UW", {"shard": "fsdp", **ADAM}),
     "shards of groups": ("MGDA", {"shard": "fsdp", **grouped(), "scheduler_param": {"scheduler": "exp", "gamma": 0.9}}),
 }

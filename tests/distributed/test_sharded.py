@@ -43,6 +43,7 @@ PLAIN = [
     Case("ahead", "AutoLambda", options=grouped()),
     Case("partial losses", "UW", partial=True),
     Case("partial rows", "MoCo", partial=True),
+    Case("one task's row", "MConFIG", options={"tasks_per_step": None}),
     Case("adam", "UPGrad", options={"optim_param": {"optim": "adam", "lr": 1e-2, "weight_decay": 1e-3}}),
     Case("rmsprop", "MGDA", options={"optim_param": {"optim": "rmsprop", "lr": 1e-3}}),
 ]

@@ -50,7 +50,8 @@ class Tables(nn.Module):
 
 
 def train(kind: bool | None, weighting: Any = "MGDA", **options: Any) -> Any:
-    options = {"optim_param": {"optim": "sgd", "lr": 0.3}, **options}
+    sgd = {"optim_param": {"optim": "sgd", "lr": 0.3}}
+    options = ({} if weighting == "MConFIG" else sgd) | options
     rows = options.pop("rows", 24)
     trainer = make_trainer(weighting, encoder_class=partial(Tables, kind), count=3, **options)
     torch.manual_seed(1)

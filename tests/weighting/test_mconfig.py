@@ -17,7 +17,8 @@ from fastmtl.utils import set_random_seed
 from tests.trainer.toy import flat, loaders, make_trainer
 
 COUNT = 3
-ADAM = {"optim": "adam", "lr": 1e-2, "betas": (0.8, 0.95)}
+BETAS = (0.8, 0.95)
+ADAM: dict[str, Any] = {"optim": "adam", "lr": 1e-2, "betas": BETAS}
 
 
 @pytest.fixture
@@ -49,12 +50,12 @@ class _Paper:
         self.m, self.n = torch.zeros(COUNT, size), torch.zeros(COUNT)
         self.last, self.v, self.k = torch.zeros(size), torch.zeros(size), 0
         self.heads = {
-            task: torch.optim.Adam(head.parameters(), lr=ADAM["lr"], betas=ADAM["betas"])
+            task: torch.optim.Adam(head.parameters(), lr=ADAM["lr"], betas=BETAS)
             for task, head in self.model.decoders.items()
         }
 
     def step(self, x: Tensor, labels: dict[str, Tensor], drawn: list[str]) -> None:
-        beta1, beta2 = ADAM["betas"]
+        beta1, beta2 = BETAS
         self.model.zero_grad()
         for task in drawn:
             place = int(task.removeprefix("task"))
