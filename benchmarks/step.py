@@ -14,13 +14,13 @@ from typing import Any, Literal
 import torch
 from fastmtl.benchmarks.apart import Apart
 from fastmtl.benchmarks.contender import Contender, LocalContender
-from fastmtl.benchmarks.gate import ALLOWED, DRAW, distances, wrong_steps
+from fastmtl.benchmarks.gate import ALLOWED, DRAW, distances, min_norm_gap, wrong_steps
 from fastmtl.benchmarks.machine import facts, probes
-from fastmtl.benchmarks.peers import libmtl_can, libmtl_step, torchjd_can, torchjd_step
+from fastmtl.benchmarks.peers import edge_matrices, libmtl_can, libmtl_step, torchjd_can, torchjd_step
 from fastmtl.benchmarks.runner import spread, time_in_turn
 from fastmtl.benchmarks.tables import write_rows
 from fastmtl.benchmarks.work import Work
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmtl import Trainer
 from fastmtl.architecture import ARCHITECTURES, AbsArchitecture
@@ -34,11 +34,11 @@ from fastmtl.trainer.log.records import StepBuffer
 from fastmtl.trainer.setup.checks import find_device
 from fastmtl.weighting import WEIGHTINGS
 
-__all__ = ["PEERS", "floor_step", "peer_steps", "run_step", "task_trainer", "trainer_step"]
+__all__ = ["PEERS", "floor_step", "peer_steps", "run_step", "task_rows", "task_trainer", "trainer_step"]
 
 PEERS = ("libmtl", "torchjd")
 # They make no strategy's update.
-_BOUNDS = ("floor", "sum")
+_BOUNDS = ("floor", "sum", "NNConv floor")
 _LOG_EVERY = 50
 
 Row = dict[str, Any]
@@ -96,7 +96,9 @@ def trainer_step(work: Work, weighting: str, precision: str, **way: Any) -> Loca
     return LocalContender(run=step, shared=trainer.step.problem.shared_params)
 
 
-def floor_step(work: Work, vjps: Vjps, looks_back: bool = False) -> LocalContender:
+def floor_step(
+    work: Work, vjps: Vjps, looks_back: bool = False, encoder: Callable[[], nn.Module] | None = None
+) -> LocalContender:
     """Return one forward pass, VJPs and the optimizer, in plain torch and nothing else.
 
     Args:
@@ -104,10 +106,11 @@ def floor_step(work: Work, vjps: Vjps, looks_back: bool = False) -> LocalContend
         vjps: Those of the sum of the losses, one; of the losses to the features, T, and of their sum through the trunk,
             one; or of each loss to the parameters, T.
         looks_back: A second forward pass follows.
+        encoder: Makes the encoder, in place of the work's.
     """
     decoders = work.modules()[1]
     network: Any = ARCHITECTURES[work.arch](
-        work.tasks, lambda: work.modules()[0], decoders, False, False, work.device, **work.arch_args
+        work.tasks, encoder or (lambda: work.modules()[0]), decoders, False, False, work.device, **work.arch_args
     ).to(work.device)
     shared = list(network.get_share_params())
     optimizer = torch.optim.SGD(network.parameters(), lr=work.lr, fused=True)
@@ -157,6 +160,21 @@ def floor_step(work: Work, vjps: Vjps, looks_back: bool = False) -> LocalContend
     return LocalContender(run=step, shared=shared)
 
 
+def task_rows(work: Work) -> Tensor:
+    """Return the (T, P) gradients at the start, by plain autograd of one loss after the other."""
+    decoders = work.modules()[1]
+    network: Any = ARCHITECTURES[work.arch](
+        work.tasks, lambda: work.modules()[0], decoders, False, False, work.device, **work.arch_args
+    ).to(work.device)
+    shared, rows = list(network.get_share_params()), []
+    for task in work.tasks:
+        loss = work.loss(decoders[task](network.branch(network.trunk(work.inputs), task)), task)
+        grads = torch.autograd.grad(loss, shared, allow_unused=True)
+        pairs = zip(grads, shared, strict=True)
+        rows.append(torch.cat([(torch.zeros_like(param) if grad is None else grad).flatten() for grad, param in pairs]))
+    return torch.stack(rows)
+
+
 def run_step(
     weightings: Sequence[str],
     peers: Sequence[str] = (),
@@ -178,12 +196,13 @@ def run_step(
     """Time training steps and return one row per strategy, number of tasks and library; print them as they come.
 
     All contenders of a strategy run in turn. The floor is one forward pass, T VJPs of the trunk and the optimizer in
-    plain torch; ``sum`` is the step that only adds the losses up. The updates of one step from the same start are
-    compared before, with the same random choices for everybody: ours get no time if they are more than 1 % (relative
-    distance) from those of all peers, a compiled or captured step neither if it is as far from our eager one. A peer
-    that is as far from ours is timed and marked, in its line and in the column ``update``: it does something else, and
-    its ratio does not compare like with like. Captured steps of strategies with random choices draw their own, and are
-    not compared.
+    plain torch; ``sum`` is the step that only adds the losses up, ``NNConv floor`` the floor of nnconv as
+    torch_geometric has it, a matrix for each edge. The updates of one step from the same start are compared before,
+    with the same random choices for everybody: ours get no time if they are more than 1 % (relative distance) from
+    those of all peers, MGDA's if it misses the conditions of the exact solution by as much, a compiled or captured step
+    neither if it is as far from our eager one. A peer that is as far from ours is timed and marked, in its line and in
+    the column ``update``: it does something else, and its ratio does not compare like with like. Captured steps of
+    strategies with random choices draw their own, and are not compared.
 
     On the CPU each peer has a process of its own, as it has at its users', and no part in the memory that our trainer
     lets a process keep; floor and sum run in ours.
@@ -233,6 +252,9 @@ def run_step(
             exact = {} if precision == "fp32" else _our_steps(work, name, "fp32", compile, cuda_graph, vjps)
             if ARCHITECTURES[arch].forward is AbsArchitecture.forward:
                 make |= {"floor": partial(floor_step, work, "parameters"), "sum": partial(floor_step, work, "sum")}
+                if net == "nnconv":
+                    by_edge = partial(edge_matrices, work.modules()[0].state_dict())
+                    make["NNConv floor"] = partial(floor_step, work, "parameters", encoder=by_edge)
             make |= peer_steps(work, name, peers, libmtl)
             for row in _compare(name, work, make, exact, seconds):
                 print(_line(row), flush=True)
@@ -291,7 +313,11 @@ def _compare(
     # A captured step makes the random choices that its graph draws.
     left_out = {*_BOUNDS, "fastmtl captured"} if name in DRAW else {*_BOUNDS}
     apart = distances({library: step for library, step in gated.items() if library not in left_out})
-    wrong = wrong_steps(apart)
+    gap = None
+    if name == "MGDA" and ARCHITECTURES[work.arch].forward is AbsArchitecture.forward:
+        # Those at hand have made a step.
+        gap = min_norm_gap((exact or make)["fastmtl"]().update(), task_rows(work))
+    wrong = wrong_steps(apart, gap)
     del gated
     size = 4 * sum(param.numel() for param in ours.shared)
     contenders = {library: step for library, step in contenders.items() if library not in wrong}

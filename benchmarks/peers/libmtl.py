@@ -25,7 +25,7 @@ from fastmtl.errors import UsageError
 from fastmtl.support.hyper import fill_hyper
 from fastmtl.weighting import WEIGHTINGS
 
-__all__ = ["libmtl_can", "libmtl_solvers", "libmtl_step"]
+__all__ = ["edge_matrices", "libmtl_can", "libmtl_solvers", "libmtl_step"]
 
 Solver = Callable[[Tensor], Tensor]
 """From J (T, P) to the update (P,)."""
@@ -85,7 +85,7 @@ def libmtl_step(work: Work, weighting: str, checkout: Path) -> LocalContender:
         if work.net in ("mlp", "tiny"):
             return work.modules()[0]
         if work.net == "nnconv":
-            return _edge_matrices(state)
+            return edge_matrices(state)
         # What an encoder's initial weights take from the generator is not to be missing elsewhere.
         with torch.random.fork_rng():
             deep = work.net == "resnet50"
@@ -127,7 +127,7 @@ def libmtl_step(work: Work, weighting: str, checkout: Path) -> LocalContender:
     return LocalContender(run=step, shared=list(trainer.model.get_share_params()))
 
 
-def _edge_matrices(state: Mapping[str, Tensor]) -> nn.Module:
+def edge_matrices(state: Mapping[str, Tensor]) -> nn.Module:
     """Return the network of QM9 in LibMTL's form: NNConv, which makes a matrix for each edge, and a GRU."""
     import torch_geometric.nn as graphs
 

@@ -86,11 +86,19 @@ def _step(
     plot: Annotated[Path | None, typer.Option(help="Picture to draw, time over the number of tasks.")] = None,
     seconds: Annotated[float, typer.Option(help="Time for each strategy and number of tasks.")] = 20.0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; PyTorch's choice if not given.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Measure the network and batch of this recipe, in place of --net and its shape.")
+    ] = None,
+    scale: Annotated[str | None, typer.Option(help="Reduction of the recipe, such as small.")] = None,
+    dataset_path: Annotated[str | None, typer.Option(help="Folder of the recipe's data set.")] = None,
     model: Annotated[
         str | None, typer.Option(help="H100, H200 or A100: print what a step must cost there, and measure nothing.")
     ] = None,
 ) -> None:
     """Time whole training steps beside their floor, the sum of the losses, LibMTL and TorchJD, all in turn.
+
+    With --recipe qm9 the batch is of noise in the recipe's shape. The other recipes have networks that no peer has:
+    their step stands beside plain torch's, on the first batch of their data.
 
     Those beside ours compute in fp32 whatever --precision says. A step of ours whose update is wrong is not timed; a
     peer whose update is more than 1 % from ours is marked ANOTHER UPDATE.
@@ -100,9 +108,17 @@ def _step(
 
         print_model(model, net, tasks, batch, size, precision)
         return
+    from fastmtl.benchmarks.recipe import SHAPES, run_recipe_step
     from fastmtl.benchmarks.step import run_step
 
     _use_threads(threads)
+    if recipe in SHAPES:
+        net, tasks, batch = SHAPES[recipe]
+    elif recipe is not None:
+        run_recipe_step(
+            recipe, weighting, scale=scale, dataset_path=dataset_path, device=device, csv_path=csv, seconds=seconds
+        )
+        return
     rows = run_step(
         weighting, peers=peer or [], libmtl=libmtl, arch=arch, tasks=tasks, net=net, batch=batch, size=size,
         device=device, precision=precision, compile=compile, cuda_graph=cuda_graph, vjps=vjps or [], csv_path=csv,

@@ -138,13 +138,13 @@ def test_the_network_is_that_of_torch_geometric() -> None:
 
 
 def test_the_measured_step_has_the_same_network_in_libmtls_form() -> None:
-    from fastmtl.benchmarks.peers.libmtl import _edge_matrices
+    from fastmtl.benchmarks.peers.libmtl import edge_matrices
     from fastmtl.benchmarks.work import Work
 
     work = Work(net="nnconv", arch="HPS", count=2, batch=3, size=0, device=torch.device("cpu"))
     encoder, decoders = work.modules()
     features = encoder(work.inputs)
-    torch.testing.assert_close(_edge_matrices(encoder.state_dict())(work.inputs), features)
+    torch.testing.assert_close(edge_matrices(encoder.state_dict())(work.inputs), features)
     assert work.loss(decoders["t1"](features), "t1").isfinite()
 
 

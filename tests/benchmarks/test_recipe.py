@@ -1,0 +1,34 @@
+"""The step of a recipe beside plain torch, and the gate of MGDA's exact solution."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fastmtl.benchmarks.gate import min_norm_gap, wrong_steps
+from fastmtl.benchmarks.recipe import run_recipe_step
+
+from fastmtl import ops
+from fastmtl.errors import UsageError
+
+
+def test_the_step_of_a_recipe_stands_beside_plain_torch(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = run_recipe_step("burgers", ["mgda"], seconds=0.0)
+    assert [row["library"] for row in rows] == ["fastmtl", "floor", "sum"]
+    assert all(row["times_floor"] > 0 for row in rows)
+    assert "no network of burgers" in capsys.readouterr().out
+
+
+def test_an_unknown_recipe_is_refused() -> None:
+    with pytest.raises(UsageError, match="multimnist"):
+        run_recipe_step("multimnits", ["EW"])
+
+
+def test_only_the_shortest_vector_of_the_hull_passes() -> None:
+    rows = torch.randn(5, 40, dtype=torch.float64) + 0.3
+    exact = ops.min_norm(rows @ rows.T) @ rows
+    assert min_norm_gap(0.01 * exact, rows) < 1e-6
+    assert min_norm_gap(rows.mean(0), rows) > 0.01
+    assert min_norm_gap(exact + 0.1 * torch.randn(40, dtype=torch.float64), rows) > 0.01
+    # A peer far away counts no more once the exact conditions are known.
+    assert wrong_steps({"fastmtl": 0.0, "LibMTL": 0.5}, gap=1e-6) == {}
+    assert "exact solution" in wrong_steps({"fastmtl": 0.0, "LibMTL": 0.0}, gap=0.1)["fastmtl"]
