@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import statistics
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,9 @@ from fastmtl.engine.labels import are_complete, present_tasks
 from fastmtl.recipes import find_recipe
 from fastmtl.support.names import resolve_name
 from fastmtl.trainer.log.records import StepBuffer
-from fastmtl.trainer.run.config import config_of
+from fastmtl.trainer.run.config import TrainConfig, config_of
 from fastmtl.trainer.setup.checks import find_device
+from fastmtl.utils import set_random_seed
 from fastmtl.weighting import WEIGHTINGS
 
 __all__ = ["SHAPES", "run_recipe_step"]
@@ -73,7 +73,7 @@ def run_recipe_step(
         name = resolve_name(asked, {each: each for each in WEIGHTINGS}, "weighting")
         settings = {"weighting": name, "device": str(device), "dataset_path": dataset_path}
         given = {key: value for key, value in settings.items() if value is not None}
-        start = partial(_start, config_of({**found.at(scale), **given}, found.file))
+        start = _starts(config_of({**found.at(scale), **given}, found.file))
         contenders = {
             "fastmtl": _ours(*start()),
             "floor": _plain(*start(), together=WEIGHTINGS[name].needs == "losses"),
@@ -96,22 +96,27 @@ def run_recipe_step(
     return rows
 
 
-def _start(config: Any) -> tuple[Trainer, Batch]:
-    """Return a trainer in the middle of training, and its first batch."""
+def _starts(config: TrainConfig) -> Callable[[], tuple[Trainer, Batch]]:
+    """Return a function that returns a trainer in the middle of training, always the same, and its first batch."""
     from fastmtl.cli.build import build_trainer, load_data
 
-    with contextlib.redirect_stdout(io.StringIO()):
-        complete, bundle = load_data(config)
-        trainer = build_trainer(complete, bundle)
+    complete, bundle = load_data(config)
     if isinstance(bundle.train, dict):
         of_task = {task: next(iter(loader)) for task, loader in bundle.train.items()}
         batch: Any = tuple({task: pair[part] for task, pair in of_task.items()} for part in (0, 1))
     else:
         batch = next(iter(bundle.train))
-    trainer.model.epoch, trainer.model.epochs = 0, 1
-    trainer.model.train()
-    trainer.meter.begin()
-    return trainer, trainer.prepared(batch)
+
+    def start() -> tuple[Trainer, Batch]:
+        set_random_seed(complete.seed)
+        with contextlib.redirect_stdout(io.StringIO()):
+            trainer = build_trainer(complete, bundle)
+        trainer.model.epoch, trainer.model.epochs = 0, 1
+        trainer.model.train()
+        trainer.meter.begin()
+        return trainer, trainer.prepared(batch)
+
+    return start
 
 
 def _ours(trainer: Trainer, batch: Batch) -> LocalContender:
