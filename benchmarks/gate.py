@@ -37,7 +37,7 @@ def min_norm_gap(update: Tensor, rows: Tensor) -> float:
     and for no other (the Karush-Kuhn-Tucker conditions).
 
     Args:
-        update: (P,) of any length, as a step of plain SGD moves the parameters.
+        update: (P,) of any length.
         rows: (T, P) gradients g_t at the same start.
     """
     u, g = update.double().cpu(), rows.double().cpu()

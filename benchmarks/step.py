@@ -170,9 +170,13 @@ def task_rows(work: Work) -> Tensor:
     for task in work.tasks:
         loss = work.loss(decoders[task](network.branch(network.trunk(work.inputs), task)), task)
         grads = torch.autograd.grad(loss, shared, allow_unused=True)
-        pairs = zip(grads, shared, strict=True)
-        rows.append(torch.cat([(torch.zeros_like(param) if grad is None else grad).flatten() for grad, param in pairs]))
+        rows.append(_flat(grads, shared))
     return torch.stack(rows)
+
+
+def _flat(grads: Sequence[Tensor | None], params: Sequence[Tensor]) -> Tensor:
+    pairs = zip(grads, params, strict=True)
+    return torch.cat([(torch.zeros_like(param) if grad is None else grad).flatten() for grad, param in pairs])
 
 
 def run_step(
@@ -315,8 +319,11 @@ def _compare(
     apart = distances({library: step for library, step in gated.items() if library not in left_out})
     gap = None
     if name == "MGDA" and ARCHITECTURES[work.arch].forward is AbsArchitecture.forward:
-        # Those at hand have made a step.
-        gap = min_norm_gap((exact or make)["fastmtl"]().update(), task_rows(work))
+        # Those at hand have made a step, and parameters move by less than their rounding tells.
+        fresh = (exact or make)["fastmtl"]()
+        fresh()
+        assert isinstance(fresh, LocalContender)
+        gap = min_norm_gap(_flat([param.grad for param in fresh.shared], fresh.shared), task_rows(work))
     wrong = wrong_steps(apart, gap)
     del gated
     size = 4 * sum(param.numel() for param in ours.shared)

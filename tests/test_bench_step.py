@@ -217,7 +217,7 @@ def test_every_step_of_ours_is_gated_and_other_updates_are_marked(
 @pytest.mark.usefixtures("no_probes")
 def test_with_another_precision_the_gate_sees_our_step_in_fp32() -> None:
     make = {"fastmtl": partial(_fake, 1.4), "TorchJD": partial(_fake, 1.0)}
-    rows = bench._compare("MGDA", Work(**_work()), make, {"fastmtl": partial(_fake, 1.0)}, 0.0)
+    rows = bench._compare("CAGrad", Work(**_work()), make, {"fastmtl": partial(_fake, 1.0)}, 0.0)
     assert all("median_ms" in row and row["update"] == "same" for row in rows)
     rows = bench.run_step(["EW"], precision="bf16", **SMALL)
     assert [row["distance"] for row in rows] == [0.0, None, None]
