@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -98,11 +99,20 @@ def _wide(values: Tensor, like: Tensor) -> Tensor:
     return values.to(like.dtype).view(-1, *[1] * (like.dim() - 2))
 
 
-def synchronize(model: nn.Module, peers: Peers) -> None:
+@functools.cache
+def _keep_out_of_graphs() -> None:
+    """Let a network that is compiled call the norms eagerly: messages cannot be compiled."""
+    SyncBatchNorm.forward = torch.compiler.disable(SyncBatchNorm.forward)  # type: ignore[method-assign]
+
+
+def synchronize(model: nn.Module, peers: Peers, compiles: bool = False) -> None:
     """Turn a model's batch norms into :class:`SyncBatchNorm`, in place.
 
-    Classes derived from torch's batch norms are left as they are.
+    Classes derived from torch's batch norms are left as they are. Where the model ``compiles``, its graphs end before
+    each norm and begin after it.
     """
+    if compiles:
+        _keep_out_of_graphs()
     for module in model.modules() if peers.size > 1 else ():
         if module is not model and type(module) in _KINDS:
             vars(module)["peers"] = peers

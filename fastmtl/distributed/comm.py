@@ -255,5 +255,9 @@ class ShardedDataParallel(ExactDataParallel):
             shard.grad = grad if grad is None or shard is param else self.model.local_part(grad, shard.shape)
 
     @override
+    def any_shard(self, flag: Tensor) -> Tensor:
+        return self.peers.all_reduce(flag).clamp_(max=1)
+
+    @override
     def clip_grad_norm(self, max_norm: float | Tensor, shared_only: bool) -> None:
         self.shards.clip_grad_norm(max_norm, shared_only, [] if shared_only else self.params)

@@ -137,6 +137,10 @@ class Comm:
         """Return which flags are set in any process."""
         return list(flags)
 
+    def any_shard(self, flag: Tensor) -> Tensor:
+        """Return a scalar flag of the gradients that are written, 1 if it is in any process; may overwrite it."""
+        return flag
+
     def all_reduce_coalesced(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return the sums of several tensors over the processes."""
         return list(tensors)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol, TypeVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastmtl.engine.weights import Rows
 
@@ -55,8 +55,8 @@ class LossScale:
         """Return those of a step's Gram matrix and weights that must be finite."""
         return gram, weights
 
-    def unscale(self, params: Iterable[nn.Parameter]) -> None:
-        """Divide ``.grad`` by the scale."""
+    def unscale(self, params: Iterable[Tensor], any_shard: Callable[[Tensor], Tensor]) -> None:
+        """Divide ``.grad`` by the scale; ``any_shard`` returns a flag that is 1 if it is in any process."""
 
     def undoing(self, state: Undoable[T]) -> AbstractContextManager[None]:
         """Undo the state changes of the block if the gradients of this step overflow."""

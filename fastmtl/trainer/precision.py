@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from fastmtl.engine.gradients import coalesced, numbers_of
@@ -89,7 +89,7 @@ class LossScaler(LossScale):
 
     @override
     @torch.no_grad()
-    def unscale(self, params: Iterable[nn.Parameter]) -> None:
+    def unscale(self, params: Iterable[Tensor], any_shard: Callable[[Tensor], Tensor]) -> None:
         # Of sparse ones the values, each index once: a sum may overflow.
         grads = []
         for param in params:
@@ -101,6 +101,7 @@ class LossScaler(LossScale):
         for dtype in {grad.dtype for grad in grads}:
             same = [grad for grad in grads if grad.dtype == dtype]
             torch._amp_foreach_non_finite_check_and_unscale_(same, self.found_inf, inverse)
+        self.found_inf.copy_(any_shard(self.found_inf))
 
     @override
     @contextmanager

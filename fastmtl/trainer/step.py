@@ -185,7 +185,7 @@ class TrainingStep:
         with self.weights.restricted(tasks) as weights, self.scaler.undoing(weights):
             done = self._gradients(ctx, weights)
             # Finds the overflow that `undoing` goes by.
-            self.scaler.unscale(self.strategy.parameters())
+            self.scaler.unscale(self.optimizer.params(), self.comm.any_shard)
         self._update(tasks, done.spread(tasks, 0.0))
         if self.strategy.looks_back and not self.is_foreign:
             with torch.no_grad(), tasks.alone(self.strategy), self.scaler.undoing(self.weights):

@@ -13,7 +13,6 @@ from fastmtl.distributed import Alone, join
 from fastmtl.distributed.batch_norm import synchronize
 from fastmtl.distributed.storage import broadcast_model, make_storage
 from fastmtl.engine.halving import Halving, check_split_batch
-from fastmtl.errors import UsageError
 from fastmtl.support.kinds import State
 from fastmtl.support.memory import keep_freed_memory
 from fastmtl.support.profiling import StepProfiler
@@ -177,7 +176,7 @@ class Trainer(TrainerState):
         hold_losses(self.model, self.meter.losses)
         self.model.to(self.device)
         if arguments.sync_batch_norm:
-            synchronize(self.model, self.peers)
+            synchronize(self.model, self.peers, bool(arguments.compile))
         if self.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         check_rule(rule, self.kwargs["weight_args"])
@@ -199,8 +198,6 @@ class Trainer(TrainerState):
         options = check_options(self.model, self.weighting, self.kwargs["weight_args"], options)
         if self.peers.size > 1:
             options = check_distributed(self.model, self.weighting, options)
-            if arguments.sync_batch_norm and options.compile:
-                raise UsageError("sync_batch_norm cannot be combined with compile: its messages cannot be compiled.")
         check_reductions(self.meter.losses, several=options.accumulate > 1 or self.peers.size > 1)
         broadcast_model(self.model, self.peers)
         self.storage = make_storage(

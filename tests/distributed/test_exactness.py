@@ -13,6 +13,7 @@ from tests.distributed.group import (
     DIFFERENT,
     Case,
     FixedMTAN,
+    counted_encoder,
     grouped,
     in_processes,
     learned_tasks,
@@ -81,6 +82,7 @@ NORMS = [
     Case("normed HPS", "MGDA", options=NORMED),
     Case("normed MMoE", "Nash_MTL", batch=7, options=NORMED | MMOE),
     Case("normed MTAN", "CAGrad", batch=7, options={"architecture": "MTAN", "sync_batch_norm": True}),
+    Case("normed compiled", "MGDA", options=NORMED | {"encoder_class": counted_encoder, "compile": True}),
     Case("normed float32", "MGDA", options=NORMED, dtype=torch.float32),
 ]
 CASES += NORMS

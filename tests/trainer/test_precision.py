@@ -236,7 +236,7 @@ def test_scale_doubles_after_many_good_steps() -> None:
     param = nn.Parameter(torch.ones(1))
     param.grad = torch.ones(1)
     for _ in range(2000):
-        scaler.unscale([param])
+        scaler.unscale([param], lambda flag: flag)
         scaler.settle(torch.zeros(()))
     assert scaler.scale == 2.0**17
 

@@ -59,6 +59,11 @@ class MaskedOptimizer:
             optimizer.grad_scale = None  # type: ignore[attr-defined]
             optimizer.found_inf = found_inf  # type: ignore[attr-defined]
 
+    def params(self) -> Iterator[Tensor]:
+        """Yield the tensors that it updates."""
+        for group in self.optimizer.param_groups:
+            yield from group["params"]
+
     def step(self) -> None:
         """Update the parameters from their gradients unless the flag is 1."""
         if isinstance(self.optimizer, torch.optim.SGD):

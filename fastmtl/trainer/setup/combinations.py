@@ -84,8 +84,6 @@ def check_distributed(model: Any, weighting: str, options: StepOptions) -> StepO
     _refuse("Several processes cannot train with {}: start one.", reasons)
     if options.shard == "fsdp":
         unsharded = {
-            "compile": bool(options.compile),
-            "precision='fp16'": options.precision == "fp16",
             "gram='local'": options.gram == "local",
         }
         _refuse("shard='fsdp' cannot be combined with {}.", unsharded)
