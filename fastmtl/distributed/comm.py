@@ -235,6 +235,7 @@ class ShardedDataParallel(ExactDataParallel):
         differentiate: VJP | None = None,
         reached: Sequence[int] | None = None,
     ) -> tuple[Row, Row]:
+        # What is not reached sends nothing, so that `reached` need not be looked at.
         if differentiate is not None:
             raise UsageError(
                 "shard must be 'none' for a network with functions that run backward passes of their own, such as "

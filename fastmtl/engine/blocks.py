@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from fastmtl.engine.graph import graph_nodes, is_leaf, reached_leaves, root_nodes
+from fastmtl.engine.trees import tensors_of
 
 __all__ = ["Blocks", "Segment", "find_blocks"]
 
@@ -55,9 +56,12 @@ class Blocks:
         """Return the segments of this graph, None if it is not a chain of the blocks."""
         places = {param: place for place, param in enumerate(params)}
         segments, begin = [], features
+        if not _shows_all(features):
+            return None
         for cut, block in zip([*self.cuts, None], self.blocks, strict=True):
             end = None if cut is None else outputs.get(cut)
-            leaves = None if cut is not None and end is None else _leaves_down_to(begin, end)
+            is_cut = end is not None and not end._backward_hooks
+            leaves = None if cut is not None and not is_cut else _leaves_down_to(begin, end)
             if leaves is None or not {places[leaf] for leaf in leaves if leaf in places}.issubset(block):
                 return None
             segments.append(Segment(begin, end, block))
@@ -79,13 +83,16 @@ def find_blocks(
     group_of = dict(zip(params, groups, strict=True))
     with _outputs_of(modules) as outputs:
         features = run()
+    if not _shows_all(features):
+        return None
     shared = reached_leaves(features) & set(params)
     # For each set of parameters below a cut the smallest tensor, of which there will be one gradient per task.
     cuts: dict[frozenset[Tensor], tuple[Place, Tensor]] = {}
     for place, output in outputs.items():
         above = _leaves_down_to(features, output)
         below = frozenset(reached_leaves([output]) & shared)
-        if above is None or not below or below == shared or not below.isdisjoint(above):
+        # Hooks of a tensor would run where a segment ends, and where the next one begins.
+        if above is None or output._backward_hooks or not below or below == shared or not below.isdisjoint(above):
             continue
         apart = {group_of[param] for param in below}.isdisjoint(group_of[param] for param in shared - below)
         if apart and (below not in cuts or output.numel() < cuts[below][1].numel()):
@@ -105,6 +112,11 @@ def find_blocks(
     groups_of_blocks[-1] |= set(groups) - set().union(*groups_of_blocks)
     blocks = [[k for k, group in enumerate(groups) if group in of_block] for of_block in groups_of_blocks]
     return Blocks([cuts[key][0] for key in chain], blocks)
+
+
+def _shows_all(features: Sequence[Tensor]) -> bool:
+    """Return whether no feature is a parameter itself, which no graph shows."""
+    return not any(feature.requires_grad and feature.grad_fn is None for feature in features)
 
 
 def _leaves_down_to(outputs: Sequence[Tensor], end: Tensor | None) -> set[Tensor] | None:
@@ -127,14 +139,15 @@ def _leaves_down_to(outputs: Sequence[Tensor], end: Tensor | None) -> set[Tensor
 
 @contextmanager
 def _outputs_of(modules: Iterable[nn.Module]) -> Iterator[dict[Place, Tensor]]:
-    """Collect the output of each call of some modules in the block, where it is one tensor with a graph."""
+    """Collect the output of each call of some modules in the block, where one tensor of it has a graph."""
     outputs: dict[Place, Tensor] = {}
     calls: dict[nn.Module, int] = {}
 
     def keep(module: nn.Module, args: object, output: object) -> None:
         calls[module] = calls.get(module, -1) + 1
-        if isinstance(output, Tensor) and output.grad_fn is not None:
-            outputs[module, calls[module]] = output
+        attached = [tensor for tensor in tensors_of(output) if tensor.grad_fn is not None]
+        if len(attached) == 1:
+            outputs[module, calls[module]] = attached[0]
 
     hooks = [module.register_forward_hook(keep) for module in dict.fromkeys(modules)]
     try:

@@ -21,8 +21,9 @@ class Weights:
     Attributes:
         shared: (T,). The update of the shared parameters is ``sum_t shared_t g_t``, g_t the gradient of task t's loss;
             with several groups of parameters (L, T), with k samples (k T,).
-        heads: (T,), or (k T,), weights of the task-specific parameters' gradients. A strategy that ``weighs_heads``
-            gives them; for the others they are ones. With ``needs = "losses"`` everything has the weights ``shared``.
+        heads: (T,), or (k T,), weights of the task-specific parameters' gradients; with groups also (L, T), of which
+            the mean counts, without those that are NaN. A strategy that ``weighs_heads`` gives them; for the others
+            they are ones. With ``needs = "losses"`` everything has the weights ``shared``.
         logged: (T,), or (L, T). The task weights for the log, as means over groups; ``shared`` if None.
         rows: The rows that ``shared`` combines in place of the task gradients.
         groups: The group of each shared parameter, if groups have separate weights.
@@ -61,32 +62,27 @@ class Weights:
         return self.shared if self.logged is None and self.reports else self.logged
 
 
-def joined(parts: Sequence[Weights], order: Sequence[int]) -> Weights:
+def joined(parts: Sequence[Weights], places: Sequence[int]) -> Weights:
     """Return the weights of L groups of parameters from those of parts of the groups.
 
     Args:
-        parts: Weights whose ``shared`` are (l, T), l >= 1.
-        order: The places of the groups 0 .. L-1 among those of the parts.
+        parts: Weights whose ``shared``, and all else that is of groups, are (l, T), l >= 1.
+        places: The groups 0 .. L-1 that the rows of the parts are of, in their order.
     """
 
     def of_groups(values: Sequence[Tensor | None]) -> Tensor | None:
-        known = [value for value in values if value is not None]
-        return torch.cat(known)[list(order)] if known else None
+        rows = [row for value in values if value is not None for row in value]
+        # Indices from the host would be a copy that waits.
+        return torch.stack([rows[places.index(place)] for place in range(len(rows))]) if rows else None
 
-    first, counts = parts[0], [len(weights.shared) for weights in parts]
     shared = of_groups([weights.shared for weights in parts])
     assert shared is not None
-    heads = None
-    if first.heads is not None:
-        # Each part has the mean over its groups.
-        of_parts = [
-            weights.heads * count for weights, count in zip(parts, counts, strict=True) if weights.heads is not None
-        ]
-        heads = torch.stack(of_parts).sum(0) / sum(counts)
+    heads, known = parts[0].heads, [weights.known for weights in parts if weights.known is not None]
     return replace(
-        first,
+        parts[0],
         shared=shared,
-        heads=heads,
+        heads=heads if heads is None or heads.dim() == 1 else of_groups([weights.heads for weights in parts]),
         logged=of_groups([weights.logged for weights in parts]),
         grams=of_groups([weights.grams for weights in parts]),
+        known=torch.stack(known).all(0) if known else None,
     )

@@ -276,7 +276,7 @@ def follow_freezing(trainer: TrainerState) -> None:
     elif any(params[name] in shared for name in added):
         if trainer.model.row_states:
             kept = f"{trainer.weighting} remembers gradients"
-        elif trainer.model.groups(**trainer.kwargs["weight_args"]) is not None:
+        elif trainer.model.grouping is None and trainer.model.groups(**trainer.kwargs["weight_args"]) is not None:
             kept = f"{trainer.weighting} makes groups"
     if kept is not None:
         raise UsageError(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -58,39 +58,64 @@ def _from_losses(strategy: AbsWeighting, hyper: Hypers, losses: LossSum) -> Weig
 
 def _from_gram(strategy: AbsWeighting, hyper: Hypers, jacobian: Jacobian) -> Weights:
     losses, groups = jacobian.strategy_losses, strategy.groups(**hyper)
-    weigh = _one_by_one if strategy.grouping is not None and not strategy.takes_groups else _at_once
+    grouping = strategy.grouping
+    weigh = _one_by_one if grouping is not None and not strategy.takes_groups else _at_once
 
     def decide(gram: Tensor, places: Sequence[int] | None) -> Weights:
-        of_some = nullcontext() if places is None else at_groups(strategy, list(places))
-        with part("solver"), torch.no_grad(), of_some:
+        count = 1 if grouping is None else len(grouping.names)
+        if grouping is not None:
+            gram = _padded(gram, count if places is None else len(places))
+        with part("solver"), nullcontext() if places is None else at_groups(strategy, places, count):
             weights = weigh(strategy, losses, gram, hyper)
+        strategy.weighs_rest = True
         check_weights(strategy, "weigh", weights, losses.numel(), grouped=groups is not None)
         shown = jacobian.mean_gram(gram)
         return replace(weights, gram=shown) if groups is None else replace(weights, grams=shown)
 
-    strategy.weighed_before = False
-    weights = jacobian.decided(groups, decide)
-    return weights if weights.grams is None else replace(weights, groups=groups, gram=weights.grams.sum(0))
+    try:
+        weights = jacobian.decided(groups, decide)
+    finally:
+        strategy.weighs_rest = False
+    if weights.grams is None:
+        return weights
+    heads = weights.heads
+    if heads is not None and heads.dim() == 2:
+        # A task that reaches no group has the weight 1, as it would learn nothing otherwise.
+        heads = heads.nanmean(0).nan_to_num(nan=1.0)
+    return replace(weights, groups=groups, gram=weights.grams.sum(0), heads=heads)
+
+
+def _padded(gram: Tensor, count: int) -> Tensor:
+    """Return the Gram matrices of ``count`` groups, the last of which may have no parameters now."""
+    known = [gram] if gram.dim() == 3 else []
+    missing = count - sum(map(len, known))
+    return torch.cat([*known, gram.new_zeros(missing, *gram.shape[-2:])]) if missing else gram
 
 
 def _at_once(strategy: AbsWeighting, losses: Tensor, gram: Tensor, hyper: Hypers) -> Weights:
     return strategy.weigh(losses, gram, **hyper)
 
 
+def _refuse_groups(strategy: AbsWeighting, what: str) -> NoReturn:
+    raise UsageError(
+        f"groups must be all for {gave(strategy, 'weigh')}, which returned {what}; with takes_groups = True it is "
+        "called once for all groups."
+    )
+
+
 def _one_by_one(strategy: AbsWeighting, losses: Tensor, grams: Tensor, hyper: Hypers) -> Weights:
     """Return the weights of a rule that takes one Gram matrix, for each of those of L groups (L, T, T)."""
-    parts = []
+    parts: list[Weights] = []
     for place, gram in enumerate(grams):
-        with at_groups(strategy, place):
+        with at_groups(strategy, place, len(grams)):
             weights = strategy.weigh(losses, gram, **hyper)
         check_weights(strategy, "weigh", weights, losses.numel())
         if weights.own_grads:
-            raise UsageError(
-                f"groups must be all for {gave(strategy, 'weigh')}, which returned gradients of its own parameters: "
-                "they would be those of each group."
-            )
-        logged = None if weights.logged is None else weights.logged[None]
-        parts.append(replace(weights, shared=weights.shared[None], logged=logged))
+            _refuse_groups(strategy, "gradients of its own parameters")
+        if parts and weights.max_norm != parts[0].max_norm:
+            _refuse_groups(strategy, "another max_norm for each group")
+        heads, logged = (None if value is None else value[None] for value in (weights.heads, weights.logged))
+        parts.append(replace(weights, shared=weights.shared[None], heads=heads, logged=logged))
     return joined(parts, range(len(parts)))
 
 

@@ -23,7 +23,7 @@ from fastmtl.trainer.optim.optimizer import learning_rates
 from fastmtl.trainer.optim.schedule import Schedule, make_schedule
 from fastmtl.trainer.precision import PRECISIONS
 from fastmtl.trainer.probe import GramProbe
-from fastmtl.trainer.setup.groups import find_groups, use_groups
+from fastmtl.trainer.setup.groups import use_groups
 from fastmtl.trainer.setup.loaders import to_channels_last, to_device
 from fastmtl.trainer.setup.model import TrainedModel
 from fastmtl.trainer.setup.options import StepOptions
@@ -135,7 +135,7 @@ class TrainerState(nn.Module):
             has_hook,
             self.split_batch,
         )
-        use_groups(self.model, find_groups(self.model, problem.shared_params, options.groups))
+        use_groups(self.model, problem.shared_params, options.groups)
         # Rows of representations are small: they are summed as they are.
         exact = options.gram == "exact" and self.model.needs in ("gram", "rows") and not self.model.rep_grad
         comm = make_comm(self.peers, problem, self.storage, exact)

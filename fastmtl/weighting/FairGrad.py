@@ -27,13 +27,12 @@ class Fair(AbsWeighting):
     def settled(self, weights: Tensor, max_norm: float | None = None) -> Weights:
         """Return a solution as the weights, of decoders too, and remember it.
 
-        With groups of parameters, decoders get the mean of their weights.
+        With groups of parameters, a decoder's weight is the mean over the groups that its task reaches.
         A task without a shared gradient has weight 0; its decoder gets weight 1, since beside a frozen encoder, or with
         weights that start at zero, it would otherwise learn nothing.
         """
         self.last_weights.copy_(weights)
-        heads = weights.masked_fill(weights == 0, 1)
-        heads = heads if heads.dim() == 1 else heads.mean(0)
+        heads = weights.masked_fill(weights == 0, 1 if weights.dim() == 1 else torch.nan)
         return Weights(shared=weights, heads=heads, max_norm=max_norm)
 
 

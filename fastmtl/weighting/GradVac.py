@@ -58,6 +58,6 @@ class GradVac(RandomOrders):
     def weigh(self, losses: Tensor, gram: Tensor, *, GradVac_beta: float = 0.5, **hyper: object) -> Weights:
         """Return the sums of the raised gradients' coefficients (T,), with groups (L, T)."""
         grams = gram if gram.dim() == 3 else gram[None]
-        weights, rho = ops.gradvac(grams, self.draw_orders(grams), self.rho[: len(grams)], GradVac_beta)
+        weights, rho = ops.gradvac(grams, self.draw_orders(grams[0]), self.rho[: len(grams)], GradVac_beta)
         self.rho[: len(grams)] = rho
         return Weights(shared=weights if gram.dim() == 3 else weights[0])

@@ -18,11 +18,16 @@ class RandomOrders(AbsWeighting):
     takes_groups = True
     allows_rep_grad = False
 
+    keys: Tensor | None = None
+
     def draw_orders(self, like: Tensor) -> Tensor:
-        """Return (T, T) random keys, by which each task orders all tasks, in all groups; ``like`` is a Gram matrix."""
-        if not self.weighed_before:
-            self._keys = torch.rand_like(like if like.dim() == 2 else like[0])
-        return self._keys
+        """Return for each task random keys of all tasks, by which they are ordered; of the shape of ``like``.
+
+        Groups of parameters that are weighed one after the other in a step get the same ones.
+        """
+        if self.keys is None or not self.weighs_rest:
+            self.keys = torch.rand_like(like)
+        return self.keys
 
 
 class PCGrad(RandomOrders):
@@ -36,4 +41,4 @@ class PCGrad(RandomOrders):
 
     def weigh(self, losses: Tensor, gram: Tensor, **hyper: object) -> Weights:
         """Return the sums of the projected gradients' coefficients."""
-        return Weights(shared=ops.pcgrad(gram, self.draw_orders(gram)))
+        return Weights(shared=ops.pcgrad(gram, self.draw_orders(gram if gram.dim() == 2 else gram[0])))

@@ -28,10 +28,12 @@ class Groups(NamedTuple):
 
     Attributes:
         names: The names of the L groups.
-        of: The group, 0 .. L-1, of each parameter.
+        by_name: The group, 0 .. L-1, of each shared parameter, frozen or not, by its name.
+        of: The group of each parameter that is trained, in their order.
     """
 
     names: list[str]
+    by_name: Mapping[str, int]
     of: list[int]
 
 
@@ -61,7 +63,7 @@ class Strategy(nn.Module):
             returns ``shared`` (L, T). Else it is called for each group in turn, and what it remembers is of that group.
         against_groups: Why groups have no meaning for the rule, as the end of a sentence; ``""`` if they have.
         grouping: The groups of the shared parameters that the trainer's ``groups`` asks for; None for one of all.
-        weighed_before: Whether other groups have been weighed in this step.
+        weighs_rest: Whether other groups have been weighed in this step before those that are weighed now.
         tasks_per_step: Tasks of a step, where the option of this name is not given; all if None.
         steers_adam: Whether the update is made for Adam, so that its first moment becomes what the rule wants: other
             optimizers are refused.
@@ -88,7 +90,7 @@ class Strategy(nn.Module):
     steers_adam: ClassVar[bool] = False
 
     grouping: Groups | None = None
-    weighed_before = False
+    weighs_rest = False
     first_decay: float = 0.9
     active: list[int] | None = None
     row_states: Mapping[str, RowShapedState] = MappingProxyType({})

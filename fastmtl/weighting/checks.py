@@ -84,7 +84,7 @@ def check_weights(strategy: Strategy, method: str, weights: Any, count: int, *, 
             raise UsageError(
                 f"{gave(strategy, method)} returned weights of heads, for which its class must say weighs_heads = True."
             )
-        _check_tensor(strategy, method, "heads", weights.heads, count, 1)
+        _check_tensor(strategy, method, "heads", weights.heads, count, 1 + grouped)
 
 
 def gave(strategy: Strategy, method: str) -> str:

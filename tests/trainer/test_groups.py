@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastmtl.architecture import HPS
 from fastmtl.errors import UsageError
 from fastmtl.trainer.log.jsonl import JsonlLogger
 from fastmtl.trainer.log.plot import PlotLogger
 from fastmtl.trainer.log.records import StepBuffer
 from fastmtl.trainer.log.tensorboard import TensorBoardLogger
-from fastmtl.trainer.setup.groups import find_groups, settled_groups
+from fastmtl.trainer.setup.groups import settled_groups
 from fastmtl.weighting import WEIGHTINGS, AbsWeighting, Weights
 from fastmtl.weighting.PCGrad import RandomOrders
 from tests.live_memory import LiveMemory
@@ -183,13 +184,12 @@ def test_the_names_of_groups(wanted: Any, names: list[str] | None) -> None:
 def test_residual_blocks_are_groups() -> None:
     from fastmtl.model import resnet18
 
-    network = nn.ModuleDict({"encoder": resnet18()})
-    params = list(network.parameters())
-    grouping = find_groups(network, params, "module")
+    decoders = {f"task{t}": nn.Linear(512, 1 if t % 2 else 3) for t in range(2)}
+    grouping = make_trainer("MGDA", encoder_class=resnet18, decoders=decoders, groups="module").model.grouping
     assert grouping is not None
     blocks = [f"encoder.layer{stage}.{block}" for stage in (1, 2, 3, 4) for block in (0, 1)]
     assert grouping.names[:10] == ["encoder.conv1", "encoder.bn1", *blocks]
-    assert find_groups(network, params[:4], settled_groups("ALL")) is None
+    assert settled_groups("ALL") == "all"
 
 
 @pytest.mark.parametrize(
@@ -198,6 +198,7 @@ def test_residual_blocks_are_groups() -> None:
         ("MGDA", {"groups": "blocks"}, "groups must be all, module, layer or regular expressions .* got 'blocks'"),
         ("MGDA", {"groups": {"(": "a"}}, "groups has '\\(', which is no regular expression"),
         ("MGDA", {"groups": {"a": 1}}, "groups must have a name for each regular expression"),
+        ("MGDA", {"groups": {1: "a"}}, "groups must have a name for each regular expression"),
         ("MGDA", {"groups": {"decoder": "a"}}, "'decoder' comes first for none of the shared parameters"),
         ("MGDA", {"groups": 3}, "groups must be text"),
         ("MGDA", {"rep_grad": True}, "groups must be all for MGDA, which weighs gradients of the representation"),
@@ -227,6 +228,91 @@ def test_a_rule_that_learns_parameters_of_its_own_is_refused() -> None:
     batches = batches_of(trainer)
     with pytest.raises(UsageError, match=r"test_groups.py:\d+: .*gradients of its own parameters"):
         trainer.step(batches, StepBuffer())
+
+
+class _Assigns(AbsWeighting):
+    needs = "gram"
+    looks_back = True
+    previous: Tensor
+
+    def init_param(self) -> None:
+        self.remember("previous", torch.ones(self.task_num))
+
+    def weigh(self, losses: Tensor, gram: Tensor, **hyper: Any) -> Weights:
+        return Weights(shared=self.previous)
+
+    def after_step(self, losses: Tensor, **hyper: Any) -> None:
+        self.previous = losses
+
+
+def test_what_is_remembered_for_the_whole_network_is_refused() -> None:
+    trainer = double_trainer(_Assigns)
+    trainer.step(batches_of(trainer), StepBuffer())
+    batches = batches_of(trainer)
+    with pytest.raises(UsageError, match="groups must be all for _Assigns, which has assigned previous for the whole"):
+        trainer.step(batches, StepBuffer())
+
+
+class _ByAutograd(AbsWeighting):
+    """A rule that differentiates."""
+
+    needs = "gram"
+
+    def weigh(self, losses: Tensor, gram: Tensor, **hyper: Any) -> Weights:
+        weights = torch.ones(self.task_num, dtype=gram.dtype, requires_grad=True)
+        (grad,) = torch.autograd.grad(weights @ gram @ weights, weights)
+        return Weights(shared=(-0.1 * grad).softmax(0))
+
+
+@pytest.mark.parametrize("groups", ["all", "layer"])
+def test_a_rule_may_differentiate(groups: str) -> None:
+    trainer = double_trainer(_ByAutograd, groups=groups)
+    trainer.step(batches_of(trainer), StepBuffer())
+    assert trainer.latest.weights.sum() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("frozen", ["first", "all"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("Nash_MTL", {"groups": "module"}),
+        ("MGDA", {"update_weights_every": 5, "groups": "layer"}),
+        ("PCD", {"weight_momentum": 0.5}),
+        ("CAGrad", {"vjps": "blockwise"}),
+        ("UPGrad", {"groups": {"first": "a", ".": "b"}}),
+    ],
+    ids=str,
+)
+def test_groups_stay_when_layers_are_frozen(name: str, options: dict[str, Any], frozen: str, tmp_path: Path) -> None:
+    """What is left keeps its state and its weights; the trainer is told by freezing a layer and thawing a decoder."""
+    logger = JsonlLogger(tmp_path / "metrics.jsonl")
+    trainer: Any = make_trainer(
+        name, count=TASKS, encoder_class=_Norms, logger=logger, log_every=100, **({"groups": "layer"} | options)
+    )
+    model = trainer.model
+    model.decoders["task0"].requires_grad_(False)
+    data = loaders(TASKS, rows=32)
+    trainer.train(data, data, 1)
+    names, before = model.grouping.names, flat(model.encoder.parameters())
+    (model.encoder.first if frozen == "first" else model.encoder).requires_grad_(False)
+    model.decoders["task0"].requires_grad_(True)
+    trainer.train(data, data, 1)
+    assert model.grouping.names == names
+    weights = trainer.step.latest.group_weights
+    assert weights.shape == (len(names), TASKS)
+    count = sum(param.numel() for param in model.encoder.first.parameters())
+    after = flat(model.encoder.parameters())
+    assert torch.equal(after[:count], before[:count])
+    assert torch.equal(after, before) == (frozen == "all")
+
+
+def test_a_decoder_has_the_mean_over_the_groups_that_its_task_reaches() -> None:
+    model: Any = double_trainer("FairGrad").model
+    zero = torch.tensor([[0.01, 0.02, 0.0], [0.0, 0.03, 0.0], [0.0, 0.01, 0.0]], dtype=torch.float64)
+    model.last_weights = torch.ones_like(zero)
+    heads = model.settled(zero).heads
+    torch.testing.assert_close(heads.nanmean(0)[:2], torch.tensor([0.01, 0.02], dtype=torch.float64))
+    assert heads[:, 2].isnan().all()
 
 
 @pytest.mark.parametrize("name", ["Nash_MTL", "PCD", "MoDo"])
@@ -443,6 +529,103 @@ def test_what_is_no_chain_is_said(encoder: Any, options: dict[str, Any], message
     torch.testing.assert_close(have, want, rtol=1e-8, atol=1e-10)
 
 
+class _Scaled(_Norms):
+    """A hook changes the gradient of what a layer returns."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.first(inputs)
+        if hidden.requires_grad:
+            hidden.register_hook(lambda grad: grad * 0.5)
+        return self.third(self.second(hidden.tanh()))
+
+
+class _Token(_Norms):
+    """One of its features is a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.ones(8))
+
+    def forward(self, inputs: Tensor) -> Any:
+        return self.third(self.second(self.first(inputs).tanh())), self.token
+
+
+class _WithToken(HPS):
+    """The tasks from the second on use the token."""
+
+    def trunk(self, inputs: Any, task_name: str | None = None) -> Any:
+        return self.encoder(inputs)
+
+    def branch(self, features: Any, task: str) -> Any:
+        return features[0] if task == "task0" else features[0] * features[1]
+
+
+class _Table(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.last = nn.Embedding(50, 8), nn.Linear(8, 8)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        rows = self.table((inputs.abs() * 10).long().clamp(max=49)).sum(1)
+        out: Tensor = self.last(rows.tanh())
+        return out
+
+
+@pytest.mark.parametrize(
+    ("encoder", "network", "least"),
+    [(_Scaled, "HPS", 2), (_Token, _WithToken, None), (_Table, "HPS", None)],
+    ids=["hook of a tensor", "parameter as a feature", "table"],
+)
+def test_what_blocks_do_not_show_is_not_lost(encoder: Any, network: Any, least: int | None) -> None:
+    ends = []
+    for vjps in ("sequential", "blockwise"):
+        trainer = double_trainer("UPGrad", architecture=network, encoder_class=encoder, vjps=vjps)
+        for _ in range(2):
+            trainer.step(batches_of(trainer), StepBuffer())
+        ends.append(flat(trainer.model.parameters()))
+    torch.testing.assert_close(ends[1], ends[0])
+    blocks = trainer.step.engine.method.blocks
+    assert least is None or len(blocks.blocks) == least
+
+
+def test_hooks_of_modules_stand_against_blocks() -> None:
+    listener = Listener()
+
+    def hooked() -> nn.Module:
+        network = _Norms()
+        network.second.register_full_backward_hook(lambda module, given, got: (given[0] * 0.5,))
+        return network
+
+    double_trainer("MGDA", encoder_class=hooked, vjps="blockwise", logger=listener)
+    assert listener.messages == ["vjps: one after the other, as gradients have hooks, which would run twice"]
+
+
+def test_layers_that_return_tuples_are_blocks() -> None:
+    class Tuples(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(_InTuple() for _ in range(4))
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            for layer in self.layers:
+                (inputs,) = layer(inputs)
+            return inputs
+
+    decoders = nn.ModuleDict({f"task{t}": nn.Linear(6, 1 if t % 2 else 3) for t in range(TASKS)}).double()
+    trainer = double_trainer("MGDA", encoder_class=Tuples, decoders=decoders, vjps="blockwise")
+    trainer.step(batches_of(trainer), StepBuffer())
+    assert len(trainer.step.engine.method.blocks.blocks) == 4
+
+
+class _InTuple(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor]:
+        return (inputs + self.inner(inputs).tanh(),)
+
+
 def test_a_step_that_is_no_chain_is_taken_at_once() -> None:
     trainer = double_trainer("MGDA", encoder_class=_Sometimes, vjps="blockwise", logger=(listener := Listener()))
     plain = double_trainer("MGDA", encoder_class=_Sometimes)
@@ -471,12 +654,13 @@ def test_steps_of_some_tasks(name: str) -> None:
         assert not torch.equal(getattr(trainer.model, key)[:, 0], value[:, 0])
 
 
+@pytest.mark.parametrize("vjps", ["sequential", "blockwise"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_reduced_precision(precision: str) -> None:
+def test_reduced_precision(precision: str, vjps: str) -> None:
     """The loss scale of float16 does not show in the Gram matrices of groups."""
     grams = []
     for given in (precision, "fp32"):
-        trainer: Any = make_trainer("Nash_MTL", count=TASKS, groups="layer", precision=given)
+        trainer: Any = make_trainer("Nash_MTL", count=TASKS, groups="layer", precision=given, vjps=vjps)
         # Steps of float16 whose gradients overflow change nothing.
         for _ in range(12):
             trainer.step([next(iter(loaders(TASKS)))], StepBuffer())

@@ -22,7 +22,10 @@ from fastmtl.engine.weights import Row, Rows, Weights
 from fastmtl.support.kinds import Settings, State
 from fastmtl.support.profiling import part
 
-__all__ = ["Method", "forward", "mean_of_forwards"]
+__all__ = ["MANY_TASKS", "Method", "forward", "mean_of_forwards"]
+
+# With fewer tasks, to differentiate with respect to what one does not reach costs less than to find that out.
+MANY_TASKS = 8
 
 
 def forward(regions: Regions, batch: Batch) -> tuple[Sequence[Tensor], Mapping[str, object]]:

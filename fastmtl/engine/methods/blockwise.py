@@ -36,15 +36,17 @@ class Blockwise(Split):
         comm: The other processes.
         weighs_heads: Whether the gradients of the task-specific parameters are weighted.
         groups: The group of each shared parameter, 0 .. L-1.
+        count: The number L of groups.
     """
 
     only_if_cut = True
 
     def __init__(
-        self, structure: Structure, regions: Regions, comm: Comm, weighs_heads: bool, groups: Sequence[int]
+        self, structure: Structure, regions: Regions, comm: Comm, weighs_heads: bool, groups: Sequence[int], count: int
     ) -> None:
         super().__init__(structure, regions, comm, weighs_heads)
         self.groups = groups
+        self.count = count
         self.blocks: Blocks | None = None
         self._combinations: list[Combination] = []
         self._told = False
@@ -83,13 +85,16 @@ class Blockwise(Split):
             whole = self.trunk(batch)
         features, losses, preds, cotangents, task_grads = self.heads(whole, batch)
         segments = self.blocks.segments(features, outputs, self.problem.shared_params)
-        if segments is None:
+        against = "in a step in which the network is no chain of them" if segments is None else None
+        if self.tables_of(features) is not None:
+            against = "as the gradients of embedding tables have touched rows only"
+        if segments is None or against is not None:
             if not self._told:
-                self.regions.report("vjps: all groups at once in a step in which the network is no chain of them")
+                self.regions.report(f"vjps: all groups at once {against}")
             self._told = True
             rows = self.rows_of(features, cotangents, batch)
             return BatchGradients(*detached(losses, preds), rows, task_grads, Combine())
-        passes = _Passes(segments, cotangents, self.groups, self.problem.shared_params, self._combinations)
+        passes = _Passes(segments, cotangents, self.groups, self.count, self.problem.shared_params, self._combinations)
         return BatchGradients(*detached(losses, preds), [], task_grads, passes)
 
 
@@ -99,7 +104,8 @@ class _Passes(Pullback):
     Args:
         segments: The segments of the graph.
         cotangents: The T cotangents of the features.
-        groups: The group of each parameter.
+        groups: The group of each parameter, 0 .. L-1.
+        count: The number L of groups.
         params: The shared parameters.
         combinations: Writes the update of each segment.
     """
@@ -111,12 +117,14 @@ class _Passes(Pullback):
         segments: Sequence[Segment],
         cotangents: Rows,
         groups: Sequence[int],
+        count: int,
         params: Sequence[Tensor],
         combinations: Sequence[Combination],
     ) -> None:
         self._segments = segments
         self._cotangents = cotangents
         self._groups = groups
+        self._count = count
         self._params = params
         self._combinations = combinations
         self._done = False
@@ -132,14 +140,13 @@ class _Passes(Pullback):
             parts.append(weights)
             del rows
         self._done = True
-        order = [places.index(place) for place in range(len(places))]
-        return joined(parts, order)
+        return joined(parts, places)
 
     def write(self, weights: Weights, source: HasRows, comm: Comm, tasks: Tasks) -> None:
         """Write the update with weights that were held, unless it is written."""
         if not self._done:
             for of_segment, local, rows, combination in self._rows():
-                combination.write(rows, weights.shared[of_segment], local)
+                combination.write(rows, torch.stack([weights.shared[place] for place in of_segment]), local)
                 del rows
         self._done = True
         comm.all_reduce_grads(tasks)
@@ -148,8 +155,11 @@ class _Passes(Pullback):
         """Yield for each segment its groups, the group among them of each parameter, T rows and what writes it."""
         cotangents: list[Row | None] = list(self._cotangents)
         self._cotangents = []
+        # Those whose parameters are all frozen are in none, and come last.
+        idle = sorted(set(range(self._count)) - set(self._groups))
         for segment, combination in zip(self._segments, self._combinations, strict=True):
             of_segment = sorted({self._groups[k] for k in segment.block})
+            of_segment += idle if segment is self._segments[-1] else []
             local = [of_segment.index(self._groups[k]) for k in segment.block]
             params = [self._params[k] for k in segment.block]
             inputs = params if segment.end is None else [*params, segment.end]

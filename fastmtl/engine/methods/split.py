@@ -14,7 +14,7 @@ from fastmtl.engine.cut import Structure
 from fastmtl.engine.gradients import TaskGradients
 from fastmtl.engine.graph import reach, root_nodes
 from fastmtl.engine.jacobian import BatchGradients, Combine, detached
-from fastmtl.engine.methods.base import Method
+from fastmtl.engine.methods.base import MANY_TASKS, Method
 from fastmtl.engine.methods.whole import Whole
 from fastmtl.engine.model import Features
 from fastmtl.engine.pullback import weighted
@@ -83,12 +83,13 @@ class Split(Method):
 
     def _places(self, features: Sequence[Tensor], cotangents: Rows) -> list[list[int] | None]:
         """Return the places of the shared parameters that each task reaches, by the features that it uses."""
-        attached = [k for k, feature in enumerate(features) if feature.grad_fn is not None]
-        used = [[cotangent[k] is not None for k in attached] for cotangent in cotangents]
-        if all(map(all, used)) or torch.compiler.is_compiling():
+        used = [[entry is not None for entry in cotangent] for cotangent in cotangents]
+        plain = len(cotangents) < MANY_TASKS or torch.compiler.is_compiling()
+        # A feature may be a parameter itself, which no graph shows.
+        if plain or all(map(all, used)) or any(feature.grad_fn is None for feature in features):
             return [None] * len(cotangents)
         shared = self.problem.shared_params
-        by_feature = reach(root_nodes(features)).places_of(shared, len(attached))
+        by_feature = reach(root_nodes(features)).places_of(shared, len(features))
         everything = range(len(shared))
         found: list[list[int] | None] = []
         for of_task in used:

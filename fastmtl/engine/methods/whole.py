@@ -11,14 +11,11 @@ from fastmtl.engine.context import Batch
 from fastmtl.engine.gradients import TaskGradients, WeightedGradients
 from fastmtl.engine.graph import reach, root_nodes
 from fastmtl.engine.jacobian import BatchGradients, Combine, detached
-from fastmtl.engine.methods.base import Method, forward
+from fastmtl.engine.methods.base import MANY_TASKS, Method, forward
 from fastmtl.engine.weights import Weights
 from fastmtl.support.profiling import part
 
 __all__ = ["Whole"]
-
-# With fewer losses, what they do not reach costs less than to find out.
-_MANY = 8
 
 
 class Whole(Method):
@@ -65,7 +62,7 @@ class Whole(Method):
 
     def _places(self, losses: Sequence[Tensor]) -> list[list[int] | None]:
         """Return the places of the shared parameters that each of many losses reaches; of few, all of them."""
-        few = len(losses) < _MANY or torch.compiler.is_compiling() or self.structure.by_backward is not None
+        few = len(losses) < MANY_TASKS or torch.compiler.is_compiling() or self.structure.by_backward is not None
         if few or any(loss.grad_fn is None for loss in losses):
             return [None] * len(losses)
         return reach(root_nodes(losses)).places_of(self.problem.shared_params, len(losses))

@@ -6,12 +6,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from fastmtl.errors import UsageError
 from fastmtl.weighting.base import Groups, Strategy
 
-__all__ = ["ALL", "at_groups", "find_groups", "settled_groups", "use_groups"]
+__all__ = ["ALL", "at_groups", "settled_groups", "use_groups"]
 
 ALL, MODULE, LAYER = "all", "module", "layer"
 # What has no formula of its own: the modules in it are what a network is made of.
@@ -39,70 +40,86 @@ def settled_groups(wanted: Wanted) -> Wanted:
             f"REGEX=NAME,REGEX=NAME, got {wanted!r}."
         )
     for pattern, name in wanted.items():
+        if not all(isinstance(word, str) and word for word in (pattern, name)):
+            raise UsageError(f"groups must have a name for each regular expression, got {pattern!r}: {name!r}.")
         try:
             re.compile(pattern)
         except re.error as cause:
             raise UsageError(f"groups has {pattern!r}, which is no regular expression: {cause}.") from cause
-        if not pattern or not isinstance(name, str) or not name:
-            raise UsageError(f"groups must have a name for each regular expression, got {pattern!r}: {name!r}.")
     return wanted
 
 
-def find_groups(model: nn.Module, params: Sequence[Tensor], wanted: Wanted) -> Groups | None:
-    """Return the groups of parameters of a model, None if all are one group.
+def use_groups(strategy: Strategy, params: Sequence[Tensor], wanted: Wanted) -> None:
+    """Let a strategy weigh the gradients of groups apart, and remember what it does for each of them.
+
+    Groups stay those of the first call: parameters that are frozen later leave theirs, which may become empty.
 
     Args:
-        model: The model.
-        params: Its shared parameters, in the order of the result.
+        strategy: Network and strategy.
+        params: The shared parameters that are trained now.
         wanted: What `settled_groups` returns.
 
     Raises:
         UsageError: A regular expression finds no parameter.
     """
-    if wanted == ALL or not params:
-        return None
-    names: dict[Tensor, str] = {}
-    for name, param in model.named_parameters(remove_duplicate=False):
-        names.setdefault(param, name)
-    if isinstance(wanted, Mapping):
-        of_param = _by_pattern([names[param] for param in params], wanted)
-    elif wanted == MODULE:
-        of_param = [_block(model, names[param], set(params)) for param in params]
-    else:
-        of_param = [names[param].rpartition(".")[0] for param in params]
-    found = list(dict.fromkeys(of_param))
-    return Groups(found, [found.index(name) for name in of_param])
-
-
-def use_groups(strategy: Strategy, grouping: Groups | None) -> None:
-    """Let a strategy weigh the gradients of these groups apart, and remember what it does for each of them."""
-    before, strategy.grouping = strategy.grouping, grouping
-    if grouping is None or (before is not None and before.names == grouping.names):
+    if wanted == ALL:
         return
+    names: dict[Tensor, str] = {}
+    for name, param in strategy.named_parameters(remove_duplicate=False):
+        names.setdefault(param, name)
+    if strategy.grouping is None:
+        strategy.grouping = _find(strategy, {param: names[param] for param in strategy.get_share_params()}, wanted)
+        _remember_by_group(strategy, len(strategy.grouping.names))
+    by_name = strategy.grouping.by_name
+    strategy.grouping = strategy.grouping._replace(of=[by_name[names[param]] for param in params])
+
+
+def _find(model: nn.Module, names: Mapping[Tensor, str], wanted: Wanted) -> Groups:
+    """Return the groups of a model's shared parameters, given with their names."""
+    if isinstance(wanted, Mapping):
+        groups = _by_pattern(list(names.values()), wanted)
+    elif wanted == MODULE:
+        groups = [_block(model, name, set(names)) for name in names.values()]
+    else:
+        groups = [name.rpartition(".")[0] for name in names.values()]
+    found = list(dict.fromkeys(groups))
+    return Groups(found, {name: found.index(group) for name, group in zip(names.values(), groups, strict=True)}, [])
+
+
+def _remember_by_group(strategy: Strategy, count: int) -> None:
     for name in strategy.remembered():
         value: Tensor = getattr(strategy, name)
-        if before is None:
-            value = value.expand(len(grouping.names), *value.shape).clone()
-            dims = tuple(dim + 1 for dim in strategy.task_dims[name])
-            strategy.task_dims = {**strategy.task_dims, name: dims}
-        else:
-            value = value[[before.names.index(group) for group in grouping.names]]
-        setattr(strategy, name, value)
+        setattr(strategy, name, value.detach().expand(count, *value.shape).clone())
+        dims = tuple(dim + 1 for dim in strategy.task_dims[name])
+        strategy.task_dims = {**strategy.task_dims, name: dims}
 
 
 @contextmanager
-def at_groups(strategy: Strategy, places: int | list[int]) -> Iterator[None]:
-    """Let what a strategy remembers be that of a group, or of some groups, which are weighed in the block."""
+def at_groups(strategy: Strategy, places: int | Sequence[int], count: int) -> Iterator[None]:
+    """Let what a strategy remembers be that of a group, or of some, of ``count`` groups, for the block.
+
+    Raises:
+        UsageError: The strategy has assigned something that is not of each group.
+    """
     whole: dict[str, Tensor] = {name: getattr(strategy, name) for name in strategy.remembered()}
     for name, value in whole.items():
-        setattr(strategy, name, value[places])
+        if value.dim() <= max(strategy.task_dims[name], default=0) or len(value) != count:
+            raise UsageError(
+                f"groups must be all for {strategy.strategy_name}, which has assigned {name} for the whole network: of "
+                "what it remembers there is one for each group, outside of weigh too."
+            )
+        # Indices from the host would be a copy that waits.
+        part = value[places] if isinstance(places, int) else torch.stack([value[place] for place in places])
+        setattr(strategy, name, part)
     try:
         yield
     finally:
         for name, value in whole.items():
-            value[places] = getattr(strategy, name)
+            part = getattr(strategy, name).detach()
+            with torch.no_grad():
+                for index, place in enumerate([places] if isinstance(places, int) else places):
+                    value[place] = part if isinstance(places, int) else part[index]
             setattr(strategy, name, value)
-        strategy.weighed_before = True
 
 
 def _by_pattern(names: Sequence[str], wanted: Mapping[str, str]) -> list[str]:
