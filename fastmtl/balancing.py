@@ -182,6 +182,7 @@ class _Balance:
         params = [*shared, *task_params]
         check_writable(params, ".grad")
         comm = comm_of_loop(shared)
+        comm.check_alike(params)
         # What is differentiated are the means of the losses over the processes.
         seeds = self._seeds(scale, comm.size)
         aggregate = self._by_gram if self.aggregator.works_on_gram() else self._by_rows
@@ -192,7 +193,13 @@ class _Balance:
                 return aggregate(seeds, comm)
             with _added_to_grads(params):
                 weights = aggregate(seeds, comm)
-                comm.set_grads(task_params, comm.all_reduce_row([param.grad for param in task_params]))
+                grads = [param.grad for param in task_params]
+                used = comm.any([grad is not None for grad in grads])
+                grads = [
+                    torch.zeros_like(param) if grad is None and is_used else grad
+                    for param, grad, is_used in zip(task_params, grads, used, strict=True)
+                ]
+                comm.set_grads(task_params, comm.all_reduce_row(grads))
             return weights
 
     def _seeds(self, scale: Tensor | None, size: int) -> Cotangents:
@@ -277,6 +284,7 @@ class _Balance:
     @cached_property
     def params(self) -> _Params:
         """What the losses depend on; looked up once, as the graph stays the same."""
+        from fastmtl.distributed.peers import find_peers
         from fastmtl.engine.graph import Reached, check_graphs, reach, root_nodes
         from fastmtl.engine.hidden import closed_nodes, refuse_hidden
 
@@ -285,14 +293,19 @@ class _Balance:
         closed = closed_nodes(reached.nodes)
         refuse_hidden(closed, reached, None, "losses")
         if self.shared is None:
-            wanted = set(reached.leaves if len(self.losses) == 1 else reached.shared)
+            wanted = list(reached.leaves) if len(self.losses) == 1 else reached.shared
         else:
-            wanted = set(self.shared.parameters() if isinstance(self.shared, nn.Module) else self.shared)
-            refuse_hidden(closed, reached, list(wanted), "shared")
-        shared = [leaf for leaf in reached.leaves if leaf in wanted]
+            wanted = list(self.shared.parameters() if isinstance(self.shared, nn.Module) else self.shared)
+            refuse_hidden(closed, reached, wanted, "shared")
+        shared = [leaf for leaf in dict.fromkeys(wanted) if leaf in reached.leaves]
         if not shared:
             raise UsageError("shared must hold parameters that the losses depend on, got none of them.")
-        others = [leaf for leaf in reached.leaves if leaf not in wanted]
+        known = set(wanted)
+        others = [leaf for leaf in reached.leaves if leaf not in known]
+        if find_peers() is not None:
+            # Other parameters may be reached, or in another order, in other processes.
+            shared = [param for param in dict.fromkeys(wanted) if param.requires_grad]
+            others.sort(key=lambda leaf: reached.leaves[leaf] & -reached.leaves[leaf])
         count = len(self.losses)
         by_loss = Reached([], {leaf: reached.leaves[leaf] for leaf in others}).by_output(count)
         return _Params(shared, others, by_loss, reached.places_of(shared, count), closed)

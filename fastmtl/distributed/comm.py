@@ -64,6 +64,22 @@ class DataParallel(Comm):
         return self.peers.all_reduce_any(list(flags))
 
     @override
+    @torch.no_grad()
+    def check_alike(self, params: Sequence[Tensor]) -> None:
+        # Equal parameters have equal norms; the sine tells places apart.
+        norms = torch.stack([norm.double() for norm in torch._foreach_norm([param.detach() for param in params])])
+        place = torch.arange(1, len(norms) + 1, dtype=norms.dtype, device=norms.device)
+        marks = norms.new_zeros(self.size, 3)
+        marks[self.peers.rank] = torch.stack([place[-1], norms.sum(), (norms * place.sin()).sum()])
+        marks = self.peers.all_reduce(marks)
+        if not torch.allclose(marks, marks[:1].expand_as(marks), rtol=1e-6, atol=0, equal_nan=True):
+            raise UsageError(
+                "The processes' losses depend on other parameters, on others in this order, or on parameters of other "
+                "values: start all processes from the same ones, and give shared= the module, or the parameters in the "
+                "same order."
+            )
+
+    @override
     def all_reduce_coalesced(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return self.peers.all_reduce_coalesced(tensors)
 

@@ -137,6 +137,13 @@ class Comm:
         """Return which flags are set in any process."""
         return list(flags)
 
+    def check_alike(self, params: Sequence[Tensor]) -> None:
+        """Refuse parameters that are others, or in another order, in other processes.
+
+        Raises:
+            UsageError: They are.
+        """
+
     def any_shard(self, flag: Tensor) -> Tensor:
         """Return a scalar flag of the gradients that are written, 1 if it is in any process; may overwrite it."""
         return flag

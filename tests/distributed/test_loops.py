@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 import fastmtl
 from fastmtl.aggregation import IMTLG, MGDA, GradDrop, GradVac, Mean, PCGrad, TrimmedMean, UPGrad
 from fastmtl.distributed import find_peers
+from fastmtl.errors import UsageError
 from tests.distributed.group import in_processes
 
 ROWS = 12
@@ -74,6 +75,78 @@ def _train(name: str, kind: str) -> list[Tensor]:
         optimizer.step()
         optimizer.zero_grad()
     return [param.detach() for param in net.parameters()]
+
+
+class _Branches(nn.Module):
+    """Each loss goes through one of three branches, in every other row through the next one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.shared = nn.ModuleList(nn.Linear(4, 5) for _ in range(3))
+        self.heads = nn.ModuleList(nn.Linear(5, 1) for _ in range(4))
+
+    def forward(self, inputs: Tensor, labels: Tensor, turns: list[int]) -> list[Tensor]:
+        found = []
+        for t, head in enumerate(self.heads):
+            parts = [
+                head(self.shared[(t + turn) % 3](x).tanh())[:, 0] - y
+                for turn, x, y in zip(turns, inputs.chunk(len(turns)), labels[:, t].chunk(len(turns)), strict=True)
+            ]
+            found.append(torch.cat(parts).square().mean())
+        return found
+
+
+def _train_branches(names: list[str]) -> list[Any]:
+    """Return the parameters after three steps, in which other losses reach a branch in each process."""
+    peers = find_peers()
+    turns = [0, 1] if peers is None else [peers.rank]
+    ends = []
+    for name in names:
+        net, generator = _Branches(), torch.Generator().manual_seed(1)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        torch.manual_seed(5)
+        for _ in range(3):
+            inputs, labels = (torch.randn(ROWS, n, generator=generator) for n in (4, 4))
+            halves = [part.chunk(2) for part in (inputs, labels)]
+            inputs, labels = (torch.cat([half[turn] for turn in turns]) for half in halves)
+            fastmtl.balance(net(inputs, labels, turns), shared=net.shared, weighting=AGGREGATORS[name]())
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append([param.detach() for param in net.parameters()])
+    return ends
+
+
+@pytest.mark.slow
+def test_losses_may_reach_other_parameters_in_each_process(tmp_path: Path) -> None:
+    names = ["UPGrad", "MGDA", "PCGrad", "GradDrop"]
+    wanted = _train_branches(names)
+    for found in in_processes(2, tmp_path, _train_branches, names):
+        for name, params, expected in zip(names, found, wanted, strict=True):
+            for param, each in zip(params, expected, strict=True):
+                torch.testing.assert_close(param, each, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def _mismatches(_: None) -> list[str]:
+    """Return what is said of shared parameters in another order, and of parameters of other values."""
+    peers = find_peers()
+    assert peers is not None
+    said = []
+    for kind in ("order", "values"):
+        net = _Branches()
+        if kind == "values":
+            net.shared[0].weight.data.add_(peers.rank)
+        losses = net(torch.ones(6, 4), torch.ones(6, 4), [peers.rank if kind == "order" else 0])
+        with pytest.raises(UsageError) as caught:
+            fastmtl.balance(losses, shared=None if kind == "order" else net.shared, weighting="mgda")
+        said.append(str(caught.value))
+    return said
+
+
+def test_other_parameters_in_each_process_are_refused(tmp_path: Path) -> None:
+    for said in in_processes(2, tmp_path, _mismatches, None):
+        for sentence in said:
+            assert "The processes' losses depend on other parameters, on others in this order" in sentence
 
 
 def _train_all(cases: list[tuple[str, str]]) -> list[Any]:
