@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastmtl.architecture import HPS
 from fastmtl.errors import UsageError
 from fastmtl.trainer.log.jsonl import JsonlLogger
 from fastmtl.trainer.log.plot import PlotLogger
@@ -21,29 +19,11 @@ from fastmtl.trainer.log.tensorboard import TensorBoardLogger
 from fastmtl.trainer.setup.groups import settled_groups
 from fastmtl.weighting import WEIGHTINGS, AbsWeighting, Weights
 from fastmtl.weighting.PCGrad import RandomOrders
-from tests.live_memory import LiveMemory
-from tests.trainer.toy import Listener, fill_grads, flat, loaders, make_trainer
+from tests.trainer.grouped import TASKS, Blocks, Chain, Counts, batches_of, double_trainer
+from tests.trainer.toy import fill_grads, flat, loaders, make_trainer
 
-TASKS = 3
 GRAM = sorted(name for name, rule in WEIGHTINGS.items() if rule.needs == "gram" and not rule.against_groups)
 LAYERS = ["encoder.stages.0.0", "encoder.stages.1.0"]
-
-
-def double_trainer(weighting: Any, **options: Any) -> Any:
-    torch.set_default_dtype(torch.float64)
-    try:
-        return make_trainer(weighting, count=TASKS, **({"groups": "layer"} | options))
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
-def batches_of(trainer: Any) -> list[Any]:
-    """Batches in float64, as many as a step takes."""
-    given = list(loaders(TASKS, rows=8 * trainer.step.batches))
-    return [
-        (inputs.double(), {task: y.double() if y.is_floating_point() else y for task, y in labels.items()})
-        for inputs, labels in given
-    ]
 
 
 def rows_of(trainer: Any, batches: list[Any]) -> list[list[Tensor]]:
@@ -117,23 +97,8 @@ def test_heads_get_the_mean_of_the_groups() -> None:
             torch.testing.assert_close(param.grad, weight * grad)
 
 
-class _Counts(AbsWeighting):
-    """A rule of a user's that knows nothing of groups."""
-
-    needs = "gram"
-    seen: Tensor
-
-    def init_param(self) -> None:
-        self.remember("seen", torch.zeros(self.task_num, dtype=torch.float64))
-
-    def weigh(self, losses: Tensor, gram: Tensor, **hyper: Any) -> Weights:
-        assert gram.shape == (TASKS, TASKS)
-        self.seen = self.seen + gram.diagonal()
-        return Weights(shared=self.seen / self.seen.sum())
-
-
 def test_a_rule_of_one_matrix_is_asked_for_each_group() -> None:
-    trainer = double_trainer(_Counts)
+    trainer = double_trainer(Counts)
     batches = batches_of(trainer)
     rows = rows_of(trainer, batches)
     trainer.step(batches, StepBuffer())
@@ -143,21 +108,6 @@ def test_a_rule_of_one_matrix_is_asked_for_each_group() -> None:
     torch.testing.assert_close(trainer.model.seen, squares)
     torch.testing.assert_close(trainer.step.latest.group_weights, squares / squares.sum(1, keepdim=True))
     torch.testing.assert_close(trainer.step.latest.weights, (squares / squares.sum(1, keepdim=True)).mean(0))
-
-
-class _Blocks(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.token = nn.Parameter(torch.zeros(6))
-        self.first = nn.Linear(6, 8)
-        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)) for _ in range(2))
-        self.last = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        hidden = self.first(inputs + self.token)
-        for layer in self.layers:
-            hidden = layer(hidden)
-        return self.last(hidden[:, None])[:, 0]
 
 
 @pytest.mark.parametrize(
@@ -171,7 +121,7 @@ class _Blocks(nn.Module):
     ],
 )
 def test_the_names_of_groups(wanted: Any, names: list[str] | None) -> None:
-    trainer = make_trainer("MGDA", encoder_class=_Blocks, groups=wanted)
+    trainer = make_trainer("MGDA", encoder_class=Blocks, groups=wanted)
     grouping = trainer.model.grouping
     if names is None:
         assert grouping is None
@@ -287,7 +237,7 @@ def test_groups_stay_when_layers_are_frozen(name: str, options: dict[str, Any], 
     """What is left keeps its state and its weights; the trainer is told by freezing a layer and thawing a decoder."""
     logger = JsonlLogger(tmp_path / "metrics.jsonl")
     trainer: Any = make_trainer(
-        name, count=TASKS, encoder_class=_Norms, logger=logger, log_every=100, **({"groups": "layer"} | options)
+        name, count=TASKS, encoder_class=Chain, logger=logger, log_every=100, **({"groups": "layer"} | options)
     )
     model = trainer.model
     model.decoders["task0"].requires_grad_(False)
@@ -365,277 +315,6 @@ def test_held_weights_keep_the_norm(monkeypatch: pytest.MonkeyPatch) -> None:
         trainer.step(batches_of(trainer), StepBuffer())
         norm = torch.cat([param.grad.flatten() for param in shared]).norm()
         assert 0.009 < float(norm) <= 0.01 + 1e-9
-
-
-class _Norms(nn.Module):
-    """A chain of two blocks, of which the second is used in between again."""
-
-    def __init__(self, again: bool = False) -> None:
-        super().__init__()
-        self.first, self.second, self.third = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 8)
-        self.again = again
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        hidden = self.first(inputs).relu_()
-        if self.again:
-            hidden = hidden + self.second(self.second(hidden))
-        middle = self.second(hidden).tanh()
-        return self.third(middle) + hidden
-
-
-class _Skips(nn.Module):
-    """What the first layer returns goes round the second one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second, self.third = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 8)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        one, other = self.first(inputs).tanh().chunk(2, dim=1)
-        return self.third(self.second(torch.cat([one, one], 1)).tanh() + torch.cat([other, other], 1))
-
-
-class _Crossed(nn.Module):
-    """Layers side by side, of which only one is cut off."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.before, self.first, self.second = nn.Linear(6, 1), nn.Linear(6, 8), nn.Linear(6, 8)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        product: Tensor = self.first(inputs).tanh() * self.second(inputs) * self.before(inputs)
-        return product
-
-
-def end_of(name: str, encoder: Any, vjps: str, steps: int = 3, **options: Any) -> tuple[Tensor, list[str], Any]:
-    listener = Listener()
-    trainer = double_trainer(name, encoder_class=encoder, vjps=vjps, logger=listener, **options)
-    torch.manual_seed(3)
-    for _ in range(steps):
-        trainer.step(batches_of(trainer), StepBuffer())
-    latest = trainer.step.latest
-    return (
-        torch.cat([flat(trainer.model.parameters()), latest.group_weights.flatten(), latest.gram.flatten()]),
-        listener.messages,
-        trainer,
-    )
-
-
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("MGDA", {}),
-        ("PCGrad", {}),
-        ("CAGrad", {"groups": "module"}),
-        ("UPGrad", {"clip_grad_norm": 0.1}),
-        ("Nash_MTL", {"weight_args": {"max_norm": 0.05}}),
-        ("Nash_MTL", {"update_weights_every": 2}),
-        ("FairGrad", {"groups": {"first|token": "low", ".": "high"}}),
-        ("IMTL", {}),
-        ("PCD", {}),
-        (_Counts, {}),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("encoder", [_Blocks, _Norms, partial(_Norms, again=True), _Skips, _Crossed], ids=str)
-def test_blocks_one_after_the_other_give_the_numbers_of_all_at_once(
-    encoder: Any, name: Any, options: dict[str, Any]
-) -> None:
-    want, _, _ = end_of(name, encoder, "sequential", **options)
-    have, messages, trainer = end_of(name, encoder, "blockwise", **options)
-    assert trainer.step.engine.possible
-    assert "blocks one after the other" in messages[0]
-    torch.testing.assert_close(have, want, rtol=1e-8, atol=1e-10)
-
-
-class _Tied(nn.Module):
-    """The weight of its first layer is used at its end too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 6)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return nn.functional.linear(self.second(self.first(inputs).tanh()), self.first.weight)
-
-
-class _Layers(nn.Module):
-    """Twelve layers of a transformer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(6, 32)
-        self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(32, 2, 128, dropout=0.0, batch_first=True) for _ in range(12)
-        )
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        hidden = self.first(inputs)[:, None]
-        for layer in self.layers:
-            hidden = layer(hidden)
-        return hidden[:, 0]
-
-
-def test_at_most_one_block_has_the_gradients_of_all_tasks() -> None:
-    """Beside what one backward pass takes, the T gradients of the largest block, with some room."""
-    tasks, peaks = 4, []
-    for name, options in (("EW", {}), ("MGDA", {"groups": "module", "vjps": "blockwise"})):
-        decoders = nn.ModuleDict({f"task{t}": nn.Linear(32, 1 if t % 2 else 3) for t in range(tasks)})
-        trainer: Any = make_trainer(
-            name,
-            count=tasks,
-            encoder_class=_Layers,
-            decoders=decoders,
-            optim_param={"optim": "sgd", "lr": 1e-3},
-            **options,
-        )
-        batch = next(iter(loaders(tasks, rows=1, batch=1)))
-        # The first step looks at the network.
-        trainer.step([batch], StepBuffer())
-        trainer.optimizer.zero_grad()
-        for combination in getattr(trainer.step.engine.method, "_combinations", []) if options else []:
-            combination._update = [None] * len(combination.params)
-        with LiveMemory() as live:
-            trainer.step([batch], StepBuffer())
-        peaks.append(live.peak)
-    largest = sum(param.numel() for param in trainer.model.encoder.layers[0].parameters())
-    assert peaks[1] <= peaks[0] + 1.3 * tasks * largest
-
-
-class _Sometimes(_Norms):
-    """Its first layer can reach the features beside the chain."""
-
-    bypass = False
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        hidden = self.first(inputs).tanh()
-        features: Tensor = self.third(self.second(hidden).tanh())
-        return features + hidden if self.bypass else features
-
-
-@pytest.mark.parametrize(
-    ("encoder", "options", "message"),
-    [
-        (_Tied, {}, "vjps: all groups at once, as the network is no chain of them"),
-        (_Norms, {"weight_momentum": 0.5}, "vjps: one after the other, as weight_momentum changes the weights"),
-        (_Norms, {"accumulate": 2}, "vjps: one after the other, as gradients are accumulated"),
-        (_Norms, {"groups": {"first|third": "a", "second": "b"}}, "vjps: all groups at once"),
-    ],
-)
-def test_what_is_no_chain_is_said(encoder: Any, options: dict[str, Any], message: str) -> None:
-    want, _, _ = end_of("MGDA", encoder, "sequential", **options)
-    have, messages, _ = end_of("MGDA", encoder, "blockwise", **options)
-    assert message in " ".join(messages)
-    torch.testing.assert_close(have, want, rtol=1e-8, atol=1e-10)
-
-
-class _Scaled(_Norms):
-    """A hook changes the gradient of what a layer returns."""
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        hidden = self.first(inputs)
-        if hidden.requires_grad:
-            hidden.register_hook(lambda grad: grad * 0.5)
-        return self.third(self.second(hidden.tanh()))
-
-
-class _Token(_Norms):
-    """One of its features is a parameter."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.token = nn.Parameter(torch.ones(8))
-
-    def forward(self, inputs: Tensor) -> Any:
-        return self.third(self.second(self.first(inputs).tanh())), self.token
-
-
-class _WithToken(HPS):
-    """The tasks from the second on use the token."""
-
-    def trunk(self, inputs: Any, task_name: str | None = None) -> Any:
-        return self.encoder(inputs)
-
-    def branch(self, features: Any, task: str) -> Any:
-        return features[0] if task == "task0" else features[0] * features[1]
-
-
-class _Table(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.table, self.last = nn.Embedding(50, 8), nn.Linear(8, 8)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        rows = self.table((inputs.abs() * 10).long().clamp(max=49)).sum(1)
-        out: Tensor = self.last(rows.tanh())
-        return out
-
-
-@pytest.mark.parametrize(
-    ("encoder", "network", "least"),
-    [(_Scaled, "HPS", 2), (_Token, _WithToken, None), (_Table, "HPS", None)],
-    ids=["hook of a tensor", "parameter as a feature", "table"],
-)
-def test_what_blocks_do_not_show_is_not_lost(encoder: Any, network: Any, least: int | None) -> None:
-    ends = []
-    for vjps in ("sequential", "blockwise"):
-        trainer = double_trainer("UPGrad", architecture=network, encoder_class=encoder, vjps=vjps)
-        for _ in range(2):
-            trainer.step(batches_of(trainer), StepBuffer())
-        ends.append(flat(trainer.model.parameters()))
-    torch.testing.assert_close(ends[1], ends[0])
-    blocks = trainer.step.engine.method.blocks
-    assert least is None or len(blocks.blocks) == least
-
-
-def test_hooks_of_modules_stand_against_blocks() -> None:
-    listener = Listener()
-
-    def hooked() -> nn.Module:
-        network = _Norms()
-        network.second.register_full_backward_hook(lambda module, given, got: (given[0] * 0.5,))
-        return network
-
-    double_trainer("MGDA", encoder_class=hooked, vjps="blockwise", logger=listener)
-    assert listener.messages == ["vjps: one after the other, as gradients have hooks, which would run twice"]
-
-
-def test_layers_that_return_tuples_are_blocks() -> None:
-    class Tuples(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.ModuleList(_InTuple() for _ in range(4))
-
-        def forward(self, inputs: Tensor) -> Tensor:
-            for layer in self.layers:
-                (inputs,) = layer(inputs)
-            return inputs
-
-    decoders = nn.ModuleDict({f"task{t}": nn.Linear(6, 1 if t % 2 else 3) for t in range(TASKS)}).double()
-    trainer = double_trainer("MGDA", encoder_class=Tuples, decoders=decoders, vjps="blockwise")
-    trainer.step(batches_of(trainer), StepBuffer())
-    assert len(trainer.step.engine.method.blocks.blocks) == 4
-
-
-class _InTuple(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Linear(6, 6)
-
-    def forward(self, inputs: Tensor) -> tuple[Tensor]:
-        return (inputs + self.inner(inputs).tanh(),)
-
-
-def test_a_step_that_is_no_chain_is_taken_at_once() -> None:
-    trainer = double_trainer("MGDA", encoder_class=_Sometimes, vjps="blockwise", logger=(listener := Listener()))
-    plain = double_trainer("MGDA", encoder_class=_Sometimes)
-    for bypass in (False, True, False, True):
-        for some in (trainer, plain):
-            some.model.encoder.bypass = bypass
-            some.step(batches_of(some), StepBuffer())
-        torch.testing.assert_close(flat(trainer.model.parameters()), flat(plain.model.parameters()))
-    assert trainer.step.engine.possible
-    assert listener.messages[1:] == ["vjps: all groups at once in a step in which the network is no chain of them"]
 
 
 @pytest.mark.parametrize("name", ["Nash_MTL", "CAGrad", "PCD"])
