@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -229,6 +230,7 @@ def _train_half(folder: str) -> None:
     for name, (weighting, options) in RESUMED.items():
         place = Path(folder) / name
         place.mkdir(exist_ok=True)
+        random.seed(7)
         _run(make_trainer(weighting, "HPS", TASKS, save_path=str(place), **options), peers, 2)
 
 
@@ -261,7 +263,9 @@ def test_one_process_goes_on_where_two_stopped_and_two_where_one_did(tmp_path: P
         wanted = []
         for name, (weighting, options) in RESUMED.items():
             (one / name).mkdir()
+            random.seed(7)
             _run(make_trainer(weighting, "HPS", TASKS, save_path=str(one / name), **options), None, 2)
+            random.seed(7)
             wanted.append(flat(_run(make_trainer(weighting, "HPS", TASKS, **options), None, 4).model.parameters()))
         in_processes(2, two, _train_half, str(two))
         resumed = [_train_on(str(two)), *in_processes(2, one, _train_on, str(one))]
