@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,12 +20,15 @@ if TYPE_CHECKING:
     from fastmtl.engine.comm import Comm
     from fastmtl.engine.graph import Node
     from fastmtl.engine.vjp import Cotangents
+    from fastmtl.engine.weights import Rows
     from fastmtl.layerwise import Layerwise
 
 __all__ = ["balance", "balanced"]
 
 Losses = Sequence[Tensor] | Mapping[str, Tensor]
 Shared = nn.Module | Iterable[Tensor]
+
+_WHOLE_MODEL = "shared must be the whole model where fully_shard has sharded its parameters, such as shared=model."
 
 
 def balance(
@@ -46,7 +50,8 @@ def balance(
 
     Args:
         losses: T scalar losses of one forward pass, as a list or by task.
-        shared: The shared parameters, or the module that has them; those that several losses depend on if None.
+        shared: The shared parameters, or the module that has them; those that several losses depend on if None. With
+            parameters that ``fully_shard`` has sharded, the whole model, of which all parameters are then shared.
         weighting: An aggregator of :mod:`fastmtl.aggregation`, or the name, in any case, of one without state.
         vjps: A :class:`fastmtl.Layerwise` or :class:`fastmtl.Sketch`, kept over the calls, that computes the Gram
             matrix without most of the gradients; None for one VJP per loss.
@@ -57,7 +62,7 @@ def balance(
 
     Raises:
         UsageError: No losses, one that is no scalar, no shared parameter among their leaves, an unknown weighting, or
-            ``vjps`` with a weighting that needs more than the Gram matrix.
+            ``vjps`` or sharded parameters with a weighting that needs more than the Gram matrix.
 
     Example:
         >>> shared = torch.tensor([1.0, 2.0], requires_grad=True)
@@ -66,7 +71,12 @@ def balance(
         >>> shared.grad
         tensor([1.6000, 0.8000])
     """
-    return _Balance(losses, shared, weighting, vjps, hyper)(None)
+    work = _Balance(losses, shared, weighting, vjps, hyper)
+    if not work.is_sharded:
+        return work(None)
+    weights = work.weights(None)
+    torch.autograd.backward(work.losses, [weight.to(loss) for weight, loss in zip(weights, work.losses, strict=True)])
+    return weights
 
 
 def balanced(
@@ -89,6 +99,9 @@ def balanced(
     total = torch.stack([loss.detach() for loss in work.losses]).sum()
     if not torch.is_grad_enabled():
         return total
+    if work.is_sharded:
+        weighted: Tensor = _Weighted.apply(work, *work.losses)
+        return weighted
     return _Deferred.apply(total, work, *work.params.shared, *work.params.others)
 
 
@@ -112,6 +125,21 @@ class _Deferred(torch.autograd.Function):
         finally:
             for param, grad in zip(ctx.params, kept, strict=True):
                 param.grad = grad
+
+
+class _Weighted(torch.autograd.Function):
+    """The sum of the losses, whose backward pass goes on with weights: FSDP reduces what reaches its parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, work: _Balance, *losses: Tensor) -> Tensor:
+        ctx.work = work
+        return torch.stack(losses).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *scales: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.enable_grad():
+            weights = ctx.work.weights(scales[0])
+        return None, *((weight * scales[0]).to(loss) for weight, loss in zip(weights, ctx.work.losses, strict=True))
 
 
 @contextmanager
@@ -171,6 +199,11 @@ class _Balance:
         self.vjps = vjps
         if vjps is not None:
             self._check_layers(vjps)
+        self.is_sharded = isinstance(shared, nn.Module) and _is_sharded(shared)
+        if self.is_sharded and (vjps is not None or not self.aggregator.works_on_gram()):
+            raise UsageError(
+                f"weighting must need the Gram matrix only, and vjps be None, with sharded parameters, got {weighting}."
+            )
 
     def __call__(self, scale: Tensor | None) -> Tensor | None:
         """Add the gradients of the losses times ``scale``, those of all processes, to ``.grad``."""
@@ -190,17 +223,29 @@ class _Balance:
             aggregate = partial(self._by_layers, self.vjps)
         with refusing_inner_backward(self.params.closed):
             if not comm.shares_batches and self.vjps is None:
-                return aggregate(seeds, comm)
-            with _added_to_grads(params):
                 weights = aggregate(seeds, comm)
-                grads = [param.grad for param in task_params]
-                used = comm.any([grad is not None for grad in grads])
-                grads = [
-                    torch.zeros_like(param) if grad is None and is_used else grad
-                    for param, grad, is_used in zip(task_params, grads, used, strict=True)
-                ]
-                comm.set_grads(task_params, comm.all_reduce_row(grads))
-            return weights
+            else:
+                with _added_to_grads(params):
+                    weights = aggregate(seeds, comm)
+                    grads = [param.grad for param in task_params]
+                    used = comm.any([grad is not None for grad in grads])
+                    grads = [
+                        torch.zeros_like(param) if grad is None and is_used else grad
+                        for param, grad, is_used in zip(task_params, grads, used, strict=True)
+                    ]
+                    comm.set_grads(task_params, comm.all_reduce_row(grads))
+        if any(_is_freed(param) for param in params):
+            raise UsageError(_WHOLE_MODEL)
+        return weights
+
+    def weights(self, scale: Tensor | None) -> Tensor:
+        """Return the weights of the losses times ``scale``; the graph is kept, and no ``.grad`` is written."""
+        from fastmtl.distributed.storage import comm_of_loop
+        from fastmtl.engine.hidden import refusing_inner_backward
+
+        comm = comm_of_loop(self.params.shared)
+        with refusing_inner_backward(self.params.closed):
+            return self._weighted_rows(self._seeds(scale, comm.size), comm, keep_graph=True)[1]
 
     def _seeds(self, scale: Tensor | None, size: int) -> Cotangents:
         """Return the cotangents of the losses, ``scale / size``; None for 1."""
@@ -213,26 +258,33 @@ class _Balance:
 
         The Gram matrix is all that the aggregator needs.
         """
-        from fastmtl.aggregation.base import GramianWeightedAggregator
         from fastmtl.aggregation.rows import add_combined_rows
-        from fastmtl.engine.gradients import add_grads
 
-        assert isinstance(self.aggregator, GramianWeightedAggregator)
-        shared, rows, last = self.params.shared, [], len(self.losses) - 1
-        for t, (loss, seed, own) in enumerate(zip(self.losses, seeds, self.params.by_loss, strict=True)):
-            places = self.params.places[t]
-            row, own_grads = comm.row([loss], [seed], own, t < last, final=True, reached=places)
-            rows.append(row)
-            add_grads(own, own_grads)
-        rows = comm.collect(rows, final=True)
-        with torch.no_grad():
-            weights = self.aggregator.weights_of_gram(comm.gram(rows, None, None), shared[0].dtype)
-        comm.broadcast([weights])
+        shared = self.params.shared
+        rows, weights = self._weighted_rows(seeds, comm)
         if comm.shares_batches:
             comm.write_shared(rows, weights, None, ())
         else:
             add_combined_rows(shared, rows, weights.to(shared[0].device))
         return weights.to(torch.promote_types(shared[0].dtype, shared[-1].dtype))
+
+    def _weighted_rows(self, seeds: Cotangents, comm: Comm, keep_graph: bool = False) -> tuple[Rows, Tensor]:
+        """Return the collected rows and their weights; add the gradients of the other parameters."""
+        from fastmtl.aggregation.base import GramianWeightedAggregator
+        from fastmtl.engine.gradients import add_grads
+
+        assert isinstance(self.aggregator, GramianWeightedAggregator)
+        rows, last = [], len(self.losses) - 1
+        for t, (loss, seed, own) in enumerate(zip(self.losses, seeds, self.params.by_loss, strict=True)):
+            places = self.params.places[t]
+            row, own_grads = comm.row([loss], [seed], own, keep_graph or t < last, final=True, reached=places)
+            rows.append(row)
+            add_grads(own, own_grads)
+        rows = comm.collect(rows, final=True)
+        with torch.no_grad():
+            weights = self.aggregator.weights_of_gram(comm.gram(rows, None, None), self.params.shared[0].dtype)
+        comm.broadcast([weights])
+        return rows, weights
 
     def _by_layers(self, vjps: Layerwise, seeds: Cotangents, comm: Comm) -> Tensor:
         """Leave out the gradients that the Gram matrix of some layers does not need."""
@@ -294,6 +346,12 @@ class _Balance:
         refuse_hidden(closed, reached, None, "losses")
         if self.shared is None:
             wanted = list(reached.leaves) if len(self.losses) == 1 else reached.shared
+        elif self.is_sharded:
+            # The graph has the gathered parameters, which a sharded model does not name.
+            assert isinstance(self.shared, nn.Module)
+            wanted = list(reached.leaves)
+            if len(wanted) > sum(param.requires_grad for param in self.shared.parameters()):
+                raise UsageError(_WHOLE_MODEL)
         else:
             wanted = list(self.shared.parameters() if isinstance(self.shared, nn.Module) else self.shared)
             refuse_hidden(closed, reached, wanted, "shared")
@@ -309,6 +367,17 @@ class _Balance:
         count = len(self.losses)
         by_loss = Reached([], {leaf: reached.leaves[leaf] for leaf in others}).by_output(count)
         return _Params(shared, others, by_loss, reached.places_of(shared, count), closed)
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    """Return whether ``fully_shard`` has wrapped the module or a part of it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and any(isinstance(part, fsdp.FSDPModule) for part in module.modules())
+
+
+def _is_freed(param: Tensor) -> bool:
+    """Return whether a parameter has no memory: FSDP frees what it has gathered after a backward pass."""
+    return type(param) in (Tensor, nn.Parameter) and param.numel() > 0 and param.untyped_storage().size() == 0
 
 
 def _named(name: str, hyper: Mapping[str, Any]) -> Aggregator:

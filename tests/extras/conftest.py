@@ -12,6 +12,7 @@ import pytest
 PACKAGES = {
     "test_timm": ("timm",),
     "test_hf": ("transformers", "tokenizers", "onnxruntime", "onnxscript"),
+    "test_adapters": ("peft", "transformers", "accelerate", "lightning"),
     "test_lora": ("peft",),
     "test_graphs": ("torch_geometric",),
     "test_qm9": ("torch_geometric", "rdkit"),
