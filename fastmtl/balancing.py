@@ -214,6 +214,7 @@ class _Balance:
         shared, task_params = self.params.shared, self.params.others
         params = [*shared, *task_params]
         check_writable(params, ".grad")
+        _refuse_freed(params)
         comm = comm_of_loop(shared)
         comm.check_alike(params)
         # What is differentiated are the means of the losses over the processes.
@@ -234,8 +235,8 @@ class _Balance:
                         for param, grad, is_used in zip(task_params, grads, used, strict=True)
                     ]
                     comm.set_grads(task_params, comm.all_reduce_row(grads))
-        if any(_is_freed(param) for param in params):
-            raise UsageError(_WHOLE_MODEL)
+        # Before the backward pass those of the outermost module were there.
+        _refuse_freed(params)
         return weights
 
     def weights(self, scale: Tensor | None) -> Tensor:
@@ -375,9 +376,12 @@ def _is_sharded(module: nn.Module) -> bool:
     return fsdp is not None and any(isinstance(part, fsdp.FSDPModule) for part in module.modules())
 
 
-def _is_freed(param: Tensor) -> bool:
-    """Return whether a parameter has no memory: FSDP frees what it has gathered after a backward pass."""
-    return type(param) in (Tensor, nn.Parameter) and param.numel() > 0 and param.untyped_storage().size() == 0
+def _refuse_freed(params: Iterable[Tensor]) -> None:
+    """Refuse parameters without memory: FSDP has gathered and freed them."""
+    for param in params:
+        is_plain = type(param) in (Tensor, nn.Parameter) and param.layout == torch.strided
+        if is_plain and param.numel() and not param.untyped_storage().size():
+            raise UsageError(_WHOLE_MODEL)
 
 
 def _named(name: str, hyper: Mapping[str, Any]) -> Aggregator:
