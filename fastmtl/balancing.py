@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, cached_property, lru_cache, partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fastmtl.errors import UsageError
-from fastmtl.support.names import resolve_name
 
 if TYPE_CHECKING:
     from fastmtl.aggregation import Aggregator
@@ -186,6 +185,8 @@ class _Balance:
         vjps: Layerwise | None,
         hyper: Mapping[str, Any],
     ) -> None:
+        from fastmtl.aggregation.by_name import aggregator_of
+
         self.losses = list(losses.values() if isinstance(losses, Mapping) else losses)
         for index, loss in enumerate(self.losses):
             if loss.dim():
@@ -193,7 +194,7 @@ class _Balance:
         if not self.losses:
             raise UsageError("losses must hold at least one loss, got none.")
         self.shared = shared
-        self.aggregator = _named(weighting, hyper) if isinstance(weighting, str) else weighting
+        self.aggregator = aggregator_of(weighting, hyper) if isinstance(weighting, str) else weighting
         if hyper and not isinstance(weighting, str):
             raise UsageError(f"weighting must be a name to take {', '.join(hyper)}, got {weighting}.")
         self.vjps = vjps
@@ -382,34 +383,3 @@ def _refuse_freed(params: Iterable[Tensor]) -> None:
         is_plain = type(param) in (Tensor, nn.Parameter) and param.layout == torch.strided
         if is_plain and param.numel() and not param.untyped_storage().size():
             raise UsageError(_WHOLE_MODEL)
-
-
-def _named(name: str, hyper: Mapping[str, Any]) -> Aggregator:
-    """Return an aggregator without state; one and the same for a name and plain numbers and words."""
-    is_plain = all(value is None or isinstance(value, (int, float, str)) for value in hyper.values())
-    return _made(name, **hyper) if is_plain else _made.__wrapped__(name, **hyper)
-
-
-@lru_cache(maxsize=64, typed=True)
-def _made(name: str, /, **hyper: Any) -> Aggregator:
-    make = resolve_name(name, _without_state(), "weighting")
-    try:
-        return make(**hyper)
-    except TypeError as error:
-        raise UsageError(f"weighting {name!r} cannot be made of {hyper}: {error}.") from None
-
-
-@cache
-def _without_state() -> dict[str, Callable[..., Aggregator]]:
-    """Return the classes of the aggregators without state, by name."""
-    from fastmtl import aggregation
-    from fastmtl.support.stateful import Stateful
-
-    bases = (aggregation.Aggregator, aggregation.WeightedAggregator, aggregation.GramianWeightedAggregator)
-    public = [getattr(aggregation, public_name) for public_name in aggregation.__all__]
-    classes: dict[str, Callable[..., Aggregator]] = {
-        cls.__name__: cls
-        for cls in public
-        if issubclass(cls, aggregation.Aggregator) and cls not in bases and not issubclass(cls, Stateful)
-    }
-    return {**classes, "Aligned_MTL": classes["AlignedMTL"]}

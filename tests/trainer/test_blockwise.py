@@ -222,15 +222,16 @@ def test_what_blocks_do_not_show_is_not_lost(encoder: Any, network: Any, least: 
 
 
 def test_hooks_of_modules_stand_against_blocks() -> None:
-    listener = Listener()
-
-    def hooked() -> nn.Module:
-        network = Chain()
-        network.second.register_full_backward_hook(lambda module, given, got: (given[0] * 0.5,))
-        return network
-
-    double_trainer("MGDA", encoder_class=hooked, vjps="blockwise", logger=listener)
-    assert listener.messages == ["vjps: one after the other, as gradients have hooks, which would run twice"]
+    """They may come after the trainer, and after its first step."""
+    ends, listener = [], Listener()
+    for vjps in ("sequential", "blockwise"):
+        trainer = double_trainer("MGDA", encoder_class=Chain, vjps=vjps, logger=listener)
+        trainer.step(batches_of(trainer), StepBuffer())
+        trainer.model.encoder.second.register_full_backward_hook(lambda module, given, got: (given[0] * 0.5,))
+        trainer.step(batches_of(trainer), StepBuffer())
+        ends.append(flat(trainer.model.parameters()))
+    torch.testing.assert_close(ends[1], ends[0])
+    assert listener.messages[-1] == "vjps: all groups at once as gradients have hooks, which would run twice"
 
 
 def test_layers_that_return_tuples_are_blocks() -> None:

@@ -15,6 +15,7 @@ from fastmtl.engine.cut import Structure
 from fastmtl.engine.gradients import aligned
 from fastmtl.engine.jacobian import BatchGradients, Combine, Decide, HasRows, Jacobian, Pullback, detached
 from fastmtl.engine.methods.split import Split
+from fastmtl.engine.methods.traced import has_gradient_hooks
 from fastmtl.engine.model import Tasks
 from fastmtl.engine.regions import Regions
 from fastmtl.engine.side_effects import without_side_effects
@@ -86,7 +87,9 @@ class Blockwise(Split):
         features, losses, preds, cotangents, task_grads = self.heads(whole, batch)
         segments = self.blocks.segments(features, outputs, self.problem.shared_params)
         against = "in a step in which the network is no chain of them" if segments is None else None
-        if self.tables_of(features) is not None:
+        if has_gradient_hooks(self.problem.model):
+            against = "as gradients have hooks, which would run twice"
+        elif self.tables_of(features) is not None:
             against = "as the gradients of embedding tables have touched rows only"
         if segments is None or against is not None:
             if not self._told:

@@ -25,7 +25,6 @@ from fastmtl.engine.methods.representation import ForwardRepresentation, Represe
 from fastmtl.engine.methods.split import Split
 from fastmtl.engine.methods.traced import Traced, has_gradient_hooks
 from fastmtl.engine.methods.whole import Whole
-from fastmtl.engine.model import MTLModel
 from fastmtl.engine.regions import Regions
 from fastmtl.engine.repeated import allow_repeated_backwards
 from fastmtl.errors import BackendError, UsageError
@@ -136,7 +135,7 @@ def _other_vjps(
     )
     ways["blockwise"] = (
         layers
-        or _against_blocks(strategy, plain.problem.model, plain.comm, options)
+        or _against_blocks(strategy, plain.comm, options)
         or GradientEngine(Blockwise(*shared, groups or [], len(strategy.grouping.names) if strategy.grouping else 0))
     )
     if options.vjps == "sketch":
@@ -267,12 +266,11 @@ def _against_layers(strategy: AbsWeighting, eager: Engine, options: StepOptions)
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def _against_blocks(strategy: AbsWeighting, model: MTLModel, comm: Comm, options: StepOptions) -> str | None:
+def _against_blocks(strategy: AbsWeighting, comm: Comm, options: StepOptions) -> str | None:
     """Return why groups of parameters must be weighed together, in a few words; None if nothing is known."""
     reasons = {
         "groups is all": strategy.grouping is None,
         "the strategy takes several batches per step": strategy.samples > 1,
-        "gradients have hooks, which would run twice": has_gradient_hooks(model),
         "weight_momentum changes the weights after all are known": options.weight_momentum > 0,
         "several processes have parts of the gradients": comm.shares_batches,
     }
