@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -165,6 +165,8 @@ class _Params:
         by_loss: For each loss the others that it depends on.
         places: For each loss the places of the shared parameters that it depends on; None for all of them.
         closed: The functions of the graph that may use parameters it does not show.
+        sparse: Those whose gradients the graph makes sparse.
+        dense: The others that it has.
     """
 
     shared: list[Tensor]
@@ -172,6 +174,8 @@ class _Params:
     by_loss: list[list[Tensor]]
     places: list[list[int] | None]
     closed: list[Node]
+    sparse: Set[Tensor]
+    dense: Set[Tensor]
 
 
 class _Balance:
@@ -218,6 +222,7 @@ class _Balance:
         _refuse_freed(params)
         comm = comm_of_loop(shared)
         comm.check_alike(params)
+        comm.find_tables(params, self.params.sparse, self.params.dense)
         # What is differentiated are the means of the losses over the processes.
         seeds = self._seeds(scale, comm.size)
         aggregate = self._by_gram if self.aggregator.works_on_gram() else self._by_rows
@@ -229,13 +234,7 @@ class _Balance:
             else:
                 with _added_to_grads(params):
                     weights = aggregate(seeds, comm)
-                    grads = [param.grad for param in task_params]
-                    used = comm.any([grad is not None for grad in grads])
-                    grads = [
-                        torch.zeros_like(param) if grad is None and is_used else grad
-                        for param, grad, is_used in zip(task_params, grads, used, strict=True)
-                    ]
-                    comm.set_grads(task_params, comm.all_reduce_row(grads))
+                    comm.all_reduce_others(task_params)
         # Before the backward pass those of the outermost module were there.
         _refuse_freed(params)
         return weights
@@ -322,17 +321,19 @@ class _Balance:
 
     def _by_rows(self, seeds: Cotangents, comm: Comm) -> Tensor | None:
         """Let each process have the whole Jacobian."""
-        from fastmtl.engine.gradients import add_grads
+        from fastmtl.engine.gradients import add_grads, coalesced, numbers_of
         from fastmtl.engine.vjp import jacobians
 
         shared = self.params.shared
         rows = [([loss], [seed]) for loss, seed in zip(self.losses, seeds, strict=True)]
         matrices = jacobians(rows, len(rows), shared, False, self.params.by_loss, add_grads)
         with torch.no_grad():
-            weights = self.aggregator.write(comm.all_reduce_coalesced(matrices), shared)
+            weights = self.aggregator.write(comm.all_reduce_jacobians(matrices, shared), shared)
         comm.broadcast([weights])
         if comm.shares_batches:
-            comm.broadcast([param.grad for param in shared])
+            for param in shared:
+                param.grad = None if param.grad is None else coalesced(param.grad)
+            comm.broadcast([None if param.grad is None else numbers_of(param.grad) for param in shared])
         return weights
 
     @cached_property
@@ -341,6 +342,7 @@ class _Balance:
         from fastmtl.distributed.peers import find_peers
         from fastmtl.engine.graph import Reached, check_graphs, reach, root_nodes
         from fastmtl.engine.hidden import closed_nodes, refuse_hidden
+        from fastmtl.engine.tables import sparse_leaves
 
         check_graphs(self.losses, "losses")
         reached = reach(root_nodes(self.losses))
@@ -368,7 +370,10 @@ class _Balance:
             others.sort(key=lambda leaf: reached.leaves[leaf] & -reached.leaves[leaf])
         count = len(self.losses)
         by_loss = Reached([], {leaf: reached.leaves[leaf] for leaf in others}).by_output(count)
-        return _Params(shared, others, by_loss, reached.places_of(shared, count), closed)
+        sparse = sparse_leaves(reached.nodes)
+        return _Params(
+            shared, others, by_loss, reached.places_of(shared, count), closed, sparse, reached.leaves.keys() - sparse
+        )
 
 
 def _is_sharded(module: nn.Module) -> bool:

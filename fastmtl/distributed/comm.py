@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,8 @@ from typing_extensions import override
 from fastmtl import ops
 from fastmtl.distributed.gradient_shards import GradientShards
 from fastmtl.distributed.peers import Peers
-from fastmtl.distributed.shards import Pieces, Shards, UsedParams
+from fastmtl.distributed.shards import Pieces, Shards, UsedParams, refuse_sparse
+from fastmtl.distributed.table_rows import TableRows, TableShards
 from fastmtl.engine.comm import Comm, MaskReps, RowShapedState
 from fastmtl.engine.hidden import VJP
 from fastmtl.engine.model import Tasks
@@ -30,7 +31,8 @@ __all__ = ["DataParallel", "ExactDataParallel", "ShardedDataParallel"]
 class DataParallel(Comm):
     """Rows stay in their process: the Gram matrix is the mean of those of the processes' parts of the batch.
 
-    The gradients of ``strategy_params``, the strategy's parameters, are equal in all processes.
+    The gradients of ``strategy_params``, the strategy's parameters, are equal in all processes. Those of ``tables`` are
+    sparse.
     """
 
     shares_batches = True
@@ -41,8 +43,10 @@ class DataParallel(Comm):
         shared: Sequence[Tensor],
         task_params: Sequence[Tensor],
         strategy_params: Sequence[Tensor] = (),
+        tables: Iterable[Tensor] = (),
     ) -> None:
         super().__init__(shared, [*shared, *task_params, *strategy_params])
+        self.tables = set(tables)
         self.peers = peers
         self.size = peers.size
         self.task_params = task_params
@@ -80,8 +84,30 @@ class DataParallel(Comm):
             )
 
     @override
+    def find_tables(self, params: Sequence[Tensor], sparse: Collection[Tensor], dense: Collection[Tensor]) -> None:
+        flags = self.any([param in sparse for param in params] + [param in dense for param in params])
+        is_sparse, is_dense = flags[: len(params)], flags[len(params) :]
+        self.tables = {param for param, a, b in zip(params, is_sparse, is_dense, strict=True) if a and not b}
+
+    @override
     def all_reduce_coalesced(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return self.peers.all_reduce_coalesced(tensors)
+
+    @override
+    def all_reduce_jacobians(self, jacobians: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor]:
+        def row(t: int) -> Row:
+            pairs = zip(jacobians, params, strict=True)
+            # A table has dense zeros where nothing is looked up in it.
+            return [jac[t] if jac.is_sparse or param not in self.tables else None for jac, param in pairs]
+
+        rows = [row(t) for t in range(len(jacobians[0]))]
+        sums = self._all_reduce(rows, params, self._sums_of_rows)
+        stacked = []
+        for column, jac in zip(zip(*sums, strict=True), jacobians, strict=True):
+            known = [row for row in column if row is not None]
+            nothing = torch.zeros_like(known[0]) if known else None
+            stacked.append(torch.stack([nothing if row is None else row for row in column]) if known else jac)
+        return stacked
 
     @override
     def mean(self, losses: Tensor, share: Tensor | None) -> Tensor:
@@ -94,14 +120,36 @@ class DataParallel(Comm):
         return [[row] for row in self.peers.all_reduce(stacked)]
 
     @override
-    def all_reduce_row(self, row: Row) -> Row:
-        sums = iter(self.peers.all_reduce_coalesced([grad for grad in row if grad is not None]))
-        return [None if grad is None else next(sums) for grad in row]
+    def all_reduce_row(self, row: Row, params: Sequence[Tensor]) -> Row:
+        return self._all_reduce([row], params, self._sums_of_rows)[0]
+
+    def _sums_of_rows(self, rows: Rows) -> Rows:
+        """Return the sums of dense rows that have None at the same indices in all processes."""
+        known = [grad for row in rows for grad in row if grad is not None]
+        refuse_sparse(list(known))
+        sums = iter(self.peers.all_reduce_coalesced(known))
+        return [[None if grad is None else next(sums) for grad in row] for row in rows]
 
     @override
     def all_reduce_rows(self, rows: Rows, shapes: Sequence[Sequence[int]], tasks: Tasks) -> Rows:
+        return self._all_reduce(rows, self.shared, lambda dense: self._all_reduce_dense(dense, shapes, tasks))
+
+    def _all_reduce(self, rows: Rows, params: Sequence[Tensor], of_dense: Callable[[Rows], Rows]) -> Rows:
+        """Return the sums of rows over ``params``, by ``of_dense`` where None stands in place of tables."""
+        places = [k for k, param in enumerate(params) if param in self.tables]
+        of_tables = TableRows([params[k] for k in places], self.peers).all_reduce(
+            [[row[k] for k in places] for row in rows]
+        )
+        sums = of_dense([[None if k in places else grad for k, grad in enumerate(row)] for row in rows])
+        for row, found in zip(sums, of_tables, strict=True):
+            for k, grad in zip(places, found, strict=True):
+                row[k] = grad
+        return sums
+
+    def _all_reduce_dense(self, rows: Rows, shapes: Sequence[Sequence[int]], tasks: Tasks) -> Rows:
         params = [param for _ in rows for param in self.shared]
         entries = [entry for row in rows for entry in row]
+        refuse_sparse(entries)
         used = self._used_params(params, [entry is not None for entry in entries], ("rows", tasks))
         sent = [
             param.new_zeros(shape) if entry is None else entry.to(param.dtype)
@@ -145,11 +193,23 @@ class DataParallel(Comm):
         done = set(summed)
         self._reduce([param for param in (*self.shared, *self.task_params) if param not in done], tasks)
 
-    @torch.no_grad()
+    @override
+    def all_reduce_others(self, params: Sequence[Tensor]) -> None:
+        self._reduce(params, ())
+
     def _reduce(self, params: Sequence[Tensor], tasks: Tasks) -> None:
         """All-reduce ``.grad`` of those parameters that have one in any process."""
+        self._reduce_dense([param for param in params if param not in self.tables], tasks)
+        tables = [param for param in params if param in self.tables]
+        (sums,) = TableRows(tables, self.peers).all_reduce([[param.grad for param in tables]])
+        for param, grad in zip(tables, sums, strict=True):
+            param.grad = grad if param.requires_grad else None
+
+    @torch.no_grad()
+    def _reduce_dense(self, params: Sequence[Tensor], tasks: Tasks) -> None:
         if not params:
             return
+        refuse_sparse([param.grad for param in params])
         are_used = self._used_params(params, [param.grad is not None for param in params], (len(params), tasks))
         used = [param for param, is_used in zip(params, are_used, strict=True) if is_used]
         sums = self.peers.all_reduce_coalesced(
@@ -167,7 +227,9 @@ class ExactDataParallel(DataParallel):
     @cached_property
     def shards(self) -> Pieces:
         """The communicator of rows, created with the first row."""
-        return Shards(self.shared, self.peers)
+        if self.tables.isdisjoint(self.shared):
+            return Shards(self.shared, self.peers)
+        return TableShards(self.shared, self.tables, self.peers)
 
     @override
     def send(self, row: Row) -> Row:
@@ -177,8 +239,7 @@ class ExactDataParallel(DataParallel):
     def collect(self, rows: Rows, final: bool) -> Rows:
         # Accumulated rows are sent now.
         rows = rows if final else [self.send(row) for row in rows]
-        self.shards.wait()
-        return rows
+        return self.shards.collect(rows)
 
     @override
     def gram(self, rows: Rows, groups: Sequence[int] | None, shares: Tensor | None) -> Tensor:

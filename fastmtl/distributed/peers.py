@@ -208,6 +208,31 @@ class Peers:
         """Start to fill ``out`` (n,) with the parts (n / W,) of all processes; return a function that waits."""
         return _peer_errors()(self._send(_all_gather, out, part, async_op=True).wait)
 
+    def exchange(self, numbers: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Return the numbers that each process has for this one, from those this one has for each; the host waits."""
+        mine = torch.tensor(numbers, dtype=torch.int64, device=self._host)
+        theirs = mine.clone()
+        self._send(dist.all_to_all_single, theirs, mine)
+        return [[int(number) for number in row] for row in theirs.tolist()]
+
+    def all_to_all(self, tensor: Tensor, counts: Sequence[int], sizes: Sequence[int]) -> Tensor:
+        """Send ``counts[r]`` elements of a tensor (n,) to process r, in order.
+
+        Returns the elements for this process, ``sizes[r]`` of them from process r.
+        """
+        received = tensor.new_empty(sum(sizes))
+        self._send(dist.all_to_all_single, received, tensor, list(sizes), list(counts))
+        return received
+
+    def all_gather_parts(self, part: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+        """Return the parts of all processes, of ``sizes[r]`` elements from process r; each sends the longest size."""
+        longest = max(sizes)
+        if not longest:
+            return [part] * self.size
+        whole = part.new_empty(self.size * longest)
+        self.all_gather(whole, torch.nn.functional.pad(part, (0, longest - len(part))))()
+        return [row[:size] for row, size in zip(whole.view(self.size, longest), sizes, strict=True)]
+
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite tensors with those of the main process."""
         for tensor in tensors:

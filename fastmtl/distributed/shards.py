@@ -14,10 +14,10 @@ from fastmtl import ops
 from fastmtl.distributed.peers import Peers
 from fastmtl.engine.comm import combine_into
 from fastmtl.engine.model import Tasks
-from fastmtl.engine.weights import Row
+from fastmtl.engine.weights import Row, Rows
 from fastmtl.errors import UsageError
 
-__all__ = ["BUCKET_BYTES", "Pieces", "Shards", "UsedParams", "cut_buckets"]
+__all__ = ["BUCKET_BYTES", "Pieces", "Shards", "UsedParams", "cut_buckets", "refuse_sparse"]
 
 # Larger parameters get a bucket each.
 BUCKET_BYTES = 25 * 2**20
@@ -53,9 +53,19 @@ class Pieces:
             wait()
         self.pending.clear()
 
+    def collect(self, rows: Rows) -> Rows:
+        """Wait for the rows that were sent; return this process's pieces of them."""
+        self.wait()
+        return rows
+
     def write(self, rows: Sequence[Row], weights: Tensor, groups: Sequence[int] | None, tasks: Tasks = ()) -> None:
         """Fill ``.grad`` with ``sum_t w_t row_t``; see :meth:`Comm.write_shared`."""
         raise NotImplementedError
+
+    @property
+    def places(self) -> list[int]:
+        """The index of the parameter that each of this process's pieces is of."""
+        return [k for k, _, _ in self.local_pieces]
 
     @property
     def shapes(self) -> list[torch.Size]:
@@ -86,7 +96,7 @@ class Pieces:
 
     def gram(self, rows: Sequence[Row], groups: Sequence[int] | None) -> Tensor:
         """Return the float64 Gram matrix (T, T) of T rows, or (L, T, T) with the group 0 .. L-1 of each parameter."""
-        gram = ops.gram(rows, None if groups is None else [groups[k] for k, _, _ in self.local_pieces])
+        gram = ops.gram(rows, None if groups is None else [groups[k] for k in self.places])
         if groups is not None:
             # This part may have no piece of the last groups.
             gram = torch.cat([gram, gram.new_zeros(max(groups) + 1 - len(gram), *gram.shape[1:])])
@@ -94,7 +104,7 @@ class Pieces:
 
     def combine(self, out: Row, rows: Sequence[Row], weights: Tensor, groups: Sequence[int] | None) -> None:
         """Fill the pieces ``out`` with ``sum_t w_t row_t``; None where no row has a piece."""
-        combine_into(out, rows, weights, None if groups is None else [groups[k] for k, _, _ in self.local_pieces])
+        combine_into(out, rows, weights, None if groups is None else [groups[k] for k in self.places])
 
 
 class _Bucket:
@@ -155,6 +165,7 @@ class Shards(Pieces):
     @override
     @torch.no_grad()
     def send(self, row: Row) -> Row:
+        refuse_sparse(row)
         # The buckets hold one row at a time; the previous one had a whole VJP to be sent.
         self.wait()
         self._seen = [seen or grad is not None for seen, grad in zip(self._seen, row, strict=True)]
@@ -203,6 +214,20 @@ class UsedParams:
                     "these tasks: with several processes every step must use the same parameters as the first."
                 )
         return self._used[key]
+
+
+def refuse_sparse(grads: Row) -> None:
+    """Refuse sparse gradients of parameters that are exchanged whole.
+
+    Raises:
+        UsageError: There is one.
+    """
+    for grad in grads:
+        if grad is not None and grad.is_sparse:
+            raise UsageError(
+                f"A parameter of shape {tuple(grad.shape)} has a sparse gradient, which several processes exchange for "
+                "tables only: those of modules with sparse=True, which look rows up in all processes."
+            )
 
 
 def cut_buckets(params: Sequence[Tensor], most: int) -> list[list[int]]:

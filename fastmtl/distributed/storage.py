@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from fastmtl.distributed.comm import DataParallel, ExactDataParallel, ShardedDat
 from fastmtl.distributed.peers import Peers, find_peers
 from fastmtl.engine.comm import Comm, Local
 from fastmtl.engine.losses import Problem
+from fastmtl.engine.tables import sparse_tables
 from fastmtl.support.kinds import State
 
 if TYPE_CHECKING:
@@ -78,7 +79,9 @@ def make_comm(peers: Peers, problem: Problem, storage: Storage, exact: bool) -> 
     if not isinstance(storage, Whole):
         return ShardedDataParallel(storage, shared, task_params, problem.strategy_params)
     kind = ExactDataParallel if exact else DataParallel
-    return kind(peers, shared, task_params, problem.strategy_params)
+    named = dict(problem.model.named_parameters())
+    tables = [named[name] for name in sparse_tables(cast(nn.Module, problem.model))]
+    return kind(peers, shared, task_params, problem.strategy_params, tables)
 
 
 def comm_of_loop(shared: Sequence[Tensor]) -> Comm:

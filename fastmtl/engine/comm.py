@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import ClassVar, Protocol, cast
 
 import torch
@@ -144,6 +144,9 @@ class Comm:
             UsageError: They are.
         """
 
+    def find_tables(self, params: Sequence[Tensor], sparse: Collection[Tensor], dense: Collection[Tensor]) -> None:
+        """Find out which parameters are tables: those with ``sparse`` gradients in some process, ``dense`` in none."""
+
     def any_shard(self, flag: Tensor) -> Tensor:
         """Return a scalar flag of the gradients that are written, 1 if it is in any process; may overwrite it."""
         return flag
@@ -151,6 +154,10 @@ class Comm:
     def all_reduce_coalesced(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return the sums of several tensors over the processes."""
         return list(tensors)
+
+    def all_reduce_jacobians(self, jacobians: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor]:
+        """Return the sums over the processes of the Jacobians (T, ...) of some parameters."""
+        return list(jacobians)
 
     def mean(self, losses: Tensor, share: Tensor | None) -> Tensor:
         """Return the losses (T,) of all parts of a batch, from those of this part and its share (T,)."""
@@ -198,8 +205,11 @@ class Comm:
         """Return the sums over the processes of rows of one small tensor each, such as gradients of representations."""
         return rows
 
-    def all_reduce_row(self, row: Row) -> Row:
-        """Return the sum over the processes of a row over all parameters, None at the same indices in all of them."""
+    def all_reduce_row(self, row: Row, params: Sequence[Tensor]) -> Row:
+        """Return the sum over the processes of a row over some parameters.
+
+        What is no table has a gradient in all processes or in none.
+        """
         return row
 
     def all_reduce_rows(self, rows: Rows, shapes: Sequence[Sequence[int]], tasks: Tasks) -> Rows:
@@ -232,6 +242,9 @@ class Comm:
 
     def all_reduce_grads(self, tasks: Tasks, summed: Sequence[Tensor] = ()) -> None:
         """All-reduce ``.grad`` of all parameters but those of ``summed`` after a step of these tasks."""
+
+    def all_reduce_others(self, params: Sequence[Tensor]) -> None:
+        """All-reduce ``.grad`` of parameters that are not among this communicator's own."""
 
     def set_grads(self, params: Sequence[Tensor], grads: Row) -> None:
         """Fill ``.grad`` with gradients that are equal in all processes."""

@@ -28,6 +28,7 @@ __all__ = [
     "set_grads",
     "sum_present",
     "summed",
+    "zero_unless",
 ]
 
 Grads = Sequence[Tensor | None]
@@ -217,6 +218,15 @@ def coalesced(grad: Tensor) -> Tensor:
     (whole,) = aligned_rows([grad], 1)
     assert whole is not None
     return whole
+
+
+def zero_unless(flag: Tensor, grad: Tensor) -> Tensor:
+    """Return the gradient, or zeros where the scalar ``flag`` is false: even of what is not finite."""
+    if not grad.is_sparse:
+        return torch.where(flag, grad, 0.0)
+    grad = coalesced(grad)
+    values = torch.where(flag, grad._values(), 0.0)
+    return torch.sparse_coo_tensor(grad._indices(), values, grad.shape, is_coalesced=True, check_invariants=False)
 
 
 def numbers_of(grad: Tensor) -> Tensor:

@@ -83,14 +83,14 @@ class LookAhead:
                 self.differentiate([loss], [seed], self.params, t + 1 < len(losses))
                 for t, (loss, seed) in enumerate(zip(losses, seeds, strict=True))
             ]
-        return known, [self.comm.all_reduce_row(row) for row in rows]
+        return known, [self.comm.all_reduce_row(row, self.params) for row in rows]
 
     def gradient(self, batch: Batch, weights: Tensor) -> tuple[Tensor, Row]:
         """Return the (T,) losses and the gradient of their weighted sum."""
         losses, known = self._forward(batch)
         with part("VJPs"):
             row = self.differentiate(losses, batch.seeds(losses, weights), self.params, False)
-        return known, self.comm.all_reduce_row(row)
+        return known, self.comm.all_reduce_row(row, self.params)
 
     @contextmanager
     def moved(self) -> Iterator[None]:

@@ -8,12 +8,12 @@ that autograd makes no gradient of the table at all.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from fastmtl import ops
@@ -21,7 +21,7 @@ from fastmtl.engine.graph import Node, graph_nodes, is_leaf, root_nodes
 from fastmtl.engine.vjp import Cotangents, vjp
 from fastmtl.ops._touched import Touched
 
-__all__ = ["TableVJP", "table_uses"]
+__all__ = ["TableVJP", "sparse_leaves", "sparse_tables", "table_uses"]
 
 _LOOKUPS = ("EmbeddingBackward0", "EmbeddingBagBackward0")
 # Of the modes of a bag.
@@ -162,6 +162,29 @@ def table_uses(outputs: Sequence[Tensor], tables: Collection[Tensor]) -> dict[Te
         and len({use.sparse for use in found}) == 1
         and sum(len(use.ids) for use in found) < len(table)
     }
+
+
+def sparse_tables(model: nn.Module) -> list[str]:
+    """Return the names of the parameters whose gradients modules let be sparse."""
+    found = {
+        id(param)
+        for module in model.modules()
+        if getattr(module, "sparse", False) is True
+        for param in module.parameters(recurse=False)
+    }
+    return [name for name, param in model.named_parameters() if id(param) in found]
+
+
+def sparse_leaves(nodes: Iterable[Node]) -> set[Tensor]:
+    """Return the leaves whose gradients a graph makes sparse: rows are looked up in them, and nothing else is done."""
+    sparse: set[Tensor] = set()
+    dense: set[Tensor] = set()
+    for node in nodes:
+        for place, (child, _) in enumerate(node.next_functions):
+            if child is not None and is_leaf(child):
+                is_sparse = type(node).__name__ in _LOOKUPS and place == 0 and node._saved_sparse
+                (sparse if is_sparse else dense).add(child.variable)
+    return sparse - dense
 
 
 def _use(node: Node, kind: str) -> _Use | None:

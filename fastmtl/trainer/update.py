@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from fastmtl.engine.tables import sparse_tables
 from fastmtl.trainer.arguments import TrainerArguments
 from fastmtl.trainer.optim.optimizer import group_names, make_optimizer
 from fastmtl.trainer.optim.schedule import make_schedule
-from fastmtl.trainer.optim.tables import sparse_tables
 from fastmtl.trainer.setup.combinations import check_steered
 from fastmtl.trainer.setup.options import StepOptions
 from fastmtl.trainer.state import TrainerState

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
+from fastmtl.engine.gradients import zero_unless
 from fastmtl.engine.lookahead import LookAhead
 from fastmtl.weighting.abstract_weighting import Hyper, Weights
 from fastmtl.weighting.AutoLambda import INNER_LR, OUTER_LR, Bilevel
@@ -101,7 +102,7 @@ class FORUM(Bilevel):
                 losses, step = ahead.gradient(ahead.inner, weights)
                 # Too large an inner_lr diverges: the look ahead ends there.
                 alive = torch.where(weights @ losses <= 1e5, alive, 0.0)
-                ahead.move([None if part is None else torch.where(alive > 0, part, 0.0) for part in step], -inner_lr)
+                ahead.move([None if part is None else zero_unless(alive > 0, part) for part in step], -inner_lr)
             there = ahead.losses(ahead.inner)
         gap = self.through_softmax((here - there).double())
         _, outer = ahead.rows(ahead.outer)

@@ -7,7 +7,8 @@ import os
 import random
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -155,7 +156,7 @@ def _train(case: Case, epochs: int) -> tuple[Tensor, Tensor, list[float]]:
 
 def _trained(case: Case, epochs: int) -> tuple[Tensor, Tensor, list[float]]:
     multi_input = case.options.get("multi_input", False)
-    options = dict(case.options)
+    options = deepcopy(case.options)
     trainer = make_trainer(case.weighting, options.pop("architecture", "HPS"), TASKS, **options)
     torch.manual_seed(7)
     # Only the leading process draws tasks.
@@ -212,3 +213,20 @@ def in_processes(size: int, folder: Path, work: Any, given: Any) -> list[Any]:
 def train_all(cases: Sequence[Case]) -> list[Any]:
     """Return what :func:`train` returns of each case."""
     return [train(case) for case in cases]
+
+
+def train_in_processes(size: int, cases: Sequence[Case], folders: pytest.TempPathFactory) -> Mapping[str, list[Any]]:
+    """Return what each of ``size`` processes has after each case, by the case's name."""
+    ranks = in_processes(size, folders.mktemp("run"), train_all, cases)
+    return {case.name: [rank[index] for rank in ranks] for index, case in enumerate(cases)}
+
+
+def check_as_one(case: Case, ranks: Sequence[Any]) -> None:
+    """Check what :func:`train` has returned in each of several processes against one process."""
+    params, losses, scores = train(case)
+    close = 1e-9 if case.dtype == torch.float64 else 1e-4
+    for of_rank, losses_of_rank, scores_of_rank in ranks:
+        assert (of_rank - params).norm() <= close * params.norm()
+        assert torch.allclose(losses_of_rank, losses, rtol=close)
+        assert scores_of_rank == pytest.approx(scores, rel=close)
+    assert all(torch.equal(each[0], ranks[0][0]) for each in ranks)

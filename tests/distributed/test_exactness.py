@@ -13,13 +13,12 @@ from tests.distributed.group import (
     DIFFERENT,
     Case,
     FixedMTAN,
+    check_as_one,
     counted_encoder,
     grouped,
-    in_processes,
     learned_tasks,
     normed_encoder,
-    train,
-    train_all,
+    train_in_processes,
     weighed_tasks,
 )
 
@@ -122,48 +121,33 @@ def _float64() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, list[Any]]:
     """What each of two processes has after each of the first cases."""
-    return _of_each(2, [case for case in CASES if case.name in FIRST], tmp_path_factory)
+    return train_in_processes(2, [case for case in CASES if case.name in FIRST], tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def two_more(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, list[Any]]:
     """What each of two processes has after each of the other cases."""
-    return _of_each(2, [case for case in CASES if case.name not in FIRST], tmp_path_factory)
+    return train_in_processes(2, [case for case in CASES if case.name not in FIRST], tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, list[Any]]:
     """What each of four processes has after each case."""
-    return _of_each(4, IN_FOUR, tmp_path_factory)
-
-
-def _of_each(size: int, cases: list[Case], folders: pytest.TempPathFactory) -> Mapping[str, list[Any]]:
-    ranks = in_processes(size, folders.mktemp("run"), train_all, cases)
-    return {case.name: [rank[index] for rank in ranks] for index, case in enumerate(cases)}
+    return train_in_processes(4, IN_FOUR, tmp_path_factory)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.name in FIRST], ids=lambda case: case.name)
 def test_two_processes_train_as_one(case: Case, two: Mapping[str, list[Any]]) -> None:
-    _check(case, two[case.name])
+    check_as_one(case, two[case.name])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in CASES if case.name not in FIRST], ids=lambda case: case.name)
 def test_two_processes_train_as_one_in_other_cases(case: Case, two_more: Mapping[str, list[Any]]) -> None:
-    _check(case, two_more[case.name])
+    check_as_one(case, two_more[case.name])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", IN_FOUR, ids=lambda case: case.name)
 def test_four_processes_train_as_one(case: Case, four: Mapping[str, list[Any]]) -> None:
-    _check(case, four[case.name])
-
-
-def _check(case: Case, ranks: list[Any]) -> None:
-    params, losses, scores = train(case)
-    close = 1e-9 if case.dtype == torch.float64 else 1e-4
-    for of_rank, losses_of_rank, scores_of_rank in ranks:
-        assert (of_rank - params).norm() <= close * params.norm()
-        assert torch.allclose(losses_of_rank, losses, rtol=close)
-        assert scores_of_rank == pytest.approx(scores, rel=close)
-    assert all(torch.equal(each[0], ranks[0][0]) for each in ranks)
+    check_as_one(case, four[case.name])

@@ -19,6 +19,7 @@ from fastmtl.errors import UsageError
 from fastmtl.metrics import AbsMetric, NormalMetric
 from fastmtl.trainer.log.records import StepBuffer
 from tests.distributed.group import TASKS, grouped, in_processes
+from tests.distributed.looking import Looking
 from tests.trainer.toy import encoder, flat, loaders, make_trainer
 
 
@@ -214,6 +215,7 @@ def test_two_processes_meet(tmp_path: Path) -> None:
 ADAM = {"optim_param": {"optim": "adam", "lr": 1e-2}}
 RESUMED: dict[str, tuple[str, dict[str, Any]]] = {
     "Nash_MTL": ("Nash_MTL", {}),
+    "tables": ("UPGrad", {"encoder_class": Looking, "optim_param": {"optim": "sparseadam", "lr": 1e-2}}),
     "MoCo": ("MoCo", {}),
     "ExcessMTL": ("ExcessMTL", {}),
     "shards": ("MGDA", {"shard": "fsdp", **ADAM}),

@@ -209,7 +209,7 @@ def test_steps_on_tables_are_the_same_on_other_devices(optim: str, monkeypatch: 
     agree(here, train(True, **options), rtol=0, atol=0)
 
 
-def test_several_processes_take_no_table_of_a_task_either() -> None:
+def test_shards_and_strategies_that_remember_rows_take_no_sparse_table() -> None:
     class Head(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -221,10 +221,21 @@ def test_several_processes_take_no_table_of_a_task_either() -> None:
 
     heads = nn.ModuleDict({"task0": Head(), "task1": nn.Linear(8, 1)})
     trainer = make_trainer("EW", decoders=heads, optim_param={"optim": "sgd", "lr": 0.1})
-    with pytest.raises(UsageError, match=r"sparse gradients.* \(sparse=False for decoders.task0.table.weight\)"):
-        check_distributed(trainer.model, "EW", StepOptions())
+    check_distributed(trainer.model, "EW", StepOptions())
+    with pytest.raises(UsageError, match=r"FSDP2 cannot .* \(sparse=False for decoders.task0.table.weight\)"):
+        check_distributed(trainer.model, "EW", StepOptions(shard="fsdp"))
     # Strategies that keep numbers of shared parameters do not look at it.
     make_trainer("MoCo", decoders=heads, optim_param={"optim": "sgd", "lr": 0.1})
+
+
+@pytest.mark.parametrize("optim", ["rmsprop", "adam", "adamw"])
+def test_an_optimizer_without_sparse_gradients_names_those_that_have_them(optim: str) -> None:
+    with pytest.raises(UsageError, match=f"{optim} takes no sparse gradients.*sgd, adagrad or sparseadam"):
+        make_trainer("EW", encoder_class=partial(Tables, True), optim_param={"optim": optim, "lr": 0.1})
+    table = nn.Parameter(torch.ones(4, 2))
+    table.grad = torch.sparse_coo_tensor([[1]], torch.ones(1, 2), (4, 2), check_invariants=True)
+    with pytest.raises(RuntimeError, match="sparse"):
+        getattr(torch.optim, {"rmsprop": "RMSprop", "adam": "Adam", "adamw": "AdamW"}[optim])([table]).step()
 
 
 def test_rows_are_undone_where_the_flag_cannot_be_read() -> None:

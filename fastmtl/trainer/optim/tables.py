@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim._functional import sparse_adam
 
 from fastmtl.errors import UsageError
 
-__all__ = ["TABLE_OPTIMIZERS", "SparseAdam", "check_table_group", "sparse_tables"]
+__all__ = ["TABLE_OPTIMIZERS", "SparseAdam", "check_table_group"]
 
 
 class SparseAdam(torch.optim.Adam):
@@ -99,14 +99,3 @@ def check_table_group(kind: type[torch.optim.Optimizer], group: Mapping[str, Any
                 f"{name} of {kind.__name__} must be {off} in a group with sparse gradients{named}, of which only some "
                 "rows are known: give the table a group of its own, or set sparse=False."
             )
-
-
-def sparse_tables(model: nn.Module) -> list[str]:
-    """Return the names of the parameters whose gradients modules let be sparse."""
-    found = {
-        id(param)
-        for module in model.modules()
-        if getattr(module, "sparse", False) is True
-        for param in module.parameters(recurse=False)
-    }
-    return [name for name, param in model.named_parameters() if id(param) in found]

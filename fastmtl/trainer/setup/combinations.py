@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from fastmtl.engine.tables import sparse_tables
 from fastmtl.errors import UsageError
 from fastmtl.support.kinds import Settings
-from fastmtl.trainer.optim.tables import sparse_tables
 from fastmtl.trainer.setup.groups import ALL
 from fastmtl.trainer.setup.options import StepOptions
 from fastmtl.weighting import AbsWeighting
@@ -73,18 +73,18 @@ def check_distributed(model: Any, weighting: str, options: StepOptions) -> StepO
     from torch.distributed.tensor import DTensor
 
     on_mesh = [name for name, param in model.named_parameters() if isinstance(param, DTensor)]
-    tables = sparse_tables(model)
     reasons = {
         f"parameters on a mesh, such as those of tensor parallelism ({', '.join(on_mesh[:2])})": bool(on_mesh),
         f"{weighting}, which runs backward passes of its own": _is_legacy(model),
         f"gram='local' and {weighting}, which remembers gradients": model.needs == "rows" and options.gram == "local",
-        f"sparse gradients, which they do not exchange (sparse=False for {', '.join(tables[:3])})": bool(tables),
         "cuda_graph": options.cuda_graph is True,
     }
     _refuse("Several processes cannot train with {}: start one.", reasons)
     if options.shard == "fsdp":
+        tables = sparse_tables(model)
         unsharded = {
             "gram='local'": options.gram == "local",
+            f"sparse gradients, which FSDP2 cannot shard (sparse=False for {', '.join(tables[:3])})": bool(tables),
         }
         _refuse("shard='fsdp' cannot be combined with {}.", unsharded)
     return replace(options, cuda_graph=False)
