@@ -104,9 +104,11 @@ class DataParallel(Comm):
         sums = self._all_reduce(rows, params, self._sums_of_rows)
         stacked = []
         for column, jac in zip(zip(*sums, strict=True), jacobians, strict=True):
-            known = [row for row in column if row is not None]
-            nothing = torch.zeros_like(known[0]) if known else None
-            stacked.append(torch.stack([nothing if row is None else row for row in column]) if known else jac)
+            known = [grad for grad in column if grad is not None]
+            if known:
+                nothing = torch.zeros_like(known[0])
+                jac = torch.stack([nothing if grad is None else grad for grad in column])
+            stacked.append(jac)
         return stacked
 
     @override
