@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from torch.utils.data import DataLoader
+from typing_extensions import override
 
 from fastmtl.distributed.peers import Peers
 from fastmtl.errors import UsageError
+from fastmtl.support.kinds import State
 
 __all__ = ["shard"]
+
+_KEPT = (
+    *("collate_fn", "generator", "num_workers", "persistent_workers", "pin_memory", "prefetch_factor", "timeout"),
+    *("worker_init_fn", "multiprocessing_context", "snapshot_every_n_steps"),
+)
 
 
 def shard(loaders: Any, peers: Peers, *, whole: bool = False) -> Any:
@@ -38,9 +45,10 @@ def shard(loaders: Any, peers: Peers, *, whole: bool = False) -> Any:
         raise UsageError(
             f"batch_size must be at least {peers.size}, the number of processes, got {batches.batch_size}."
         )
-    names = ("collate_fn", "generator", "num_workers", "persistent_workers", "pin_memory")
-    options: dict[str, Any] = {name: getattr(loaders, name) for name in names}
-    return DataLoader(loaders.dataset, batch_sampler=_Parts(batches, peers, whole), **options)
+    # A loader with a state keeps its kind, and how often it takes its state.
+    kind = type(loaders) if hasattr(loaders, "load_state_dict") else DataLoader
+    options: dict[str, Any] = {name: getattr(loaders, name) for name in _KEPT if hasattr(loaders, name)}
+    return kind(loaders.dataset, batch_sampler=_Parts(batches, peers, whole), **options)
 
 
 @dataclass
@@ -57,8 +65,47 @@ class _Parts:
         # Evaluation may end one batch earlier here than in another process, training must not.
         return int(rows // batch + (left >= (self.peers.rank + 1 if self.whole else self.peers.size)))
 
-    def __iter__(self) -> Iterator[list[int]]:
-        for batch in self.batches:
-            indices = batch[self.peers.rank :: self.peers.size]
-            if indices and (self.whole or len(batch) >= self.peers.size):
-                yield indices
+    def __iter__(self) -> _PartsOfPass:
+        return _PartsOfPass(self)
+
+    @property
+    def sampler(self) -> Any:
+        """What draws the order of the rows."""
+        return self.batches.sampler
+
+
+class _PartsOfPass(Iterator[list[int]]):
+    """One pass over the parts; its state brings back where it is, by that of the batches' iterator if it has one."""
+
+    def __init__(self, parts: _Parts) -> None:
+        self._parts = parts
+        self._batches = iter(parts.batches)
+        self._taken = 0
+
+    @override
+    def __iter__(self) -> Self:
+        return self
+
+    @override
+    def __next__(self) -> list[int]:
+        rank, size = self._parts.peers.rank, self._parts.peers.size
+        while True:
+            batch = next(self._batches)
+            self._taken += 1
+            indices: list[int] = batch[rank::size]
+            if indices and (self._parts.whole or len(batch) >= size):
+                return indices
+
+    def state_dict(self) -> State:
+        """Return the place in the pass."""
+        batches: Any = self._batches
+        return {"taken": self._taken, "batches": batches.state_dict() if hasattr(batches, "state_dict") else None}
+
+    def load_state_dict(self, state: State) -> None:
+        """Go to a place, in a pass that has just begun."""
+        batches: Any = self._batches
+        if state["batches"] is not None:
+            batches.load_state_dict(state["batches"])
+        for _ in range(0 if state["batches"] is not None else state["taken"]):
+            next(batches)
+        self._taken = state["taken"]

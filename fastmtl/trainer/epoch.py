@@ -13,7 +13,7 @@ from fastmtl.engine.labels import are_complete, present_tasks
 from fastmtl.engine.losses import LabelError
 from fastmtl.errors import FastmtlError, UsageError
 from fastmtl.support.profiling import part
-from fastmtl.trainer.checkpoint.files import rng_state, set_rng_state
+from fastmtl.trainer.checkpoint.data import TrainingData
 from fastmtl.trainer.checkpoint.writer import Checkpoints
 from fastmtl.trainer.compile.report import measure_compiled
 from fastmtl.trainer.evaluation import report
@@ -21,7 +21,7 @@ from fastmtl.trainer.faults import check_labels, of_data_set, unfit_inputs
 from fastmtl.trainer.log.records import StepBuffer
 from fastmtl.trainer.optim.optimizer import check_optimized, set_mode
 from fastmtl.trainer.run.interrupt import DeferredInterrupt
-from fastmtl.trainer.setup.loaders import count_batches, train_batches
+from fastmtl.trainer.setup.loaders import count_batches
 from fastmtl.trainer.state import TrainerState
 from fastmtl.trainer.step import Predictions
 
@@ -38,7 +38,8 @@ class TrainingEpoch:
     Args:
         trainer: The trainer.
         checkpoints: Its checkpoints.
-        loaders: Its training data.
+        data: Its training data.
+        loaders: The loaders of them.
         index: The epoch, from 0.
         steps: Steps of an epoch.
         interrupt: Holds Ctrl-C back until a step is done.
@@ -48,6 +49,7 @@ class TrainingEpoch:
         self,
         trainer: TrainerState,
         checkpoints: Checkpoints,
+        data: TrainingData,
         loaders: Any,
         index: int,
         steps: int,
@@ -55,13 +57,13 @@ class TrainingEpoch:
     ) -> None:
         self._trainer = trainer
         self._checkpoints = checkpoints
+        self._data = data
         self._loaders = loaders
         self._index = index
         self._steps = steps
         self._interrupt = interrupt
         self._buffer = StepBuffer()
         self._last: tuple[Any, Any] | None = None
-        self._rng: dict[str, Any] = {}
 
     def run(self, start: Mapping[str, Any]) -> None:
         """Train from step ``start["batch"]`` on, which is where a checkpoint left off."""
@@ -112,7 +114,7 @@ class TrainingEpoch:
                 self._log(done)
             if done < steps:
                 if saves:
-                    self._checkpoints.save_last(self._index, done, self._rng)
+                    self._checkpoints.save_last(self._index, done)
                 self._check_interrupt(done)
         if profiler is not None:
             profiler.finish()
@@ -125,23 +127,13 @@ class TrainingEpoch:
         self._check_interrupt(steps)
 
     def _batches(self, start: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
-        """Return the epoch's batches from step ``start["batch"]`` on, with the random numbers they had then."""
+        """Return the epoch's batches from step ``start["batch"]`` on."""
         trainer, step = self._trainer, self._trainer.step
-        skip, generators = start["batch"], self._checkpoints.generators
-        self._rng = rng_state(generators)
-        if skip:
-            self._rng = start["epoch_rng"]
-            set_rng_state(self._rng, generators)
         # An epoch's last step accumulates what is left of it.
         total = self._steps * step.batches
         if step.options.accumulate > 1:
             total = count_batches(self._loaders, trainer.multi_input, trainer.limit_batches)
-        batches = train_batches(self._loaders, trainer.task_name, trainer.multi_input, total)
-        for _ in range(skip * step.batches):
-            next(batches)
-        if skip:
-            set_rng_state(start["rng"], generators)
-        return batches
+        return self._data.batches(start, start["batch"] * step.batches, total)
 
     def _step(
         self, batches: list[tuple[Any, Any]], present: list[int] | None, complete: bool
@@ -199,7 +191,7 @@ class TrainingEpoch:
                 self._log(done)
             # Processes are interrupted at different steps, so what they would have to collect is not one state.
             if not self._checkpoints.gathers:
-                self._checkpoints.save_last(self._index, done, self._rng)
+                self._checkpoints.save_last(self._index, done, gather=False)
             raise
 
     def _log(self, done: int) -> None:

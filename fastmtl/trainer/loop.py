@@ -8,6 +8,7 @@ import numpy as np
 
 from fastmtl.errors import UsageError
 from fastmtl.support.hyper import check_value, declared
+from fastmtl.trainer.checkpoint.data import TrainingData
 from fastmtl.trainer.checkpoint.files import set_rng_state
 from fastmtl.trainer.checkpoint.resume import BEGINNING
 from fastmtl.trainer.checkpoint.writer import Checkpoints
@@ -17,7 +18,7 @@ from fastmtl.trainer.log.logger import RunInfo
 from fastmtl.trainer.optim.schedule import Place
 from fastmtl.trainer.run.config import TrainConfig
 from fastmtl.trainer.run.interrupt import DeferredInterrupt
-from fastmtl.trainer.setup.loaders import check_loaders, count_batches, generators
+from fastmtl.trainer.setup.loaders import check_loaders, count_batches
 from fastmtl.trainer.state import TrainerState
 
 __all__ = ["run_epochs"]
@@ -45,9 +46,11 @@ def run_epochs(
         trainer.schedule.begin(Place(epochs, steps, info.start_epoch, info.start_batch))
     # Where a checkpoint left off; a further call begins anew, from the parameters of now.
     start, trainer.start = trainer.start, BEGINNING
-    checkpoints.generators = generators(train_dataloaders, trainer.multi_input)
+    data = TrainingData(train_dataloaders, trainer.task_name, trainer.multi_input, trainer.peers)
+    data.check(start)
+    checkpoints.data = data
     if "rng" in start:
-        set_rng_state(start["rng"], checkpoints.generators)
+        set_rng_state(start["rng"], data.generators)
     known = np.array(start["train_losses"]).reshape(trainer.task_num, -1)[:, :epochs]
     trainer.model.train_loss_buffer[:, : known.shape[1]] = known
     trainer.model.epochs = epochs
@@ -56,7 +59,8 @@ def run_epochs(
         with DeferredInterrupt(tells=trainer.peers.is_main_process) as interrupt:
             for epoch in range(start["epoch"], epochs):
                 if start["batch"] < steps:
-                    TrainingEpoch(trainer, checkpoints, train_dataloaders, epoch, steps, interrupt).run(start)
+                    loaders = train_dataloaders
+                    TrainingEpoch(trainer, checkpoints, data, loaders, epoch, steps, interrupt).run(start)
                 start = BEGINNING
                 _evaluate_epoch(trainer, checkpoints, val_dataloaders, test_dataloaders, epoch)
                 interrupt.check()
@@ -88,7 +92,7 @@ def _evaluate_epoch(trainer: TrainerState, checkpoints: Checkpoints, val: Any, t
     evaluate(trainer, test, "test", epoch)
     trainer.schedule.after_epoch(0.0 if trainer.meter.improvement is None else trainer.meter.improvement)
     checkpoints.save_best(epoch)
-    checkpoints.save_last(epoch + 1, 0, None)
+    checkpoints.save_last(epoch + 1, 0)
 
 
 def _run_info(trainer: TrainerState, epochs: int, steps: int) -> RunInfo:

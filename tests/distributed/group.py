@@ -22,7 +22,7 @@ from torch._dynamo.backends.debugging import aot_eager
 from torch.utils.data import DataLoader, default_collate
 
 from fastmtl.architecture.MTAN import MTAN
-from fastmtl.distributed import find_peers, leave, shard
+from fastmtl.distributed import Peers, find_peers, leave, shard
 from fastmtl.loss import CELoss, FocalLoss, HuberLoss, MSELoss
 from tests.trainer.toy import flat, force_way, loaders, make_trainer, task_dict
 
@@ -56,6 +56,13 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float64
     partial: bool = False
+
+
+class Seat(Peers):
+    """A place in a group that is never met."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size, self.is_main_process = rank, size, rank == 0
 
 
 class FixedMTAN(MTAN):

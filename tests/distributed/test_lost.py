@@ -124,9 +124,9 @@ def test_checkpoints_within_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyP
     seen = []
     save = trainer.checkpoints.save_last
 
-    def noted(epoch: int, batch: int, epoch_rng: Any) -> None:
+    def noted(epoch: int, batch: int) -> None:
         seen.append((epoch, batch))
-        save(epoch, batch, epoch_rng)
+        save(epoch, batch)
 
     monkeypatch.setattr(trainer.checkpoints, "save_last", noted)
     trainer.train(loaders(rows=40), loaders(), 2)

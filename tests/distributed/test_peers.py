@@ -18,16 +18,9 @@ from fastmtl.distributed import Peers, find_peers, join, shard
 from fastmtl.errors import UsageError
 from fastmtl.metrics import AbsMetric, NormalMetric
 from fastmtl.trainer.log.records import StepBuffer
-from tests.distributed.group import TASKS, grouped, in_processes
+from tests.distributed.group import TASKS, Seat, grouped, in_processes
 from tests.distributed.looking import Looking
 from tests.trainer.toy import encoder, flat, loaders, make_trainer
-
-
-class _Seat(Peers):
-    """A place in a group that is never met."""
-
-    def __init__(self, rank: int, size: int) -> None:
-        self.rank, self.size, self.is_main_process = rank, size, rank == 0
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -38,7 +31,7 @@ def test_parts_of_batches_make_the_batches(rows: int, size: int, whole: bool) ->
     found: list[list[float]] = [[] for _ in wanted]
     for rank in range(size):
         given.generator.manual_seed(0)
-        mine = shard(given, _Seat(rank, size), whole=whole)
+        mine = shard(given, Seat(rank, size), whole=whole)
         parts = [x[:, 0].tolist() for x, _ in mine]
         assert len(parts) == len(mine)
         for all_rows, part in zip(found, parts, strict=False):
@@ -49,7 +42,7 @@ def test_parts_of_batches_make_the_batches(rows: int, size: int, whole: bool) ->
 
 def test_batches_smaller_than_the_group_are_refused() -> None:
     with pytest.raises(UsageError, match="at least 9, the number of processes, got 8"):
-        shard(loaders(), _Seat(0, 9))
+        shard(loaders(), Seat(0, 9))
 
 
 def test_alone_there_are_no_peers(monkeypatch: pytest.MonkeyPatch) -> None:

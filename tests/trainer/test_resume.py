@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import resource
 import signal
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from fastmtl.errors import CheckpointError
 from fastmtl.trainer.checkpoint.files import read_checkpoint, save_atomically
@@ -65,6 +68,72 @@ def test_loaders_with_generators_of_their_own(multi_input: bool, tmp_path: Path)
     second = make_trainer(resume=str(tmp_path / "last.pt"), **options)
     second.train(data(), loaders(multi_input=multi_input), 3)
     assert torch.equal(flat(second.model.parameters()), flat(whole.model.parameters()))
+
+
+def _with_workers(workers: int, **options: Any) -> Any:
+    """Return a loader of three batches, whose generator draws the order."""
+    drawn_by = torch.Generator().manual_seed(7)
+    return DataLoader(loaders().dataset, 8, shuffle=True, generator=drawn_by, num_workers=workers, **options)
+
+
+def _run(data: Any, epochs: int = 3, **options: Any) -> torch.Tensor:
+    trainer = make_trainer(**OPTIONS | options)
+    trainer.train(data, loaders(), epochs)
+    return flat(trainer.model.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("persistent", [False, True])
+def test_loaders_with_workers(persistent: bool, tmp_path: Path) -> None:
+    """Workers that persist are seeded, from the numbers that draw the order too, in their first epoch alone."""
+    options = {"workers": 1, "persistent_workers": persistent}
+    wanted = _run(_with_workers(**options))
+    for name in ("within", "after"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        _run(_with_workers(**options), save_path=str(tmp_path / "within"), logger=InterruptAt(4))
+    _run(_with_workers(**options), 2, save_path=str(tmp_path / "after"))
+    for name in ("within", "after"):
+        assert torch.equal(_run(_with_workers(**options), resume=str(tmp_path / name)), wanted), name
+    if persistent:
+        with pytest.raises(CheckpointError, match="workers that last for several epochs drew the order"):
+            _run(_with_workers(0), resume=str(tmp_path / "within"))
+
+
+class _Counting:
+    """A loader of three batches that knows how far it is; the rows are those of toy's, in order."""
+
+    def __init__(self) -> None:
+        self.rows = loaders()
+        self.begins = self.taken = self.loaded = 0
+
+    def __iter__(self) -> Iterator[object]:
+        self.taken, self.begins = self.begins, 0
+        for batch in islice(self.rows, self.taken, None):
+            self.taken += 1
+            self.loaded += 1
+            yield batch
+
+    def __len__(self) -> int:
+        return 3
+
+    def state_dict(self) -> dict[str, int]:
+        return {"taken": self.taken}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.begins = state["taken"]
+
+
+def test_a_loader_that_knows_its_place_skips_nothing(tmp_path: Path) -> None:
+    wanted = _run(_Counting())
+    with pytest.raises(KeyboardInterrupt):
+        _run(_Counting(), save_path=str(tmp_path), logger=InterruptAt(4))
+    data = _Counting()
+    assert torch.equal(_run(data, resume=str(tmp_path)), wanted)
+    # One of the second epoch and three of the third.
+    assert data.loaded == 1 + 3
+    with pytest.raises(CheckpointError, match="the checkpoint has state of train_dataloaders"):
+        _run(loaders(), resume=str(tmp_path))
 
 
 @pytest.mark.parametrize("step", [4, 5])

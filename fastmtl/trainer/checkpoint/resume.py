@@ -76,7 +76,9 @@ def resume_run(trainer: TrainerState, path: Path) -> Saved:
     )
     trainer.meter.base_result = state["base_result"]
     trainer.meter.best_result = state["best_result"]
-    return {key: state[key] for key in (*BEGINNING, "rng", "epoch_rng")}
+    place = {key: state[key] for key in (*BEGINNING, "rng", "epoch_rng")}
+    # Older ones have none.
+    return place | {"data": state.get("data", {})}
 
 
 def _refuse_other_losses(before: list[list[str]], trainer: TrainerState, path: Path) -> None:

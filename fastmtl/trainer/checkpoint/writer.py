@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 
 from fastmtl.distributed import Peers
-from fastmtl.trainer.checkpoint.files import Saved, rng_state, save_atomically
+from fastmtl.trainer.checkpoint.data import TrainingData
+from fastmtl.trainer.checkpoint.files import save_atomically
 from fastmtl.trainer.checkpoint.resume import run_state
 from fastmtl.trainer.checkpoint.start import described
 from fastmtl.trainer.state import TrainerState
@@ -20,17 +21,18 @@ class Checkpoints:
 
     def __init__(self, trainer: TrainerState) -> None:
         self._trainer = trainer
-        # Those that the loaders have of their own.
-        self.generators: list[torch.Generator] = []
+        self.data: TrainingData | None = None
         # Whether processes have parts of what is saved, so that all of them must take part.
         self.gathers = False
+        # Whether any process writes.
+        self._saves = False
 
     def agree(self, peers: Peers) -> None:
         """Find out whether all processes take part; the leading one alone writes."""
         trainer = self._trainer
         in_pieces = trainer.step.comm.shards_rows and bool(trainer.model.row_states)
-        saves = peers.all_gather_object(trainer.save_path is not None)[0]
-        self.gathers = saves and (in_pieces or trainer.storage.is_sharded)
+        self._saves = peers.all_gather_object(trainer.save_path is not None)[0]
+        self.gathers = self._saves and (in_pieces or trainer.storage.is_sharded)
         if not peers.is_main_process:
             trainer.save_path = None
 
@@ -57,9 +59,19 @@ class Checkpoints:
         print(f"Save Model {epoch} to {best}")
         trainer.logger.on_checkpoint(best, "best")
 
-    def save_last(self, epoch: int, batch: int, epoch_rng: Saved | None) -> None:
-        """Write everything that is needed to go on with batch ``batch`` of epoch ``epoch``."""
+    def save_last(self, epoch: int, batch: int, *, gather: bool = True) -> None:
+        """Write everything that is needed to go on with step ``batch`` of epoch ``epoch``.
+
+        Args:
+            epoch: The epoch.
+            batch: The step.
+            gather: Whether all processes call this.
+        """
         trainer = self._trainer
+        if not self._saves:
+            return
+        assert self.data is not None
+        place = {"epoch": epoch, "batch": batch} | self.data.place(batch, gather)
         if trainer.save_path is None and not self.gathers:
             return
         state = run_state(trainer)
@@ -68,7 +80,6 @@ class Checkpoints:
         trainer.guard.check(self.last_one())
         self._check_finite(state["model"])
         path = trainer.save_path / "last.pt"
-        place = {"epoch": epoch, "batch": batch, "rng": rng_state(self.generators), "epoch_rng": epoch_rng}
         place["loss_sums"] = trainer.meter.loss_sums() if batch else {}
         save_atomically(state | place, path)
         trainer.logger.on_checkpoint(path, "last")

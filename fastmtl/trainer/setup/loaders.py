@@ -17,6 +17,8 @@ from fastmtl.support.named import own_place
 __all__ = [
     "Loader",
     "Loaders",
+    "Pair",
+    "by_task",
     "check_loaders",
     "count_batches",
     "eval_batches",
@@ -45,7 +47,7 @@ class Loader(Protocol):
 Loaders = Loader | Mapping[str, Loader]
 
 
-def _by_task(loaders: Loaders, multi_input: bool) -> Mapping[str | None, Loader]:
+def by_task(loaders: Loaders, multi_input: bool) -> Mapping[str | None, Loader]:
     """Return the loaders by task; the one for all of them by None."""
     return cast(Mapping[str | None, Loader], loaders) if multi_input else {None: loaders}
 
@@ -84,14 +86,14 @@ def check_loaders(loaders: Loaders, tasks: list[str], multi_input: bool, what: s
         raise UsageError(
             f"{what} must be a dictionary of loaders by task when multi_input is True, got {type(loaders).__name__}."
         )
-    by_task = _by_task(loaders, multi_input)
+    given = by_task(loaders, multi_input)
     for task, name in _names(tasks, multi_input, what):
-        if task not in by_task:
-            raise UsageError(f"{what} has no loader for the task {task!r}, only for {', '.join(map(str, by_task))}.")
+        if task not in given:
+            raise UsageError(f"{what} has no loader for the task {task!r}, only for {', '.join(map(str, given))}.")
         try:
-            empty = len(by_task[task]) == 0
+            empty = len(given[task]) == 0
         except TypeError:
-            kind = type(by_task[task]).__name__
+            kind = type(given[task]).__name__
             raise UsageError(f"{name} must be a loader of known length, got a {kind}, which has none.") from None
         if empty:
             of_task = "" if task is None else f" for the task {task!r}"
@@ -108,8 +110,9 @@ def _names(tasks: list[str], multi_input: bool, what: str) -> list[tuple[str | N
 def generators(loaders: Loaders, multi_input: bool) -> list[torch.Generator]:
     """Return the random generators the loaders have of their own, which draw the order of the rows."""
     unique: list[torch.Generator] = []
-    for loader in _by_task(loaders, multi_input).values():
-        for owner in (loader, getattr(loader, "sampler", None)):
+    for loader in by_task(loaders, multi_input).values():
+        of_batches = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
+        for owner in (loader, getattr(loader, "sampler", None), of_batches):
             generator = getattr(owner, "generator", None)
             if isinstance(generator, torch.Generator) and not any(generator is other for other in unique):
                 unique.append(generator)
@@ -118,32 +121,47 @@ def generators(loaders: Loaders, multi_input: bool) -> list[torch.Generator]:
 
 def count_batches(loaders: Loaders, multi_input: bool, limit: int | None) -> int:
     """Return the number of training steps in an epoch: the longest loader's."""
-    count = max(map(len, _by_task(loaders, multi_input).values()))
+    count = max(map(len, by_task(loaders, multi_input).values()))
     return count if limit is None else min(count, limit)
 
 
-def train_batches(loaders: Loaders, tasks: list[str], multi_input: bool, count: int) -> Iterator[Pair]:
-    """Yield ``count`` batches of inputs and labels, anything else is refused; a loader that runs out starts again."""
-    by_task = _by_task(loaders, multi_input)
-    streams = {task: _endless(by_task[task], name) for task, name in _names(tasks, multi_input, "train_dataloaders")}
+def train_batches(
+    loaders: Loaders,
+    tasks: list[str],
+    multi_input: bool,
+    count: int,
+    begun: Mapping[str | None, Iterator[object]] | None = None,
+) -> Iterator[Pair]:
+    """Yield ``count`` batches of inputs and labels, anything else is refused; a loader that runs out starts again.
+
+    Args:
+        loaders: The loaders.
+        tasks: The tasks.
+        multi_input: Whether each task has a loader.
+        count: The number of batches.
+        begun: Iterators over the loaders that are taken up where they are, which may be at their end.
+    """
+    given, begun = by_task(loaders, multi_input), begun or {}
+    names = _names(tasks, multi_input, "train_dataloaders")
+    streams = {task: _endless(given[task], name, begun.get(task)) for task, name in names}
     for _ in range(count):
         batch = {task: next(stream) for task, stream in streams.items()}
         if multi_input:
             yield {task: pair[0] for task, pair in batch.items()}, {task: pair[1] for task, pair in batch.items()}
         else:
             inputs, labels = batch[None]
-            yield inputs, _checked(labels, tasks, by_task[None])
+            yield inputs, _checked(labels, tasks, given[None])
 
 
 def eval_batches(
     loaders: Loaders, tasks: list[str], multi_input: bool, limit: int | None, what: str
 ) -> Iterator[tuple[str | None, Any, Any]]:
     """Yield (task or None, inputs, labels) of every batch once; anything else is refused."""
-    by_task = _by_task(loaders, multi_input)
+    given = by_task(loaders, multi_input)
     for task, name in _names(tasks, multi_input, what):
-        for batch in islice(by_task[task], limit):
-            inputs, labels = _pair(batch, name, by_task[task])
-            yield task, inputs, labels if multi_input else _checked(labels, tasks, by_task[task])
+        for batch in islice(given[task], limit):
+            inputs, labels = _pair(batch, name, given[task])
+            yield task, inputs, labels if multi_input else _checked(labels, tasks, given[task])
 
 
 def place_of_data(loader: Any) -> str:
@@ -156,7 +174,9 @@ def place_of_data(loader: Any) -> str:
     return place
 
 
-def _endless(loader: Loader, what: str) -> Iterator[Pair]:
+def _endless(loader: Loader, what: str, begun: Iterator[object] | None) -> Iterator[Pair]:
+    for batch in begun or ():
+        yield _pair(batch, what, loader)
     while True:
         empty = True
         for batch in loader:
