@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -17,6 +17,7 @@ __all__ = [
     "Complete",
     "LossState",
     "PerClass",
+    "added",
     "differs",
     "is_complete",
     "mean_known",
@@ -196,6 +197,17 @@ class AbsLoss:
         self.record = [loss for losses in peers.all_gather_object(self.record) for loss in losses]
         self.bs = [size for sizes in peers.all_gather_object(self.bs) for size in sizes]
         self._running.sync(peers)
+
+
+def added(states: Sequence[LossState]) -> LossState:
+    """Return the state of a loss that has accumulated what several have."""
+    if len(states) == 1:
+        return states[0]
+    totals = [total for _, _, (total, _) in states if total is not None]
+    total = torch.stack(totals).sum() if totals else None
+    weight = sum(weight for _, _, (_, weight) in states)
+    record = [loss for losses, _, _ in states for loss in losses]
+    return record, [size for _, sizes, _ in states for size in sizes], (total, weight)
 
 
 def updates_itself(loss: AbsLoss) -> bool:

@@ -9,11 +9,11 @@ from typing import Any, Self
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from fastmtl.distributed.peers import Peers
+from fastmtl.distributed.peers import Alone, Peers
 from fastmtl.errors import UsageError
 from fastmtl.support.kinds import State
 
-__all__ = ["shard"]
+__all__ = ["is_shard", "rows_of_batch", "shard"]
 
 _KEPT = (
     *("collate_fn", "generator", "num_workers", "persistent_workers", "pin_memory", "prefetch_factor", "timeout"),
@@ -49,6 +49,21 @@ def shard(loaders: Any, peers: Peers, *, whole: bool = False) -> Any:
     kind = type(loaders) if hasattr(loaders, "load_state_dict") else DataLoader
     options: dict[str, Any] = {name: getattr(loaders, name) for name in _KEPT if hasattr(loaders, name)}
     return kind(loaders.dataset, batch_sampler=_Parts(batches, peers, whole), **options)
+
+
+def is_shard(loader: object) -> bool:
+    """Return whether a loader is one that :func:`shard` has made."""
+    return isinstance(getattr(loader, "batch_sampler", None), _Parts)
+
+
+def rows_of_batch(loader: object, peers: Peers) -> int | None:
+    """Return the rows of a batch of all processes, which call this together; None if the loaders do not tell."""
+    batches: Any = getattr(loader, "batch_sampler", None)
+    if isinstance(batches, _Parts):
+        batches, peers = batches.batches, Alone()
+    own: int | None = getattr(batches, "batch_size", None) or getattr(loader, "batch_size", None)
+    sizes = [size for size in peers.all_gather_object(own) if size is not None]
+    return sum(sizes) if len(sizes) == peers.size else None
 
 
 @dataclass

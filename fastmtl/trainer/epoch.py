@@ -80,7 +80,7 @@ class TrainingEpoch:
         batches = self._batches(start)
         trainer.guard.start(self._index * steps + skip)
         meter.begin()
-        meter.go_on(start["loss_sums"])
+        meter.go_on(*self._data.loss_sums(start))
         for index in range(skip, steps):
             if profiler is not None and step.trial.settled:
                 profiler.before_step(step.warmth)

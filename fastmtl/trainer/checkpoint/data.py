@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from fastmtl.distributed import Peers
+from fastmtl.distributed.loading import is_shard, rows_of_batch
 from fastmtl.engine.trees import map_tree
 from fastmtl.errors import CheckpointError, UsageError
 from fastmtl.support.kinds import State
+from fastmtl.trainer.checkpoint.epochs import check_batches, is_random
 from fastmtl.trainer.checkpoint.files import Saved, rng_state, set_rng_state
 from fastmtl.trainer.optim.schedule import storable
 from fastmtl.trainer.setup.loaders import Loader, Loaders, Pair, by_task, generators, train_batches
@@ -57,6 +59,14 @@ class TrainingData:
         self.generators = generators(loaders, multi_input)
         # Of loaders of which some draw their order again, all must: they may share random numbers.
         self._has_state = all(self._keeps_place(loader) for loader in self._by_task.values())
+        loaders_of = self._by_task.values()
+        # What must be the same for an epoch to go on.
+        self._batches: Saved = {
+            "processes": peers.size,
+            "rows": [rows_of_batch(loader, peers) for loader in loaders_of],
+            "batches": [len(loader) for loader in loaders_of],
+            "divided": all(map(is_shard, loaders_of)),
+        }
         # As they were when the epoch began.
         self._epoch_rng: Saved = {}
         self._persisted: list[bool] = []
@@ -73,21 +83,28 @@ class TrainingData:
         finally:
             set_rng_state(before, self.generators)
 
-    def place(self, batch: int, gather: bool) -> Saved:
+    def place(self, batch: int, loss_sums: State, gather: bool) -> Saved:
         """Return the place after ``batch`` steps of an epoch, for a checkpoint; 0 for an epoch's beginning.
 
         Args:
             batch: The steps.
-            gather: Whether all processes call this, so that each one's state is in it.
+            loss_sums: The losses of this process's rows so far.
+            gather: Whether all processes call this, so that what each one has is in it.
         """
-        place: Saved = {"rng": rng_state(self.generators), "epoch_rng": None}
+        place: Saved = {"rng": rng_state(self.generators), "epoch_rng": None, "loss_sums": {}}
         if not batch:
             return place | {"data": {"persisted": self._persisting()}}
-        states = None
-        if self._has_state and (gather or self._peers.size == 1):
-            states = self._peers.all_gather_object(self._states())
-        data = {"persisted": self._persisted, "has_state": self._has_state, "states": states}
-        return place | {"epoch_rng": self._epoch_rng, "data": data}
+        own = {"loss_sums": loss_sums, "loaders": self._states() if self._has_state else None}
+        each = self._peers.all_gather_object(map_tree(_on_host, own)) if gather else [own]
+        data = {"persisted": self._persisted, "has_state": self._has_state, "each": each}
+        return place | {"epoch_rng": self._epoch_rng, "loss_sums": loss_sums, "data": self._batches | data}
+
+    def loss_sums(self, start: Mapping[str, Any]) -> Sequence[State]:
+        """Return the losses so far of the epoch, in parts, that this process takes over."""
+        each = [each["loss_sums"] for each in start.get("data", {}).get("each", [start])]
+        if len(each) == self._peers.size:
+            return each[self._peers.rank : self._peers.rank + 1]
+        return each if self._peers.is_main_process else []
 
     def _states(self) -> list[object]:
         try:
@@ -113,8 +130,17 @@ class TrainingData:
                 f"{_GO_ON}: the checkpoint {kept} state of train_dataloaders (StatefulDataLoader), those of this run "
                 f"{lacking}, and would give the epoch's rows in another order."
             )
+        check_batches(saved, self._batches)
+        if saved["processes"] != self._peers.size:
+            random = self._peers.all_reduce_any([any(map(is_random, self._by_task.values()))])[0]
+            if random:
+                raise CheckpointError(
+                    f"Within an epoch a run cannot go on with {self._peers.size} processes in place of "
+                    f"{saved['processes']} where rows are changed at random, as train_dataloaders' are: each process "
+                    "draws the numbers of its own rows. Start as many processes as before."
+                )
         lost = [before and not now for before, now in zip(saved["persisted"], self._persistent(), strict=False)]
-        if any(lost) and saved["states"] is None:
+        if any(lost) and self._states_of(saved) is None:
             raise CheckpointError(
                 f"{_GO_ON}: workers that last for several epochs drew the order of this one, so give "
                 "train_dataloaders persistent_workers and num_workers above 0."
@@ -135,15 +161,21 @@ class TrainingData:
             return self._train_batches(count)
         self._epoch_rng, self._persisted = start["epoch_rng"], saved.get("persisted", [])
         set_rng_state(self._epoch_rng, self.generators)
-        states = saved.get("states")
-        if states is not None and len(states) == self._peers.size:
-            batches = self._train_batches(count - skip, self._taken_up(states[self._peers.rank]))
+        states = self._states_of(saved)
+        if states is not None:
+            batches = self._train_batches(count - skip, self._taken_up(states))
         else:
             batches = self._train_batches(count)
             for _ in range(skip):
                 next(batches)
         set_rng_state(start["rng"], self.generators)
         return batches
+
+    def _states_of(self, saved: Saved) -> list[object] | None:
+        """Return the states of this process's loaders; None if there are none, or of other processes."""
+        each = saved.get("each", [])
+        states: list[object] | None = each[self._peers.rank]["loaders"] if len(each) == self._peers.size else None
+        return states
 
     def _train_batches(self, count: int, begun: Mapping[str | None, Iterator[object]] | None = None) -> Iterator[Pair]:
         return train_batches(self._loaders, self._tasks, self._multi_input, count, begun)

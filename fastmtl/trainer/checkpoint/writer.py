@@ -71,7 +71,9 @@ class Checkpoints:
         if not self._saves:
             return
         assert self.data is not None
-        place = {"epoch": epoch, "batch": batch} | self.data.place(batch, gather)
+        # Of an interrupt other processes know nothing.
+        gather = gather or trainer.peers.size == 1
+        place = {"epoch": epoch, "batch": batch} | self.data.place(batch, trainer.meter.loss_sums(), gather)
         if trainer.save_path is None and not self.gathers:
             return
         state = run_state(trainer)
@@ -80,7 +82,6 @@ class Checkpoints:
         trainer.guard.check(self.last_one())
         self._check_finite(state["model"])
         path = trainer.save_path / "last.pt"
-        place["loss_sums"] = trainer.meter.loss_sums() if batch else {}
         save_atomically(state | place, path)
         trainer.logger.on_checkpoint(path, "last")
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastmtl._loss.base import LossState, updates_itself
+from fastmtl._loss.base import LossState, added, updates_itself
 from fastmtl._metrics.missing import marked
 from fastmtl.distributed import Alone, Peers
 from fastmtl.engine.labels import labelled_entries, labelled_places
@@ -148,11 +148,17 @@ class PerformanceMeter:
         self._add_up()
         return {task: self.losses[task]._state() for task in self._seen}
 
-    def go_on(self, loss_sums: Mapping[str, LossState]) -> None:
-        """Take up a pass that was interrupted: its losses, which strategies may read; its metrics begin anew."""
-        for task, state in loss_sums.items():
-            self.losses[task]._restore(state)
-            self._seen.add(task)
+    def go_on(self, *loss_sums: Mapping[str, LossState]) -> None:
+        """Take up a pass that was interrupted: its losses, which strategies may read; its metrics begin anew.
+
+        Args:
+            loss_sums: The losses of parts of the batches.
+        """
+        for task in self.task_name:
+            states = [sums[task] for sums in loss_sums if task in sums]
+            if states:
+                self.losses[task]._restore(added(states))
+                self._seen.add(task)
 
     @torch.no_grad()
     def end(self) -> None:
