@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastmtl.errors import PeerError, UsageError
 
-__all__ = ["Alone", "Peers", "find_peers", "join", "leave", "together"]
+__all__ = ["Alone", "Peers", "find_peers", "join", "leave", "peer_errors", "together"]
 
 T = TypeVar("T")
 
@@ -120,7 +120,7 @@ class Synced(Protocol):
 
 
 @contextlib.contextmanager
-def _peer_errors() -> Iterator[None]:
+def peer_errors() -> Iterator[None]:
     """Raise a PeerError in place of the errors of collectives."""
     try:
         yield
@@ -166,7 +166,7 @@ class Peers:
         """Return the same processes."""
         return self
 
-    @_peer_errors()
+    @peer_errors()
     def _send(self, collective: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """Call a collective of ``torch.distributed``; do nothing for a single process."""
         return collective(*args, group=self.group, **options) if self.size > 1 else None
@@ -202,11 +202,11 @@ class Peers:
 
         Returns a function that waits; neither tensor may be changed before.
         """
-        return _peer_errors()(self._send(_reduce_scatter, out, flat, async_op=True).wait)
+        return peer_errors()(self._send(_reduce_scatter, out, flat, async_op=True).wait)
 
     def all_gather(self, out: Tensor, part: Tensor) -> Callable[[], Any]:
         """Start to fill ``out`` (n,) with the parts (n / W,) of all processes; return a function that waits."""
-        return _peer_errors()(self._send(_all_gather, out, part, async_op=True).wait)
+        return peer_errors()(self._send(_all_gather, out, part, async_op=True).wait)
 
     def exchange(self, numbers: Sequence[Sequence[int]]) -> list[list[int]]:
         """Return the numbers that each process has for this one, from those this one has for each; the host waits."""

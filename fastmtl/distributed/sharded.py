@@ -11,11 +11,26 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from fastmtl.distributed.peers import Peers
+from fastmtl.distributed.peers import Peers, peer_errors
 from fastmtl.errors import UsageError
 from fastmtl.support.kinds import State
 
 __all__ = ["ShardedModel"]
+
+
+class _AllGather:
+    """FSDP's all-gather, which says what others do if a process is lost; it has FSDP's interface of one."""
+
+    def __init__(self, peers: Peers) -> None:
+        self._peers = peers
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return memory for the gathered parameters."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: object, async_op: bool = False) -> None:
+        """Fill ``output_tensor`` with all processes' parts; on a GPU the stream waits, not the host."""
+        self._peers.all_gather(output_tensor, input_tensor)()
 
 
 class ShardedModel:
@@ -48,9 +63,11 @@ class ShardedModel:
         device = next(model.parameters()).device.type
         # Scalars cannot be sharded.
         whole = {*kept, *(param for param in model.parameters() if not param.dim())}
-        self._model: Any = fully_shard(
-            model, mesh=init_device_mesh(device, (peers.size,)), reshard_after_forward=False, ignored_params=whole
-        )
+        with peer_errors():
+            mesh = init_device_mesh(device, (peers.size,))
+        self._model: Any = fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=whole)
+        all_gather: Any = _AllGather(Peers(mesh.get_group()))
+        self._model.set_custom_all_gather(all_gather)
         self._model.set_requires_gradient_sync(False)
         self._model.set_reshard_after_backward(False)
         shards = {

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,43 +14,27 @@ import torch
 from fastmtl.distributed import elastic, join
 from fastmtl.errors import UsageError
 from fastmtl.trainer.run.directory import RunDirectory
+from tests.distributed.doomed import OPTIONS, ROOT, environment, launch
 from tests.trainer.toy import loaders, make_trainer
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = str(Path(__file__).with_name("doomed.py"))
-OPTIONS = (
-    "train --weighting mgda --encoder conv --train-size 64 --batch-size 16 --test-batch-size 16 --epochs 3 "
-    "--limit-batches 4 --device cpu --no-plot --no-tensorboard --checkpoint-every 2 --peer-timeout {timeout} --run-dir"
-)
-
-
-def _env(**more: str) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more}
-
-
-def _launch(folder: Path, doom: str, *options: str) -> Any:
-    launched = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", *options]
-    done = subprocess.run(
-        [*launched, SCRIPT, *OPTIONS.format(timeout=60).split(), str(folder)],
-        env=_env(DOOM=doom),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return torch.load(folder / "last.pt", weights_only=True), done.stdout
 
 
 @pytest.mark.slow
-def test_a_killed_process_changes_nothing(tmp_path: Path) -> None:
-    whole, _ = _launch(tmp_path / "whole", "SIGKILL:0")
-    resumed, printed = _launch(tmp_path / "killed", "SIGKILL:7", "--max-restarts", "1")
+@pytest.mark.parametrize("shard", ["none", "fsdp"])
+def test_killed_processes_change_nothing(tmp_path: Path, shard: str) -> None:
+    """Three deaths of random ranks before a message, which the others wait for, and one before a step."""
+    options = ("--shard", shard)
+    whole, _, _ = launch(tmp_path / "whole", "SIGKILL:0", *options)
+    once, printed, _ = launch(tmp_path / "once", "SIGKILL:7", *options, restarts=1)
     # The epochs' lines are printed once, but for the one that was cut off.
     assert printed.count("Epoch: 0000 | TRAIN:") == 1
-    assert resumed["epoch"] == whole["epoch"] == 3
-    for name, wanted in whole["model"].items():
-        assert torch.equal(resumed["model"][name], wanted), name
+    often, _, deaths = launch(tmp_path / "often", "random:1:3", *options, restarts=3)
+    assert len(deaths) == 3, deaths
+    for run in (once, often):
+        assert run["epoch"] == whole["epoch"] == 3
+        for name, wanted in whole["model"].items():
+            assert torch.equal(run["model"][name], wanted), name
 
 
 def _lead(command: list[str], **more: str) -> tuple[int, str]:
@@ -64,7 +46,7 @@ def _lead(command: list[str], **more: str) -> tuple[int, str]:
     ranks = [
         subprocess.Popen(
             command,
-            env=_env(RANK=str(rank), **place),
+            env=environment(RANK=str(rank), **place),
             cwd=ROOT,
             text=True,
             stderr=subprocess.PIPE,
@@ -83,10 +65,20 @@ def _lead(command: list[str], **more: str) -> tuple[int, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("doom", ["SIGKILL", "SIGSTOP"])
-def test_a_lost_process_ends_the_other_with_a_sentence(tmp_path: Path, doom: str) -> None:
-    command = [sys.executable, SCRIPT, *OPTIONS.format(timeout=15).split(), str(tmp_path / "run")]
-    code, said = _lead(command, DOOM=f"{doom}:3")
+@pytest.mark.parametrize(
+    ("doom", "shard"),
+    [
+        ("SIGKILL:3", "none"),
+        ("SIGSTOP:3", "none"),
+        # In FSDP's own all-gather of the parameters, and in the backward pass.
+        ("SIGKILL:4:gather", "fsdp"),
+        ("SIGSTOP:4:gather", "fsdp"),
+        ("SIGKILL:8:scatter", "fsdp"),
+    ],
+)
+def test_a_lost_process_ends_the_other_with_a_sentence(tmp_path: Path, doom: str, shard: str) -> None:
+    options = (*OPTIONS.format(timeout=15).split(), str(tmp_path / "run"), "--shard", shard)
+    code, said = _lead([sys.executable, SCRIPT, *options], DOOM=doom)
     assert code == 2, said
     assert "error: Another process has ended, or did not answer in time" in said
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -226,3 +228,36 @@ def test_how_the_optimizer_does_its_work_is_this_runs_own(
     second.train(loaders(), loaders(), 2)
     first.train(loaders(), loaders(), 1)
     torch.testing.assert_close(flat(second.model.parameters()), flat(first.model.parameters()))
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from fastmtl.trainer.checkpoint.files import save_atomically
+path = Path(sys.argv[1])
+save_atomically({"epoch": 1, "weights": torch.ones(1000)}, path)
+save = torch.save
+def half(content, file):
+    save(content, file)
+    file.truncate(file.tell() // 2)
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+torch.save = half
+save_atomically({"epoch": 2, "weights": torch.zeros(1000)}, path)
+"""
+
+
+@pytest.mark.slow
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    done = subprocess.run([sys.executable, "-c", KILLED, str(path)], cwd=Path(__file__).parents[2], check=False)
+    assert done.returncode == -signal.SIGKILL
+    # Half of the next one lies beside it, which nothing reads, and the one after takes its place.
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["last.pt", "last.pt.part"]
+    assert read_checkpoint(path, torch.device("cpu"))["epoch"] == 1
+    with pytest.raises(CheckpointError, match="is not a checkpoint that can be read"):
+        read_checkpoint(tmp_path / "last.pt.part", torch.device("cpu"))
+    save_atomically({"epoch": 3}, path)
+    assert read_checkpoint(path, torch.device("cpu"))["epoch"] == 3
+    assert list(tmp_path.iterdir()) == [path]
