@@ -6,12 +6,16 @@ import contextlib
 import io
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from fastmtl.benchmarks.contender import LocalContender
+from fastmtl.benchmarks.apart import Apart
+from fastmtl.benchmarks.contender import Contender, LocalContender
 from fastmtl.benchmarks.machine import facts
+from fastmtl.benchmarks.peers.clock import ScriptSteps
+from fastmtl.benchmarks.peers.scripts import Setting, find_scripts
 from fastmtl.benchmarks.runner import spread, time_in_turn
 from fastmtl.benchmarks.tables import write_rows
 
@@ -40,7 +44,9 @@ def run_recipe_step(
     recipe: str,
     weightings: Sequence[str],
     *,
+    scripts: Sequence[Path] = (),
     scale: str | None = None,
+    batch: int | None = None,
     dataset_path: str | None = None,
     device: torch.device | str = "cpu",
     csv_path: Path | None = None,
@@ -49,12 +55,16 @@ def run_recipe_step(
     """Time the recipe's training step beside its floor and the sum of the losses, all in turn; print and return rows.
 
     The floor is the forward pass, as many backward passes as our step has, and the optimizer; ``sum`` has one backward
-    pass. Both run the recipe's network in plain torch. No peer has the network of these recipes.
+    pass. Both run the recipe's network in plain torch. The scripts of the recipe's authors, or of those who made it a
+    benchmark, run with their own network, losses and first weights, on batches of as many rows of the same data: what
+    they compute is not compared with ours, only how long a step takes.
 
     Args:
         recipe: Its name, or a YAML file.
         weightings: Strategies, in any case.
+        scripts: Folders with checkouts of projects that have a script for the recipe.
         scale: Reduction of the recipe.
+        batch: Rows of a batch, in place of the recipe's.
         dataset_path: Folder of the data set, where it is not in the package.
         device: Where to run.
         csv_path: File to write the rows to.
@@ -65,29 +75,39 @@ def run_recipe_step(
         BackendError: The device is not there.
     """
     found, device = find_recipe(recipe), find_device(device)
-    known = facts(device)
+    known, beside = facts(device), find_scripts(found.name, scripts)
     print("  ".join(f"{key} {value}" for key, value in known.items()))
-    print(f"LibMTL and TorchJD have no network of {found.name}: fastmtl stands beside plain torch")
     rows: list[Row] = []
     for asked in weightings:
         name = resolve_name(asked, {each: each for each in WEIGHTINGS}, "weighting")
-        settings = {"weighting": name, "device": str(device), "dataset_path": dataset_path}
+        settings = {"weighting": name, "device": str(device), "dataset_path": dataset_path, "batch_size": batch}
         given = {key: value for key, value in settings.items() if value is not None}
-        start = _starts(config_of({**found.at(scale), **given}, found.file))
-        contenders = {
+        config = config_of({**found.at(scale), **given}, found.file)
+        start, rows_of_batch = _starts(config)
+        contenders: dict[str, Contender] = {
             "fastmtl": _ours(*start()),
             "floor": _plain(*start(), together=WEIGHTINGS[name].needs == "losses"),
             "sum": _plain(*start(), together=True),
         }
+        setting = Setting(strategy=name, batch=rows_of_batch, data=dataset_path)
+        for checkout, script in beside:
+            if script.has(name, checkout):
+                label = f"{script.project}'s script"
+                build = partial(ScriptSteps, found.name, checkout, setting, device)
+                contenders[label] = Apart(label, build)
+                print(f"{label}: {script.differs}" if script.differs else f"{label}: {script.file}")
         samples = time_in_turn(contenders, device, seconds)
         for library, times in samples.items():
             row: Row = {"recipe": found.name, "strategy": name, "library": library}
             row |= spread(times, "ms")
             pairs = [one / two for one, two in zip(times, samples["floor"], strict=True)]
             row["times_floor"] = statistics.median(pairs)
+            pairs = [one / two for one, two in zip(times, samples["fastmtl"], strict=True)]
+            row["times_fastmtl"] = statistics.median(pairs)
             print(
                 f"{name:11} {library:16} {row['median_ms']:9.2f} ms  "
-                f"({row['p20_ms']:.2f} .. {row['p80_ms']:.2f})  {row['times_floor']:6.3f} x floor",
+                f"({row['p20_ms']:.2f} .. {row['p80_ms']:.2f})  {row['times_floor']:6.3f} x floor  "
+                f"{row['times_fastmtl']:6.3f} x fastmtl",
                 flush=True,
             )
             rows.append(row | known)
@@ -96,8 +116,11 @@ def run_recipe_step(
     return rows
 
 
-def _starts(config: TrainConfig) -> Callable[[], tuple[Trainer, Batch]]:
-    """Return a function that returns a trainer in the middle of training, always the same, and its first batch."""
+def _starts(config: TrainConfig) -> tuple[Callable[[], tuple[Trainer, Batch]], int]:
+    """Return a function that returns a trainer in the middle of training and its first batch, and the batch's rows.
+
+    The trainer is always the same.
+    """
     from fastmtl.cli.build import build_trainer, load_data
 
     complete, bundle = load_data(config)
@@ -116,7 +139,8 @@ def _starts(config: TrainConfig) -> Callable[[], tuple[Trainer, Batch]]:
         trainer.meter.begin()
         return trainer, trainer.prepared(batch)
 
-    return start
+    assert complete.batch_size is not None
+    return start, complete.batch_size
 
 
 def _ours(trainer: Trainer, batch: Batch) -> LocalContender:

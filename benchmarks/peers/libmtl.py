@@ -10,14 +10,13 @@ import contextlib
 import importlib
 import io
 import sys
-import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from fastmtl.benchmarks.contender import LocalContender
+from fastmtl.benchmarks.peers.repairs import OnDevice, repair
 from fastmtl.benchmarks.work import Work
 from torch import Tensor, nn
 
@@ -25,7 +24,7 @@ from fastmtl.errors import UsageError
 from fastmtl.support.hyper import fill_hyper
 from fastmtl.weighting import WEIGHTINGS
 
-__all__ = ["edge_matrices", "libmtl_can", "libmtl_solvers", "libmtl_step"]
+__all__ = ["edge_matrices", "import_libmtl", "libmtl_can", "libmtl_solvers", "libmtl_step"]
 
 Solver = Callable[[Tensor], Tensor]
 """From J (T, P) to the update (P,)."""
@@ -41,7 +40,7 @@ def libmtl_solvers(checkout: Path, size: int) -> dict[str, Callable[[Tensor], Te
     Raises:
         UsageError: There is no LibMTL in the folder.
     """
-    weighting = _import(checkout, "LibMTL.weighting")
+    weighting = import_libmtl(checkout, "LibMTL.weighting")
     hyper: dict[str, dict[str, Any]] = {
         "MGDA": {"mgda_gn": "none"},
         "PCGrad": {},
@@ -75,10 +74,10 @@ def libmtl_step(work: Work, weighting: str, checkout: Path) -> LocalContender:
     Raises:
         UsageError: There is no LibMTL in the folder.
     """
-    module = _import(checkout, "LibMTL.trainer")
-    loss, metrics = _import(checkout, "LibMTL.loss"), _import(checkout, "LibMTL.metrics")
-    models: Any = _import(checkout, "LibMTL.model")
-    module.torch = _OnDevice(work.device)
+    module = import_libmtl(checkout, "LibMTL.trainer")
+    loss, metrics = import_libmtl(checkout, "LibMTL.loss"), import_libmtl(checkout, "LibMTL.metrics")
+    models: Any = import_libmtl(checkout, "LibMTL.model")
+    module.torch = OnDevice(work.device)
     state = work.modules()[0].state_dict()
 
     def make_encoder() -> nn.Module:
@@ -158,32 +157,15 @@ def edge_matrices(state: Mapping[str, Tensor]) -> nn.Module:
     return network
 
 
-class _OnDevice:
-    """Torch with another device in the place of the one LibMTL names."""
+def import_libmtl(checkout: Path, name: str) -> Any:
+    """Return a module of a checkout, repaired.
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def __getattr__(self, name: str) -> Any:
-        return (lambda *args, **kwargs: self._device) if name == "device" else getattr(torch, name)
-
-
-def _import(checkout: Path, name: str) -> Any:
+    Raises:
+        UsageError: There is no LibMTL in the folder.
+    """
     if not (checkout / "LibMTL" / "weighting").is_dir():
         raise UsageError(f"There is no LibMTL in {checkout}; give the folder of a checkout.")
-    for missing in ("torch_geometric", "torch_geometric.loader", "cvxpy", "qpsolvers", "scipy", "scipy.optimize"):
-        try:
-            importlib.import_module(missing)
-        except ImportError:
-            # Only some strategies use it; those fail when they do.
-            stub: Any = types.ModuleType(missing)
-            stub.__getattr__ = lambda attribute: None
-            sys.modules[missing] = stub
-    sys.modules["torch_geometric.loader"].DataLoader = torch.utils.data.DataLoader  # type: ignore[attr-defined]
-    if not hasattr(np, "alltrue"):
-        np.alltrue = np.all  # type: ignore[attr-defined]
-    repaired: Any = torch
-    repaired.symeig = lambda matrix, eigenvectors=True: torch.linalg.eigh(matrix)
+    repair()
     sys.path.insert(0, str(checkout))
     try:
         nash: Any = importlib.import_module("LibMTL.weighting.Nash_MTL")

@@ -73,7 +73,7 @@ def _step(
             help="resnet18, resnet50 (dilated), mlp (128-512-512-512), tiny (16-32-32), transformer, or nnconv (QM9's)."
         ),
     ] = "resnet18",
-    batch: Annotated[int, typer.Option(help="Rows of the batch.")] = 32,
+    batch: Annotated[int | None, typer.Option(help="Rows of the batch; 32, or the recipe's, if not given.")] = None,
     size: Annotated[str, typer.Option(help="Height and width of the images, as 64 or 288x384.")] = "64",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")] = "cpu",
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16, of our step alone.")] = "fp32",
@@ -91,14 +91,18 @@ def _step(
     ] = None,
     scale: Annotated[str | None, typer.Option(help="Reduction of the recipe, such as small.")] = None,
     dataset_path: Annotated[str | None, typer.Option(help="Folder of the recipe's data set.")] = None,
+    script: Annotated[
+        list[Path] | None,
+        typer.Option(help="Checkout (of LibMTL, FAMO, ParetoMTL or ConFIG) with a script of the recipe to time."),
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="H100, H200 or A100: print what a step must cost there, and measure nothing.")
     ] = None,
 ) -> None:
     """Time whole training steps beside their floor, the sum of the losses, LibMTL and TorchJD, all in turn.
 
-    With --recipe qm9 the batch is of noise in the recipe's shape. The other recipes have networks that no peer has:
-    their step stands beside plain torch's, on the first batch of their data.
+    With --recipe qm9 the batch is of noise in the recipe's shape. The other recipes' step stands beside plain torch's,
+    on the first batch of their data, and beside their authors' scripts, with a network of their own.
 
     Those beside ours compute in fp32 whatever --precision says. A step of ours whose update is wrong is not timed; a
     peer whose update is more than 1 % from ours is marked ANOTHER UPDATE.
@@ -106,21 +110,23 @@ def _step(
     if model is not None:
         from fastmtl.benchmarks.model import print_model
 
-        print_model(model, net, tasks, batch, size, precision)
+        print_model(model, net, tasks, batch or 32, size, precision)
         return
     from fastmtl.benchmarks.recipe import SHAPES, run_recipe_step
     from fastmtl.benchmarks.step import run_step
 
     _use_threads(threads)
     if recipe in SHAPES:
-        net, tasks, batch = SHAPES[recipe]
+        net, tasks, rows_of_recipe = SHAPES[recipe]
+        batch = batch or rows_of_recipe
     elif recipe is not None:
         run_recipe_step(
-            recipe, weighting, scale=scale, dataset_path=dataset_path, device=device, csv_path=csv, seconds=seconds
-        )
+            recipe, weighting, scripts=script or [], scale=scale, batch=batch, dataset_path=dataset_path,
+            device=device, csv_path=csv, seconds=seconds,
+        )  # fmt: skip
         return
     rows = run_step(
-        weighting, peers=peer or [], libmtl=libmtl, arch=arch, tasks=tasks, net=net, batch=batch, size=size,
+        weighting, peers=peer or [], libmtl=libmtl, arch=arch, tasks=tasks, net=net, batch=batch or 32, size=size,
         device=device, precision=precision, compile=compile, cuda_graph=cuda_graph, vjps=vjps or [], csv_path=csv,
         plot_path=plot, seconds=seconds,
     )  # fmt: skip

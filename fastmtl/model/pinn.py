@@ -48,31 +48,26 @@ class PhysicsEncoder(nn.Module):
 
     def forward(self, points: Mapping[str, Tensor]) -> dict[str, Any]:
         """Return the `Jet` of the points ``inside``, and the value (m, fields) at each other set of points (m, 2)."""
-        features: dict[str, Any] = {name: self.network(where) for name, where in points.items() if name != "inside"}
-        keep = torch.is_grad_enabled()
-        with torch.enable_grad():
-            where = points["inside"].detach().requires_grad_()
-            value: Tensor = self.network(where)
-            first = _derivatives(value, where)
-            second = torch.stack(
-                [
-                    torch.stack(
-                        [_derivative(first[:, field, axis], where)[:, axis] for axis in range(where.shape[1])], 1
-                    )
-                    for field in range(value.shape[1])
-                ],
-                1,
-            )
-        jet = (value, first, second)
-        features["inside"] = jet if keep else tuple(part.detach() for part in jet)
-        return features
+        return {name: self._jet(where) if name == "inside" else self.network(where) for name, where in points.items()}
 
+    def _jet(self, points: Tensor) -> Jet:
+        """Return the value with its derivatives, carried forward from layer to layer by the chain rule.
 
-def _derivatives(value: Tensor, where: Tensor) -> Tensor:
-    """Return the derivatives (n, fields, coordinates) of values (n, fields), each of one point."""
-    return torch.stack([_derivative(column, where) for column in value.unbind(1)], 1)
-
-
-def _derivative(column: Tensor, where: Tensor) -> Tensor:
-    (gradient,) = torch.autograd.grad(column.sum(), where, create_graph=True)
-    return gradient
+        With z = W x + b the derivatives of z are W times those of x. With y = tanh(z), by each coordinate,
+        y' = (1 - y^2) z' and y'' = (1 - y^2) z'' - 2 y z' y'. That is one pass of 1 + 2 C times as many rows, for C
+        coordinates, in place of backward passes for every field and derivative, which would be differentiated again.
+        """
+        value, second = points, None
+        first = torch.eye(points.shape[1], dtype=points.dtype, device=points.device)[:, None]
+        for layer in self.network:
+            value = layer(value)
+            if isinstance(layer, nn.Linear):
+                first = nn.functional.linear(first, layer.weight)
+                second = None if second is None else nn.functional.linear(second, layer.weight)
+            else:
+                slope, before = 1 - value.square(), first
+                first = slope * before
+                bend = -2 * value * before * first
+                second = bend if second is None else torch.addcmul(bend, slope, second)
+        assert second is not None
+        return Jet(value, first.movedim(0, 2), second.movedim(0, 2))

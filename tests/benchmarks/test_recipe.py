@@ -11,11 +11,10 @@ from fastmtl import ops
 from fastmtl.errors import UsageError
 
 
-def test_the_step_of_a_recipe_stands_beside_plain_torch(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_step_of_a_recipe_stands_beside_plain_torch() -> None:
     rows = run_recipe_step("burgers", ["ew"], seconds=0.0)
     assert [row["library"] for row in rows] == ["fastmtl", "floor", "sum"]
     assert all(row["times_floor"] > 0 for row in rows)
-    assert "no network of burgers" in capsys.readouterr().out
 
 
 def test_an_unknown_recipe_is_refused() -> None:
