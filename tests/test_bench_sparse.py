@@ -23,7 +23,7 @@ def test_every_contender_is_timed(dense: bool, tmp_path: Path) -> None:
     optims = ["sgd"] if dense else ["sgd", "sparseadam"]
     rows = run_sparse(optims=optims, strategies=["EW", "MGDA"], dense=dense, csv_path=table, **SMALL)
     assert [(row["optim"], row["contender"]) for row in rows] == [
-        (optim, name) for optim in optims for name in ("plain loop", "floor", "EW", "MGDA")
+        (optim, name) for optim in optims for name in ("plain loop", "floor", "plain loop, huge pages", "EW", "MGDA")
     ]
     assert all(row["median_ms"] > 0 for row in rows)
     assert {row.get("beside") for row in rows} == {None, "plain loop", "floor"}

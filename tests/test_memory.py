@@ -1,4 +1,4 @@
-"""Memory that a step frees stays with the process."""
+"""Memory that a step frees stays with the process; large tables lie in huge pages."""
 
 from __future__ import annotations
 
@@ -6,10 +6,16 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor, nn
 
-from fastmtl.support.memory import keep_freed_memory
+from fastmtl import Trainer
+from fastmtl.loss import CELoss
+from fastmtl.metrics import AccMetric
+from fastmtl.support.memory import keep_freed_memory, use_huge_pages, zeros_in_huge_pages
 
 _FAULTS = """
 import resource, torch
@@ -48,3 +54,58 @@ def test_a_trainer_on_the_cpu_keeps_memory_for_the_next_step() -> None:
 def test_the_environment_has_the_last_word(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "131072")
     assert not keep_freed_memory.__wrapped__()
+
+
+def _huge_bytes(tensor: Tensor) -> int:
+    """Return how much of a tensor's memory lies in huge pages."""
+    place, inside = tensor.data_ptr(), False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        head = line.split(maxsplit=1)[0]
+        if not head.endswith(":"):
+            begin, end = (int(part, 16) for part in head.split("-"))
+            inside = begin <= place + tensor.nbytes // 2 < end
+        elif inside and head == "AnonHugePages:":
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _system_has_huge_pages() -> bool:
+    probe = torch.empty(64 << 20, dtype=torch.uint8)
+    return use_huge_pages(probe) and _huge_bytes(probe.zero_()) > 0
+
+
+class _Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.small = nn.Embedding(100, 8)
+        self.large = nn.EmbeddingBag(1_200_000, 8, sparse=True)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        features: Tensor = self.large(ids) + self.small(ids % 100).mean(1)
+        return features
+
+
+@pytest.mark.skipif(not _system_has_huge_pages(), reason="the system gives no huge pages")
+@pytest.mark.parametrize("optim", ["sparseadam", "adagrad"])
+def test_large_tables_and_their_state_lie_in_huge_pages(optim: str) -> None:
+    network = _Words()
+    numbers = network.large.weight.detach().clone()
+    trainer = Trainer(
+        {"a": {"metrics": ["Acc"], "metrics_fn": AccMetric(), "loss_fn": CELoss(), "weight": [1]}},
+        "EW", "HPS", lambda: network, nn.ModuleDict({"a": nn.Linear(8, 3)}), False, False,
+        {"optim": optim, "lr": 0.1}, None, device="cpu",
+    )  # fmt: skip
+    assert torch.equal(network.large.weight, numbers)
+    batch = [(torch.randint(1_200_000, (16, 4)), {"a": torch.randint(3, (16,))})]
+    trainer.train(batch, batch, 1)
+    state = trainer.optimizer.state[network.large.weight]
+    for tensor in (network.large.weight, *(value for value in state.values() if value.dim() == 2)):
+        assert _huge_bytes(tensor) > tensor.nbytes // 2
+
+
+def test_zeros_are_zeros_and_small_or_shared_memory_is_left_alone() -> None:
+    like = torch.full((3, 4), 2.0, dtype=torch.float64)
+    assert torch.equal(zeros_in_huge_pages(like), torch.zeros_like(like))
+    assert not use_huge_pages(like)
+    assert not use_huge_pages(torch.zeros(64 << 20, dtype=torch.uint8).share_memory_())
+    assert not use_huge_pages(torch.empty(64 << 20, dtype=torch.uint8, device="meta"))

@@ -27,6 +27,7 @@ from fastmtl.trainer.log.meter import PerformanceMeter
 from fastmtl.trainer.log.named import named_logger
 from fastmtl.trainer.log.records import StepSignals
 from fastmtl.trainer.loop import run_epochs
+from fastmtl.trainer.optim.tables import tables_in_huge_pages
 from fastmtl.trainer.precision import set_tf32
 from fastmtl.trainer.setup.checks import (
     check_arguments,
@@ -215,6 +216,8 @@ class Trainer(TrainerState):
         self.checkpoints = Checkpoints(self)
         if arguments.resume is not None:
             self.start = resume_run(self, Path(arguments.resume))
+        if not self.storage.is_sharded:
+            tables_in_huge_pages(self.model, self.optimizer)
         self.peers.broadcast([*self.storage.kept, *self.common_buffers()])
         self.checkpoints.agree(self.peers)
 

@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim._functional import sparse_adam
 
 from fastmtl.errors import UsageError
+from fastmtl.support.memory import use_huge_pages, zeros_in_huge_pages
 
-__all__ = ["TABLE_OPTIMIZERS", "SparseAdam", "check_table_group"]
+__all__ = ["TABLE_OPTIMIZERS", "SparseAdam", "check_table_group", "tables_in_huge_pages"]
 
 
 class SparseAdam(torch.optim.Adam):
@@ -54,8 +55,8 @@ class SparseAdam(torch.optim.Adam):
         if not state:
             # The names and kinds of Adam's state.
             state["step"] = torch.zeros((), dtype=torch.float32)
-            state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+            state["exp_avg"] = zeros_in_huge_pages(param)
+            state["exp_avg_sq"] = zeros_in_huge_pages(param)
         state["step"] += 1
         beta1, beta2 = group["betas"]
         sparse_adam(
@@ -99,3 +100,13 @@ def check_table_group(kind: type[torch.optim.Optimizer], group: Mapping[str, Any
                 f"{name} of {kind.__name__} must be {off} in a group with sparse gradients{named}, of which only some "
                 "rows are known: give the table a group of its own, or set sparse=False."
             )
+
+
+def tables_in_huge_pages(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Let embedding tables on the CPU, and what the optimizer keeps for each of their rows, lie in huge pages."""
+    for module in model.modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            state = optimizer.state.get(module.weight, {})
+            for tensor in (module.weight, *state.values()):
+                if isinstance(tensor, Tensor):
+                    use_huge_pages(tensor)
