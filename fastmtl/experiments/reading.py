@@ -134,6 +134,8 @@ def is_finished(path: Path, epochs: int | None = None) -> bool:
 def _is_finished(rows: Sequence[Mapping[str, Any]], epochs: int | None) -> bool:
     asked = [row["epochs"] for row in rows if row["event"] == "run"]
     wanted = epochs or (asked[-1] if asked else 0)
+    # A run that goes on has no line of an earlier stop.
+    wanted = min([wanted, *(row["epoch"] + 1 for row in rows if row["event"] == "stop")])
     tested = {row["epoch"] for row in rows if row["event"] == "epoch" and row["mode"] == "test"}
     return bool(wanted and rows and rows[-1]["event"] == "end" and tested >= set(range(wanted)))
 

@@ -133,7 +133,7 @@ class TrainingEpoch:
         total = self._steps * step.batches
         if step.options.accumulate > 1:
             total = count_batches(self._loaders, trainer.multi_input, trainer.limit_batches)
-        return self._data.batches(start, start["batch"] * step.batches, total)
+        return trainer.stopping.trained(self._data.batches(start, start["batch"] * step.batches, total))
 
     def _step(
         self, batches: list[tuple[Any, Any]], present: list[int] | None, complete: bool

@@ -40,7 +40,11 @@ def run_epochs(
     trainer.batch_weight = np.zeros((trainer.task_num, epochs, steps))
     trainer.model.train_loss_buffer = np.zeros((trainer.task_num, epochs))
     info = _run_info(trainer, epochs, steps)
-    if epochs <= info.start_epoch:
+    if not info.start_step:
+        trainer.stopping.begin()
+    if trainer.stopping.is_over:
+        print(f"Nothing is left to train: the run was stopped early, after {info.start_epoch} epochs.")
+    elif epochs <= info.start_epoch:
         print(f"Nothing is left to train: {info.start_epoch} of {epochs} epochs are done; raise epochs to go on.")
     else:
         trainer.schedule.begin(Place(epochs, steps, info.start_epoch, info.start_batch))
@@ -58,17 +62,22 @@ def run_epochs(
         trainer.logger.on_start(info)
         with DeferredInterrupt(tells=trainer.peers.is_main_process) as interrupt:
             for epoch in range(start["epoch"], epochs):
+                if trainer.stopping.is_over:
+                    break
                 if start["batch"] < steps:
                     loaders = train_dataloaders
                     TrainingEpoch(trainer, checkpoints, data, loaders, epoch, steps, interrupt).run(start)
                 start = BEGINNING
                 _evaluate_epoch(trainer, checkpoints, val_dataloaders, test_dataloaders, epoch)
                 interrupt.check()
+        _tell_stopped(trainer)
     finally:
         if trainer.profiler is not None:
             trainer.profiler.stop()
         trainer.logger.on_end(trainer.meter.best_result["epoch"], trainer.meter.best_result["result"] or {})
     trainer.meter.display_best_result()
+    if trainer.stopping.is_asked_for:
+        print(trainer.stopping.describe())
 
 
 def _checked_batches(trainer: TrainerState, train: Any, test: Any, val: Any) -> int:
@@ -91,8 +100,19 @@ def _evaluate_epoch(trainer: TrainerState, checkpoints: Checkpoints, val: Any, t
         evaluate(trainer, val, "val", epoch)
     evaluate(trainer, test, "test", epoch)
     trainer.schedule.after_epoch(0.0 if trainer.meter.improvement is None else trainer.meter.improvement)
+    trainer.stopping.after_epoch(epoch, trainer.meter)
     checkpoints.save_best(epoch)
     checkpoints.save_last(epoch + 1, 0)
+
+
+def _tell_stopped(trainer: TrainerState) -> None:
+    """Tell of a run that was stopped early, and keep no weights of epochs that it does not have."""
+    stopping = trainer.stopping
+    if stopping.last is None:
+        return
+    print(f"Stopped early: epoch {stopping.last} was the last one")
+    trainer.batch_weight = trainer.batch_weight[:, : stopping.last + 1]
+    trainer.logger.on_stop(stopping.last, {task: best["epoch"] for task, best in stopping.best.items()})
 
 
 def _run_info(trainer: TrainerState, epochs: int, steps: int) -> RunInfo:

@@ -28,6 +28,7 @@ from fastmtl.trainer.setup.loaders import to_channels_last, to_device
 from fastmtl.trainer.setup.model import TrainedModel
 from fastmtl.trainer.setup.options import StepOptions
 from fastmtl.trainer.step import TrainingStep
+from fastmtl.trainer.stopping import EarlyStopping
 
 __all__ = ["TrainerState"]
 
@@ -42,6 +43,7 @@ class TrainerState(nn.Module):
         known_names: All parameters when the optimizer was made.
         skipped: Steps that float16 has skipped, as far as they have been told.
         probe: Computes a Gram matrix per log interval where the strategy needs none; None for none.
+        stopping: Each task's best epoch, and what is stopped early.
         told_of_error: Whether it has been told that an estimated Gram matrix is far off.
     """
 
@@ -69,6 +71,7 @@ class TrainerState(nn.Module):
     guard: FiniteGuard
     logger: Logger
     profiler: StepProfiler | None
+    stopping: EarlyStopping
     step: TrainingStep
     batch_weight: np.ndarray
     compile_report: CompileReport | None

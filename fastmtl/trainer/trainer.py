@@ -37,12 +37,13 @@ from fastmtl.trainer.setup.checks import (
     find_device,
     make_folder,
 )
-from fastmtl.trainer.setup.combinations import check_distributed, check_options
+from fastmtl.trainer.setup.combinations import check_distributed, check_options, check_stopping
 from fastmtl.trainer.setup.loaders import check_loaders
 from fastmtl.trainer.setup.model import make_model
 from fastmtl.trainer.setup.options import StepOptions
 from fastmtl.trainer.setup.tasks import check_reductions, hold_losses, loss_params
 from fastmtl.trainer.state import TrainerState
+from fastmtl.trainer.stopping import EarlyStopping
 from fastmtl.trainer.update import prepare_update
 from fastmtl.utils import count_parameters
 from fastmtl.weighting.checks import check_rule
@@ -148,6 +149,7 @@ class Trainer(TrainerState):
         check_split_batch(self.split_batch)
         self.logger = as_logger(self._loggers(arguments.logger) if self.peers.is_main_process else None)
         self.batch_weight = np.zeros((self.task_num, 0, 0))
+        self.stopping = EarlyStopping(self.task_name, arguments.early_stopping, arguments.task_patience, self.peers)
 
     def _loggers(self, given: Any) -> Any:
         """Return loggers with those in place of names that are named."""
@@ -199,6 +201,7 @@ class Trainer(TrainerState):
         options = check_options(self.model, self.weighting, self.kwargs["weight_args"], options)
         if self.peers.size > 1:
             options = check_distributed(self.model, self.weighting, options)
+        check_stopping(self.model, self.weighting, options, arguments.task_patience)
         check_reductions(self.meter.losses, several=options.accumulate > 1 or self.peers.size > 1)
         broadcast_model(self.model, self.peers)
         self.storage = make_storage(

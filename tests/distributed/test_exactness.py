@@ -74,6 +74,8 @@ CASES = [
         Case(f"groups {name}", name, options={"groups": "module"}, partial=True)
         for name in ("PCGrad", "CAGrad", "UPGrad")
     ),
+    # The rate is so great that a task is worse in the second epoch, and not trained in the third.
+    Case("stopped", "PCGrad", options={"task_patience": {"task0": 1}, "optim_param": {"optim": "adam", "lr": 0.6}}),
     Case("adam", "UPGrad", options={"optim_param": {"optim": "adam", "lr": 1e-2, "weight_decay": 1e-3}}),
 ]
 NORMED = {"encoder_class": normed_encoder, "sync_batch_norm": True}
@@ -100,6 +102,7 @@ FIRST = (
         "normed HPS",
         "sketch",
         "sketch PCGrad",
+        "stopped",
     ),
 )
 KEPT = ("MTAN", "GradDrop", "multi", "accumulate", "groups")

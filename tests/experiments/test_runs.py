@@ -219,6 +219,20 @@ def test_the_command_survives_kill_to_the_last_digit(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_runs_that_stop_early_are_done(tmp_path: Path) -> None:
+    results = _compare(tmp_path, epochs=30, early_stopping=1, lr=0.5, seeds=1, stl=False)
+    assert set(_numbers(tmp_path)["status"]) == {"done"}
+    for cell in ("hps-ew-s0", "hps-mgda-s0"):
+        run = read_run(tmp_path / "cells" / cell)
+        assert 2 <= len(run.scores["test"]) < 30
+        assert is_finished(run.path, 30)
+        lines = (run.path / "metrics.jsonl").read_text().splitlines()
+        (run.path / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines if '"stop"' not in line))
+        assert not is_finished(run.path, 30)
+    assert not results.missing
+
+
+@pytest.mark.slow
 def test_a_ray_cluster_runs_the_cells(tmp_path: Path) -> None:
     pytest.importorskip("ray")
     arguments = [

@@ -37,6 +37,7 @@ def run_state(trainer: TrainerState) -> Saved:
         "schedule": schedule,
         "base_result": trainer.meter.base_result,
         "best_result": trainer.meter.best_result,
+        "stopping": trainer.stopping.state_dict(),
         "train_losses": trainer.model.train_loss_buffer.tolist(),
         "names": _names(trainer),
     }
@@ -76,6 +77,8 @@ def resume_run(trainer: TrainerState, path: Path) -> Saved:
     )
     trainer.meter.base_result = state["base_result"]
     trainer.meter.best_result = state["best_result"]
+    if "stopping" in state:
+        trainer.stopping.load_state_dict(state["stopping"])
     place = {key: state[key] for key in (*BEGINNING, "rng", "epoch_rng")}
     # Older ones have none.
     return place | {"data": state.get("data", {})}

@@ -21,14 +21,17 @@ Row = dict[str, Any]
 
 
 class JsonlLogger(FileLogger):
-    """Writes one JSON object a line, told apart by ``event``: ``run``, ``steps``, ``epoch``, ``checkpoint``, ``end``.
+    """Writes one JSON object a line, told apart by ``event``.
+
+    Events are ``run``, ``steps``, ``epoch``, ``checkpoint``, ``stop`` and ``end``.
 
     A ``steps`` line holds the means over a log interval and ``step``, the number of steps done by then; those of
     float16 also the ``loss_scale``, and how many steps of the run so far were ``skipped``. Its ``conflict`` has the
     ``share`` of pairs of tasks with opposed gradients, and for each pair the share of steps; its ``groups`` have the
     means of each group of shared parameters that is weighed apart. A ``run`` line has
     ``better``, 1 for metrics where higher is better, and what the process is ``made_with``; the ``epoch`` line of a
-    training pass has the ``peak_memory`` of the process so far in bytes, on CUDA that of the device. Every line is
+    training pass has the ``peak_memory`` of the process so far in bytes, on CUDA that of the device. A run that is
+    stopped early has a ``stop`` line, with the ``best_epochs`` of the tasks. Every line is
     flushed, so the file is whole whenever the process dies. When a run goes on, the lines of steps that will be done
     again, and a torn last line, are dropped; the rest stays. NaN and infinity become null. The file is usually a
     ``metrics.jsonl``.
@@ -85,6 +88,10 @@ class JsonlLogger(FileLogger):
     @override
     def on_checkpoint(self, path: Path, kind: str) -> None:
         self._write("checkpoint", kind=kind, path=str(path))
+
+    @override
+    def on_stop(self, epoch: int, best_epochs: dict[str, int]) -> None:
+        self._write("stop", epoch=epoch, best_epochs=best_epochs)
 
     @override
     def on_end(self, best_epoch: int, best_result: dict[str, list[float]]) -> None:

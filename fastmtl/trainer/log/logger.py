@@ -225,6 +225,9 @@ class Logger:
     def on_checkpoint(self, path: Path, kind: str) -> None:
         """A checkpoint is whole on disk; `kind` is ``"best"`` or ``"last"``."""
 
+    def on_stop(self, epoch: int, best_epochs: dict[str, int]) -> None:
+        """The run is stopped early after an epoch; the best epoch of each task that has one. `on_end` follows."""
+
     def on_end(self, best_epoch: int, best_result: dict[str, list[float]]) -> None:
         """Training is over or was interrupted; the best epoch so far and its metrics."""
 

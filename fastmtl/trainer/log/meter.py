@@ -32,7 +32,8 @@ class PerformanceMeter:
 
     The improvement of ``best_result``, which has ``improvement``, ``epoch`` and ``result`` of the best epoch so far, is
     that over the scores ``base_result``; if None those of the first epoch, a NaN among them giving way to the first
-    number. ``peers`` each see a part of the data.
+    number. ``improvements`` are those of each task that had labels in the pass that last chose between epochs.
+    ``peers`` each see a part of the data.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class PerformanceMeter:
         self._completes_base = base_result is None
         self.best_result: State = {"improvement": -1e2, "epoch": 0, "result": 0}
         self.improvement: float | None = None
+        self.improvements: dict[str, float] = {}
         self.has_val = False
         self.results: dict[str, list[float]] = {}
         self.loss_item: np.ndarray = np.zeros(len(self.task_name))
@@ -237,6 +239,9 @@ class PerformanceMeter:
         # What has no labels cannot be compared, and says nothing of the other tasks.
         base = {task: scores for task, scores in self.base_result.items() if task not in self.unlabelled}
         self.improvement = count_improvement(base, self.results, self.weight) if base else math.nan
+        self.improvements = {
+            task: count_improvement({task: scores}, self.results, self.weight) for task, scores in base.items()
+        }
         best = self.best_result["result"] or {}
         # Left out, a task would make an epoch better that is only less complete.
         complete = not any(_is_known(best.get(task, [])) for task in self.unlabelled)

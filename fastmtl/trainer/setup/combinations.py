@@ -15,7 +15,7 @@ from fastmtl.trainer.setup.groups import ALL
 from fastmtl.trainer.setup.options import StepOptions
 from fastmtl.weighting import AbsWeighting
 
-__all__ = ["check_distributed", "check_options", "check_steered"]
+__all__ = ["check_distributed", "check_options", "check_steered", "check_stopping"]
 
 
 def check_options(model: Any, weighting: str, hyper: Settings, options: StepOptions) -> StepOptions:
@@ -88,6 +88,20 @@ def check_distributed(model: Any, weighting: str, options: StepOptions) -> StepO
         }
         _refuse("shard='fsdp' cannot be combined with {}.", unsharded)
     return replace(options, cuda_graph=False)
+
+
+def check_stopping(model: Any, weighting: str, options: StepOptions, of_tasks: Mapping[str, int] | None) -> None:
+    """Refuse to stop tasks where a step cannot be without them.
+
+    Raises:
+        UsageError: A strategy that is written for all tasks, or one or an option that deals the tasks out to steps.
+    """
+    reasons = {
+        f"{weighting}, which is written for all tasks": _is_legacy(model),
+        "steps of some tasks, of which some would have none left (tasks_per_step)": options.tasks_per_step is not None,
+    }
+    if of_tasks:
+        _refuse("task_patience cannot be combined with {}.", reasons)
 
 
 def check_steered(model: Any, weighting: str, optimizer: torch.optim.Optimizer) -> None:

@@ -155,6 +155,17 @@ class TrainerOptions(StepOptions):
     checkpoint_every: int | None = _training(
         None, "Steps after which last.pt is written; only at the end of an epoch if not given.", least=1, resumable=True
     )
+    early_stopping: int | None = _training(
+        None,
+        "Epochs after which the run ends if no task has improved in them, on the validation data or, without, on the "
+        "test data.",
+        least=1,
+    )
+    task_patience: dict[str, int] | None = _training(
+        None,
+        "Epochs after which a task is no longer trained if it has not improved in them, click=3,conversion=5; the run "
+        "ends when no task is trained.",
+    )
     sync_batch_norm: bool = _training(
         False, "With several processes, batch norms take the statistics of the whole batch."
     )
