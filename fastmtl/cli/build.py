@@ -51,6 +51,7 @@ def load_data(config: TrainConfig) -> tuple[TrainConfig, DataBundle]:
         metric=config.metric,
         inputs=tuple(names_in(config.inputs)),
         tasks=config.tasks,
+        negatives=config.negatives,
         num_workers=config.workers,
         pin_memory=torch.cuda.is_available() and config.device != "cpu",
     )

@@ -61,6 +61,11 @@ def _predict(
     folder = run / "predictions" if out is None else out
     model = load(run, checkpoint=checkpoint, device=device)
     count, drawn = predict(model, inputs, folder, batch_size=batch_size, tasks=_names(tasks), pictures=pictures)
+    if (sampled := model.facts.data.get("negatives")) is not None:
+        print(
+            f"The probabilities are those of the training data, with a share {sampled['rate']:.4g} of the negatives of "
+            f"{sampled['task']}: fastmtl.data.unsampled makes them those of all rows."
+        )
     shown = f", {drawn} pictures beside it" if drawn else ""
     print(f"{folder / PREDICTIONS}: predictions for {count} inputs{shown}")
 

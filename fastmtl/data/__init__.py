@@ -19,6 +19,7 @@ from fastmtl.data.clicks import ClickRows
 from fastmtl.data.columns import Columns, Vocabulary, given, read_parquet
 from fastmtl.data.encoders import ENCODERS, find_encoder
 from fastmtl.data.loading import load
+from fastmtl.data.negatives import NegativeSampler, unsampled
 from fastmtl.data.registry import (
     DATASETS,
     DataBundle,
@@ -39,6 +40,7 @@ __all__ = [
     "DataBundle",
     "DatasetInfo",
     "LoaderOptions",
+    "NegativeSampler",
     "Splits",
     "TaskInfo",
     "Vocabulary",
@@ -55,4 +57,5 @@ __all__ = [
     "register",
     "regression",
     "segmentation",
+    "unsampled",
 ]

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from fastmtl.data.encoders import find_encoder
+from fastmtl.data.negatives import Negatives, NegativeSampler
 from fastmtl.data.registry import DataBundle, DatasetInfo, Facts, LoaderOptions, Splits, find_dataset
 from fastmtl.data.tasks import TaskInfo, kind_of, with_named
 from fastmtl.errors import UsageError
@@ -120,6 +121,7 @@ def load(
     metric: Mapping[str, Any] | None = None,
     inputs: tuple[str, ...] | list[str] = (),
     tasks: Mapping[str, Any] | None = None,
+    negatives: Mapping[str, float] | None = None,
 ) -> DataBundle:
     """Load a data set by name, in any case.
 
@@ -144,9 +146,12 @@ def load(
         metric: Task to the name of its metric, likewise.
         inputs: Columns that are the inputs, for data with columns.
         tasks: What each task is, for data with columns.
+        negatives: A task and its negatives for each positive in an epoch, ``{"click": 4}``, for tables; see
+            `NegativeSampler`. All rows if None.
 
     Raises:
-        UsageError: An unknown name, a missing folder, an encoder without weights, or too few rows for a batch.
+        UsageError: An unknown name, a missing folder, an encoder without weights, too few rows for a batch, or
+            negatives of what is no table.
     """
     info = find_dataset(name).value
     chosen = find_encoder(
@@ -179,6 +184,7 @@ def load(
         encoder=chosen.value,
         inputs=tuple(inputs),
         tasks=dict(tasks or {}),
+        negatives=Negatives.of(negatives),
         place=own_place(info.load_splits),
     )
     splits = info.load_splits(options)
@@ -188,6 +194,8 @@ def load(
             f"options.splits(train=..., test=...) makes them, it returned "
             f"{'nothing' if splits is None else f'a {type(splits).__name__}'}."
         )
+    if options.negatives is not None:
+        _tell_sampled(splits, options.negatives, info)
     size = {} if splits.image_size is None else {"image_size": list(splits.image_size)}
     parts = parts_of(info, chosen, {**splits.facts, **size}, pretrained=pretrained)
     task_dict = {task: dict(about.task()) for task, about in parts.tasks.items()}
@@ -213,6 +221,22 @@ def load(
         labels={task: about.labels for task, about in parts.tasks.items() if about.labels},
         kinds={task: kind_of(about) for task, about in task_dict.items()},
         builds_encoder=splits.build_encoder is not None,
+    )
+
+
+def _tell_sampled(splits: Splits, negatives: Negatives, info: DatasetInfo) -> None:
+    """Print what an epoch has of the negatives, and keep it among the facts.
+
+    Raises:
+        UsageError: The data set has made a loader that has all of them.
+    """
+    sampler = getattr(splits.train, "sampler", None)
+    if not isinstance(sampler, NegativeSampler):
+        raise UsageError(f"negatives are for tables with labels by task, such as clicks, not for {info.name}.")
+    splits.facts["negatives"] = {"task": negatives.task, "rate": sampler.rate}
+    print(
+        f"{info.name}: an epoch has {len(sampler):,} rows, all {len(sampler.positives):,} positives of "
+        f"{negatives.task} and {sampler.drawn:,} of {len(sampler.negatives):,} negatives"
     )
 
 

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from fastmtl.data.collate import Collate
+from fastmtl.data.negatives import Negatives, NegativeSampler, labels_of
 from fastmtl.data.tasks import Task, TaskInfo
 from fastmtl.data.tensors import as_is, row_loader
 from fastmtl.errors import UsageError
@@ -49,6 +51,7 @@ class LoaderOptions:
         encoder: What is known of the encoder: how it wants images or texts.
         inputs: Columns that are the inputs, for data with columns.
         tasks: What is said of each task, for data with columns.
+        negatives: How many negatives of a task an epoch has; None for all rows.
         place: File and line of the data set's function, where it is the user's, for messages.
     """
 
@@ -63,6 +66,7 @@ class LoaderOptions:
     encoder: EncoderInfo | None = None
     inputs: tuple[str, ...] = ()
     tasks: Mapping[str, Any] = field(default_factory=dict)
+    negatives: Negatives | None = None
     place: str = ""
 
     def __post_init__(self) -> None:
@@ -83,7 +87,8 @@ class LoaderOptions:
         """Return the loader of ``"train"``, shuffled, or of ``"val"`` or ``"test"``, in order.
 
         Loaders with another ``number`` shuffle differently; with ``in_batches`` the data set returns whole batches.
-        Texts are tokenized as the encoder wants them, graphs of torch_geometric joined to one.
+        Texts are tokenized as the encoder wants them, graphs of torch_geometric joined to one. The training loader
+        draws the ``negatives``.
         """
         train = split == "train"
         return row_loader(
@@ -94,7 +99,15 @@ class LoaderOptions:
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
             collate_fn=as_is if in_batches else Collate.of(self.encoder, dataset, self.place),
+            sampler=self._sampler(dataset, self.seed + number) if train else None,
         )
+
+    def _sampler(self, dataset: Dataset[Row], seed: int) -> NegativeSampler | None:
+        """Return what draws negatives, if that is asked for."""
+        if self.negatives is None:
+            return None
+        labels = labels_of(dataset, self.negatives.task)
+        return NegativeSampler(labels, self.negatives.ratio, torch.Generator().manual_seed(seed))
 
     def splits(self, train: Dataset[Any], test: Dataset[Any], val: Dataset[Any] | None = None, **facts: Any) -> Splits:
         """Return the loaders of data sets of rows (inputs, labels by task).

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fastmtl.errors import UsageError
 
@@ -96,24 +96,30 @@ def row_loader(
     num_workers: int = 0,
     pin_memory: bool = False,
     collate_fn: Callable[[list[Row]], object] | None = None,
+    sampler: Sampler[int] | None = None,
 ) -> DataLoader[Row]:
     """Return a loader over a data set of rows, with torch's collation if ``collate_fn`` is None.
 
-    With ``shuffle`` the order is drawn from ``seed`` and the last incomplete batch is dropped.
+    With ``shuffle`` the order is drawn from ``seed`` and the last incomplete batch is dropped. A ``sampler`` takes the
+    place of both; what it draws by is its ``generator``.
 
     Raises:
-        UsageError: ``batch_size`` is below 1, or greater than the number of rows with ``shuffle``.
+        UsageError: ``batch_size`` is below 1, or greater than the number of rows with ``shuffle`` or ``sampler``.
     """
-    rows = len(dataset)  # type: ignore[arg-type]
-    if batch_size < 1 or rows == 0 or (shuffle and batch_size > rows):
+    rows = len(dataset if sampler is None else sampler)  # type: ignore[arg-type]
+    drops = shuffle or sampler is not None
+    if batch_size < 1 or rows == 0 or (drops and batch_size > rows):
         raise UsageError(f"batch_size must be between 1 and the {rows} rows of the data set, got {batch_size}.")
+    generator = getattr(sampler, "generator", None)
     return DataLoader(
         dataset,
         batch_size=batch_size,
-        shuffle=shuffle,
-        drop_last=shuffle,
+        shuffle=shuffle if sampler is None else None,
+        sampler=sampler,
+        drop_last=drops,
         collate_fn=collate_fn,
-        generator=torch.Generator().manual_seed(seed),
+        # Checkpoints hold the state of the loader's generator, which draws the order of the rows.
+        generator=torch.Generator().manual_seed(seed) if generator is None else generator,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory,

@@ -52,6 +52,11 @@ class TrainConfig(TrainerOptions):
         "What each task is, for data with columns: price=regression,colour=classes. In YAML also `{kind:, column:, "
         "labels:, outputs:}`; kinds are classes, binary, regression, segmentation, depth and normals.",
     )
+    negatives: Arguments = _data(
+        {},
+        "Negatives of a task for each of its positives in an epoch, drawn anew each time, for tables: click=4. All if "
+        "not given.",
+    )
     train_size: int | None = _data(None, "Training examples; the data set's own number if not given.", least=1)
     aug: bool = _data(False, "Change the training examples at random, where the data set knows how.")
     batch_size: int | None = _data(
