@@ -30,6 +30,7 @@ from fastmtl.data.registry import (
     find_dataset,
     register,
 )
+from fastmtl.data.row_groups import ParquetRows, RowGroupSampler
 from fastmtl.data.tasks import TaskInfo, binary, classes, depth, normals, regression, segmentation
 
 __all__ = [
@@ -41,6 +42,8 @@ __all__ = [
     "DatasetInfo",
     "LoaderOptions",
     "NegativeSampler",
+    "ParquetRows",
+    "RowGroupSampler",
     "Splits",
     "TaskInfo",
     "Vocabulary",

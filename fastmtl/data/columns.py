@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from fastmtl.errors import UsageError
 
-__all__ = ["Columns", "Vocabulary", "given", "read_parquet"]
+__all__ = ["Columns", "Vocabulary", "as_arrays", "given", "parquet_files", "read_parquet"]
 
 
 class Columns(Dataset[tuple[dict[str, Tensor], dict[str, Tensor]]]):
@@ -153,24 +153,69 @@ def read_parquet(path: str | Path, columns: Sequence[str] | None = None) -> dict
     Raises:
         UsageError: There is no such file or column, it cannot be read, or pyarrow is not installed.
     """
-    try:
-        import pyarrow as arrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise UsageError(f"Parquet files need pyarrow ({error}): pip install pyarrow.") from error
+    arrow, parquet = _arrow()
     if not Path(path).expanduser().exists():
         raise UsageError(f"There is no Parquet file {str(path)!r}.")
     try:
         data = parquet.ParquetDataset(Path(path).expanduser(), memory_map=True)
-        known = data.schema.names
-        names = list(known if columns is None else columns)
-        missing = [name for name in names if name not in known]
-        if missing:
-            raise UsageError(f"{str(path)!r} has no column {missing[0]}: there are {', '.join(known)}.")
+        names = _known(path, data.schema.names, columns)
         table = data.read(columns=names)
     except (arrow.ArrowInvalid, OSError) as error:
         raise UsageError(f"{str(path)!r} cannot be read as Parquet: {str(error).splitlines()[0]}.") from error
     return {name: _column(table.column(name), arrow) for name in names}
+
+
+def parquet_files(
+    path: str | Path, columns: Sequence[str] | None = None
+) -> tuple[list[Path], list[str], list[tuple[int, int, int]]]:
+    """Return the Parquet files at a path, the columns to read, and the place of each group of rows.
+
+    Places are the number of the file, that of the group in it, and its rows.
+
+    Raises:
+        UsageError: There is no such file or column, it cannot be read, or pyarrow is not installed.
+    """
+    arrow, parquet = _arrow()
+    whole = Path(path).expanduser()
+    files = sorted(whole.glob("*.parquet")) if whole.is_dir() else [whole]
+    if not files or not files[0].exists():
+        raise UsageError(f"There is no Parquet file {str(path)!r}.")
+    names: list[str] = []
+    places = []
+    for number, file in enumerate(files):
+        try:
+            about = parquet.read_metadata(file)
+        except (arrow.ArrowInvalid, OSError) as error:
+            raise UsageError(f"{str(file)!r} cannot be read as Parquet: {str(error).splitlines()[0]}.") from error
+        names = _known(file, about.schema.to_arrow_schema().names, names or columns)
+        places += [(number, group, about.row_group(group).num_rows) for group in range(about.num_row_groups)]
+    return files, names, places
+
+
+def as_arrays(file: Path, group: int, columns: Sequence[str]) -> dict[str, np.ndarray]:
+    """Return columns of one group of rows of a Parquet file, as `read_parquet` does those of all."""
+    arrow, parquet = _arrow()
+    with parquet.ParquetFile(file) as opened:
+        table = opened.read_row_group(group, columns=list(columns))
+    return {name: _column(table.column(name), arrow) for name in columns}
+
+
+def _arrow() -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise UsageError(f"Parquet files need pyarrow ({error}): pip install pyarrow.") from error
+    return pyarrow, parquet
+
+
+def _known(path: str | Path, known: Sequence[str], columns: Sequence[str] | None) -> list[str]:
+    """Return the columns to read, all of a file if None; refuse those that it does not have."""
+    names = list(known if columns is None else columns)
+    missing = [name for name in names if name not in known]
+    if missing:
+        raise UsageError(f"{str(path)!r} has no column {missing[0]}: there are {', '.join(known)}.")
+    return names
 
 
 def _column(column: Any, arrow: Any) -> np.ndarray:

@@ -159,17 +159,20 @@ def test_probabilities_of_all_rows() -> None:
 
 def test_data_sets_of_tables_take_them(capsys: pytest.CaptureFixture[str]) -> None:
     bundle = load("clicks", n_train=2000, negatives={"Click": 0.5}, encoder="clicks")
-    sampler = bundle.train.sampler  # type: ignore[union-attr]
+    train: Any = bundle.train
+    test: Any = bundle.test
+    census: Any = load("census-income", negatives={"income": 1}).train
+    sampler = train.sampler
     assert isinstance(sampler, NegativeSampler)
     labels = ClickRows(2000, first=2**40).__getitems__(range(2000))[1]["click"]
     assert len(sampler.positives) == int(labels.sum())
     assert bundle.rows["train"] == 2000
     assert bundle.facts["negatives"]["rate"] == sampler.rate
     assert "all " + str(len(sampler.positives)) in capsys.readouterr().out
-    batches = torch.cat([labels["click"] for _, labels in bundle.train])  # type: ignore[union-attr]
+    batches = torch.cat([labels["click"] for _, labels in train])
     assert batches.mean() == pytest.approx(2 / 3, abs=0.05)
-    assert not isinstance(bundle.test.sampler, NegativeSampler)  # type: ignore[union-attr]
-    assert isinstance(load("census-income", negatives={"income": 1}).train.sampler, NegativeSampler)  # type: ignore[union-attr]
+    assert not isinstance(test.sampler, NegativeSampler)
+    assert isinstance(census.sampler, NegativeSampler)
     with pytest.raises(UsageError, match="income"):
         load("census-income", negatives={"click": 1})
     with pytest.raises(UsageError, match="need a label of 0 or 1 in every row"):
@@ -178,14 +181,14 @@ def test_data_sets_of_tables_take_them(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_data_sets_that_make_loaders_of_their_own_do_not() -> None:
     """They would have all negatives without a word."""
-    rows = [(torch.zeros(3), {"size": torch.ones(1)})] * 4
+    rows: Any = [(torch.zeros(3), {"size": torch.ones(1)})] * 4
 
     def load_splits(options: LoaderOptions) -> Splits:
-        loader: Any = DataLoader(rows, batch_size=2)  # type: ignore[arg-type]
+        loader: Any = DataLoader(rows, batch_size=2)
         return Splits(train=loader, val=None, test=loader, rows={"train": 4, "test": 4})
 
     def load_rows(options: LoaderOptions) -> Splits:
-        return options.splits(rows, rows)  # type: ignore[arg-type]
+        return options.splits(rows, rows)
 
     for number, made in enumerate((load_splits, load_rows)):
         info = DatasetInfo(name=f"own{number}", load_splits=made, tasks={"size": regression(1)}, batch_size=2)

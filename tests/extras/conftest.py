@@ -17,6 +17,7 @@ PACKAGES = {
     "test_graphs": ("torch_geometric",),
     "test_qm9": ("torch_geometric", "rdkit"),
     "test_columns": ("pyarrow", "datasets"),
+    "test_row_groups": ("pyarrow",),
     "test_onnx": ("onnxruntime", "onnxscript"),
     "test_stateful": ("torchdata",),
     "test_services": ("wandb", "mlflow"),
