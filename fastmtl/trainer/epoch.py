@@ -39,7 +39,6 @@ class TrainingEpoch:
         trainer: The trainer.
         checkpoints: Its checkpoints.
         data: Its training data.
-        loaders: The loaders of them.
         index: The epoch, from 0.
         steps: Steps of an epoch.
         interrupt: Holds Ctrl-C back until a step is done.
@@ -50,7 +49,6 @@ class TrainingEpoch:
         trainer: TrainerState,
         checkpoints: Checkpoints,
         data: TrainingData,
-        loaders: Any,
         index: int,
         steps: int,
         interrupt: DeferredInterrupt,
@@ -58,7 +56,6 @@ class TrainingEpoch:
         self._trainer = trainer
         self._checkpoints = checkpoints
         self._data = data
-        self._loaders = loaders
         self._index = index
         self._steps = steps
         self._interrupt = interrupt
@@ -97,7 +94,7 @@ class TrainingEpoch:
                         check_labels(meter.losses, labels[0])
                     losses, preds = self._step(ready, present, complete)
                 except LabelError as error:
-                    raise of_data_set(error, meter.losses, self._loaders) from error
+                    raise of_data_set(error, meter.losses, self._data.loaders) from error
                 except (RuntimeError, TypeError, ValueError) as error:
                     told = self._told(error, ready[0][0])
                     if told is None:
@@ -132,7 +129,7 @@ class TrainingEpoch:
         # An epoch's last step accumulates what is left of it.
         total = self._steps * step.batches
         if step.options.accumulate > 1:
-            total = count_batches(self._loaders, trainer.multi_input, trainer.limit_batches)
+            total = count_batches(self._data.loaders, trainer.multi_input, trainer.limit_batches)
         return trainer.stopping.trained(self._data.batches(start, start["batch"] * step.batches, total))
 
     def _step(
@@ -173,7 +170,7 @@ class TrainingEpoch:
         """Return a sentence on inputs that the encoder cannot read; None for what is told already or is another."""
         if isinstance(error, FastmtlError):
             return None
-        return unfit_inputs(self._trainer, inputs, self._loaders, error)
+        return unfit_inputs(self._trainer, inputs, self._data.loaders, error)
 
     def _keep_losses(self) -> None:
         """Keep the epoch's losses for strategies; a task without any label in it keeps that of the one before."""

@@ -65,8 +65,7 @@ def run_epochs(
                 if trainer.stopping.is_over:
                     break
                 if start["batch"] < steps:
-                    loaders = train_dataloaders
-                    TrainingEpoch(trainer, checkpoints, data, loaders, epoch, steps, interrupt).run(start)
+                    TrainingEpoch(trainer, checkpoints, data, epoch, steps, interrupt).run(start)
                 start = BEGINNING
                 _evaluate_epoch(trainer, checkpoints, val_dataloaders, test_dataloaders, epoch)
                 interrupt.check()

@@ -47,11 +47,12 @@ class TrainingData:
         peers: The processes.
 
     Attributes:
+        loaders: The loaders.
         generators: The random generators that the loaders have of their own.
     """
 
     def __init__(self, loaders: Loaders, tasks: list[str], multi_input: bool, peers: Peers) -> None:
-        self._loaders = loaders
+        self.loaders = loaders
         self._tasks = tasks
         self._multi_input = multi_input
         self._peers = peers
@@ -178,7 +179,7 @@ class TrainingData:
         return states
 
     def _train_batches(self, count: int, begun: Mapping[str | None, Iterator[object]] | None = None) -> Iterator[Pair]:
-        return train_batches(self._loaders, self._tasks, self._multi_input, count, begun)
+        return train_batches(self.loaders, self._tasks, self._multi_input, count, begun)
 
     def _taken_up(self, states: list[object]) -> dict[str | None, Iterator[object]]:
         """Return iterators over the loaders, which are where their states say."""
