@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from fastmtl import ops
 from fastmtl.distributed.gradient_shards import GradientShards
 from fastmtl.distributed.peers import Peers
 from fastmtl.distributed.shards import Pieces, Shards, UsedParams, refuse_sparse
@@ -26,6 +25,8 @@ if TYPE_CHECKING:
     from fastmtl.distributed.sharded import ShardedModel
 
 __all__ = ["DataParallel", "ExactDataParallel", "ShardedDataParallel"]
+
+T = TypeVar("T")
 
 
 class DataParallel(Comm):
@@ -46,11 +47,15 @@ class DataParallel(Comm):
         tables: Iterable[Tensor] = (),
     ) -> None:
         super().__init__(shared, [*shared, *task_params, *strategy_params])
-        self.tables = set(tables)
+        self.tables: Collection[Tensor] = set(tables)
         self.peers = peers
         self.size = peers.size
         self.task_params = task_params
         self._used_params = UsedParams(peers)
+
+    @override
+    def of_block(self, params: Sequence[Tensor]) -> DataParallel:
+        return DataParallel(self.peers, params, [])
 
     @override
     def agree_on_tasks(self, present: Sequence[int] | None, drawn: Sequence[int] | None, count: int) -> list[int]:
@@ -66,6 +71,10 @@ class DataParallel(Comm):
     @override
     def any(self, flags: Sequence[bool]) -> list[bool]:
         return self.peers.all_reduce_any(list(flags))
+
+    @override
+    def of_main(self, value: T) -> T:
+        return self.peers.all_gather_object(value)[0]
 
     @override
     @torch.no_grad()
@@ -165,7 +174,7 @@ class DataParallel(Comm):
     @override
     def gram(self, rows: Rows, groups: Sequence[int] | None, shares: Tensor | None) -> Tensor:
         assert shares is not None
-        gram = ops.gram(rows, groups)
+        gram = self._gram(rows, groups)
         # The rows are scaled by their share; the mean of Gram matrices is linear in it.
         scale = shares.where(shares > 0, torch.inf).rsqrt().to(gram.dtype)
         return self.peers.all_reduce(gram * scale[:, None] * scale)
@@ -226,10 +235,14 @@ class ExactDataParallel(DataParallel):
 
     shards_rows = True
 
+    @override
+    def of_block(self, params: Sequence[Tensor]) -> ExactDataParallel:
+        return ExactDataParallel(self.peers, params, [])
+
     @cached_property
     def shards(self) -> Pieces:
         """The communicator of rows, created with the first row."""
-        if self.tables.isdisjoint(self.shared):
+        if not any(param in self.tables for param in self.shared):
             return Shards(self.shared, self.peers)
         return TableShards(self.shared, self.tables, self.peers)
 
@@ -249,11 +262,18 @@ class ExactDataParallel(DataParallel):
 
     @override
     def write_shared(self, rows: Rows, weights: Tensor, groups: Sequence[int] | None, tasks: Tasks) -> None:
-        self.shards.write(rows, weights, groups, tasks)
+        self.start_write(rows, weights, groups, tasks)()
         self._reduce(self.task_params, tasks)
-        for param in [*self.shared, *self.task_params]:
+
+    @override
+    def start_write(
+        self, rows: Rows, weights: Tensor, groups: Sequence[int] | None, tasks: Tasks
+    ) -> Callable[[], object]:
+        self.shards.write(rows, weights, groups, tasks)
+        for param in self.shared:
             # Some may have been frozen since the first step.
             param.grad = param.grad if param.requires_grad else None
+        return self.shards.wait
 
     @override
     def shard_states(self, states: Iterable[RowShapedState]) -> Callable[[Tensor], Tensor] | None:

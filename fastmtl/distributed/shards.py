@@ -59,7 +59,7 @@ class Pieces:
         return rows
 
     def write(self, rows: Sequence[Row], weights: Tensor, groups: Sequence[int] | None, tasks: Tasks = ()) -> None:
-        """Fill ``.grad`` with ``sum_t w_t row_t``; see :meth:`Comm.write_shared`."""
+        """Fill ``.grad`` with ``sum_t w_t row_t``, valid after :meth:`wait`; see :meth:`Comm.write_shared`."""
         raise NotImplementedError
 
     @property
@@ -185,7 +185,6 @@ class Shards(Pieces):
         self.combine(pieces, rows, weights, groups)
         for bucket, part in zip(self._buckets, parts, strict=True):
             self.pending.append((self.peers.all_gather(bucket.flat, part), part))
-        self.wait()
         for bucket in self._buckets:
             for k, view in zip(bucket.places, bucket.views, strict=True):
                 if used[k]:

@@ -216,10 +216,14 @@ class TableShards(Pieces):
         return [*self._shards.send([row[k] for k in self._dense]), *(row[k] for k in self._tables)]
 
     @override
+    def wait(self) -> None:
+        self._shards.wait()
+
+    @override
     def collect(self, rows: Rows) -> Rows:
         count = len(self.local_pieces)
         of_tables = self._table_rows.reduce([row[count:] for row in rows])
-        self._shards.wait()
+        self.wait()
         return [[*row[:count], *found] for row, found in zip(rows, of_tables, strict=True)]
 
     @override

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -12,10 +13,10 @@ from torch import Tensor, nn
 from fastmtl.engine.graph import graph_nodes, is_leaf, reached_leaves, root_nodes
 from fastmtl.engine.trees import tensors_of
 
-__all__ = ["Blocks", "Segment", "find_blocks"]
+__all__ = ["Blocks", "Place", "Segment", "find_blocks"]
 
-# A module and the number of its call.
-Place = tuple[nn.Module, int]
+# A module, by its number, and the number of its call.
+Place = tuple[int, int]
 
 
 class Segment(NamedTuple):
@@ -37,17 +38,19 @@ class Blocks:
     """A chain of blocks of parameters, each with whole groups, from the last one to the first.
 
     Attributes:
-        cuts: The modules between whose outputs the blocks lie.
+        modules: The modules of the network.
+        cuts: Those between whose outputs the blocks lie.
         blocks: The indices of each block's parameters.
     """
 
+    modules: Sequence[nn.Module]
     cuts: Sequence[Place]
     blocks: Sequence[Sequence[int]]
 
     @contextmanager
     def watching(self) -> Iterator[dict[Place, Tensor]]:
         """Collect the outputs of the modules at the cuts in the block."""
-        with _outputs_of([module for module, _ in self.cuts]) as outputs:
+        with _outputs_of({place: self.modules[place] for place, _ in self.cuts}) as outputs:
             yield outputs
 
     def segments(
@@ -70,7 +73,7 @@ class Blocks:
 
 
 def find_blocks(
-    run: Callable[[], Sequence[Tensor]], modules: Iterable[nn.Module], params: Sequence[Tensor], groups: Sequence[int]
+    run: Callable[[], Sequence[Tensor]], modules: Sequence[nn.Module], params: Sequence[Tensor], groups: Sequence[int]
 ) -> Blocks | None:
     """Return the smallest blocks that a network can be cut into, None if it cannot.
 
@@ -81,7 +84,7 @@ def find_blocks(
         groups: The group of each.
     """
     group_of = dict(zip(params, groups, strict=True))
-    with _outputs_of(modules) as outputs:
+    with _outputs_of(dict(enumerate(modules))) as outputs:
         features = run()
     if not _shows_all(features):
         return None
@@ -111,7 +114,7 @@ def find_blocks(
     # What this batch does not reach is in no graph.
     groups_of_blocks[-1] |= set(groups) - set().union(*groups_of_blocks)
     blocks = [[k for k, group in enumerate(groups) if group in of_block] for of_block in groups_of_blocks]
-    return Blocks([cuts[key][0] for key in chain], blocks)
+    return Blocks(modules, [cuts[key][0] for key in chain], blocks)
 
 
 def _shows_all(features: Sequence[Tensor]) -> bool:
@@ -138,18 +141,18 @@ def _leaves_down_to(outputs: Sequence[Tensor], end: Tensor | None) -> set[Tensor
 
 
 @contextmanager
-def _outputs_of(modules: Iterable[nn.Module]) -> Iterator[dict[Place, Tensor]]:
+def _outputs_of(modules: Mapping[int, nn.Module]) -> Iterator[dict[Place, Tensor]]:
     """Collect the output of each call of some modules in the block, where one tensor of it has a graph."""
     outputs: dict[Place, Tensor] = {}
-    calls: dict[nn.Module, int] = {}
+    calls: dict[int, int] = {}
 
-    def keep(module: nn.Module, args: object, output: object) -> None:
-        calls[module] = calls.get(module, -1) + 1
+    def keep(place: int, module: nn.Module, args: object, output: object) -> None:
+        calls[place] = calls.get(place, -1) + 1
         attached = [tensor for tensor in tensors_of(output) if tensor.grad_fn is not None]
         if len(attached) == 1:
-            outputs[module, calls[module]] = attached[0]
+            outputs[place, calls[place]] = attached[0]
 
-    hooks = [module.register_forward_hook(keep) for module in dict.fromkeys(modules)]
+    hooks = [module.register_forward_hook(partial(keep, place)) for place, module in modules.items()]
     try:
         yield outputs
     finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import ClassVar, Protocol, cast
+from typing import ClassVar, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -14,9 +14,12 @@ from fastmtl.engine.hidden import VJP
 from fastmtl.engine.model import Tasks
 from fastmtl.engine.vjp import Cotangents, vjp
 from fastmtl.engine.weights import Row, Rows
+from fastmtl.support.dtypes import wide_dtype
 from fastmtl.support.profiling import part
 
 __all__ = ["Combination", "Comm", "Local", "MaskReps", "combine_into", "combined"]
+
+T = TypeVar("T")
 
 # Masks the gradients of T representations, from losses, representations and gradients.
 MaskReps = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]]
@@ -103,16 +106,22 @@ class Comm:
         size: Number of processes.
         shares_batches: Whether other processes have parts of a batch.
         shards_rows: Whether this process has pieces of the rows, and of a strategy's state of their size.
+        tables: Parameters with sparse gradients, of which touched rows are exchanged.
     """
 
     size: int = 1
     shares_batches: ClassVar[bool] = False
     shards_rows: ClassVar[bool] = False
+    tables: Collection[Tensor] = ()
 
     def __init__(self, shared: Sequence[Tensor], params: Sequence[Tensor]) -> None:
         self.shared = shared
         self.params = params
         self.combination = Combination(shared)
+
+    def of_block(self, params: Sequence[Tensor]) -> Comm:
+        """Return the communicator of some of the shared parameters, whose rows come and are written apart."""
+        return Local(params, params)
 
     def agree_on_tasks(self, present: Sequence[int] | None, drawn: Sequence[int] | None, count: int) -> list[int]:
         """Return the tasks of this step: those with labels in any process that the main process has drawn.
@@ -136,6 +145,10 @@ class Comm:
     def any(self, flags: Sequence[bool]) -> list[bool]:
         """Return which flags are set in any process."""
         return list(flags)
+
+    def of_main(self, value: T) -> T:
+        """Return the main process's picklable value."""
+        return value
 
     def check_alike(self, params: Sequence[Tensor]) -> None:
         """Refuse parameters that are others, or in another order, in other processes.
@@ -225,7 +238,15 @@ class Comm:
         ``groups`` holds the group of each parameter, for (L, T, T); ``shares`` (T,) are this process's shares of the
         labels behind each row.
         """
-        return ops.gram(rows, groups)
+        return self._gram(rows, groups)
+
+    def _gram(self, rows: Rows, groups: Sequence[int] | None) -> Tensor:
+        """Return the Gram matrix of this process's rows, zeros where they have no entry."""
+        if any(entry is not None for row in rows for entry in row):
+            return ops.gram(rows, groups)
+        device = self.shared[0].device
+        shape = (len(rows), len(rows)) if groups is None else (max(groups) + 1, len(rows), len(rows))
+        return torch.zeros(shape, dtype=wide_dtype(device), device=device)
 
     def broadcast(self, tensors: Iterable[Tensor | None]) -> None:
         """Overwrite tensors with the main process's: random numbers, and the last bits of solvers, may differ."""
@@ -239,6 +260,13 @@ class Comm:
     def write_shared(self, rows: Rows, weights: Tensor, groups: Sequence[int] | None, tasks: Tasks) -> None:
         """Fill ``.grad`` of the shared parameters with ``sum_t w_t row_t``, and all-reduce that of the others."""
         self.combination.write(rows, weights, groups)
+
+    def start_write(
+        self, rows: Rows, weights: Tensor, groups: Sequence[int] | None, tasks: Tasks
+    ) -> Callable[[], object]:
+        """Start :meth:`write_shared`; return a function that waits until ``.grad`` has its values."""
+        self.write_shared(rows, weights, groups, tasks)
+        return lambda: None
 
     def all_reduce_grads(self, tasks: Tasks, summed: Sequence[Tensor] = ()) -> None:
         """All-reduce ``.grad`` of all parameters but those of ``summed`` after a step of these tasks."""

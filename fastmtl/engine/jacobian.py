@@ -232,6 +232,16 @@ class Jacobian:
         """Return what float16 multiplies the losses by."""
         return self._ctx.scaling
 
+    @property
+    def tasks(self) -> Tasks:
+        """Return the tasks of the step."""
+        return self._ctx.tasks
+
+    @property
+    def row_shares(self) -> Tensor | None:
+        """Return this process's shares (T,) of the labels behind each row, with several processes."""
+        return self._ctx.row_shares
+
     def unscaled_rows(self) -> Rows:
         """Return the rows without the loss scale of float16, all of them dense."""
         return dense_rows(self._ctx.scaling.rows(self.rows))

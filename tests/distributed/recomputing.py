@@ -31,7 +31,9 @@ class Block(nn.Module):
 
     def __init__(self, width: int, dropout: Callable[[], nn.Module]) -> None:
         super().__init__()
-        self.inner = nn.Sequential(nn.Linear(width, 2 * width), nn.Tanh(), dropout(), nn.Linear(2 * width, width))
+        self.inner: nn.Module = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.Tanh(), dropout(), nn.Linear(2 * width, width)
+        )
 
     def forward(self, hidden: Tensor) -> Tensor:
         found: Tensor = hidden + self.inner(hidden)

@@ -5,18 +5,21 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from fastmtl.distributed import find_peers, shard
 from fastmtl.errors import CheckpointError
 from fastmtl.trainer.checkpoint.epochs import is_random
 from tests.distributed.group import TASKS, Case, in_processes
+from tests.distributed.recomputing import Deep
+from tests.trainer.grouped import Chain
 from tests.trainer.toy import flat, loaders, make_trainer
 
 ADAM = {"optim_param": {"optim": "adam", "lr": 1e-2}}
@@ -30,6 +33,8 @@ CASES = [
     Case("tasks per step", "PCGrad", options={"tasks_per_step": 2}),
     Case("of each task", "PCGrad", options={"multi_input": True}),
     Case("shards", "DB_MTL", options={"shard": "fsdp", **ADAM}),
+    Case("blocks", "Nash_MTL", options={"groups": "module", "vjps": "blockwise", "encoder_class": Chain}),
+    Case("recomputed", "MGDA", options={"shard": "fsdp", "encoder_class": partial(Deep, "both", dropout=nn.Identity)}),
 ]
 EPOCHS, ROWS = 5, 40
 

@@ -48,12 +48,14 @@ class Counts(AbsWeighting):
 
 
 class Blocks(nn.Module):
-    def __init__(self) -> None:
+    """Layers in blocks, and a parameter beside them."""
+
+    def __init__(self, dropout: float = 0.1) -> None:
         super().__init__()
         self.token = nn.Parameter(torch.zeros(6))
         self.first = nn.Linear(6, 8)
         self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)) for _ in range(2))
-        self.last = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)
+        self.last = nn.TransformerEncoderLayer(8, 2, 8, dropout, batch_first=True)
 
     def forward(self, inputs: Tensor) -> Tensor:
         hidden = self.first(inputs + self.token)

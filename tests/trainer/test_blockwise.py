@@ -126,8 +126,8 @@ def test_at_most_one_block_has_the_gradients_of_all_tasks() -> None:
         # The first step looks at the network.
         trainer.step([batch], StepBuffer())
         trainer.optimizer.zero_grad()
-        for combination in getattr(trainer.step.engine.method, "_combinations", []) if options else []:
-            combination._update = [None] * len(combination.params)
+        for comm in trainer.step.engine.method._comms if options else []:
+            comm.combination._update = [None] * len(comm.shared)
         with LiveMemory() as live:
             trainer.step([batch], StepBuffer())
         peaks.append(live.peak)

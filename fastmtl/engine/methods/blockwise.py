@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from fastmtl import ops
-from fastmtl.engine.blocks import Blocks, Segment, find_blocks
-from fastmtl.engine.comm import Combination, Comm
+from fastmtl.engine.blocks import Blocks, Place, Segment, find_blocks
+from fastmtl.engine.comm import Comm
 from fastmtl.engine.context import Batch
 from fastmtl.engine.cut import Structure
 from fastmtl.engine.gradients import aligned
@@ -22,7 +22,6 @@ from fastmtl.engine.side_effects import without_side_effects
 from fastmtl.engine.trees import tensors_of
 from fastmtl.engine.vjp import vjp
 from fastmtl.engine.weights import Row, Rows, Weights, joined
-from fastmtl.support.dtypes import wide_dtype
 from fastmtl.support.profiling import part
 
 __all__ = ["Blockwise"]
@@ -49,7 +48,7 @@ class Blockwise(Split):
         self.groups = groups
         self.count = count
         self.blocks: Blocks | None = None
-        self._combinations: list[Combination] = []
+        self._comms: list[Comm] = []
         self._told = False
 
     def prepare(self, batch: Batch) -> None:
@@ -58,19 +57,17 @@ class Blockwise(Split):
         if self.blocks is not None or not self.possible or self.structure.against_cut is not None:
             return
         problem = self.problem
+        modules, params = list(problem.model.modules()), problem.shared_params
         with without_side_effects(problem):
-            self.blocks = find_blocks(
-                lambda: tensors_of(problem.trunk(batch.inputs)),
-                problem.model.modules(),
-                problem.shared_params,
-                self.groups,
-            )
+            found = find_blocks(lambda: tensors_of(problem.trunk(batch.inputs)), modules, params, self.groups)
+        # Other processes may have found others, in parts of the batch of other shapes.
+        of_main = self.comm.of_main(None if found is None else (found.cuts, found.blocks))
+        self.blocks = None if of_main is None else Blocks(modules, *of_main)
         if self.blocks is None:
             self.possible = False
             self.regions.report("vjps: all groups at once, as the network is no chain of them")
             return
-        params = problem.shared_params
-        self._combinations = [Combination([params[k] for k in block]) for block in self.blocks.blocks]
+        self._comms = [self.comm.of_block([params[k] for k in block]) for block in self.blocks.blocks]
         largest = max(sum(params[k].numel() for k in block) for block in self.blocks.blocks)
         whole = sum(param.numel() for param in params)
         self.regions.report(
@@ -85,24 +82,52 @@ class Blockwise(Split):
         with self.blocks.watching() as outputs:
             whole = self.trunk(batch)
         features, losses, preds, cotangents, task_grads = self.heads(whole, batch)
-        segments = self.blocks.segments(features, outputs, self.problem.shared_params)
+        segments = self._segments(self.blocks, features, outputs)
+        if segments is None:
+            rows = self.rows_of(features, cotangents, batch)
+            return BatchGradients(*detached(losses, preds), rows, task_grads, Combine())
+        passes = _Passes(segments, cotangents, self.groups, self.count, self.problem.shared_params, self._comms)
+        return BatchGradients(*detached(losses, preds), [], task_grads, passes)
+
+    def _segments(
+        self, blocks: Blocks, features: Sequence[Tensor], outputs: Mapping[Place, Tensor]
+    ) -> list[Segment] | None:
+        """Return the segments of this step's graphs; None, and say why once, if those of some process have none."""
+        segments = blocks.segments(features, outputs, self.problem.shared_params)
         against = "in a step in which the network is no chain of them" if segments is None else None
         if has_gradient_hooks(self.problem.model):
             against = "as gradients have hooks, which would run twice"
-        elif self.tables_of(features) is not None:
+        elif self.comm.tables or self.tables_of(features) is not None:
             against = "as the gradients of embedding tables have touched rows only"
-        if segments is None or against is not None:
-            if not self._told:
-                self.regions.report(f"vjps: all groups at once {against}")
-            self._told = True
-            rows = self.rows_of(features, cotangents, batch)
-            return BatchGradients(*detached(losses, preds), rows, task_grads, Combine())
-        passes = _Passes(segments, cotangents, self.groups, self.count, self.problem.shared_params, self._combinations)
-        return BatchGradients(*detached(losses, preds), [], task_grads, passes)
+        (stands,) = self.comm.any([against is not None])
+        if stands and not self._told:
+            self.regions.report(f"vjps: all groups at once {against or 'in a step in which another process needs it'}")
+        self._told = self._told or stands
+        return None if stands else segments
+
+
+@dataclass(slots=True)
+class _Part:
+    """What is known of a segment.
+
+    Attributes:
+        comm: The communicator of its parameters.
+        groups: Its groups, among 0 .. L-1.
+        local: The place of each parameter's group among those.
+        rows: T gradients, which may be on their way to other processes.
+    """
+
+    comm: Comm
+    groups: list[int]
+    local: list[int]
+    rows: Rows = field(default_factory=list)
 
 
 class _Passes(Pullback):
     """The backward passes of a chain of segments, each followed by the solve and the update of its groups.
+
+    Where rows are sent to other processes, the last one of a segment is on its way during the first VJP of the next;
+    the solve comes after that.
 
     Args:
         segments: The segments of the graph.
@@ -110,7 +135,7 @@ class _Passes(Pullback):
         groups: The group of each parameter, 0 .. L-1.
         count: The number L of groups.
         params: The shared parameters.
-        combinations: Writes the update of each segment.
+        comms: The communicator of the parameters of each segment.
     """
 
     limits_by_gram = False
@@ -122,66 +147,94 @@ class _Passes(Pullback):
         groups: Sequence[int],
         count: int,
         params: Sequence[Tensor],
-        combinations: Sequence[Combination],
+        comms: Sequence[Comm],
     ) -> None:
         self._segments = segments
         self._cotangents = cotangents
         self._groups = groups
         self._count = count
         self._params = params
-        self._combinations = combinations
+        self._comms = comms
         self._done = False
 
     def decided(self, source: Jacobian, groups: Sequence[int] | None, decide: Decide) -> Weights:
         """Write the update of each segment with the weights that ``decide`` returns for its groups."""
-        places, parts = [], []
-        for of_segment, local, rows, combination in self._rows():
-            gram = source.scaling.gram(self._gram(rows, local))
-            weights = decide(gram, of_segment)
-            combination.write(rows, weights.shared, local)
-            places += of_segment
+        parts: list[Weights] = []
+
+        def solve(piece: _Part, rows: Rows) -> Tensor:
+            with part("gram"):
+                gram = source.scaling.gram(piece.comm.gram(rows, piece.local, source.row_shares))
+            weights = decide(gram, piece.groups)
+            piece.comm.broadcast([weights.shared, weights.heads])
             parts.append(weights)
-            del rows
-        self._done = True
+            return weights.shared
+
+        places = self._run(solve, source.tasks)
         return joined(parts, places)
 
     def write(self, weights: Weights, source: HasRows, comm: Comm, tasks: Tasks) -> None:
         """Write the update with weights that were held, unless it is written."""
         if not self._done:
-            for of_segment, local, rows, combination in self._rows():
-                combination.write(rows, torch.stack([weights.shared[place] for place in of_segment]), local)
-                del rows
-        self._done = True
-        comm.all_reduce_grads(tasks)
+            self._run(lambda piece, rows: torch.stack([weights.shared[place] for place in piece.groups]), tasks)
+        comm.all_reduce_grads(tasks, self._params)
 
-    def _rows(self) -> Iterator[tuple[list[int], list[int], Rows, Combination]]:
-        """Yield for each segment its groups, the group among them of each parameter, T rows and what writes it."""
+    def _run(self, weigh: Callable[[_Part, Rows], Tensor], tasks: Tasks) -> list[int]:
+        """Differentiate the segments and write their updates with the weights (l, T) of their l groups.
+
+        Returns the groups in the order of the segments.
+        """
         cotangents: list[Row | None] = list(self._cotangents)
         self._cotangents = []
-        # Those whose parameters are all frozen are in none, and come last.
-        idle = sorted(set(range(self._count)) - set(self._groups))
-        for segment, combination in zip(self._segments, self._combinations, strict=True):
-            of_segment = sorted({self._groups[k] for k in segment.block})
-            of_segment += idle if segment is self._segments[-1] else []
-            local = [of_segment.index(self._groups[k]) for k in segment.block]
-            params = [self._params[k] for k in segment.block]
-            inputs = params if segment.end is None else [*params, segment.end]
-            rows: Rows = []
-            for t, cotangent in enumerate(cotangents):
-                if cotangent is None:
-                    rows.append([None] * len(params))
-                    continue
-                later = any(other is not None for other in cotangents[t + 1 :])
-                with part("VJPs"):
-                    grads = vjp(segment.outputs, cotangent, inputs, later)
-                rows.append(grads[: len(params)])
-                below = grads[len(params) :]
-                cotangents[t] = None if not below or below[0] is None else below
-            yield of_segment, local, aligned(rows), combination
+        places: list[int] = []
+        writing: list[Callable[[], object]] = []
 
-    def _gram(self, rows: Rows, local: Sequence[int]) -> Tensor:
-        with part("gram"):
-            if any(entry is not None for row in rows for entry in row):
-                return ops.gram(rows, local)
-            device = self._params[0].device
-            return torch.zeros(max(local) + 1, len(rows), len(rows), dtype=wide_dtype(device), device=device)
+        def finish(piece: _Part) -> None:
+            rows = aligned(piece.comm.collect(piece.rows, final=True))
+            # The update before had the VJPs of a whole segment to be sent.
+            for wait in writing:
+                wait()
+            writing[:] = [piece.comm.start_write(rows, weigh(piece, rows), piece.local, tasks)]
+
+        sent: list[_Part] = []
+        for segment, comm in zip(self._segments, self._comms, strict=True):
+            current = self._part(segment, comm)
+            places += current.groups
+            for t in range(len(cotangents)):
+                row = self._row(segment, cotangents, t)
+                if sent:
+                    finish(sent.pop())
+                current.rows.append(comm.send(row))
+                # What has been sent need not stay.
+                del row
+            sent.append(current)
+            if not comm.shards_rows:
+                finish(sent.pop())
+            # So that the next segment's rows can reuse the memory.
+            del current
+        for last in sent:
+            finish(last)
+        for wait in writing:
+            wait()
+        self._done = True
+        return places
+
+    def _part(self, segment: Segment, comm: Comm) -> _Part:
+        groups = sorted({self._groups[k] for k in segment.block})
+        if segment is self._segments[-1]:
+            # Those whose parameters are all frozen are in none, and come last.
+            groups += sorted(set(range(self._count)) - set(self._groups))
+        return _Part(comm, groups, [groups.index(self._groups[k]) for k in segment.block])
+
+    def _row(self, segment: Segment, cotangents: list[Row | None], t: int) -> Row:
+        """Run the VJP of a task; put the cotangent of the next segment in the place of this one's."""
+        params = [self._params[k] for k in segment.block]
+        cotangent = cotangents[t]
+        if cotangent is None:
+            return [None] * len(params)
+        later = any(other is not None for other in cotangents[t + 1 :])
+        with part("VJPs"):
+            inputs = params if segment.end is None else [*params, segment.end]
+            grads = vjp(segment.outputs, cotangent, inputs, later)
+        below = grads[len(params) :]
+        cotangents[t] = None if not below or below[0] is None else below
+        return grads[: len(params)]

@@ -272,7 +272,7 @@ def _against_blocks(strategy: AbsWeighting, comm: Comm, options: StepOptions) ->
         "groups is all": strategy.grouping is None,
         "the strategy takes several batches per step": strategy.samples > 1,
         "weight_momentum changes the weights after all are known": options.weight_momentum > 0,
-        "several processes have parts of the gradients": comm.shares_batches,
+        "parameters are in shards": options.shard != "none" and comm.shares_batches,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 
