@@ -242,7 +242,7 @@ class Comm:
 
     def _gram(self, rows: Rows, groups: Sequence[int] | None) -> Tensor:
         """Return the Gram matrix of this process's rows, zeros where they have no entry."""
-        if any(entry is not None for row in rows for entry in row):
+        if not self.shared or any(entry is not None for row in rows for entry in row):
             return ops.gram(rows, groups)
         device = self.shared[0].device
         shape = (len(rows), len(rows)) if groups is None else (max(groups) + 1, len(rows), len(rows))
