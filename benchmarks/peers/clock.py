@@ -1,6 +1,7 @@
 """Runs a training script as it is, and times it step by step.
 
-A step lasts from one call of the optimizer to the next, without the time that the script's loader takes.
+A step lasts from one call of the optimizer to the next, without the time that the script's loader takes. Between the
+last step of an epoch and the first of the next one a script does other things: that time is left out.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class ScriptSteps:
         ((_, script),) = find_scripts(recipe, [checkout])
         self._go, self._done = threading.Semaphore(0), queue.SimpleQueue[float | BaseException]()
         self._began, self._loading = 0.0, 0.0
+        self._passed_over = False
         # Scripts write beside themselves.
         self._copy = tempfile.TemporaryDirectory(prefix="fastmtl-script-")
         project = Path(self._copy.name) / checkout.resolve().name
@@ -105,8 +107,11 @@ class ScriptSteps:
             return
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self._done.put(time.perf_counter() - self._began - self._loading)
-        self._go.acquire()
+        # At the end of a pass over its data a script evaluates, which is no part of a step.
+        if not self._passed_over:
+            self._done.put(time.perf_counter() - self._began - self._loading)
+            self._go.acquire()
+        self._passed_over = False
         self._began, self._loading = time.perf_counter(), 0.0
 
     def _time_loaders(self) -> None:
@@ -117,6 +122,9 @@ class ScriptSteps:
             start = time.perf_counter()
             try:
                 return plain(iterator)
+            except StopIteration:
+                self._passed_over = True
+                raise
             finally:
                 self._loading += time.perf_counter() - start
 

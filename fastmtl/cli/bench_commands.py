@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from fastmtl.cli.spelling import Command
+from fastmtl.errors import UsageError
 
 __all__ = ["bench"]
 
@@ -116,6 +117,8 @@ def _step(
     from fastmtl.benchmarks.step import run_step
 
     _use_threads(threads)
+    if script and (recipe is None or recipe in SHAPES):
+        raise UsageError(f"--script needs --recipe with a recipe other than {', '.join(SHAPES)}, got {recipe}.")
     if recipe in SHAPES:
         net, tasks, rows_of_recipe = SHAPES[recipe]
         batch = batch or rows_of_recipe

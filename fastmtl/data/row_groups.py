@@ -108,8 +108,8 @@ def _check_rows(group: Batch, rows: int) -> None:
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    """Return the rows of several groups; bags of categories filled up with -1."""
-    if parts[0].dim() == 2 and not parts[0].is_floating_point():
+    """Return the rows of several groups; lists filled up with -1."""
+    if parts[0].dim() == 2:
         width = max(part.shape[1] for part in parts)
         parts = [torch.nn.functional.pad(part, (0, width - part.shape[1]), value=-1) for part in parts]
     return torch.cat(parts)

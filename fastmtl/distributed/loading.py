@@ -48,7 +48,13 @@ def shard(loaders: Any, peers: Peers, *, whole: bool = False) -> Any:
     # A loader with a state keeps its kind, and how often it takes its state.
     kind = type(loaders) if hasattr(loaders, "load_state_dict") else DataLoader
     options: dict[str, Any] = {name: getattr(loaders, name) for name in _KEPT if hasattr(loaders, name)}
-    return kind(loaders.dataset, batch_sampler=_Parts(batches, peers, whole), **options)
+    try:
+        return kind(loaders.dataset, batch_sampler=_Parts(batches, peers, whole), **options)
+    except TypeError as error:
+        raise UsageError(
+            f"shard cannot make a {kind.__name__} for the rows of one process: its __init__ must take the arguments of "
+            f"DataLoader ({error})."
+        ) from error
 
 
 def is_shard(loader: object) -> bool:

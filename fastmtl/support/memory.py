@@ -9,7 +9,7 @@ import platform
 import sys
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = ["keep_freed_memory", "use_huge_pages", "zeros_in_huge_pages"]
 
@@ -45,9 +45,12 @@ def use_huge_pages(tensor: Tensor) -> bool:
     system copies what the tensor holds, 2 MiB at a time, as far as it has such pages (Linux 6.1); its address and its
     numbers stay. Nothing happens on other systems, to small tensors, and to memory shared with other processes.
     """
+    # Sparse tensors and those of other classes may have no memory of their own.
+    is_plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+    if not is_plain or tensor.device.type != "cpu" or sys.platform != "linux":
+        return False
     storage = tensor.untyped_storage()
-    is_large = tensor.device.type == "cpu" and storage.nbytes() >= _LEAST
-    if not is_large or sys.platform != "linux" or storage.is_shared():
+    if storage.nbytes() < _LEAST or storage.is_shared():
         return False
     first = -(-storage.data_ptr() // _HUGE) * _HUGE
     length = (storage.data_ptr() + storage.nbytes()) // _HUGE * _HUGE - first

@@ -35,6 +35,8 @@ def run_epochs(
     """Train and evaluate epoch by epoch; the arguments are those of :meth:`Trainer.train`."""
     check_value("epochs", epochs, declared(TrainConfig)["epochs"])
     batches = _checked_batches(trainer, train_dataloaders, test_dataloaders, val_dataloaders)
+    data = TrainingData(train_dataloaders, trainer.task_name, trainer.multi_input, trainer.peers)
+    data.check(trainer.start)
     trainer.meter.has_val = val_dataloaders is not None
     steps = -(-batches // trainer.step.options.accumulate)
     trainer.batch_weight = np.zeros((trainer.task_num, epochs, steps))
@@ -50,8 +52,6 @@ def run_epochs(
         trainer.schedule.begin(Place(epochs, steps, info.start_epoch, info.start_batch))
     # Where a checkpoint left off; a further call begins anew, from the parameters of now.
     start, trainer.start = trainer.start, BEGINNING
-    data = TrainingData(train_dataloaders, trainer.task_name, trainer.multi_input, trainer.peers)
-    data.check(start)
     checkpoints.data = data
     if "rng" in start:
         set_rng_state(start["rng"], data.generators)

@@ -89,12 +89,26 @@ class EarlyStopping:
             if task not in self.stopped and self._waited(epoch, [task]) >= patience:
                 self.stopped[task] = epoch
                 print(f"{task} is no longer trained: its best epoch is {self._best_epoch(task)}")
-        trained = [task for task in self.tasks if task not in self.stopped]
-        if not trained or (self.patience is not None and self._waited(epoch, trained) >= self.patience):
-            self.last = epoch
+        self._look(epoch)
         if self.is_asked_for:
             # Scores may differ in their last digits from process to process.
             self.load_state_dict(self.peers.all_gather_object(self.state_dict())[0])
+
+    def go_on(self, state: Settings, epoch: int) -> None:
+        """Take up the state of a run after an epoch, by the patience of this one.
+
+        A task that was no longer trained is trained again if it has no patience any more.
+        """
+        self.load_state_dict(state)
+        self.stopped = {task: last for task, last in self.stopped.items() if task in self.of_tasks}
+        self.last = None
+        self._look(epoch)
+
+    def _look(self, epoch: int) -> None:
+        """Find out whether the run is over after an epoch."""
+        trained = [task for task in self.tasks if task not in self.stopped]
+        if not trained or (self.patience is not None and self._waited(epoch, trained) >= self.patience):
+            self.last = epoch
 
     def trained(self, batches: Iterator[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
         """Return batches of inputs and labels by task, without the labels of tasks that are no longer trained."""

@@ -29,27 +29,32 @@ network = torch.nn.Linear(40, 40).cuda()
 optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
 weights = torch.optim.SGD([torch.zeros(3, requires_grad=True)], lr=0.1)
 open("written.txt", "w").write("beside the script")
-for batch in DataLoader(Rows(), batch_size=2, num_workers=2):
-    optimizer.zero_grad()
-    network(batch.cuda()).sum().backward()
-    time.sleep(0.05)
-    weights.step()
-    optimizer.step()
+for epoch in range({epochs}):
+    for batch in DataLoader(Rows(), batch_size=2, num_workers=2):
+        optimizer.zero_grad()
+        network(batch.cuda()).sum().backward()
+        time.sleep(0.05)
+        weights.step()
+        optimizer.step()
+    time.sleep(1)
 """
 
 
-def _checkout(folder: Path, steps: int) -> Path:
+def _checkout(folder: Path, steps: int, epochs: int = 1) -> Path:
     script = folder / "experiments" / "celeba" / "trainer.py"
     script.parent.mkdir(parents=True)
-    script.write_text(_SCRIPT.format(steps=steps))
+    script.write_text(_SCRIPT.format(steps=steps, epochs=epochs))
     return folder
 
 
 def test_a_step_lasts_from_optimizer_to_optimizer_without_the_loader(tmp_path: Path) -> None:
-    checkout = _checkout(tmp_path / "FAMO", steps=5)
+    checkout = _checkout(tmp_path / "FAMO", steps=4, epochs=2)
     setting = Setting(strategy="MGDA", batch=2, data="photographs")
     script = Apart("FAMO's script", partial(ScriptSteps, "celeba", checkout, setting, torch.device("cpu")))
     assert 0.05 <= script.seconds(2) < 0.25
+    # Between two epochs it evaluates, for a second.
+    assert script.seconds(1) < 0.25
+    script()
     script()
     with pytest.raises(RuntimeError, match="it has no more steps"):
         script()

@@ -105,9 +105,9 @@ def test_loaders_with_workers(persistent: bool, tmp_path: Path) -> None:
 class _Counting:
     """A loader of three batches that knows how far it is; the rows are those of toy's, in order."""
 
-    def __init__(self) -> None:
-        self.rows = loaders()
-        self.begins = self.taken = self.loaded = 0
+    def __init__(self, rows: Any = None) -> None:
+        self.rows = loaders() if rows is None else rows
+        self.begins = self.begun = self.taken = self.loaded = 0
 
     def __iter__(self) -> Iterator[object]:
         self.taken, self.begins = self.begins, 0
@@ -123,7 +123,7 @@ class _Counting:
         return {"taken": self.taken}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.begins = state["taken"]
+        self.begins = self.begun = state["taken"]
 
 
 def test_a_loader_that_knows_its_place_skips_nothing(tmp_path: Path) -> None:
@@ -136,6 +136,35 @@ def test_a_loader_that_knows_its_place_skips_nothing(tmp_path: Path) -> None:
     assert data.loaded == 1 + 3
     with pytest.raises(CheckpointError, match="the checkpoint has state of train_dataloaders"):
         _run(loaders(), resume=str(tmp_path))
+
+
+def test_after_a_refusal_the_run_goes_on_where_it_was(tmp_path: Path) -> None:
+    wanted = _run(_Counting())
+    with pytest.raises(KeyboardInterrupt):
+        _run(_Counting(), save_path=str(tmp_path), logger=InterruptAt(4))
+    trainer = make_trainer(resume=str(tmp_path), **OPTIONS)
+    with pytest.raises(CheckpointError, match="the checkpoint has state of train_dataloaders"):
+        trainer.train(loaders(), loaders(), 3)
+    trainer.train(_Counting(), loaders(), 3)
+    assert torch.equal(flat(trainer.model.parameters()), wanted)
+
+
+def test_states_of_loaders_are_known_by_their_tasks(tmp_path: Path) -> None:
+    def data(*names: str) -> Any:
+        given = loaders(multi_input=True)
+        return {name: _Counting(given[name]) for name in names}
+
+    options, names = OPTIONS | {"multi_input": True}, ("task0", "task1")
+    first = make_trainer(save_path=str(tmp_path), logger=InterruptAt(4), **options)
+    with pytest.raises(KeyboardInterrupt):
+        first.train(data(*names), loaders(multi_input=True), 3)
+    saved = torch.load(tmp_path / "last.pt", weights_only=False)
+    assert [state["taken"] for state in saved["data"]["each"][0]["loaders"]] == [2, 2]
+    saved["data"]["each"][0]["loaders"][0]["taken"] = 1
+    torch.save(saved, tmp_path / "last.pt")
+    given = data(*reversed(names))
+    make_trainer(resume=str(tmp_path), **options).train(given, loaders(multi_input=True), 2)
+    assert [given[name].begun for name in names] == [1, 2]
 
 
 @pytest.mark.parametrize("step", [4, 5])

@@ -172,6 +172,26 @@ def test_a_run_that_was_stopped_is_over(tmp_path: Path, capsys: pytest.CaptureFi
     assert torch.equal(before, flat(resumed.model.parameters()))
 
 
+def test_a_resumed_run_goes_by_its_own_patience(tmp_path: Path) -> None:
+    def trainer(**options: Any) -> Any:
+        return make_trainer("EW", task_dict=_tasks(FALLS, FALLS), **options)
+
+    trainer(save_path=str(tmp_path), early_stopping=1).train(loaders(), loaders(), 6)
+    for patience, last in ((None, None), (3, 4)):
+        resumed = trainer(resume=str(tmp_path), early_stopping=patience)
+        resumed.train(loaders(), loaders(), 6)
+        assert resumed.stopping.last == last
+
+
+def test_a_task_without_patience_any_more_is_trained_again(tmp_path: Path) -> None:
+    options = {"task_dict": _tasks(FALLS, FALLS)}
+    first = make_trainer("EW", save_path=str(tmp_path), task_patience={"task1": 1}, **options)
+    first.train(loaders(), loaders(), 4)
+    assert list(first.stopping.stopped) == ["task1"]
+    assert list(make_trainer("EW", resume=str(tmp_path), task_patience={"task1": 1}, **options).stopping.stopped)
+    assert not make_trainer("EW", resume=str(tmp_path), **options).stopping.stopped
+
+
 def test_validation_data_decide_and_the_result_is_of_the_test_data() -> None:
     # Passes of an epoch: train, val, test.
     class Three(_Scripted):

@@ -52,12 +52,13 @@ class TrainingData:
     """
 
     def __init__(self, loaders: Loaders, tasks: list[str], multi_input: bool, peers: Peers) -> None:
-        self.loaders = loaders
+        # The order of a dictionary may be another when the run goes on.
+        self.loaders = {task: by_task(loaders, multi_input)[task] for task in tasks} if multi_input else loaders
         self._tasks = tasks
         self._multi_input = multi_input
         self._peers = peers
-        self._by_task = by_task(loaders, multi_input)
-        self.generators = generators(loaders, multi_input)
+        self._by_task = by_task(self.loaders, multi_input)
+        self.generators = generators(self.loaders, multi_input)
         # Of loaders of which some draw their order again, all must: they may share random numbers.
         self._has_state = all(self._keeps_place(loader) for loader in self._by_task.values())
         loaders_of = self._by_task.values()
@@ -110,7 +111,7 @@ class TrainingData:
     def _states(self) -> list[object]:
         try:
             return [storable(loader.state_dict()) for loader in self._by_task.values()]  # type: ignore[attr-defined]
-        except TypeError as error:
+        except (AttributeError, TypeError) as error:
             raise UsageError(
                 f"state_dict of train_dataloaders must return tensors and plain values, which a checkpoint can hold, "
                 f"got {error}."
@@ -175,7 +176,10 @@ class TrainingData:
     def _states_of(self, saved: Saved) -> list[object] | None:
         """Return the states of this process's loaders; None if there are none, or of other processes."""
         each = saved.get("each", [])
-        states: list[object] | None = each[self._peers.rank]["loaders"] if len(each) == self._peers.size else None
+        # After an interrupt there are those of one process.
+        if not saved.get("processes") == self._peers.size == len(each):
+            return None
+        states: list[object] | None = each[self._peers.rank]["loaders"]
         return states
 
     def _train_batches(self, count: int, begun: Mapping[str | None, Iterator[object]] | None = None) -> Iterator[Pair]:

@@ -57,8 +57,13 @@ def is_random(loader: object) -> bool:
     collate = getattr(loader, "collate_fn", None) or list
     before = rng_state()
     try:
-        once, twice = collate(read([0])), collate(read([0]))
-        return not (_are_equal(rng_state(), before) and _are_equal(once, twice))
+        once, *others = (collate(read([0])) for _ in range(4))
+        return not (_are_equal(rng_state(), before) and all(_are_equal(once, other) for other in others))
+    except Exception as error:
+        raise CheckpointError(
+            "Within an epoch a run goes on with another number of processes only where rows are not changed at random, "
+            f"which could not be found out: reading a row alone failed ({type(error).__name__}: {error})."
+        ) from error
     finally:
         set_rng_state(before)
 
@@ -68,8 +73,13 @@ def _are_equal(one: object, other: object) -> bool:
     pairs = list(zip(leaves(one), leaves(other), strict=False))
     if any(isinstance(a, int | float | str) and a != b and a == a for a, b in pairs):
         return False
-    arrays = [(torch.as_tensor(a), torch.as_tensor(b)) for a, b in pairs if isinstance(a, Tensor | np.ndarray)]
-    return all(a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in arrays)
+    return all(_same_array(a, b) for a, b in pairs if isinstance(a, Tensor | np.ndarray))
+
+
+def _same_array(one: Any, other: Any) -> bool:
+    if isinstance(one, np.ndarray):
+        return np.array_equal(one, other, equal_nan=one.dtype.kind in "fc")
+    return bool(one.shape == other.shape and torch.equal(one.nan_to_num(), other.nan_to_num()))
 
 
 def _listed(numbers: Iterable[int]) -> str:

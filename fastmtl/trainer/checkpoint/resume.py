@@ -78,7 +78,7 @@ def resume_run(trainer: TrainerState, path: Path) -> Saved:
     trainer.meter.base_result = state["base_result"]
     trainer.meter.best_result = state["best_result"]
     if "stopping" in state:
-        trainer.stopping.load_state_dict(state["stopping"])
+        trainer.stopping.go_on(state["stopping"], state["epoch"] - 1)
     place = {key: state[key] for key in (*BEGINNING, "rng", "epoch_rng")}
     # Older ones have none.
     return place | {"data": state.get("data", {})}

@@ -68,7 +68,8 @@ class Checkpoints:
             gather: Whether all processes call this.
         """
         trainer = self._trainer
-        if not self._saves:
+        # A process alone may have been given the path since.
+        if not (self._saves if trainer.peers.size > 1 else trainer.save_path is not None):
             return
         assert self.data is not None
         # Of an interrupt other processes know nothing.
