@@ -58,15 +58,17 @@ class _BackwardTwice(PhysicsEncoder):
     """The encoder as others write it: derivatives by autograd, which are differentiated again."""
 
     def _jet(self, points: Tensor) -> Jet:
-        def derivatives(columns: Tensor) -> Tensor:
-            of_each = [torch.autograd.grad(column.sum(), points, create_graph=True)[0] for column in columns.unbind(1)]
-            return torch.stack(of_each, 1)
+        def derivative(column: Tensor) -> Tensor:
+            gradient: Tensor = torch.autograd.grad(column.sum(), points, create_graph=True)[0]
+            return gradient
 
         points.requires_grad_()
         value = self.network(points)
-        first = derivatives(value)
-        second = torch.stack([derivatives(of_field).diagonal(dim1=1, dim2=2) for of_field in first.unbind(1)], 1)
-        return Jet(value, first, second)
+        first = torch.stack([derivative(column) for column in value.unbind(1)], 1)
+        by_axis = [
+            torch.stack([derivative(column)[:, axis] for column in first[:, :, axis].unbind(1)], 1) for axis in range(2)
+        ]
+        return Jet(value, first, torch.stack(by_axis, 2))
 
 
 def _losses(network: nn.Module, name: str, inputs: dict[str, Tensor], labels: dict[str, Tensor]) -> list[Tensor]:
