@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,8 @@ from tests.distributed.recomputing import Deep
 from tests.live_memory import LiveMemory
 from tests.trainer.grouped import Blocks, Chain
 from tests.trainer.toy import Listener, fill_grads, flat, loaders, make_trainer
+
+pytestmark = pytest.mark.usefixtures("in_float64")
 
 # Dropout would draw other masks in parts of a batch.
 ENCODER = partial(Blocks, dropout=0.0)
@@ -49,13 +51,6 @@ CASES = [
     _case("shards", "MGDA", {"shard": "fsdp"}),
 ]
 IN_FOUR = [_case("in four", name, batch=12) for name in ("MGDA", "PCGrad", "CAGrad", "UPGrad", "Nash_MTL")]
-
-
-@pytest.fixture(autouse=True)
-def _float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture(scope="module")

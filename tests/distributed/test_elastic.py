@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,8 @@ from tests.distributed.recomputing import Deep
 from tests.trainer.grouped import Chain
 from tests.trainer.toy import flat, loaders, make_trainer
 
+pytestmark = pytest.mark.usefixtures("in_float64")
+
 ADAM = {"optim_param": {"optim": "adam", "lr": 1e-2}}
 CASES = [
     Case("MGDA", "MGDA", options=ADAM),
@@ -37,13 +38,6 @@ CASES = [
     Case("recomputed", "MGDA", options={"shard": "fsdp", "encoder_class": partial(Deep, "both", dropout=nn.Identity)}),
 ]
 EPOCHS, ROWS = 5, 40
-
-
-@pytest.fixture(autouse=True)
-def _float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 class Ended(Exception):

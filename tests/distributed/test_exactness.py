@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,8 @@ from tests.distributed.group import (
     train_in_processes,
     weighed_tasks,
 )
+
+pytestmark = pytest.mark.usefixtures("in_float64")
 
 MMOE = {"architecture": "MMoE", "arch_args": {"img_size": [6], "num_experts": [2]}}
 # What fits in memory depends on the rows in a process.
@@ -112,13 +114,6 @@ IN_FOUR = [
     *(replace(case, batch=9) for case in CASES if case.name in KEPT),
     *(replace(case, batch=9) for case in NORMS[1:3]),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture(scope="module")

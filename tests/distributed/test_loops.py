@@ -6,7 +6,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ from fastmtl.distributed import find_peers
 from fastmtl.errors import UsageError
 from tests.distributed.group import in_processes
 
+pytestmark = pytest.mark.usefixtures("in_float64")
+
 ROWS = 12
 AGGREGATORS = {
     "UPGrad": UPGrad,
@@ -32,13 +33,6 @@ AGGREGATORS = {
     "TrimmedMean": lambda: TrimmedMean(1),
     "GradDrop": GradDrop,
 }
-
-
-@pytest.fixture(autouse=True)
-def _float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 class _Net(nn.Module):

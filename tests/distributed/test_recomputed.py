@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,8 @@ from tests.distributed.group import TASKS, Case, check_as_one, in_processes, tra
 from tests.distributed.recomputing import Block, Deep, prepare
 from tests.live_memory import LiveMemory
 from tests.trainer.toy import fill_grads, flat, loaders, make_trainer
+
+pytestmark = pytest.mark.usefixtures("in_float64")
 
 WAYS = ("checkpoint", "whole", "wrapped", "within", "cpu", "elsewhere", "offloaded", "both")
 FSDP = {"shard": "fsdp"}
@@ -48,13 +50,6 @@ LOOPS = [
     *(("UPGrad", way, deferred) for way in WAYS for deferred in (False, True)),
 ]
 AGGREGATORS = {"MGDA": MGDA, "UPGrad": UPGrad, "PCGrad": PCGrad}
-
-
-@pytest.fixture(autouse=True)
-def _float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture(scope="module")

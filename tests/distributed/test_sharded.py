@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,14 +65,7 @@ PLAIN = [
 CASES = [replace(each, options={**each.options, "shard": "fsdp"}) for each in PLAIN]
 OF_FOUR = [case for case in CASES if case.name in ("EW", "MGDA", "MoCo", "uneven", "MMoE")]
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def _float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("in_float64")]
 
 
 @pytest.fixture(scope="module")

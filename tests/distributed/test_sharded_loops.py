@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +17,11 @@ from fastmtl.distributed import find_peers
 from fastmtl.errors import UsageError
 from tests.distributed.group import in_processes
 
+pytestmark = pytest.mark.usefixtures("in_float64")
+
 AGGREGATORS = {"UPGrad": UPGrad, "MGDA": MGDA}
 # What differs: who runs the backward pass, what is accumulated, when parameters are freed.
 KINDS = ("balance", "balanced", "accumulated", "kept", "whole")
-
-
-@pytest.fixture(autouse=True)
-def _float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 class _Net(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,9 @@ from tests.distributed.group import TASKS, in_processes
 from tests.distributed.looking import Looking, heads
 from tests.trainer.toy import flat, loaders, make_trainer
 
+pytestmark = pytest.mark.usefixtures("in_float64")
+
 SGD = {"optim_param": {"optim": "sgd", "lr": 0.1}}
-
-
-@pytest.fixture(autouse=True)
-def _float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def _gradients(rank: int) -> list[list[Tensor | None]]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
-import torch
 
 from tests.distributed.group import Case, check_as_one, train_in_processes
 from tests.distributed.looking import Looking, heads
+
+pytestmark = pytest.mark.usefixtures("in_float64")
 
 SGD = {"optim_param": {"optim": "sgd", "lr": 0.1}}
 ADAGRAD = {"optim_param": {"optim": "adagrad", "lr": 0.1}}
@@ -46,13 +47,6 @@ CASES = [
 KEPT = ("EW", "MGDA", "PCGrad", "UPGrad", "Nash_MTL", "UW partial", "EW tables of tasks", "MGDA clip")
 # Parts of three and two rows, often without any of the rare table.
 IN_THREE = [case for case in CASES if case.name in KEPT]
-
-
-@pytest.fixture(autouse=True)
-def _float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture(scope="module")

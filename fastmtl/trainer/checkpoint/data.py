@@ -99,7 +99,7 @@ class TrainingData:
         own = {"loss_sums": loss_sums, "loaders": self._states() if self._has_state else None}
         each = self._peers.all_gather_object(map_tree(_on_host, own)) if gather else [own]
         data = {"persisted": self._persisted, "has_state": self._has_state, "each": each}
-        return place | {"epoch_rng": self._epoch_rng, "loss_sums": loss_sums, "data": self._batches | data}
+        return place | {"epoch_rng": self._epoch_rng, "data": self._batches | data}
 
     def loss_sums(self, start: Mapping[str, Any]) -> Sequence[State]:
         """Return the losses so far of the epoch, in parts, that this process takes over."""
