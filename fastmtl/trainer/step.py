@@ -156,7 +156,7 @@ class TrainingStep:
             accumulated batch.
         """
         self.engine = self.trial.next_engine()
-        self.optimizer.optimizer.zero_grad(set_to_none=not self.engine.keeps_grads)
+        self.optimizer.zero_grad(to_none=not self.engine.keeps_grads)
         tasks = self._tasks(present)
         if not tasks.are_all or len(batches) < self.batches:
             self.trial.leave_out()

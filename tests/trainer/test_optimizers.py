@@ -101,6 +101,23 @@ def test_a_class_of_one_s_own() -> None:
     assert all(not torch.equal(old, new) for old, new in zip(before, trainer.model.parameters(), strict=True))
 
 
+class Counting(torch.optim.SGD):
+    """Counts how often its gradients are cleared."""
+
+    cleared = 0
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.cleared += 1
+        super().zero_grad(set_to_none)
+
+
+def test_an_optimizer_clears_gradients_its_own_way() -> None:
+    trainer = make_trainer(optim_param={"optim": Counting, "lr": 0.1})
+    trainer.train(loaders(), loaders(), 1)
+    assert isinstance(trainer.optimizer, Counting)
+    assert trainer.optimizer.cleared == len(loaders())
+
+
 @pytest.mark.parametrize(
     ("optim_param", "message"),
     [

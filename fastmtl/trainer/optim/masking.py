@@ -64,6 +64,16 @@ class MaskedOptimizer:
         for group in self.optimizer.param_groups:
             yield from group["params"]
 
+    def zero_grad(self, to_none: bool) -> None:
+        """Take away all gradients, or fill them with zeros, as the optimizer does."""
+        method = self.optimizer.zero_grad
+        if not to_none or getattr(method, "__func__", None) is not torch.optim.Optimizer.zero_grad:
+            method(set_to_none=to_none)
+            return
+        # Torch's own does the same with a record for the profiler, which takes longer in small steps.
+        for param in self.params():
+            param.grad = None
+
     def step(self) -> None:
         """Update the parameters from their gradients unless the flag is 1."""
         if isinstance(self.optimizer, torch.optim.SGD):

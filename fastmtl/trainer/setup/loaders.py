@@ -43,6 +43,8 @@ class Loader(Protocol):
     def __len__(self) -> int: ...
 
 
+# Containers without `to`, which most batches are of.
+_PLAIN = (dict, list, tuple)
 # One for all tasks, or one for each.
 Loaders = Loader | Mapping[str, Loader]
 
@@ -56,6 +58,8 @@ def to_device(value: Tree, device: torch.device) -> Tree:
     """Move tensors, and whatever else has ``to``, in any containers to ``device`` without waiting."""
 
     def moves(leaf: object) -> bool:
+        if type(leaf) in _PLAIN:
+            return False
         # Entries of some dictionaries are attributes too, and some have an answer for every name.
         return hasattr(type(leaf) if isinstance(leaf, Mapping) else leaf, "to")
 
