@@ -53,6 +53,8 @@ CASES = [
             ("Nash_MTL", {"update_weights_every": 3}),
         )
     ),
+    # Parts of two rows and one, which has no label at all in some batches.
+    Case("partial of few rows", "MGDA", batch=3, partial=True),
     Case("partial rep", "MGDA", options={"rep_grad": True}, partial=True),
     Case("partial GradDrop", "GradDrop", options={"rep_grad": True}, partial=True),
     Case("partial weighed losses", "UW", 5, {"task_dict": weighed_tasks(), "accumulate": 2}, partial=True),
@@ -100,6 +102,7 @@ FIRST = (
         "learned",
         "partial UW",
         "partial MoCo",
+        "partial of few rows",
         "accumulate partial Nash_MTL",
         "normed HPS",
         "sketch",

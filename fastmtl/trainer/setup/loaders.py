@@ -208,8 +208,8 @@ def _checked(labels: object, tasks: list[str], loader: Loader) -> Mapping[str, o
             f"{place_of_data(loader)}The labels of a batch must be a dictionary by task, got {type(labels).__name__}."
         )
     missing = [task for task in tasks if task not in labels]
-    # A name nobody knows is a slip of the pen; a task left out has no labels in this batch.
-    if missing and (len(missing) == len(tasks) or any(name not in tasks for name in labels)):
+    # A name nobody knows is a slip of the pen; a task left out has no labels in this batch, or in this process's part.
+    if missing and any(name not in tasks for name in labels):
         raise UsageError(
             f"{place_of_data(loader)}A batch has no labels for the task {missing[0]!r}, only for "
             f"{', '.join(map(str, labels))}."
