@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import importlib
 import sys
 import types
@@ -75,7 +76,28 @@ def repair_script(device: torch.device) -> None:
     if device.type == "cpu":
         tensor.cuda = module.cuda = lambda self, *args, **kwargs: self
     with contextlib.suppress(ImportError):
-        importlib.import_module("transformers").AdamW = torch.optim.AdamW  # type: ignore[attr-defined]
+        _repair_transformers()
+
+
+def _repair_transformers() -> None:
+    """Give transformers the names back that it dropped."""
+    # The package makes itself anew at its first network.
+    importlib.import_module("transformers").BertModel  # noqa: B018
+    transformers: Any = importlib.import_module("transformers")
+    transformers.AdamW = torch.optim.AdamW
+    transformers.DataProcessor = _DataProcessor
+    base = transformers.PreTrainedTokenizerBase
+    if not hasattr(base, "encode_plus"):
+        base.encode_plus = base.__call__
+
+
+class _DataProcessor:
+    """Transformers' former base class of what reads a data set's files."""
+
+    @classmethod
+    def _read_tsv(cls, file: str, quotechar: str | None = None) -> list[list[str]]:
+        with open(file, encoding="utf-8-sig") as lines:
+            return list(csv.reader(lines, delimiter="\t", quotechar=quotechar))
 
 
 class _NoWeights(dict[str, Tensor]):
