@@ -86,7 +86,6 @@ def test_every_strategy_is_trained_on_tables_or_refused() -> None:
     assert {*OTHERS, *REPS, *BILEVEL, *KEEPERS} == set(WEIGHTINGS)
 
 
-
 @pytest.mark.usefixtures("in_float64")
 @pytest.mark.parametrize(
     "options",
