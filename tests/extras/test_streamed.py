@@ -135,7 +135,9 @@ def test_a_run_that_ends_within_an_epoch_goes_on_to_the_same_numbers(folder: Pat
     assert torch.equal(_train(folder, resume=str(tmp_path / "run")), _train(folder))
 
 
-def test_what_is_chosen_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_chosen_is_said(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     _load(folder, stream=None)
     assert "read" not in capsys.readouterr().out
     monkeypatch.setattr(column_sets, "STREAMED_BYTES", 100)
@@ -158,7 +160,7 @@ def test_what_cannot_be_read_by_groups_is_refused(folder: Path) -> None:
         with pytest.raises(UsageError, match=message):
             _load(folder, **options)
     (folder / "test.parquet").unlink()
-    with pytest.raises(UsageError, match="stream must be off for .*: it has no test split"):
+    with pytest.raises(UsageError, match=r"stream must be off for .*: it has no test split"):
         _load(folder)
     assert _load(folder, stream=False).rows == {"train": 75, "test": 8}
     with pytest.raises(UsageError, match="stream is for the data set parquet, not clicks"):
