@@ -110,7 +110,7 @@ class _Labels:
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Tensor]:
         return {task: self._label(task, row[about["column"]], about["kind"]) for task, about in self.tasks.items()}
 
-    def column(self, task: str, values: Sequence[Any]) -> Tensor:
+    def column(self, task: str, values: Sequence[Any] | np.ndarray) -> Tensor:
         """Return the labels (n, ...) of a task in n rows."""
         about = self.tasks[task]
         if (

@@ -88,7 +88,12 @@ def test_rows_are_those_of_the_files_read_whole(folder: Path) -> None:
 def test_an_epoch_reads_each_group_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loader, seen = _load(folder, n_train=70), list[int]()
     real = streamed.ParquetGroups.group
-    monkeypatch.setattr(streamed.ParquetGroups, "group", lambda self, k, names: seen.append(k) or real(self, k, names))
+
+    def group(self: streamed.ParquetGroups, number: int, names: Any) -> Any:
+        seen.append(number)
+        return real(self, number, names)
+
+    monkeypatch.setattr(streamed.ParquetGroups, "group", group)
     assert len(_rows(loader.train)) == 64
     # 70 rows are those of the first file, and of two groups of the second.
     assert sorted(seen) == list(range(9))
