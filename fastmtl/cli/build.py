@@ -52,6 +52,7 @@ def load_data(config: TrainConfig) -> tuple[TrainConfig, DataBundle]:
         inputs=tuple(names_in(config.inputs)),
         tasks=config.tasks,
         negatives=config.negatives,
+        stream=config.stream,
         num_workers=config.workers,
         pin_memory=torch.cuda.is_available() and config.device != "cpu",
     )

@@ -15,7 +15,8 @@ from torch.utils.data import Dataset
 
 from fastmtl.data.images import as_image, is_image, to_map, to_tensor
 from fastmtl.data.registry import DatasetInfo, Facts, LoaderOptions, Splits, register
-from fastmtl.data.sources import Rows, split_rows
+from fastmtl.data.sources import Rows, chunks, split_files, split_rows
+from fastmtl.data.streamed import STREAMED_BYTES, ParquetGroups, StreamedColumns, sampler_of
 from fastmtl.data.tasks import KINDS, TaskInfo, binary, classes, depth, normals, regression, segmentation
 from fastmtl.data.tensors import Tensors
 from fastmtl.errors import UsageError
@@ -109,6 +110,17 @@ class _Labels:
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Tensor]:
         return {task: self._label(task, row[about["column"]], about["kind"]) for task, about in self.tasks.items()}
 
+    def column(self, task: str, values: Sequence[Any] | np.ndarray) -> Tensor:
+        """Return the labels (n, ...) of a task in n rows."""
+        about = self.tasks[task]
+        if (
+            isinstance(values, np.ndarray)
+            and about["kind"] in ("regression", "binary")
+            and about.get("outputs", 1) == 1
+        ):
+            return torch.from_numpy(values.astype(np.float32))[:, None]
+        return torch.stack([self._label(task, value, about["kind"]) for value in values])
+
     def _label(self, task: str, value: Any, kind: str) -> Tensor:
         missing = value is None or (isinstance(value, float) and math.isnan(value))
         if kind == "classes":
@@ -163,7 +175,8 @@ def load_columns(name: str, options: LoaderOptions) -> Splits:
             f"The data set {name} needs the columns that are inputs and the tasks: --inputs image --tasks "
             "price=regression,colour=classes."
         )
-    parts = split_rows(name, options.path)
+    streamed = _streamed(name, options)
+    parts: Mapping[str, Rows] = split_rows(name, options.path) if streamed is None else streamed
     train = parts["train"]
     facts = _facts(train, options)
     size = facts.pop("image_size", None)
@@ -171,6 +184,8 @@ def load_columns(name: str, options: LoaderOptions) -> Splits:
     if options.augment and (facts["kind"] != "image" or any(about.maps for about in tasks_of(facts).values())):
         raise UsageError(f"aug must be off for {name} with inputs of {facts['kind']} or with maps: it mirrors images.")
     whole = {**facts, "folder": str(options.path)} | ({} if size is None else {"image_size": size})
+    if streamed is not None:
+        return _by_groups(streamed, facts, labels, options)
     if facts["kind"] == "vector":
         return _in_memory(parts, facts, labels, options)
     sets = {split: _Columns(rows, whole, labels, options.augment and split == "train") for split, rows in parts.items()}
@@ -187,13 +202,83 @@ def _in_memory(parts: Mapping[str, Rows], facts: Facts, labels: _Labels, options
             if options.n_train > count:
                 raise UsageError(f"train_size must be at most the {count} rows there are, got {options.n_train}.")
             count = options.n_train
-        every = [{name: values[index] for name, values in columns.items()} for index in range(count)]
-        inputs = torch.stack([read_row(row, facts) for row in every])
-        own = [labels(row) for row in every]
-        stacked = {task: torch.stack([of_row[task] for of_row in own]) for task in facts["tasks"]}
-        loaders[split] = options.loader(Tensors(inputs, stacked), split, in_batches=True)
+        made = _tensors({name: values[:count] for name, values in columns.items()}, facts, labels)
+        loaders[split] = options.loader(Tensors(*made), split, in_batches=True)
         counts[split] = count
     return Splits(train=loaders["train"], val=loaders.get("val"), test=loaders["test"], rows=counts, facts=facts)
+
+
+def _streamed(name: str, options: LoaderOptions) -> dict[str, ParquetGroups] | None:
+    """Return the rows of a folder by groups, if they are to be read so; a line says what was chosen.
+
+    Raises:
+        UsageError: The user wants that, and it cannot be.
+    """
+    assert options.path is not None
+    if name != "parquet" or options.stream is False:
+        if options.stream:
+            raise UsageError(f"stream is for the data set parquet, not {name}.")
+        return None
+    files = split_files(options.path, ".parquet")
+    size = sum(file.stat().st_size for of_split in files.values() for file in of_split)
+    if options.stream is None and size <= STREAMED_BYTES:
+        return None
+    parts = {split: ParquetGroups(of_split) for split, of_split in files.items()}
+    cause = _whole_cause(parts, options)
+    if cause is not None and options.stream:
+        raise UsageError(f"stream must be off for {options.path}: {cause}.")
+    if cause is not None:
+        print(f"{name}: the {size / 2**30:.1f} GiB of {options.path} are read into memory: {cause}")
+        return None
+    train = parts["train"]
+    print(
+        f"{name}: {options.path} is read as it is needed (--stream), {len(train.sizes)} groups of up to "
+        f"{max(train.sizes):,} training rows, of which the rows of {train.held} at a time are mixed"
+    )
+    return parts
+
+
+def _whole_cause(parts: Mapping[str, ParquetGroups], options: LoaderOptions) -> str | None:
+    """Return why rows cannot be read by groups."""
+    if "test" not in parts:
+        return "it has no test split, and one that is drawn has rows of all groups"
+    if options.negatives is not None:
+        return "negatives are drawn from all rows"
+    empty = [split for split, rows in parts.items() if not len(rows)]
+    if empty:
+        return f"it has no rows of {empty[0]}"
+    first = parts["train"].row(0)
+    if any(_input_kind(first[name], options.path) != "vector" for name in options.inputs if name in first):
+        return "inputs are images or texts, and only numbers are read by groups"
+    return None
+
+
+def _by_groups(parts: Mapping[str, ParquetGroups], facts: Facts, labels: _Labels, options: LoaderOptions) -> Splits:
+    names = list(dict.fromkeys([*facts["inputs"], *(about["column"] for about in facts["tasks"].values())]))
+    make = partial(_tensors, facts=facts, labels=labels)
+    counts = {split: len(rows) for split, rows in parts.items()}
+    if options.n_train is not None:
+        if options.n_train > counts["train"]:
+            raise UsageError(f"train_size must be at most the {counts['train']} rows there are, got {options.n_train}.")
+        counts["train"] = options.n_train
+    loaders = {}
+    for split, rows in parts.items():
+        sampler = sampler_of(rows, counts[split], options.seed) if split == "train" else None
+        held = rows.held if split == "train" else 1
+        data = StreamedColumns(rows, names, make, held)
+        loaders[split] = options.loader(data, split, in_batches=True, sampler=sampler)
+    return Splits(train=loaders["train"], val=loaders.get("val"), test=loaders["test"], rows=counts, facts=facts)
+
+
+def _tensors(columns: Mapping[str, Sequence[Any]], facts: Facts, labels: _Labels) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the inputs (n, width) and the labels (n, ...) by task of n rows."""
+    table = _table([columns[name] for name in facts["inputs"]], facts["inputs"])
+    if table.shape[1] != len(facts["mean"]):
+        raise UsageError(
+            f"A row has {table.shape[1]} numbers as inputs in place of the {len(facts['mean'])} of training."
+        )
+    inputs = (table - torch.tensor(facts["mean"])) / torch.tensor(facts["std"])
+    return inputs, {task: labels.column(task, columns[about["column"]]) for task, about in facts["tasks"].items()}
 
 
 def _facts(rows: Rows, options: LoaderOptions) -> Facts:
@@ -216,27 +301,52 @@ def _facts(rows: Rows, options: LoaderOptions) -> Facts:
         usual = wanted or ImageInput(size=own)
         facts |= {"image_size": list(usual.size), "image_mean": list(usual.mean), "image_std": list(usual.std)}
     elif kind == "vector":
-        table = _table(rows, options.inputs)
-        spread, mean = table.std(0, correction=0), table.mean(0)
-        facts |= {"mean": mean.tolist(), "std": torch.where(spread > 0, spread, 1).tolist(), "width": table.shape[1]}
+        mean, spread = _moments(rows, options.inputs)
+        facts |= {"mean": mean.tolist(), "std": torch.where(spread > 0, spread, 1).tolist(), "width": len(mean)}
     facts["tasks"] = {
         str(task): _described(str(task), about, rows, first, there) for task, about in options.tasks.items()
     }
     return facts
 
 
-def _table(rows: Rows, names: Sequence[str]) -> Tensor:
-    """Return the numbers of columns.
+def _moments(rows: Rows, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation (width,) of the numbers of columns.
 
     Raises:
         UsageError: One is missing or is no number, or a row has more of them than another.
     """
-    columns = [[_known(name, value) for value in rows.column(name)] for name in names]
-    found = [np.concatenate(row) for row in zip(*columns, strict=True)]
+    count, mean, square = 0, torch.zeros(0), torch.zeros(0)
+    for part in chunks(rows, names):
+        table = _table([part[name] for name in names], names).double()
+        if count and table.shape[1] != len(mean):
+            raise _other_width(sorted([len(mean), table.shape[1]]))
+        own, of_part = table.mean(0), len(table)
+        shift = own - mean if count else torch.zeros_like(own)
+        # Of all rows so far, by what the parts have: sums of squares about a mean grow by its shift.
+        square = (
+            (square if count else 0) + (table - own).square().sum(0) + shift**2 * count * of_part / (count + of_part)
+        )
+        mean = mean + shift * of_part / (count + of_part) if count else own
+        count += of_part
+    return mean.float(), (square / count).sqrt().float()
+
+
+def _table(columns: Sequence[Sequence[Any]], names: Sequence[str]) -> Tensor:
+    """Return the numbers of columns, (n, width)."""
+    if all(isinstance(values, np.ndarray) for values in columns):
+        table = np.stack([np.asarray(values, dtype=np.float32) for values in columns], axis=1)
+        if np.isfinite(table).all():
+            return torch.from_numpy(table)
+    parts = [[_known(name, value) for value in values] for name, values in zip(names, columns, strict=True)]
+    found = [np.concatenate(row) for row in zip(*parts, strict=True)]
     widths = sorted({len(row) for row in found})
     if len(widths) > 1:
-        raise UsageError(f"Every row must have as many numbers as inputs, got {' and '.join(map(str, widths[:2]))}.")
+        raise _other_width(widths)
     return torch.from_numpy(np.stack(found))
+
+
+def _other_width(widths: Sequence[int]) -> UsageError:
+    return UsageError(f"Every row must have as many numbers as inputs, got {' and '.join(map(str, widths[:2]))}.")
 
 
 def _input_kind(value: Any, folder: Path | None) -> str:
@@ -258,7 +368,8 @@ def _described(task: str, about: Any, rows: Rows, first: Mapping[str, Any], ther
     if kind == "classes":
         labels = given.get("labels")
         if labels is None:
-            found = {value for value in rows.column(column) if value is not None and value == value}
+            values = (value for part in chunks(rows, [column]) for value in part[column])
+            found = {value for value in values if value is not None and value == value}
             numbers = all(isinstance(value, int | np.integer) for value in found)
             labels = sorted(found) if numbers else sorted(map(str, found))
         if len(labels) < 2:
@@ -267,7 +378,8 @@ def _described(task: str, about: Any, rows: Rows, first: Mapping[str, Any], ther
     elif kind == "segmentation":
         told |= {key: given[key] for key in ("labels", "outputs") if key in given}
     elif kind == "regression":
-        value = next((value for value in rows.column(column) if value is not None), first[column])
+        values = (value for part in chunks(rows, [column]) for value in part[column])
+        value = next((value for value in values if value is not None), first[column])
         told["outputs"] = len(_numbers(column, value))
     return told
 

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from fastmtl.errors import UsageError
 
-__all__ = ["Columns", "Vocabulary", "as_arrays", "given", "parquet_files", "read_parquet"]
+__all__ = ["Columns", "Vocabulary", "as_arrays", "given", "group_of_rows", "parquet_files", "read_parquet"]
 
 
 class Columns(Dataset[tuple[dict[str, Tensor], dict[str, Tensor]]]):
@@ -166,18 +166,21 @@ def read_parquet(path: str | Path, columns: Sequence[str] | None = None) -> dict
 
 
 def parquet_files(
-    path: str | Path, columns: Sequence[str] | None = None
-) -> tuple[list[Path], list[str], list[tuple[int, int, int]]]:
-    """Return the Parquet files at a path, the columns to read, and the place of each group of rows.
+    path: str | Path | Sequence[Path], columns: Sequence[str] | None = None
+) -> tuple[list[Path], list[str], list[tuple[int, int, int, int]]]:
+    """Return the Parquet files at a path, or those given, the columns to read, and the place of each group of rows.
 
-    Places are the number of the file, that of the group in it, and its rows.
+    Places are the number of the file, that of the group in it, its rows, and its bytes.
 
     Raises:
         UsageError: There is no such file or column, it cannot be read, or pyarrow is not installed.
     """
     arrow, parquet = _arrow()
-    whole = Path(path).expanduser()
-    files = sorted(whole.glob("*.parquet")) if whole.is_dir() else [whole]
+    if isinstance(path, str | Path):
+        whole = Path(path).expanduser()
+        files = sorted(whole.glob("*.parquet")) if whole.is_dir() else [whole]
+    else:
+        files = list(path)
     if not files or not files[0].exists():
         raise UsageError(f"There is no Parquet file {str(path)!r}.")
     names: list[str] = []
@@ -188,16 +191,23 @@ def parquet_files(
         except (arrow.ArrowInvalid, OSError) as error:
             raise UsageError(f"{str(file)!r} cannot be read as Parquet: {str(error).splitlines()[0]}.") from error
         names = _known(file, about.schema.to_arrow_schema().names, names or columns)
-        places += [(number, group, about.row_group(group).num_rows) for group in range(about.num_row_groups)]
+        groups = [about.row_group(group) for group in range(about.num_row_groups)]
+        places += [(number, k, group.num_rows, group.total_byte_size) for k, group in enumerate(groups)]
     return files, names, places
 
 
 def as_arrays(file: Path, group: int, columns: Sequence[str]) -> dict[str, np.ndarray]:
     """Return columns of one group of rows of a Parquet file, as `read_parquet` does those of all."""
-    arrow, parquet = _arrow()
-    with parquet.ParquetFile(file) as opened:
-        table = opened.read_row_group(group, columns=list(columns))
+    arrow, _ = _arrow()
+    table = group_of_rows(file, group, columns)
     return {name: _column(table.column(name), arrow) for name in columns}
+
+
+def group_of_rows(file: Path, group: int, columns: Sequence[str]) -> Any:
+    """Return columns of one group of rows of a Parquet file, as a table of pyarrow."""
+    _, parquet = _arrow()
+    with parquet.ParquetFile(file) as opened:
+        return opened.read_row_group(group, columns=list(columns))
 
 
 def _arrow() -> tuple[Any, Any]:

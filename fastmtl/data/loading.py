@@ -122,6 +122,7 @@ def load(
     inputs: tuple[str, ...] | list[str] = (),
     tasks: Mapping[str, Any] | None = None,
     negatives: Mapping[str, float] | None = None,
+    stream: bool | None = None,
 ) -> DataBundle:
     """Load a data set by name, in any case.
 
@@ -148,6 +149,8 @@ def load(
         tasks: What each task is, for data with columns.
         negatives: A task and its negatives for each positive in an epoch, ``{"click": 4}``, for tables; see
             `NegativeSampler`. All rows if None.
+        stream: Read the rows of ``parquet`` when they are needed, a few groups of rows at a time; if None, where the
+            files are larger than 1 GiB and can be read so.
 
     Raises:
         UsageError: An unknown name, a missing folder, an encoder without weights, too few rows for a batch, or
@@ -167,6 +170,8 @@ def load(
         raise UsageError(
             f"inputs and tasks are for data with columns (parquet, datasets, webdataset), not {info.name}."
         )
+    if stream and not info.has_columns:
+        raise UsageError(f"stream is for the data set parquet, not {info.name}.")
     if path is None and info.needs_path:
         raise UsageError(f"The data set {info.name} is not in the package: give its folder as dataset_path.")
     folder = None if path is None else Path(path).expanduser()
@@ -185,6 +190,7 @@ def load(
         inputs=tuple(inputs),
         tasks=dict(tasks or {}),
         negatives=Negatives.of(negatives),
+        stream=stream,
         place=own_place(info.load_splits),
     )
     splits = info.load_splits(options)

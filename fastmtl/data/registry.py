@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fastmtl.data.collate import Collate
 from fastmtl.data.negatives import Negatives, NegativeSampler, labels_of
@@ -52,6 +52,7 @@ class LoaderOptions:
         inputs: Columns that are the inputs, for data with columns.
         tasks: What is said of each task, for data with columns.
         negatives: How many negatives of a task an epoch has; None for all rows.
+        stream: Whether rows are read when they are needed, where a data set can; None for large files.
         place: File and line of the data set's function, where it is the user's, for messages.
     """
 
@@ -67,6 +68,7 @@ class LoaderOptions:
     inputs: tuple[str, ...] = ()
     tasks: Mapping[str, Any] = field(default_factory=dict)
     negatives: Negatives | None = None
+    stream: bool | None = None
     place: str = ""
 
     def __post_init__(self) -> None:
@@ -82,13 +84,19 @@ class LoaderOptions:
             )
 
     def loader(
-        self, dataset: Dataset[Row], split: str, *, number: int = 0, in_batches: bool = False
+        self,
+        dataset: Dataset[Row],
+        split: str,
+        *,
+        number: int = 0,
+        in_batches: bool = False,
+        sampler: Sampler[int] | None = None,
     ) -> DataLoader[Row]:
         """Return the loader of ``"train"``, shuffled, or of ``"val"`` or ``"test"``, in order.
 
         Loaders with another ``number`` shuffle differently; with ``in_batches`` the data set returns whole batches.
         Texts are tokenized as the encoder wants them, graphs of torch_geometric joined to one. The training loader
-        draws the ``negatives``.
+        draws the ``negatives``, or what a ``sampler`` does.
         """
         train = split == "train"
         return row_loader(
@@ -99,7 +107,7 @@ class LoaderOptions:
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
             collate_fn=as_is if in_batches else Collate.of(self.encoder, dataset, self.place),
-            sampler=self._sampler(dataset, self.seed + number) if train else None,
+            sampler=self._sampler(dataset, self.seed + number) if train and sampler is None else sampler,
         )
 
     def _sampler(self, dataset: Dataset[Row], seed: int) -> NegativeSampler | None:

@@ -29,7 +29,7 @@ class ParquetRows(Dataset[Batch]):
     `RowGroupSampler`, an epoch reads each group once in each worker of each process.
 
     Args:
-        path: A file, or a folder of files with the same columns.
+        path: A file, a folder of files with the same columns, or a list of such files.
         read: Makes inputs and labels of the columns of some rows, arrays (n, ...) by name: lists are filled up with -1
             to the longest of their group, and of a batch; missing numbers are NaN.
         columns: The names of those to read; all if None.
@@ -42,13 +42,15 @@ class ParquetRows(Dataset[Batch]):
         UsageError: There is no such file or column, it has no rows, or pyarrow is not installed.
     """
 
-    def __init__(self, path: str | Path, read: Read, columns: Sequence[str] | None = None, held: int = 4) -> None:
+    def __init__(
+        self, path: str | Path | Sequence[Path], read: Read, columns: Sequence[str] | None = None, held: int = 4
+    ) -> None:
         if held < 1:
             raise UsageError(f"held must be at least 1 group of rows, got {held}.")
         self.read, self.held = read, held
         self.files, self.columns, places = parquet_files(path, columns)
-        self.places = [(file, group) for file, group, rows in places if rows]
-        self.sizes = [rows for _, _, rows in places if rows]
+        self.places = [(file, group) for file, group, rows, _ in places if rows]
+        self.sizes = [rows for _, _, rows, _ in places if rows]
         if not self.sizes:
             raise UsageError(f"{str(path)!r} has no rows.")
         self._starts = np.cumsum([0, *self.sizes])
@@ -92,12 +94,16 @@ class ParquetRows(Dataset[Batch]):
         if found is None:
             while len(self._groups) >= self.held:
                 del self._groups[next(iter(self._groups))]
-            file, number = self.places[group]
-            inputs, labels = self.read(as_arrays(self.files[file], number, self.columns))
-            found = dict(inputs), dict(labels)
+            found = self._made(group)
             _check_rows(found, self.sizes[group])
         self._groups[group] = found
         return found
+
+    def _made(self, group: int) -> Batch:
+        """Return a group of rows, read from its file."""
+        file, number = self.places[group]
+        inputs, labels = self.read(as_arrays(self.files[file], number, self.columns))
+        return dict(inputs), dict(labels)
 
 
 def _check_rows(group: Batch, rows: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +14,7 @@ import numpy as np
 from fastmtl.errors import UsageError
 from fastmtl.support.extras import need
 
-__all__ = ["SOURCES", "Rows", "read_table", "split_rows"]
+__all__ = ["SOURCES", "Rows", "chunks", "read_table", "split_files", "split_rows", "values_of"]
 
 # How the splits may be called in files and folders.
 _NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test", "testing")}
@@ -74,16 +74,20 @@ class _Parquet:
         return row
 
     def column(self, name: str) -> Sequence[Any]:
-        column = self.table.column(name)
-        kind = str(column.type)
-        if column.null_count == 0 and kind in ("float", "double", "int64", "int32", "int16", "int8", "bool", "uint8"):
-            values: Sequence[Any] = column.to_numpy()
-            return values
-        rows: list[Any] = column.to_pylist()
-        return rows
+        return values_of(self.table.column(name))
 
     def names(self) -> list[str]:
         return list(self.table.column_names)
+
+
+def values_of(column: Any) -> Sequence[Any]:
+    """Return the values of a column of pyarrow: an array of numbers where all are there, else a list."""
+    kind = str(column.type)
+    if column.null_count == 0 and kind in ("float", "double", "int64", "int32", "int16", "int8", "bool", "uint8"):
+        values: Sequence[Any] = column.to_numpy()
+        return values
+    rows: list[Any] = column.to_pylist()
+    return rows
 
 
 class _HF:
@@ -185,11 +189,11 @@ def _decoded(extension: str, content: bytes, file: Path) -> Any:
 
 
 def _parquet_folder(folder: Path) -> dict[str, Rows]:
-    return {split: _Parquet(files) for split, files in _files(folder, ".parquet").items()}
+    return {split: _Parquet(files) for split, files in split_files(folder, ".parquet").items()}
 
 
 def _shards_folder(folder: Path) -> dict[str, Rows]:
-    return {split: _Shards(files) for split, files in _files(folder, ".tar").items()}
+    return {split: _Shards(files) for split, files in split_files(folder, ".tar").items()}
 
 
 def _hf_folder(folder: Path) -> dict[str, Rows]:
@@ -209,7 +213,7 @@ def _hf_folder(folder: Path) -> dict[str, Rows]:
     return {by_name[name]: _HF(data) for name, data in loaded.items()}
 
 
-def _files(folder: Path, suffix: str) -> dict[str, list[Path]]:
+def split_files(folder: Path, suffix: str) -> dict[str, list[Path]]:
     """Return the files of each split: ``train.parquet``, ``train-000.parquet``, ``train/*.parquet``."""
     found: dict[str, list[Path]] = {}
     for split, names in _NAMES.items():
@@ -262,6 +266,15 @@ def split_rows(name: str, folder: Path) -> dict[str, Rows]:
         whole = parts["train"]
         parts |= {"train": _Part(whole, sorted(order[count:])), "test": _Part(whole, sorted(order[:count]))}
     return parts
+
+
+def chunks(rows: Rows, names: Sequence[str]) -> Iterator[Mapping[str, Sequence[Any]]]:
+    """Yield the values of columns, part by part where the rows are not in memory."""
+    by_part = getattr(rows, "chunks", None)
+    if by_part is None:
+        yield {name: rows.column(name) for name in names}
+    else:
+        yield from by_part(names)
 
 
 def read_table(path: Path) -> Rows:

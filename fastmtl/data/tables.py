@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from fastmtl.data.clicks import GROUPS, ITEMS, USERS, WATCHED, ClickRows, click_features
 from fastmtl.data.columns import Columns
 from fastmtl.data.encoders import ENCODERS, EncoderInfo
+from fastmtl.data.number_files import count_line_ends, names_of, rows_of
 from fastmtl.data.registry import DatasetInfo, Facts, LoaderOptions, Splits, Task, register
 from fastmtl.data.table_rows import category, numbers, whole_numbers
 from fastmtl.errors import UsageError
@@ -112,24 +112,26 @@ def read_aliexpress(folder: Path, split: str) -> Columns:
         UsageError: A file is missing, or is not laid out like that.
     """
     path = folder / f"{split}.csv"
-    try:
-        with path.open(newline="") as file:
-            header = next(csv.reader(file))
-        table = np.loadtxt(path, delimiter=",", skiprows=1, dtype=np.float64, ndmin=2)
-    except FileNotFoundError:
-        raise UsageError(f"The data folder {str(folder)!r} has no file {path.name}.") from None
-    except (ValueError, StopIteration) as error:
-        raise UsageError(f"{str(path)!r} must be numbers with commas below one line of names ({error}).") from error
-    if len(header) < 19 or table.shape[1] != len(header) or (table[:, 1:17] < 0).any():
-        raise UsageError(
-            f"{str(path)!r} must have an index, 16 columns of categories from 0 on, further numbers, and two labels: "
-            f"got {len(header)} columns."
-        )
-    values = torch.from_numpy(table)
-    inputs = {f"category{k}": values[:, 1 + k].long() for k in range(16)}
-    if table.shape[1] > 19:
-        inputs["numbers"] = values[:, 17:-2].float()
-    return Columns(inputs, {"click": values[:, -2:-1].float(), "conversion": values[:, -1:].float()})
+    width = len(names_of(path))
+    # Filled in as rows are read, so that the table is in memory once.
+    most, count = count_line_ends(path), 0
+    categories = np.empty((16, most), np.int64)
+    others, labels = np.empty((most, max(width - 19, 0)), np.float32), np.empty((2, most, 1), np.float32)
+    for rows in rows_of(path):
+        part, of_rows = slice(count, count + len(rows)), rows[:, 1:17]
+        # Comparisons with what is no number are false.
+        if width < 19 or not ((of_rows >= 0) & (of_rows < 2**53) & (of_rows == np.floor(of_rows))).all():
+            raise UsageError(
+                f"{str(path)!r} must have an index, 16 columns of categories from 0 on, further numbers, and two "
+                f"labels: got {width} columns."
+            )
+        categories[:, part], others[part], labels[:, part, 0] = of_rows.T, rows[:, 17:-2], rows[:, -2:].T
+        count += len(rows)
+    inputs = {f"category{k}": torch.from_numpy(column[:count]) for k, column in enumerate(categories)}
+    if width > 19:
+        inputs["numbers"] = torch.from_numpy(others[:count])
+    click, conversion = torch.from_numpy(labels[:, :count])
+    return Columns(inputs, {"click": click, "conversion": conversion})
 
 
 def _aliexpress_encoder(

@@ -16,6 +16,7 @@ from fastmtl.engine.comm import Comm
 from fastmtl.engine.context import Batch, StepContext, batch_shares, mean_losses
 from fastmtl.engine.cut import Structure
 from fastmtl.engine.engine import Engine
+from fastmtl.engine.gradients import coalesced
 from fastmtl.engine.halving import are_by_row
 from fastmtl.engine.hidden import VJP
 from fastmtl.engine.jacobian import Differentiated, detached
@@ -30,6 +31,9 @@ from fastmtl.errors import UsageError
 from fastmtl.support.profiling import part
 
 __all__ = ["LookAhead", "LookaheadEngine", "LookedAhead"]
+
+# Places in a parameter, None for the whole of it, and what was there.
+_Change = tuple[tuple[Tensor, ...] | None, Tensor]
 
 
 class LookAhead:
@@ -57,7 +61,8 @@ class LookAhead:
         of_params = [rates] * len(self.params) if isinstance(rates, float) else rates
         self.lr = max(of_params, default=0.0)
         self._shares = [rate / self.lr if self.lr else 1.0 for rate in of_params]
-        self._moved = False
+        # In a block of moved, what its moves have changed.
+        self._kept: dict[Tensor, list[_Change]] | None = None
         self._seen: list[tuple[Batch, Tensor, Mapping[str, object]]] = []
         self._batch = batch
         self.inner, self.outer = (self._half(batch, *half) for half in self.problem.halves(batch.inputs, batch.labels))
@@ -94,17 +99,18 @@ class LookAhead:
 
     @contextmanager
     def moved(self) -> Iterator[None]:
-        """Let :meth:`move` change the parameters in the block; then restore parameters and buffers."""
-        saved = [param.detach().clone() for param in self.params]
-        self._moved = True
+        """Let :meth:`move` change the parameters in the block; then restore parameters and buffers.
+
+        Of a table that is moved along a sparse gradient, the touched rows are kept and restored.
+        """
+        before = self._kept
+        self._kept = kept = dict[Tensor, list[_Change]]()
         try:
             with preserving_buffers(self.problem.model):
                 yield
         finally:
-            self._moved = False
-            with torch.no_grad():
-                for param, value in zip(self.params, saved, strict=True):
-                    param.copy_(value)
+            self._kept = before
+            _restore(kept)
 
     def weighted(self, rows: Sequence[Row], weights: Tensor) -> Row:
         """Return ``sum_t weights_t rows_t``."""
@@ -117,10 +123,18 @@ class LookAhead:
 
     @torch.no_grad()
     def move(self, row: Row, amount: float | Tensor) -> None:
-        """Add ``amount`` times a gradient to the parameters."""
+        """Add ``amount`` times a gradient to the parameters, in a block of :meth:`moved`."""
+        assert self._kept is not None
         for param, grad in zip(self.params, row, strict=True):
-            if grad is not None:
-                param.add_(grad * amount)
+            if grad is None:
+                continue
+            whole = coalesced(grad)
+            kept = self._kept.setdefault(param, [])
+            # Where the whole of it is kept, that is the last entry.
+            if not kept or kept[-1][0] is not None:
+                places = tuple(whole._indices()) if whole.is_sparse else None
+                kept.append((places, param.detach().clone() if places is None else param.detach()[places]))
+            param.add_(whole * amount)
 
     def seen(self) -> tuple[Tensor, Mapping[str, object]]:
         """Return losses and predictions of the whole batch, from passes on both halves at the model's parameters."""
@@ -145,9 +159,20 @@ class LookAhead:
         with _naming_halves():
             losses, preds = forward(self.regions, batch)
         known = self.comm.mean(torch.stack([loss.detach() for loss in losses]), batch.share)
-        if not self._moved:
+        if self._kept is None:
             self._seen.append((batch, known, preds))
         return losses, known
+
+
+@torch.no_grad()
+def _restore(kept: Mapping[Tensor, Sequence[_Change]]) -> None:
+    """Undo moves, the last one first."""
+    for param, changes in kept.items():
+        for places, value in reversed(changes):
+            if places is None:
+                param.copy_(value)
+            else:
+                param[places] = value
 
 
 @contextmanager

@@ -50,6 +50,9 @@ _group_rows = declare(
 def group_rows(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the distinct ids, and where each occurs.
 
+    On the CPU the ids are sorted by their digits. On CUDA there is no kernel of fastmtl: torch sorts them and finds
+    where one differs from the next, and the host waits for the least id and for U.
+
     Args:
         ids: (n,) int64, at least 0.
 

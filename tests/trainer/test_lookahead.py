@@ -14,6 +14,7 @@ from fastmtl.engine.lookahead import LookAhead
 from fastmtl.errors import UsageError
 from fastmtl.trainer.log.records import StepBuffer
 from fastmtl.weighting.FORUM import forum_weights
+from tests.distributed.looking import Looking
 from tests.trainer.toy import batch_of, flat, halves, loaders, make_trainer
 
 
@@ -115,6 +116,32 @@ def test_moved_brings_parameters_and_buffers_back() -> None:
         encoder: Any = trainer.model.encoder
         encoder.seen = encoder.seen + 1
     assert torch.equal(trainer.model.encoder.seen, torch.zeros(2))
+
+
+def test_moves_along_sparse_gradients_keep_the_touched_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer("MOML", count=3, encoder_class=Looking, optim_param={"optim": "sgd", "lr": 0.05})
+    ahead = _ahead(trainer)
+    before, table = flat(trainer.model.parameters()), trainer.model.encoder.bags.weight
+    _, inner = ahead.gradient(ahead.inner, torch.ones(3))
+    _, outer = ahead.gradient(ahead.outer, torch.ones(3))
+    dense = [None if grad is None else grad.to_dense() for grad in inner]
+    clone, cloned = Tensor.clone, list[torch.Size]()
+
+    def seen(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        cloned.append(self.shape)
+        return clone(self, *args, **kwargs)
+
+    monkeypatch.setattr(Tensor, "clone", seen)
+    with ahead.moved():
+        for row in (inner, outer, inner):
+            ahead.move(row, 0.5)
+        assert table.shape not in cloned
+        with ahead.moved():
+            ahead.move(outer, -2)
+            ahead.move(dense, 0.3)
+            assert table.shape in cloned
+            ahead.move(inner, 7)
+    assert torch.equal(flat(trainer.model.parameters()), before)
 
 
 def test_halves_of_nested_batches() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -21,12 +22,14 @@ from fastmtl.trainer.optim.tables import SparseAdam
 from fastmtl.trainer.setup.combinations import check_distributed
 from fastmtl.trainer.setup.options import StepOptions
 from fastmtl.weighting import WEIGHTINGS
+from tests.aggregation.test_aggregators import ALL as AGGREGATORS
 from tests.trainer.toy import flat, loaders, make_trainer
 
 # Those that keep numbers of the size of the table for each task.
 KEEPERS = [name for name, strategy in WEIGHTINGS.items() if strategy.needs == "rows"]
 OTHERS = [name for name, strategy in WEIGHTINGS.items() if strategy.needs in ("losses", "gram")]
 REPS = [name for name, strategy in WEIGHTINGS.items() if strategy.needs == "reps"]
+BILEVEL = [name for name, strategy in WEIGHTINGS.items() if strategy.needs == "lookahead"]
 ROWS = 60
 
 
@@ -67,10 +70,20 @@ def agree(one: Any, other: Any, **tolerance: float) -> None:
 
 @pytest.mark.usefixtures("in_float64")
 @pytest.mark.parametrize("sparse", [False, True])
-@pytest.mark.parametrize("weighting", [*OTHERS, *REPS])
+@pytest.mark.parametrize("weighting", [*OTHERS, *REPS, *BILEVEL])
 def test_steps_equal_those_of_plain_autograd(weighting: str, sparse: bool) -> None:
-    rep_grad = weighting in REPS
-    agree(train(sparse, weighting, rep_grad=rep_grad), train(None, weighting, rep_grad=rep_grad))
+    options: dict[str, Any] = {"rep_grad": weighting in REPS}
+    if weighting in BILEVEL:
+        # The task weights move far, from 1/3 to 0.6 and less than 0.1.
+        options |= {"weight_args": {"outer_lr": 0.5}, "rows": 48}
+    if sparse:
+        agree(train(True, weighting, **options), train(False, weighting, **options), rtol=1e-9, atol=1e-12)
+    else:
+        agree(train(False, weighting, **options), train(None, weighting, **options))
+
+
+def test_every_strategy_is_trained_on_tables_or_refused() -> None:
+    assert {*OTHERS, *REPS, *BILEVEL, *KEEPERS} == set(WEIGHTINGS)
 
 
 @pytest.mark.usefixtures("in_float64")
@@ -390,6 +403,25 @@ def test_balance_takes_sparse_gradients(weighting: str) -> None:
             assert net.bags.weight.grad.is_sparse or weighting == "graddrop"
     for one, other in zip(*grads, strict=True):
         torch.testing.assert_close(one, other.to_dense())
+
+
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize("aggregator", AGGREGATORS, ids=str)
+def test_steps_of_balance_equal_those_of_the_dense_network(aggregator: aggregation.Aggregator) -> None:
+    found = []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        net, heads, own = Tables(sparse), nn.ModuleList(nn.Linear(8, 1) for _ in range(3)), deepcopy(aggregator)
+        optimizer = torch.optim.SGD([*net.parameters(), *heads.parameters()], lr=0.3)
+        inputs = torch.randn(3, 8, 6)
+        for batch in inputs:
+            features = net(batch)
+            losses = [(head(features) - t).square().mean() for t, head in enumerate(heads)]
+            optimizer.zero_grad()
+            fastmtl.balance(losses, shared=net, weighting=own)
+            optimizer.step()
+        found.append(flat(net.parameters()))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.usefixtures("in_float64")

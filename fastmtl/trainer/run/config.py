@@ -57,6 +57,11 @@ class TrainConfig(TrainerOptions):
         "Negatives of a task for each of its positives in an epoch, drawn anew each time, for tables: click=4. All if "
         "not given.",
     )
+    stream: bool | None = _data(
+        None,
+        "Read parquet files a few groups of rows at a time, as they are needed; if not given, where they are larger "
+        "than 1 GiB, have a test split and columns of numbers as inputs.",
+    )
     train_size: int | None = _data(None, "Training examples; the data set's own number if not given.", least=1)
     aug: bool = _data(False, "Change the training examples at random, where the data set knows how.")
     batch_size: int | None = _data(
