@@ -120,9 +120,7 @@ def test_the_shared_gradients_are_those_of_the_trainer(name: str, groups: Any) -
         param.grad = None
     inputs, labels = batches[0]
     preds = trainer.model(inputs)
-    losses = [
-        trainer.task_dict[task]["loss_fn"].compute_loss(preds[task], labels[task]) for task in trainer.task_name
-    ]
+    losses = [trainer.task_dict[task]["loss_fn"].compute_loss(preds[task], labels[task]) for task in trainer.task_name]
     weights = fastmtl.balance(losses, shared=trainer.model.encoder, weighting=MAKE[name](), groups=groups)
     assert weights is not None
     assert weights.shape == (len(trainer.model.grouping.names), TASKS)
