@@ -14,7 +14,7 @@ from typing_extensions import override
 from fastmtl.distributed.shards import BUCKET_BYTES, Pieces, UsedParams, cut_buckets, refuse_sparse
 from fastmtl.engine.model import Tasks
 from fastmtl.engine.vjp import Cotangents, seeded
-from fastmtl.engine.weights import Row, Rows
+from fastmtl.engine.weights import Row
 from fastmtl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class BlockShards(_ShardPieces):
 
     @override
     @torch.no_grad()
-    def write(self, rows: Rows, weights: Tensor, groups: Sequence[int] | None, tasks: Tasks = ()) -> None:
+    def write(self, rows: Sequence[Row], weights: Tensor, groups: Sequence[int] | None, tasks: Tasks = ()) -> None:
         used = self._used_params(self.params, self._seen, tasks)
         self._seen = [False] * len(self.params)
         out: Row = [

@@ -32,7 +32,7 @@ def use_groups(strategy: Strategy, params: Sequence[Tensor], wanted: Wanted) -> 
         return
     names = names_of(strategy)
     if strategy.grouping is None:
-        shared = {param: names[param] for param in strategy.get_share_params()}
+        shared: dict[Tensor, str] = {param: names[param] for param in strategy.get_share_params()}
         strategy.grouping = find_groups(strategy, shared, wanted)
         _remember_by_group(strategy, len(strategy.grouping.names))
     strategy.grouping = strategy.grouping.restricted([names[param] for param in params])
