@@ -10,7 +10,20 @@ import torch
 from torch import Tensor, nn
 
 import fastmtl
-from fastmtl.aggregation import IMTLG, MGDA, AlignedMTL, CAGrad, FairGrad, GradDrop, GradVac, NashMTL, PCGrad, UPGrad
+from fastmtl.aggregation import (
+    IMTLG,
+    MGDA,
+    AlignedMTL,
+    CAGrad,
+    FairGrad,
+    GradDrop,
+    GradVac,
+    GramianWeightedAggregator,
+    NashMTL,
+    PCGrad,
+    UPGrad,
+    Weighting,
+)
 from fastmtl.errors import UsageError
 from tests.trainer.grouped import batches_of, double_trainer
 from tests.trainer.toy import fill_grads
@@ -133,6 +146,39 @@ def test_the_cap_of_the_norm_is_that_of_the_whole_update() -> None:
     fastmtl.balance(net.losses(), shared=net.shared, weighting=NashMTL(TASKS, max_norm=0.01), groups="layer")
     grads = [param.grad for param in net.shared.parameters() if param.grad is not None]
     assert float(torch.stack([grad.square().sum() for grad in grads]).sum().sqrt()) == pytest.approx(0.01)
+
+
+class _Doubled(Weighting[Tensor]):
+    """A weighting of a user's, which knows nothing of groups."""
+
+    def forward(self, gram: Tensor) -> Tensor:
+        assert gram.shape == (TASKS, TASKS)
+        return 2 * gram.diagonal() / gram.diagonal().sum().clamp(min=1e-9)
+
+
+def test_a_weighting_of_ones_own_is_called_for_each_group() -> None:
+    net = Net()
+    aggregator = GramianWeightedAggregator(_Doubled())
+    weights = fastmtl.balance(net.losses(), shared=net.shared, weighting=aggregator, groups="layer")
+    squares = torch.stack([rows.square().sum(1) for rows in net.rows(net.losses()).values()])
+    torch.testing.assert_close(weights, 2 * squares / squares.sum(1, keepdim=True).clamp(min=1e-9))
+
+
+def test_groups_of_tables_with_sparse_gradients() -> None:
+    ends = []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        trunk = nn.Sequential(nn.EmbeddingBag(9, 4, mode="sum", sparse=sparse), nn.Linear(4, 4), nn.Tanh())
+        head = nn.Linear(4, TASKS)
+        losses = head(trunk(torch.tensor([[0, 3], [3, 5]]))).square().mean(0)
+        weights = fastmtl.balance(list(losses), shared=trunk, weighting="upgrad", groups="layer")
+        assert weights is not None
+        assert weights.shape == (2, TASKS)
+        grads = [param.grad for param in trunk.parameters()]
+        assert grads[0].is_sparse is sparse
+        ends.append([weights, *(grad.to_dense() for grad in grads)])
+    torch.testing.assert_close(ends[0], ends[1])
+    assert not torch.allclose(ends[0][0][0], ends[0][0][1])
 
 
 def test_patterns_name_groups_and_frozen_layers_keep_theirs() -> None:
