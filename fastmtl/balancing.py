@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +14,9 @@ from fastmtl.errors import UsageError
 
 if TYPE_CHECKING:
     from fastmtl.aggregation import Aggregator
+    from fastmtl.aggregation.params import Params
     from fastmtl.engine.comm import Comm
-    from fastmtl.engine.graph import Node
+    from fastmtl.engine.groups import Groups, Wanted
     from fastmtl.engine.vjp import Cotangents
     from fastmtl.engine.weights import Rows
     from fastmtl.layerwise import Layerwise
@@ -27,8 +26,6 @@ __all__ = ["balance", "balanced"]
 Losses = Sequence[Tensor] | Mapping[str, Tensor]
 Shared = nn.Module | Iterable[Tensor]
 
-_WHOLE_MODEL = "shared must be the whole model where fully_shard has sharded its parameters, such as shared=model."
-
 
 def balance(
     losses: Losses,
@@ -36,6 +33,7 @@ def balance(
     shared: Shared | None = None,
     weighting: str | Aggregator = "mgda",
     vjps: Layerwise | None = None,
+    groups: str | Mapping[str, str] = "all",
     **hyper: Any,
 ) -> Tensor | None:
     """Differentiate the losses and add balanced gradients to ``.grad``.
@@ -54,14 +52,19 @@ def balance(
         weighting: An aggregator of :mod:`fastmtl.aggregation`, or the name, in any case, of one without state.
         vjps: A :class:`fastmtl.Layerwise` or :class:`fastmtl.Sketch`, kept over the calls, that computes the Gram
             matrix without most of the gradients; None for one VJP per loss.
+        groups: ``"module"``, ``"layer"``, or regular expressions of parameter names with the groups' names, where each
+            group of parameters of the module ``shared`` gets weights from a Gram matrix of its own, as in the trainer
+            (docs/groups.md); ``"all"`` for one group.
         hyper: Arguments of the named aggregator, such as ``c=0.4`` for ``"cagrad"``.
 
     Returns:
-        The (T,) weights, None from an aggregator that has none.
+        The (T,) weights, None from an aggregator that has none; with L groups (L, T), in the order in which the
+        module's parameters first name them.
 
     Raises:
         UsageError: No losses, one that is no scalar, no shared parameter among their leaves, an unknown weighting, or
-            ``vjps`` or sharded parameters with a weighting that needs more than the Gram matrix.
+            ``vjps``, groups or sharded parameters with a weighting that needs more than the Gram matrix, or groups with
+            ``vjps``, with sharded parameters, or without a module.
 
     Example:
         >>> shared = torch.tensor([1.0, 2.0], requires_grad=True)
@@ -70,7 +73,7 @@ def balance(
         >>> shared.grad
         tensor([1.6000, 0.8000])
     """
-    work = _Balance(losses, shared, weighting, vjps, hyper)
+    work = _Balance(losses, shared, weighting, vjps, groups, hyper)
     if not work.is_sharded:
         return work(None)
     weights = work.weights(None)
@@ -84,6 +87,7 @@ def balanced(
     shared: Shared | None = None,
     weighting: str | Aggregator = "mgda",
     vjps: Layerwise | None = None,
+    groups: str | Mapping[str, str] = "all",
     **hyper: Any,
 ) -> Tensor:
     """Return the sum of the losses as a scalar whose ``backward()`` does what :func:`balance` does.
@@ -94,7 +98,7 @@ def balanced(
 
     Arguments and errors are those of :func:`balance`.
     """
-    work = _Balance(losses, shared, weighting, vjps, hyper)
+    work = _Balance(losses, shared, weighting, vjps, groups, hyper)
     total = torch.stack([loss.detach() for loss in work.losses]).sum()
     if not torch.is_grad_enabled():
         return total
@@ -155,29 +159,6 @@ def _added_to_grads(params: Sequence[Tensor]) -> Iterator[None]:
                 param.grad = grad if param.grad is None else grad + param.grad
 
 
-@dataclass(frozen=True, slots=True)
-class _Params:
-    """What losses depend on.
-
-    Attributes:
-        shared: The shared parameters.
-        others: All others.
-        by_loss: For each loss the others that it depends on.
-        places: For each loss the places of the shared parameters that it depends on; None for all of them.
-        closed: The functions of the graph that may use parameters it does not show.
-        sparse: Those whose gradients the graph makes sparse.
-        dense: The others that it has.
-    """
-
-    shared: list[Tensor]
-    others: list[Tensor]
-    by_loss: list[list[Tensor]]
-    places: list[list[int] | None]
-    closed: list[Node]
-    sparse: Set[Tensor]
-    dense: Set[Tensor]
-
-
 class _Balance:
     """The losses, the parameters they depend on, and the aggregator."""
 
@@ -187,9 +168,12 @@ class _Balance:
         shared: Shared | None,
         weighting: str | Aggregator,
         vjps: Layerwise | None,
+        groups: Wanted,
         hyper: Mapping[str, Any],
     ) -> None:
         from fastmtl.aggregation.by_name import aggregator_of
+        from fastmtl.aggregation.params import is_sharded
+        from fastmtl.engine.groups import settled_groups
 
         self.losses = list(losses.values() if isinstance(losses, Mapping) else losses)
         for index, loss in enumerate(self.losses):
@@ -204,14 +188,17 @@ class _Balance:
         self.vjps = vjps
         if vjps is not None:
             self._check_layers(vjps)
-        self.is_sharded = isinstance(shared, nn.Module) and _is_sharded(shared)
+        self.is_sharded = is_sharded(shared)
+        self.wanted_groups = settled_groups(groups)
         if self.is_sharded and (vjps is not None or not self.aggregator.works_on_gram()):
             raise UsageError(
                 f"weighting must need the Gram matrix only, and vjps be None, with sharded parameters, got {weighting}."
             )
+        self._check_groups()
 
     def __call__(self, scale: Tensor | None) -> Tensor | None:
         """Add the gradients of the losses times ``scale``, those of all processes, to ``.grad``."""
+        from fastmtl.aggregation.params import refuse_freed
         from fastmtl.autojac.fields import check_writable
         from fastmtl.distributed.storage import comm_of_loop
         from fastmtl.engine.hidden import refusing_inner_backward
@@ -219,7 +206,7 @@ class _Balance:
         shared, task_params = self.params.shared, self.params.others
         params = [*shared, *task_params]
         check_writable(params, ".grad")
-        _refuse_freed(params)
+        refuse_freed(params)
         comm = comm_of_loop(shared)
         comm.check_alike(params)
         comm.find_tables(params, self.params.sparse, self.params.dense)
@@ -236,7 +223,7 @@ class _Balance:
                     weights = aggregate(seeds, comm)
                     comm.all_reduce_others(task_params)
         # Before the backward pass those of the outermost module were there.
-        _refuse_freed(params)
+        refuse_freed(params)
         return weights
 
     def weights(self, scale: Tensor | None) -> Tensor:
@@ -261,20 +248,19 @@ class _Balance:
         """
         from fastmtl.aggregation.rows import add_combined_rows
 
-        shared = self.params.shared
+        shared, groups = self.params.shared, None if self.groups is None else self.groups.of
         rows, weights = self._weighted_rows(seeds, comm)
         if comm.shares_batches:
-            comm.write_shared(rows, weights, None, ())
+            comm.write_shared(rows, weights, groups, ())
         else:
-            add_combined_rows(shared, rows, weights.to(shared[0].device))
+            add_combined_rows(shared, rows, weights.to(shared[0].device), groups)
         return weights.to(torch.promote_types(shared[0].dtype, shared[-1].dtype))
 
     def _weighted_rows(self, seeds: Cotangents, comm: Comm, keep_graph: bool = False) -> tuple[Rows, Tensor]:
         """Return the collected rows and their weights; add the gradients of the other parameters."""
-        from fastmtl.aggregation.base import GramianWeightedAggregator
         from fastmtl.engine.gradients import add_grads
+        from fastmtl.engine.groups import padded
 
-        assert isinstance(self.aggregator, GramianWeightedAggregator)
         rows, last = [], len(self.losses) - 1
         for t, (loss, seed, own) in enumerate(zip(self.losses, seeds, self.params.by_loss, strict=True)):
             places = self.params.places[t]
@@ -282,14 +268,16 @@ class _Balance:
             rows.append(row)
             add_grads(own, own_grads)
         rows = comm.collect(rows, final=True)
+        groups = self.groups
         with torch.no_grad():
-            weights = self.aggregator.weights_of_gram(comm.gram(rows, None, None), self.params.shared[0].dtype)
+            gram = comm.gram(rows, None if groups is None else groups.of, None)
+            gram = gram if groups is None else padded(gram, len(groups.names))
+            weights = self.aggregator.weights_of_gram(gram, self.params.shared[0].dtype)
         comm.broadcast([weights])
         return rows, weights
 
     def _by_layers(self, vjps: Layerwise, seeds: Cotangents, comm: Comm) -> Tensor:
         """Leave out the gradients that the Gram matrix of some layers does not need."""
-        from fastmtl.aggregation.base import GramianWeightedAggregator
         from fastmtl.engine.gradients import add_grads
         from fastmtl.engine.weights import Weights
         from fastmtl.layerwise import differentiated, note_error
@@ -301,7 +289,6 @@ class _Balance:
         update = differentiated(vjps, self.losses, cotangents, shared, comm, self.params.by_loss, add_grads)
         if update is None:
             return self._by_gram(seeds, comm)
-        assert isinstance(self.aggregator, GramianWeightedAggregator)
         with torch.no_grad():
             update.rows = update.collect(update.rows, comm, final=True)
             gram = update.gram(update.rows, None, comm, None)
@@ -318,6 +305,19 @@ class _Balance:
             raise UsageError(f"vjps must be a fastmtl.Layerwise, a fastmtl.Sketch or None, got {vjps!r}.")
         if not self.aggregator.works_on_gram():
             raise UsageError(f"vjps must be None for {self.aggregator}, which needs more than the Gram matrix.")
+
+    def _check_groups(self) -> None:
+        if self.wanted_groups == "all":
+            return
+        reasons = {
+            f"{self.aggregator}, which does not take a Gram matrix for each": not self.aggregator.takes_groups(),
+            "shared parameters without names: give their module as shared": not isinstance(self.shared, nn.Module),
+            "parameters that fully_shard has sharded, whose update is one weighted sum of the losses": self.is_sharded,
+            "vjps, which have one Gram matrix": self.vjps is not None,
+        }
+        for reason, holds in reasons.items():
+            if holds:
+                raise UsageError(f"groups must be all for {reason}.")
 
     def _by_rows(self, seeds: Cotangents, comm: Comm) -> Tensor | None:
         """Let each process have the whole Jacobian."""
@@ -337,54 +337,18 @@ class _Balance:
         return weights
 
     @cached_property
-    def params(self) -> _Params:
+    def params(self) -> Params:
         """What the losses depend on; looked up once, as the graph stays the same."""
-        from fastmtl.distributed.peers import find_peers
-        from fastmtl.engine.graph import Reached, check_graphs, reach, root_nodes
-        from fastmtl.engine.hidden import closed_nodes, refuse_hidden
-        from fastmtl.engine.tables import sparse_leaves
+        from fastmtl.aggregation.params import find_params
 
-        check_graphs(self.losses, "losses")
-        reached = reach(root_nodes(self.losses))
-        closed = closed_nodes(reached.nodes)
-        refuse_hidden(closed, reached, None, "losses")
-        if self.shared is None:
-            wanted = list(reached.leaves) if len(self.losses) == 1 else reached.shared
-        elif self.is_sharded:
-            # The graph has the gathered parameters, which a sharded model does not name.
-            assert isinstance(self.shared, nn.Module)
-            wanted = list(reached.leaves)
-            if len(wanted) > sum(param.requires_grad for param in self.shared.parameters()):
-                raise UsageError(_WHOLE_MODEL)
-        else:
-            wanted = list(self.shared.parameters() if isinstance(self.shared, nn.Module) else self.shared)
-            refuse_hidden(closed, reached, wanted, "shared")
-        shared = [leaf for leaf in dict.fromkeys(wanted) if leaf in reached.leaves]
-        if not shared:
-            raise UsageError("shared must hold parameters that the losses depend on, got none of them.")
-        known = set(wanted)
-        others = [leaf for leaf in reached.leaves if leaf not in known]
-        if find_peers() is not None:
-            # Other parameters may be reached, or in another order, in other processes.
-            shared = [param for param in dict.fromkeys(wanted) if param.requires_grad]
-            others.sort(key=lambda leaf: reached.leaves[leaf] & -reached.leaves[leaf])
-        count = len(self.losses)
-        by_loss = Reached([], {leaf: reached.leaves[leaf] for leaf in others}).by_output(count)
-        sparse = sparse_leaves(reached.nodes)
-        return _Params(
-            shared, others, by_loss, reached.places_of(shared, count), closed, sparse, reached.leaves.keys() - sparse
-        )
+        return find_params(self.losses, self.shared)
 
+    @cached_property
+    def groups(self) -> Groups | None:
+        """The groups of the shared parameters; None for one of all."""
+        from fastmtl.engine.groups import ALL, groups_of
 
-def _is_sharded(module: nn.Module) -> bool:
-    """Return whether ``fully_shard`` has wrapped the module or a part of it."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    return fsdp is not None and any(isinstance(part, fsdp.FSDPModule) for part in module.modules())
-
-
-def _refuse_freed(params: Iterable[Tensor]) -> None:
-    """Refuse parameters without memory: FSDP has gathered and freed them."""
-    for param in params:
-        is_plain = type(param) in (Tensor, nn.Parameter) and param.layout == torch.strided
-        if is_plain and param.numel() and not param.untyped_storage().size():
-            raise UsageError(_WHOLE_MODEL)
+        if self.wanted_groups == ALL:
+            return None
+        assert isinstance(self.shared, nn.Module)
+        return groups_of(self.shared, self.wanted_groups, self.params.shared)

@@ -37,7 +37,13 @@ class Weighting(Described, nn.Module, ABC, Generic[_Stat]):
     """Computes T weights from a statistic of the T gradients, usually their (T, T) Gram matrix.
 
     A module, so that forward hooks can read or change the weights.
+
+    Attributes:
+        takes_groups: Whether it takes the Gram matrices (L, T, T) of L groups of parameters at once, for weights
+            (L, T). Else it is called for each of them.
     """
+
+    takes_groups: ClassVar[bool] = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,7 +98,7 @@ class GramWeighting(Declared, Weighting[PSDMatrix]):
 
     @abstractmethod
     def weigh(self, gram: Tensor) -> Tensor:
-        """Return the (T,) weights of the rows of a float64 Gram matrix."""
+        """Return the (T,) weights of the rows of a float64 Gram matrix; (L, T) of L matrices if it takes groups."""
 
 
 def _is_watched(module: nn.Module) -> bool:
@@ -128,6 +134,17 @@ class Aggregator(Described, nn.Module, ABC):
     def works_on_gram(self) -> bool:
         """Return whether the Gram matrix is all that this aggregator and its forward hooks need."""
         return False
+
+    def takes_groups(self) -> bool:
+        """Return whether groups of parameters can have weights of their own, each from its Gram matrix."""
+        return False
+
+    def weights_of_gram(self, gram: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the (T,) weights from the float64 Gram matrix of rows of a dtype; (L, T) from those of L groups.
+
+        Defined where :meth:`works_on_gram`.
+        """
+        raise NotImplementedError
 
     def is_plain(self) -> bool:
         """Return whether neither a forward hook nor a derived class needs the (T, P) Jacobian."""
@@ -271,9 +288,17 @@ class GramianWeightedAggregator(WeightedAggregator[Weighting[Any]], Generic[_Wei
         """Return whether nothing needs the (T, P) Jacobian."""
         return self.is_plain()
 
+    def takes_groups(self) -> bool:
+        """Return whether each group can have weights from its Gram matrix, and what is remembered is of each."""
+        weighting = self.gramian_weighting
+        return self.works_on_gram() and (weighting.takes_groups or not isinstance(weighting, Stateful))
+
     def weights_of_gram(self, gram: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the (T,) weights from the float64 Gram matrix of rows of a dtype."""
-        return self.gramian_weighting(self._shown(gram, dtype))
+        """Return the weights from the Gram matrix; see :meth:`Aggregator.weights_of_gram`."""
+        weighting, shown = self.gramian_weighting, self._shown(gram, dtype)
+        if gram.dim() == 2 or weighting.takes_groups:
+            return weighting(shown)
+        return torch.stack([weighting(matrix) for matrix in shown])
 
     def _weights_of(self, jacobians: Sequence[Tensor]) -> Tensor:
         return self.weights_of_gram(gram_of(jacobians), jacobians[0].dtype)

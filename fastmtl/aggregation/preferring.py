@@ -155,11 +155,16 @@ class UPGradWeighting(_ConeWeighting):
     Source: Quinton and Rey, "Jacobian Descent for Multi-Objective Optimization", 2024.
     """
 
+    takes_groups = True
+
     def weigh(self, gram: Tensor) -> Tensor:
         """Return the weighted sum of the projections' weights."""
         project = self.projector
         if self.pref_vector is None and type(project) is QuadprogProjector:
             return ops.upgrad(gram, project.norm_eps, project.reg_eps)
+        # A projector of the user's has one Gram matrix.
+        if gram.dim() == 3:
+            return torch.stack([self.weigh(matrix) for matrix in gram])
         return project(torch.diag(_preferences(self, gram)), gram).sum(0)
 
 

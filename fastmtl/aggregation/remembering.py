@@ -142,6 +142,7 @@ class NashMTLWeighting(MatrixWeighting, Stateful):
     """
 
     needs_rows_only = False
+    takes_groups = True
     n_tasks: int = setting(above=0)
     max_norm: float = setting(default=1.0, least=0)
     update_weights_every: int = setting(default=1, above=0)
@@ -160,18 +161,21 @@ class NashMTLWeighting(MatrixWeighting, Stateful):
     def weigh(self, gram: Tensor) -> Tensor:
         """Return the bargain's weights of a float64 Gram matrix, at most as long an update as ``max_norm``.
 
-        A Gram matrix with NaN or infinity gives NaN weights, which later calls do not use.
+        With those of L groups, (L, T, T), the weights are (L, T), and the update is that of all groups. Another number
+        of groups starts anew. A Gram matrix with NaN or infinity gives NaN weights, which later calls do not use.
         """
-        if len(gram) != self.n_tasks:
-            raise UsageError(f"matrix must have n_tasks={self.n_tasks} rows, got {len(gram)}.")
-        weights = last = torch.ones_like(gram[0]) if self._last is None else self._last.to(gram)
+        if gram.shape[-1] != self.n_tasks:
+            raise UsageError(f"matrix must have n_tasks={self.n_tasks} rows, got {gram.shape[-1]}.")
+        if self._last is not None and self._last.shape != gram.shape[:-1]:
+            self.reset()
+        weights = last = torch.ones_like(gram[..., 0, :]) if self._last is None else self._last.to(gram)
         if self._last is None or self._calls % self.update_weights_every == 0:
             weights = ops.nash(gram, last)
-            self._last = torch.where(weights.isfinite().all(), weights, last)
+            self._last = torch.where(weights.isfinite().all(-1, keepdim=True), weights, last)
         self._calls += 1
         if self.max_norm == 0:
             return weights
-        length = (weights @ gram @ weights).clamp(min=0).sqrt()
+        length = torch.einsum("...s,...st,...t->...", weights, gram, weights).sum().clamp(min=0).sqrt()
         return weights * (self.max_norm / torch.where(length > 0, length, 1.0)).clamp(max=1)
 
 
@@ -182,6 +186,18 @@ class NashMTL(Declared, WeightedAggregator[NashMTLWeighting], Remembering, of=Na
     max_norm: float = NashMTLWeighting.max_norm
     update_weights_every: int = NashMTLWeighting.update_weights_every
     optim_niter: int = NashMTLWeighting.optim_niter
+
+    def works_on_gram(self) -> bool:
+        """Return whether nothing needs the (T, P) Jacobian."""
+        return self.is_plain()
+
+    def takes_groups(self) -> bool:
+        """Return whether nothing needs the (T, P) Jacobian: what is remembered is of each group."""
+        return self.is_plain()
+
+    def weights_of_gram(self, gram: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the weights from the Gram matrix; see :meth:`Aggregator.weights_of_gram`."""
+        return self.weighting.weigh(gram)
 
     def _weights_of(self, jacobians: Sequence[Tensor]) -> Tensor:
         return self.weighting.weigh(gram_of(jacobians))

@@ -63,25 +63,33 @@ def add_combined(tensors: Sequence[Tensor], jacobians: Sequence[Tensor], weights
         sums = [torch.tensordot(weights.to(jacobian), jacobian, dims=1) for jacobian in jacobians]
         add_grads(tensors, [total.to(tensor.dtype) for total, tensor in zip(sums, tensors, strict=True)])
     else:
-        add_combined_rows(tensors, _as_rows(jacobians), weights)
+        add_combined_rows(tensors, _as_rows(jacobians), weights, None)
 
 
 @torch.no_grad()
-def add_combined_rows(tensors: Sequence[Tensor], rows: Sequence[Grads], weights: Tensor) -> None:
-    """Add ``sum_t w_t row_t`` to ``.grad`` of each tensor, in one pass over its rows; sparse where all rows are."""
+def add_combined_rows(
+    tensors: Sequence[Tensor], rows: Sequence[Grads], weights: Tensor, groups: Sequence[int] | None
+) -> None:
+    """Add ``sum_t w_t row_t`` to ``.grad`` of each tensor, in one pass over its rows; sparse where all rows are.
+
+    With the group of each tensor the weights are (L, T).
+    """
     sparse = [k for k, column in enumerate(zip(*rows, strict=True)) if _is_sparse(column)]
     if sparse:
-        sums = combined(sparse, [list(row) for row in rows], weights, None)
+        sums = combined(sparse, [list(row) for row in rows], weights, groups)
         add_grads([tensors[k] for k in sparse], sums)
         dense = [k for k in range(len(tensors)) if k not in sparse]
         tensors, rows = [tensors[k] for k in dense], [[row[k] for k in dense] for row in rows]
+        groups = None if groups is None else [groups[k] for k in dense]
     # Those with a gradient come first, as the others will have one too.
     for fresh in (False, True):
         some = [k for k, tensor in enumerate(tensors) if (tensor.grad is None) == fresh]
         if not some:
             continue
         out = [torch.empty_like(tensors[k]) if fresh else _dense_grad(tensors[k]) for k in some]
-        ops.combine_(out, [[row[k] for k in some] for row in rows], weights, accumulate=not fresh)
+        of_some = None if groups is None else [groups[k] for k in some]
+        used = weights if of_some is None else weights[: max(of_some) + 1]
+        ops.combine_(out, [[row[k] for k in some] for row in rows], used, of_some, accumulate=not fresh)
         for k, grad in zip(some, out, strict=True):
             tensors[k].grad = grad
 

@@ -37,14 +37,15 @@ class CAGradWeighting(GramWeighting):
     Source: Liu et al., "Conflict-Averse Gradient Descent for Multi-task Learning", NeurIPS 2021.
     """
 
+    takes_groups = True
     c: float = setting(least=0)
     norm_eps: float = setting(default=0.0001, least=0)
 
     def weigh(self, gram: Tensor) -> Tensor:
         """Return the weights of CAGrad's update."""
         matrix = normalized(gram, self.norm_eps)
-        weights, update = ops.cagrad_update(matrix, self.c).unbind()
-        length = (weights @ matrix @ weights).clamp(min=0).sqrt()
+        weights, update = ops.cagrad_update(matrix, self.c).unbind(-2)
+        length = torch.einsum("...s,...st,...t->...", weights, matrix, weights).clamp(min=0).sqrt()[..., None]
         return torch.where(length < self.norm_eps, 0.0, update)
 
 
@@ -68,13 +69,14 @@ class FairGradWeighting(GramWeighting):
     Source: Ban and Ji, "Fair Resource Allocation in Multi-Task Learning", ICML 2024.
     """
 
+    takes_groups = True
     alpha: float = setting(least=0)
     max_iters: int | None = setting(default=None)
 
     def weigh(self, gram: Tensor) -> Tensor:
         """Return the alpha-fair weights."""
         if self.alpha == 0:
-            return torch.full_like(gram[0], 1 / len(gram))
+            return torch.full_like(gram[..., 0, :], 1 / gram.shape[-1])
         return ops.fairgrad(gram, self.alpha)
 
 
@@ -93,6 +95,8 @@ class IMTLGWeighting(GramWeighting):
 
     Source: Liu et al., "Towards Impartial Multi-task Learning", ICLR 2021.
     """
+
+    takes_groups = True
 
     def weigh(self, gram: Tensor) -> Tensor:
         """Return the weights of equal projections."""
@@ -164,6 +168,7 @@ class MGDAWeighting(GramWeighting):
     Source: Désidéri, "Multiple-gradient descent algorithm (MGDA) for multiobjective optimization", 2012.
     """
 
+    takes_groups = True
     epsilon: float = setting(default=0.001, above=0)
     max_iters: int = setting(default=100, above=0)
 
@@ -182,12 +187,16 @@ class MGDA(Declared, GramianWeightedAggregator[MGDAWeighting], of=MGDAWeighting)
 class PCGradWeighting(GramWeighting):
     """Weights of PCGrad's update, in a new random order of the tasks at each call; see :func:`fastmtl.ops.pcgrad`.
 
+    Groups of parameters have the same order.
+
     Source: Yu et al., "Gradient Surgery for Multi-Task Learning", NeurIPS 2020.
     """
 
+    takes_groups = True
+
     def weigh(self, gram: Tensor) -> Tensor:
         """Return the sums of the projected gradients' coefficients."""
-        return ops.pcgrad(gram, torch.rand_like(gram))
+        return ops.pcgrad(gram, torch.rand_like(gram if gram.dim() == 2 else gram[0]))
 
 
 class PCGrad(GramianWeightedAggregator[PCGradWeighting]):

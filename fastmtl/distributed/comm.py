@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from fastmtl.distributed.gradient_shards import GradientShards
+from fastmtl.distributed.gradient_shards import BlockShards, GradientShards
 from fastmtl.distributed.peers import Peers
 from fastmtl.distributed.shards import Pieces, Shards, UsedParams, refuse_sparse
 from fastmtl.distributed.table_rows import TableRows, TableShards
@@ -314,6 +314,12 @@ class ShardedDataParallel(ExactDataParallel):
         )
         self.shards = GradientShards(shared, task_params, model)
         self.model = model
+
+    @override
+    def of_block(self, params: Sequence[Tensor]) -> ExactDataParallel:
+        block = ExactDataParallel(self.peers, params, [])
+        block.shards = BlockShards(params, self.model)
+        return block
 
     @override
     def unshard(self) -> None:

@@ -1,4 +1,4 @@
-"""Gradients that are reduce-scattered while the backward pass computes them."""
+"""Gradients of which each process keeps the pieces of its shards of the parameters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from fastmtl.distributed.shards import BUCKET_BYTES, Pieces, cut_buckets
+from fastmtl.distributed.shards import BUCKET_BYTES, Pieces, UsedParams, cut_buckets, refuse_sparse
 from fastmtl.engine.model import Tasks
 from fastmtl.engine.vjp import Cotangents, seeded
 from fastmtl.engine.weights import Row
@@ -20,7 +20,86 @@ from fastmtl.errors import UsageError
 if TYPE_CHECKING:
     from fastmtl.distributed.sharded import ShardedModel
 
-__all__ = ["GradientShards"]
+__all__ = ["BlockShards", "GradientShards"]
+
+
+class _ShardPieces(Pieces):
+    """Rows that are cut as FSDP cuts parameters: along the first dimension, with padding at the end.
+
+    Args:
+        shared: The parameters of the rows.
+        others: Further parameters that are cut.
+        model: The model with the shards.
+
+    Raises:
+        UsageError: A shared parameter is a scalar.
+    """
+
+    def __init__(self, shared: Sequence[Tensor], others: Sequence[Tensor], model: ShardedModel) -> None:
+        if any(param not in model.shard_of for param in shared):
+            raise UsageError("shard='fsdp' cannot shard shared parameters that are scalars.")
+        self.model = model
+        self._all = [*shared, *others]
+        self._count = len(shared)
+        self._pads = [-(-param.shape[0] // model.peers.size) * param[:1].numel() for param in self._all]
+        super().__init__(shared, model.peers)
+
+    @override
+    def pieces(self, rank: int) -> list[tuple[int, int, int]]:
+        return [(k, rank * pad, pad) for k, pad in enumerate(self._pads[: self._count])]
+
+    def _add_to_shards(self, pieces: Row) -> None:
+        """Add pieces to ``.grad`` of the shards of the first parameters."""
+        for param, piece in zip(self._all, pieces, strict=False):
+            if piece is not None:
+                shard = self.model.shard_of[param]
+                grad = piece[: shard.numel()].view(shard.shape)
+                shard.grad = grad if shard.grad is None else shard.grad + grad
+
+
+class BlockShards(_ShardPieces):
+    """Reduce-scatters whole rows of a block of parameters, while other rows are differentiated.
+
+    The update is that of the shards, so that nothing is gathered.
+    """
+
+    def __init__(self, params: Sequence[Tensor], model: ShardedModel) -> None:
+        super().__init__(params, [], model)
+        self._buckets = cut_buckets(params, BUCKET_BYTES)
+        self._seen = [False] * len(params)
+        self._used_params = UsedParams(self.peers)
+
+    @override
+    @torch.no_grad()
+    def send(self, row: Row) -> Row:
+        refuse_sparse(row)
+        # One row at a time; the previous one had a whole VJP to be sent.
+        self.wait()
+        self._seen = [seen or grad is not None for seen, grad in zip(self._seen, row, strict=True)]
+        pieces: Row = []
+        for places in self._buckets:
+            sizes = [self._pads[k] for k in places]
+            flat = self.params[places[0]].new_zeros(self.peers.size, sum(sizes))
+            for k, column in zip(places, flat.split(sizes, dim=1), strict=True):
+                grad = row[k]
+                if grad is not None:
+                    _add_cut(column, grad)
+            part = flat.new_empty(sum(sizes))
+            self.pending.append((self.peers.reduce_scatter(part, flat.view(-1)), flat))
+            pieces += part.split(sizes)
+        return pieces
+
+    @override
+    @torch.no_grad()
+    def write(self, rows: Sequence[Row], weights: Tensor, groups: Sequence[int] | None, tasks: Tasks = ()) -> None:
+        used = self._used_params(self.params, self._seen, tasks)
+        self._seen = [False] * len(self.params)
+        out: Row = [
+            param.new_empty(pad) if is_used and param.requires_grad else None
+            for param, pad, is_used in zip(self.params, self._pads, used, strict=True)
+        ]
+        self.combine(out, rows, weights, groups)
+        self._add_to_shards(out)
 
 
 @dataclass(slots=True)
@@ -40,27 +119,18 @@ class _Incoming:
     arrived: set[int] = field(default_factory=set)
 
 
-class GradientShards(Pieces):
+class GradientShards(_ShardPieces):
     """Reduce-scatters gradients during the backward pass; each process keeps its shard of every sum.
 
     A gradient is copied into its bucket and freed at once; a full bucket is reduce-scattered while the backward pass
     goes on, one at a time. All processes must run the same graph, which decides the order of the buckets.
-
-    Raises:
-        UsageError: A shared parameter is a scalar.
     """
 
     def __init__(
         self, shared: Sequence[nn.Parameter], task_params: Sequence[nn.Parameter], model: ShardedModel
     ) -> None:
-        if any(param not in model.shard_of for param in shared):
-            raise UsageError("shard='fsdp' cannot shard shared parameters that are scalars.")
-        self.model = model
         cut = [param for param in task_params if param in model.shard_of]
-        self._all = [*shared, *cut]
-        self._count = len(shared)
-        self._pads = [-(-param.shape[0] // model.peers.size) * param[:1].numel() for param in self._all]
-        super().__init__(shared, model.peers)
+        super().__init__(shared, cut, model)
         self._buckets: list[_Incoming] = []
         self._bucket_of: dict[int, _Incoming] = {}
         for first, params in ((0, shared), (len(shared), cut)):
@@ -76,10 +146,6 @@ class GradientShards(Pieces):
         for k, param in enumerate(self._all):
             param.register_post_accumulate_grad_hook(partial(self._arrive, k))
 
-    @override
-    def pieces(self, rank: int) -> list[tuple[int, int, int]]:
-        return [(k, rank * pad, pad) for k, pad in enumerate(self._pads[: self._count])]
-
     def _arrive(self, k: int, param: Tensor) -> None:
         if param.grad is not None and (k < self._count or self._takes_task_params):
             grad, param.grad = param.grad, None
@@ -91,12 +157,7 @@ class GradientShards(Pieces):
         bucket, pad = self._bucket_of[k], self._pads[k]
         if bucket.flat is None:
             bucket.flat = grad.new_zeros(self.peers.size, bucket.size)
-        column = bucket.flat[:, bucket.begins[k] : bucket.begins[k] + pad]
-        line = grad.reshape(-1)
-        rows = len(line) // pad
-        column[:rows] += line[: rows * pad].view(rows, pad)
-        if rows * pad < len(line):
-            column[rows, : len(line) - rows * pad] += line[rows * pad :]
+        _add_cut(bucket.flat[:, bucket.begins[k] : bucket.begins[k] + pad], grad)
         bucket.arrived.add(k)
         if len(bucket.arrived) == len(bucket.begins):
             self._send(bucket)
@@ -147,21 +208,14 @@ class GradientShards(Pieces):
             for k in range(self._count)
         ]
         self.combine(out, rows, weights, groups)
-        self._add(out)
+        self._add_to_shards(out)
 
     @torch.no_grad()
     def reduce(self) -> None:
         """Reduce-scatter ``.grad`` of the gathered parameters, and add it to ``.grad`` of their shards."""
         for k, param in enumerate(self._all):
             self._arrive(k, param)
-        self._add(self._collect())
-
-    def _add(self, pieces: Row) -> None:
-        for param, piece in zip(self._all, pieces, strict=False):
-            if piece is not None:
-                shard = self.model.shard_of[param]
-                grad = piece[: shard.numel()].view(shard.shape)
-                shard.grad = grad if shard.grad is None else shard.grad + grad
+        self._add_to_shards(self._collect())
 
     @torch.no_grad()
     def clip_grad_norm(self, max_norm: float | Tensor, shared_only: bool, kept: Sequence[Tensor]) -> None:
@@ -174,3 +228,12 @@ class GradientShards(Pieces):
         factor = (max_norm / (square.sqrt() + 1e-6)).clamp(max=1)
         for grad in (*grads, *whole):
             grad.mul_(factor.to(grad.dtype))
+
+
+def _add_cut(parts: Tensor, grad: Tensor) -> None:
+    """Add a gradient to the parts (W, n) of it that the processes get, of which the last ones may be shorter."""
+    line, size = grad.reshape(-1), parts.shape[1]
+    rows = len(line) // size
+    parts[:rows] += line[: rows * size].view(rows, size)
+    if rows * size < len(line):
+        parts[rows, : len(line) - rows * size] += line[rows * size :]

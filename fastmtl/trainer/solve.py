@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastmtl.engine.comm import Comm
 from fastmtl.engine.engine import ForeignLosses, LossSum
+from fastmtl.engine.groups import padded
 from fastmtl.engine.jacobian import Jacobian
 from fastmtl.engine.lookahead import LookedAhead
 from fastmtl.engine.pullback import Representations
@@ -64,7 +65,7 @@ def _from_gram(strategy: AbsWeighting, hyper: Hypers, jacobian: Jacobian) -> Wei
     def decide(gram: Tensor, places: Sequence[int] | None) -> Weights:
         count = 1 if grouping is None else len(grouping.names)
         if grouping is not None:
-            gram = _padded(gram, count if places is None else len(places))
+            gram = padded(gram, count if places is None else len(places))
         with part("solver"), nullcontext() if places is None else at_groups(strategy, places, count):
             weights = weigh(strategy, losses, gram, hyper)
         strategy.weighs_rest = True
@@ -83,13 +84,6 @@ def _from_gram(strategy: AbsWeighting, hyper: Hypers, jacobian: Jacobian) -> Wei
         # A task that reaches no group has the weight 1, as it would learn nothing otherwise.
         heads = heads.nanmean(0).nan_to_num(nan=1.0)
     return replace(weights, groups=groups, gram=weights.grams.sum(0), heads=heads)
-
-
-def _padded(gram: Tensor, count: int) -> Tensor:
-    """Return the Gram matrices of ``count`` groups, the last of which may have no parameters now."""
-    known = [gram] if gram.dim() == 3 else []
-    missing = count - sum(map(len, known))
-    return torch.cat([*known, gram.new_zeros(missing, *gram.shape[-2:])]) if missing else gram
 
 
 def _at_once(strategy: AbsWeighting, losses: Tensor, gram: Tensor, hyper: Hypers) -> Weights:

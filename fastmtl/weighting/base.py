@@ -4,37 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastmtl.engine.comm import RowShapedState
+from fastmtl.engine.groups import Groups
 from fastmtl.engine.lookahead import LookAhead
 from fastmtl.engine.weights import Rows, Weights
 from fastmtl.support.dtypes import falls_below
 from fastmtl.support.hyper import Hyper
 
-__all__ = ["Groups", "LossNeeds", "Needs", "StepNeeds", "Strategy"]
+__all__ = ["LossNeeds", "Needs", "StepNeeds", "Strategy"]
 
 Needs = Literal["losses", "gram", "rows", "reps", "lookahead"]
 StepNeeds = Literal[Needs, "backward"]
 LossNeeds = Literal["any", "non-negative", "positive"]
-
-
-class Groups(NamedTuple):
-    """Groups of parameters.
-
-    Attributes:
-        names: The names of the L groups.
-        by_name: The group, 0 .. L-1, of each shared parameter, frozen or not, by its name.
-        of: The group of each parameter that is trained, in their order.
-    """
-
-    names: list[str]
-    by_name: Mapping[str, int]
-    of: list[int]
 
 
 class Strategy(nn.Module):

@@ -60,7 +60,7 @@ def test_loops_of_ones_own_walk_through_a_graph_once() -> None:
         features = trunk(torch.ones(2, 4)).tanh()
         return [head(features).sum() for head in heads], features
 
-    with mock.patch("fastmtl.engine.graph.reach", wraps=reach) as walk:
+    with mock.patch("fastmtl.aggregation.params.reach", wraps=reach) as walk:
         fastmtl.balance(losses()[0], weighting=UPGrad())
         fastmtl.balanced(losses()[0], shared=trunk, weighting=Sum()).backward()
     assert walk.call_count == 2

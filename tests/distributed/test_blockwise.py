@@ -19,7 +19,7 @@ from tests.distributed.group import TASKS, Case, check_as_one, in_processes, tra
 from tests.distributed.looking import Looking
 from tests.distributed.recomputing import Deep
 from tests.live_memory import LiveMemory
-from tests.trainer.grouped import Blocks, Chain
+from tests.trainer.grouped import Blocks, Chain, Forked
 from tests.trainer.toy import Listener, fill_grads, flat, loaders, make_trainer
 
 pytestmark = pytest.mark.usefixtures("in_float64")
@@ -33,6 +33,11 @@ def _case(name: str, weighting: str, options: dict[str, Any] | None = None, some
     return Case(f"{weighting} {name}".strip(), weighting, batch, BLOCKS | (options or {}), partial=some)
 
 
+FIVE = ("MGDA", "PCGrad", "CAGrad", "UPGrad", "Nash_MTL")
+SHARDS = {"shard": "fsdp"}
+# No process has as many rows of these layers as another.
+ODD = {"encoder_class": partial(MLPEncoder, 6, [7, 5, 8])}
+FORKED = {"encoder_class": Forked}
 CASES = [
     *(_case("", name, some=False) for name in ("MGDA", "PCGrad")),
     *(_case("partial", name) for name in ("MGDA", "PCGrad", "CAGrad", "UPGrad", "Nash_MTL", "FairGrad", "PCD", "IMTL")),
@@ -48,9 +53,23 @@ CASES = [
     _case("compiled", "Nash_MTL", {"compile": True}),
     _case("recomputed", "UPGrad", {"encoder_class": partial(Deep, "wrapped")}),
     _case("tables", "MGDA", {"encoder_class": Looking, "optim_param": {"optim": "sgd", "lr": 0.1}}),
-    _case("shards", "MGDA", {"shard": "fsdp"}),
+    *(_case("in shards", name, SHARDS) for name in FIVE),
+    _case("in shards of few rows", "UPGrad", SHARDS, batch=5),
+    _case(
+        "in odd shards capped", "Nash_MTL", SHARDS | ODD | {"weight_args": {"max_norm": 0.05}, "clip_grad_norm": 0.1}
+    ),
+    _case("in shards held", "Nash_MTL", SHARDS | {"update_weights_every": 3}),
+    _case("in shards recomputed", "UPGrad", SHARDS | {"encoder_class": partial(Deep, "wrapped")}),
 ]
-IN_FOUR = [_case("in four", name, batch=12) for name in ("MGDA", "PCGrad", "CAGrad", "UPGrad", "Nash_MTL")]
+# The first task does not reach the last layer, and each process has labels of other tasks.
+IN_FOUR = [
+    *(
+        _case(f"in four {way}", name, FORKED | options, batch=12)
+        for name in FIVE
+        for way, options in (("in blocks", {}), ("in shards", SHARDS))
+    ),
+    _case("in four at once", "Nash_MTL", FORKED | {"vjps": "sequential"}, batch=12),
+]
 
 
 @pytest.fixture(scope="module")
@@ -130,13 +149,15 @@ def test_what_one_process_cannot_none_does(tmp_path: Path) -> None:
         local,
         local | {"vjps": "blockwise"},
         {"encoder_class": ENCODER, "vjps": "blockwise", "shard": "fsdp"},
+        SOMETIMES | {"bypassed": 1, "shard": "fsdp"},
+        FORKED | {"vjps": "blockwise", "shard": "fsdp"},
     ]
     wanted = [_steps(options | {"vjps": "sequential", "shard": "none"})[0] for options in given]
     ranks = in_processes(2, tmp_path, _all_steps, given)
     for found in ranks:
-        for index in (0, 1, 2, 5):
+        for index in (0, 1, 2, 5, 6, 7):
             torch.testing.assert_close(found[index][0], wanted[index], rtol=1e-9, atol=1e-12)
-        assert [blocks for _, _, blocks in found] == [3, 3, 3, 0, 7, 0]
+        assert [blocks for _, _, blocks in found] == [3, 3, 3, 0, 7, 7, 3, 3]
         # The mean of the processes' Gram matrices, and so the update, is the same too.
         torch.testing.assert_close(found[4][0], found[3][0], rtol=1e-9, atol=1e-12)
     # The main process tells.
@@ -144,7 +165,8 @@ def test_what_one_process_cannot_none_does(tmp_path: Path) -> None:
     assert "3 blocks one after the other" in told[0]
     assert told[1] == "vjps: all groups at once in a step in which another process needs it"
     assert told[2] == "vjps: all groups at once in a step in which the network is no chain of them"
-    assert told[-1] == "vjps: one after the other, as parameters are in shards"
+    assert told[-2] == "vjps: all groups at once in a step in which another process needs it"
+    assert all("blocks one after the other" in messages[0] for _, messages, _ in ranks[0][4:])
 
 
 WIDTH, DEPTH = 128, 8

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fastmtl
-from fastmtl.aggregation import IMTLG, MGDA, GradDrop, GradVac, Mean, PCGrad, TrimmedMean, UPGrad
+from fastmtl.aggregation import IMTLG, MGDA, CAGrad, GradDrop, GradVac, Mean, NashMTL, PCGrad, TrimmedMean, UPGrad
 from fastmtl.distributed import find_peers
 from fastmtl.errors import UsageError
 from tests.distributed.group import in_processes
@@ -27,11 +27,20 @@ AGGREGATORS = {
     "UPGrad": UPGrad,
     "MGDA": MGDA,
     "IMTLG": IMTLG,
+    "NashMTL": lambda: NashMTL(3),
     "PCGrad": PCGrad,
     "GradVac": GradVac,
     "Mean": Mean,
     "TrimmedMean": lambda: TrimmedMean(1),
     "GradDrop": GradDrop,
+}
+# With weights of each group of parameters; four losses.
+GROUPED = {
+    "MGDA": MGDA,
+    "PCGrad": PCGrad,
+    "CAGrad": lambda: CAGrad(0.5),
+    "UPGrad": UPGrad,
+    "NashMTL": lambda: NashMTL(4),
 }
 
 
@@ -91,20 +100,21 @@ class _Branches(nn.Module):
         return found
 
 
-def _train_branches(names: list[str]) -> list[Any]:
-    """Return the parameters after three steps, in which other losses reach a branch in each process."""
+def _train_branches(given: list[tuple[str, str | dict[str, str]]]) -> list[Any]:
+    """Return the parameters after three steps, in which other losses reach a branch in each of four processes."""
     peers = find_peers()
-    turns = [0, 1] if peers is None else [peers.rank]
+    turns = [0, 1, 2, 3] if peers is None else [peers.rank]
     ends = []
-    for name in names:
+    for name, groups in given:
         net, generator = _Branches(), torch.Generator().manual_seed(1)
+        aggregator = (AGGREGATORS if groups == "all" else GROUPED)[name]()
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
         torch.manual_seed(5)
         for _ in range(3):
             inputs, labels = (torch.randn(ROWS, n, generator=generator) for n in (4, 4))
-            halves = [part.chunk(2) for part in (inputs, labels)]
-            inputs, labels = (torch.cat([half[turn] for turn in turns]) for half in halves)
-            fastmtl.balance(net(inputs, labels, turns), shared=net.shared, weighting=AGGREGATORS[name]())
+            parts = [part.chunk(4) for part in (inputs, labels)]
+            inputs, labels = (torch.cat([part[turn] for turn in turns]) for part in parts)
+            fastmtl.balance(net(inputs, labels, turns), shared=net.shared, weighting=aggregator, groups=groups)
             optimizer.step()
             optimizer.zero_grad()
         ends.append([param.detach() for param in net.parameters()])
@@ -113,12 +123,13 @@ def _train_branches(names: list[str]) -> list[Any]:
 
 @pytest.mark.slow
 def test_losses_may_reach_other_parameters_in_each_process(tmp_path: Path) -> None:
-    names = ["UPGrad", "MGDA", "PCGrad", "GradDrop"]
-    wanted = _train_branches(names)
-    for found in in_processes(2, tmp_path, _train_branches, names):
-        for name, params, expected in zip(names, found, wanted, strict=True):
+    cases: list[tuple[str, str | dict[str, str]]] = [(name, "all") for name in ("UPGrad", "MGDA", "PCGrad", "GradDrop")]
+    cases += [(name, groups) for name in GROUPED for groups in ("layer", {"0": "first"})]
+    wanted = _train_branches(cases)
+    for found in in_processes(4, tmp_path, _train_branches, cases):
+        for case, params, expected in zip(cases, found, wanted, strict=True):
             for param, each in zip(params, expected, strict=True):
-                torch.testing.assert_close(param, each, rtol=1e-9, atol=1e-12, msg=name)
+                torch.testing.assert_close(param, each, rtol=1e-9, atol=1e-12, msg=f"{case}")
 
 
 def _mismatches(_: None) -> list[str]:

@@ -12,14 +12,14 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import fastmtl
-from fastmtl.aggregation import MGDA, GradDrop, UPGrad
+from fastmtl.aggregation import MGDA, GradDrop, NashMTL, UPGrad
 from fastmtl.distributed import find_peers
 from fastmtl.errors import UsageError
 from tests.distributed.group import in_processes
 
 pytestmark = pytest.mark.usefixtures("in_float64")
 
-AGGREGATORS = {"UPGrad": UPGrad, "MGDA": MGDA}
+AGGREGATORS = {"UPGrad": UPGrad, "MGDA": MGDA, "NashMTL": lambda: NashMTL(3)}
 # What differs: who runs the backward pass, what is accumulated, when parameters are freed.
 KINDS = ("balance", "balanced", "accumulated", "kept", "whole")
 
@@ -90,6 +90,9 @@ def _refusals(_: None) -> list[str]:
         with pytest.raises(UsageError) as caught:
             fastmtl.balanced(net(*_batches(1)[0]), shared=shared, weighting=aggregator).backward()
         said.append(str(caught.value))
+    with pytest.raises(UsageError) as caught:
+        fastmtl.balanced(net(*_batches(1)[0]), shared=net, weighting=UPGrad(), groups="layer")
+    said.append(str(caught.value))
     return said
 
 
@@ -108,3 +111,4 @@ def test_what_sharded_parameters_need_is_said(tmp_path: Path) -> None:
     for said in in_processes(2, tmp_path, _refusals, None):
         assert all("shared must be the whole model" in sentence for sentence in said[:3])
         assert "weighting must need the Gram matrix only" in said[3]
+        assert "groups must be all for parameters that fully_shard has sharded" in said[4]

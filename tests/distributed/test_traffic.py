@@ -29,6 +29,7 @@ CASES: list[tuple[str, dict[str, Any], float]] = [
     # gradient of what is sketched.
     ("MGDA", {"vjps": "sketch", "sketch_width": 2}, 2 * (TASKS * (2 * 208 + 208) + 206 + 6 * 200 + 200 * 8 + OWN)),
     ("MGDA", {"groups": "module", "vjps": "blockwise"}, (TASKS + 1) * SHARED + 2 * OWN),
+    ("MGDA", {"groups": "module", "vjps": "blockwise", "shard": "fsdp"}, (TASKS + 1) * SHARED + 2 * OWN),
     ("MoCo", {"shard": "fsdp"}, (TASKS + 1) * SHARED + 2 * OWN),
     ("EW", {"shard": "fsdp"}, 2 * (SHARED + OWN)),
 ]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastmtl.weighting import AbsWeighting, Weights
 from tests.trainer.toy import loaders, make_trainer
 
-__all__ = ["TASKS", "Blocks", "Chain", "Counts", "batches_of", "double_trainer"]
+__all__ = ["TASKS", "Blocks", "Chain", "Counts", "Forked", "batches_of", "double_trainer"]
 
 TASKS = 3
 
@@ -78,3 +78,11 @@ class Chain(nn.Module):
             hidden = hidden + self.second(self.second(hidden))
         middle = self.second(hidden).tanh()
         return self.third(middle) + hidden
+
+
+class Forked(Chain):
+    """Features of each task, of two depths: the first task does not reach the last layer."""
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        middle = self.second(self.first(inputs).tanh()).tanh()
+        return middle, *[self.third(middle)] * (TASKS - 1)

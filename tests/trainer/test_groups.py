@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastmtl.engine.groups import settled_groups
 from fastmtl.errors import UsageError
 from fastmtl.trainer.log.jsonl import JsonlLogger
 from fastmtl.trainer.log.plot import PlotLogger
 from fastmtl.trainer.log.records import StepBuffer
 from fastmtl.trainer.log.tensorboard import TensorBoardLogger
-from fastmtl.trainer.setup.groups import settled_groups
 from fastmtl.weighting import WEIGHTINGS, AbsWeighting, Weights
 from fastmtl.weighting.PCGrad import RandomOrders
 from tests.trainer.grouped import TASKS, Blocks, Chain, Counts, batches_of, double_trainer

@@ -135,7 +135,7 @@ def _other_vjps(
     )
     ways["blockwise"] = (
         layers
-        or _against_blocks(strategy, plain.comm, options)
+        or _against_blocks(strategy, options)
         or GradientEngine(Blockwise(*shared, groups or [], len(strategy.grouping.names) if strategy.grouping else 0))
     )
     if options.vjps == "sketch":
@@ -266,13 +266,12 @@ def _against_layers(strategy: AbsWeighting, eager: Engine, options: StepOptions)
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def _against_blocks(strategy: AbsWeighting, comm: Comm, options: StepOptions) -> str | None:
+def _against_blocks(strategy: AbsWeighting, options: StepOptions) -> str | None:
     """Return why groups of parameters must be weighed together, in a few words; None if nothing is known."""
     reasons = {
         "groups is all": strategy.grouping is None,
         "the strategy takes several batches per step": strategy.samples > 1,
         "weight_momentum changes the weights after all are known": options.weight_momentum > 0,
-        "parameters are in shards": options.shard != "none" and comm.shares_batches,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 

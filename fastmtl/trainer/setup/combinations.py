@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from fastmtl.engine.groups import ALL
 from fastmtl.engine.tables import sparse_tables
 from fastmtl.errors import UsageError
 from fastmtl.support.kinds import Settings
-from fastmtl.trainer.setup.groups import ALL
 from fastmtl.trainer.setup.options import StepOptions
 from fastmtl.weighting import AbsWeighting
 

@@ -13,10 +13,10 @@ from typing import Literal
 
 import torch
 
+from fastmtl.engine.groups import settled_groups
 from fastmtl.support.hyper import check, option
 from fastmtl.trainer.optim.schedule import RESUMED
 from fastmtl.trainer.precision import PRECISIONS
-from fastmtl.trainer.setup.groups import settled_groups
 
 __all__ = ["StepOptions", "TrainerOptions"]
 
