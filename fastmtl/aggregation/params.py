@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import _composable_state
 
 from fastmtl.distributed.peers import find_peers
 from fastmtl.engine.graph import Node, Reached, check_graphs, reach, root_nodes
@@ -73,6 +74,8 @@ def find_params(losses: Sequence[Tensor], given: nn.Module | Iterable[Tensor] | 
         raise UsageError("shared must hold parameters that the losses depend on, got none of them.")
     known = set(wanted)
     others = [leaf for leaf in reached.leaves if leaf not in known]
+    if not is_sharded(given):
+        _refuse_gathered([*shared, *others])
     if find_peers() is not None:
         # Other parameters may be reached, or in another order, in other processes.
         shared = [param for param in dict.fromkeys(wanted) if param.requires_grad]
@@ -91,6 +94,18 @@ def is_sharded(module: object) -> bool:
     if fsdp is None or not isinstance(module, nn.Module):
         return False
     return any(isinstance(part, fsdp.FSDPModule) for part in module.modules())
+
+
+def _refuse_gathered(params: Iterable[Tensor]) -> None:
+    """Refuse parameters that FSDP has gathered: their gradients would not be those of the shards."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return
+    # Which modules have been sharded, torch keeps here alone.
+    modules = [module for module in _composable_state._module_state_mapping if isinstance(module, fsdp.FSDPModule)]
+    sharded = {param for module in modules for param in module.parameters()}
+    if not sharded.isdisjoint(params):
+        raise UsageError(_WHOLE_MODEL)
 
 
 def refuse_freed(params: Iterable[Tensor]) -> None:

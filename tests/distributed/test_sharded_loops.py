@@ -93,6 +93,13 @@ def _refusals(_: None) -> list[str]:
     with pytest.raises(UsageError) as caught:
         fastmtl.balanced(net(*_batches(1)[0]), shared=net, weighting=UPGrad(), groups="layer")
     said.append(str(caught.value))
+    # Gathered from the first forward pass on.
+    net = _net("whole")
+    net.set_reshard_after_backward(False)
+    for shared in (None, net.shared):
+        with pytest.raises(UsageError) as caught:
+            fastmtl.balance(net(*_batches(1)[0]), shared=shared, weighting=UPGrad())
+        said.append(str(caught.value))
     return said
 
 
@@ -109,6 +116,6 @@ def test_sharded_parameters_train_as_in_one_process(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_what_sharded_parameters_need_is_said(tmp_path: Path) -> None:
     for said in in_processes(2, tmp_path, _refusals, None):
-        assert all("shared must be the whole model" in sentence for sentence in said[:3])
+        assert all("shared must be the whole model" in sentence for sentence in (*said[:3], *said[5:]))
         assert "weighting must need the Gram matrix only" in said[3]
         assert "groups must be all for parameters that fully_shard has sharded" in said[4]
