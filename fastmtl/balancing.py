@@ -159,6 +159,11 @@ def _added_to_grads(params: Sequence[Tensor]) -> Iterator[None]:
                 param.grad = grad if param.grad is None else grad + param.grad
 
 
+def _divisor(scale: Tensor) -> Tensor:
+    """Return a loss scale, 1 if it is 0."""
+    return torch.where(scale == 0, torch.ones_like(scale), scale)
+
+
 class _Balance:
     """The losses, the parameters they depend on, and the aggregator."""
 
@@ -210,17 +215,15 @@ class _Balance:
         comm = comm_of_loop(shared)
         comm.check_alike(params)
         comm.find_tables(params, self.params.sparse, self.params.dense)
-        # What is differentiated are the means of the losses over the processes.
-        seeds = self._seeds(scale, comm.size)
         aggregate = self._by_gram if self.aggregator.works_on_gram() else self._by_rows
         if self.vjps is not None:
             aggregate = partial(self._by_layers, self.vjps)
         with refusing_inner_backward(self.params.closed):
             if not comm.shares_batches and self.vjps is None:
-                weights = aggregate(seeds, comm)
+                weights = aggregate(scale, comm)
             else:
                 with _added_to_grads(params):
-                    weights = aggregate(seeds, comm)
+                    weights = aggregate(scale, comm)
                     comm.all_reduce_others(task_params)
         # Before the backward pass those of the outermost module were there.
         refuse_freed(params)
@@ -233,15 +236,24 @@ class _Balance:
 
         comm = comm_of_loop(self.params.shared)
         with refusing_inner_backward(self.params.closed):
-            return self._weighted_rows(self._seeds(scale, comm.size), comm, keep_graph=True)[1]
+            return self._weighted_rows(scale, comm, keep_graph=True)[1]
 
     def _seeds(self, scale: Tensor | None, size: int) -> Cotangents:
-        """Return the cotangents of the losses, ``scale / size``; None for 1."""
+        """Return the cotangents of the losses, ``scale / size``; None for 1.
+
+        What is differentiated are the means of the losses over the processes.
+        """
         if scale is None:
             return [None if size == 1 else torch.full_like(loss, 1 / size) for loss in self.losses]
         return [scale.to(loss) / size for loss in self.losses]
 
-    def _by_gram(self, seeds: Cotangents, comm: Comm) -> Tensor:
+    def _weights_of(self, gram: Tensor, scale: Tensor | None) -> Tensor:
+        """Return the weights from the Gram matrix of the gradients times ``scale``, which does not change them."""
+        if scale is not None:
+            gram = gram / _divisor(scale).to(gram.dtype) ** 2
+        return self.aggregator.weights_of_gram(gram, self.params.shared[0].dtype)
+
+    def _by_gram(self, scale: Tensor | None, comm: Comm) -> Tensor:
         """Leave the rows where autograd left them; with several processes each may have a part of every row.
 
         The Gram matrix is all that the aggregator needs.
@@ -249,19 +261,19 @@ class _Balance:
         from fastmtl.aggregation.rows import add_combined_rows
 
         shared, groups = self.params.shared, None if self.groups is None else self.groups.of
-        rows, weights = self._weighted_rows(seeds, comm)
+        rows, weights = self._weighted_rows(scale, comm)
         if comm.shares_batches:
             comm.write_shared(rows, weights, groups, ())
         else:
             add_combined_rows(shared, rows, weights.to(shared[0].device), groups)
         return weights.to(torch.promote_types(shared[0].dtype, shared[-1].dtype))
 
-    def _weighted_rows(self, seeds: Cotangents, comm: Comm, keep_graph: bool = False) -> tuple[Rows, Tensor]:
+    def _weighted_rows(self, scale: Tensor | None, comm: Comm, keep_graph: bool = False) -> tuple[Rows, Tensor]:
         """Return the collected rows and their weights; add the gradients of the other parameters."""
         from fastmtl.engine.gradients import add_grads
         from fastmtl.engine.groups import padded
 
-        rows, last = [], len(self.losses) - 1
+        rows, seeds, last = [], self._seeds(scale, comm.size), len(self.losses) - 1
         for t, (loss, seed, own) in enumerate(zip(self.losses, seeds, self.params.by_loss, strict=True)):
             places = self.params.places[t]
             row, own_grads = comm.row([loss], [seed], own, keep_graph or t < last, final=True, reached=places)
@@ -272,11 +284,11 @@ class _Balance:
         with torch.no_grad():
             gram = comm.gram(rows, None if groups is None else groups.of, None)
             gram = gram if groups is None else padded(gram, len(groups.names))
-            weights = self.aggregator.weights_of_gram(gram, self.params.shared[0].dtype)
+            weights = self._weights_of(gram, scale)
         comm.broadcast([weights])
         return rows, weights
 
-    def _by_layers(self, vjps: Layerwise, seeds: Cotangents, comm: Comm) -> Tensor:
+    def _by_layers(self, vjps: Layerwise, scale: Tensor | None, comm: Comm) -> Tensor:
         """Leave out the gradients that the Gram matrix of some layers does not need."""
         from fastmtl.engine.gradients import add_grads
         from fastmtl.engine.weights import Weights
@@ -284,15 +296,16 @@ class _Balance:
 
         shared = self.params.shared
         cotangents = [
-            torch.ones_like(loss) if seed is None else seed for loss, seed in zip(self.losses, seeds, strict=True)
+            torch.ones_like(loss) if seed is None else seed
+            for loss, seed in zip(self.losses, self._seeds(scale, comm.size), strict=True)
         ]
         update = differentiated(vjps, self.losses, cotangents, shared, comm, self.params.by_loss, add_grads)
         if update is None:
-            return self._by_gram(seeds, comm)
+            return self._by_gram(scale, comm)
         with torch.no_grad():
             update.rows = update.collect(update.rows, comm, final=True)
             gram = update.gram(update.rows, None, comm, None)
-            weights = self.aggregator.weights_of_gram(gram, shared[0].dtype)
+            weights = self._weights_of(gram, scale)
         note_error(vjps, update.gram_error)
         comm.broadcast([weights])
         update.write(Weights(shared=weights.to(shared[0].device)), update, comm, ())
@@ -319,16 +332,25 @@ class _Balance:
             if holds:
                 raise UsageError(f"groups must be all for {reason}.")
 
-    def _by_rows(self, seeds: Cotangents, comm: Comm) -> Tensor | None:
+    def _by_rows(self, scale: Tensor | None, comm: Comm) -> Tensor | None:
         """Let each process have the whole Jacobian."""
         from fastmtl.engine.gradients import add_grads, coalesced, numbers_of
         from fastmtl.engine.vjp import jacobians
 
         shared = self.params.shared
+        seeds = self._seeds(scale, comm.size)
         rows = [([loss], [seed]) for loss, seed in zip(self.losses, seeds, strict=True)]
         matrices = jacobians(rows, len(rows), shared, False, self.params.by_loss, add_grads)
         with torch.no_grad():
-            weights = self.aggregator.write(comm.all_reduce_jacobians(matrices, shared), shared)
+            matrices = comm.all_reduce_jacobians(matrices, shared)
+            if scale is None:
+                weights = self.aggregator.write(matrices, shared)
+            else:
+                divisor = _divisor(scale)
+                weights = self.aggregator.write([matrix / divisor.to(matrix) for matrix in matrices], shared)
+                # Under a scale no gradient was there before.
+                for param in shared:
+                    param.grad = None if param.grad is None else param.grad * scale.to(param.grad)
         comm.broadcast([weights])
         if comm.shares_batches:
             for param in shared:

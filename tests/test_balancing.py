@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fastmtl
-from fastmtl.aggregation import GradVac, Sum, UPGrad
+from fastmtl.aggregation import MGDA, PCD, CAGrad, ExcessMTL, FairGrad, GradDrop, GradVac, NashMTL, Sum, UPGrad
 from fastmtl.errors import UsageError
 
 
@@ -67,6 +67,39 @@ def test_a_balanced_loss_scales_and_accumulates() -> None:
         (64 * loss / 2).backward()
     expected = [32 * (one + two) for one, two in zip(reference(UPGrad(), 1), reference(UPGrad(), 2), strict=True)]
     torch.testing.assert_close(grads(net), expected)
+
+
+SCALED: dict[str, Any] = {
+    "UPGrad": UPGrad,
+    "MGDA": MGDA,
+    "CAGrad": lambda: CAGrad(0.4),
+    "FairGrad": lambda: FairGrad(2.0),
+    "NashMTL": lambda: NashMTL(2),
+    "PCD": PCD,
+    "ExcessMTL": ExcessMTL,
+    "GradDrop": GradDrop,
+}
+# The last three need rows.
+IN_LAYERS = list(SCALED)[:-3]
+
+
+@pytest.mark.parametrize(("name", "layerwise"), [*((name, False) for name in SCALED), *((name, True) for name in IN_LAYERS)])
+def test_a_loss_scale_changes_no_weights(name: str, layerwise: bool) -> None:
+    found = []
+    for scale in (1.0, 1024.0):
+        torch.manual_seed(0)
+        net, aggregator = Net(), SCALED[name]()
+        options = {"vjps": fastmtl.Layerwise()} if layerwise else {}
+        for seed in (1, 2):
+            (scale * fastmtl.balanced(net.losses(seed), weighting=aggregator, **options)).backward()
+        found.append([grad / scale for grad in grads(net)])
+    torch.testing.assert_close(*found)
+
+
+def test_a_loss_times_zero_has_no_gradient() -> None:
+    net = Net()
+    (0 * fastmtl.balanced(net.losses(), weighting=NashMTL(2))).backward()
+    assert not any(grad.any() for grad in grads(net))
 
 
 def test_without_gradients_it_is_the_sum() -> None:

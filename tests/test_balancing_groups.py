@@ -18,7 +18,9 @@ from fastmtl.aggregation import (
     FairGrad,
     GradDrop,
     GradVac,
+    GradVacWeighting,
     GramianWeightedAggregator,
+    MGDAWeighting,
     NashMTL,
     PCGrad,
     UPGrad,
@@ -164,6 +166,23 @@ def test_a_weighting_of_ones_own_is_called_for_each_group() -> None:
     torch.testing.assert_close(weights, 2 * squares / squares.sum(1, keepdim=True).clamp(min=1e-9))
 
 
+class _Normed(MGDAWeighting):
+    """A rule of the package that a user has changed, for one Gram matrix."""
+
+    def weigh(self, gram: Tensor) -> Tensor:
+        weights = super().weigh(gram)
+        return weights / weights.norm()
+
+
+def test_a_changed_rule_is_called_for_each_group() -> None:
+    net = Net()
+    weights = fastmtl.balance(
+        net.losses(), shared=net.shared, weighting=GramianWeightedAggregator(_Normed()), groups="layer"
+    )
+    assert weights is not None
+    torch.testing.assert_close(weights.norm(dim=1), torch.ones(4))
+
+
 def test_groups_of_tables_with_sparse_gradients() -> None:
     ends = []
     for sparse in (True, False):
@@ -189,7 +208,7 @@ def test_patterns_name_groups_and_frozen_layers_keep_theirs() -> None:
     after = fastmtl.balance(net.losses(), shared=net.shared, groups=patterns)
     assert before is not None
     assert after is not None
-    # Early, other, late: nothing of the first two is trained any more.
+    # Early, other, late: nothing of the first two is trained in the second call.
     assert before.shape == after.shape == (3, TASKS)
     torch.testing.assert_close(after[2], before[2])
 
@@ -200,6 +219,10 @@ def test_patterns_name_groups_and_frozen_layers_keep_theirs() -> None:
         ({"shared": "parameters"}, "shared parameters without names"),
         ({"shared": "found"}, "shared parameters without names"),
         ({"weighting": GradVac()}, "GradVac, which does not take a Gram matrix for each"),
+        (
+            {"weighting": GramianWeightedAggregator(GradVacWeighting() << torch.clone)},
+            "which does not take a Gram matrix for each",
+        ),
         ({"weighting": GradDrop()}, "GradDrop, which does not take a Gram matrix for each"),
         ({"vjps": fastmtl.Layerwise()}, "vjps, which have one Gram matrix"),
         ({"groups": "blocks"}, "groups must be all, module, layer or regular expressions"),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.errors import UsageError
+from fastmtl.support.classes import overrides
 from fastmtl.support.dtypes import HALF_TYPES, wide_dtype
 from fastmtl.support.running import Group, RunningMean
 
@@ -22,7 +23,6 @@ __all__ = [
     "is_complete",
     "mean_known",
     "over",
-    "overrides",
     "present",
     "updates_itself",
 ]
@@ -66,15 +66,6 @@ def is_complete(loss: AbsLoss, gt: object) -> bool:
 
 def _version(gt: Tensor) -> int:
     return 0 if gt.is_inference() else gt._version
-
-
-def overrides(cls: type, method: str, flag: str) -> bool:
-    """Return whether a class, or a mixin of it, overrides a method of the class that sets a flag of it."""
-    method_at, flag_at = (
-        next((k for k, base in enumerate(cls.__mro__) if name in vars(base)), len(cls.__mro__))
-        for name in (method, flag)
-    )
-    return method_at < flag_at
 
 
 class AbsLoss:

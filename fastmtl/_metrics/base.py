@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fastmtl._loss.base import overrides
 from fastmtl._metrics.missing import labelled_part
 from fastmtl.errors import UsageError
+from fastmtl.support.classes import overrides
 from fastmtl.support.dtypes import wide_dtype
 from fastmtl.support.kinds import Tree
 from fastmtl.support.running import Group

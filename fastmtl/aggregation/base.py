@@ -14,6 +14,7 @@ from fastmtl.aggregation.rows import add_combined, as_matrix, gram_of
 from fastmtl.engine.gradients import add_grads
 from fastmtl.errors import UsageError
 from fastmtl.linalg import Matrix, PSDMatrix
+from fastmtl.support.classes import overrides
 from fastmtl.support.dtypes import wide_dtype
 from fastmtl.support.settings import Declared, Described, weighting_of
 from fastmtl.support.stateful import Stateful
@@ -47,6 +48,12 @@ class Weighting(Described, nn.Module, ABC, Generic[_Stat]):
 
     def __init__(self) -> None:
         super().__init__()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Reset ``takes_groups`` of a base class where ``weigh`` or ``forward`` is overridden."""
+        super().__init_subclass__(**options)
+        if any(overrides(cls, method, "takes_groups") for method in ("weigh", "forward")):
+            cls.takes_groups = False
 
     @abstractmethod
     def forward(self, stat: _Stat, /) -> Tensor:
@@ -291,7 +298,8 @@ class GramianWeightedAggregator(WeightedAggregator[Weighting[Any]], Generic[_Wei
     def takes_groups(self) -> bool:
         """Return whether each group can have weights from its Gram matrix, and what is remembered is of each."""
         weighting = self.gramian_weighting
-        return self.works_on_gram() and (weighting.takes_groups or not isinstance(weighting, Stateful))
+        remembers = any(isinstance(part, Stateful) for part in weighting.modules())
+        return self.works_on_gram() and (weighting.takes_groups or not remembers)
 
     def weights_of_gram(self, gram: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the weights from the Gram matrix; see :meth:`Aggregator.weights_of_gram`."""

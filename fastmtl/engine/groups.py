@@ -41,7 +41,7 @@ class Groups(NamedTuple):
         return self._replace(of=[self.by_name[name] for name in names])
 
 
-# The groups of modules that have been asked for them, by what was asked.
+# The groups of modules that have been asked for them, by what was asked and what the module was made of.
 _FOUND: WeakKeyDictionary[nn.Module, dict[object, Groups]] = WeakKeyDictionary()
 
 
@@ -98,18 +98,19 @@ def find_groups(model: nn.Module, names: Mapping[Tensor, str], wanted: Wanted) -
 def groups_of(module: nn.Module, wanted: Wanted, params: Sequence[Tensor]) -> Groups:
     """Return the groups of some parameters of a module, among those of all its parameters.
 
-    They are found once, as long as the module's parameters have the same names.
+    They are found once for modules of the same classes with parameters of the same names.
     """
     names = names_of(module)
-    key = wanted if isinstance(wanted, str) else tuple(wanted.items())
+    asked = wanted if isinstance(wanted, str) else tuple(wanted.items())
+    key = asked, tuple(names.values()), tuple(map(type, module.modules()))
     found = _FOUND.setdefault(module, {})
-    if key not in found or found[key].by_name.keys() != set(names.values()):
+    if key not in found:
         found[key] = find_groups(module, names, wanted)
     return found[key].restricted([names[param] for param in params])
 
 
 def padded(gram: Tensor, count: int) -> Tensor:
-    """Return the Gram matrices of ``count`` groups, the last of which may have no parameters now."""
+    """Return the Gram matrices of ``count`` groups, the last of which may have no parameters that are trained."""
     known = [gram] if gram.dim() == 3 else []
     missing = count - sum(map(len, known))
     return torch.cat([*known, gram.new_zeros(missing, *gram.shape[-2:])]) if missing else gram

@@ -163,7 +163,8 @@ class TrainingEpoch:
             # The losses are not those of a batch that was looked ahead on.
             others = []
         scored = zip(batches[-count:], fetched[-count:], strict=True)
-        for ((_, labels), (_, on_host)), pred in zip(scored, preds, strict=bool(preds)):
+        # A step without any label has no predictions.
+        for ((_, labels), (_, on_host)), pred in zip(scored, preds or [{}] * count, strict=True):
             trainer.meter.update(losses, pred, labels, on_host, others)
 
     def _told(self, error: Exception, inputs: Any) -> UsageError | None:

@@ -53,6 +53,9 @@ class GramProbe:
         names = problem.tasks
         present = present_tasks(problem.losses, [labels])
         places = list(range(len(names))) if present is None else present
+        if not places:
+            shape = (len(names),) * 2 if groups is None else (max(groups) + 1, *(len(names),) * 2)
+            return torch.full(shape, torch.nan, device=problem.model.device)
         tasks = tuple(names[place] for place in places)
         ctx = StepContext.of([(inputs, labels)], tasks, problem, self._comm, 1, self._scale, lambda params: [])
         with without_side_effects(problem), in_one_piece(problem.model):

@@ -14,6 +14,7 @@ from fastmtl.engine.comm import RowShapedState
 from fastmtl.engine.groups import Groups
 from fastmtl.engine.lookahead import LookAhead
 from fastmtl.engine.weights import Rows, Weights
+from fastmtl.support.classes import overrides
 from fastmtl.support.dtypes import falls_below
 from fastmtl.support.hyper import Hyper
 
@@ -94,6 +95,12 @@ class Strategy(nn.Module):
     epoch: int
     epochs: int
     train_loss_buffer: np.ndarray
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Reset ``takes_groups`` of a base class where ``weigh`` is overridden."""
+        super().__init_subclass__(**options)
+        if overrides(cls, "weigh", "takes_groups"):
+            cls.takes_groups = False
 
     def init_param(self) -> None:
         """Create the strategy's own parameters and state; called once the architecture is built."""

@@ -278,6 +278,16 @@ def test_a_task_without_labels_for_an_epoch_has_no_score() -> None:
 
 
 @pytest.mark.parametrize("name", ["EW", "MGDA", "MoDo", "AutoLambda"])
+def test_a_pass_without_any_label_trains_nothing_and_says_so(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    x, labels = next(iter(loaders(2)))
+    trainer = make_trainer(name)
+    before = flat(trainer.model.parameters())
+    trainer.train([(x, {})] * 2, [(x, labels)], 1)
+    assert torch.equal(flat(trainer.model.parameters()), before)
+    assert "No label of task0, task1 was seen in the first epoch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["EW", "MGDA", "MoDo", "AutoLambda"])
 def test_batches_of_a_step_may_label_other_tasks(name: str) -> None:
     x, labels = next(iter(loaders(2)))
     trainer = make_trainer(name, **({"accumulate": 2} if WEIGHTINGS[name].samples == 1 else {}))

@@ -64,3 +64,8 @@ def test_a_task_without_labels_has_no_cosines() -> None:
     assert gram[0, 0] > 0
     assert gram[1].isnan().all()
     assert gram[:, 1].isnan().all()
+    probe, count = GramProbe(trainer.step.problem), len(trainer.step.problem.shared_params)
+    for groups, shape in ((None, (2, 2)), ([place % 2 for place in range(count)], (2, 2, 2))):
+        gram = probe.gram(inputs, {}, groups)
+        assert gram.shape == shape
+        assert gram.isnan().all()

@@ -56,6 +56,7 @@ class PerformanceMeter:
         self.unlabelled: set[str] = set()
         self.seconds = 0.0
         self._begin = 0.0
+        self._has_batches = False
         self._seen: set[str] = set()
         self._scored: set[str] = set()
         self._queue = BatchQueue(self.losses, self.metrics)
@@ -69,6 +70,7 @@ class PerformanceMeter:
             self.metrics[task].reinit()
         # Losses and metrics may be others than in the last pass.
         self._queue = BatchQueue(self.losses, self.metrics)
+        self._has_batches = False
         self._seen.clear()
         self._scored.clear()
         self._begin = time.perf_counter()
@@ -91,6 +93,7 @@ class PerformanceMeter:
             on_host: The labels as they were before they came to the device, where looking for missing ones would wait.
             others: Labels by task of further batches that the losses are means over, without predictions.
         """
+        self._has_batches = True
         # One task at a time of several would not be of one layout.
         together = not others and len(losses) == len(self.task_name)
         if together and self._queue.put(losses, preds, labels):
@@ -174,7 +177,8 @@ class PerformanceMeter:
         for task in self.task_name:
             self.peers.sync([self.losses[task], self.metrics[task]])
         # A pass without any batch is an error, which the losses and metrics report.
-        scored, seen = self._scored if self._seen else self.task_name, self._seen or self.task_name
+        has_batches = any(self.peers.all_gather_object(self._has_batches))
+        scored, seen = (self._scored, self._seen) if has_batches else (self.task_name, self.task_name)
         self.results = {
             task: self._scores(task) if task in scored else [math.nan] * len(self.weight[task])
             for task in self.task_name
