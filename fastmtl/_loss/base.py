@@ -185,9 +185,7 @@ class AbsLoss:
 
     def sync(self, peers: Group) -> None:
         """Add the losses that the other processes have accumulated."""
-        self.record = [loss for losses in peers.all_gather_object(self.record) for loss in losses]
-        self.bs = [size for sizes in peers.all_gather_object(self.bs) for size in sizes]
-        self._running.sync(peers)
+        self._restore(added(peers.all_gather_object((self.record, self.bs, self._running.on_host()))))
 
 
 def added(states: Sequence[LossState]) -> LossState:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -71,9 +72,8 @@ class AbsMetric:
 
         ``record`` and ``bs`` become the concatenated lists of all processes, on the CPU.
         """
-        for name in ("record", "bs"):
-            values = [value.cpu() if isinstance(value, Tensor) else value for value in getattr(self, name)]
-            setattr(self, name, [value for of_process in peers.all_gather_object(values) for value in of_process])
+        own = [[value.cpu() if isinstance(value, Tensor) else value for value in each] for each in (self.record, self.bs)]
+        self.record, self.bs = map(list, map(chain.from_iterable, zip(*peers.all_gather_object(own), strict=True)))
 
 
 class Sums(AbsMetric):

@@ -67,11 +67,6 @@ class RunningMean:
         sums = torch.stack([torch.cat([self._total[None], products]), torch.cat([before[None], weights])]).cumsum(1)
         self._total, self._weight = sums[:, -1].unbind()
 
-    def sync(self, peers: Group) -> None:
-        """Reduce the sums over all processes; waits for them."""
-        self._total = peers.all_reduce_optional(self._total)
-        self._weight = sum(peers.all_gather_object(self._weight))
-
     @property
     def empty(self) -> bool:
         """Whether nothing was added since the last ``reset``."""
@@ -92,6 +87,11 @@ class RunningMean:
     def state(self) -> tuple[Tensor | None, float | Tensor]:
         """Return the sums, for :meth:`restore`."""
         return self._total, self._weight
+
+    def on_host(self) -> tuple[Tensor | None, float | Tensor]:
+        """Return the sums in the host's memory, which waits for them."""
+        total, weight = self._total, self._weight
+        return None if total is None else total.cpu(), weight.cpu() if isinstance(weight, Tensor) else weight
 
     def restore(self, state: tuple[Tensor | None, float | Tensor]) -> None:
         """Restore the sums of a :meth:`state`."""
