@@ -56,7 +56,7 @@ class ScriptSteps:
         shutil.copytree(checkout, project, ignore=shutil.ignore_patterns(".git"))
         folder = project / script.folder
         script.prepare(folder, setting)
-        repair_script(device)
+        repair_script(device, (folder / script.entry).read_text(encoding="utf-8"))
         if (project / "LibMTL").is_dir():
             import_libmtl(project, "LibMTL.trainer").torch = OnDevice(device)
         self._time_loaders()

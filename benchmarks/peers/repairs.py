@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import importlib
 import sys
@@ -54,8 +53,8 @@ def repair() -> None:
     sys.modules["torch_geometric.loader"].DataLoader = DataLoader  # type: ignore[attr-defined]
 
 
-def repair_script(device: torch.device) -> None:
-    """Repair what training scripts take for granted: a GPU, the network, processes for their data, former names."""
+def repair_script(device: torch.device, source: str) -> None:
+    """Repair what a training script takes for granted: a GPU, the network, processes for its data, former names."""
     repair()
     loader: Any = DataLoader
     module: Any = nn.Module
@@ -75,20 +74,21 @@ def repair_script(device: torch.device) -> None:
     module.load_state_dict = load_unless_none
     if device.type == "cpu":
         tensor.cuda = module.cuda = lambda self, *args, **kwargs: self
-    with contextlib.suppress(ImportError):
+    if "transformers" in source:
         _repair_transformers()
 
 
 def _repair_transformers() -> None:
     """Give transformers the names back that it dropped."""
-    # The package makes itself anew at its first network.
+    # With its first network the package puts another module in its place, which would lack them.
     importlib.import_module("transformers").BertModel  # noqa: B018
     transformers: Any = importlib.import_module("transformers")
-    transformers.AdamW = torch.optim.AdamW
-    transformers.DataProcessor = _DataProcessor
     base = transformers.PreTrainedTokenizerBase
-    if not hasattr(base, "encode_plus"):
-        base.encode_plus = base.__call__
+    dropped = {"AdamW": torch.optim.AdamW, "DataProcessor": _DataProcessor}
+    for owner, names in ((transformers, dropped), (base, {"encode_plus": base.__call__})):
+        for name, stand_in in names.items():
+            if not hasattr(owner, name):
+                setattr(owner, name, stand_in)
 
 
 class _DataProcessor:

@@ -13,7 +13,7 @@ from fastmtl.distributed import find_peers, peers, shard
 from fastmtl.model import MLPEncoder
 from fastmtl.trainer.log.records import StepBuffer
 from tests.distributed.group import TASKS, in_processes
-from tests.trainer.toy import force_way, loaders, make_trainer
+from tests.trainer.toy import Listener, force_way, loaders, make_trainer
 
 SHARED = 6 * 200 + 200 + 200 * 8 + 8
 OWN = 2 * (8 * 3 + 3) + 8 + 1
@@ -47,7 +47,10 @@ def _count_step(weighting: str, options: dict[str, Any]) -> float:
     with pytest.MonkeyPatch.context() as patch:
         if options.get("vjps") == "sketch":
             force_way(patch, "sketched")
-        return _count_second(make_trainer(weighting, "HPS", TASKS, **options), group)
+        listener = Listener()
+        sent = _count_second(make_trainer(weighting, "HPS", TASKS, logger=listener, **options), group)
+        assert not any("all groups at once" in message for message in listener.messages)
+        return sent
 
 
 def _count_second(trainer: Any, group: Any) -> float:
