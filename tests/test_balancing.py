@@ -83,7 +83,9 @@ SCALED: dict[str, Any] = {
 IN_LAYERS = list(SCALED)[:-3]
 
 
-@pytest.mark.parametrize(("name", "layerwise"), [*((name, False) for name in SCALED), *((name, True) for name in IN_LAYERS)])
+@pytest.mark.parametrize(
+    ("name", "layerwise"), [*((name, False) for name in SCALED), *((name, True) for name in IN_LAYERS)]
+)
 def test_a_loss_scale_changes_no_weights(name: str, layerwise: bool) -> None:
     found = []
     for scale in (1.0, 1024.0):

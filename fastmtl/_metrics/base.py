@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -72,8 +71,10 @@ class AbsMetric:
 
         ``record`` and ``bs`` become the concatenated lists of all processes, on the CPU.
         """
-        own = [[value.cpu() if isinstance(value, Tensor) else value for value in each] for each in (self.record, self.bs)]
-        self.record, self.bs = map(list, map(chain.from_iterable, zip(*peers.all_gather_object(own), strict=True)))
+        lists = self.record, self.bs
+        own = [[value.cpu() if isinstance(value, Tensor) else value for value in values] for values in lists]
+        of_processes = peers.all_gather_object(own)
+        self.record, self.bs = ([value for each in of_processes for value in each[k]] for k in (0, 1))
 
 
 class Sums(AbsMetric):

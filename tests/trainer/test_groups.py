@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from fastmtl.trainer.log.jsonl import JsonlLogger
 from fastmtl.trainer.log.plot import PlotLogger
 from fastmtl.trainer.log.records import StepBuffer
 from fastmtl.trainer.log.tensorboard import TensorBoardLogger
-from fastmtl.weighting import WEIGHTINGS, AbsWeighting, Weights
+from fastmtl.weighting import MGDA, WEIGHTINGS, AbsWeighting, Weights
 from fastmtl.weighting.PCGrad import RandomOrders
 from tests.trainer.grouped import TASKS, Blocks, Chain, Counts, batches_of, double_trainer
 from tests.trainer.toy import fill_grads, flat, loaders, make_trainer
@@ -212,6 +213,21 @@ class _ByAutograd(AbsWeighting):
         weights = torch.ones(self.task_num, dtype=gram.dtype, requires_grad=True)
         (grad,) = torch.autograd.grad(weights @ gram @ weights, weights)
         return Weights(shared=(-0.1 * grad).softmax(0))
+
+
+class _Normed(MGDA):
+    """A rule of the package that a user has changed, for one Gram matrix."""
+
+    def weigh(self, losses: Tensor, gram: Tensor, **hyper: Any) -> Weights:
+        weights = super().weigh(losses, gram, **hyper)
+        return replace(weights, shared=weights.shared / weights.shared.norm())
+
+
+def test_a_changed_rule_is_asked_for_each_group() -> None:
+    trainer = double_trainer(_Normed, groups="layer")
+    trainer.step(batches_of(trainer), StepBuffer())
+    weights = trainer.step.latest.group_weights
+    torch.testing.assert_close(weights.norm(dim=1), torch.ones(len(weights), dtype=weights.dtype))
 
 
 @pytest.mark.parametrize("groups", ["all", "layer"])

@@ -172,13 +172,15 @@ class PerformanceMeter:
         They are NaN for a task that no batch had labels of, which is in ``unlabelled``.
         """
         self._add_up()
-        of_processes = self.peers.all_gather_object((self._seen, self._scored, self._has_batches))
-        self._seen, self._scored = (set[str]().union(*(each[k] for each in of_processes)) for k in (0, 1))
+        for seen, scored, has_batches in self.peers.all_gather_object((self._seen, self._scored, self._has_batches)):
+            self._seen |= seen
+            self._scored |= scored
+            self._has_batches |= has_batches
         for task in self.task_name:
             self.peers.sync([self.losses[task], self.metrics[task]])
         # A pass without any batch is an error, which the losses and metrics report.
-        has_batches = any(each[2] for each in of_processes)
-        scored, seen = (self._scored, self._seen) if has_batches else (self.task_name, self.task_name)
+        names = set(self.task_name)
+        scored, seen = (self._scored, self._seen) if self._has_batches else (names, names)
         self.results = {
             task: self._scores(task) if task in scored else [math.nan] * len(self.weight[task])
             for task in self.task_name
