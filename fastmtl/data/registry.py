@@ -97,8 +97,15 @@ class LoaderOptions:
         Loaders with another ``number`` shuffle differently; with ``in_batches`` the data set returns whole batches.
         Texts are tokenized as the encoder wants them, graphs of torch_geometric joined to one. The training loader
         draws the ``negatives``, or what a ``sampler`` does.
+
+        Raises:
+            UsageError: A sampler for another split, or where ``negatives`` are to be drawn; fewer rows than a batch.
         """
         train = split == "train"
+        if sampler is not None and not train:
+            raise UsageError(f"{self.place}A sampler draws the rows of train, those of {split} come in order.")
+        if sampler is not None and self.negatives is not None:
+            raise UsageError(f"{self.place}negatives must be off where the rows of train are drawn by a sampler.")
         return row_loader(
             dataset,
             self.batch_size if train else self.test_batch_size,
