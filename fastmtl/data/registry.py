@@ -203,6 +203,7 @@ class DatasetInfo:
             ``folder``, where relative paths in the row begin.
         needs_path: The data must be given as a folder.
         has_columns: Its tasks are told by the user, as columns.
+        streams: It can read rows when they are needed, as ``stream`` of `LoaderOptions` says.
         batch_size, test_batch_size: Default rows of a batch of training, and of validation and test.
         in_memory: The data are in memory, so that worker processes would only slow loading down.
     """
@@ -223,6 +224,7 @@ class DatasetInfo:
     read_row: Callable[[Mapping[str, Any], Facts], Any] | None = None
     needs_path: bool = False
     has_columns: bool = False
+    streams: bool = False
     batch_size: int = 64
     test_batch_size: int = 256
     in_memory: bool = False
