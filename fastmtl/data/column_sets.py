@@ -15,8 +15,8 @@ from torch.utils.data import Dataset
 
 from fastmtl.data.images import as_image, is_image, to_map, to_tensor
 from fastmtl.data.registry import DatasetInfo, Facts, LoaderOptions, Splits, register
-from fastmtl.data.sources import Rows, chunks, split_files, split_rows
-from fastmtl.data.streamed import STREAMED_BYTES, ParquetGroups, StreamedColumns, sampler_of
+from fastmtl.data.sources import Rows, Table, split_files, split_rows
+from fastmtl.data.streamed import STREAMED_BYTES, ParquetGroups, StreamedColumns, groups_held, sampler_of
 from fastmtl.data.tasks import KINDS, TaskInfo, binary, classes, depth, normals, regression, segmentation
 from fastmtl.data.tensors import Tensors
 from fastmtl.errors import UsageError
@@ -96,6 +96,11 @@ def _numbers(column: str, value: Any) -> np.ndarray:
         raise UsageError(f"The column {column!r} must have numbers or lists of numbers, got {value!r}.") from None
 
 
+def _plain(value: Any) -> Any:
+    """Return a value as Python has it: numpy's float32 of 0.1 has another name."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
 class _Labels:
     """Makes the labels of a row."""
 
@@ -122,6 +127,7 @@ class _Labels:
         return torch.stack([self._label(task, value, about["kind"]) for value in values])
 
     def _label(self, task: str, value: Any, kind: str) -> Tensor:
+        value = _plain(value)
         missing = value is None or (isinstance(value, float) and math.isnan(value))
         if kind == "classes":
             if missing:
@@ -176,16 +182,15 @@ def load_columns(name: str, options: LoaderOptions) -> Splits:
             "price=regression,colour=classes."
         )
     streamed = _streamed(name, options)
-    parts: Mapping[str, Rows] = split_rows(name, options.path) if streamed is None else streamed
-    train = parts["train"]
-    facts = _facts(train, options)
+    parts = split_rows(name, options.path) if streamed is None else {}
+    facts = _facts((parts if streamed is None else streamed)["train"], options)
     size = facts.pop("image_size", None)
     labels = _Labels(facts["tasks"], size, options.path)
     if options.augment and (facts["kind"] != "image" or any(about.maps for about in tasks_of(facts).values())):
         raise UsageError(f"aug must be off for {name} with inputs of {facts['kind']} or with maps: it mirrors images.")
     whole = {**facts, "folder": str(options.path)} | ({} if size is None else {"image_size": size})
     if streamed is not None:
-        return _by_groups(streamed, facts, labels, options)
+        return _by_groups(name, streamed, facts, labels, options)
     if facts["kind"] == "vector":
         return _in_memory(parts, facts, labels, options)
     sets = {split: _Columns(rows, whole, labels, options.augment and split == "train") for split, rows in parts.items()}
@@ -209,15 +214,13 @@ def _in_memory(parts: Mapping[str, Rows], facts: Facts, labels: _Labels, options
 
 
 def _streamed(name: str, options: LoaderOptions) -> dict[str, ParquetGroups] | None:
-    """Return the rows of a folder by groups, if they are to be read so; a line says what was chosen.
+    """Return the rows of a folder by groups, if they are to be read so; a line says why large ones are not.
 
     Raises:
         UsageError: The user wants that, and it cannot be.
     """
     assert options.path is not None
     if name != "parquet" or options.stream is False:
-        if options.stream:
-            raise UsageError(f"stream is for the data set parquet, not {name}.")
         return None
     files = split_files(options.path, ".parquet")
     size = sum(file.stat().st_size for of_split in files.values() for file in of_split)
@@ -230,11 +233,6 @@ def _streamed(name: str, options: LoaderOptions) -> dict[str, ParquetGroups] | N
     if cause is not None:
         print(f"{name}: the {size / 2**30:.1f} GiB of {options.path} are read into memory: {cause}")
         return None
-    train = parts["train"]
-    print(
-        f"{name}: {options.path} is read as it is needed (--stream), {len(train.sizes)} groups of up to "
-        f"{max(train.sizes):,} training rows, of which the rows of {train.held} at a time are mixed"
-    )
     return parts
 
 
@@ -247,13 +245,17 @@ def _whole_cause(parts: Mapping[str, ParquetGroups], options: LoaderOptions) -> 
     empty = [split for split, rows in parts.items() if not len(rows)]
     if empty:
         return f"it has no rows of {empty[0]}"
-    first = parts["train"].row(0)
-    if any(_input_kind(first[name], options.path) != "vector" for name in options.inputs if name in first):
+    there = parts["train"].names()
+    first = parts["train"].first([name for name in options.inputs if name in there])
+    if any(_input_kind(value, options.path) != "vector" for value in first.values()):
         return "inputs are images or texts, and only numbers are read by groups"
     return None
 
 
-def _by_groups(parts: Mapping[str, ParquetGroups], facts: Facts, labels: _Labels, options: LoaderOptions) -> Splits:
+def _by_groups(
+    name: str, parts: Mapping[str, ParquetGroups], facts: Facts, labels: _Labels, options: LoaderOptions
+) -> Splits:
+    """Return the loaders of rows that are read by groups; a line says how many are held."""
     names = list(dict.fromkeys([*facts["inputs"], *(about["column"] for about in facts["tasks"].values())]))
     make = partial(_tensors, facts=facts, labels=labels)
     counts = {split: len(rows) for split, rows in parts.items()}
@@ -261,11 +263,15 @@ def _by_groups(parts: Mapping[str, ParquetGroups], facts: Facts, labels: _Labels
         if options.n_train > counts["train"]:
             raise UsageError(f"train_size must be at most the {counts['train']} rows there are, got {options.n_train}.")
         counts["train"] = options.n_train
-    loaders = {}
+    train, loaders = parts["train"], {}
+    held = groups_held(train, names, make)
+    print(
+        f"{name}: {options.path} is read as it is needed (--stream), {len(train.sizes)} groups of up to "
+        f"{max(train.sizes):,} training rows, of which the rows of {held} at a time are mixed"
+    )
     for split, rows in parts.items():
-        sampler = sampler_of(rows, counts[split], options.seed) if split == "train" else None
-        held = rows.held if split == "train" else 1
-        data = StreamedColumns(rows, names, make, held)
+        sampler = sampler_of(rows, counts[split], held, options.seed) if split == "train" else None
+        data = StreamedColumns(rows, names, make, held if split == "train" else 1)
         loaders[split] = options.loader(data, split, in_batches=True, sampler=sampler)
     return Splits(train=loaders["train"], val=loaders.get("val"), test=loaders["test"], rows=counts, facts=facts)
 
@@ -281,12 +287,12 @@ def _tensors(columns: Mapping[str, Sequence[Any]], facts: Facts, labels: _Labels
     return inputs, {task: labels.column(task, columns[about["column"]]) for task, about in facts["tasks"].items()}
 
 
-def _facts(rows: Rows, options: LoaderOptions) -> Facts:
+def _facts(rows: Table, options: LoaderOptions) -> Facts:
     """Return what the training rows say of inputs and tasks."""
     there = rows.names()
     for name in options.inputs:
         resolve_name(name, {column: column for column in there}, "column of inputs")
-    first = rows.row(0)
+    first = rows.first(options.inputs)
     values = [first[name] for name in options.inputs]
     kinds = {_input_kind(value, options.path) for value in values}
     if len(kinds) > 1 or (kinds != {"vector"} and len(values) > 1):
@@ -303,20 +309,18 @@ def _facts(rows: Rows, options: LoaderOptions) -> Facts:
     elif kind == "vector":
         mean, spread = _moments(rows, options.inputs)
         facts |= {"mean": mean.tolist(), "std": torch.where(spread > 0, spread, 1).tolist(), "width": len(mean)}
-    facts["tasks"] = {
-        str(task): _described(str(task), about, rows, first, there) for task, about in options.tasks.items()
-    }
+    facts["tasks"] = {str(task): _described(str(task), about, rows, there) for task, about in options.tasks.items()}
     return facts
 
 
-def _moments(rows: Rows, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+def _moments(rows: Table, names: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation (width,) of the numbers of columns.
 
     Raises:
         UsageError: One is missing or is no number, or a row has more of them than another.
     """
     count, mean, square = 0, torch.zeros(0), torch.zeros(0)
-    for part in chunks(rows, names):
+    for part in rows.chunks(names):
         table = _table([part[name] for name in names], names).double()
         if count and table.shape[1] != len(mean):
             raise _other_width(sorted([len(mean), table.shape[1]]))
@@ -355,7 +359,7 @@ def _input_kind(value: Any, folder: Path | None) -> str:
     return "text" if isinstance(value, str) else "vector"
 
 
-def _described(task: str, about: Any, rows: Rows, first: Mapping[str, Any], there: Sequence[str]) -> dict[str, Any]:
+def _described(task: str, about: Any, rows: Table, there: Sequence[str]) -> dict[str, Any]:
     """Return kind, column, and outputs or labels of a task."""
     given = dict(about) if isinstance(about, Mapping) else {"kind": about}
     unknown = sorted(given.keys() - {"kind", "column", "labels", "outputs"})
@@ -368,9 +372,9 @@ def _described(task: str, about: Any, rows: Rows, first: Mapping[str, Any], ther
     if kind == "classes":
         labels = given.get("labels")
         if labels is None:
-            values = (value for part in chunks(rows, [column]) for value in part[column])
+            values = (_plain(value) for part in rows.chunks([column]) for value in part[column])
             found = {value for value in values if value is not None and value == value}
-            numbers = all(isinstance(value, int | np.integer) for value in found)
+            numbers = all(isinstance(value, int) for value in found)
             labels = sorted(found) if numbers else sorted(map(str, found))
         if len(labels) < 2:
             raise UsageError(f"The column {column!r} of the task {task} has {len(labels)} classes: two are the least.")
@@ -378,9 +382,8 @@ def _described(task: str, about: Any, rows: Rows, first: Mapping[str, Any], ther
     elif kind == "segmentation":
         told |= {key: given[key] for key in ("labels", "outputs") if key in given}
     elif kind == "regression":
-        values = (value for part in chunks(rows, [column]) for value in part[column])
-        value = next((value for value in values if value is not None), first[column])
-        told["outputs"] = len(_numbers(column, value))
+        values = (value for part in rows.chunks([column]) for value in part[column])
+        told["outputs"] = len(_numbers(column, next((value for value in values if value is not None), None)))
     return told
 
 
@@ -406,7 +409,7 @@ def _check_settings(task: str, kind: str, given: Mapping[str, Any]) -> None:
         raise UsageError(f"The task {task} has {len(labels)} labels, but outputs is {outputs}.")
 
 
-def _info(name: str, description: str) -> DatasetInfo:
+def _info(name: str, description: str, streams: bool = False) -> DatasetInfo:
     return DatasetInfo(
         name=name,
         description=description,
@@ -417,12 +420,17 @@ def _info(name: str, description: str) -> DatasetInfo:
         read_row=read_row,
         needs_path=True,
         has_columns=True,
+        streams=streams,
     )
 
 
 register(
     [
-        _info("parquet", "Columns of parquet files: train.parquet, test.parquet, or folders train and test of them."),
+        _info(
+            "parquet",
+            "Columns of parquet files: train.parquet, test.parquet, or folders train and test of them.",
+            streams=True,
+        ),
         _info("datasets", "A folder of Hugging Face's datasets: save_to_disk, or images, CSV or JSON in folders."),
         _info(
             "webdataset", "Shards of WebDataset: train-000.tar, ..., test-000.tar; columns by extension or in .json."

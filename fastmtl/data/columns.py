@@ -167,10 +167,10 @@ def read_parquet(path: str | Path, columns: Sequence[str] | None = None) -> dict
 
 def parquet_files(
     path: str | Path | Sequence[Path], columns: Sequence[str] | None = None
-) -> tuple[list[Path], list[str], list[tuple[int, int, int, int]]]:
+) -> tuple[list[Path], list[str], list[tuple[int, int, int]]]:
     """Return the Parquet files at a path, or those given, the columns to read, and the place of each group of rows.
 
-    Places are the number of the file, that of the group in it, its rows, and its bytes.
+    Places are the number of the file, that of the group in it, and its rows; groups without rows have none.
 
     Raises:
         UsageError: There is no such file or column, it cannot be read, or pyarrow is not installed.
@@ -191,8 +191,8 @@ def parquet_files(
         except (arrow.ArrowInvalid, OSError) as error:
             raise UsageError(f"{str(file)!r} cannot be read as Parquet: {str(error).splitlines()[0]}.") from error
         names = _known(file, about.schema.to_arrow_schema().names, names or columns)
-        groups = [about.row_group(group) for group in range(about.num_row_groups)]
-        places += [(number, k, group.num_rows, group.total_byte_size) for k, group in enumerate(groups)]
+        sizes = [about.row_group(group).num_rows for group in range(about.num_row_groups)]
+        places += [(number, group, size) for group, size in enumerate(sizes) if size]
     return files, names, places
 
 

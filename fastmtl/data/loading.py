@@ -170,7 +170,7 @@ def load(
         raise UsageError(
             f"inputs and tasks are for data with columns (parquet, datasets, webdataset), not {info.name}."
         )
-    if stream and not info.has_columns:
+    if stream and not info.streams:
         raise UsageError(f"stream is for the data set parquet, not {info.name}.")
     if path is None and info.needs_path:
         raise UsageError(f"The data set {info.name} is not in the package: give its folder as dataset_path.")

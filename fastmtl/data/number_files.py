@@ -13,8 +13,8 @@ from fastmtl.errors import UsageError
 
 __all__ = ["count_line_ends", "names_of", "rows_of"]
 
-# Rows, and bytes where lines are only counted, that are read at a time.
-_ROWS, _BYTES = 2**13, 2**20
+# Rows, and characters where lines are only counted, that are read at a time.
+_ROWS, _CHARACTERS = 2**13, 2**20
 
 
 def names_of(path: Path) -> list[str]:
@@ -33,9 +33,9 @@ def names_of(path: Path) -> list[str]:
 
 
 def count_line_ends(path: Path) -> int:
-    """Return the number of line ends, which is that of the rows at least."""
-    with path.open("rb") as file:
-        return sum(part.count(b"\n") for part in iter(lambda: file.read(_BYTES), b""))
+    """Return the number of line ends of any kind, which is that of the rows at least."""
+    with path.open() as file:
+        return sum(part.count("\n") for part in iter(lambda: file.read(_CHARACTERS), ""))
 
 
 def rows_of(path: Path) -> Iterator[np.ndarray]:

@@ -97,8 +97,15 @@ class LoaderOptions:
         Loaders with another ``number`` shuffle differently; with ``in_batches`` the data set returns whole batches.
         Texts are tokenized as the encoder wants them, graphs of torch_geometric joined to one. The training loader
         draws the ``negatives``, or what a ``sampler`` does.
+
+        Raises:
+            UsageError: A sampler for another split, or where ``negatives`` are to be drawn; fewer rows than a batch.
         """
         train = split == "train"
+        if sampler is not None and not train:
+            raise UsageError(f"{self.place}A sampler draws the rows of train, those of {split} come in order.")
+        if sampler is not None and self.negatives is not None:
+            raise UsageError(f"{self.place}negatives must be off where the rows of train are drawn by a sampler.")
         return row_loader(
             dataset,
             self.batch_size if train else self.test_batch_size,
@@ -196,6 +203,7 @@ class DatasetInfo:
             ``folder``, where relative paths in the row begin.
         needs_path: The data must be given as a folder.
         has_columns: Its tasks are told by the user, as columns.
+        streams: It can read rows when they are needed, as ``stream`` of `LoaderOptions` says.
         batch_size, test_batch_size: Default rows of a batch of training, and of validation and test.
         in_memory: The data are in memory, so that worker processes would only slow loading down.
     """
@@ -216,6 +224,7 @@ class DatasetInfo:
     read_row: Callable[[Mapping[str, Any], Facts], Any] | None = None
     needs_path: bool = False
     has_columns: bool = False
+    streams: bool = False
     batch_size: int = 64
     test_batch_size: int = 256
     in_memory: bool = False

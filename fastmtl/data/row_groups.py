@@ -14,45 +14,25 @@ from torch.utils.data import Dataset, Sampler
 from fastmtl.data.columns import as_arrays, parquet_files
 from fastmtl.errors import UsageError
 
-__all__ = ["ParquetRows", "RowGroupSampler"]
+__all__ = ["Batch", "GroupedRows", "ParquetRows", "RowGroupSampler"]
 
 Batch = tuple[dict[str, Tensor], dict[str, Tensor]]
 # Makes inputs and labels, tensors (n, ...) by name, of n rows of columns.
 Read = Callable[[dict[str, np.ndarray]], tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]
 
 
-class ParquetRows(Dataset[Batch]):
-    """The rows of a Parquet file, or of all files of a folder, read by row groups.
-
-    A batch is fetched at once, as of ``Columns``. Groups are made tensors when a row of them is needed; the ``held``
-    ones that were used last stay in memory, with one more set of columns while it is read. In order, or in that of a
-    `RowGroupSampler`, an epoch reads each group once in each worker of each process.
+class GroupedRows(Dataset[Batch]):
+    """Rows that are made by groups, of which the ``held`` ones that were used last stay in memory.
 
     Args:
-        path: A file, a folder of files with the same columns, or a list of such files.
-        read: Makes inputs and labels of the columns of some rows, arrays (n, ...) by name: lists are filled up with -1
-            to the longest of their group, and of a batch; missing numbers are NaN.
-        columns: The names of those to read; all if None.
-        held: Groups that stay in memory, at least 1.
-
-    Attributes:
         sizes: Rows of each group, in order.
-
-    Raises:
-        UsageError: There is no such file or column, it has no rows, or pyarrow is not installed.
+        held: Groups that stay in memory, at least 1.
     """
 
-    def __init__(
-        self, path: str | Path | Sequence[Path], read: Read, columns: Sequence[str] | None = None, held: int = 4
-    ) -> None:
+    def __init__(self, sizes: Sequence[int], held: int) -> None:
         if held < 1:
             raise UsageError(f"held must be at least 1 group of rows, got {held}.")
-        self.read, self.held = read, held
-        self.files, self.columns, places = parquet_files(path, columns)
-        self.places = [(file, group) for file, group, rows, _ in places if rows]
-        self.sizes = [rows for _, _, rows, _ in places if rows]
-        if not self.sizes:
-            raise UsageError(f"{str(path)!r} has no rows.")
+        self.sizes, self.held = list(sizes), held
         self._starts = np.cumsum([0, *self.sizes])
         self._groups: dict[int, Batch] = {}
 
@@ -100,8 +80,42 @@ class ParquetRows(Dataset[Batch]):
         return found
 
     def _made(self, group: int) -> Batch:
-        """Return a group of rows, read from its file."""
-        file, number = self.places[group]
+        """Return a group of rows: inputs (n, ...) by name, and labels (n, ...) by task."""
+        raise NotImplementedError
+
+
+class ParquetRows(GroupedRows):
+    """The rows of a Parquet file, or of all files of a folder, read by row groups.
+
+    A batch is fetched at once, as of ``Columns``. Groups are made tensors when a row of them is needed; the ``held``
+    ones that were used last stay in memory, with one more set of columns while it is read. In order, or in that of a
+    `RowGroupSampler`, an epoch reads each group once in each worker of each process.
+
+    Args:
+        path: A file, a folder of files with the same columns, or a list of such files.
+        read: Makes inputs and labels of the columns of some rows, arrays (n, ...) by name: lists are filled up with -1
+            to the longest of their group, and of a batch; missing numbers are NaN.
+        columns: The names of those to read; all if None.
+        held: Groups that stay in memory, at least 1.
+
+    Attributes:
+        sizes: Rows of each group, in order.
+
+    Raises:
+        UsageError: There is no such file or column, it has no rows, or pyarrow is not installed.
+    """
+
+    def __init__(
+        self, path: str | Path | Sequence[Path], read: Read, columns: Sequence[str] | None = None, held: int = 4
+    ) -> None:
+        self.read = read
+        self.files, self.columns, self.places = parquet_files(path, columns)
+        if not self.places:
+            raise UsageError(f"{str(path)!r} has no rows.")
+        super().__init__([rows for *_, rows in self.places], held)
+
+    def _made(self, group: int) -> Batch:
+        file, number, _ = self.places[group]
         inputs, labels = self.read(as_arrays(self.files[file], number, self.columns))
         return dict(inputs), dict(labels)
 

@@ -14,7 +14,7 @@ import numpy as np
 from fastmtl.errors import UsageError
 from fastmtl.support.extras import need
 
-__all__ = ["SOURCES", "Rows", "chunks", "read_table", "split_files", "split_rows", "values_of"]
+__all__ = ["SOURCES", "Rows", "Table", "read_table", "split_files", "split_rows", "values_of"]
 
 # How the splits may be called in files and folders.
 _NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test", "testing")}
@@ -22,10 +22,23 @@ _TEST_SHARE = 0.1
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
 
 
-class Rows(Protocol):
-    """Rows that are read one by one."""
+class Table(Protocol):
+    """Columns that are read some rows at a time."""
 
     def __len__(self) -> int: ...
+
+    def names(self) -> list[str]:
+        """Return the names of the columns."""
+
+    def first(self, names: Sequence[str]) -> dict[str, Any]:
+        """Return the values of columns in the first row."""
+
+    def chunks(self, names: Sequence[str]) -> Iterator[Mapping[str, Sequence[Any]]]:
+        """Yield the values of columns, part by part where the rows are not in memory."""
+
+
+class Rows(Table, Protocol):
+    """Rows that are read one by one."""
 
     def row(self, index: int) -> dict[str, Any]:
         """Return a row: its values by column."""
@@ -33,11 +46,17 @@ class Rows(Protocol):
     def column(self, name: str) -> Sequence[Any]:
         """Return the values of a column in all rows."""
 
-    def names(self) -> list[str]:
-        """Return the names of the columns."""
+    def first(self, names: Sequence[str]) -> dict[str, Any]:
+        """Return the values of columns in the first row."""
+        row = self.row(0)
+        return {name: row[name] for name in names}
+
+    def chunks(self, names: Sequence[str]) -> Iterator[Mapping[str, Sequence[Any]]]:
+        """Yield the values of columns in all rows at once."""
+        yield {name: self.column(name) for name in names}
 
 
-class _Part:
+class _Part(Rows):
     """Some of the rows."""
 
     def __init__(self, rows: Rows, indices: Sequence[int]) -> None:
@@ -57,7 +76,7 @@ class _Part:
         return self.rows.names()
 
 
-class _Parquet:
+class _Parquet(Rows):
     def __init__(self, files: Sequence[Path]) -> None:
         parquet = need("pyarrow.parquet", "data", "The data set parquet")
         arrow = need("pyarrow", "data", "The data set parquet")
@@ -90,7 +109,7 @@ def values_of(column: Any) -> Sequence[Any]:
     return rows
 
 
-class _HF:
+class _HF(Rows):
     def __init__(self, data: Any) -> None:
         self.data = data
 
@@ -116,7 +135,7 @@ class _HF:
         return named
 
 
-class _Shards:
+class _Shards(Rows):
     """Samples of WebDataset: the files of a tar archive that have one name, by their extensions."""
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -268,15 +287,6 @@ def split_rows(name: str, folder: Path) -> dict[str, Rows]:
     return parts
 
 
-def chunks(rows: Rows, names: Sequence[str]) -> Iterator[Mapping[str, Sequence[Any]]]:
-    """Yield the values of columns, part by part where the rows are not in memory."""
-    by_part = getattr(rows, "chunks", None)
-    if by_part is None:
-        yield {name: rows.column(name) for name in names}
-    else:
-        yield from by_part(names)
-
-
 def read_table(path: Path) -> Rows:
     """Return the rows of one file: parquet, or JSON lines.
 
@@ -298,7 +308,7 @@ def read_table(path: Path) -> Rows:
     return _Listed(rows)
 
 
-class _Listed:
+class _Listed(Rows):
     def __init__(self, rows: list[dict[str, Any]]) -> None:
         self.rows = rows
 

@@ -10,31 +10,31 @@ import torch
 from torch import Tensor
 
 from fastmtl.data.columns import group_of_rows, parquet_files
-from fastmtl.data.row_groups import ParquetRows, RowGroupSampler
-from fastmtl.data.sources import values_of
+from fastmtl.data.row_groups import Batch, GroupedRows, RowGroupSampler
+from fastmtl.data.sources import Table, values_of
 
-__all__ = ["STREAMED_BYTES", "ParquetGroups", "StreamedColumns", "sampler_of"]
+__all__ = ["STREAMED_BYTES", "Make", "ParquetGroups", "StreamedColumns", "groups_held", "sampler_of"]
 
 # Files that are larger together are read by groups of rows, unless the user says otherwise.
 STREAMED_BYTES = 2**30
-# The rows of as many groups as have so many bytes, one at least, are mixed and held.
+# The rows of as many groups as have so many bytes as tensors, one at least, are mixed and held.
 _HELD_BYTES = 2**28
 
+# Makes inputs (n, width) and labels (n, ...) by task of the values of n rows by column.
+Make = Callable[[Mapping[str, Sequence[Any]]], tuple[Tensor, dict[str, Tensor]]]
 
-class ParquetGroups:
+
+class ParquetGroups(Table):
     """Rows of Parquet files, of which one group is in memory at a time.
 
     Attributes:
-        files, places: As of `parquet_files`.
-        held: Groups whose rows may be held together.
+        sizes: Rows of each group, in order.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
-        self.files, self._names, self.places = parquet_files(files)
-        self.places = [place for place in self.places if place[2]]
-        self.sizes = [place[2] for place in self.places]
-        largest = max((place[3] for place in self.places), default=1)
-        self.held = max(1, min(len(self.places), _HELD_BYTES // max(largest, 1)))
+        self._files, self._names, self._places = parquet_files(files)
+        self.sizes = [rows for *_, rows in self._places]
+        self._first: dict[str, Any] = {}
 
     def __len__(self) -> int:
         return sum(self.sizes)
@@ -43,14 +43,12 @@ class ParquetGroups:
         """Return the names of the columns."""
         return list(self._names)
 
-    def row(self, index: int) -> dict[str, Any]:
-        """Return a row: its values by column."""
-        for group, size in enumerate(self.sizes):
-            if index < size:
-                row: dict[str, Any] = self._table(group, self._names).slice(index, 1).to_pylist()[0]
-                return row
-            index -= size
-        raise IndexError(index)
+    def first(self, names: Sequence[str]) -> dict[str, Any]:
+        """Return the values of columns in the first row, each of which is read once."""
+        unread = [name for name in names if name not in self._first]
+        if unread:
+            self._first |= self._table(0, unread).slice(0, 1).to_pylist()[0]
+        return {name: self._first[name] for name in names}
 
     def group(self, number: int, names: Sequence[str]) -> dict[str, Sequence[Any]]:
         """Return the values of columns in one group of rows."""
@@ -62,16 +60,12 @@ class ParquetGroups:
         for number in range(len(self.sizes)):
             yield self.group(number, names)
 
-    def column(self, name: str) -> Sequence[Any]:
-        """Return the values of a column in all rows."""
-        return [value for chunk in self.chunks([name]) for value in chunk[name]]
-
     def _table(self, number: int, names: Sequence[str]) -> Any:
-        file, group, *_ = self.places[number]
-        return group_of_rows(self.files[file], group, names)
+        file, group, _ = self._places[number]
+        return group_of_rows(self._files[file], group, names)
 
 
-class StreamedColumns(ParquetRows):
+class StreamedColumns(GroupedRows):
     """The rows of Parquet files as vectors (b, width) and labels by task, read by groups.
 
     Args:
@@ -81,15 +75,9 @@ class StreamedColumns(ParquetRows):
         held: Groups that stay in memory.
     """
 
-    def __init__(
-        self,
-        groups: ParquetGroups,
-        names: Sequence[str],
-        make: Callable[[Mapping[str, Sequence[Any]]], tuple[Tensor, dict[str, Tensor]]],
-        held: int,
-    ) -> None:
-        super().__init__(groups.files, _unused, names, held)
-        self.groups, self.make = groups, make
+    def __init__(self, groups: ParquetGroups, names: Sequence[str], make: Make, held: int) -> None:
+        super().__init__(groups.sizes, held)
+        self.groups, self.names, self.make = groups, names, make
 
     def __getitems__(self, indices: Sequence[int]) -> Any:
         """Return the rows ``indices``: inputs (b, width), and labels (b, ...) by task."""
@@ -101,20 +89,23 @@ class StreamedColumns(ParquetRows):
         inputs, labels = self.__getitems__([index])
         return inputs[0], {task: label[0] for task, label in labels.items()}
 
-    def _made(self, group: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        inputs, labels = self.make(self.groups.group(group, self.columns))
+    def _made(self, group: int) -> Batch:
+        inputs, labels = self.make(self.groups.group(group, self.names))
         return {"inputs": inputs}, labels
 
 
-def _unused(columns: Any) -> Any:
-    raise AssertionError("values are read as they are, not as arrays")
+def groups_held(groups: ParquetGroups, names: Sequence[str], make: Make) -> int:
+    """Return of how many groups the tensors have 256 MiB at most, all being as long as the longest; at least 1."""
+    inputs, labels = make({name: [value] for name, value in groups.first(names).items()})
+    of_row = sum(values.nbytes for values in (inputs, *labels.values()))
+    return max(1, min(len(groups.sizes), _HELD_BYTES // (max(groups.sizes) * of_row)))
 
 
-def sampler_of(groups: ParquetGroups, rows: int | None, seed: int) -> RowGroupSampler:
-    """Return what draws the first ``rows`` rows, all if None: those of some groups at a time in random order."""
-    sizes, left = list[int](), len(groups) if rows is None else rows
+def sampler_of(groups: ParquetGroups, rows: int, mixed: int, seed: int) -> RowGroupSampler:
+    """Return what draws the first ``rows`` rows: those of ``mixed`` groups at a time in random order."""
+    sizes, left = list[int](), rows
     for size in groups.sizes:
         if left > 0:
             sizes.append(min(size, left))
         left -= size
-    return RowGroupSampler(sizes, groups.held, torch.Generator().manual_seed(seed))
+    return RowGroupSampler(sizes, mixed, torch.Generator().manual_seed(seed))

@@ -112,26 +112,40 @@ def read_aliexpress(folder: Path, split: str) -> Columns:
         UsageError: A file is missing, or is not laid out like that.
     """
     path = folder / f"{split}.csv"
-    width = len(names_of(path))
+    names = names_of(path)
+    width = len(names)
     # Filled in as rows are read, so that the table is in memory once.
     most, count = count_line_ends(path), 0
     categories = np.empty((16, most), np.int64)
     others, labels = np.empty((most, max(width - 19, 0)), np.float32), np.empty((2, most, 1), np.float32)
     for rows in rows_of(path):
-        part, of_rows = slice(count, count + len(rows)), rows[:, 1:17]
-        # Comparisons with what is no number are false.
-        if width < 19 or not ((of_rows >= 0) & (of_rows < 2**53) & (of_rows == np.floor(of_rows))).all():
-            raise UsageError(
-                f"{str(path)!r} must have an index, 16 columns of categories from 0 on, further numbers, and two "
-                f"labels: got {width} columns."
-            )
-        categories[:, part], others[part], labels[:, part, 0] = of_rows.T, rows[:, 17:-2], rows[:, -2:].T
+        _check_impressions(path, names, rows, count)
+        part = slice(count, count + len(rows))
+        categories[:, part], others[part], labels[:, part, 0] = rows[:, 1:17].T, rows[:, 17:-2], rows[:, -2:].T
         count += len(rows)
     inputs = {f"category{k}": torch.from_numpy(column[:count]) for k, column in enumerate(categories)}
     if width > 19:
         inputs["numbers"] = torch.from_numpy(others[:count])
     click, conversion = torch.from_numpy(labels[:, :count])
     return Columns(inputs, {"click": click, "conversion": conversion})
+
+
+def _check_impressions(path: Path, names: Sequence[str], rows: np.ndarray, before: int) -> None:
+    """Refuse rows (n, columns) with too few columns or with categories that are none; ``before`` rows come first."""
+    if len(names) < 19:
+        raise UsageError(
+            f"{str(path)!r} must have an index, 16 columns of categories, any number of numbers, and two labels: got "
+            f"{len(names)} columns, fewer than 19."
+        )
+    found = rows[:, 1:17]
+    # Comparisons with what is no number are false.
+    wrong = np.argwhere(~((found >= 0) & (found < 2**53) & (found == np.floor(found))))
+    if len(wrong):
+        row, column = wrong[0]
+        raise UsageError(
+            f"{str(path)!r} must have categories, whole numbers from 0 on, in its columns 2 to 17: row "
+            f"{before + row + 1} has {found[row, column]:.15g} in the column {names[1 + column]!r}."
+        )
 
 
 def _aliexpress_encoder(

@@ -198,6 +198,19 @@ def test_data_sets_that_make_loaders_of_their_own_do_not() -> None:
                 load(info.name, negatives={"size": 1})
 
 
+def test_a_sampler_of_ones_own_draws_training_rows_and_no_negatives() -> None:
+    rows: Any = [(torch.zeros(3), {"size": torch.ones(1)})] * 4
+    sampler = _sampler([0, 1], 4, ratio=1)
+    options = LoaderOptions(batch_size=2, test_batch_size=3, seed=0)
+    assert options.loader(rows, "train", sampler=sampler).sampler is sampler
+    for split in ("val", "test"):
+        with pytest.raises(UsageError, match=f"A sampler draws the rows of train, those of {split} come in order"):
+            options.loader(rows, split, sampler=sampler)
+    drawn = LoaderOptions(batch_size=2, test_batch_size=3, seed=0, negatives=Negatives("size", 1))
+    with pytest.raises(UsageError, match="negatives must be off where the rows of train are drawn by a sampler"):
+        drawn.loader(rows, "train", sampler=sampler)
+
+
 @pytest.mark.slow
 def test_the_command_trains_and_tells_of_the_rate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"

@@ -228,28 +228,34 @@ def test_aliexpress_in_the_layout_of_mtreclib(tmp_path: Path) -> None:
         load("aliexpress", path=tmp_path, batch_size=8)
 
 
+ONES = ",".join("1" * 20)
 # Text of a file, and what is said of it.
 NO_IMPRESSIONS = {
-    "index,a,b\n0,1,2\n": "must have an index, 16 columns of categories",
+    "index,a,b\n0,1,2\n": "must have an index, 16 columns of categories.*got 3 columns, fewer than 19",
     "index,a,b\n0,x,2\n": "must be numbers with commas.*'x' in the line '0,x,2'",
     "": "must be numbers with commas.*it is empty",
     "index,a,b\n": "must be numbers with commas.*it has no rows",
     "index,a,b\n0,,2\n": "must be numbers with commas",
     "index,a,b\n0,1,2\n0,1\n": "must be numbers with commas",
     "index,a,b\n0,1\n0,1\n": "must be numbers with commas.*'0,1'... has 2 values below 3 names",
-    f"{','.join('a' * 20)}\n{','.join('1' * 16)},1.5,1,0,1\n": "16 columns of categories",
-    f"{','.join('a' * 20)}\n{','.join('1' * 16)},-1,1,0,1\n": "16 columns of categories",
-    f"{','.join('a' * 20)}\n{','.join('1' * 16)},nan,1,0,1\n": "16 columns of categories",
+    f"{','.join('a' * 20)}\n{','.join('1' * 16)},1.5,1,0,1\n": "categories.*row 1 has 1.5 in",
+    f"{','.join('a' * 20)}\n{','.join('1' * 16)},-1,1,0,1\n": "categories.*row 1 has -1 in",
+    f"{','.join('a' * 20)}\n{','.join('1' * 16)},nan,1,0,1\n": "categories.*row 1 has nan in",
+    "\n".join([",".join(map(str, range(20))), *[ONES] * 9, ONES.replace("1", "2.5", 2)]): "row 10 has 2.5 in .*'1'",
 }
 
 
-def test_impressions_are_those_that_numpy_reads_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ends", ["\n", "\r\n", "\r"])
+def test_impressions_are_those_that_numpy_reads_whole(
+    ends: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(number_files, "_ROWS", 7)
     write_aliexpress(tmp_path, "train", 40)
     path = tmp_path / "train.csv"
     want = torch.from_numpy(np.loadtxt(path, delimiter=",", skiprows=1))
     # Neither an empty line is a row, nor is the end of the last one needed.
-    path.write_text(path.read_text().replace("\n7,", "\n\n7,").rstrip())
+    text = path.read_text().replace("\n7,", "\n\n7,").rstrip()
+    path.write_bytes(text.replace("\n", ends).encode())
     rows = read_aliexpress(tmp_path, "train")
     assert torch.equal(torch.stack([rows.inputs[f"category{k}"] for k in range(16)], 1), want[:, 1:17].long())
     assert torch.equal(rows.inputs["numbers"], want[:, 17:19].float())
@@ -257,7 +263,8 @@ def test_impressions_are_those_that_numpy_reads_whole(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("text", NO_IMPRESSIONS)
-def test_files_without_impressions(text: str, tmp_path: Path) -> None:
+def test_files_without_impressions(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(number_files, "_ROWS", 7)
     (tmp_path / "test.csv").write_text(text)
     with pytest.raises(UsageError, match=NO_IMPRESSIONS[text]):
         read_aliexpress(tmp_path, "test")

@@ -18,6 +18,7 @@ PACKAGES = {
     "test_qm9": ("torch_geometric", "rdkit"),
     "test_columns": ("pyarrow", "datasets"),
     "test_row_groups": ("pyarrow",),
+    "test_streamed": ("pyarrow",),
     "test_onnx": ("onnxruntime", "onnxscript"),
     "test_stateful": ("torchdata",),
     "test_services": ("wandb", "mlflow"),

@@ -42,8 +42,8 @@ def _write(file: Path, rows: int, seed: int, group: int) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    # Rows of two groups at a time, of about 800 bytes, are mixed.
-    monkeypatch.setattr(streamed, "_HELD_BYTES", 3000)
+    # Rows of three groups at a time are mixed: 10 of 28 bytes, of which a class has 8.
+    monkeypatch.setattr(streamed, "_HELD_BYTES", 1000)
     data = tmp_path / "data"
     data.mkdir()
     _write(data / "train-0.parquet", 50, 0, 8)
@@ -68,7 +68,7 @@ def _sorted(rows: torch.Tensor) -> torch.Tensor:
 
 def test_rows_are_those_of_the_files_read_whole(folder: Path) -> None:
     groups, whole = _load(folder, batch_size=1), _load(folder, stream=False, batch_size=1)
-    assert 1 < groups.train.sampler.mixed < 11
+    assert groups.train.sampler.mixed == 3
     assert groups.rows == whole.rows == {"train": 83, "test": 20}
     for name in ("mean", "std"):
         torch.testing.assert_close(torch.tensor(groups.facts[name]), torch.tensor(whole.facts[name]))
@@ -97,6 +97,59 @@ def test_an_epoch_reads_each_group_once(folder: Path, monkeypatch: pytest.Monkey
     assert len(_rows(loader.train)) == 64
     # 70 rows are those of the first file, and of two groups of the second.
     assert sorted(seen) == list(range(9))
+
+
+def test_what_is_held_has_so_many_bytes_as_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    # Of two values, which dictionaries make a fraction of the tensors.
+    rng = np.random.default_rng(0)
+    table = pa.table({name: rng.integers(0, 2, 20_000) for name in ("a", "b", "bought", "colour")})
+    for split in ("train", "test"):
+        pq.write_table(table, tmp_path / f"{split}.parquet", row_group_size=1000)
+    assert pq.read_metadata(tmp_path / "train.parquet").row_group(0).total_byte_size < 2000
+    limit = 105_000
+    monkeypatch.setattr(streamed, "_HELD_BYTES", limit)
+    loader: Any = _load(tmp_path, tasks={"bought": "binary", "colour": "classes"}).train
+    for _ in loader:
+        pass
+    groups = loader.dataset._groups.values()
+    assert len(groups) == loader.sampler.mixed == 5
+    # Two inputs and a label of 4 bytes, and a class of 8.
+    assert sum(values.nbytes for group in groups for part in group for values in part.values()) == 100_000 <= limit
+
+
+def test_the_first_row_is_read_once_and_only_what_is_wanted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = list[list[str]]()
+    real = streamed.group_of_rows
+
+    def group_of_rows(file: Path, group: int, columns: list[str]) -> Any:
+        seen.append(sorted(columns))
+        return real(file, group, columns)
+
+    monkeypatch.setattr(streamed, "group_of_rows", group_of_rows)
+    _load(folder, tasks={"bought": {"kind": "binary"}})
+    # For the kinds of the inputs, for means and deviations, and for the bytes of a row of tensors.
+    assert seen == [["a", "b"], *[["a", "b"]] * 11, ["bought"]]
+
+
+def test_classes_have_the_same_names_read_whole(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    # The first group has numbers alone, the second a missing one, the third one that is none.
+    values = [0.1, 0.2, 0.1, 0.2, 0.1, None, 0.1, float("nan")]
+    table = pa.table({"a": [float(row) for row in range(8)], "mark": pa.array(values, pa.float32())})
+    for split in ("train", "test"):
+        pq.write_table(table, tmp_path / f"{split}.parquet", row_group_size=[2, 4][split == "test"])
+    loaded: list[Any] = [
+        _load(tmp_path, stream, inputs=["a"], tasks={"mark": "classes"}, batch_size=1) for stream in (True, False)
+    ]
+    assert loaded[0].labels == loaded[1].labels == {"mark": ("0.10000000149011612", "0.20000000298023224")}
+    for data in loaded:
+        marks = torch.cat([y["mark"] for _, y in data.test])
+        assert marks.tolist() == [0, 1, 0, 1, 0, -100, 0, -100]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -147,7 +200,7 @@ def test_what_is_chosen_is_said(
     assert "read" not in capsys.readouterr().out
     monkeypatch.setattr(column_sets, "STREAMED_BYTES", 100)
     _load(folder, stream=None)
-    assert "11 groups of up to 10 training rows, of which the rows of" in capsys.readouterr().out
+    assert "11 groups of up to 10 training rows, of which the rows of 3 at a time are mixed" in capsys.readouterr().out
     assert _load(folder, stream=None, negatives={"bought": 0.5}).facts["negatives"]["task"] == "bought"
     assert "are read into memory: negatives are drawn from all rows" in capsys.readouterr().out
     words = ["--dataset", "parquet", "--dataset-path", str(folder), "--inputs", "a,b", "--encoder", "mlp"]
