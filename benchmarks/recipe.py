@@ -18,6 +18,7 @@ from fastmtl.benchmarks.peers.clock import ScriptSteps
 from fastmtl.benchmarks.peers.scripts import Setting, find_scripts
 from fastmtl.benchmarks.runner import spread, time_in_turn
 from fastmtl.benchmarks.tables import write_rows
+from torch import Tensor
 
 from fastmtl import Trainer
 from fastmtl.engine.labels import are_complete, present_tasks
@@ -165,9 +166,15 @@ def _plain(trainer: Trainer, batch: Batch, *, together: bool) -> LocalContender:
     problem, optimizer = trainer.step.problem, trainer.optimizer
     some, trained = trainer.step.sampler.per_step or trainer.task_num, problem.trained()
 
+    def forward() -> list[Tensor]:
+        inputs, labels = batch
+        if trainer.multi_input:
+            return [problem.single(inputs[task], labels[task], task)[0] for task in problem.tasks]
+        return list(problem.whole(inputs, labels)[0])
+
     def step() -> None:
         optimizer.zero_grad()
-        losses = list(problem.whole(*batch)[0])[:some]
+        losses = forward()[:some]
         if together:
             torch.stack(losses).sum().backward()
         else:

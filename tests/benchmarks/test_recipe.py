@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from fastmtl.benchmarks.gate import min_norm_gap, wrong_steps
@@ -9,12 +11,30 @@ from fastmtl.benchmarks.recipe import run_recipe_step
 
 from fastmtl import ops
 from fastmtl.errors import UsageError
+from tests.data.test_office import make_office
 
 
 def test_the_step_of_a_recipe_stands_beside_plain_torch() -> None:
     rows = run_recipe_step("burgers", ["ew"], seconds=0.0)
     assert [row["library"] for row in rows] == ["fastmtl", "floor", "sum"]
     assert all(row["times_floor"] > 0 for row in rows)
+
+
+RECIPE = """
+title: Photographs
+paper: none
+about: Three domains, each a task.
+settings: {dataset: office-31, encoder: resnet18, epochs: 1, batch_size: 2, optim: sgd}
+"""
+
+
+@pytest.mark.slow
+def test_tasks_with_inputs_of_their_own_have_a_floor_too(tmp_path: Path) -> None:
+    recipe = tmp_path / "photographs.yaml"
+    recipe.write_text(RECIPE)
+    folder = make_office(tmp_path / "data", "office-31")
+    rows = run_recipe_step(str(recipe), ["MGDA"], dataset_path=str(folder), seconds=0.0)
+    assert [row["library"] for row in rows] == ["fastmtl", "floor", "sum"]
 
 
 def test_an_unknown_recipe_is_refused() -> None:
