@@ -228,7 +228,7 @@ def test_patterns_name_groups_and_frozen_layers_keep_theirs() -> None:
         ({"groups": "blocks"}, "groups must be all, module, layer or regular expressions"),
         ({"groups": {"nothing": "a"}}, "'nothing' comes first for none of the shared parameters"),
     ],
-    ids=str,
+    ids=["parameters", "found", "remembering", "composed", "rows", "vjps", "word", "pattern"],
 )
 def test_what_groups_need_is_said(given: dict[str, Any], said: str) -> None:
     net = Net()
