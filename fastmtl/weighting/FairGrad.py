@@ -15,7 +15,6 @@ class Fair(AbsWeighting):
     """Base of strategies whose weights solve ``G w = w^(-1/alpha)``, each time from the last solution on."""
 
     needs = "gram"
-    takes_groups = True
     weighs_heads = True
     allows_rep_grad = False
     last_weights: Tensor
@@ -44,6 +43,7 @@ class FairGrad(Fair):
     Source: Ban and Ji, "Fair Resource Allocation in Multi-Task Learning", ICML 2024.
     """
 
+    takes_groups = True
     hyper = {  # noqa: RUF012
         "FairGrad_alpha": Hyper(
             type=float, default=1.0, above=0.0, help="Fairness: 1 is proportional, towards infinity max-min."

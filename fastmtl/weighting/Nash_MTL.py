@@ -19,6 +19,7 @@ class Nash_MTL(Fair):
     Source: Navon et al., "Multi-Task Learning as a Bargaining Game", ICML 2022.
     """
 
+    takes_groups = True
     hyper = {  # noqa: RUF012
         "update_weights_every": Hyper(type=int, default=1, least=1, help="Steps between two bargains."),
         "optim_niter": Hyper(type=int, default=20, help="Has no effect, as the solution is exact; LibMTL has it."),

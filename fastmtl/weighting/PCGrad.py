@@ -15,7 +15,6 @@ class RandomOrders(AbsWeighting):
     """Base of strategies in which each task meets the others in random order."""
 
     needs = "gram"
-    takes_groups = True
     allows_rep_grad = False
 
     keys: Tensor | None = None
@@ -38,6 +37,8 @@ class PCGrad(RandomOrders):
 
     Source: Yu et al., "Gradient Surgery for Multi-Task Learning", NeurIPS 2020.
     """
+
+    takes_groups = True
 
     def weigh(self, losses: Tensor, gram: Tensor, **hyper: object) -> Weights:
         """Return the sums of the projected gradients' coefficients."""
