@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fastmtl.data.column_numbers import known_numbers, moments, no_value, number_table, numbers_of
 from fastmtl.data.images import as_image, is_image, to_map, to_tensor
 from fastmtl.data.registry import DatasetInfo, Facts, LoaderOptions, Splits, register
 from fastmtl.data.sources import Rows, Table, split_files, split_rows
@@ -67,33 +68,12 @@ def read_row(row: Mapping[str, Any], facts: Facts) -> Any:
     if facts["kind"] == "text":
         (column,) = facts["inputs"]
         if row[column] is None:
-            raise _no_value(column, None)
+            raise no_value(column, None)
         return str(row[column])
-    values = torch.from_numpy(np.concatenate([_known(name, row[name]) for name in facts["inputs"]]))
+    values = torch.from_numpy(np.concatenate([known_numbers(name, row[name]) for name in facts["inputs"]]))
     if len(values) != len(facts["mean"]):
         raise UsageError(f"A row has {len(values)} numbers as inputs in place of the {len(facts['mean'])} of training.")
     return (values - torch.tensor(facts["mean"])) / torch.tensor(facts["std"])
-
-
-def _no_value(column: str, value: Any) -> UsageError:
-    got = "no value" if value is None else repr(value)
-    return UsageError(f"The column {column!r} is an input and has {got} in a row: leave such rows out, or fill them.")
-
-
-def _known(column: str, value: Any) -> np.ndarray:
-    """Return the numbers of a value that is an input."""
-    numbers = _numbers(column, value)
-    if not np.isfinite(numbers).all():
-        raise _no_value(column, value)
-    return numbers
-
-
-def _numbers(column: str, value: Any) -> np.ndarray:
-    """Return the numbers of a value as one dimension of float32; a missing one is NaN."""
-    try:
-        return np.asarray(math.nan if value is None else value, dtype=np.float32).reshape(-1)
-    except (TypeError, ValueError):
-        raise UsageError(f"The column {column!r} must have numbers or lists of numbers, got {value!r}.") from None
 
 
 def _plain(value: Any) -> Any:
@@ -140,7 +120,7 @@ class _Labels:
             return torch.tensor(self.numbers[task][str(value)])
         if kind in ("regression", "binary"):
             outputs, column = self.tasks[task].get("outputs", 1), self.tasks[task]["column"]
-            label = torch.from_numpy(_numbers(column, [math.nan] * outputs if missing else value))
+            label = torch.from_numpy(numbers_of(column, [math.nan] * outputs if missing else value))
             if len(label) != outputs:
                 raise UsageError(f"The column {column!r} has {len(label)} numbers, not {outputs}.")
             return label
@@ -278,7 +258,7 @@ def _by_groups(
 
 def _tensors(columns: Mapping[str, Sequence[Any]], facts: Facts, labels: _Labels) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the inputs (n, width) and the labels (n, ...) by task of n rows."""
-    table = _table([columns[name] for name in facts["inputs"]], facts["inputs"])
+    table = number_table([columns[name] for name in facts["inputs"]], facts["inputs"])
     if table.shape[1] != len(facts["mean"]):
         raise UsageError(
             f"A row has {table.shape[1]} numbers as inputs in place of the {len(facts['mean'])} of training."
@@ -307,50 +287,10 @@ def _facts(rows: Table, options: LoaderOptions) -> Facts:
         usual = wanted or ImageInput(size=own)
         facts |= {"image_size": list(usual.size), "image_mean": list(usual.mean), "image_std": list(usual.std)}
     elif kind == "vector":
-        mean, spread = _moments(rows, options.inputs)
+        mean, spread = moments(rows, options.inputs)
         facts |= {"mean": mean.tolist(), "std": torch.where(spread > 0, spread, 1).tolist(), "width": len(mean)}
     facts["tasks"] = {str(task): _described(str(task), about, rows, there) for task, about in options.tasks.items()}
     return facts
-
-
-def _moments(rows: Table, names: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation (width,) of the numbers of columns.
-
-    Raises:
-        UsageError: One is missing or is no number, or a row has more of them than another.
-    """
-    count, mean, square = 0, torch.zeros(0), torch.zeros(0)
-    for part in rows.chunks(names):
-        table = _table([part[name] for name in names], names).double()
-        if count and table.shape[1] != len(mean):
-            raise _other_width(sorted([len(mean), table.shape[1]]))
-        own, of_part = table.mean(0), len(table)
-        shift = own - mean if count else torch.zeros_like(own)
-        # Of all rows so far, by what the parts have: sums of squares about a mean grow by its shift.
-        square = (
-            (square if count else 0) + (table - own).square().sum(0) + shift**2 * count * of_part / (count + of_part)
-        )
-        mean = mean + shift * of_part / (count + of_part) if count else own
-        count += of_part
-    return mean.float(), (square / count).sqrt().float()
-
-
-def _table(columns: Sequence[Sequence[Any]], names: Sequence[str]) -> Tensor:
-    """Return the numbers of columns, (n, width)."""
-    if all(isinstance(values, np.ndarray) for values in columns):
-        table = np.stack([np.asarray(values, dtype=np.float32) for values in columns], axis=1)
-        if np.isfinite(table).all():
-            return torch.from_numpy(table)
-    parts = [[_known(name, value) for value in values] for name, values in zip(names, columns, strict=True)]
-    found = [np.concatenate(row) for row in zip(*parts, strict=True)]
-    widths = sorted({len(row) for row in found})
-    if len(widths) > 1:
-        raise _other_width(widths)
-    return torch.from_numpy(np.stack(found))
-
-
-def _other_width(widths: Sequence[int]) -> UsageError:
-    return UsageError(f"Every row must have as many numbers as inputs, got {' and '.join(map(str, widths[:2]))}.")
 
 
 def _input_kind(value: Any, folder: Path | None) -> str:
@@ -383,7 +323,7 @@ def _described(task: str, about: Any, rows: Table, there: Sequence[str]) -> dict
         told |= {key: given[key] for key in ("labels", "outputs") if key in given}
     elif kind == "regression":
         values = (value for part in rows.chunks([column]) for value in part[column])
-        told["outputs"] = len(_numbers(column, next((value for value in values if value is not None), None)))
+        told["outputs"] = len(numbers_of(column, next((value for value in values if value is not None), None)))
     return told
 
 
